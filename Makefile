@@ -1,0 +1,73 @@
+# Each target makes its own environment in .venv, installs what it needs, and does nothing twice: a stamp file in .venv
+# says what is installed, and is renewed when pyproject.toml changes.
+#
+#   PYTHON  the interpreter that makes .venv (3.11 or newer; the first one found)
+#   TORCH   what `make test-reference` asks pip for
+
+# A pyenv shim exists for versions that are not active, so each candidate is run, not only looked up.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+# Installed before the rest, by a version without a local part: where pip is given an index with CPU builds (2.13.0+cpu) it
+# takes that build, which is ten times smaller than the CUDA one; elsewhere it takes the usual one.
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# pyright asks its registry for a newer version of itself at every start unless told not to.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-reference test-faults lint bench clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-15s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/.stamp-runtime  ## prune the bundled model for one task and show before and after (offline)
+	$(BIN)/jaxprune demo
+
+test: .venv/.stamp-test  ## all tests that need neither PyTorch nor much time
+	$(BIN)/python -m pytest -m "not reference and not faults" -n $(WORKERS) --dist worksteal
+
+test-reference: .venv/.stamp-reference  ## compare with PyTorch, captum and scikit-learn
+	$(BIN)/python -m pytest -m reference
+
+test-faults: .venv/.stamp-test  ## kill and resume long commands
+	$(BIN)/python -m pytest -m faults
+
+lint: .venv/.stamp-dev  ## ruff (rules and format) and pyright
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+bench: .venv/.stamp-runtime  ## time the kernels, write benchmarks/results/kernels.json
+	$(BIN)/python benchmarks/kernels.py --model jaxprune/bundled/model -o benchmarks/results/kernels.json
+
+clean:  ## remove caches and build products; .venv stays
+	rm -rf build dist .pytest_cache .ruff_cache
+	find jaxprune tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "jaxprune needs Python 3.11 or newer; none found. Try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "jaxprune needs Python 3.11 or newer; $(PYTHON) is not. Try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.stamp-runtime: pyproject.toml | $(BIN)/python
+	$(PIP) --editable .
+	@touch $@
+
+.venv/.stamp-test: pyproject.toml | $(BIN)/python
+	$(PIP) --editable ".[test]"
+	@touch $@ .venv/.stamp-runtime
+
+.venv/.stamp-dev: pyproject.toml | $(BIN)/python
+	$(PIP) --editable ".[dev]"
+	@touch $@ .venv/.stamp-runtime .venv/.stamp-test
+
+.venv/.stamp-reference: pyproject.toml | $(BIN)/python
+	$(PIP) "$(TORCH)"
+	$(PIP) --editable ".[test,reference]"
+	@$(BIN)/python -c "import captum, sklearn, torch"  # a missing one would skip its tests
+	@touch $@ .venv/.stamp-runtime .venv/.stamp-test

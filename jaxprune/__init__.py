@@ -1,0 +1,137 @@
+"""Makes a multi-task language model small for one task: score its units, select, compact; no training.
+
+```
+load -> score -> select -> compact -> save
+```
+
+Every name is imported on first use, so `import jaxprune` itself costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxprune.attribution import GradientActivation, IntegratedGradients
+    from jaxprune.baselines import (
+        Activation,
+        Fisher,
+        Gradient,
+        LeaveOneOut,
+        Magnitude,
+        Random,
+        Taylor,
+        TopLayers,
+        Wanda,
+    )
+    from jaxprune.bundled import bundled_data, bundled_model
+    from jaxprune.checkpoint import load, save
+    from jaxprune.compaction import compact
+    from jaxprune.cost import flops, latency, parameters
+    from jaxprune.evaluation import evaluate
+    from jaxprune.gates import open_gates
+    from jaxprune.integration import integrate
+    from jaxprune.models import Model, Output
+    from jaxprune.objectives import log_probability, margin, probability
+    from jaxprune.scores import Scores, load_scores, merge, save_scores
+    from jaxprune.scoring import score
+    from jaxprune.selection import pruning_record, select
+    from jaxprune.tasks import Task, load_task
+    from jaxprune.training import finetune
+
+__version__ = "0.1.0"
+
+# Public name -> the module it comes from; the imports above are the same list, for editors and type checkers.
+_SOURCES = {
+    "Activation": "baselines",
+    "Fisher": "baselines",
+    "Gradient": "baselines",
+    "GradientActivation": "attribution",
+    "IntegratedGradients": "attribution",
+    "LeaveOneOut": "baselines",
+    "Magnitude": "baselines",
+    "Model": "models",
+    "Output": "models",
+    "Random": "baselines",
+    "Scores": "scores",
+    "Task": "tasks",
+    "Taylor": "baselines",
+    "TopLayers": "baselines",
+    "Wanda": "baselines",
+    "bundled_data": "bundled",
+    "bundled_model": "bundled",
+    "compact": "compaction",
+    "evaluate": "evaluation",
+    "finetune": "training",
+    "flops": "cost",
+    "integrate": "integration",
+    "latency": "cost",
+    "load": "checkpoint",
+    "load_scores": "scores",
+    "load_task": "tasks",
+    "log_probability": "objectives",
+    "margin": "objectives",
+    "merge": "scores",
+    "open_gates": "gates",
+    "parameters": "cost",
+    "probability": "objectives",
+    "pruning_record": "selection",
+    "save": "checkpoint",
+    "save_scores": "scores",
+    "score": "scoring",
+    "select": "selection",
+}
+
+__all__ = [
+    "Activation",
+    "Fisher",
+    "Gradient",
+    "GradientActivation",
+    "IntegratedGradients",
+    "LeaveOneOut",
+    "Magnitude",
+    "Model",
+    "Output",
+    "Random",
+    "Scores",
+    "Task",
+    "Taylor",
+    "TopLayers",
+    "Wanda",
+    "__version__",
+    "bundled_data",
+    "bundled_model",
+    "compact",
+    "evaluate",
+    "finetune",
+    "flops",
+    "integrate",
+    "latency",
+    "load",
+    "load_scores",
+    "load_task",
+    "log_probability",
+    "margin",
+    "merge",
+    "open_gates",
+    "parameters",
+    "probability",
+    "pruning_record",
+    "save",
+    "save_scores",
+    "score",
+    "select",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _SOURCES:
+        raise AttributeError(f"module 'jaxprune' has no attribute {name!r}.")
+    value = getattr(importlib.import_module(f"jaxprune.{_SOURCES[name]}"), name)
+    globals()[name] = value  # the next use finds it without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

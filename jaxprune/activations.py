@@ -1,0 +1,99 @@
+"""Statistics of the gated values, one layer at a time, and what a closed unit is replaced by.
+
+A closed unit is worth zero, or its mean over the calibration tokens: `g * h + (1 - g) * mean`. Scoring and compaction
+must use the same, so the means are kept with the scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxprune.gates import Gates, Params
+from jaxprune.models import Model, embed_compiled, model_inputs
+
+# (values [b, t, units(, head_dim)] float32, mask [b, t]) -> [b, units] or [b, units, head_dim]
+Statistic: TypeAlias = Callable[[Array, Array], Array]
+
+# (model, params, batches) -> what a closed unit is replaced by; a missing site is zero
+Closed: TypeAlias = Callable[[Model, Params, Iterable[Mapping[str, Any]]], Gates]
+
+
+def magnitudes(values: Array) -> Float[Array, "b t u"]:
+    """The size of each unit's value at each token: `|h|` of a neuron, the norm over the channels of a head."""
+    return jnp.abs(values) if values.ndim == 3 else jnp.sqrt(jnp.square(values).sum(-1))
+
+
+def token_mean(values: Array, mask: Bool[Array, "b t"]) -> Array:
+    """The mean over each example's own tokens; 0 for a row without tokens."""
+    tokens = jnp.maximum(mask.sum(1), 1).astype(jnp.float32)
+    return token_sum(values, mask) / tokens.reshape(-1, *[1] * (values.ndim - 2))
+
+
+def token_sum(values: Array, mask: Bool[Array, "b t"]) -> Array:
+    """The sum over each example's tokens."""
+    return jnp.where(mask.reshape(*mask.shape, *[1] * (values.ndim - 2)), values, 0.0).sum(1)
+
+
+def site_statistics(model: Model, params: Params, batch: Mapping[str, Any], statistic: Statistic) -> dict[str, Array]:
+    """One statistic of the gated values at every site, for every example. Only one layer's values exist at a time.
+
+    Args:
+        model: The architecture.
+        params: Parameters.
+        batch: As for `Model.apply`.
+        statistic: Takes the values `[b, t, units]` (heads: `[b, t, units, head_dim]`) in float32 and the mask `[b, t]`.
+
+    Returns:
+        Site name to what `statistic` returns.
+    """
+    inputs = model_inputs(model, params, batch)
+    hidden = embed_compiled(model, params["embeddings"], inputs, None)
+    found = {}
+    for layer, own in params["layers"].items():
+        hidden, values = _block_statistics(model, statistic, own, hidden, inputs["attention_mask"])
+        found |= {f"{layer}.{name}": value for name, value in values.items()}
+    return found
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _block_statistics(
+    model: Model, statistic: Statistic, params: Params, hidden: Array, mask: Array
+) -> tuple[Array, dict[str, Array]]:
+    hidden, sites = model.block(params, hidden, mask)
+    return hidden, {name: statistic(values.astype(jnp.float32), mask) for name, values in sites.items()}
+
+
+def zero(model: Model, params: Params, batches: Iterable[Mapping[str, Any]]) -> Gates:
+    """A closed unit is worth nothing."""
+    return {}
+
+
+def calibration_means(model: Model, params: Params, batches: Iterable[Mapping[str, Any]]) -> Gates:
+    """A closed unit is worth its mean over all tokens of the batches, padding left out. Costs one forward pass.
+
+    Returns:
+        Site name to `[neurons]` or `[heads, head_dim]`, float32.
+
+    Raises:
+        ValueError: If the batches hold no token.
+    """
+    sums: dict[str, Array] = {}
+    tokens: list[Array] = []
+    for batch in batches:
+        sums = _add_rows(sums, site_statistics(model, params, batch, token_sum))
+        tokens.append(batch["attention_mask"].sum())
+    count = sum(map(int, tokens))
+    if not count:
+        raise ValueError("the batches hold no token: there is nothing to take means of.")
+    return {name: value / count for name, value in sums.items()}
+
+
+@jax.jit
+def _add_rows(sums: dict[str, Array], found: dict[str, Array]) -> dict[str, Array]:
+    return {name: value.sum(0) + sums.get(name, 0.0) for name, value in found.items()}

@@ -1,0 +1,357 @@
+"""Criteria that attribute the objective to units: gradient x activation and integrated gradients.
+
+A *criterion* is a frozen dataclass of settings that is called on one batch and returns one score per unit and example;
+`jaxprune.scoring.score` calls it on all batches. Gates have one row per example, so one backward pass of the summed
+objective gives the attributions of every example. Weights are not differentiated: a node costs two forward passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxprune.activations import Closed, zero
+from jaxprune.gates import UNITS, Gates, Params, Site, open_gates, sites
+from jaxprune.integration import Completeness, Rule, gauss_legendre, quadrature
+from jaxprune.models import Model, block_compiled, embed_compiled, model_inputs
+from jaxprune.models.backward import Prefix, Pull, forward
+from jaxprune.models.layers import TokenReduction, sum_tokens
+from jaxprune.objectives import (
+    ExampleReduction,
+    Labels,
+    Objective,
+    absolute,
+    find_targets,
+    gold,
+    name_of,
+    negative_squared_error,
+    objective_for,
+    predicted,
+    value_and_cotangent,
+    weigh,
+)
+
+Path: TypeAlias = Callable[[Sequence[Site]], tuple[tuple[Site, ...], ...]]  # sites that are scaled together, each once
+
+
+class Measured(NamedTuple):
+    """What a criterion finds in a batch."""
+
+    scores: Gates  # site name to [b, units]; a missing site has no score and stays open
+    completeness: dict[str, Float[Array, " b"]]  # of integrated gradients: expected, found, error, size
+
+
+class Criterion(Protocol):
+    """How scores are made. A missing `closed` counts as zero; `labels` says whether examples need labels."""
+
+    @property
+    def examples(self) -> ExampleReduction | None:
+        """How the examples become one score; None: no example is read, and the result has one row."""
+        ...
+
+    def __call__(
+        self,
+        model: Model,
+        params: Params,
+        batch: Mapping[str, Any],
+        *,
+        head: str | None,
+        key: Array | None,
+        means: Gates | None,
+    ) -> Measured:
+        """Scores the examples of a batch.
+
+        Args:
+            model: The architecture.
+            params: Parameters.
+            batch: As for `Model.apply`, with `labels` `[b]` if they are used, and the examples' `index` `[b]`.
+            head: The task head.
+            key: Randomness, of which every example takes its own by its index.
+            means: What closed units are replaced by.
+        """
+        ...
+
+
+def joint(places: Sequence[Site]) -> tuple[tuple[Site, ...], ...]:
+    """One path: all gates are scaled together."""
+    return (tuple(places),)
+
+
+def layer(places: Sequence[Site]) -> tuple[tuple[Site, ...], ...]:
+    """One path per module (an attention or a feed-forward network): its gates are scaled, all others stay open.
+
+    The layers below the module are computed once. It costs about as many times more as the model has layers.
+    """
+    modules = dict.fromkeys(site.module for site in places)
+    return tuple(tuple(site for site in places if site.module == module) for module in modules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientActivation:
+    """Scores units by `f(R_t(h * dO/dh))`: value times gradient of the objective, one forward and one backward pass.
+
+    With the defaults, the mean over the examples of `|sum_t h dP(label)/dh|`. With `examples=signed` it is Yang et al.
+    2023 read literally, with `tokens=max_tokens` too their later work.
+    """
+
+    objective: Objective | None = None  # None: probability, or negative_squared_error in a regression
+    labels: Labels = gold
+    tokens: TokenReduction = sum_tokens  # R: over an example's tokens; all but the sum are no gradients of gates
+    examples: ExampleReduction = absolute  # f, and the mean or the maximum over the examples
+    closed: Closed = zero  # calibration_means: h above becomes h - mean
+    kinds: tuple[str, ...] = UNITS  # units to score
+
+    def __post_init__(self):
+        _check_kinds(self.kinds)
+
+    def __call__(
+        self,
+        model: Model,
+        params: Params,
+        batch: Mapping[str, Any],
+        *,
+        head: str | None = None,
+        key: Array | None = None,
+        means: Gates | None = None,
+    ) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        chosen = model.head(head)
+        objective = objective_for(self.objective, chosen)
+        if objective is negative_squared_error and self.labels is predicted:
+            raise ValueError("the squared error has no gradient at the prediction itself: use labels=gold.")
+        given = examples_of(batch, self.labels, chosen.regression)
+        _, gates = _open_rows(model, params, batch, self.kinds)
+        logits, pull = forward(model, params, batch, gates, head=chosen.name, means=means, tokens=self.tokens)
+        targets, weights = find_targets(self.labels, logits, *given, key_or_default(key))
+        found = [_slope(pull, objective, logits, target) for target in targets]
+        return Measured(weigh(self.examples.each, found, weights), {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegratedGradients:
+    """Scores units by the path integral of the objective's gradient: `f(∫ dO/dg(α) dα)`, α from `start` to 1.
+
+    References:
+        Sundararajan, Taly and Yan, Axiomatic Attribution for Deep Networks, 2017.
+    """
+
+    nodes: int = 8  # quadrature nodes; each costs one forward and one backward pass
+    chunk: int = 1  # nodes evaluated together; sets the memory, not the result
+    path: Path = joint  # or layer: one module at a time
+    start: float = 0.0  # 0: from everything removed; the budget itself (0.5 for a half) asks only about what must go
+    rule: Rule = gauss_legendre
+    objective: Objective | None = None  # None: probability, or negative_squared_error in a regression
+    labels: Labels = gold
+    tokens: TokenReduction = sum_tokens  # no other is possible
+    examples: ExampleReduction = absolute  # f, and the mean or the maximum over the examples
+    closed: Closed = zero  # calibration_means: gates lead to the mean instead of to zero
+    kinds: tuple[str, ...] = UNITS  # units to scale and score; the others stay open
+
+    def __post_init__(self):
+        _check_kinds(self.kinds)
+        if self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {self.chunk}.")
+        if self.tokens is not sum_tokens:
+            raise ValueError(
+                f"tokens={name_of(self.tokens)} is not possible with integrated gradients: all tokens share a gate, so "
+                "the integral along its path is known only as their sum. Use sum_tokens, or GradientActivation."
+            )
+        quadrature(self.rule, self.nodes, self.start)
+
+    def __call__(
+        self,
+        model: Model,
+        params: Params,
+        batch: Mapping[str, Any],
+        *,
+        head: str | None = None,
+        key: Array | None = None,
+        means: Gates | None = None,
+    ) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        found, completeness, weights = self.attributions(model, params, batch, head=head, key=key, means=means)
+        return Measured(weigh(self.examples.each, found, weights), _summary(completeness, weights))
+
+    def attributions(
+        self,
+        model: Model,
+        params: Params,
+        batch: Mapping[str, Any],
+        *,
+        head: str | None = None,
+        key: Array | None = None,
+        means: Gates | None = None,
+    ) -> tuple[list[Gates], list[list[Completeness]], tuple[Float[Array, " b"], ...]]:
+        """The signed attributions of a batch, before they are reduced.
+
+        Returns:
+            One entry per label, each: site name to `[b, units]`. Their completeness `[b]`, one list per path with one
+            entry per label. The weight of every label.
+        """
+        chosen = model.head(head)
+        objective = objective_for(self.objective, chosen)
+        given = examples_of(batch, self.labels, chosen.regression)
+        batch = model_inputs(model, params, batch)
+        ones, gates = _open_rows(model, params, batch, self.kinds)
+        paths = self.path(_sites(model, params, self.kinds))
+        paths = [path for path in paths if any(ones[site.name].size for site in path)]
+        if not paths:
+            raise ValueError(f"the model has no {' and no '.join(self.kinds)}: there is nothing to score.")
+        prefixes = open_prefixes(model, params, batch, {_lowest(path) for path in paths})
+        run = partial(forward, model, params, head=chosen.name, means=means)
+        groups = _groups(self.rule, self.nodes, self.start, self.chunk)
+
+        logits = run(batch)[0]
+        targets, weights = find_targets(self.labels, logits, *given, key_or_default(key))
+        ends = [value_and_cotangent(objective, logits, target)[0] for target in targets]
+        found: list[Gates] = [{name: jnp.zeros_like(rows) for name, rows in gates.items()} for _ in targets]
+        completeness = []
+        for path in paths:
+            names = [site.name for site in path]
+            end = {name: ones[name] for name in names}
+            prefix = prefixes[_lowest(path)]
+            totals: list[Gates] = [{name: attribution[name] for name in names} for attribution in found]
+            logits = run(batch, _scale(end, np.array([self.start], np.float32), prefix.hidden), prefix=prefix)[0]
+            starts = [value_and_cotangent(objective, logits, target)[0] for target in targets]
+            tiled, hidden, aims = repeat_rows((batch, prefix.hidden, targets), groups[0][0].size)
+            for points, shares in groups:
+                logits, pull = run(tiled, _scale(end, points, prefix.hidden), prefix=Prefix(hidden, prefix.layer))
+                for i, aim in enumerate(aims):
+                    totals[i] = _add(totals[i], _slope(pull, objective, logits, aim), shares)
+                del logits, pull  # before the next node needs the memory
+            found = [attribution | total for attribution, total in zip(found, totals, strict=True)]
+            parts = zip(ends, starts, totals, strict=True)
+            completeness.append([_complete(one, other, list(total.values())) for one, other, total in parts])
+        return found, completeness, weights
+
+
+def examples_of(batch: Mapping[str, Any], labels: Labels, regression: bool) -> tuple[Array, Array]:
+    """The labels and indices of a batch; zeros where it has no labels, 0, 1, 2... where it has no index.
+
+    Raises:
+        ValueError: If labels are needed and there are none.
+    """
+    rows = batch["input_ids"].shape[0]
+    kind = jnp.float32 if regression else jnp.int32
+    if labels is gold and "labels" not in batch:
+        raise ValueError("the batch has no 'labels': add them, or use labels=predicted, sampled or every.")
+    given = jnp.asarray(batch["labels"] if "labels" in batch else np.zeros(rows)).astype(kind)
+    return given, jnp.asarray(batch.get("index", np.arange(rows))).astype(jnp.int32)
+
+
+def _check_kinds(kinds: tuple[str, ...]) -> None:
+    if not kinds or not set(kinds) <= set(UNITS):
+        raise ValueError(f"kinds must be some of {', '.join(UNITS)}, got {kinds!r}.")
+
+
+def key_or_default(key: Array | None) -> Array:
+    """The key, or that of seed 0."""
+    return jax.random.key(0) if key is None else key
+
+
+def _sites(model: Model, params: Params, kinds: tuple[str, ...]) -> tuple[Site, ...]:
+    return tuple(site for site in sites(model.axes, params) if site.kind in kinds)
+
+
+def _lowest(path: Sequence[Site]) -> int:
+    return min(site.layer for site in path)
+
+
+def _open_rows(model: Model, params: Params, batch: Mapping[str, Any], kinds: tuple[str, ...]) -> tuple[Gates, Gates]:
+    """Open gates of these kinds, and the same with one row per example."""
+    names = [site.name for site in _sites(model, params, kinds)]
+    ones = {name: gate for name, gate in open_gates(model, params).items() if name in names}
+    return ones, _scale(ones, np.ones(1, np.float32), jnp.asarray(batch["input_ids"]))
+
+
+def open_prefixes(model: Model, params: Params, batch: dict[str, Array], layers: set[int]) -> dict[int, Prefix]:
+    """The inputs of these layers, all gates open."""
+    hidden = embed_compiled(model, params["embeddings"], batch, None)
+    found = {}
+    for i, own in params["layers"].items():
+        if i in layers:
+            found[i] = Prefix(hidden, i)
+        if len(found) == len(layers):
+            break
+        hidden, _ = block_compiled(model, own, hidden, batch["attention_mask"], {}, {}, None)
+    return found
+
+
+def _groups(rule: Rule, nodes: int, start: float, chunk: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Nodes and weights in groups of equal size, at most `chunk`; the last may be filled up with weights of zero."""
+    points, weights = quadrature(rule, nodes, start)
+    count = -(-nodes // chunk)
+    size = -(-nodes // count)
+    missing = count * size - nodes
+    points = np.pad(points, (0, missing), mode="edge").reshape(count, size)
+    weights = np.pad(weights, (0, missing)).reshape(count, size)
+    return list(zip(points, weights, strict=True))
+
+
+def _slope(pull: Pull, objective: Objective, logits: Float[Array, "b l"], target: Array) -> Gates:
+    return pull(value_and_cotangent(objective, logits, target)[1])[0]
+
+
+def repeat_rows(tree: Any, times: int) -> Any:
+    """Every row `times` times in succession, so that rows stay on their device."""
+    return tree if times == 1 else _repeat(times, tree)
+
+
+@partial(jax.jit, static_argnums=0)
+def _repeat(times: int, tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
+
+
+# The programs below take gates without the names of their sites: modules of equal widths share them.
+
+
+def _scale(ones: Gates, points: Float[np.ndarray, " k"], rows: Array) -> Gates:
+    """Gates `[b * k, units]` scaled by each of the points, for every one of the rows."""
+    return dict(zip(ones, _scaled(list(ones.values()), points, rows), strict=True))
+
+
+@jax.jit
+def _scaled(ones: list[Array], points: Float[np.ndarray, " k"], rows: Array) -> list[Array]:
+    scales = jnp.tile(points, rows.shape[0])
+    return [scales[:, None] * gate for gate in ones]
+
+
+def _add(total: Gates, slopes: Gates, weights: Float[np.ndarray, " k"]) -> Gates:
+    """Adds the weighted slopes `[b * k, units]` of a group of nodes to `[b, units]`."""
+    return dict(zip(total, _added(list(total.values()), [slopes[name] for name in total], weights), strict=True))
+
+
+@jax.jit
+def _added(total: list[Array], slopes: list[Array], weights: Float[np.ndarray, " k"]) -> list[Array]:
+    shares = weights[:, None]
+    return [
+        value + (shares * slope.reshape(value.shape[0], weights.shape[0], value.shape[1])).sum(1)
+        for value, slope in zip(total, slopes, strict=True)
+    ]
+
+
+@jax.jit
+def _complete(end: Float[Array, " b"], start: Float[Array, " b"], attribution: list[Array]) -> Completeness:
+    return Completeness(end - start, jnp.stack([value.sum(1) for value in attribution]).sum(0))
+
+
+@jax.jit
+def _summary(paths: list[list[Completeness]], weights: tuple[Array, ...]) -> dict[str, Float[Array, " b"]]:
+    """Per example, summed over labels by weight, the mean over paths: expected, found, their difference, their size."""
+    measures = {
+        "expected": lambda c: c.expected,
+        "found": lambda c: c.found,
+        "error": lambda c: jnp.abs(c.found - c.expected),
+        "size": lambda c: jnp.abs(c.expected),
+    }
+    return {
+        name: jnp.stack([w * of(c) for path in paths for w, c in zip(weights, path, strict=True)]).sum(0) / len(paths)
+        for name, of in measures.items()
+    }

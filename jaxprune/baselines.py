@@ -1,0 +1,305 @@
+"""The criteria that attribution has to beat, each a formula in its docstring.
+
+`h` is the gated value of a unit: a neuron's activation, or a head's mixed values, one per channel. `W_in` are the
+kernels that make it (for a head its query, key and value), `W_out` the one that reads it. `L = -log P(label)`, in a
+regression the squared error. `E` is the mean over the tokens of an example and over the examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxprune.activations import Closed, magnitudes, site_statistics, token_mean, zero
+from jaxprune.attribution import (
+    GradientActivation,
+    Measured,
+    examples_of,
+    key_or_default,
+    open_prefixes,
+    repeat_rows,
+)
+from jaxprune.cost import elements, unit_costs
+from jaxprune.gates import Gates, Params, axes_of, flatten, reads, sites, subtree, widths
+from jaxprune.models import Model, block_compiled, layer_entries, model_inputs
+from jaxprune.models.backward import Prefix, forward
+from jaxprune.models.layers import TokenReduction, sum_tokens
+from jaxprune.objectives import (
+    ExampleReduction,
+    Labels,
+    Objective,
+    absolute,
+    find_targets,
+    gold,
+    log_probability,
+    negative_squared_error,
+    objective_for,
+    sampled,
+    squared,
+    value_and_cotangent,
+    weigh,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random:
+    """`s_i ~ U(0, 1)`, by the key alone. Reads no example."""
+
+    examples: None = field(default=None, init=False)
+
+    def __call__(self, model: Model, params: Params, *_: Any, key: Array | None = None, **__: Any) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        units = widths(model.axes, params)
+        keys = jax.random.split(key_or_default(key), len(units))
+        drawn = {name: jax.random.uniform(k, (1, n)) for k, (name, n) in zip(keys, units.items(), strict=True)}
+        return Measured(drawn, {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Magnitude:
+    """`s_i = |W_in,i| |W_out,i|`, Euclidean norms. Reads no example.
+
+    For a head, `|W_in,i|` is over its query, key and value kernels together.
+    """
+
+    examples: None = field(default=None, init=False)
+
+    def __call__(self, model: Model, params: Params, *_: Any, **__: Any) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        found = {}
+        for site in sites(model.axes, params):
+            squares = {False: jnp.zeros(()), True: jnp.zeros(())}  # of what makes the unit, of what reads it
+            for axes, path, array in _arrays_of(model, params, site.name):
+                if path[-1] == "kernel":
+                    square = jnp.square(array.astype(jnp.float32))
+                    own = axes.index(site.kind)
+                    squares[reads(axes, path)] += square.sum(tuple(axis for axis in range(square.ndim) if axis != own))
+            found[site.name] = jnp.sqrt(squares[False] * squares[True])[None]
+        return Measured(found, {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopLayers:
+    """Drops the last layers first: `s_i = 4^(layers - layer) c_i`, with `c_i` the unit's number of parameters.
+
+    For selection by score per cost over all layers together (`per_layer=False`) under a budget of parameters or FLOPs:
+    there the units of a layer differ by less than a factor of 4, so every unit of a layer ranks below all units of the
+    layers before it. Reads no example.
+    """
+
+    examples: None = field(default=None, init=False)
+
+    def __call__(self, model: Model, params: Params, *_: Any, **__: Any) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        units, costs = widths(model.axes, params), unit_costs(model, params, elements)
+        found = {}
+        for site in sites(model.axes, params):
+            score = 4.0 ** (len(params["layers"]) - site.layer) * costs[site.name]
+            found[site.name] = jnp.full((1, units[site.name]), score, jnp.float32)
+        return Measured(found, {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activation:
+    """`s_i = E|h_i|`; for a head the norm over its channels. Needs no labels."""
+
+    examples: ExampleReduction = field(default=absolute, init=False)
+
+    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **_: Any) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        return Measured(site_statistics(model, params, batch, _mean_magnitude), {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanda:
+    """`s_i = E[h_i^2] |W_out,i|^2`; for a head the sum of this over its channels. Needs no labels (Sun et al. 2023)."""
+
+    examples: ExampleReduction = field(default=absolute, init=False)
+
+    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **_: Any) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        squares = site_statistics(model, params, batch, _mean_square)
+        readers = {
+            name: array
+            for name in squares
+            for axes, path, array in _arrays_of(model, params, name)
+            if reads(axes, path)
+        }
+        return Measured(_times_reader(squares, readers), {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """`s_i = E|dL/dh_i|`; for a head the norm over its channels."""
+
+    labels: Labels = gold
+    examples: ExampleReduction = field(default=absolute, init=False)
+
+    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **context: Any) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        own = _gate_gradients(model, context.get("head"), self.labels, absolute, _mean_gradient)
+        return own(model, params, batch, **context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taylor:
+    """`s_i = E|g_i dL/dg_i|` at `g = 1`, the absolute value taken per example (Michel et al. 2019)."""
+
+    labels: Labels = gold
+    closed: Closed = zero
+    examples: ExampleReduction = field(default=absolute, init=False)
+
+    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **context: Any) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        own = _gate_gradients(model, context.get("head"), self.labels, absolute, sum_tokens)
+        return own(model, params, batch, **context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fisher:
+    """`s_i = E[(d log P(y)/dg_i)^2]`, squared per example, `y` drawn from the model; `labels=every` is its exact mean.
+
+    A regression has no labels to draw: use `labels=gold`.
+    """
+
+    labels: Labels = sampled
+    closed: Closed = zero
+    examples: ExampleReduction = field(default=squared, init=False)
+
+    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **context: Any) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        own = _gate_gradients(model, context.get("head"), self.labels, squared, sum_tokens)
+        return own(model, params, batch, **context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaveOneOut:
+    """`s_i = f(O(all open) - O(head i closed))`, what really changes when one head is removed.
+
+    Heads only: one forward pass from the head's layer up for every head. Neurons get no score, and selection leaves
+    what has no score open.
+    """
+
+    chunk: int = 1  # heads evaluated together; sets the memory, not the result
+    objective: Objective | None = None  # None: probability, or negative_squared_error in a regression
+    labels: Labels = gold
+    examples: ExampleReduction = absolute  # f, and the mean or the maximum over the examples
+    closed: Closed = zero
+
+    def __post_init__(self):
+        if self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {self.chunk}.")
+
+    def __call__(
+        self,
+        model: Model,
+        params: Params,
+        batch: Mapping[str, Any],
+        *,
+        head: str | None = None,
+        key: Array | None = None,
+        means: Gates | None = None,
+    ) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        chosen = model.head(head)
+        objective = objective_for(self.objective, chosen)
+        given = examples_of(batch, self.labels, chosen.regression)
+        batch = model_inputs(model, params, batch)
+        logits, _ = forward(model, params, batch, head=chosen.name)
+        targets, weights = find_targets(self.labels, logits, *given, key_or_default(key))
+        ends = [value_and_cotangent(objective, logits, target)[0] for target in targets]
+        places = [site for site in sites(model.axes, params) if site.kind == "heads"]
+        prefixes = open_prefixes(model, params, batch, {site.layer for site in places})
+        units = widths(model.axes, params)
+        found: list[Gates] = [{} for _ in targets]
+        for site in places:
+            heads = units[site.name]
+            together = max(1, min(self.chunk, heads))
+            rows, hidden, aims = repeat_rows((batch, prefixes[site.layer].hidden, targets), together)
+            lost: list[list[Array]] = [[] for _ in targets]
+            for first in range(0, heads, together):
+                gates = {site.name: _all_but(heads, together, np.int32(first), batch["input_ids"])}
+                logits = _finish(model, params, rows, Prefix(hidden, site.layer), gates, means, chosen.name)
+                for i, aim in enumerate(aims):
+                    lost[i].append(_lost(ends[i], value_and_cotangent(objective, logits, aim)[0]))
+            for i, parts in enumerate(lost):
+                empty = [jnp.zeros((ends[i].shape[0], 0), jnp.float32)]
+                found[i][site.name] = jnp.concatenate(parts or empty, axis=1)[:, :heads]
+        return Measured(weigh(self.examples.each, found, weights), {})
+
+
+def _finish(
+    model: Model,
+    params: Params,
+    batch: dict[str, Array],
+    prefix: Prefix,
+    gates: Gates,
+    means: Gates | None,
+    head: str,
+) -> Float[Array, "b l"]:
+    """The logits, from a prefix on, without keeping anything for a backward pass."""
+    hidden = prefix.hidden
+    layers = list(params["layers"])
+    for i in layers[prefix.layer :]:
+        own, own_means = layer_entries(gates, i), layer_entries(means, i)
+        hidden, _ = block_compiled(model, params["layers"][i], hidden, batch["attention_mask"], own, own_means, None)
+    return forward(model, params, batch, head=head, prefix=Prefix(hidden, len(layers)))[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _all_but(heads: int, together: int, first: Int[Array, ""], rows: Array) -> Float[Array, "bk n"]:
+    """For every row: gates with head `first` closed, then with the next one closed, and so on."""
+    closed = first + jnp.arange(together)[:, None] == jnp.arange(heads)
+    return jnp.tile(1.0 - closed.astype(jnp.float32), (rows.shape[0], 1))
+
+
+@jax.jit
+def _lost(end: Float[Array, " b"], closed: Float[Array, " bk"]) -> Float[Array, "b k"]:
+    return end[:, None] - closed.reshape(end.shape[0], -1)
+
+
+def _gate_gradients(
+    model: Model, head: str | None, labels: Labels, examples: ExampleReduction, tokens: TokenReduction
+) -> GradientActivation:
+    """The gradient of the log-likelihood with respect to gates, in one of the ways to reduce it."""
+    objective = negative_squared_error if model.head(head).regression else log_probability
+    return GradientActivation(objective=objective, labels=labels, tokens=tokens, examples=examples)
+
+
+def _mean_gradient(values: Array, cotangent: Array, mask: Bool[Array, "b t"]) -> Float[Array, "b u"]:
+    return token_mean(magnitudes(cotangent), mask)
+
+
+def _mean_magnitude(values: Array, mask: Bool[Array, "b t"]) -> Float[Array, "b u"]:
+    return token_mean(magnitudes(values), mask)
+
+
+def _mean_square(values: Array, mask: Bool[Array, "b t"]) -> Array:
+    return token_mean(jnp.square(values), mask)
+
+
+@jax.jit
+def _times_reader(squares: dict[str, Array], readers: dict[str, Array]) -> Gates:
+    found = {}
+    for name, square in squares.items():
+        product = square * jnp.square(readers[name].astype(jnp.float32)).sum(-1)
+        found[name] = product.sum(-1) if product.ndim == 3 else product
+    return found
+
+
+def _arrays_of(model: Model, params: Params, name: str) -> list[tuple[tuple[str, ...], tuple[Any, ...], Array]]:
+    """The parameters that have the unit axis of a site: axis names, path and array."""
+    site = next(site for site in sites(model.axes, params) if site.name == name)
+    found = []
+    for path, array in flatten(subtree(params, site.module)).items():
+        axes = axes_of(model.axes, (*site.module, *path))
+        if site.kind in axes:
+            found.append((axes, path, array))
+    return found

@@ -1,0 +1,253 @@
+"""Reads models from Hugging Face's files and its own, and writes its own.
+
+A model is a folder. Our own holds `config.json` (the Hugging Face configuration plus a `jaxprune` section with the task
+heads), `model.safetensors` (one tensor per parameter, named by its path; the shapes are the widths), the tokenizer's
+files and, for a pruned model, `pruning.json`. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxprune.files import folder_for, interrupted, read_json
+from jaxprune.gates import Params, flatten, path_name, widths
+from jaxprune.models import Model, TaskHead, family
+from jaxprune.tensors import FLOATS, blocks, write_tensors
+from jaxprune.weights import CONFIG, WEIGHTS, convert, fit_hugging_face, fit_own, misfits, open_tensors, refuse
+
+PRUNING = "pruning.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+)
+_DOWNLOADED = ("*.json", "model*.safetensors", *TOKENIZER_FILES)  # from the hub: never a pickle
+_FORMAT = 1  # of our own folder
+
+
+def load(
+    path_or_hub_id: str | Path, *, dtype: DTypeLike | None = jnp.float32, revision: str | None = None
+) -> tuple[Model, Params]:
+    """Reads a model and its parameters.
+
+    A Hugging Face checkpoint (one safetensors file or several, with or without the base model's prefix) or a folder
+    that `save` wrote. Every parameter is written once and every tensor is used or known to be no part of the model.
+    The files are mapped and converted in slices: at most 1.3 times the parameters' bytes are allocated.
+
+    Args:
+        path_or_hub_id: A folder, or the name of a repository on the Hugging Face hub.
+        dtype: Type of the parameters: float32, bfloat16, float16, or None for the type of each tensor in the file.
+            The default does not depend on the file, so half-precision files compute in full precision.
+        revision: Branch, tag or commit on the hub.
+
+    Returns:
+        The model and its parameters.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or repository, or the folder has no weights that can be read.
+        ValueError: If the files are damaged, the configuration is not supported, or the two do not fit each other; the
+            error lists everything that is unknown, missing, or has a wrong shape, type or value.
+    """
+    target = None if dtype is None else np.dtype(dtype)
+    if target is not None and target not in FLOATS.values():
+        raise ValueError(f"dtype must be float32, bfloat16, float16 or None, got {target}.")
+    folder = _find(path_or_hub_id, revision)
+    raw = read_json(folder / CONFIG)
+    section = raw.pop("jaxprune", None)
+    try:
+        module = family(raw.get("model_type") if isinstance(raw.get("model_type"), str) else None)
+        config = module.parse_config(raw, None if section is None else _task_heads(section))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
+    model = replace(module.build(config), source=folder.absolute())
+    with contextlib.ExitStack() as files:
+        tensors = open_tensors(folder, files)
+        fit = fit_hugging_face if section is None else fit_own
+        return model, convert(fit(model, tensors, folder), target, folder)
+
+
+def save(
+    path: str | Path,
+    model: Model,
+    params: Params,
+    *,
+    pruning: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    dtype: DTypeLike | None = None,
+    extra: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Writes a model folder. A crash leaves the folder that was there, or the new one.
+
+    `load(path, dtype=None)` gives back the same bits.
+
+    Args:
+        path: The folder.
+        model: The model; the tokenizer's files are copied from where it was loaded.
+        params: Its parameters, of any widths.
+        pruning: What was removed and why, for `pruning.json`; the digest and the widths of the result are added.
+        overwrite: Whether a folder that `save` wrote may be replaced. No other folder ever is.
+        dtype: Type in the file: float32, bfloat16, float16, or None for each array's own.
+        extra: Other files of the folder, such as a model card.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileExistsError: If something is there and may not be replaced.
+        ValueError: If the parameters are not this model's, or are not finite in the type in which they are saved.
+    """
+    path = Path(path)
+    target = None if dtype is None else np.dtype(dtype)
+    if target is not None and target not in FLOATS.values():
+        raise ValueError(f"dtype must be float32, bfloat16, float16 or None, got {target}.")
+    check_destination(interrupted(path) or path, overwrite)
+    named = {path_name(steps): array for steps, array in flatten(params).items()}
+    refuse("parameters do not fit the model", **misfits(model, {name: tuple(a.shape) for name, a in named.items()}))
+    files = dict(extra or {}) | _tokenizer_files(model)
+    if pruning is not None:
+        result = {"digest": model_digest(model, params), "widths": widths(model.axes, params)}
+        files[PRUNING] = _json_bytes({**pruning, "pruned": result})
+    for name in files:
+        if name in (CONFIG, WEIGHTS, "", "..") or Path(name).name != name:
+            raise ValueError(f"extra file {name!r}: not a file name, or one that is written anyway.")
+    stored = {str(np.dtype(target or array.dtype)) for array in named.values()}
+    section = {
+        "format": _FORMAT,
+        "dtype": stored.pop() if len(stored) == 1 else "mixed",
+        "heads": [asdict(model.head(name)) for name in model.heads],
+        "files": sorted({CONFIG, WEIGHTS, *files}),
+    }
+    files[CONFIG] = _json_bytes({**json.loads(model.config.raw), "jaxprune": section})
+    with folder_for(path, overwrite=overwrite) as folder:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        with open(folder / WEIGHTS, "wb") as file:
+            write_tensors(file, named, {"format": "jaxprune", "version": str(_FORMAT)}, dtype=target)
+    return path
+
+
+def digest(params: Params) -> str:
+    """The SHA-256 of names, shapes, types and values: equal for equal parameters, on whatever device they are."""
+    found = hashlib.sha256()
+    for path, array in flatten(params).items():
+        found.update(json.dumps([path_name(path), str(array.dtype), list(array.shape)]).encode())
+        for block in blocks(array):
+            found.update(block.view(np.uint8).data)
+    return found.hexdigest()
+
+
+def model_digest(model: Model, params: Params) -> str:
+    """The SHA-256 of the configuration, the task heads and the parameters."""
+    heads = [asdict(model.head(name)) for name in model.heads]
+    known = [json.loads(model.config.raw), heads, digest(params)]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def read_pruning(path: str | Path) -> dict[str, Any]:
+    """What `save` recorded about how a model was pruned.
+
+    Raises:
+        FileNotFoundError: If the folder has no such record.
+        ValueError: If it cannot be read.
+    """
+    file = Path(path) / PRUNING
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: the model was not pruned, or not saved by jaxprune.")
+    return read_json(file)
+
+
+def _find(path_or_hub_id: str | Path, revision: str | None) -> Path:
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"{folder} is a local folder: revision={revision!r} is for models on the hub.")
+        return folder
+    if folder.exists():
+        raise FileNotFoundError(f"{folder} is a file: give the folder that holds {CONFIG}.")
+    old = interrupted(folder)
+    if old is not None:
+        raise FileNotFoundError(f"no folder {folder}: saving it was interrupted. Its old content is {old}: rename it.")
+    name = str(path_or_hub_id)
+    if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name):
+        raise FileNotFoundError(f"no folder {folder}.")
+    from huggingface_hub import errors, snapshot_download
+
+    offline = OSError, ValueError, errors.HTTPError  # pyright: ignore[reportPrivateImportUsage] of a proxy, say
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_DOWNLOADED), ignore_patterns="*/*"))
+    except offline as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(f"no folder {name}, and the hub does not give it either: {reason}") from error
+
+
+def _json_bytes(content: Mapping[str, Any]) -> bytes:
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.ndarray | np.generic | jax.Array):
+            return np.asarray(value).tolist()
+        raise TypeError(f"{type(value).__name__} cannot be written to JSON: {value!r}.")
+
+    return (json.dumps(content, indent=2, default=plain) + "\n").encode()
+
+
+def _task_heads(section: Any) -> tuple[TaskHead, ...]:
+    if not isinstance(section, dict) or section.get("format") != _FORMAT:
+        found = section.get("format") if isinstance(section, dict) else section
+        raise ValueError(f"the jaxprune section has format {found!r}, this version reads {_FORMAT}: update jaxprune.")
+    unknown = sorted(set(section) - {"format", "dtype", "heads", "files"})
+    if unknown or not isinstance(section.get("heads"), list):
+        raise ValueError(f"the jaxprune section has no list of heads, or unknown entries {unknown}.")
+    return tuple(map(_task_head, section["heads"]))
+
+
+def _task_head(fields: Any) -> TaskHead:
+    kinds = {"name": str, "labels": list, "regression": bool, "pooling": str, "dense": str | None}
+    fits = isinstance(fields, dict) and fields.keys() == kinds.keys()
+    if not fits or not all(isinstance(fields[name], kind) for name, kind in kinds.items()):
+        raise ValueError(f"task head {fields!r} must have exactly the fields {', '.join(kinds)}.")
+    if not all(isinstance(label, str) for label in fields["labels"]):
+        raise ValueError(f"task head {fields['name']!r} has labels that are not text: {fields['labels']!r}.")
+    return TaskHead(**{**fields, "labels": tuple(fields["labels"])})
+
+
+def check_destination(path: Path, overwrite: bool) -> None:
+    """Refuses to replace anything but a folder with only what `save` wrote."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not path.is_dir():
+        raise FileExistsError(f"{path} is a file: choose another name.")
+    if not overwrite:
+        raise FileExistsError(f"{path} exists already: choose another name, or replace it with --overwrite.")
+    section = read_json(path / CONFIG).get("jaxprune") if (path / CONFIG).is_file() else None
+    if not isinstance(section, dict) or not (path / WEIGHTS).is_file():
+        raise FileExistsError(f"{path} is not a folder that jaxprune saved: it is not replaced, choose another name.")
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in section.get("files", []))
+    if foreign:
+        raise FileExistsError(f"{path} also holds files that were not saved with the model: {foreign}: move them away.")
+
+
+def _tokenizer_files(model: Model) -> dict[str, bytes]:
+    if model.source is None:
+        return {}
+    if not model.source.is_dir():
+        raise FileNotFoundError(f"{model.source}, from which the model was loaded, is gone, and the tokenizer with it.")
+    found = (model.source / name for name in TOKENIZER_FILES)
+    return {file.name: file.read_bytes() for file in found if file.is_file()}

@@ -1,0 +1,265 @@
+"""What a model costs: parameters, FLOPs, bytes on disk and measured latency.
+
+Costs are additive over units: with one length, every unit of a site costs the same, and what can be pruned costs
+`sum(width * cost of one unit)` over the sites. All of it is read from the axis table and the shapes of the arrays.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.gates import Params, axes_of, flatten, sites, subtree, widths
+from jaxprune.gates import Path as ParameterPath
+from jaxprune.models import Model
+
+
+class Slice(NamedTuple):
+    """The part of one parameter that belongs to one unit."""
+
+    path: ParameterPath  # of the parameter
+    kind: str  # "heads" or "neurons"
+    axes: tuple[str, ...]  # without the unit axis
+    shape: tuple[int, ...]  # without the unit axis
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+
+Measure: TypeAlias = Callable[[Slice], float]  # what one parameter adds to the cost of one unit
+
+
+def parameters(params: Params) -> int:
+    """The number of all parameters, embeddings and task heads included."""
+    return sum(math.prod(array.shape) for array in flatten(params).values())
+
+
+def prunable_parameters(model: Model, params: Params) -> int:
+    """The number of weights and biases that carry a unit axis: what goes when every unit goes."""
+    return round(_total(model, params, elements))
+
+
+def flops(model: Model, params: Params, length: float) -> float:
+    """FLOPs of one example: the layers' matrix products, 2 per multiply-add.
+
+    Embeddings, norms, biases, activations, softmax, pooler and task heads are not counted.
+
+    Args:
+        model: The architecture.
+        params: Parameters of any widths.
+        length: Tokens per example; may be a mean.
+
+    Returns:
+        The FLOPs, with the attention terms that grow with the square of the length.
+
+    Raises:
+        ValueError: If `length` is not positive.
+    """
+    return _total(model, params, matmul_flops(length))
+
+
+def unit_costs(model: Model, params: Params, measure: Measure) -> dict[str, float]:
+    """The cost of one unit at every site.
+
+    Args:
+        model: The architecture.
+        params: Parameters of any widths; a site without units has a cost, too.
+        measure: What one parameter adds to the cost: `elements`, or `matmul_flops(length)`.
+
+    Returns:
+        Site name to cost, in site order.
+    """
+    costs = dict.fromkeys(widths(model.axes, params), 0.0)
+    for name, part in _slices(model, params):
+        costs[name] += measure(part)
+    return costs
+
+
+def elements(part: Slice) -> float:
+    """Measures parameters: weights and biases."""
+    return part.size
+
+
+def matmul_flops(length: float) -> Measure:
+    """Measures FLOPs per example at this many tokens.
+
+    A kernel costs `2 * length` per element. Attention multiplies queries with keys and probabilities with values, each
+    `2 * head_dim * length^2` per head. Half of it is booked on either factor (the second product's result is what the
+    output kernel reads), so each of the four kernels of a head adds `head_dim * length^2`.
+
+    Raises:
+        ValueError: If `length` is not positive.
+    """
+    if not (math.isfinite(length) and length > 0):
+        raise ValueError(f"length must be a positive number of tokens, got {length}.")
+
+    def measure(part: Slice) -> float:
+        if part.path[-1] != "kernel":
+            return 0.0
+        squared = part.shape[part.axes.index("head_dim")] if part.kind == "heads" else 0
+        return 2.0 * length * part.size + squared * length**2
+
+    return measure
+
+
+def file_size(path: str | Path) -> int:
+    """Bytes of a file, or of the weights (`*.safetensors`) in a folder.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or the folder holds no weights.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        raise FileNotFoundError(f"{path} has no *.safetensors file.")
+    return sum(file.stat().st_size for file in files)
+
+
+class Latency(NamedTuple):
+    """How long one forward pass takes, in seconds."""
+
+    median: float
+    p95: float  # 95th percentile
+    batch: int  # examples per pass
+    length: int  # tokens per example, none of them padding
+    device: str
+
+
+class LatencyComparison(NamedTuple):
+    """Several models measured in turns."""
+
+    latencies: tuple[Latency, ...]
+    speedups: tuple[float, ...]  # median over the rounds of (time of the first model) / (time of this one)
+
+
+def latency(
+    model: Model,
+    params: Params,
+    *,
+    batch: int = 1,
+    length: int = 128,
+    head: str | None = None,
+    repeats: int = 20,
+    warmup: int = 3,
+) -> Latency:
+    """Measures the forward pass, compiled as one program.
+
+    Args:
+        model: The architecture.
+        params: Parameters of any widths.
+        batch: Examples per pass.
+        length: Tokens per example.
+        head: The task head; None is the only one. A model without task heads is measured up to its last hidden state.
+        repeats: Passes that are timed.
+        warmup: Passes before, the first of which compiles.
+
+    Returns:
+        Median and 95th percentile in seconds, of passes that are waited for one by one.
+
+    Raises:
+        ValueError: If a number is less than 1, or the model cannot read that many tokens.
+    """
+    compared = compare_latency([(model, params)], batch=batch, length=length, head=head, repeats=repeats, warmup=warmup)
+    return compared.latencies[0]
+
+
+def compare_latency(
+    models: Sequence[tuple[Model, Params]],
+    *,
+    batch: int = 1,
+    length: int = 128,
+    head: str | None = None,
+    repeats: int = 20,
+    warmup: int = 3,
+) -> LatencyComparison:
+    """Measures several models side by side: A B A B, so that a change of the machine's load meets all of them.
+
+    Args:
+        models: Pairs of a model and its parameters; the first is what the others are compared with.
+        batch: Examples per pass.
+        length: Tokens per example.
+        head: The task head; None is the only one.
+        repeats: Rounds that are timed; in a round every model runs once.
+        warmup: Rounds before, the first of which compiles.
+
+    Returns:
+        One `Latency` and one speed-up per model.
+
+    Raises:
+        ValueError: If there is no model, a number is less than 1, or a model cannot read that many tokens.
+    """
+    if not models:
+        raise ValueError("there is no model to measure.")
+    for name, value in (("batch", batch), ("length", length), ("repeats", repeats), ("warmup", warmup)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    passes = [_forward_pass(model, params, batch, length, head) for model, params in models]
+    for _ in range(warmup):
+        for run in passes:
+            run()
+    seconds = np.empty((repeats, len(passes)))
+    for i in range(repeats):
+        for j, run in enumerate(passes):
+            start = time.perf_counter()
+            run()
+            seconds[i, j] = time.perf_counter() - start
+    device = _device_name()
+    return LatencyComparison(
+        tuple(
+            Latency(float(np.median(own)), float(np.percentile(own, 95)), batch, length, device) for own in seconds.T
+        ),
+        tuple(float(ratio) for ratio in np.median(seconds[:, :1] / seconds, axis=0)),
+    )
+
+
+def _slices(model: Model, params: Params) -> Iterator[tuple[str, Slice]]:
+    """Site name and slice, for every parameter that carries a unit axis."""
+    for site in sites(model.axes, params):
+        for local, array in flatten(subtree(params, site.module)).items():
+            path = (*site.module, *local)
+            axes = axes_of(model.axes, path)
+            if site.kind in axes:
+                unit = axes.index(site.kind)
+                shape = tuple(array.shape)
+                yield (
+                    site.name,
+                    Slice(path, site.kind, axes[:unit] + axes[unit + 1 :], shape[:unit] + shape[unit + 1 :]),
+                )
+
+
+def _total(model: Model, params: Params, measure: Measure) -> float:
+    costs = unit_costs(model, params, measure)
+    return math.fsum(units * costs[name] for name, units in widths(model.axes, params).items())
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _forward(model: Model, params: Params, batch: dict[str, jax.Array], head: str | None) -> Any:
+    """The logits; the hidden states of a model without task heads, of which XLA would otherwise compute nothing."""
+    output = model.apply(params, batch, head=head, hidden=not model.heads)
+    return output.logits, output.hidden
+
+
+def _forward_pass(model: Model, params: Params, batch: int, length: int, head: str | None) -> Callable[[], Any]:
+    """A function that runs one forward pass and waits for it; its inputs are on the device already."""
+    inputs = {
+        "input_ids": jnp.full((batch, length), model.config.pad_id + 1, jnp.int32),
+        "attention_mask": jnp.ones((batch, length), jnp.int32),
+    }
+    params = jax.device_put(params)
+    return lambda: jax.block_until_ready(_forward(model, params, inputs, head))
+
+
+def _device_name() -> str:
+    device = jax.devices()[0]
+    return f"{os.cpu_count()}-core CPU" if device.platform == "cpu" else device.device_kind

@@ -1,0 +1,261 @@
+"""How well a model does a task: GLUE's own metrics, beside the chance of always saying the same.
+
+`predict` gives the logits of examples in their order, however they are batched; `evaluate` compares them with labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from jaxprune.batches import Encoded, encode, pack
+from jaxprune.gates import Gates, Params
+from jaxprune.models import INPUTS, Model
+from jaxprune.tasks import Example, Task, draw, row_key
+
+Metric: TypeAlias = Callable[[np.ndarray, np.ndarray], dict[str, float]]
+
+
+def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """The share of labels that are predicted."""
+    return float(np.mean(predicted == labels))
+
+
+def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """F1 of class 1, `2 TP / (2 TP + FP + FN)`; 0 if nothing is positive.
+
+    Raises:
+        ValueError: If there are other classes than 0 and 1.
+    """
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"F1 is of two classes, 0 and 1; the labels reach {int(labels.max())}.")
+    hits = np.sum((predicted == 1) & (labels == 1))
+    errors = np.sum((predicted == 1) != (labels == 1))
+    return float(2 * hits / (2 * hits + errors)) if hits else 0.0
+
+
+def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """The Matthews correlation, for any number of classes; 0 if all predictions or all labels are the same.
+
+    References:
+        Gorodkin, Comparing two K-category assignments by a K-category correlation coefficient, 2004.
+    """
+    classes = np.arange(max(predicted.max(), labels.max()) + 1)
+    p, y = predicted[:, None] == classes, labels[:, None] == classes
+    return _correlation(p - p.mean(0), y - y.mean(0))
+
+
+def pearson(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """The linear correlation; 0 if one of the two is constant."""
+    p, y = predicted.astype(np.float64), labels.astype(np.float64)
+    return _correlation(p - p.mean(), y - y.mean())
+
+
+def spearman(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """The correlation of the ranks; equal values share their mean rank."""
+    return pearson(_ranks(predicted), _ranks(labels))
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """The cosine of two centred arrays; 0 if one of them is zero."""
+    scale = float(np.sum(a * a)) ** 0.5 * float(np.sum(b * b)) ** 0.5
+    return float(np.sum(a * b)) / scale if scale else 0.0
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+def _accuracy_f1(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    return {"accuracy": accuracy(predicted, labels), "f1": f1(predicted, labels)}
+
+
+def _pearson_spearman(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    found = {"pearson": pearson(predicted, labels), "spearman": spearman(predicted, labels)}
+    return {"pearson_spearman": sum(found.values()) / 2} | found
+
+
+# GLUE's metrics by the name that a task gives; the first of each is the primary one. For MRPC and QQP that is accuracy:
+# always answering "equivalent" has an F1 of 81 on MRPC.
+METRICS: Mapping[str, Metric] = {
+    "accuracy": lambda predicted, labels: {"accuracy": accuracy(predicted, labels)},
+    "accuracy_f1": _accuracy_f1,
+    "matthews": lambda p, labels: {"matthews": matthews(p, labels), "accuracy": accuracy(p, labels)},
+    "pearson_spearman": _pearson_spearman,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a model scores on a split of a task."""
+
+    task: str
+    split: str
+    head: str
+    metrics: Mapping[str, float]  # the primary one first; fractions, not percent
+    chance: float  # primary metric of always predicting the most frequent label (a constant, in a regression)
+    n: int  # examples
+    truncated: int = 0  # how many of them were cut to the maximal length
+
+    @property
+    def primary(self) -> tuple[str, float]:
+        """The name and value of the metric to report."""
+        return next(iter(self.metrics.items()))
+
+    def __getitem__(self, metric: str) -> float:
+        return self.metrics[metric]
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{name} {100 * value:.1f}" for name, value in self.metrics.items())
+        cut = f", {self.truncated} truncated" if self.truncated else ""
+        return f"{self.task} {self.split}: {values} (chance {100 * self.chance:.1f}, {self.n:,} examples{cut})"
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values, ready for `json.dumps`."""
+        return asdict(self) | {"metrics": dict(self.metrics), "primary": self.primary[0]}
+
+
+def predict(
+    model: Model,
+    params: Params,
+    examples: Sequence[Example] | Encoded,
+    *,
+    head: str | None = None,
+    gates: Gates | None = None,
+    means: Gates | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """The logits of examples, `[examples, labels]` in float32, in the order of the examples.
+
+    Args:
+        model: The model.
+        params: Its parameters, of any widths.
+        examples: The examples, or what `encode` made of them.
+        head: The task head; None is the only one.
+        gates: Gates to apply; None is all open.
+        means: What a closed unit is replaced by; a missing one is zero.
+        batch_size: Examples in a batch.
+        max_length: Tokens to which a text is cut; by default 128, or what the model reads if that is less.
+        progress: Called with the number of batches sent to the device, and of all.
+
+    Raises:
+        ValueError: If a logit is not finite.
+    """
+    encoded = examples if isinstance(examples, Encoded) else encode(model, examples, max_length=max_length)
+    batches = pack(encoded, batch_size=batch_size)
+    indices, found = [], []
+    for done, batch in enumerate(batches, 1):
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        found.append(model.apply(params, inputs, gates, head=head, means=means).logits)  # stays on the device
+        indices.append(batch["index"])
+        if progress is not None:
+            progress(done, len(batches))
+    logits, index = np.concatenate(jax.device_get(found)).astype(np.float32), np.concatenate(indices)
+    real = index >= 0
+    ordered = np.empty((len(encoded), logits.shape[1]), np.float32)
+    ordered[index[real]] = logits[real]
+    broken = int((~np.isfinite(ordered)).any(1).sum())
+    if broken:
+        raise ValueError(f"the logits of {broken} of {len(encoded)} examples are not finite: the model is broken.")
+    return ordered
+
+
+def evaluate(
+    model: Model,
+    params: Params,
+    task: Task,
+    *,
+    split: str = "test",
+    head: str | None = None,
+    gates: Gates | None = None,
+    means: Gates | None = None,
+    batch_size: int = 32,
+    limit: int | None = None,
+    max_length: int | None = None,
+    exclude: Collection[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measures a model on a split of a task.
+
+    Args:
+        model: The model.
+        params: Its parameters, of any widths.
+        task: The task.
+        split: Which examples: choose on `dev`, report `test`.
+        head: The task head; by default the one of the task's name, else the only one.
+        gates: Gates to apply; None is all open.
+        means: What a closed unit is replaced by; a missing one is zero.
+        batch_size: Examples in a batch.
+        limit: The most examples; a stratified draw that is always the same. None: all.
+        max_length: Tokens to which a text is cut; by default 128, or what the model reads if that is less.
+        exclude: Keys (`jaxprune.tasks.row_key`) of examples that must not occur, such as those used for scoring.
+        progress: Called with the number of batches sent to the device, and of all.
+
+    Raises:
+        ValueError: If the head does not fit the task, the split is empty, an example is in `exclude`, or the logits are
+            not finite.
+    """
+    head = fitting_head(model, task, head)
+    examples = task.rows(split)
+    if not examples:
+        raise ValueError(f"{task.name!r} has no {split} rows.")
+    scored = frozenset(exclude)
+    seen = sum(row_key(example) in scored for example in examples) if scored else 0
+    if seen:
+        raise ValueError(
+            f"{seen} of the {len(examples)} {split} rows of {task.name!r} are among the {len(scored)} rows used for "
+            "scoring; score on calibration rows and evaluate on dev or test, loaded with the same seed."
+        )
+    if limit is not None and limit < len(examples):
+        examples = draw(task, limit, 0, split=split)
+    encoded = encode(model, examples, max_length=max_length)
+    logits = predict(
+        model, params, encoded, head=head, gates=gates, means=means, batch_size=batch_size, progress=progress
+    )
+    predicted = logits[:, 0] if task.regression else logits.argmax(1)
+    metrics = METRICS[task.metric](predicted, encoded.labels)
+    values, counts = np.unique(encoded.labels, return_counts=True)
+    constant = np.full_like(encoded.labels, values[counts.argmax()])
+    chance = next(iter(METRICS[task.metric](constant, encoded.labels).values()))
+    return Evaluation(
+        task=task.name,
+        split=split,
+        head=head,
+        metrics=metrics,
+        chance=chance,
+        n=len(encoded),
+        truncated=encoded.truncated,
+    )
+
+
+def fitting_head(model: Model, task: Task, head: str | None = None) -> str:
+    """The name of the task head to use: the one given, else the one of the task's name, else the only one.
+
+    Raises:
+        ValueError: If there is no such head, or its labels are not the task's.
+    """
+    chosen = model.head(task.name if head is None and task.name in model.heads else head)
+    if chosen.regression != task.regression:
+        kinds = {True: "a regression", False: "a classification"}
+        raise ValueError(
+            f"the head {chosen.name!r} is {kinds[chosen.regression]}, but {task.name!r} is {kinds[task.regression]}."
+        )
+    if len(chosen.labels) != len(task.labels):
+        raise ValueError(
+            f"the head {chosen.name!r} has {len(chosen.labels)} labels, but {task.name!r} has {len(task.labels)}: "
+            f"{', '.join(chosen.labels[:8])} against {', '.join(task.labels[:8])}."
+        )
+    have, want = ([label.casefold() for label in labels] for labels in (chosen.labels, task.labels))
+    if have != want and set(have) == set(want):
+        raise ValueError(
+            f"the head {chosen.name!r} has the labels of {task.name!r} in another order: load the task with "
+            f"labels={list(chosen.labels)}."
+        )
+    return chosen.name

@@ -1,0 +1,216 @@
+"""Writes files and folders so that a crash leaves the old one or the new one, never half of one.
+
+Everything is first written beside its destination under a hidden name (`.NAME.saving-1a2b3c4d`), forced to disk, and
+then renamed. What a killed process left under such a name is removed by the next save of the same name; a lock tells it
+from the work of a process that is still alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+if sys.platform != "win32":
+    import fcntl
+
+_EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h, RENAME_SWAP of macOS' sys/stdio.h
+_CURRENT_FOLDER = -100  # AT_FDCWD of linux/fcntl.h
+
+
+def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]) -> Path:
+    """Writes one file, which afterwards is the old one or the new one, whatever happens in between.
+
+    Args:
+        path: Where to. An existing file is replaced; missing folders are made.
+        content: The bytes, or a function that writes them to an open file.
+
+    Returns:
+        The path.
+    """
+    target = Path(path).resolve()  # a symbolic link stays; the file behind it changes
+    with _claimed(target, folder=False) as fresh:
+        with open(fresh, "r+b") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
+        _force_to_disk(fresh)
+        os.replace(fresh, target)
+        _force_to_disk(target.parent)
+    return Path(path)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model folder.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it does not hold a JSON object.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} has no {file.name}: it is not a model folder.")
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, expected a JSON object.")
+    return content
+
+
+@contextlib.contextmanager
+def folder_for(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A new, empty folder that takes the place of `path` when the block ends; an error in the block removes it.
+
+    With `overwrite` the old and the new folder change names in one step where the system can (Linux, macOS). Elsewhere
+    it takes two renames; a crash between them leaves both folders complete, the old one as `.NAME.old-...`: the next
+    save puts it back first, and `interrupted` finds it.
+
+    Args:
+        path: The destination. Missing folders above it are made.
+        overwrite: Whether a folder that is there is replaced, with all that it holds.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        FileExistsError: If something that is not an empty folder is there and `overwrite` is false.
+        ValueError: If the destination cannot be renamed: the current folder or a mount point.
+    """
+    target = Path(path).resolve()
+    if os.path.ismount(target) or Path.cwd().is_relative_to(target):
+        raise ValueError(f"{path} is the current folder, above it, or a mount point: save to a folder inside it.")
+    with _claimed(target, folder=True) as fresh:
+        yield fresh
+        for entry in (*fresh.rglob("*"), fresh):
+            _force_to_disk(entry)
+        if overwrite and target.is_dir():
+            _swap(fresh, target)
+        else:
+            _move(fresh, target)
+        _force_to_disk(target.parent)
+
+
+def interrupted(path: str | Path) -> Path | None:
+    """The complete old folder that a save which was interrupted between two renames left in place of `path`."""
+    target = Path(path).resolve()
+    if target.exists() or not target.parent.is_dir():
+        return None
+    return next(iter(_left_behind(target, "old")), None)
+
+
+@contextlib.contextmanager
+def _claimed(target: Path, *, folder: bool) -> Iterator[Path]:
+    """A new, locked file or folder beside `target`; what is still under its name at the end is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = _hidden(target, "saving")
+    with contextlib.ExitStack() as locks:
+        with _locked(target.parent):  # nobody sweeps between making it and locking it
+            _sweep(target)
+            fresh.mkdir() if folder else fresh.touch(exist_ok=False)
+            locks.enter_context(_locked(fresh))
+        try:
+            yield fresh
+        finally:
+            _remove(fresh)  # after an error the new one, after a swap the old one, else nothing
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Locks a file or folder. Yields False if it is locked already and `wait` is false, or if there are no locks."""
+    if sys.platform == "win32":
+        yield False
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        held = True
+    except OSError:
+        held = False
+    try:
+        yield held
+    finally:
+        os.close(handle)  # and with it the lock
+
+
+def _sweep(target: Path) -> None:
+    """Puts back what an interrupted swap took away; removes what killed saves of this name left behind."""
+    old = interrupted(target)
+    if old is not None:
+        os.rename(old, target)
+    for left in (*_left_behind(target, "saving"), *_left_behind(target, "old")):
+        with contextlib.suppress(FileNotFoundError), _locked(left, wait=False) as abandoned:
+            if abandoned:
+                _remove(left)
+
+
+def _left_behind(target: Path, kind: str) -> list[Path]:
+    pattern = re.compile(re.escape(f".{target.name}.{kind}-") + "[0-9a-f]{8}")
+    found = (entry for entry in target.parent.iterdir() if pattern.fullmatch(entry.name))
+    return sorted(entry for entry in found if not entry.is_symlink())
+
+
+def _hidden(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}-{secrets.token_hex(4)}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)  # what stays is swept by the next save
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _move(fresh: Path, target: Path) -> None:
+    try:
+        os.rename(fresh, target)  # replaces an empty folder, nothing else
+    except OSError as error:
+        if target.exists():
+            raise FileExistsError(f"{target} exists already and is not an empty folder.") from error
+        raise
+
+
+def _swap(fresh: Path, target: Path) -> None:
+    """Afterwards `target` is the new folder; the old one has the hidden name, or is gone."""
+    if not _exchange(fresh, target):
+        _rename_twice(fresh, target)
+
+
+def _rename_twice(fresh: Path, target: Path) -> None:
+    old = _hidden(target, "old")
+    os.rename(target, old)
+    try:
+        os.rename(fresh, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    _remove(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names in one step. False if the system or the file system cannot."""
+    if sys.platform not in ("linux", "darwin"):
+        return False
+    library, names = ctypes.CDLL(None), (os.fsencode(one), os.fsencode(other))
+    if hasattr(library, "renameat2"):
+        return library.renameat2(_CURRENT_FOLDER, names[0], _CURRENT_FOLDER, names[1], _EXCHANGE) == 0
+    return hasattr(library, "renamex_np") and library.renamex_np(*names, _EXCHANGE) == 0
+
+
+def _force_to_disk(path: Path) -> None:
+    if sys.platform == "win32":  # folders cannot be opened there, nor files that are only read
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

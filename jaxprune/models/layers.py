@@ -1,0 +1,241 @@
+"""What model families share: affine maps, norms, gates and attention; every width is read from the arrays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+# (values [b, t, units(, head_dim)], their cotangent, mask [b, t]) -> [b, units], all float32
+TokenReduction: TypeAlias = Callable[[Array, Array, Array], Array]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+class Affine(nnx.Module):
+    """`einsum(spec, x, kernel) + bias`; sums in float32, returns the type of `x`."""
+
+    def __init__(self, spec: str, kernel: tuple[int, ...], bias: tuple[int, ...], *, rngs: nnx.Rngs):
+        self.spec = spec
+        self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), kernel))  # BERT's initializer_range
+        self.bias = nnx.Param(jnp.zeros(bias))
+
+    def __call__(self, x: Array) -> Array:
+        kernel, bias = self.kernel[...], self.bias[...]
+        y = jnp.einsum(self.spec, x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
+        return (y + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, in float32 (Ba et al. 2016)."""
+
+    def __init__(self, embed: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(embed))
+        self.bias = nnx.Param(jnp.zeros(embed))
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors."""
+
+    def __init__(self, rows: int, embed: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, embed)))
+
+    def __call__(self, index: Array) -> Array:
+        return jnp.take(self.embedding[...], index, axis=0, mode="clip")
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Inverted dropout; without a key or with rate 0 it returns `x` unchanged."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def contribution(values: Array, cotangent: Array) -> Float[Array, "b t u"]:
+    """What each unit adds at each token, to first order: `h * dh`, summed over a head's channels."""
+    product = values * cotangent
+    return product.sum(-1) if product.ndim == 4 else product
+
+
+def sum_tokens(values: Array, cotangent: Array, mask: Bool[Array, "b t"]) -> Float[Array, "b u"]:
+    """The sum of `h * dh` over the tokens, signs kept: the exact gradient with respect to a gate."""
+    return jnp.where(mask[..., None], contribution(values, cotangent), 0.0).sum(1)
+
+
+def absolute_tokens(values: Array, cotangent: Array, mask: Bool[Array, "b t"]) -> Float[Array, "b u"]:
+    """The sum over the tokens of `|h * dh|`."""
+    return jnp.where(mask[..., None], jnp.abs(contribution(values, cotangent)), 0.0).sum(1)
+
+
+def squared_tokens(values: Array, cotangent: Array, mask: Bool[Array, "b t"]) -> Float[Array, "b u"]:
+    """The sum over the tokens of `(h * dh)^2`."""
+    return jnp.where(mask[..., None], jnp.square(contribution(values, cotangent)), 0.0).sum(1)
+
+
+def max_tokens(values: Array, cotangent: Array, mask: Bool[Array, "b t"]) -> Float[Array, "b u"]:
+    """The largest `h * dh` over the tokens, signs kept; 0 for a row without tokens."""
+    largest = jnp.where(mask[..., None], contribution(values, cotangent), -jnp.inf).max(1)
+    return jnp.where(mask.any(1)[:, None], largest, 0.0)
+
+
+def gate(
+    values: Array,
+    gates: Array | None,
+    mean: Array | None,
+    mask: Bool[Array, "b t"],
+    tokens: TokenReduction = sum_tokens,
+) -> Array:
+    """Multiplies the units of a site by their gates: `g * h + (1 - g) * mean`, in float32.
+
+    With `tokens` other than `sum_tokens` the forward pass is the same, but the gradient with respect to the gates
+    becomes that reduction of `h - mean` and `dh`: it needs no gate per token.
+
+    Args:
+        values: `[b, t, units]`, or `[b, t, units, head_dim]` for heads.
+        gates: `[units]` or one row per example `[b, units]`; None is open.
+        mean: What a closed unit is replaced by, `[units]` or `[units, head_dim]`; None is zero.
+        mask: `[b, t]`, true where there is a token.
+        tokens: How the backward pass reduces over tokens.
+
+    Returns:
+        The gated values, in the shape and type of `values`.
+    """
+    if gates is None:
+        return values
+    if tokens is sum_tokens:
+        return _gated(values, gates, mean)
+    return _reduced_gate(tokens, values, gates, mean, mask)
+
+
+def _gated(values: Array, gates: Array, mean: Array | None) -> Array:
+    g = gates.astype(jnp.float32)
+    g = g[:, None] if g.ndim == 2 else g
+    g = g[..., None] if values.ndim == 4 else g
+    gated = values.astype(jnp.float32) * g
+    if mean is not None:
+        gated = gated + (1.0 - g) * mean.astype(jnp.float32)
+    return gated.astype(values.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _reduced_gate(tokens: TokenReduction, values: Array, gates: Array, mean: Array | None, mask: Array) -> Array:
+    return _gated(values, gates, mean)
+
+
+def _reduced_gate_forward(tokens: TokenReduction, values: Array, gates: Array, mean: Array | None, mask: Array):
+    return _gated(values, gates, mean), (values, gates, mean, mask)
+
+
+def _reduced_gate_backward(tokens: TokenReduction, residuals: tuple, cotangent: Array):
+    values, gates, mean, mask = residuals
+    above = values.astype(jnp.float32) - (0.0 if mean is None else mean.astype(jnp.float32))
+    reduced = tokens(above, cotangent.astype(jnp.float32), mask)
+    d_gates = reduced if gates.ndim == 2 else reduced.sum(0)
+    d_mean = None if mean is None else jnp.zeros_like(mean)
+    return _gated(cotangent, gates, None), d_gates.astype(gates.dtype), d_mean, None
+
+
+_reduced_gate.defvjp(_reduced_gate_forward, _reduced_gate_backward)
+
+
+def attend(
+    query: Float[Array, "b t n h"],
+    key: Float[Array, "b s n h"],
+    value: Float[Array, "b s n h"],
+    mask: Bool[Array, "b s"],
+    *,
+    rate: float = 0.0,
+    dropout_key: Array | None = None,
+    scores: bool = False,
+) -> tuple[Float[Array, "b t n h"], Float[Array, "b n t s"] | None]:
+    """Softmax attention; fused where the hardware has it.
+
+    Args:
+        query: Queries of every head.
+        key: Keys.
+        value: Values.
+        mask: True where a position may be attended to. A row with none attends evenly, so that it stays finite.
+        rate: Dropout rate of the attention probabilities.
+        dropout_key: Randomness of the dropout; None is none.
+        scores: Whether to return the scaled scores before mask and softmax.
+
+    Returns:
+        The mixed values per head, and the scores if asked for.
+    """
+    if not scores and (dropout_key is None or rate == 0.0) and has_fused_attention(query, value):
+        return fused_attention(query, key, value, mask, implementation="cudnn"), None
+    scale = query.shape[-1] ** -0.5  # Vaswani et al. 2017, eq. 1
+    raw = jnp.einsum("btnh,bsnh->bnts", query * scale, key, preferred_element_type=jnp.float32)
+    masked = jnp.where(mask[:, None, None, :], raw, -1e9)  # finite: a row without tokens attends evenly
+    weights = dropout(jax.nn.softmax(masked, axis=-1).astype(value.dtype), rate, dropout_key)
+    mixed = jnp.einsum("bnts,bsnh->btnh", weights, value, preferred_element_type=jnp.float32).astype(value.dtype)
+    return mixed, (raw if scores else None)
+
+
+def fused_attention(
+    query: Float[Array, "b t n h"],
+    key: Float[Array, "b s n h"],
+    value: Float[Array, "b s n h"],
+    mask: Bool[Array, "b s"],
+    *,
+    implementation: Literal["cudnn", "xla"],
+) -> Float[Array, "b t n h"]:
+    """The mixed values of `attend`, by one call into a library; `xla` runs everywhere and fuses nothing."""
+    mask = jnp.broadcast_to(mask[:, None, None, :], (mask.shape[0], 1, query.shape[1], mask.shape[1]))
+    with jax.numpy_dtype_promotion("standard"):  # the library mixes 16-bit values with float32 scores
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+
+
+def has_fused_attention(
+    query: Float[Array, "b t n h"], value: Float[Array, "b s n h"], capability: float | None = None
+) -> bool:
+    """Whether the device has a fused kernel for these shapes and types, and for their gradients.
+
+    That is cuDNN's, on an NVIDIA GPU of compute capability 8.0 or more: 16-bit, head sizes equal and multiples of 8 up
+    to 128 and, because there is a mask, even lengths in the backward pass.
+
+    Args:
+        query: Queries of every head.
+        value: Values of every head.
+        capability: The GPU's compute capability; None asks the default device.
+    """
+    head_dim = query.shape[-1]
+    return (
+        query.dtype in (jnp.bfloat16, jnp.float16)
+        and query.dtype == value.dtype
+        and query.shape[2] > 0
+        and head_dim == value.shape[-1]
+        and head_dim % 8 == 0
+        and 0 < head_dim <= 128
+        and query.shape[1] % 2 == 0
+        and value.shape[1] % 2 == 0
+        and (_compute_capability() if capability is None else capability) >= 8.0
+    )
+
+
+def _compute_capability() -> float:
+    """Of the default device; 0 if it is no NVIDIA GPU."""
+    found = str(getattr(jax.devices()[0], "compute_capability", ""))  # "9.0"; AMD has names such as "gfx90a"
+    return float(found) if re.fullmatch(r"\d+\.\d+", found) else 0.0

@@ -1,0 +1,218 @@
+"""Scores as a file: one number per unit, how it was made, and from which rows. One scoring run serves every budget.
+
+A score file is a safetensors file: one float32 tensor per site under the site's name, `means:SITE` for what closed
+units are replaced by, and a JSON header under the metadata key `jaxprune_scores`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.files import write_atomic
+from jaxprune.gates import Gates
+from jaxprune.objectives import name_of
+from jaxprune.tensors import TensorFile, write_tensors
+
+METADATA = "jaxprune_scores"
+SMALL = 1e-3  # of the objective, such as a probability: below it a relative error means nothing
+_FORMAT = 1
+_MEANS = "means:"
+_SAME = ("criterion", "task", "split", "head", "model", "max_length")  # what merged scores must share
+_FIELDS: dict[str, tuple[type, ...]] = {  # the header and its types; readers of a file rely on them
+    "format": (int,),
+    "criterion": (dict,),  # name and every setting, functions by name
+    "task": (str,),
+    "split": (str,),
+    "head": (str,),
+    "examples": (int,),  # how many were read; 0 for criteria that read none
+    "largest": (bool,),  # whether scores are the largest over the examples, not their mean
+    "keys": (list,),  # the numbers of every random key that was used
+    "model": (str,),  # digest of configuration and parameters
+    "data": (list,),  # digests of the examples
+    "rows": (list,),  # keys of the examples' texts, sorted
+    "max_length": (int,),  # tokens to which texts were cut
+    "mean_length": (float, int),  # tokens per example, without padding
+    "completeness": (dict, type(None)),  # of integrated gradients, in the unit of the objective
+    "versions": (dict,),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """One score per unit; higher is more needed."""
+
+    values: Gates  # site name to [units] float32; selection leaves a missing site open
+    header: Mapping[str, Any]  # how the scores were made
+    means: Gates | None = None  # what closed units are replaced by: [neurons] or [heads, head_dim]; None is zero
+
+
+def describe(criterion: Any) -> dict[str, Any]:
+    """The name and every setting of a criterion, functions by their names."""
+    found = {"name": type(criterion).__name__}
+    for field in fields(criterion):
+        found[field.name] = _plain(getattr(criterion, field.name))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else name_of(value)
+
+
+def with_relative(completeness: Mapping[str, float]) -> dict[str, float | None]:
+    """Completeness with its relative error; None where what was expected is too small for one.
+
+    Args:
+        completeness: Means over examples (and paths): `expected`, `found`, `error` (the size of their difference) and
+            `size` (that of what was expected).
+    """
+    size = completeness["size"]
+    return dict(completeness) | {"relative": completeness["error"] / size if size > SMALL else None}
+
+
+def save_scores(path: str | Path, scores: Scores) -> Path:
+    """Writes scores to a file, atomically; an existing file is replaced.
+
+    Raises:
+        ValueError: If a score is NaN or infinite.
+    """
+    tensors = {name: np.asarray(value, np.float32) for name, value in scores.values.items()}
+    tensors |= {f"{_MEANS}{name}": np.asarray(value, np.float32) for name, value in (scores.means or {}).items()}
+    text = json.dumps(dict(scores.header), sort_keys=True, allow_nan=False)
+    return write_atomic(path, partial(write_tensors, tensors=tensors, metadata={METADATA: text}))
+
+
+def load_scores(path: str | Path) -> Scores:
+    """Reads scores from a file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is truncated, damaged, or no score file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is no file; make one with `jaxprune score`, or with jp.save_scores.")
+    with TensorFile(path) as file:
+        if METADATA not in file.metadata:
+            raise ValueError(f"{path} is a safetensors file, but holds no scores: its metadata has no {METADATA!r}.")
+        wrong, header = _read_header(file.metadata[METADATA])
+        wrong += [
+            f"{name} is {entry.dtype}, expected F32" for name, entry in file.entries.items() if entry.dtype != "F32"
+        ]
+        wrong += [
+            f"{name} has shape {list(entry.shape)}, expected one axis"
+            for name, entry in file.entries.items()
+            if not name.startswith(_MEANS) and len(entry.shape) != 1
+        ]
+        if not wrong:
+            arrays = {name: file.read(name) for name in sorted(file.entries)}
+            wrong += [f"{name} holds NaN or infinity" for name, array in arrays.items() if not np.isfinite(array).all()]
+        if wrong:
+            raise ValueError(f"{path} cannot be used as scores: {'; '.join(wrong)}. Score again.")
+    values = {name: jnp.asarray(array) for name, array in arrays.items() if not name.startswith(_MEANS)}
+    means = {name.removeprefix(_MEANS): jnp.asarray(a) for name, a in arrays.items() if name.startswith(_MEANS)}
+    return Scores(values, header, means or None)
+
+
+def _read_header(text: str) -> tuple[list[str], dict[str, Any]]:
+    """What is wrong with a header, and the header."""
+    try:
+        header = json.loads(text)
+    except ValueError as error:
+        return [f"its header is not JSON ({error})"], {}
+    if not isinstance(header, dict):
+        return ["its header is not a JSON object"], {}
+    if header.get("format") != _FORMAT:
+        return [f"its format is {header.get('format')!r}, this version of jaxprune reads {_FORMAT}"], {}
+    wrong = [f"its header has no {name!r}" for name in _FIELDS if name not in header]
+    wrong += [
+        f"{name} in its header is {header[name]!r}"
+        for name, kinds in _FIELDS.items()
+        if name in header and not isinstance(header[name], kinds)
+    ]
+    return wrong, header
+
+
+def merge(a: Scores, b: Scores) -> Scores:
+    """The scores of the examples of both, as if they had been scored at once.
+
+    Means are weighted by the numbers of examples; of scores that are the largest over the examples, the larger one
+    is taken.
+
+    Raises:
+        ValueError: If they differ in model, criterion, task, split, head, text length or closed values, share examples,
+            or were made without examples.
+    """
+    wrong = [
+        f"{name} differs ({_short(a.header[name])} and {_short(b.header[name])})"
+        for name in _SAME
+        if a.header[name] != b.header[name]
+    ]
+    shared = set(a.header["rows"]) & set(b.header["rows"])
+    if shared:
+        wrong.append(f"{len(shared)} examples are in both")
+    counts = a.header["examples"], b.header["examples"]
+    if not all(counts):
+        wrong.append("scores made without examples have nothing to merge")
+    if not _equal(a.means, b.means):
+        wrong.append("closed units have other means (give both the same: score(..., means=))")
+    if _shapes(a.values) != _shapes(b.values):
+        wrong.append("they are of other sites or numbers of units")
+    if wrong:
+        raise ValueError(f"these scores cannot be merged: {'; '.join(wrong)}.")
+    if a.header["largest"]:
+        values = {name: jnp.maximum(value, b.values[name]) for name, value in a.values.items()}
+    else:
+        values = {
+            name: jnp.asarray(
+                _weighted([np.asarray(value, np.float64), np.asarray(b.values[name], np.float64)], counts), jnp.float32
+            )
+            for name, value in a.values.items()
+        }
+    return Scores(values, _merged_header(a.header, b.header, counts), a.means)
+
+
+def _merged_header(a: Mapping[str, Any], b: Mapping[str, Any], counts: Sequence[int]) -> dict[str, Any]:
+    completeness = a["completeness"]
+    if completeness is not None:
+        pairs = {name: (completeness[name], b["completeness"][name]) for name in completeness if name != "relative"}
+        completeness = with_relative({name: float(_weighted(pair, counts)) for name, pair in pairs.items()})
+    return dict(a) | {
+        "examples": sum(counts),
+        "keys": a["keys"] + [key for key in b["keys"] if key not in a["keys"]],
+        "data": sorted({*a["data"], *b["data"]}),
+        "rows": sorted(a["rows"] + b["rows"]),
+        "mean_length": float(_weighted([a["mean_length"], b["mean_length"]], counts)),
+        "completeness": completeness,
+        "versions": {name: _either(v, b["versions"].get(name, v)) for name, v in a["versions"].items()},
+    }
+
+
+def _either(a: str, b: str) -> str:
+    return a if a == b else f"{a}, {b}"
+
+
+def _weighted(pair: Sequence[Any], counts: Sequence[int]) -> Any:
+    return (counts[0] * pair[0] + counts[1] * pair[1]) / sum(counts)
+
+
+def _shapes(values: Gates) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in values.items()}
+
+
+def _equal(a: Gates | None, b: Gates | None) -> bool:
+    a, b = a or {}, b or {}
+    return a.keys() == b.keys() and all(np.array_equal(np.asarray(a[name]), np.asarray(b[name])) for name in a)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

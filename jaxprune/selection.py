@@ -1,0 +1,314 @@
+"""Chooses which units stay: scores and a budget in, gates out.
+
+There is one algorithm. Every site's units are sorted, best first, and cut into blocks of one unit, or of `multiple_of`.
+The blocks of all sites stand in one order that does not depend on the budget; the longest prefix that the budget pays
+for is kept. So a smaller budget keeps a subset, and the result is short of its budget by less than the next block.
+An exact knapsack would use the rest, but its solutions are not nested.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.checkpoint import digest, model_digest
+from jaxprune.cost import elements, matmul_flops, unit_costs
+from jaxprune.gates import UNITS, Gates, Params, Site, sites, widths
+from jaxprune.models import Model
+
+if TYPE_CHECKING:
+    from jaxprune.scores import Scores
+
+Values: TypeAlias = Mapping[str, Any]  # site name -> [units] scores
+Normalise: TypeAlias = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
+
+SLACK = 1e-9  # of the total cost: 0.29 * 100 is 28.999999999999996 in binary and means 29
+
+
+class _Blocks(NamedTuple):
+    """The blocks of all sites, in site order and best first within a site."""
+
+    site: np.ndarray  # index of the site
+    units: np.ndarray  # units in the block
+    cost: np.ndarray
+    order: np.ndarray  # smaller is kept earlier; ties are kept in the order they stand here
+    forced: np.ndarray  # whether it is kept before all others
+
+
+def select(
+    model: Model,
+    params: Params,
+    scores: Scores | Values,
+    *,
+    units: float | None = None,
+    parameters: float | None = None,
+    flops: float | None = None,
+    length: float | None = None,
+    per_layer: bool = True,
+    multiple_of: int | Mapping[str, int] | None = None,
+    floor: int | Mapping[str, int] | None = None,
+    protect: Collection[int | str] = (),
+    normalise: Normalise | None = None,
+) -> Gates:
+    """Keeps the units with the highest scores that fit a budget. Runs on the host.
+
+    The budget is a fraction, in (0, 1], of what all units of `params` cost together; exactly one of `units`,
+    `parameters` and `flops` must be given. What stays costs at most that, to 1e-9 of the whole. By `units` and without
+    `multiple_of`, exactly `floor(fraction * all units)` units stay, whether `per_layer` or not.
+
+    Args:
+        model: The architecture.
+        params: The parameters the scores were made with.
+        scores: Higher means more needed. Units of sites that have no scores stay, and count as kept.
+        units: Fraction of the units that may stay.
+        parameters: Fraction of the prunable parameters (weights and biases of units) that may stay.
+        flops: Fraction of the FLOPs per example that may stay; see `jaxprune.cost.flops`.
+        length: Tokens per example, for `flops`; None is the mean length of the examples that were scored.
+        per_layer: Whether all sites keep about the same fraction of their units: the block after which its site has the
+            smallest fraction comes first, ties in site order. If False, all units compete: the block with the highest
+            mean score per cost comes first, ties by site and then by unit.
+        multiple_of: Kept units of a site are a multiple of this, or all of them: one number, or one per kind such as
+            `{"neurons": 8}`.
+        floor: At least that many units of every site stay, or all it has; one number, or one per kind.
+        protect: Layers (`0`) and sites (`"3.ffn.neurons"`) that keep all units.
+        normalise: Rescales the scores before they are compared, such as `per_layer_l2`.
+
+    Returns:
+        Site name to float32 gates, 1 where the unit stays and 0 elsewhere, for all sites.
+
+    Raises:
+        ValueError: If there is not exactly one budget or it is out of range, the scores are not finite or belong to
+            another model, a setting names what does not exist, or the budget cannot be reached because of what must
+            stay; the error then names the smallest fraction that can.
+    """
+    values, header = _parts(scores)
+    budgets = {"units": units, "parameters": parameters, "flops": flops}
+    name, fraction = _only_budget(budgets)
+    costs = _costs(model, params, name, header.get("mean_length") if length is None else length)
+    width = widths(model.axes, params)
+    ranked = _checked(values, width, "scores")
+    _refuse_other_model(model, params, header)
+    if normalise is not None:
+        ranked = _checked(normalise(dict(ranked)), width, "normalised scores", expected=ranked)
+    places = sites(model.axes, params)
+    blocks, ranking = _cut(
+        places,
+        width,
+        costs,
+        ranked,
+        per_layer,
+        _by_kind("multiple_of", multiple_of, 1, 1),
+        _by_kind("floor", floor, 0, 0),
+        _protected(places, protect),
+    )
+    kept = _afford(blocks, len(places), name, fraction)
+    gates = {}
+    for site, units_kept in zip(places, kept, strict=True):
+        gate = np.zeros(width[site.name], np.float32)
+        gate[ranking[site.name][:units_kept]] = 1.0
+        gates[site.name] = jnp.asarray(gate)
+    return gates
+
+
+def per_layer_l2(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Divides the scores of every site by their Euclidean norm; scores that are all zero stay zero."""
+    return {name: value / (float(np.linalg.norm(value)) or 1.0) for name, value in scores.items()}
+
+
+def pruning_record(scores: Scores | Values, gates: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+    """Says how a pruned model was made, for `save(..., pruning=...)`.
+
+    Args:
+        scores: The scores that were selected by.
+        gates: What `select` returned.
+        **settings: The arguments of `select`, such as `flops=0.5, length=128`, and what else is worth keeping.
+            Functions are recorded by name.
+
+    Returns:
+        A dict that JSON can hold: the settings, the header of the scores without the keys of single examples, digests
+        of scores, means and gates, and for every site the units it had, how many it keeps and which (`"0-3,7"`; a unit
+        with a fractional gate is kept).
+
+    Raises:
+        TypeError: If a setting cannot be written as JSON.
+    """
+    values, header = _parts(scores)
+    means = None if isinstance(scores, Mapping) else scores.means
+    arrays = {name: np.asarray(gate) for name, gate in gates.items()}
+    kept = {name: np.flatnonzero(gate) for name, gate in arrays.items()}
+    for name, value in values.items():  # a site without gates is open
+        kept.setdefault(name, np.arange(len(value)))
+    had = {name: len(arrays[name]) if name in arrays else len(values[name]) for name in kept}
+    return {
+        "settings": {name: _plain(value, name) for name, value in settings.items()},
+        "scores": {name: _plain(value, name) for name, value in header.items() if name != "rows"},
+        "digests": {
+            "scores": digest(dict(values)),
+            "means": digest(means) if means else None,  # what closed units are replaced by; None is zero
+            "gates": digest(arrays),
+        },
+        "units": {"had": sum(had.values()), "kept": sum(len(index) for index in kept.values())},
+        "sites": {
+            name: {"had": had[name], "kept": len(index), "which": _ranges(index)} for name, index in kept.items()
+        },
+    }
+
+
+def _parts(scores: Scores | Values) -> tuple[Values, Mapping[str, Any]]:
+    """The scores by site, and what is known about them."""
+    return (scores, {}) if isinstance(scores, Mapping) else (scores.values, scores.header)
+
+
+def _only_budget(budgets: Mapping[str, float | None]) -> tuple[str, float]:
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise ValueError(f"give exactly one budget of {', '.join(budgets)}; got {', '.join(given) or 'none'}.")
+    ((name, value),) = given.items()
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise TypeError(f"{name} must be a number in (0, 1], got {value!r}.")
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must lie in (0, 1], got {value}.")
+    return name, float(value)
+
+
+def _costs(model: Model, params: Params, budget: str, length: float | None) -> dict[str, float]:
+    """The cost of one unit at every site."""
+    if budget == "units":
+        return dict.fromkeys(widths(model.axes, params), 1.0)
+    if budget == "parameters":
+        return unit_costs(model, params, elements)
+    if length is None:
+        raise ValueError("a FLOPs budget needs length=, tokens per example: these scores do not say their mean length.")
+    return unit_costs(model, params, matmul_flops(length))
+
+
+def _checked(
+    values: Values, width: Mapping[str, int], what: str, expected: Iterable[str] = ()
+) -> dict[str, np.ndarray]:
+    """The scores as float64 arrays, if they fit the model."""
+    arrays = {name: np.asarray(value).astype(np.float64) for name, value in values.items()}
+    wrong = [f"{name} is not a site" for name in arrays if name not in width]
+    wrong += [f"{name} is missing" for name in expected if name not in arrays]
+    wrong += [
+        f"{name} has shape {array.shape} for {width[name]} units"
+        for name, array in arrays.items()
+        if name in width and array.shape != (width[name],)
+    ]
+    wrong += [f"{name} holds NaN or infinity" for name, array in arrays.items() if not np.isfinite(array).all()]
+    if wrong:
+        shown = "; ".join(wrong[:6]) + (f" and {len(wrong) - 6} more" if len(wrong) > 6 else "")
+        raise ValueError(f"the {what} cannot be used with these parameters: {shown}. Score this model first.")
+    return arrays
+
+
+def _refuse_other_model(model: Model, params: Params, header: Mapping[str, Any]) -> None:
+    made_with = header.get("model")
+    if made_with and made_with != (own := model_digest(model, params)):
+        raise ValueError(
+            f"these scores belong to another model: they were made with {made_with[:12]}, this is {own[:12]} "
+            "(other weights, another type of them, or other task heads). Score this model first."
+        )
+
+
+def _by_kind(name: str, value: int | Mapping[str, int] | None, default: int, least: int) -> dict[str, int]:
+    """A setting for every unit kind."""
+    given = value if isinstance(value, Mapping) else dict.fromkeys(UNITS, default if value is None else value)
+    if unknown := [kind for kind in given if kind not in UNITS]:
+        raise ValueError(f"{name} names {unknown}; kinds of units are {', '.join(UNITS)}.")
+    for kind, number in given.items():
+        if isinstance(number, bool) or not isinstance(number, int | np.integer):
+            raise TypeError(f"{name} of {kind} must be a whole number, got {number!r}.")
+        if number < least:
+            raise ValueError(f"{name} of {kind} must be at least {least}, got {number}.")
+    return dict.fromkeys(UNITS, default) | {kind: int(number) for kind, number in given.items()}
+
+
+def _protected(places: tuple[Site, ...], protect: Collection[int | str]) -> set[str]:
+    """The names of the sites that keep everything."""
+    if isinstance(protect, str) or not isinstance(protect, Collection):
+        raise TypeError(f'protect must be a collection such as (0, "3.ffn.neurons"), got {protect!r}.')
+    found = {item: {site.name for site in places if item in (site.layer, site.name)} for item in protect}
+    if unknown := [item for item, names in found.items() if not names]:
+        layers = sorted({site.layer for site in places})
+        raise ValueError(
+            f"protect names {unknown}: neither layers nor sites. Layers: {layers}; sites: such as {places[0].name!r}."
+        )
+    return set().union(*found.values())
+
+
+def _cut(
+    places: tuple[Site, ...],
+    width: Mapping[str, int],
+    costs: Mapping[str, float],
+    scores: Mapping[str, np.ndarray],
+    per_layer: bool,
+    multiple_of: Mapping[str, int],
+    floor: Mapping[str, int],
+    protected: Collection[str],
+) -> tuple[_Blocks, dict[str, np.ndarray]]:
+    """Cuts every site into blocks; also the units of every site, best first."""
+    columns: list[tuple[np.ndarray, ...]] = []
+    ranking: dict[str, np.ndarray] = {}
+    for index, site in enumerate(places):
+        units, cost = width[site.name], costs[site.name]
+        score = scores.get(site.name, np.zeros(units))
+        ranking[site.name] = np.argsort(-score, kind="stable")
+        if not units:
+            continue
+        starts = np.arange(0, units, multiple_of[site.kind])
+        sizes = np.diff(starts, append=units)
+        if per_layer:
+            order = (starts + sizes) / units
+        else:
+            best_first = score[ranking[site.name]]
+            below = np.add.reduceat(best_first - np.repeat(best_first[starts], sizes), starts)
+            means = best_first[starts] + below / sizes  # this way the mean of equal scores is exactly that score
+            order = np.maximum.accumulate(-means / cost)  # rounding must not put a later block first
+        whole = site.name in protected or site.name not in scores
+        forced = np.full(len(starts), True) if whole else starts < floor[site.kind]
+        columns.append((np.full(len(starts), index), sizes, sizes * cost, order, forced))
+    if not columns:
+        columns.append((np.zeros(0, int), np.zeros(0, int), np.zeros(0), np.zeros(0), np.zeros(0, bool)))
+    return _Blocks(*(np.concatenate(column) for column in zip(*columns, strict=True))), ranking
+
+
+def _afford(blocks: _Blocks, places: int, name: str, fraction: float) -> np.ndarray:
+    """How many units every site keeps."""
+    sequence = np.lexsort((np.arange(len(blocks.site)), blocks.order, ~blocks.forced))  # the last key is the first
+    spent = np.cumsum(blocks.cost[sequence])
+    total = spent[-1] if len(spent) else 0.0
+    paid = int(np.searchsorted(spent, (fraction + SLACK) * total, side="right"))
+    must = int(blocks.forced.sum())
+    if paid < must:
+        smallest = math.ceil(1e4 * (spent[must - 1] / total - SLACK)) / 1e4
+        raise ValueError(
+            f"{name}={fraction} cannot be reached: the floor, protected layers and sites without scores keep more. "
+            f"The smallest reachable fraction is {smallest}."
+        )
+    kept = sequence[:paid]
+    return np.bincount(blocks.site[kept], weights=blocks.units[kept], minlength=places).astype(int)
+
+
+def _ranges(index: np.ndarray) -> str:
+    """Sorted whole numbers in short: `0-3,7`."""
+    runs = np.split(index, np.flatnonzero(np.diff(index) > 1) + 1) if len(index) else []
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def _plain(value: Any, name: str) -> Any:
+    """A value as JSON can hold it."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, name) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item, name) for item in value]
+    if hasattr(value, "tolist"):  # numpy and jax
+        return np.asarray(value).tolist()
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    raise TypeError(f"{name} cannot be written as JSON: {value!r}.")

@@ -1,0 +1,209 @@
+"""What all commands share: progress and errors on stderr, results on stdout, one JSON object if asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import wraps
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast, get_type_hints
+
+import typer
+from typer.core import TyperGroup
+
+BAD_INPUT = (ValueError, TypeError, OSError)  # what the library raises for a wrong argument, file or folder
+LINE_EVERY = 30.0  # seconds between two lines of progress where stderr is not a terminal
+MIN_COMPILE_TIME = 0.1  # seconds; what compiles faster is not worth a file in the cache
+
+_QUIET = {  # third parties that would write between our lines; a value that is set already stays
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+}
+
+
+class Bars:
+    """Progress bars on stderr, one per stage; where stderr is no terminal, a line now and then."""
+
+    def __init__(self):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        self._console = Console(stderr=True)
+        self._shown = self._console.is_terminal
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            Remaining(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._progress = Progress(*columns, console=self._console, disable=not self._shown)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._progress.stop()
+
+    def open(self, label: str) -> Bar:
+        """A new stage."""
+        return Bar(self, label)
+
+    def say(self, message: Any) -> None:
+        """Prints a line, or a table, above the bars."""
+        self._console.print(message, highlight=False)
+
+
+class Bar:
+    """The progress of one stage: call it with what is done and with what there is to do."""
+
+    def __init__(self, bars: Bars, label: str):
+        self._bars, self._label = bars, label
+        self._begun = self._said = time.monotonic()
+        self._first: int | None = None  # what was done before: a run that is resumed
+        self._task = bars._progress.add_task(label, total=None, note="")
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Shows how far the stage is."""
+        self._bars._progress.update(self._task, completed=done, total=total, note=note)
+        now = time.monotonic()
+        self._first = done if self._first is None else self._first
+        if not self._bars._shown and (done == total or now - self._said >= LINE_EVERY):
+            self._said = now
+            spent = f"{now - self._begun:.0f} s"
+            if done > self._first:
+                spent += f", {(now - self._begun) / (done - self._first) * (total - done):.0f} s left"
+            self._bars.say(f"{self._label}: {done:,} of {total:,}, {spent}{f', {note}' if note else ''}")
+
+
+@contextlib.contextmanager
+def working() -> Iterator[Bars]:
+    """What a command does its work in: bars, no warnings of others, nothing on stdout, compiled programs kept."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    keep_compiled_programs()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), Bars() as bars:
+        warnings.simplefilter("ignore")
+        yield bars
+
+
+def keep_compiled_programs() -> None:
+    """Switches JAX's persistent compilation cache on, unless `JAX_COMPILATION_CACHE_DIR` says where it is."""
+    import jax
+
+    folder = cache_folder()
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and folder.is_absolute():  # it is not for a user without a home
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_TIME)
+
+
+def cache_folder() -> Path:
+    """Where compiled programs are kept, by kind of processor: those for one may not run on another."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    kind = hashlib.sha256(features.encode()).hexdigest()[:8]
+    return Path(base) / "jaxprune" / "compiled" / f"{platform.machine()}-{kind}"
+
+
+def show(record: Mapping[str, Any], *tables: Any, as_json: bool) -> None:
+    """Prints tables on stdout; or, as JSON, the record on stdout in one line, and the tables on stderr."""
+    from rich.console import Console
+
+    console = Console(stderr=as_json, highlight=False)
+    for table in tables:
+        console.print(table, soft_wrap=isinstance(table, str))
+    if as_json:
+        print(json.dumps(record, allow_nan=False))
+
+
+def complain(message: str) -> None:
+    """Prints an error in one line on stderr."""
+    print(f"jaxprune: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def describe(error: BaseException) -> str:
+    """An error in words; of the system's errors the reason and the file."""
+    if isinstance(error, OSError) and error.strerror:
+        files = [str(name) for name in (error.filename, error.filename2) if name]
+        return f"{error.strerror}: {' and '.join(files)}" if files else error.strerror
+    return str(error) or type(error).__name__
+
+
+class Commands(TyperGroup):
+    """Turns what went wrong into one line on stderr and an exit code."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Runs a command: exit code 2 for bad input, 130 after Ctrl-C."""
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except typer.TyperException as error:
+            context = getattr(error, "ctx", None)
+            hint = f" See `{context.command_path} --help`." if context is not None else ""
+            complain(error.format_message() + hint)
+            code = 2
+        except BAD_INPUT as error:
+            if os.environ.get("JAXPRUNE_TRACEBACK"):
+                raise
+            complain(describe(error))
+            code = 2
+        except RuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or os.environ.get("JAXPRUNE_TRACEBACK"):
+                raise
+            complain(f"out of memory: use a smaller --batch-size ({str(error).splitlines()[0]})")
+            code = 2
+        if code == 130:
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+        if standalone_mode:
+            sys.exit(code or 0)
+        return code
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Lets a command take groups of options: of a parameter that is a dataclass, every field becomes an option."""
+    own = inspect.signature(command, eval_str=True).parameters
+    groups: dict[str, Any] = {name: p.annotation for name, p in own.items() if is_dataclass(p.annotation)}
+    parameters = []
+    for name, parameter in own.items():
+        if name not in groups:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        hints = get_type_hints(groups[name], include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+            )
+            for field in fields(groups[name])
+        ]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        packed = {
+            name: cast(Any, group)(**{field.name: given.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**given, **packed)
+
+    run.__dict__["__signature__"] = inspect.Signature(parameters)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run

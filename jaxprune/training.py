@@ -1,0 +1,352 @@
+"""Multi-task fine-tuning: one shared encoder, one head per task, resumable to the same bits.
+
+Every step trains the encoder and one task's head on one batch of that task. The order of the batches and the dropout
+are functions of the seed and the step alone, so a run that was interrupted goes on exactly where its state file says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_safetensors
+
+from jaxprune.batches import Batches, Encoded, encode, training_batches
+from jaxprune.checkpoint import model_digest
+from jaxprune.evaluation import Evaluation, evaluate
+from jaxprune.files import write_atomic
+from jaxprune.gates import Params, flatten, path_name, unflatten
+from jaxprune.models import Model, TaskHead
+from jaxprune.models.backward import forward
+from jaxprune.tasks import Task, remove_leaks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to fine-tune: AdamW with linear warm-up and decay."""
+
+    epochs: int = 3
+    batch_size: int = 32
+    learning_rate: float = 5e-5  # at its peak; per step
+    warmup: float = 0.06  # fraction of the steps
+    weight_decay: float = 0.01  # decoupled; kernels and embeddings only
+    clip: float = 1.0  # largest norm of the gradient over all parameters of a step
+    max_length: int | None = None  # tokens; None: 128, or what the model reads if that is less
+    rows: Mapping[str, int] | None = None  # rows of a task in an epoch, drawn anew or repeated; unnamed tasks: all once
+    pooling: str = "mean"  # of the fresh heads: "first" or "mean"
+    dense: str | None = None  # activation of a layer before their output
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name, rows in (self.rows or {}).items():
+            if rows < 1:
+                raise ValueError(f"rows of {name!r} must be at least 1, got {rows}.")
+        if not self.learning_rate > 0 or not 0 <= self.warmup <= 1 or self.weight_decay < 0 or not self.clip > 0:
+            raise ValueError("learning_rate and clip must be positive, warmup in [0, 1], weight_decay at least 0.")
+
+
+class Step(NamedTuple):
+    """Where a run is."""
+
+    step: int  # steps done
+    steps: int  # of all epochs
+    epoch: int  # counts from 1
+    loss: float  # mean since the last report
+
+
+class Finetuned(NamedTuple):
+    """What `finetune` returns."""
+
+    model: Model
+    params: Params  # of the epoch with the best mean of the primary metrics on dev
+    epochs: tuple[tuple[Evaluation, ...], ...]  # every epoch's evaluations on dev, in the order of the tasks
+    best: int  # that epoch, counts from 1
+    leaks: dict[tuple[str, str], int]  # (task, other): rows of task dropped because they are held out in other
+
+
+class _State(NamedTuple):
+    params: Params
+    moments: dict[str, optax.OptState]  # of "encoder" and of every head
+    best: Params
+    done: int  # steps; in here so that an interruption finds the number and the arrays of the same step
+
+
+def finetune(
+    model: Model,
+    params: Params,
+    tasks: Sequence[Task],
+    *,
+    recipe: Recipe | None = None,
+    state: str | Path | None = None,
+    save_every: int = 200,
+    dev_limit: int | None = 1000,
+    progress: Callable[[Step], None] | None = None,
+    report: Callable[[int, Evaluation], None] | None = None,
+) -> Finetuned:
+    """Fine-tunes an encoder on several tasks at once.
+
+    Rows that are held out in any of the tasks are removed from all of them first. The same call with the same `state`
+    goes on where an interrupted one stopped, and ends with the same bits as one that was not interrupted.
+
+    Args:
+        model: The encoder; task heads that it has are replaced by fresh ones, one per task, named as the task.
+        params: Its parameters.
+        tasks: The tasks, with train and dev rows.
+        recipe: How to train.
+        state: File that holds a run in progress; None: it cannot be resumed. It is left in place at the end, so that
+            the caller can save the result before deleting it.
+        save_every: Steps between two writings of the state.
+        dev_limit: The most dev rows of each task to evaluate after an epoch.
+        progress: Called every ten steps.
+        report: Called with the epoch, from 1, and each of its evaluations.
+
+    Returns:
+        The model with its heads, the parameters of the best epoch, and how it got there.
+
+    Raises:
+        ValueError: If there are no tasks, two have the same name, one has no train or dev rows, the state belongs to
+            another run, or the loss is not finite.
+        KeyboardInterrupt: After the state was written, if there is a file for it.
+    """
+    recipe = recipe or Recipe()
+    names = [task.name for task in tasks]
+    if not tasks or len(set(names)) < len(names):
+        raise ValueError(f"finetune needs tasks with different names, got {names}.")
+    cleaned, leaks = remove_leaks(tasks)
+    for task in cleaned:
+        for split in ("train", "dev"):
+            if not task.rows(split):
+                raise ValueError(f"{task.name!r} has no {split} rows to fine-tune with.")
+    heads = tuple(
+        TaskHead(
+            name=task.name,
+            labels=task.labels,
+            regression=task.regression,
+            pooling=recipe.pooling,
+            dense=recipe.dense,
+        )
+        for task in cleaned
+    )
+    encoder = {name: part for name, part in params.items() if name != "heads"}
+    trained = model.with_heads(heads)
+    run = {
+        "recipe": asdict(recipe),
+        "model": model_digest(model.with_heads(()), encoder),
+        "tasks": {task.name: task.digest("train") for task in cleaned},
+        "dev_limit": dev_limit,
+    }
+    unknown = sorted(set(recipe.rows or {}) - set(names))
+    if unknown:
+        raise ValueError(f"rows names {', '.join(unknown)}, which are not among the tasks {', '.join(names)}.")
+    encoded = {task.name: encode(trained, task.rows("train"), max_length=recipe.max_length) for task in cleaned}
+    plan = partial(_plan, encoded, recipe)
+    per_epoch = len(plan(0)[1])
+    steps = per_epoch * recipe.epochs
+    optimizer = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-6)
+    key = jax.random.key(recipe.seed)
+    fresh = encoder | {
+        "heads": {
+            head.name: trained.initialise_head(head.name, jax.random.fold_in(key, i)) for i, head in enumerate(heads)
+        }
+    }
+    fresh = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), fresh)  # ours alone: steps donate it
+    now = _State(fresh, {part: optimizer.init(_part(fresh, part)) for part in ("encoder", *names)}, {}, 0)
+    file = None if state is None else Path(state)
+    history: list[Any] = []
+    if file is not None and file.exists():
+        now, history = _read(file, now, run)
+    losses: list[Array] = []
+    while now.done < steps:
+        epoch, position = divmod(now.done, per_epoch)
+        batches, order = plan(epoch)
+        try:
+            for name, turn, index in order[position:]:
+                rate = _rate(now.done / steps, recipe)
+                own_key = jax.random.fold_in(key, now.done)
+                now, loss = _step(trained, optimizer, recipe, now, batches[name][turn][index], name, rate, own_key)
+                losses.append(loss)
+                if now.done % 10 == 0:
+                    mean = float(np.mean([float(loss) for loss in losses]))
+                    losses.clear()
+                    if not np.isfinite(mean):
+                        raise ValueError(f"the loss is {mean} at step {now.done}: lower the learning rate.")
+                    if progress is not None:
+                        progress(Step(now.done, steps, epoch + 1, mean))
+                if file is not None and now.done % save_every == 0 and now.done % per_epoch:
+                    _write(file, now, run, history)
+        except KeyboardInterrupt:
+            donated = any(array.is_deleted() for array in jax.tree.leaves((now.params, now.moments)))
+            if file is not None and not donated:  # else within an update: the state before it is in the file
+                _write(file, now, run, history)
+            raise
+        results = []
+        for task in cleaned:
+            result = evaluate(trained, now.params, task, split="dev", limit=dev_limit, max_length=recipe.max_length)
+            results.append(result)
+            if report is not None:
+                report(epoch + 1, result)
+        history.append([result.to_json() for result in results])
+        if _best(history) == len(history):
+            now = now._replace(best=jax.tree.map(jnp.copy, now.params))
+        if file is not None:
+            _write(file, now, run, history)
+    epochs = tuple(tuple(_evaluation(result) for result in results) for results in history)
+    return Finetuned(trained, now.best, epochs, _best(history), leaks)
+
+
+def _plan(
+    encoded: Mapping[str, Encoded], recipe: Recipe, epoch: int
+) -> tuple[dict[str, list[Batches]], list[tuple[str, int, int]]]:
+    """The batches of every task in one epoch, pass by pass, and the order of visits: (task, pass, batch)."""
+    batches: dict[str, list[Batches]] = {}
+    order: list[tuple[str, int, int]] = []
+    for name, rows in encoded.items():
+        wanted = math.ceil((recipe.rows or {}).get(name, len(rows)) / recipe.batch_size)
+        batches[name], own = [], []
+        while len(own) < wanted:
+            turn = len(batches[name])
+            seed = epoch * 1000 + turn  # a pass over the rows is an epoch of its own
+            batches[name].append(training_batches(rows, batch_size=recipe.batch_size, key=recipe.seed, epoch=seed))
+            own += [(name, turn, index) for index in range(len(batches[name][-1]))]
+        order += own[:wanted]
+    order = [order[i] for i in np.random.default_rng([recipe.seed, epoch]).permutation(len(order))]
+    return batches, order
+
+
+def _rate(fraction: float, recipe: Recipe) -> float:
+    """The learning rate after this fraction of the steps."""
+    rise = fraction / recipe.warmup if recipe.warmup else 1.0
+    fall = (1.0 - fraction) / (1.0 - recipe.warmup) if recipe.warmup < 1 else 1.0
+    return recipe.learning_rate * min(rise, fall, 1.0)
+
+
+def _part(params: Params, name: str) -> Params:
+    """The encoder, or the head of one task."""
+    if name == "encoder":
+        return {part: own for part, own in params.items() if part != "heads"}
+    return params["heads"][name]
+
+
+def _step(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    recipe: Recipe,
+    now: _State,
+    batch: Mapping[str, np.ndarray],
+    head: str,
+    rate: float,
+    key: Array,
+) -> tuple[_State, Array]:
+    logits, pull = forward(model, now.params, batch, head=head, weights=True, key=key)
+    regression = model.head(head).regression
+    loss, cotangent = _loss(regression, logits, jnp.asarray(batch["labels"]), jnp.asarray(batch["weight"]))
+    _, grads = pull(cotangent)
+    if grads is None:
+        raise ValueError("the backward pass returned no weight gradients.")
+    encoder, own, moments, own_moments = _update(
+        optimizer,
+        recipe.weight_decay,
+        recipe.clip,
+        (_part(now.params, "encoder"), now.params["heads"][head], now.moments["encoder"], now.moments[head]),
+        (_part(grads, "encoder"), grads["heads"][head]),
+        jnp.float32(rate),
+    )
+    params = encoder | {"heads": now.params["heads"] | {head: own}}
+    return _State(params, now.moments | {"encoder": moments, head: own_moments}, now.best, now.done + 1), loss
+
+
+@partial(jax.jit, static_argnums=0)
+def _loss(
+    regression: bool, logits: Float[Array, "b l"], labels: Array, weight: Float[Array, " b"]
+) -> tuple[Array, Float[Array, "b l"]]:
+    """The mean loss of the rows that are not padding, and its gradient with respect to the logits."""
+
+    def mean_loss(logits: Array) -> Array:
+        if regression:
+            each = jnp.square(logits[:, 0] - labels)
+        else:
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return (each * weight).sum() / weight.sum()
+
+    return jax.value_and_grad(mean_loss)(logits)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _update(
+    optimizer: optax.GradientTransformation,
+    weight_decay: float,
+    clip: float,
+    now: tuple[Params, Params, optax.OptState, optax.OptState],
+    grads: tuple[Params, Params],
+    rate: Array,
+) -> tuple[Params, Params, optax.OptState, optax.OptState]:
+    """One AdamW step of the encoder and of one head, clipped by their common norm. Donates `now`."""
+    shrink = jnp.minimum(1.0, clip / jnp.maximum(optax.tree.norm(grads), 1e-12))
+    params, moments, updated = now[:2], now[2:], []
+    for own, own_moments, own_grads in zip(params, moments, grads, strict=True):
+        own_grads = jax.tree.map(lambda g: g * shrink, own_grads)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer count
+            updates, own_moments = optimizer.update(own_grads, own_moments)
+        decayed = jax.tree.map(lambda p, u: p - rate * (u + (weight_decay * p if p.ndim > 1 else 0.0)), own, updates)
+        updated.append((decayed, own_moments))
+    (encoder, moments), (head, head_moments) = updated
+    return encoder, head, moments, head_moments
+
+
+def _best(history: Sequence[Sequence[Mapping[str, Any]]]) -> int:
+    """The epoch, from 1, with the best mean of the primary metrics; the first of equals."""
+    means = [np.mean([_evaluation(result).primary[1] for result in results]) for results in history]
+    return int(np.argmax(means)) + 1
+
+
+def _evaluation(fields: Mapping[str, Any]) -> Evaluation:
+    return Evaluation(**{name: fields[name] for name in Evaluation.__dataclass_fields__})
+
+
+def _arrays(now: _State) -> dict[str, Any]:
+    found = {f"params.{path_name(path)}": a for path, a in flatten(now.params).items()}
+    found |= {f"best.{path_name(path)}": a for path, a in flatten(now.best).items()}
+    return found | {f"moments.{i}": a for i, a in enumerate(jax.tree.leaves(now.moments))}
+
+
+def _write(file: Path, now: _State, run: Mapping[str, Any], history: list[Any]) -> None:
+    header = {"jaxprune_training": json.dumps({"run": run, "done": now.done, "history": history}, sort_keys=True)}
+    arrays = {name: np.asarray(array) for name, array in _arrays(now).items()}
+    write_atomic(file, to_safetensors(arrays, header))
+
+
+def _read(file: Path, now: _State, run: Mapping[str, Any]) -> tuple[_State, list[Any]]:
+    try:
+        with safe_open(file, framework="numpy") as stored:
+            header = json.loads((stored.metadata() or {}).get("jaxprune_training", "{}"))
+            if header.get("run") != json.loads(json.dumps(run)):
+                known = header.get("run", {})
+                other = [part for part in run if known.get(part) != json.loads(json.dumps(run[part]))]
+                raise ValueError(
+                    f"{file} is the state of another run ({', '.join(other)} differ): remove it to start anew."
+                )
+            arrays = {name: jnp.array(stored.get_tensor(name)) for name in stored.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}; remove it to start anew.") from error
+
+    def take(prefix: str) -> Params:
+        named = {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
+        return unflatten({tuple(int(s) if s.isdigit() else s for s in name.split(".")): a for name, a in named.items()})
+
+    leaves, structure = jax.tree.flatten(now.moments)
+    moments = jax.tree.unflatten(structure, [arrays[f"moments.{i}"] for i in range(len(leaves))])
+    return _State(take("params."), moments, take("best."), header["done"]), header["history"]

@@ -1,0 +1,438 @@
+"""The steps behind the commands: settings in, files written, and a record out that JSON can hold."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.attribution import Criterion
+from jaxprune.batches import MAX_LENGTH
+from jaxprune.checkpoint import check_destination, load, model_digest, save
+from jaxprune.compaction import compact
+from jaxprune.cost import compare_latency, file_size, flops, parameters, prunable_parameters
+from jaxprune.evaluation import Evaluation, evaluate, fitting_head
+from jaxprune.gates import Params, widths
+from jaxprune.models import Model
+from jaxprune.report import evaluation_table
+from jaxprune.scores import Scores, describe, load_scores, save_scores
+from jaxprune.scoring import score
+from jaxprune.selection import Normalise, pruning_record, select
+from jaxprune.splits import digest
+from jaxprune.tasks import Task, draw, load_task, remove_leaks, seed_words
+from jaxprune.tensors import FLOATS
+from jaxprune.training import Recipe, Step, finetune
+from jaxprune.weights import open_tensors
+
+RATIOS = ("units", "prunable_parameters", "parameters", "flops", "file_bytes")  # what remains after by before
+FINETUNING = "finetuning.json"  # in the folder of a fine-tuned model: how it was made, and how well it did
+
+
+class Progress(Protocol):
+    """The progress of one stage."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Shows what is done, of how much, and a note."""
+        ...
+
+
+class Watch(Protocol):
+    """Whoever watches a command at work."""
+
+    def open(self, label: str) -> Progress:
+        """Opens a new stage."""
+        ...
+
+    def say(self, message: Any) -> None:
+        """Shows a line, or a table."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """A task, and where its rows come from; see `load_task`."""
+
+    task: str
+    data: Path | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    labels: tuple[str, ...] | None = None
+
+    def load(self) -> Task:
+        """Reads the rows."""
+        return load_task(
+            self.task, data=self.data, text=self.text, text_pair=self.text_pair, label=self.label, labels=self.labels
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How units are scored; see `score`."""
+
+    criterion: Criterion
+    examples: int = 128
+    seed: int = 0
+    head: str | None = None
+    batch_size: int = 32
+    max_length: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which units stay: the arguments of `select`."""
+
+    units: float | None = None
+    parameters: float | None = None
+    flops: float | None = None
+    length: float | None = None
+    per_layer: bool = True
+    multiple_of: int | Mapping[str, int] | None = None
+    floor: int | Mapping[str, int] | None = None
+    protect: tuple[int | str, ...] = ()
+    normalise: Normalise | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """All of it by name."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """What is measured of a pruned model."""
+
+    evaluate: bool = True  # on the test rows of the task, if there is one
+    head: str | None = None  # by default the one of the task's name, else the only one
+    limit: int | None = None  # the most test rows
+    batch_size: int = 32
+    max_length: int | None = None
+    batches: tuple[int, ...] = (1, 32)  # examples per timed pass; empty: no latency
+    repeats: int = 20
+
+
+def score_model(
+    source: str, data: Data, output: Path, scoring: Scoring, *, overwrite: bool = False, watch: Watch
+) -> dict[str, Any]:
+    """Scores a model for a task and writes the score file; an interrupted run goes on where it was."""
+    check_file(output, overwrite)
+    model, params = load(source)
+    scores = _score(model, params, data.load(), scoring, output, watch)
+    save_scores(output, scores)
+    header = {name: value for name, value in scores.header.items() if name != "rows"}
+    return {
+        "command": "score",
+        "source": source,
+        "output": str(output),
+        **header,
+        "units": sum(value.size for value in scores.values.values()),
+        "sites": len(scores.values),
+        "means": scores.means is not None,
+    }
+
+
+def prune_model(
+    source: str,
+    output: Path,
+    selection: Selection,
+    *,
+    scored: Path | Scoring,
+    data: Data | None = None,
+    measuring: Measuring,
+    overwrite: bool = False,
+    watch: Watch,
+) -> dict[str, Any]:
+    """Prunes a model, writes its folder and compares the two.
+
+    With `scored` a score file, nothing is scored; a tokenizer is needed only to evaluate. Otherwise `data` is scored,
+    and the scores are kept beside the folder, as `OUTPUT.scores.safetensors`, for the same command after an
+    interruption and for other budgets.
+    """
+    check_folder(output, overwrite)
+    kept = scored if isinstance(scored, Path) else output.with_name(f"{output.name}.scores.safetensors")
+    scores = load_scores(scored) if isinstance(scored, Path) else None
+    model, params = load(source)
+    _try_selection(model, params, selection)
+    task = None if data is None else data.load()
+    if task is not None:
+        fitting_head(model, task, measuring.head)
+    if isinstance(scored, Scoring):
+        if task is None:
+            raise ValueError("there is nothing to score with: name a task, or a score file.")
+        scores = _score_once(model, params, task, scored, kept, watch)
+    if scores is None:
+        raise TypeError(f"scored must be a Path or Scoring, got {type(scored).__name__}.")
+    head = model.head(scores.header["head"]).name
+    length = scores.header["mean_length"] if selection.length is None else selection.length
+    gates = select(model, params, scores, **{**selection.arguments(), "length": length})
+    small = compact(model, params, gates, scores.means)
+
+    models = {"before": params, "after": small}
+    found = {name: costs(model, own, length) for name, own in models.items()}
+    if task is not None and measuring.evaluate:
+        rows = scores.header["rows"]
+        for name, own in models.items():
+            result = _evaluate(model, own, task, measuring, watch.open(f"testing {name}"), exclude=rows)
+            found[name]["evaluation"] = result.to_json()
+    if measuring.batches:
+        latencies = measure_latency(model, [params, small], length, head, measuring, watch)
+        for i, name in enumerate(models):
+            found[name]["latency"] = [{**own._asdict(), "speedup": speedup} for own, speedup in latencies[i]]
+    pruning = pruning_record(scores, gates, **{**selection.arguments(), "length": length})
+    save(output, model, small, pruning=pruning | {"results": found}, overwrite=overwrite, dtype=stored_type(model))
+    for name, folder in (("before", model.source), ("after", output)):
+        found[name]["file_bytes"] = None if folder is None else file_size(folder)
+    before, after = found["before"], found["after"]
+    return {
+        "command": "prune",
+        "source": source,
+        "output": str(output),
+        "scores": str(kept),
+        "criterion": scores.header["criterion"],
+        "head": head,
+        "examples": scores.header["examples"],
+        "selection": pruning["settings"],
+        "before": before,
+        "after": after,
+        "kept": ratios(before, after),
+        "speedup": speedups(before, after),
+        "widths": {name: [own["had"], own["kept"]] for name, own in pruning["sites"].items()},
+    }
+
+
+def evaluate_model(
+    source: str,
+    tasks: Sequence[Data],
+    *,
+    split: str = "test",
+    measuring: Measuring,
+    watch: Watch,
+) -> dict[str, Any]:
+    """Measures a model on tasks."""
+    model, params = load(source)
+    loaded = [data.load() for data in tasks]
+    for task in loaded:  # all of them before the first is measured
+        task.rows(split)
+        fitting_head(model, task, measuring.head)
+    results = [_evaluate(model, params, task, measuring, watch.open(f"testing {task.name}"), split) for task in loaded]
+    return {"command": "evaluate", "source": source, "results": [result.to_json() for result in results]}
+
+
+def finetune_model(
+    source: str,
+    tasks: Sequence[Data],
+    output: Path,
+    recipe: Recipe,
+    *,
+    dev_limit: int | None = 1000,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    watch: Watch,
+) -> dict[str, Any]:
+    """Fine-tunes an encoder on several tasks and writes the folder; an interrupted run goes on where it was.
+
+    The run is kept in `OUTPUT.state` until the folder is written.
+    """
+    check_folder(output, overwrite)
+    state = output.with_name(f"{output.name}.state")
+    model, params = load(source)
+    cleaned, leaks = remove_leaks([data.load() for data in tasks])
+    for (task, other), count in leaks.items():
+        watch.say(f"{task}: {count:,} rows dropped, held out in {other}")
+    bar = watch.open("fine-tuning")
+    latest: list[Mapping[str, Any]] = []
+
+    def progress(step: Step) -> None:
+        bar(step.step, step.steps, f"epoch {step.epoch} of {recipe.epochs}, loss {step.loss:.4f}")
+
+    def report(epoch: int, result: Evaluation) -> None:
+        latest.append(result.to_json())
+        if len(latest) == len(cleaned):
+            watch.say(evaluation_table(latest, f"epoch {epoch} of {recipe.epochs}, dev"))
+            latest.clear()
+
+    done = finetune(
+        model, params, cleaned, recipe=recipe, state=state, dev_limit=dev_limit, progress=progress, report=report
+    )
+    record = {
+        "command": "finetune",
+        "source": source,
+        "output": str(output),
+        "recipe": asdict(recipe),
+        "best_epoch": done.best,
+        "epochs": [[result.to_json() for result in epoch] for epoch in done.epochs],
+        "leaks": [{"task": task, "held_out_in": other, "rows": count} for (task, other), count in leaks.items()],
+        "tasks": {
+            task.name: {
+                "source": task.source,
+                "license": task.license,
+                "rows": task.sizes,
+                "digests": {split: task.digest(split) for split in task.splits},
+            }
+            for task in cleaned
+        },
+        "model": model_digest(done.model, done.params),
+    }
+    extra = {FINETUNING: (json.dumps(record, indent=1) + "\n").encode()}
+    save(output, done.model, done.params, overwrite=overwrite, dtype=dtype, extra=extra)
+    state.unlink(missing_ok=True)
+    return record
+
+
+def costs(model: Model, params: Params, length: float) -> dict[str, Any]:
+    """What a model costs by count."""
+    return {
+        "units": sum(widths(model.axes, params).values()),
+        "prunable_parameters": prunable_parameters(model, params),
+        "parameters": parameters(params),
+        "flops": flops(model, params, length),
+        "length": length,
+    }
+
+
+def measure_latency(
+    model: Model, params: Sequence[Params], length: float, head: str, measuring: Measuring, watch: Watch
+) -> list[list[tuple[Any, float]]]:
+    """Latency and speed-up over the first, for each of `params` at each batch size, measured in turns."""
+    tokens = max(1, min(math.ceil(length), model.max_length))
+    bar = watch.open("measuring latency")
+    found: list[list[tuple[Any, float]]] = [[] for _ in params]
+    for done, batch in enumerate(measuring.batches, 1):
+        pairs = [(model, own) for own in params]
+        compared = compare_latency(pairs, batch=batch, length=tokens, head=head, repeats=measuring.repeats)
+        for own, pair in zip(found, zip(*compared, strict=True), strict=True):
+            own.append(pair)
+        bar(done, len(measuring.batches))
+    return found
+
+
+def ratios(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
+    """The fraction that remains, of everything that is counted."""
+    return {name: after[name] / before[name] for name in RATIOS if before.get(name)}
+
+
+def speedups(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """By FLOPs, and measured at each batch size."""
+    measured = [{"batch": own["batch"], "speedup": own["speedup"]} for own in after.get("latency", ())]
+    return {"theoretical": before["flops"] / after["flops"] if after["flops"] else None, "measured": measured}
+
+
+def stored_type(model: Model) -> str:
+    """The type of the weights in the file that a model was loaded from; float32 if there are several."""
+    if model.source is None:
+        return "float32"
+    with contextlib.ExitStack() as files:
+        kinds = {source.entry.dtype for source in open_tensors(model.source, files).values()} & set(FLOATS)
+    return str(FLOATS[kinds.pop()]) if len(kinds) == 1 else "float32"
+
+
+def check_folder(path: Path, overwrite: bool) -> None:
+    """Refuses an output folder that cannot be written, before any work is done.
+
+    Raises:
+        FileExistsError: If something is there and may not be replaced.
+        PermissionError: If the folder above it cannot be written.
+    """
+    check_destination(path, overwrite)
+    _check_writable(path)
+
+
+def check_file(path: Path, overwrite: bool) -> None:
+    """Refuses an output file that cannot be written, before any work is done.
+
+    Raises:
+        FileExistsError: If the file is there and may not be replaced, or is a folder.
+        PermissionError: If its folder cannot be written.
+    """
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a folder: name a file.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already: choose another name, or replace it with --overwrite.")
+    _check_writable(path)
+
+
+def _check_writable(path: Path) -> None:
+    above = path.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {above} is not a folder.")
+    if not os.access(above, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: no permission to write into {above}.")
+
+
+def _try_selection(model: Model, params: Params, selection: Selection) -> None:
+    """Refuses wrong settings before any work is done."""
+    blank = {name: jnp.zeros(units) for name, units in widths(model.axes, params).items()}
+    tried = {name: value for name, value in selection.arguments().items() if name != "normalise"}
+    select(model, params, blank, **{**tried, "length": selection.length or min(128, model.max_length)})
+
+
+def _score(model: Model, params: Params, task: Task, scoring: Scoring, output: Path, watch: Watch) -> Scores:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return score(
+        model,
+        params,
+        task,
+        criterion=scoring.criterion,
+        examples=scoring.examples,
+        key=scoring.seed,
+        head=scoring.head,
+        batch_size=scoring.batch_size,
+        max_length=scoring.max_length,
+        progress=watch.open(f"scoring {task.name}") if scoring.criterion.examples is not None else None,
+        resume=output.with_name(f"{output.name}.partial"),
+    )
+
+
+def _score_once(model: Model, params: Params, task: Task, scoring: Scoring, kept: Path, watch: Watch) -> Scores:
+    """Scores, unless the file holds what would come out."""
+    if kept.is_file():
+        found, key = load_scores(kept), jax.random.key(scoring.seed)
+        rows = draw(task, scoring.examples, key) if scoring.criterion.examples is not None else ()
+        wanted = {
+            "criterion": describe(scoring.criterion),
+            "task": task.name,
+            "head": fitting_head(model, task, scoring.head),
+            "examples": len(rows),
+            "keys": [list(seed_words(key))],
+            "model": model_digest(model, params),
+            "data": [digest(rows)] if rows else [],
+            "max_length": scoring.max_length or min(MAX_LENGTH, model.max_length),
+        }
+        if all(found.header[name] == value for name, value in wanted.items()):
+            watch.say(f"scores: {kept}, of an earlier run with the same settings")
+            return found
+    scores = _score(model, params, task, scoring, kept, watch)
+    save_scores(kept, scores)
+    return scores
+
+
+def _evaluate(
+    model: Model,
+    params: Params,
+    task: Task,
+    measuring: Measuring,
+    progress: Progress,
+    split: str = "test",
+    exclude: Sequence[str] = (),
+) -> Evaluation:
+    return evaluate(
+        model,
+        params,
+        task,
+        split=split,
+        head=measuring.head,
+        batch_size=measuring.batch_size,
+        limit=measuring.limit,
+        max_length=measuring.max_length,
+        exclude=exclude,
+        progress=progress,
+    )

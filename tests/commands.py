@@ -1,0 +1,73 @@
+"""A tiny model with two task heads, its data, and a way to run commands on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from tiny import tiny_model
+from typer.testing import CliRunner, Result
+
+from jaxprune.checkpoint import save
+from jaxprune.cli import app
+from jaxprune.models import TaskHead
+
+WORDS = Path(__file__).parent / "data" / "words"
+TASKS = {"mood": ("bad", "good"), "topic": ("animal", "sky", "text")}
+VOCABULARY = ("the", "a", "film", "book", "dog", "sun", "is", "was", "not", "very", "good", "bad", "long", "old", "red")
+
+
+class Place(NamedTuple):
+    """Where things are."""
+
+    model: Path
+    data: Path
+    folder: Path
+
+
+def run(*arguments: Any) -> Result:
+    """Runs a command in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="jaxprune")
+
+
+def record_of(*arguments: Any) -> dict[str, Any]:
+    """The JSON object that a command prints, after making sure that it prints nothing else."""
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    return json.loads(result.stdout)
+
+
+def write_rows(file: Path, labels: tuple[str, ...], rows: int, seed: int) -> None:
+    """Writes sentences of random words with random labels."""
+    random = np.random.default_rng(seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as stream:
+        for i in range(rows):
+            words = random.choice(VOCABULARY, random.integers(4, 12))
+            stream.write(json.dumps({"sentence": " ".join(words), "label": labels[i % len(labels)]}) + "\n")
+
+
+def make_place(folder: Path) -> Place:
+    """Writes a model that knows both tasks, and rows for all splits."""
+    heads = tuple(TaskHead(name=name, labels=labels, pooling="mean") for name, labels in TASKS.items())
+    model, params = tiny_model(heads=heads)
+    save(folder / "model", replace(model, source=WORDS), params)
+    for i, (name, labels) in enumerate(TASKS.items()):
+        for j, (split, rows) in enumerate({"train": 240, "validation": 40, "test": 60}.items()):
+            write_rows(folder / "data" / name / f"{split}.jsonl", labels, rows, 10 * i + j)
+    return Place(folder / "model", folder / "data", folder)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """The model and its data; compiled programs of child processes are kept beside them."""
+    folder = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+        yield make_place(folder)

@@ -1,0 +1,203 @@
+"""The order of the modules, who may import what, and what `jaxprune --help` costs."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import jaxprune
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "jaxprune"
+
+# From the ground up: a module imports only what stands above it in this list.
+ORDER = (
+    "gates",
+    "models",
+    "files",
+    "tensors",
+    "weights",
+    "checkpoint",
+    "splits",
+    "records",
+    "tasks",
+    "batches",
+    "evaluation",
+    "cost",
+    "objectives",
+    "integration",
+    "activations",
+    "attribution",
+    "baselines",
+    "scores",
+    "scoring",
+    "selection",
+    "compaction",
+    "training",
+    "report",
+    "workflow",
+    "bundled",
+    "demo",
+    "terminal",
+    "cli",
+    "__main__",
+)
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {file: ast.parse(file.read_text()) for file in FILES}
+
+
+def place(file: Path) -> str:
+    """`jaxprune/models/bert.py` is in the place `models`; `jaxprune/__init__.py` in the place ``."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return "" if parts == ("__init__",) else parts[0]
+
+
+def imports(file: Path, *, top_level: bool = False) -> Iterator[str]:
+    """Full names of what a file imports while it runs; with `top_level` only what importing the file itself imports."""
+
+    def walk(node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            for child in node.orelse:
+                yield from walk(child)
+            return
+        if top_level and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            return
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import; write the full name."
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child)
+
+    yield from walk(TREES[file])
+
+
+def importers(package: str) -> set[str]:
+    return {place(file) for file in FILES for name in imports(file) if name.split(".")[0] == package}
+
+
+def test_every_module_has_a_place_in_the_order():
+    assert {place(file) for file in FILES} - {""} == set(ORDER)
+
+
+def test_a_module_imports_only_modules_above_it():
+    rank = {name: position for position, name in enumerate(ORDER)}
+    wrong = [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in FILES
+        if place(file)
+        for name in imports(file)
+        if name.startswith("jaxprune.")
+        and name.split(".")[1] != place(file)
+        and rank.get(name.split(".")[1], -1) >= rank[place(file)]
+    ]
+    assert wrong == []
+
+
+def test_only_the_models_know_flax():
+    assert importers("flax") == {"models"}
+
+
+def test_only_tasks_knows_datasets():
+    assert importers("datasets") == {"tasks"}
+
+
+def test_no_module_knows_torch():
+    assert importers("torch") == set()
+
+
+@pytest.mark.parametrize("package", ["transformers", "datasets", "matplotlib"])
+def test_slow_packages_are_imported_inside_functions(package):
+    slow = [file.name for file in FILES for name in imports(file, top_level=True) if name.split(".")[0] == package]
+    assert slow == []
+
+
+def test_nothing_is_pickled_or_unpickled():
+    banned = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    assert {name for file in FILES for name in imports(file) if name.split(".")[0] in banned} == set()
+    nodes = [node for tree in TREES.values() for node in ast.walk(tree)]
+    assert not [node for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"]
+    assert not [
+        node for node in nodes if isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "weights_only")
+    ]
+
+
+def test_every_module_opens_with_a_docstring():
+    assert [file.name for file, tree in TREES.items() if not ast.get_docstring(tree)] == []
+
+
+def test_no_file_is_longer_than_500_lines():
+    lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in FILES}
+    assert {name: lines for name, lines in lengths.items() if lines > 500} == {}
+
+
+def test_every_import_is_a_declared_dependency():
+    declared = {
+        re.split(r"[^A-Za-z0-9_-]", requirement, maxsplit=1)[0]
+        for requirement in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    }
+    used = {name.split(".")[0] for file in FILES for name in imports(file)} - set(sys.stdlib_module_names)
+    assert used - declared - {"jaxprune"} == set()
+
+
+def test_public_names_agree_and_resolve():
+    checked = {  # what type checkers and editors see
+        alias.name: node.module
+        for block in TREES[PACKAGE / "__init__.py"].body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert checked == {name: f"jaxprune.{module}" for name, module in jaxprune._SOURCES.items()}
+    assert set(jaxprune.__all__) == {*checked, "__version__"}
+    assert set(jaxprune.__all__) <= set(dir(jaxprune))
+    for name, module in checked.items():
+        assert getattr(jaxprune, name) is getattr(sys.modules[str(module)], name)
+    with pytest.raises(AttributeError, match="'jaxprune' has no attribute 'prune'"):
+        jaxprune.prune  # noqa: B018
+
+
+def test_version_is_the_installed_one():
+    assert jaxprune.__version__ == importlib.metadata.version("jaxprune")
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """The packages that `python -m jaxprune ARGUMENTS` has imported when it ends, in a process of its own."""
+    script = f"""
+import runpy, sys
+sys.argv = ["jaxprune", *{list(arguments)!r}]
+try:
+    runpy.run_module("jaxprune", run_name="__main__")
+except SystemExit as stop:
+    assert not stop.code, stop.code
+finally:
+    print("IMPORTED", *sorted({{name.split(".")[0] for name in sys.modules}}))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return set(run.stdout.rpartition("IMPORTED ")[2].split())
+
+
+SLOW = {"jax", "flax", "datasets", "transformers", "matplotlib", "torch"}
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("prune", "--help")])
+def test_help_imports_nothing_slow(arguments):
+    assert imported_by(*arguments) & SLOW == set()
+
+
+def test_importing_the_package_imports_nothing_slow():
+    code = "import sys, jaxprune; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(run.stdout.split()) & {*SLOW, "numpy"} == set()

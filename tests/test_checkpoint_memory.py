@@ -1,0 +1,85 @@
+"""Loading allocates at most 1.3 times the parameters' bytes, whatever the type in the file and the type asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import classifier_config, classifier_tensors, encoder_shapes, safetensors_bytes, write_checkpoint
+from tiny import tiny_config
+
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+
+# Peak memory of the process since `clear_refs`, the pages of mapped files included; what was there before is taken off.
+# A tiny model goes first, so that what is imported and traced on the way is there already.
+MEASURE = """
+import sys
+from pathlib import Path
+import jax
+import jaxprune as jp
+
+def status(field):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+tiny, big, dtype, out = sys.argv[1:]
+jp.save(out, *jp.load(tiny, dtype=dtype))
+Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+before = status("VmRSS")
+model, params = jp.load(big, dtype=dtype)
+jax.block_until_ready(params)
+loaded = status("VmHWM") - before
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+jp.save(out, model, params, overwrite=True)
+saved = status("VmHWM") - before
+print(sum(array.nbytes for array in jax.tree.leaves(params)), loaded, saved)
+"""
+
+
+def write_big(folder: Path, config: dict[str, Any], dtype: str) -> None:
+    """A checkpoint whose word embeddings are half of it and come last, so that a copy of them would show."""
+    header, start = {}, 0
+    for name, shape in reversed(encoder_shapes(config).items()):
+        stop = start + math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+        start = stop
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    piece = np.linspace(-1, 1, 2**18).astype(DTYPES[dtype]).tobytes()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(safetensors_bytes(header))
+        for first in range(0, start, len(piece)):
+            file.write(piece[: start - first])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("stored", "asked"), [("F16", "float32"), ("BF16", "float32"), ("F32", "float32"), ("F32", "bfloat16")]
+)
+def test_loading_takes_at_most_1_3_times_the_parameters(tmp_path, stored, asked):
+    config = tiny_config("bert", layers=6, embed=512, attention_heads=8, neurons=2048, vocab=40_000)
+    write_big(tmp_path / "big", config, stored)
+    tiny = classifier_config("bert")
+    write_checkpoint(tmp_path / "tiny", tiny, classifier_tensors(tiny))
+    command = [
+        sys.executable,
+        "-c",
+        MEASURE,
+        *(str(tmp_path / name) for name in ("tiny", "big")),
+        asked,
+        str(tmp_path / "out"),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    size, loaded, saved = map(int, run.stdout.split())
+    assert size > 75e6
+    assert loaded < 1.3 * size, f"loading took {loaded / size:.2f} times the parameters"
+    assert saved < 0.3 * size, f"saving took {saved / size:.2f} times the parameters"

@@ -1,0 +1,496 @@
+"""The commands do what the library does, print what was asked for, refuse bad input in one line, and resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from commands import WORDS, Place, place, record_of, run
+from tiny import tiny_batch, tiny_model
+
+from jaxprune import __version__, attribution, baselines, cli
+from jaxprune.checkpoint import load, read_pruning, save
+from jaxprune.evaluation import evaluate
+from jaxprune.gates import widths
+from jaxprune.objectives import predicted
+from jaxprune.scores import load_scores
+from jaxprune.scoring import score
+from jaxprune.selection import select
+from jaxprune.tasks import load_task
+from jaxprune.tensors import TensorFile
+
+__all__ = ["place"]  # a fixture
+
+FEW = ("--examples", 16, "--batch-size", 8, "--nodes", 2)
+QUICK = (*FEW, "--latency", "0")
+
+
+@pytest.fixture(scope="module")
+def scored(place: Place) -> Path:
+    file = place.folder / "mood.safetensors"
+    assert run("score", place.model, "--task", "mood", "--data", place.data, *FEW, "-o", file).exit_code == 0
+    return file
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+# what the commands do
+
+
+def test_score_writes_what_the_library_scores(place, tmp_path):
+    out = tmp_path / "s.safetensors"
+    options = ("--seed", 3, "--labels", "predicted", "--path", "layer")
+    record = record_of("score", place.model, "--task", "mood", "--data", place.data, *FEW, *options, "-o", out)
+    model, params = load(place.model)
+    criterion = attribution.IntegratedGradients(nodes=2, labels=predicted, path=attribution.layer)
+    task = load_task("mood", data=place.data)
+    wanted = score(model, params, task, criterion=criterion, examples=16, key=3, batch_size=8)
+    found = load_scores(out)
+    assert found.header == wanted.header
+    for name, value in wanted.values.items():
+        np.testing.assert_array_equal(found.values[name], value)
+    assert record["output"] == str(out)
+    assert record["criterion"] == wanted.header["criterion"]
+    assert record["units"] == 2 * (4 + 32)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_score_says_what_comes_next(place, tmp_path):
+    result = run("score", place.model, "--task", "mood", "--data", place.data, *FEW, "-o", tmp_path / "s.safetensors")
+    assert result.exit_code == 0, result.stderr
+    assert "completeness" in result.stdout
+    assert f"jaxprune prune {place.model} --scores" in result.stdout
+    assert "scoring mood: 2 of 2" in result.stderr
+
+
+def test_prune_from_scores_and_on_the_way_give_the_same_model(place, scored, tmp_path):
+    rows = ("--task", "mood", "--data", place.data)
+    one = record_of("prune", place.model, "--scores", scored, "--flops", 0.5, "-o", tmp_path / "a", "--latency", "0")
+    two = record_of("prune", place.model, *rows, *QUICK, "--flops", 0.5, "-o", tmp_path / "b")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert "evaluation" not in one["before"]
+    assert one["widths"] == two["widths"]
+    model, params = load(place.model)
+    gates = select(model, params, load_scores(scored), flops=0.5)
+    small = load(tmp_path / "a")[1]
+    assert widths(model.axes, small) == {name: int(gate.sum()) for name, gate in gates.items()}
+
+
+def test_the_record_of_prune_holds_ratios_and_speedups(place, tmp_path):
+    out = tmp_path / "small"
+    rows = ("--task", "mood", "--data", place.data, "--limit", 20, "--latency", "2,3", "--length", 12)
+    record = record_of("prune", place.model, *rows, *FEW, "--flops", 0.5, "-o", out)
+    before, after = record["before"], record["after"]
+    model, params = load(place.model)
+    task = load_task("mood", data=place.data)
+    assert before["evaluation"] == json.loads(json.dumps(evaluate(model, params, task, limit=20).to_json()))
+    assert after["evaluation"] == json.loads(json.dumps(evaluate(*load(out), task, limit=20).to_json()))
+    assert before["units"] == 72
+    assert record["kept"]["flops"] == after["flops"] / before["flops"] <= 0.5
+    assert record["kept"]["file_bytes"] == len(weights(out)) / len(weights(place.model))
+    assert record["speedup"]["theoretical"] == before["flops"] / after["flops"]
+    assert [found["batch"] for found in record["speedup"]["measured"]] == [2, 3]
+    assert {found["length"] for found in (*before["latency"], *after["latency"])} == {12}
+    assert all(0 < found["median"] <= found["p95"] for found in before["latency"])
+    assert read_pruning(out)["settings"]["flops"] == 0.5
+    assert read_pruning(out)["results"]["after"]["evaluation"] == after["evaluation"]
+
+
+def test_prune_ends_with_a_table(place, scored, tmp_path):
+    result = run(
+        "prune", place.model, "--scores", scored, "--task", "mood", "--data", place.data, "--parameters", 0.4,
+        "-o", tmp_path / "small", "--latency", "2",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    for row in ("accuracy, %", "units: heads and neurons", "parameters of units", "parameters, all", "MFLOPs", "MB"):
+        assert row in result.stdout
+    assert re.search(r"latency, ms, 2 x \d+ tokens +[\d.]+ +[\d.]+ +[\d.]+ x", result.stdout)
+    assert "95th percentile" in result.stdout
+    assert "CPU" in result.stdout
+
+
+def test_options_of_selection_arrive(place, scored, tmp_path):
+    record = record_of(
+        "prune", place.model, "--scores", scored, "--units", 0.8, "--global", "--multiple-of", "neurons=8",
+        "--floor", "heads=2", "--protect", 0, "--protect", "1.attention.heads", "--normalise", "l2",
+        "--latency", "0", "-o", tmp_path / "small",
+    )  # fmt: skip
+    found = {name: value for name, value in record["selection"].items() if value is not None and name != "length"}
+    assert found == {
+        "units": 0.8, "per_layer": False, "multiple_of": {"neurons": 8}, "floor": {"heads": 2},
+        "protect": [0, "1.attention.heads"], "normalise": "per_layer_l2",
+    }  # fmt: skip
+
+
+def test_mean_values_of_closed_units_are_folded_in(place, tmp_path):
+    rows = ("--task", "mood", "--data", place.data)
+    record = record_of(
+        "prune", place.model, *rows, *QUICK, "--closed", "mean", "--units", 0.5, "-o", tmp_path / "small"
+    )
+    scores = load_scores(record["scores"])
+    model, params = load(place.model)
+    gates, batch = select(model, params, scores, units=0.5), tiny_batch(model)
+    masked = np.asarray(model.apply(params, batch, gates, head="mood", means=scores.means).logits)
+    small = np.asarray(model.apply(load(tmp_path / "small")[1], batch, head="mood").logits)
+    np.testing.assert_allclose(small, masked, atol=1e-4)  # sums in another order
+    assert scores.means
+
+
+def test_half_precision_stays(place, scored, tmp_path):
+    model, params = load(place.model)
+    save(tmp_path / "half", model, params, dtype="float16")
+    rows = ("--task", "mood", "--data", place.data)
+    run("prune", tmp_path / "half", *rows, *QUICK, "--units", 0.5, "-o", tmp_path / "small")
+    with TensorFile(tmp_path / "small" / "model.safetensors") as file:
+        assert {entry.dtype for entry in file.entries.values()} == {"F16"}
+
+
+def test_evaluate_prints_what_the_library_measures(place):
+    record = record_of(
+        "evaluate", place.model, "--task", "mood", "--task", "topic", "--data", place.data, "--split", "dev"
+    )
+    model, params = load(place.model)
+    wanted = [evaluate(model, params, load_task(n, data=place.data), split="dev").to_json() for n in ("mood", "topic")]
+    assert record["results"] == json.loads(json.dumps(wanted))
+    table = run("evaluate", place.model, "--task", "mood", "--data", place.data, "--limit", 10).stdout
+    assert re.search(r"mood +test +10 +accuracy [\d.]+ +50\.0", table)
+
+
+def test_own_files_need_only_columns(place, tmp_path):
+    lines = (place.data / "mood" / "train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    file = tmp_path / "mine.csv"
+    file.write_text("words,verdict\n" + "".join(f"{row['sentence']},{row['label']}\n" for row in rows))
+    columns = ("--task", file, "--text", "words", "--label", "verdict", "--label-names", "bad,good", "--head", "mood")
+    record = record_of("evaluate", place.model, *columns)
+    assert record["results"][0]["task"] == "mine"
+
+
+def test_finetune_writes_a_model_and_how_it_was_made(place, tmp_path):
+    out = tmp_path / "multi"
+    rows = ("--task", "mood", "--task", "topic", "--data", place.data, "--rows", "mood=32", "--rows", "topic=32")
+    arguments = ("finetune", place.model, *rows, "--epochs", 2, "--batch-size", 16, "--half", "-o", out)
+    record = record_of(*arguments)
+    assert load(out)[0].heads == ("mood", "topic")
+    assert json.loads((out / "finetuning.json").read_text()) == record
+    assert len(record["epochs"]) == 2
+    assert record["recipe"]["rows"] == {"mood": 32, "topic": 32}
+    assert set(record["tasks"]["mood"]["digests"]) == {"train", "calibration", "dev", "test"}
+    assert not (tmp_path / "multi.state").exists()
+    with TensorFile(out / "model.safetensors") as file:
+        assert {entry.dtype for entry in file.entries.values()} == {"F16"}
+
+
+def test_finetune_shows_leaks_and_epochs(place, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(place.data, data)
+    leaked = (data / "topic" / "test.jsonl").read_text().splitlines()[:5]
+    with (data / "mood" / "train.jsonl").open("a") as stream:
+        stream.writelines(json.dumps(json.loads(line) | {"label": "bad"}) + "\n" for line in leaked)
+    rows = ("--task", "mood", "--task", "topic", "--data", data, "--rows", "mood=16", "--rows", "topic=16")
+    result = run("finetune", place.model, *rows, "--epochs", 1, "--batch-size", 16, "-o", tmp_path / "multi")
+    assert result.exit_code == 0, result.stderr
+    assert "mood: 5 rows dropped, held out in topic" in result.stderr
+    assert "epoch 1 of 1, dev" in result.stderr
+    assert "the best on dev" in result.stdout
+
+
+# resuming
+
+
+def command(*arguments: Any, **settings: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxprune", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **settings},
+    )
+
+
+def wait_for(found: Any, process: subprocess.Popen[str], seconds: float = 240.0) -> None:
+    """Waits until `found()` is true; the process must still be alive then."""
+    for _ in range(int(seconds / 0.02)):
+        if found():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError("it took too long.")
+
+
+def test_a_scoring_run_that_was_interrupted_and_killed_ends_with_the_same_bits(place, tmp_path):
+    settings = ("--task", "mood", "--data", place.data, "--examples", 40, "--batch-size", 1, "--path", "layer")
+    out, whole = tmp_path / "s.safetensors", tmp_path / "whole.safetensors"
+    part = tmp_path / "s.safetensors.partial"
+    arguments = ("score", place.model, *settings, "--nodes", 8, "-o", out)
+
+    first = command(*arguments)
+    wait_for(part.exists, first)
+    first.send_signal(signal.SIGINT)
+    stdout, stderr = first.communicate()
+    assert first.returncode == 130, stderr
+    assert stdout == ""
+    assert "interrupted; run the same command again to go on" in stderr
+    assert "Traceback" not in stderr
+
+    before = part.read_bytes()
+    second = command(*arguments)
+    wait_for(lambda: part.read_bytes() != before, second)
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
+    assert part.exists() and not out.exists()
+
+    assert run(*arguments).exit_code == 0
+    assert run(*arguments[:-1], whole).exit_code == 0
+    assert out.read_bytes() == whole.read_bytes()
+    assert not part.exists()
+
+
+def test_prune_does_not_score_twice(place, tmp_path):
+    out, kept = tmp_path / "small", tmp_path / "small.scores.safetensors"
+    arguments = ("prune", place.model, "--task", "mood", "--data", place.data, *QUICK, "--units", 0.5, "-o", out)
+    assert run(*arguments).exit_code == 0
+    made, model = kept.stat().st_mtime_ns, weights(out)
+    shutil.rmtree(out)  # as if it had been interrupted after scoring
+    again = run(*arguments)
+    assert again.exit_code == 0, again.stderr
+    assert "an earlier run with the same settings" in again.stderr
+    assert kept.stat().st_mtime_ns == made
+    assert weights(out) == model
+    other = run(*arguments, "--seed", 1, "--overwrite")
+    assert other.exit_code == 0, other.stderr
+    assert kept.stat().st_mtime_ns > made
+    assert load_scores(kept).header["keys"] == [[0, 1]]
+
+
+# bad input
+
+PRUNE = ("prune", "{model}", "--scores", "{scores}", "-o", "{new}")
+SCORE = ("score", "{model}", "--task", "mood", "--data", "{data}", "-o", "{new}")
+BAD: dict[str, tuple[Sequence[Any], str]] = {
+    "unknown task": (("score", "{model}", "--task", "moods", "-o", "{new}"), "unknown task 'moods'"),
+    "missing data": (("score", "{model}", "--task", "mood", "--data", "no", "-o", "{new}"), "no does not exist"),
+    "missing model": (("score", "./no", "--task", "mood", "--data", "{data}", "-o", "{new}"), "no folder no"),
+    "broken model": (("score", "{broken}", "--task", "mood", "--data", "{data}", "-o", "{new}"), "not a complete"),
+    "missing column": ((*SCORE, "--text", "words"), "no column 'words'"),
+    "unknown head": ((*SCORE, "--head", "weather"), "no task head 'weather'"),
+    "too many examples": ((*SCORE, "--examples", 9999), "examples must lie in 1 to"),
+    "too few nodes": ((*SCORE, "--nodes", 0), "nodes must be at least 1"),
+    "too long": ((*SCORE, "--examples", 8, "--max-length", 999), "only 64 positions"),
+    "unknown criterion": ((*SCORE, "--criterion", "tailor"), "taylor.*Did you mean 'taylor'"),
+    "unknown path": ((*SCORE, "--path", "straight"), "none of joint, layer"),
+    "option of another criterion": (
+        (*SCORE, "--criterion", "taylor", "--nodes", 4, "--path", "layer"),
+        "taylor has no --nodes, --path; it has --labels, --closed",
+    ),
+    "option of no criterion": ((*SCORE, "--criterion", "random", "--nodes", 4), "it has no options"),
+    "impossible tokens": ((*SCORE, "--tokens", "max"), "not possible with integrated gradients"),
+    "score file exists": ((*SCORE[:-1], "{scores}"), "exists already.*--overwrite"),
+    "score file is a folder": ((*SCORE[:-1], "{model}"), "is a folder"),
+    "below a file": ((*SCORE[:-1], "{scores}/s.safetensors"), "is not a folder"),
+    "no budget": (PRUNE, "exactly one budget"),
+    "two budgets": ((*PRUNE, "--flops", 0.5, "--units", 0.5), "exactly one budget.*got units, flops"),
+    "budget out of range": ((*PRUNE, "--flops", 1.5), r"must lie in \(0, 1\]"),
+    "unreachable budget": ((*PRUNE, "--units", 0.3, "--protect", 0), "smallest reachable fraction"),
+    "unknown layer": ((*PRUNE, "--units", 0.3, "--protect", 9), r"protect names \[9\]"),
+    "multiple of what": ((*PRUNE, "--units", 0.3, "--multiple-of", "neurons:8"), "NAME=NUMBER"),
+    "unknown kind": ((*PRUNE, "--units", 0.3, "--multiple-of", "layers=8"), "kinds of units"),
+    "no scores": (("prune", "{model}", "--scores", "no", "--units", 0.5, "-o", "{new}"), "jaxprune score"),
+    "no score file": (
+        ("prune", "{model}", "--scores", "{model}/model.safetensors", "--units", 0.5, "-o", "{new}"),
+        "holds no scores",
+    ),
+    "damaged scores": (("prune", "{model}", "--scores", "{damaged}", "--units", 0.5, "-o", "{new}"), "not a complete"),
+    "scores of another model": (("prune", "{other}", *PRUNE[2:], "--units", 0.5), "belong to another model"),
+    "scores and scoring": ((*PRUNE, "--units", 0.5, "--nodes", 4, "--seed", 1), "--seed, --nodes"),
+    "rows of nothing": ((*PRUNE, "--units", 0.5, "--data", "{data}", "--limit", 5), "--data, --limit: for testing"),
+    "nothing to score": (("prune", "{model}", "--units", 0.5, "-o", "{new}"), "--task"),
+    "folder exists": (("prune", "{model}", "--scores", "{scores}", "--units", 0.5, "-o", "{model}"), "exists already"),
+    "foreign folder": ((*PRUNE[:-1], "{data}", "--units", 0.5, "--overwrite"), "not a folder that jaxprune saved"),
+    "bad latency": ((*PRUNE, "--units", 0.5, "--latency", "many"), "--latency takes whole numbers"),
+    "unknown split": (("evaluate", "{model}", "--task", "mood", "--data", "{data}", "--split", "dust"), "split 'dust'"),
+    "rows of no task": (
+        ("finetune", "{model}", "--task", "mood", "--data", "{data}", "--rows", "topic=8", "-o", "{new}"),
+        "rows names topic",
+    ),
+    "no epochs": (
+        ("finetune", "{model}", "--task", "mood", "--data", "{data}", "--epochs", 0, "-o", "{new}"),
+        "epochs must be at least 1",
+    ),
+    "unknown pooling": (
+        ("finetune", "{model}", "--task", "mood", "--data", "{data}", "--pooling", "last", "-o", "{new}"),
+        "pooling",
+    ),
+    "finetuned folder exists": (("finetune", "{model}", "--task", "mood", "-o", "{model}"), "exists already"),
+    "unknown option": ((*SCORE, "--node", 4), "No such option.*--help"),
+    "missing option": (("score", "{model}", "-o", "{new}"), "Missing option '--task'"),
+    "not a number": ((*SCORE, "--examples", "few"), "'--examples'"),
+    "unknown command": (("compress", "{model}"), "compress"),
+}
+
+
+@pytest.fixture(scope="module")
+def names(place: Place, scored: Path) -> dict[str, Path]:
+    folder = place.folder
+    shutil.copytree(place.model, folder / "broken")
+    (folder / "broken" / "model.safetensors").write_bytes(weights(place.model)[:-100])
+    (folder / "damaged.safetensors").write_bytes(scored.read_bytes()[:-8])
+    model, _ = load(place.model)
+    save(folder / "other", model, model.initialise(jax.random.key(5)))
+    return {
+        "model": place.model,
+        "data": place.data,
+        "scores": scored,
+        "broken": folder / "broken",
+        "damaged": folder / "damaged.safetensors",
+        "other": folder / "other",
+        "new": folder / "new",
+    }
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(names, case):
+    arguments, message = BAD[case]
+    filled = [str(argument).format(**names) for argument in arguments]
+    result = run(*filled)
+    assert result.exit_code == 2, (result.stderr, result.exception)
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("jaxprune: error: ")]
+    assert len(lines) == 1 and lines[0] == result.stderr.splitlines()[-1], result.stderr
+    assert re.search(message, lines[0]), lines[0]
+    assert not names["new"].exists()
+
+
+def test_an_error_of_the_library_can_be_traced(monkeypatch):
+    monkeypatch.setenv("JAXPRUNE_TRACEBACK", "1")
+    assert isinstance(run("evaluate", "./no", "--task", "mood").exception, FileNotFoundError)
+
+
+def test_test_rows_must_not_have_been_scored(place, tmp_path):
+    """A task whose test rows are the calibration rows of the one that was scored."""
+    task = load_task("mood", data=place.data)
+    data = tmp_path / "data" / "mood"
+    shutil.copytree(place.data / "mood", data)
+    with (data / "test.jsonl").open("w") as stream:
+        for row in task.rows("calibration"):
+            stream.write(json.dumps({"sentence": row.text, "label": task.labels[int(row.label or 0)]}) + "\n")
+    scores = tmp_path / "s.safetensors"
+    assert run("score", place.model, "--task", "mood", "--data", place.data, *FEW, "-o", scores).exit_code == 0
+    rows = ("--task", "mood", "--data", tmp_path / "data")
+    result = run("prune", place.model, "--scores", scores, *rows, "--units", 0.5, "-o", tmp_path / "small")
+    assert result.exit_code == 2
+    assert "rows used for scoring" in result.stderr
+    assert not (tmp_path / "small").exists()
+
+
+def test_wrong_settings_are_refused_before_any_work(place, tmp_path):
+    rows = ("--task", "mood", "--data", place.data)
+    for budget in (("--flops", 2), ("--flops", 0.5, "--protect", 7), ()):
+        result = run("prune", place.model, *rows, *budget, "-o", tmp_path / "small")
+        assert result.exit_code == 2
+        assert "scoring" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# what a process imports, prints and keeps
+
+
+@pytest.mark.parametrize("rest", [(), ("--no-evaluate", "--task", "mood", "--data", "{data}")])
+def test_pruning_from_scores_imports_neither_transformers_nor_datasets(place, scored, tmp_path, rest):
+    arguments = ["prune", place.model, "--scores", scored, "--flops", "0.5", "-o", tmp_path / "small", "--json", *rest]
+    filled = [str(argument).format(data=place.data) for argument in arguments]
+    code = f"""
+import sys
+from jaxprune.cli import main
+sys.argv = ["jaxprune", *{filled!r}]
+try:
+    main()
+except SystemExit as stop:
+    print("IMPORTED", stop.code, *sorted({{name.split(".")[0] for name in sys.modules}}), file=sys.stderr)
+"""
+    settings = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    settings["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=settings, check=True)
+    code, *imported = done.stderr.rpartition("IMPORTED ")[2].split()
+    assert code == "0", done.stderr
+    assert set(imported) & {"transformers", "datasets", "torch", "matplotlib"} == set()
+    assert "jax" in imported
+    assert json.loads(done.stdout)["command"] == "prune"  # one JSON object on stdout, and nothing else
+    assert any((tmp_path / "cache" / "jaxprune" / "compiled").rglob("*-cache"))
+
+
+def test_an_error_in_a_process_of_its_own():
+    process = command("evaluate", "./no", "--task", "mood", "--json")
+    stdout, stderr = process.communicate()
+    assert (process.returncode, stdout) == (2, "")
+    assert stderr.splitlines() == ["jaxprune: error: no folder no."]
+
+
+# names and help
+
+
+def test_every_name_stands_for_something():
+    for option, known in cli.FUNCTIONS.items():
+        found = [cli.find(option, name) for name in known]
+        assert len({id(thing) for thing in found}) == len(found)
+
+
+def test_every_criterion_and_every_setting_has_a_name():
+    kinds = {
+        thing
+        for module in (attribution, baselines)
+        for thing in vars(module).values()
+        if dataclasses.is_dataclass(thing) and hasattr(thing, "examples") and callable(thing)
+    }
+    named = {cli.find("criterion", name) for name in cli.FUNCTIONS["criterion"]}
+    assert named == kinds
+    settings = {field.name for kind in named for field in dataclasses.fields(kind) if field.init}
+    assert settings - {"kinds"} == set(cli.SETTINGS.values())
+
+
+def test_help_tells_the_true_defaults():
+    own = attribution.IntegratedGradients()
+    assert (own.nodes, own.chunk, own.start) == (8, 1, 0.0)
+    assert own.path is cli.find("path", "joint")
+    assert own.rule is cli.find("rule", "gauss-legendre")
+    assert own.labels is cli.find("labels", "gold")
+    assert own.examples is cli.find("examples-reduction", "absolute")
+    assert own.closed is cli.find("closed", "zero")
+    assert attribution.GradientActivation().tokens is cli.find("tokens", "sum")
+    assert baselines.Fisher().labels is cli.find("labels", "sampled")
+
+
+@pytest.mark.parametrize("name", ["score", "prune", "evaluate", "finetune", "demo"])
+def test_every_command_has_an_example(name):
+    result = run(name, "--help")
+    assert result.exit_code == 0
+    assert re.search(rf"Examples?: jaxprune {name} ", result.stdout)
+
+
+def test_without_a_command_there_is_help():
+    assert "Usage: jaxprune" in run().stdout
+    assert run("--version").stdout == f"jaxprune {__version__}\n"
+
+
+def test_a_model_without_tokenizer_can_be_pruned_from_scores_only(tmp_path):
+    model, params = tiny_model()
+    save(tmp_path / "model", model, params)
+    assert not list((tmp_path / "model").glob("vocab*"))
+    assert WORDS.exists()
+    result = run("evaluate", tmp_path / "model", "--task", "mood", "--data", tmp_path)
+    assert result.exit_code == 2

@@ -1,0 +1,114 @@
+"""What is compiled, how often, and what one quadrature node costs: counted, not timed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_batch, tiny_config, tiny_model
+
+from jaxprune.activations import calibration_means
+from jaxprune.attribution import GradientActivation, IntegratedGradients, layer
+from jaxprune.baselines import Fisher, LeaveOneOut, Wanda
+from jaxprune.models import Model, TaskHead, backward, bert, block_compiled
+from jaxprune.models.layers import max_tokens, sum_tokens
+from jaxprune.objectives import every
+from jaxprune.scoring import score_batches
+
+COMPILED = "/jax/core/compile/backend_compile_duration"  # one event per program
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[list[int]]:
+    """A counter of compiled programs, in a list of one number."""
+    count = [0]
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        count[0] += event == COMPILED
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    before = count[0]
+    jax.jit(lambda x: x + 1)(np.ones(3))
+    assert count[0] > before, f"jax no longer reports {COMPILED}"
+    yield count
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+class Watched(list[dict[str, np.ndarray]]):
+    """Batches that note how many programs are compiled when each is fetched."""
+
+    def __init__(self, batches: list[dict[str, np.ndarray]], compiled: list[int]):
+        super().__init__(batches)
+        self.compiled, self.seen = compiled, []
+
+    def __getitem__(self, index: Any) -> Any:
+        self.seen.append(self.compiled[0])
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        IntegratedGradients(nodes=5, chunk=2),
+        IntegratedGradients(nodes=2, path=layer, labels=every),
+        GradientActivation(tokens=max_tokens, closed=calibration_means),
+        Fisher(),
+        Wanda(),
+        LeaveOneOut(chunk=3),
+    ],
+)
+def test_no_compilation_after_the_first_batch_of_each_length(criterion: Any, compiled: list[int]):
+    model, params = tiny_model(layers=1, neurons=24)  # widths of its own: nothing is compiled yet
+    batches = [
+        tiny_batch(model, 4, length, seed) | {"labels": np.array([0, 1, 2, 1], np.int32)}
+        for seed, length in enumerate((7, 5, 7, 5, 7))
+    ]
+    watched = Watched(batches, compiled)
+    score_batches(model, params, watched, criterion)
+    seen = watched.seen[-5:]  # the passes over the batches before are for the means
+    assert seen[0] < seen[1] < seen[2]
+    assert seen[2] == seen[3] == seen[4]
+
+
+@pytest.mark.parametrize("criterion", [GradientActivation(), IntegratedGradients(nodes=2, path=layer)])
+def test_a_deep_model_compiles_no_more_than_a_shallow_one(criterion: Any, compiled: list[int]):
+    programs = []
+    for layers in (6, 24):
+        model, params = tiny_model(layers=layers)
+        batch = tiny_batch(model) | {"labels": np.array([0, 1, 2], np.int32)}
+        jax.clear_caches()
+        before = compiled[0]
+        criterion(model, params, batch)
+        programs.append(compiled[0] - before)
+    assert programs[0] > 0 and programs[1] <= 2 * programs[0], programs
+
+
+def flops_of(function: Any, *args: Any) -> float:
+    cost = function.lower(*args).compile().cost_analysis()
+    return (cost[0] if isinstance(cost, list) else cost)["flops"]
+
+
+def test_one_node_costs_two_forward_passes():
+    """The function of one node: a forward pass that keeps what the backward pass needs, and the backward pass.
+
+    At the widths of BERT-base and 128 tokens, with one gate per unit and example. Nothing is run.
+    """
+    raw = tiny_config("bert", layers=2, embed=768, attention_heads=12, neurons=3072, vocab=100)
+    head = TaskHead(name="task", labels=("no", "yes"), dense="tanh")
+    model = Model(bert.parse_config(raw, (head,)))
+    params = jax.eval_shape(model.initialise, jax.random.key(0))
+    hidden, mask = jax.ShapeDtypeStruct((2, 128, 768), jnp.float32), jax.ShapeDtypeStruct((2, 128), jnp.bool_)
+    units = {"attention.heads": 12, "ffn.neurons": 3072}
+    gates = {name: jax.ShapeDtypeStruct((2, n), jnp.float32) for name, n in units.items()}
+    arrays = (params["layers"][1], hidden, mask, gates, {}, None)
+    forward = flops_of(block_compiled, model, params["layers"][1], hidden, mask, {}, {}, None)
+    for inner in (False, True):  # the lowest layer, whose input is not differentiated, and any other
+        static = (model, sum_tokens, False, inner)
+        output, pullback = jax.eval_shape(partial(backward._block_forward, *static), *arrays)
+        node = flops_of(backward._block_forward, *static, *arrays) + flops_of(backward._pull, pullback, output)
+        assert 1.5 * forward < node <= 2.1 * forward

@@ -1,0 +1,103 @@
+"""The demo prunes a multi-task model for one task in three ways of equal cost, and tests all of its tasks."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+
+import pytest
+from commands import TASKS, Place, place, record_of, run, write_rows
+
+from jaxprune.checkpoint import load
+from jaxprune.demo import OTHER_ROWS, VARIANTS, explain, next_steps
+from jaxprune.evaluation import evaluate
+from jaxprune.scores import load_scores
+from jaxprune.tasks import load_task
+
+__all__ = ["place"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def data(place: Place):
+    """Folders as the bundled ones: calibration, validation and test rows, none to train on; one task without a head."""
+    folder = place.folder / "bundled"
+    for i, (name, labels) in enumerate({**TASKS, "weather": ("dry", "wet")}.items()):
+        for j, (split, rows) in enumerate({"calibration": 140, "validation": 20, "test": 170}.items()):
+            write_rows(folder / name / f"{split}.jsonl", labels, rows, 100 + 10 * i + j)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shown(place: Place, data):
+    out = place.folder / "demo"
+    return out, record_of("demo", "--model", place.model, "--data", data, "--task", "topic", "-o", out)
+
+
+def test_every_task_with_a_head_is_tested_in_every_variant(place, data, shown):
+    _, record = shown
+    assert [row["task"] for row in record["tasks"]] == ["topic", "mood"]
+    assert [row["n"] for row in record["tasks"]] == [len(load_task("topic", data=data).rows("test")), OTHER_ROWS]
+    model, params = load(place.model)
+    for row in record["tasks"]:
+        assert tuple(row["values"]) == VARIANTS
+        limit = None if row["task"] == "topic" else OTHER_ROWS
+        wanted = evaluate(model, params, load_task(row["task"], data=data), limit=limit)
+        assert row["values"]["dense"] == wanted.primary[1]
+        assert row["chance"] == wanted.chance
+
+
+def test_model_scores_and_picture_are_saved(place, data, shown):
+    out, record = shown
+    model, small = load(out / "model")
+    task = load_task("topic", data=data)
+    assert evaluate(model, small, task).primary[1] == record["tasks"][0]["values"]["attribution"]
+    assert record["kept"]["flops"] <= 0.5
+    header = load_scores(out / "topic.scores.safetensors").header
+    assert header["examples"] == 128
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "results.json").read_text()) == record
+
+
+def test_every_site_of_a_kind_keeps_the_same_share(shown):
+    out, _ = shown
+    sites = json.loads((out / "model" / "pruning.json").read_text())["sites"]
+    for kind in ("heads", "neurons"):
+        assert len({site["kept"] for name, site in sites.items() if name.endswith(kind)}) == 1
+
+
+def test_it_can_be_run_again_and_explains_itself(place, data, shown):
+    out, record = shown
+    result = run("demo", "--model", place.model, "--data", data, "--task", "topic", "-o", out)
+    assert result.exit_code == 0, result.stderr
+    for word in (*VARIANTS, "chance", "topic", "mood", "MFLOPs", "Next:"):
+        assert word in result.stdout
+    assert "integrated gradients, 8 nodes" in explain(record)
+    assert str(record["tasks"][0]["n"]) in explain(record)
+
+
+def test_what_to_type_next_can_be_typed(shown):
+    _, record = shown
+    for line in next_steps(record):
+        program, command, *rest = shlex.split(line)
+        assert program == "jaxprune"
+        known = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", run(command, "--help").stdout))
+        assert {word for word in rest if word.startswith("-")} <= known
+
+
+def test_sst2_is_said_to_be_of_another_domain(shown):
+    _, record = shown
+    text = " ".join(explain(record | {"task": "sst2", "tasks": [record["tasks"][0] | {"task": "sst2"}]}).split())
+    assert "SST-2" in text and "never seen" in text
+
+
+def test_bad_input(place, data, tmp_path):
+    arguments = ("demo", "--model", place.model, "--data", data)
+    unknown = run(*arguments, "--task", "weathr", "-o", tmp_path / "out")
+    assert unknown.exit_code == 2 and "weather" in unknown.stderr
+    headless = run(*arguments, "--task", "weather", "-o", tmp_path / "out")
+    assert headless.exit_code == 2 and "task heads" in headless.stderr
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    (tmp_path / "out" / "model" / "mine.txt").write_text("keep")
+    foreign = run(*arguments, "--task", "topic", "-o", tmp_path / "out")
+    assert foreign.exit_code == 2 and "not a folder that jaxprune saved" in foreign.stderr

@@ -1,0 +1,74 @@
+"""Scores on four devices equal those on one. The four are forced on the host, in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxprune.scores import load_scores
+
+SCRIPT = """
+import dataclasses, sys
+from pathlib import Path
+
+import conftest  # strict dtype promotion
+import jax
+from test_scores import HEADS, WORDS, texts
+from tiny import tiny_model
+
+from jaxprune.activations import calibration_means
+from jaxprune.attribution import GradientActivation, IntegratedGradients
+from jaxprune.baselines import LeaveOneOut
+from jaxprune.objectives import margin, sampled
+from jaxprune.scores import save_scores
+from jaxprune.scoring import score
+from jaxprune.tasks import Task
+
+assert len(jax.devices()) == 4, jax.devices()
+model, params = tiny_model(layers=1, heads=HEADS)
+model = dataclasses.replace(model, source=WORDS)
+task = Task(name="moods", splits={"calibration": texts(30)}, labels=("sad", "glad"))
+criteria = {
+    "integrated": IntegratedGradients(nodes=3, chunk=2),
+    "drawn": GradientActivation(labels=sampled, closed=calibration_means, objective=margin),
+    "leave_one_out": LeaveOneOut(chunk=2),
+}
+for name, criterion in criteria.items():
+    for devices in (jax.devices()[:1], jax.devices()):
+        # 13 examples in batches of 6, rounded up to 8: a device gets two rows, some of them only padding
+        found = score(model, params, task, criterion=criterion, examples=13, batch_size=6, devices=devices)
+        assert all(len(value.devices()) == len(devices) for value in found.values.values()), name
+        save_scores(Path(sys.argv[1]) / f"{name}-{len(devices)}", found)
+"""
+NAMES = ("integrated", "drawn", "leave_one_out")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    path = tmp_path_factory.mktemp("scores")
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    flags = "--xla_force_host_platform_device_count=4"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
+    run = subprocess.run([sys.executable, "-c", SCRIPT, str(path)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_on_four_devices_equal_those_on_one(name: str, folder: Path):
+    one, four = (load_scores(folder / f"{name}-{count}") for count in (1, 4))
+    assert one.values.keys() == four.values.keys()
+    for site, value in one.values.items():
+        np.testing.assert_allclose(four.values[site], value, rtol=1e-4, atol=1e-6)
+    for site, mean in (one.means or {}).items():
+        np.testing.assert_allclose((four.means or {})[site], mean, rtol=1e-5, atol=1e-6)
+    assert one.header["rows"] == four.header["rows"]
+    for field, value in (one.header["completeness"] or {}).items():
+        assert four.header["completeness"][field] == pytest.approx(value, rel=1e-4, abs=1e-6)

@@ -1,0 +1,327 @@
+"""A crash leaves the old file or folder, or the new one; nothing that is not ours is ever replaced."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from checkpoints import write_classifier
+from tiny import tiny_model
+
+from jaxprune import files
+from jaxprune.checkpoint import load, model_digest, save
+from jaxprune.files import folder_for, interrupted, write_atomic
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+# Single files
+
+
+def test_write_atomic_replaces_the_file_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "new" / "scores.json"
+    assert write_atomic(path, b"one") == path
+    write_atomic(str(path), lambda file: file.write(b"two"))
+    assert path.read_bytes() == b"two"
+    assert names(path.parent) == ["scores.json"]
+
+
+def test_write_atomic_keeps_the_old_file_if_the_new_one_fails(tmp_path):
+    path = write_atomic(tmp_path / "scores.json", b"old")
+
+    def fails(file) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(path, fails)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["scores.json"]
+
+
+def test_write_atomic_follows_a_symbolic_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    target = write_atomic(tmp_path / "elsewhere" / "scores.json", b"old")
+    link = tmp_path / "link.json"
+    link.symlink_to(target)
+    write_atomic(link, b"new")
+    assert link.is_symlink() and target.read_bytes() == b"new"
+
+
+# Folders
+
+
+def test_save_makes_missing_folders_and_fills_an_empty_one(tmp_path):
+    model, params = tiny_model()
+    save(tmp_path / "a" / "b", model, params)
+    (tmp_path / "empty").mkdir()
+    save(tmp_path / "empty", model, params)
+    assert names(tmp_path / "empty") == names(tmp_path / "a" / "b") == ["config.json", "model.safetensors"]
+    assert names(tmp_path) == ["a", "empty"]
+
+
+def test_save_does_not_replace_without_overwrite(tmp_path):
+    model, params = tiny_model()
+    _, other = tiny_model(seed=1)
+    save(tmp_path / "out", model, params)
+    with pytest.raises(
+        FileExistsError, match=r"out exists already: choose another name, or replace it with --overwrite"
+    ):
+        save(tmp_path / "out", model, other)
+    assert model_digest(*load(tmp_path / "out")) == model_digest(model, params)
+    save(tmp_path / "out", model, other, overwrite=True)
+    assert model_digest(*load(tmp_path / "out")) == model_digest(model, other)
+    assert names(tmp_path) == ["out"]
+
+
+def test_overwriting_leaves_no_old_file_behind(tmp_path):
+    model, params = tiny_model()
+    save(tmp_path / "out", model, params, pruning={}, extra={"README.md": b"# card"})
+    assert names(tmp_path / "out") == ["README.md", "config.json", "model.safetensors", "pruning.json"]
+    save(tmp_path / "out", model, params, overwrite=True)
+    assert names(tmp_path / "out") == ["config.json", "model.safetensors"]
+
+
+def test_a_model_can_be_saved_over_the_folder_it_came_from(tmp_path):
+    model, params = tiny_model()
+    save(tmp_path / "out", model, params, extra={"vocab.txt": b"[PAD]\n"})
+    model, params = load(tmp_path / "out")
+    save(tmp_path / "out", model, params, overwrite=True)
+    again = load(tmp_path / "out")
+    assert model_digest(*again) == model_digest(model, params)
+    assert (tmp_path / "out" / "vocab.txt").read_bytes() == b"[PAD]\n"
+
+
+def test_overwrite_never_touches_what_save_did_not_write(tmp_path):
+    model, params = tiny_model()
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "thesis.tex").write_text("ten years")
+    with pytest.raises(FileExistsError, match="not a folder that jaxprune saved"):
+        save(thesis, model, params, overwrite=True)
+    original = write_classifier(tmp_path / "hf")
+    with pytest.raises(FileExistsError, match="not a folder that jaxprune saved"):
+        save(original, model, params, overwrite=True)
+    ours = save(tmp_path / "out", model, params)
+    (ours / "notes.txt").write_text("do not lose")
+    with pytest.raises(FileExistsError, match=r"files that were not saved with the model: \['notes.txt'\]"):
+        save(ours, model, params, overwrite=True)
+    with pytest.raises(FileExistsError, match=r"notes.txt is a file: choose another name"):
+        save(ours / "notes.txt", model, params, overwrite=True)
+    assert (ours / "notes.txt").read_text() == "do not lose"
+    assert names(thesis) == ["thesis.tex"]
+    assert names(tmp_path) == ["hf", "out", "thesis"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "../card.md", "sub/card.md", ".."])
+def test_extra_files_have_plain_names_of_their_own(tmp_path, name):
+    model, params = tiny_model()
+    with pytest.raises(ValueError, match="not a file name, or one that is written anyway"):
+        save(tmp_path / "out", model, params, extra={name: b""})
+    assert names(tmp_path) == []
+
+
+def test_the_current_folder_and_those_above_it_are_refused(tmp_path, monkeypatch):
+    model, params = tiny_model()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for path in (".", "..", tmp_path / "empty"):
+        with pytest.raises((ValueError, FileExistsError), match=r"current folder|exists already"):
+            save(path, model, params)
+    save("out", model, params)
+    assert names(tmp_path / "empty") == ["out"]
+
+
+def test_a_symbolic_link_to_a_folder_stays_one(tmp_path):
+    model, params = tiny_model()
+    save(tmp_path / "real", model, params)
+    (tmp_path / "link").symlink_to("real")
+    save(tmp_path / "link", model, tiny_model(seed=1)[1], overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert model_digest(*load(tmp_path / "real")) != model_digest(model, params)
+    assert names(tmp_path) == ["link", "real"]
+
+
+def test_a_model_whose_tokenizer_is_gone_is_not_saved_without_it(tmp_path):
+    source = write_classifier(tmp_path / "hf")
+    model, params = load(source)
+    source.rename(tmp_path / "moved")
+    with pytest.raises(
+        FileNotFoundError, match=r"hf, from which the model was loaded, is gone, and the tokenizer with it"
+    ):
+        save(tmp_path / "out", model, params)
+
+
+def test_an_error_while_writing_leaves_the_old_folder_and_nothing_else(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+
+    def fails(overwrite: bool) -> None:
+        with folder_for(tmp_path / "out", overwrite=overwrite) as fresh:
+            (fresh / "new").touch()
+            raise KeyboardInterrupt
+
+    for overwrite in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            fails(overwrite)
+        assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["old"]
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path):
+    def write() -> None:
+        with folder_for(tmp_path / "out") as fresh:
+            (fresh / "new").touch()
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "theirs").touch()
+
+    with pytest.raises(FileExistsError, match=r"out exists already and is not an empty folder"):
+        write()
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["theirs"]
+
+
+def test_two_saves_at_once_do_not_disturb_each_other(tmp_path):
+    with folder_for(tmp_path / "out", overwrite=True) as slow:
+        (slow / "slow").touch()
+        with folder_for(tmp_path / "out", overwrite=True) as fast:
+            (fast / "fast").touch()
+        assert names(tmp_path / "out") == ["fast"] and names(slow) == ["slow"]
+    assert names(tmp_path / "out") == ["slow"]
+    assert names(tmp_path) == ["out"]
+
+
+# Systems that cannot swap two folders in one step
+
+
+def test_two_renames_do_what_the_swap_does(tmp_path):
+    for name in ("fresh", "out"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    files._rename_twice(tmp_path / "fresh", tmp_path / "out")
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["fresh"]
+    with pytest.raises(FileNotFoundError):
+        files._rename_twice(tmp_path / "absent", tmp_path / "out")
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["fresh"]
+
+
+def test_a_crash_between_two_renames_is_found_and_repaired(tmp_path):
+    model, params = tiny_model()
+    out = save(tmp_path / "out", model, params)
+    old = out.rename(tmp_path / ".out.old-0123abcd")
+    (tmp_path / ".out.saving-0123abcd").mkdir()
+    assert interrupted(out) == old
+    with pytest.raises(FileNotFoundError, match=r"saving it was interrupted. Its old content is .*\.out\.old-0123abcd"):
+        load(out)
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        save(out, model, params)
+    save(out, model, tiny_model(seed=1)[1], overwrite=True)
+    assert names(tmp_path) == ["out"] and interrupted(out) is None
+
+
+def test_only_what_a_dead_save_of_the_same_name_left_is_removed(tmp_path):
+    ours = {"out", ".out.saving-0123abcd", ".out.saving-89abcdef", ".out.old-0123abcd"}
+    others = {".out.saving-mine", ".outer.saving-0123abcd", "x.saving-0123abcd"}
+    for name in ours | others:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    with folder_for(tmp_path / "out", overwrite=True):
+        assert set(names(tmp_path)) & ours == {"out"}
+    assert set(names(tmp_path)) == {"out", *others}
+
+
+# Crashes
+
+WRITER = """
+import itertools, sys
+from pathlib import Path
+from jaxprune.files import folder_for, write_atomic
+root = Path(sys.argv[1])
+print("ready", flush=True)
+for turn in itertools.count():
+    with folder_for(root / "out", overwrite=True) as fresh:
+        for part in range(8):
+            (fresh / str(part)).write_text(f"{turn} " * 2000)
+    write_atomic(root / "file", f"{turn} ".encode() * 2000)
+"""
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_kill_9_leaves_whole_folders_and_whole_files(tmp_path, seed):
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
+    assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
+    for _ in itertools.repeat(None, 2000):  # the first turn must be over: until then there is no old one
+        if (tmp_path / "file").exists():
+            break
+        time.sleep(0.005)
+    time.sleep(random.Random(seed).uniform(0, 0.05))
+    writer.send_signal(signal.SIGKILL)
+    writer.communicate()
+    contents = {(tmp_path / "out" / str(part)).read_text() for part in range(8)}
+    assert len(names(tmp_path / "out")) == 8 and len(contents) == 1
+    words = (contents.pop() + (tmp_path / "file").read_text()).split()
+    assert len(words) == 4000 and len(set(words[:2000])) == len(set(words[2000:])) == 1
+    with folder_for(tmp_path / "out", overwrite=True):
+        pass
+    write_atomic(tmp_path / "file", b"")
+    assert names(tmp_path) == ["file", "out"]  # what the killed process left is gone
+
+
+SAVER = """
+import itertools, sys
+import jaxprune as jp
+first, second = jp.load(sys.argv[1]), jp.load(sys.argv[2])
+print("ready", flush=True)
+for model, params in itertools.cycle((second, first)):
+    jp.save(sys.argv[3], model, params, overwrite=True)
+"""
+
+
+def test_kill_9_during_save_leaves_the_old_model_or_the_new_one(tmp_path):
+    digests = set()
+    for seed in (0, 1):
+        model, params = tiny_model(seed=seed)
+        save(tmp_path / str(seed), model, params)
+        digests.add(model_digest(model, params))
+    save(tmp_path / "out", *load(tmp_path / "0"))
+    for seed in range(3):
+        command = [sys.executable, "-c", SAVER, *(str(tmp_path / name) for name in ("0", "1", "out"))]
+        saver = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert saver.stdout is not None and saver.stdout.readline() == b"ready\n"
+        time.sleep(random.Random(seed).uniform(0, 0.1))
+        saver.send_signal(signal.SIGKILL)
+        saver.communicate()
+        assert model_digest(*load(tmp_path / "out")) in digests
+    save(tmp_path / "out", *load(tmp_path / "0"), overwrite=True)
+    assert names(tmp_path) == ["0", "1", "out"]
+
+
+FULL = """
+import resource, sys
+import jaxprune as jp
+model, params = jp.load(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes; the weights have more
+try:
+    jp.save(sys.argv[1], model, params, overwrite=True)
+except OSError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on file sizes")
+def test_a_disk_without_room_leaves_the_old_folder_and_nothing_else(tmp_path):
+    model, params = tiny_model()
+    out = save(tmp_path / "out", model, params)
+    assert (out / "model.safetensors").stat().st_size > 20_000
+    run = subprocess.run([sys.executable, "-c", FULL, str(out)], capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("OSError ") and "File too large" in run.stdout
+    assert names(tmp_path) == ["out"]
+    assert model_digest(*load(out)) == model_digest(model, params)
+    assert json.loads((out / "config.json").read_text())["jaxprune"]["files"] == names(out)

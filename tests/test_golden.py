@@ -1,0 +1,34 @@
+"""Law 8 where PyTorch is not installed: logits equal those that it computed when `make_golden.py` ran."""
+
+from __future__ import annotations
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from make_golden import CASES, GOLDEN
+from tiny import MODEL_TYPES
+
+from jaxprune.checkpoint import load
+from jaxprune.models import family
+
+TOLERANCE = 1e-4  # of the logits' scale: float32, other order of sums
+
+
+def test_every_model_type_has_golden_logits():
+    assert set(CASES) == set(family("bert").MODEL_TYPES) == set(MODEL_TYPES)
+
+
+@pytest.mark.parametrize("model_type", CASES)
+def test_golden_logits(model_type: str):
+    golden = json.loads((GOLDEN / model_type / "golden.json").read_text())
+    assert {"torch", "transformers"} <= golden["versions"].keys()
+    model, params = load(GOLDEN / model_type)
+    gates = {name: jnp.asarray(values, jnp.float32) for name, values in golden["gates"].items()}
+    batches = [{name: np.asarray(rows, np.int32) for name, rows in batch.items()} for batch in golden["batches"]]
+    found = [model.apply(params, batch).logits for batch in batches]
+    found.append(model.apply(params, batches[-1], gates).logits)
+    for ours, expected in zip(found, [*golden["logits"], golden["gated_logits"]], strict=True):
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(np.asarray(ours), expected, rtol=0, atol=TOLERANCE * scale)

@@ -1,0 +1,62 @@
+"""Every kernel lowers for TPU and CUDA from a machine that has neither: nothing depends on one backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import export
+from tiny import tiny_model
+
+from jaxprune import scoring
+from jaxprune.activations import site_statistics, token_sum
+from jaxprune.attribution import GradientActivation, IntegratedGradients, layer
+from jaxprune.baselines import Fisher, Gradient, LeaveOneOut, Wanda
+from jaxprune.models import TaskHead
+from jaxprune.models.layers import max_tokens
+from jaxprune.objectives import every, margin, maximum
+
+HEADS = (TaskHead(name="task", labels=("no", "maybe", "yes"), dense="tanh"),)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("criterion", "layers"),
+    [
+        (IntegratedGradients(nodes=3, chunk=2), 2),  # embedding, blocks there and back, readout, quadrature
+        (IntegratedGradients(nodes=1, path=layer, labels=every, objective=margin), 1),
+        (GradientActivation(tokens=max_tokens, examples=maximum), 1),
+        (Fisher(), 1),
+        (Gradient(), 1),
+        (Wanda(), 1),
+        (LeaveOneOut(chunk=2), 1),
+    ],
+)
+def test_a_batch_of_every_criterion_lowers(criterion: Any, layers: int, dtype: Any):
+    """From the tokens to the running totals, in one program."""
+    model, params = tiny_model(layers=layers, heads=HEADS)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+    tokens, row = jax.ShapeDtypeStruct((4, 9), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    batch = dict.fromkeys(names, tokens) | {"labels": row, "index": row}
+
+    def run(params: Any, batch: Any, weight: Any) -> Any:
+        found = criterion(model, params, batch)
+        largest = criterion.examples.largest
+        return scoring._add(largest, scoring._nothing(largest, found), found, weight)
+
+    exported = export.export(jax.jit(run), platforms=("tpu", "cuda"))
+    assert exported(params, batch, jax.ShapeDtypeStruct((4,), jnp.float32)).platforms == ("tpu", "cuda")
+
+
+def test_calibration_means_lower():
+    model, params = tiny_model(layers=1)
+    tokens = jax.ShapeDtypeStruct((4, 9), jnp.int32)
+    batch = dict.fromkeys(("input_ids", "attention_mask"), tokens)
+
+    def run(params: Any, batch: Any) -> Any:
+        return site_statistics(model, params, batch, token_sum)
+
+    export.export(jax.jit(run), platforms=("tpu", "cuda"))(params, batch)

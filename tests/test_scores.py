@@ -1,0 +1,367 @@
+"""Scoring a task, the score file, merging, and going on after an interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_model
+
+from jaxprune.activations import calibration_means
+from jaxprune.attribution import GradientActivation, IntegratedGradients, layer
+from jaxprune.baselines import Activation, Fisher, LeaveOneOut, Magnitude, Random
+from jaxprune.checkpoint import model_digest
+from jaxprune.files import write_atomic
+from jaxprune.gates import Params, widths
+from jaxprune.models import Model, TaskHead
+from jaxprune.objectives import every, margin, maximum, predicted
+from jaxprune.scores import METADATA, Scores, describe, load_scores, merge, save_scores, with_relative
+from jaxprune.scoring import PARTIAL, SAVE_EVERY, score, score_batches
+from jaxprune.tasks import Example, Task, row_key
+from jaxprune.tensors import write_tensors
+
+WORDS = Path(__file__).parent / "data" / "words"
+VOCABULARY = [word for word in (WORDS / "vocab.txt").read_text().split() if word.isalpha()]
+HEADS = (
+    TaskHead(name="moods", labels=("sad", "glad"), pooling="mean"),
+    TaskHead(name="stars", labels=("score",), regression=True),
+)
+
+
+def texts(rows: int, seed: int = 0) -> tuple[Example, ...]:
+    random = np.random.default_rng(seed)
+    words = [random.choice(VOCABULARY, random.integers(3, 20)) for _ in range(rows)]
+    return tuple(Example(" ".join(own), None, row % 2) for row, own in enumerate(words))
+
+
+@pytest.fixture(scope="module")
+def model_and_params() -> tuple[Model, Params]:
+    model, params = tiny_model(heads=HEADS)
+    return dataclasses.replace(model, source=WORDS), params
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    rows = texts(60)
+    splits = {"train": rows[:10], "calibration": rows[10:40], "dev": rows[40:50], "test": rows[50:]}
+    return Task(name="moods", splits=splits, labels=("sad", "glad"))
+
+
+@pytest.fixture(scope="module")
+def scores(model_and_params: tuple[Model, Params], task: Task) -> Scores:
+    return score(*model_and_params, task, criterion=IntegratedGradients(nodes=2), examples=12, batch_size=4)
+
+
+def equal(a: Scores, b: Scores) -> bool:
+    return a.header == b.header and all(
+        x.keys() == y.keys() and all(np.array_equal(np.asarray(x[name]), np.asarray(y[name])) for name in x)
+        for x, y in ((a.values, b.values), (a.means or {}, b.means or {}))
+    )
+
+
+# Scoring
+
+
+def test_scores_say_how_they_were_made(model_and_params: tuple[Model, Params], task: Task, scores: Scores):
+    model, params = model_and_params
+    assert {name: value.shape for name, value in scores.values.items()} == {
+        name: (units,) for name, units in widths(model.axes, params).items()
+    }
+    header = dict(scores.header)
+    assert header["criterion"] == {
+        "name": "IntegratedGradients",
+        "nodes": 2,
+        "chunk": 1,
+        "path": "joint",
+        "start": 0.0,
+        "rule": "gauss_legendre",
+        "objective": None,
+        "labels": "gold",
+        "tokens": "sum_tokens",
+        "examples": "absolute",
+        "closed": "zero",
+        "kinds": ["heads", "neurons"],
+    }
+    assert [header[name] for name in ("task", "head", "split", "examples")] == ["moods", "moods", "calibration", 12]
+    assert header["model"] == model_digest(model, params) and header["keys"] == [[0, 0]]
+    assert len(header["rows"]) == 12 and set(header["rows"]) <= {row_key(row) for row in task.rows("calibration")}
+    assert 5 < header["mean_length"] < 22 and header["max_length"] == 64 and len(header["data"]) == 1
+    assert set(header["completeness"]) == {"expected", "found", "error", "size", "relative"} and scores.means is None
+    json.dumps(header)
+
+
+def test_the_criterion_is_called_on_every_batch(model_and_params: tuple[Model, Params], task: Task, scores: Scores):
+    """One batch of all examples, without `score`."""
+    model, params = model_and_params
+    rows = [row for row in task.rows("calibration") if row_key(row) in scores.header["rows"]]
+    batch = dict(model.tokenizer([row.text for row in rows], padding=True, return_tensors="np"))
+    batch["labels"] = np.array([row.label for row in rows])
+    found = IntegratedGradients(nodes=2)(model, params, batch, head="moods")
+    for name, value in found.scores.items():
+        np.testing.assert_allclose(scores.values[name], value.mean(0), rtol=1e-4, atol=1e-7)
+    for name, value in found.completeness.items():
+        assert scores.header["completeness"][name] == pytest.approx(float(value.mean()), rel=1e-4, abs=1e-7)
+
+
+def test_progress_counts_finished_batches(model_and_params: tuple[Model, Params], task: Task):
+    seen = []
+    score(
+        *model_and_params, task, criterion=Activation(), examples=10, batch_size=4, progress=lambda *n: seen.append(n)
+    )
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_examples_may_be_given(model_and_params: tuple[Model, Params], task: Task):
+    rows = task.rows("calibration")[:5]
+    found = score(*model_and_params, task, criterion=GradientActivation(), examples=rows)
+    assert found.header["split"] == "given" and found.header["rows"] == sorted(map(row_key, rows))
+
+
+@pytest.mark.parametrize("criterion", [Random(), Magnitude()])
+def test_criteria_that_read_no_example_say_so(model_and_params: tuple[Model, Params], task: Task, criterion: Any):
+    found = score(*model_and_params, task, criterion=criterion, key=3)
+    again = score(*model_and_params, task, criterion=criterion, key=jax.random.key(3))
+    assert equal(found, again) and found.header["keys"] == [[0, 3]]
+    assert (found.header["examples"], found.header["rows"], found.header["completeness"]) == (0, [], None)
+
+
+def test_labels_are_needed_only_by_criteria_that_use_them(model_and_params: tuple[Model, Params], task: Task):
+    rows = [dataclasses.replace(row, label=None) for row in task.rows("calibration")[:4]]
+    for criterion in (
+        GradientActivation(labels=predicted),
+        Fisher(),
+        Activation(),
+        IntegratedGradients(nodes=1, labels=every),
+    ):
+        score(*model_and_params, task, criterion=criterion, examples=rows)
+    with pytest.raises(ValueError, match="4 of 4 examples have no label: use labels=predicted, sampled or every"):
+        score(*model_and_params, task, examples=rows)
+
+
+def test_what_cannot_be_scored_is_refused(model_and_params: tuple[Model, Params], task: Task):
+    model, params = model_and_params
+    with pytest.raises(ValueError, match=r"examples must lie in 1 to 30, the calibration rows of 'moods', got 31"):
+        score(model, params, task, examples=31)
+    with pytest.raises(ValueError, match="label 2 is outside 0 to 1, the labels of head 'moods'"):
+        score(model, params, task, examples=[Example("a dog", None, 2)])
+    with pytest.raises(ValueError, match="the model has no task head 'ratings'"):
+        score(model, params, task, head="ratings")
+    with pytest.raises(ValueError, match="the head 'stars' is a regression, but 'moods' is a classification"):
+        score(model, params, task, head="stars")
+    with pytest.raises(ValueError, match="there are no examples"):
+        score(model, params, task, examples=[])
+    with pytest.raises(ValueError, match="there are no examples to score"):
+        score_batches(model, params, [], GradientActivation(), head="moods")
+    with pytest.raises(ValueError, match="means were given, but this criterion closes units to zero"):
+        score(model, params, task, criterion=GradientActivation(), means={}, examples=4)
+    broken = params | {"heads": jax.tree.map(lambda x: x * jnp.nan, params["heads"])}
+    with pytest.raises(ValueError, match=r"scores of 0.attention.heads, .* are not finite"):
+        score(model, broken, task, criterion=GradientActivation(), examples=4)
+
+
+def test_means_are_kept_with_the_scores(model_and_params: tuple[Model, Params], task: Task):
+    model, params = model_and_params
+    rows = task.rows("calibration")[:6]
+    criterion = GradientActivation(closed=calibration_means)
+    found = score(model, params, task, criterion=criterion, examples=rows, batch_size=4)
+    batch = dict(model.tokenizer([row.text for row in rows], padding=True, return_tensors="np"))
+    expected = calibration_means(model, params, [batch])
+    assert found.means is not None and found.means.keys() == expected.keys()
+    for name, mean in expected.items():
+        np.testing.assert_allclose(found.means[name], mean, rtol=1e-4, atol=1e-6)
+    given = score(model, params, task, criterion=criterion, examples=rows, batch_size=4, means=found.means)
+    assert equal(found, given)
+
+
+# Files
+
+
+def test_saved_scores_load_bit_for_bit(tmp_path: Path, scores: Scores):
+    means = {"0.attention.heads": jnp.arange(16.0).reshape(4, 4), "1.ffn.neurons": jnp.arange(32.0)}
+    for found in (scores, dataclasses.replace(scores, means=means)):
+        path = save_scores(tmp_path / "scores.safetensors", found)
+        assert equal(load_scores(path), found)
+
+
+def test_reading_scores_imports_neither_transformers_nor_datasets(tmp_path: Path, scores: Scores):
+    path = save_scores(tmp_path / "scores.safetensors", scores)
+    code = f"import sys; from jaxprune.scores import load_scores; load_scores({str(path)!r}); print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"transformers", "datasets", "torch"} & set(run.stdout.split()) == set()
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path: Path, scores: Scores):
+    path = save_scores(tmp_path / "scores.safetensors", scores)
+    whole = path.read_bytes()
+
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        load_scores(path)
+
+    for size in (0, 5, 100, len(whole) - 1):
+        with pytest.raises(ValueError, match="is not a complete safetensors file"):
+            read(whole[:size])
+    with pytest.raises(ValueError, match="is not a complete safetensors file"):
+        read(b"hello, this is some text and nothing else")
+    with pytest.raises(FileNotFoundError, match="is no file"):
+        load_scores(tmp_path)
+
+    def refuses(message: str, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+        write_atomic(path, lambda file: write_tensors(file, tensors, metadata))
+        with pytest.raises(ValueError, match=message):
+            load_scores(path)
+
+    values = {"0.ffn.neurons": np.zeros(3, np.float32)}
+    header = json.dumps(dict(scores.header))
+    refuses("holds no scores: its metadata has no 'jaxprune_scores'", values, {"format": "pt"})
+    refuses("its header is not JSON", values, {METADATA: "{"})
+    refuses("its header is not a JSON object", values, {METADATA: "[]"})
+    refuses("its format is 9, this version of jaxprune reads 1", values, {METADATA: '{"format": 9}'})
+    refuses("its header has no 'criterion'", values, {METADATA: '{"format": 1}'})
+    changed = json.dumps(dict(scores.header) | {"rows": "none"})
+    refuses("rows in its header is 'none'", values, {METADATA: changed})
+    refuses("0.ffn.neurons is F16, expected F32", {"0.ffn.neurons": np.zeros(3, np.float16)}, {METADATA: header})
+    refuses(
+        r"has shape \[3, 2\], expected one axis", {"0.ffn.neurons": np.zeros((3, 2), np.float32)}, {METADATA: header}
+    )
+    write_atomic(path, lambda file: write_tensors(file, values, {METADATA: header}))
+    path.write_bytes(path.read_bytes()[:-4] + np.float32(np.nan).tobytes())
+    with pytest.raises(ValueError, match=r"0.ffn.neurons holds NaN or infinity"):
+        load_scores(path)
+
+
+def test_scores_that_are_not_finite_are_not_written(tmp_path: Path, scores: Scores):
+    values = scores.values | {"1.ffn.neurons": jnp.full(32, jnp.inf)}
+    with pytest.raises(ValueError, match=r"1.ffn.neurons"):
+        save_scores(tmp_path / "scores.safetensors", dataclasses.replace(scores, values=values))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_are_described_by_name():
+    assert describe(LeaveOneOut(objective=margin, labels=every)) == {
+        "name": "LeaveOneOut",
+        "chunk": 1,
+        "objective": "margin",
+        "labels": "every",
+        "examples": "absolute",
+        "closed": "zero",
+    }
+    assert describe(Activation()) == {"name": "Activation", "examples": "absolute"}
+
+
+def test_the_relative_error_is_left_out_where_it_means_nothing():
+    found = {"expected": 0.1, "found": 0.12, "error": 0.02, "size": 0.1}
+    assert with_relative(found) == found | {"relative": pytest.approx(0.2)}
+    assert with_relative(found | {"size": 1e-4})["relative"] is None
+
+
+# Merging
+
+
+@pytest.mark.parametrize("criterion", [IntegratedGradients(nodes=2, path=layer), GradientActivation(examples=maximum)])
+def test_scores_of_two_halves_combine_to_the_whole(model_and_params: tuple[Model, Params], task: Task, criterion: Any):
+    rows = task.rows("calibration")[:9]
+    parts = [score(*model_and_params, task, criterion=criterion, examples=part) for part in (rows[:2], rows[2:])]
+    whole = score(*model_and_params, task, criterion=criterion, examples=rows)
+    merged = merge(*parts)
+    for name, value in whole.values.items():
+        np.testing.assert_allclose(merged.values[name], value, rtol=1e-4, atol=1e-7)
+    assert set(merged.header) == set(whole.header)
+    for name, value in whole.header.items():
+        if name == "completeness":
+            assert value is None or merged.header[name] == pytest.approx(value, rel=1e-4, abs=1e-7)
+        elif name != "data":  # the digests of both parts
+            assert (
+                merged.header[name] == pytest.approx(value)
+                if isinstance(value, float)
+                else merged.header[name] == value
+            )
+    assert len(merged.header["data"]) == 2
+
+
+def test_scores_that_do_not_belong_together_are_not_merged(
+    model_and_params: tuple[Model, Params], task: Task, scores: Scores
+):
+    def changed(**fields: Any) -> Scores:
+        return dataclasses.replace(scores, header=dict(scores.header) | {"rows": ["0" * 16]} | fields)
+
+    with pytest.raises(ValueError, match="12 examples are in both"):
+        merge(scores, scores)
+    for field, value in (("model", "0" * 64), ("task", "stars"), ("head", "stars"), ("criterion", {"name": "Random"})):
+        with pytest.raises(ValueError, match=f"cannot be merged: {field} differs"):
+            merge(scores, changed(**{field: value}))
+    with pytest.raises(ValueError, match="made without examples have nothing to merge"):
+        merge(scores, changed(examples=0))
+    with pytest.raises(ValueError, match="closed units have other means"):
+        merge(scores, dataclasses.replace(changed(), means={"0.ffn.neurons": jnp.ones(32)}))
+    fewer = {name: value for name, value in scores.values.items() if "heads" in name}
+    with pytest.raises(ValueError, match="they are of other sites or numbers of units"):
+        merge(scores, dataclasses.replace(changed(), values=fewer))
+
+
+# Interruptions
+
+
+class Interrupted(Exception):
+    """What stands in for Ctrl-C."""
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [IntegratedGradients(nodes=1), Fisher(), GradientActivation(closed=calibration_means, examples=maximum)],
+)
+def test_a_run_that_goes_on_equals_an_uninterrupted_one(
+    model_and_params: tuple[Model, Params], task: Task, tmp_path: Path, criterion: Any
+):
+    path = tmp_path / "partial.safetensors"
+    settings: Any = {"criterion": criterion, "examples": 24, "batch_size": 4, "key": 7}
+    counted: list[int] = []
+
+    def interrupt(done: int, total: int) -> None:
+        if done == SAVE_EVERY:
+            raise Interrupted
+
+    whole = score(*model_and_params, task, **settings)
+    with pytest.raises(Interrupted):
+        score(*model_and_params, task, **settings, progress=interrupt, resume=path)
+    assert path.exists()
+    found = score(*model_and_params, task, **settings, progress=lambda done, _: counted.append(done), resume=path)
+    assert equal(found, whole) and not path.exists()
+    assert counted == [SAVE_EVERY, SAVE_EVERY + 1, SAVE_EVERY + 2]  # those before were not computed again
+
+
+def test_a_run_goes_on_only_with_its_own_settings(model_and_params: tuple[Model, Params], task: Task, tmp_path: Path):
+    path = tmp_path / "partial.safetensors"
+    model, params = model_and_params
+
+    def interrupt(done: int, total: int) -> None:
+        if done == SAVE_EVERY:
+            raise Interrupted
+
+    settings: Any = {"examples": 24, "batch_size": 4, "resume": path}
+    with pytest.raises(Interrupted):
+        score(model, params, task, criterion=Activation(), **settings, progress=interrupt)
+    with pytest.raises(ValueError, match=r"was begun with other settings \(criterion\)"):
+        score(model, params, task, criterion=GradientActivation(), **settings)
+    with pytest.raises(ValueError, match=r"was begun with other settings \(.*rows.*\)"):
+        score(model, params, task, criterion=Activation(), **settings, key=1)
+    with pytest.raises(ValueError, match=r"was begun with other settings \(batch_size\)"):
+        score(model, params, task, criterion=Activation(), **(settings | {"batch_size": 5}))
+    other = jax.tree.map(lambda x: x + 1.0, params)
+    with pytest.raises(ValueError, match=r"was begun with other settings \(model\)"):
+        score(model, other, task, criterion=Activation(), **settings)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is not a complete safetensors file"):
+        score(model, params, task, criterion=Activation(), **settings)
+    save_scores(path, score(model, params, task, criterion=Activation(), examples=4))
+    with pytest.raises(ValueError, match="does not hold an interrupted scoring run"):
+        score(model, params, task, criterion=Activation(), **settings)
+    assert PARTIAL != METADATA

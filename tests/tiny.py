@@ -1,0 +1,127 @@
+"""Tiny random models, batches and gates that the tests share.
+
+The weights are random but not small: logits differ by about 1 between examples, so every gate matters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.gates import Gates, Params, axes_of, flatten, unflatten, widths
+from jaxprune.models import Model, TaskHead, family
+
+MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert")
+LENGTH = 64  # the most tokens a tiny model reads
+
+
+def tiny_config(
+    model_type: str, *, layers: int = 2, embed: int = 16, attention_heads: int = 4, neurons: int = 32, vocab: int = 60
+) -> dict[str, Any]:
+    """The Hugging Face configuration of a tiny model, as in a `config.json`; without dropout."""
+    if model_type == "distilbert":
+        return {
+            "model_type": model_type,
+            "vocab_size": vocab,
+            "max_position_embeddings": LENGTH,
+            "dim": embed,
+            "n_layers": layers,
+            "n_heads": attention_heads,
+            "hidden_dim": neurons,
+            "activation": "gelu",
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "seq_classif_dropout": 0.0,
+            "pad_token_id": 0,
+        }
+    roberta = model_type != "bert"
+    return {
+        "model_type": model_type,
+        "vocab_size": vocab,
+        "max_position_embeddings": LENGTH + (2 if roberta else 0),  # RoBERTa's positions begin after the padding's
+        "hidden_size": embed,
+        "num_hidden_layers": layers,
+        "num_attention_heads": attention_heads,
+        "intermediate_size": neurons,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": 1e-5 if roberta else 1e-12,
+        "pad_token_id": 1 if roberta else 0,
+        "type_vocab_size": 1 if roberta else 2,
+    }
+
+
+def tiny_model(
+    model_type: str = "bert",
+    *,
+    layers: int = 2,
+    embed: int = 16,
+    attention_heads: int = 4,
+    neurons: int = 32,
+    vocab: int = 60,
+    heads: tuple[TaskHead, ...] | None = None,
+    seed: int = 0,
+) -> tuple[Model, Params]:
+    """A tiny model and its random float32 parameters.
+
+    Without `heads` it has one, named "task", with three labels and the dense layer that is usual in the family.
+    """
+    raw = tiny_config(
+        model_type, layers=layers, embed=embed, attention_heads=attention_heads, neurons=neurons, vocab=vocab
+    )
+    if heads is None:
+        dense = "relu" if model_type == "distilbert" else "tanh"
+        heads = (TaskHead(name="task", labels=("no", "maybe", "yes"), dense=dense),)
+    module = family(model_type)
+    model = module.build(module.parse_config(raw, heads))
+    return model, lively(model, jax.eval_shape(model.initialise, jax.random.key(seed)), seed)
+
+
+def lively(model: Model, params: Params, seed: int = 0) -> Params:
+    """Parameters of the same shapes and types in which everything matters: no bias is zero, no kernel is small."""
+    random = np.random.default_rng(seed)
+    flat = {}
+    for path, array in flatten(params).items():
+        draw = random.standard_normal(array.shape)
+        if path[-1] == "kernel":
+            axes = axes_of(model.axes, path)
+            outputs = 1 if axes[0] in ("heads", "neurons") else len(axes) - 1  # the axes that are not contracted
+            fan_in = int(np.prod(array.shape[: len(axes) - outputs]))
+            value = 1.5 * draw / np.sqrt(max(fan_in, 1))
+        elif path[-1] == "embedding":
+            value = draw
+        else:
+            value = (1.0 if path[-1] == "scale" else 0.0) + 0.2 * draw
+        flat[path] = jnp.asarray(value, array.dtype)
+    return unflatten(flat)
+
+
+def tiny_batch(model: Model, rows: int = 3, length: int = 9, seed: int = 0) -> dict[str, np.ndarray]:
+    """A padded batch: the first row is `length` tokens long, the others are shorter or equal, at least 2."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(min(2, length), length + 1, rows)
+    lengths[:1] = length
+    mask = np.arange(length) < lengths[:, None]
+    pad = model.config.pad_id
+    ids = np.where(mask, random.integers(pad + 1, model.config.vocab, mask.shape), pad)
+    batch = {"input_ids": ids.astype(np.int32), "attention_mask": mask.astype(np.int32)}
+    if model.config.segments:
+        second = np.arange(length) >= lengths[:, None] // 2
+        batch["token_type_ids"] = (second & mask & (model.config.segments > 1)).astype(np.int32)
+    return batch
+
+
+def random_gates(model: Model, params: Params, seed: int = 0, fractional: bool = False) -> Gates:
+    """Random gates for every site, about half of them closed; with `fractional` the others lie in [0, 1.5)."""
+    random = np.random.default_rng(seed)
+    gates = {}
+    for name, units in widths(model.axes, params).items():
+        gate = (random.random(units) < 0.5).astype(np.float32)
+        if fractional:
+            gate *= (1.5 * random.random(units)).astype(np.float32)
+        gates[name] = jnp.asarray(gate)
+    return gates
