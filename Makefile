@@ -11,6 +11,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 # takes that build, which is ten times smaller than the CUDA one; elsewhere it takes the usual one.
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+# Tests of what depends on jax and flax most: the laws, parity, compilation and lowering.
+LAWS := $(addprefix tests/test_,attribution.py backward.py checkpoint.py compaction.py compilations.py gates.py golden.py \
+	lowering.py models.py)
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -18,7 +21,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-reference test-faults lint bench clean
+.PHONY: help demo notebooks test test-reference test-oldest test-faults lint bench bench-reference clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -33,16 +36,25 @@ test: .venv/.stamp-test  ## all tests that need neither PyTorch nor much time
 test-reference: .venv/.stamp-reference  ## compare with PyTorch, captum and scikit-learn
 	$(BIN)/python -m pytest -m reference
 
-test-faults: .venv/.stamp-test  ## kill and resume long commands
-	$(BIN)/python -m pytest -m faults
+test-oldest: .venv-oldest/.stamp  ## the laws with the oldest supported jax and flax, in .venv-oldest
+	.venv-oldest/bin/python -m pytest -m "not reference and not faults" -n $(WORKERS) $(LAWS)
+
+test-faults: .venv/.stamp-test  ## kill and damage things at random, write benchmarks/results/faults.json
+	JAXPRUNE_FAULTS_RECORD=benchmarks/results/faults.json $(BIN)/python -m pytest -m faults
+
+notebooks: .venv/.stamp-test  ## run the notebooks and store what they show
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 lint: .venv/.stamp-dev  ## ruff (rules and format) and pyright
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 
-bench: .venv/.stamp-runtime  ## time the kernels, write benchmarks/results/kernels.json
-	$(BIN)/python benchmarks/kernels.py --model jaxprune/bundled/model -o benchmarks/results/kernels.json
+bench: .venv/.stamp-runtime  ## time scoring and the pruned model, write benchmarks/results/speed.json
+	$(BIN)/python benchmarks/speed.py --model jaxprune/bundled/model -o benchmarks/results/speed.json
+
+bench-reference: .venv/.stamp-reference  ## the same beside PyTorch and captum
+	$(BIN)/python benchmarks/speed.py --model jaxprune/bundled/model -o benchmarks/results/speed.json
 
 clean:  ## remove caches and build products; .venv stays
 	rm -rf build dist .pytest_cache .ruff_cache
@@ -61,6 +73,12 @@ $(BIN)/python:
 .venv/.stamp-test: pyproject.toml | $(BIN)/python
 	$(PIP) --editable ".[test]"
 	@touch $@ .venv/.stamp-runtime
+
+.venv-oldest/.stamp: pyproject.toml tests/oldest.txt
+	@test -n "$(PYTHON)" || { echo "jaxprune needs Python 3.11 or newer; none found. Try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/oldest.txt --editable ".[test]"
+	@touch $@
 
 .venv/.stamp-dev: pyproject.toml | $(BIN)/python
 	$(PIP) --editable ".[dev]"

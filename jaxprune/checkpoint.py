@@ -25,7 +25,17 @@ from jaxprune.files import folder_for, interrupted, read_json
 from jaxprune.gates import Params, flatten, path_name, widths
 from jaxprune.models import Model, TaskHead, family
 from jaxprune.tensors import FLOATS, blocks, write_tensors
-from jaxprune.weights import CONFIG, WEIGHTS, convert, fit_hugging_face, fit_own, misfits, open_tensors, refuse
+from jaxprune.weights import (
+    CONFIG,
+    WEIGHTS,
+    check_layers,
+    convert,
+    fit_hugging_face,
+    fit_own,
+    misfits,
+    open_tensors,
+    refuse,
+)
 
 PRUNING = "pruning.json"
 TOKENIZER_FILES = (
@@ -75,11 +85,12 @@ def load(
     try:
         module = family(raw.get("model_type") if isinstance(raw.get("model_type"), str) else None)
         config = module.parse_config(raw, None if section is None else _task_heads(section))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     model = replace(module.build(config), source=folder.absolute())
     with contextlib.ExitStack() as files:
         tensors = open_tensors(folder, files)
+        check_layers(model, tensors, folder)
         fit = fit_hugging_face if section is None else fit_own
         return model, convert(fit(model, tensors, folder), target, folder)
 

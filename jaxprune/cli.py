@@ -2,81 +2,39 @@
 
 from __future__ import annotations
 
-import difflib
-import pkgutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import Annotated
 
 import typer
 
 from jaxprune import __version__, terminal
-
-if TYPE_CHECKING:
-    from jaxprune.workflow import Data, Scoring, Selection
-
-# What the names on the command line stand for: option -> name -> function or class, imported when it is asked for.
-FUNCTIONS: Mapping[str, Mapping[str, str]] = {
-    "criterion": {
-        "integrated-gradients": "attribution:IntegratedGradients",
-        "gradient-activation": "attribution:GradientActivation",
-        "random": "baselines:Random",
-        "magnitude": "baselines:Magnitude",
-        "activation": "baselines:Activation",
-        "wanda": "baselines:Wanda",
-        "gradient": "baselines:Gradient",
-        "taylor": "baselines:Taylor",
-        "fisher": "baselines:Fisher",
-        "top-layers": "baselines:TopLayers",
-        "leave-one-out": "baselines:LeaveOneOut",
-    },
-    "path": {"joint": "attribution:joint", "layer": "attribution:layer"},
-    "rule": {
-        "gauss-legendre": "integration:gauss_legendre",
-        "riemann": "integration:riemann",
-        "trapezoid": "integration:trapezoid",
-    },
-    "objective": {
-        "probability": "objectives:probability",
-        "log-probability": "objectives:log_probability",
-        "margin": "objectives:margin",
-        "squared-error": "objectives:negative_squared_error",
-    },
-    "labels": {
-        "gold": "objectives:gold",
-        "predicted": "objectives:predicted",
-        "every": "objectives:every",
-        "sampled": "objectives:sampled",
-    },
-    "tokens": {
-        "sum": "models.layers:sum_tokens",
-        "absolute": "models.layers:absolute_tokens",
-        "squared": "models.layers:squared_tokens",
-        "max": "models.layers:max_tokens",
-    },
-    "examples-reduction": {
-        "absolute": "objectives:absolute",
-        "signed": "objectives:signed",
-        "squared": "objectives:squared",
-        "maximum": "objectives:maximum",
-    },
-    "closed": {"zero": "activations:zero", "mean": "activations:calibration_means"},
-    "normalise": {"l2": "selection:per_layer_l2"},
-}
-SETTINGS = {  # option -> the setting of a criterion that it sets
-    "nodes": "nodes",
-    "chunk": "chunk",
-    "path": "path",
-    "start": "start",
-    "rule": "rule",
-    "objective": "objective",
-    "labels": "labels",
-    "tokens": "tokens",
-    "examples-reduction": "examples",
-    "closed": "closed",
-}
+from jaxprune.options import (
+    BatchOptions,
+    BudgetOptions,
+    CriterionOptions,
+    Dark,
+    Folder,
+    Head,
+    Json,
+    ModelName,
+    OneTask,
+    Overwrite,
+    RowOptions,
+    ScoringOptions,
+    SelectionOptions,
+    Tasks,
+    choice,
+    fractions,
+    given,
+    kept,
+    measured,
+    numbers,
+    option,
+    rows,
+    scoring,
+    training,
+)
 
 EPILOG = (
     "Long commands go on where they were interrupted: run the same one again. Bad input ends with exit code 2 and one "
@@ -84,175 +42,11 @@ EPILOG = (
     "JAX_COMPILATION_CACHE_DIR names another folder."
 )
 
+BUDGETS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2"
+
 app = typer.Typer(
     cls=terminal.Commands, add_completion=False, rich_markup_mode="rich", epilog=EPILOG, pretty_exceptions_enable=False
 )
-
-
-def choice(option: str, text: str, panel: str = "Scoring") -> Any:
-    """An option whose values are the names in `FUNCTIONS`."""
-    names = list(FUNCTIONS[option])
-
-    def check(value: str | None) -> str | None:
-        if value is not None and value not in names:
-            close = difflib.get_close_matches(value, names, 1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"--{option} {value!r} is none of {', '.join(names)}.{hint}")
-        return value
-
-    if len(names) > 4:
-        return typer.Option(help=f"{text}: {', '.join(names)}.", callback=check, metavar="NAME", rich_help_panel=panel)
-    return typer.Option(help=text, callback=check, metavar="|".join(names), rich_help_panel=panel)
-
-
-def option(text: str, *names: str, metavar: str | None = None, panel: str | None = None) -> Any:
-    """An option and its help."""
-    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel)
-
-
-def find(option: str, name: str) -> Any:
-    """The function or class that a name on the command line stands for."""
-    return pkgutil.resolve_name(f"jaxprune.{FUNCTIONS[option][name]}")
-
-
-rows = partial(option, panel="Task and data")
-scoring = partial(option, panel="Scoring")
-kept = partial(option, panel="What stays")
-measured = partial(option, panel="What is measured")
-training = partial(option, panel="Training")
-
-ModelName: TypeAlias = Annotated[str, typer.Argument(help="A model folder, or a name on the Hugging Face hub.")]
-OneTask: TypeAlias = Annotated[str, rows("A built-in task, a folder in --data, or your own file or folder.", "--task")]
-Tasks: TypeAlias = Annotated[
-    list[str], rows("As often as there are tasks: a built-in one, or your own file.", "--task")
-]
-Folder: TypeAlias = Annotated[Path, option("The folder to write.", "--output", "-o", metavar="FOLDER")]
-Head: TypeAlias = Annotated[str | None, rows("The task head; by default the one of the task's name, or the only one.")]
-Json: TypeAlias = Annotated[bool, option("One JSON object on stdout, and nothing else.", "--json")]
-Overwrite: TypeAlias = Annotated[bool, option("Replace what is there.", "--overwrite")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowOptions:
-    """Where the rows of a task come from."""
-
-    data: Annotated[Path | None, rows("Folder with TASK/train.jsonl and so on. Without it: the hub.")] = None
-    text: Annotated[str | None, rows("Own files: column of the text.", metavar="COLUMN")] = None
-    text_pair: Annotated[str | None, rows("Own files: column of the second text.", metavar="COLUMN")] = None
-    label: Annotated[str | None, rows("Own files: column of the label.", metavar="COLUMN")] = None
-    label_names: Annotated[str | None, rows("Own files: names in the order of the task head.", metavar="A,B,...")] = (
-        None
-    )
-
-    def of(self, task: str) -> Data:
-        """The task, not read yet."""
-        from jaxprune.workflow import Data
-
-        labels = None if self.label_names is None else tuple(self.label_names.split(","))
-        return Data(
-            task=task, data=self.data, text=self.text, text_pair=self.text_pair, label=self.label, labels=labels
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchOptions:
-    """How texts are batched."""
-
-    batch_size: Annotated[int, rows("Examples in a batch.")] = 32
-    max_length: Annotated[int | None, rows("Tokens to which texts are cut; 128 by default.")] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoringOptions:
-    """How units are scored. What is None is the criterion's own default."""
-
-    criterion: Annotated[str, choice("criterion", "How units are scored")] = "integrated-gradients"
-    examples: Annotated[int, scoring("Calibration rows to score with, stratified by label.")] = 128
-    seed: Annotated[int, scoring("Of the draw of the rows, and of criteria that draw.")] = 0
-    nodes: Annotated[int | None, scoring("Quadrature nodes of integrated gradients; 8 by default.")] = None
-    chunk: Annotated[int | None, scoring("Nodes, or heads left out, evaluated together; 1 by default.")] = None
-    path: Annotated[str | None, choice("path", "All gates together (default), or one module at a time: slower.")] = None
-    start: Annotated[float | None, scoring("Where the path starts, in [0, 1); 0 by default.")] = None
-    rule: Annotated[str | None, choice("rule", "The quadrature; gauss-legendre by default.")] = None
-    objective: Annotated[
-        str | None, choice("objective", "What must be kept; probability by default, squared-error in a regression.")
-    ] = None
-    labels: Annotated[str | None, choice("labels", "For which label; gold by default, sampled for fisher.")] = None
-    tokens: Annotated[str | None, choice("tokens", "Over the tokens of an example; sum by default.")] = None
-    examples_reduction: Annotated[
-        str | None, choice("examples-reduction", "Over the examples; absolute by default.")
-    ] = None
-    closed: Annotated[str | None, choice("closed", "What a removed unit is replaced by; zero by default.")] = None
-
-    def build(self, head: str | None, batches: BatchOptions) -> Scoring:
-        """The settings of a scoring run.
-
-        Raises:
-            ValueError: If the criterion does not have one of the options.
-        """
-        from jaxprune.workflow import Scoring
-
-        kind = find("criterion", self.criterion)
-        has = {field.name for field in fields(kind) if field.init}
-        given = {name: value for name in SETTINGS if (value := getattr(self, name.replace("-", "_"))) is not None}
-        if wrong := [f"--{name}" for name in given if SETTINGS[name] not in has]:
-            known = ", ".join(f"--{name}" for name, field in SETTINGS.items() if field in has)
-            raise ValueError(f"criterion {self.criterion} has no {', '.join(wrong)}; it has {known or 'no options'}.")
-        chosen = {SETTINGS[name]: find(name, value) if name in FUNCTIONS else value for name, value in given.items()}
-        return Scoring(criterion=kind(**chosen), examples=self.examples, seed=self.seed, head=head, **asdict(batches))
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelectionOptions:
-    """Which units stay."""
-
-    flops: Annotated[float | None, kept("Fraction of the FLOPs that may stay.")] = None
-    parameters: Annotated[float | None, kept("Fraction of the units' parameters that may stay.")] = None
-    units: Annotated[float | None, kept("Fraction of the units that may stay.")] = None
-    length: Annotated[float | None, kept("Tokens of an example, for FLOPs; by default as scored.")] = None
-    per_layer: Annotated[bool, kept("The same fraction everywhere, or all units compete.", "--per-layer/--global")] = (
-        True
-    )
-    multiple_of: Annotated[list[str] | None, kept("Round widths down to a multiple.", metavar="neurons=8")] = None
-    floor: Annotated[list[str] | None, kept("What stays in each layer at least.", metavar="heads=1")] = None
-    protect: Annotated[list[str] | None, kept("Layers (0) and sites (3.ffn.neurons) that stay whole.")] = None
-    normalise: Annotated[str | None, choice("normalise", "Divide each site's scores by their norm.", "What stays")] = (
-        None
-    )
-
-    def build(self) -> Selection:
-        """The arguments of `select`."""
-        from jaxprune.workflow import Selection
-
-        return Selection(
-            units=self.units,
-            parameters=self.parameters,
-            flops=self.flops,
-            length=self.length,
-            per_layer=self.per_layer,
-            multiple_of=by_kind("--multiple-of", self.multiple_of),
-            floor=by_kind("--floor", self.floor),
-            protect=tuple(int(item) if item.isdigit() else item for item in self.protect or ()),
-            normalise=None if self.normalise is None else find("normalise", self.normalise),
-        )
-
-
-def by_kind(name: str, values: list[str] | None) -> int | dict[str, int] | None:
-    """Reads `8`, or `neurons=8` and `heads=2`."""
-    if values and len(values) == 1 and values[0].isdigit():
-        return int(values[0])
-    return numbers(name, values) or None
-
-
-def numbers(name: str, values: list[str] | None) -> dict[str, int]:
-    """Reads `NAME=NUMBER`, each name once."""
-    found: dict[str, int] = {}
-    for value in values or ():
-        key, _, number = value.partition("=")
-        if not key or not number.isdigit() or key in found:
-            raise ValueError(f"{name} takes NAME=NUMBER, each name once; got {value!r}.")
-        found[key] = int(number)
-    return found
 
 
 @app.callback(invoke_without_command=True)
@@ -278,6 +72,7 @@ def score(
     rows: RowOptions,
     batches: BatchOptions,
     scoring: ScoringOptions,
+    settings: CriterionOptions,
     head: Head = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -289,8 +84,8 @@ def score(
     with terminal.working() as bars:
         from jaxprune import report, workflow
 
-        settings = scoring.build(head, batches)
-        record = workflow.score_model(model, rows.of(task), output, settings, overwrite=overwrite, watch=bars)
+        how = scoring.build(settings, head, batches)
+        record = workflow.score_model(model, rows.of(task), output, how, overwrite=overwrite, watch=bars)
     lines = (f"Scores: {output}", f"Next:   jaxprune prune {model} --scores {output} --flops 0.5 -o smaller")
     terminal.show(record, report.scores_table(record), *lines, as_json=as_json)
 
@@ -301,10 +96,12 @@ def prune(
     context: typer.Context,
     model: ModelName,
     output: Folder,
+    budget: BudgetOptions,
     selection: SelectionOptions,
     rows: RowOptions,
     batches: BatchOptions,
     scoring: ScoringOptions,
+    settings: CriterionOptions,
     scores: Annotated[Path | None, option("A score file; without it --task is scored.", metavar="FILE")] = None,
     task: Annotated[str | None, rows("What to score, and to test before and after.")] = None,
     head: Head = None,
@@ -322,7 +119,7 @@ def prune(
     with terminal.working() as bars:
         if scores is None and task is None:
             raise ValueError("name the task to score with --task, or a score file with --scores.")
-        if scores is not None and (unused := given(context, ScoringOptions)):
+        if scores is not None and (unused := given(context, ScoringOptions, CriterionOptions)):
             raise ValueError(f"{unused}: for scoring, but --scores gives scores that are made already.")
         if task is None and (unused := given(context, RowOptions, "head", "limit")):
             raise ValueError(f"{unused}: for testing, but there is no --task to test on.")
@@ -334,8 +131,8 @@ def prune(
         record = workflow.prune_model(
             model,
             output,
-            selection.build(),
-            scored=scoring.build(head, batches) if scores is None else scores,
+            selection.build(budget),
+            scored=scoring.build(settings, head, batches) if scores is None else scores,
             data=None if task is None else rows.of(task),
             measuring=workflow.Measuring(
                 evaluate=evaluate,
@@ -353,14 +150,75 @@ def prune(
     terminal.show(record, report.before_after_table(record), *lines, as_json=as_json)
 
 
-def given(context: typer.Context, group: type, *more: str) -> str:
-    """The options of a group, and some more, that are on the command line."""
-    found = []
-    for name in (*(field.name for field in fields(group)), *more):
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            found.append("--" + name.replace("_", "-"))
-    return ", ".join(found)
+@app.command()
+@terminal.grouped
+def sweep(
+    model: ModelName,
+    task: Tasks,
+    criterion: Annotated[list[str], choice("criterion", "As often as there are criteria")],
+    output: Annotated[Path, option("Folder for the results; a sweep in it goes on.", "--output", "-o")],
+    selection: SelectionOptions,
+    rows: RowOptions,
+    batches: BatchOptions,
+    settings: CriterionOptions,
+    flops: Annotated[str, kept("Fractions of the FLOPs that may stay.", metavar="A,B,...")] = BUDGETS,
+    seeds: Annotated[int, scoring("Draws of the calibration rows: seeds 0, 1 and so on.")] = 3,
+    examples: Annotated[int, scoring("Calibration rows to score with, stratified by label.")] = 128,
+    head: Head = None,
+    split: Annotated[str, measured("Rows to test on: dev to choose by, test to report.")] = "test",
+    limit: Annotated[int | None, measured("The most rows to test on.")] = None,
+    dark: Dark = False,
+    as_json: Json = False,
+) -> None:
+    """Compares criteria at many budgets, and draws quality over FLOPs; one scoring run serves all budgets.
+
+    Example: [cyan]jaxprune sweep multi --task sst2 --criterion integrated-gradients --criterion magnitude
+    --data data -o sweep[/cyan]
+
+    Choices belong to --split dev: what was chosen on test rows looks better there than it is.
+    """
+    with terminal.working() as bars:
+        from jaxprune import report, sweep, workflow
+
+        record = sweep.sweep_model(
+            model,
+            [rows.of(name) for name in task],
+            settings.build(*criterion),
+            output,
+            selection.build(BudgetOptions()),
+            budgets=fractions("--flops", flops),
+            seeds=seeds,
+            examples=examples,
+            split=split,
+            measuring=workflow.Measuring(head=head, limit=limit, **asdict(batches)),
+            dark=dark,
+            watch=bars,
+        )
+    files = (f"{title.capitalize() + ':':10}{', '.join(names)}" for title, names in record["files"].items())
+    terminal.show(record, *report.sweep_tables(record), report.sweep_note(record), "", *files, as_json=as_json)
+
+
+@app.command()
+def inspect(
+    model: ModelName,
+    scores: Annotated[Path | None, option("A score file of the model.", metavar="FILE")] = None,
+    picture: Annotated[
+        Path | None, option("A picture to write, .png or .svg.", "--output", "-o", metavar="PICTURE")
+    ] = None,
+    dark: Dark = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Shows what each layer has, had before pruning, and costs; with scores, where they are.
+
+    Example: [cyan]jaxprune inspect small -o small.png[/cyan]
+    """
+    with terminal.working():
+        from jaxprune import inspection, report
+
+        record = inspection.inspect_model(model, scores=scores, picture=picture, dark=dark, overwrite=overwrite)
+    lines = [report.inspection_note(record)] + ([] if picture is None else [f"Picture: {picture}"])
+    terminal.show(record, report.inspection_table(record), *lines, as_json=as_json)
 
 
 @app.command()

@@ -21,7 +21,7 @@ from jaxprune.evaluation import evaluate, fitting_head
 from jaxprune.files import write_atomic
 from jaxprune.gates import Gates, Params
 from jaxprune.models import Model
-from jaxprune.report import comparison_figure
+from jaxprune.pictures import comparison_figure
 from jaxprune.scores import Scores, save_scores
 from jaxprune.scoring import score
 from jaxprune.selection import pruning_record, select

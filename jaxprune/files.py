@@ -120,6 +120,10 @@ def _claimed(target: Path, *, folder: bool) -> Iterator[Path]:
             locks.enter_context(_locked(fresh))
         try:
             yield fresh
+        except OSError as error:
+            if error.errno and error.filename is None:  # a write to an open file does not say to which
+                error.filename = str(target)
+            raise
         finally:
             _remove(fresh)  # after an error the new one, after a swap the old one, else nothing
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -104,6 +105,13 @@ def _refuse_twice(columns: Sequence[str], where: str) -> None:
             raise ValueError(f"{where}: column {column!r} occurs {count} times; rename or remove one.")
 
 
+def _refuse_surrogates(cells: Mapping[str, Any], where: str) -> None:
+    try:
+        json.dumps(cells, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: half of a character (such as \\ud800) is no text: remove it.") from error
+
+
 def _read_jsonl(path: Path) -> Records:
     rows: list[tuple[int, Mapping[str, Any]]] = []
     for number, line in enumerate(_lines(path), 1):
@@ -119,8 +127,12 @@ def _read_jsonl(path: Path) -> Records:
             cells = json.loads(line, object_pairs_hook=row)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: broken JSON, {error.msg} at character {error.pos + 1}.") from error
+        except RecursionError as error:
+            raise ValueError(f"{where}: broken JSON, nested too deeply.") from error
         if not isinstance(cells, dict):
             raise ValueError(f'{where}: expected an object such as {{"sentence": "...", "label": 0}}.')
+        if "\\u" in line:
+            _refuse_surrogates(cells, where)
         rows.append((number, cells))
     return Records(str(path), tuple(rows[0][1]) if rows else (), rows)
 
@@ -223,7 +235,8 @@ class Labels:
 
 
 def _number(text: str) -> float | None:
-    return float(text) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text) else None
+    number = float(text) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text) else math.nan
+    return number if math.isfinite(number) else None
 
 
 def _label_text(value: Any, where: str) -> str:

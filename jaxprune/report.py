@@ -1,12 +1,14 @@
-"""Tables and pictures of results. Nothing is measured here: records of plain values go in.
+"""Tables and notes on results, and the model card. Nothing is measured here: records of plain values go in.
 
 Every table fits into 80 columns, and names its units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+from statistics import mean
 from textwrap import fill
 from typing import Any
 
@@ -15,9 +17,14 @@ from rich.table import Table
 
 Record = Mapping[str, Any]
 
-# Okabe and Ito, Color Universal Design, 2008: told apart with every kind of colour vision
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-GREY = "#999999"
+BEFORE_AFTER = ("before", "after", "kept", "speed-up")
+LOADING = """import jaxprune as jp
+from jaxprune.evaluation import predict
+from jaxprune.tasks import Example
+
+model, params = jp.load("FOLDER")
+logits = predict(model, params, [Example(text="a text")], head={head})  # [examples, labels]"""
+SCORE_HEADINGS = ("score of\nheads", "score of\nneurons", "scores\n%")
 COUNTS = {  # what a record counts -> its row in the table
     "units": "units: heads and neurons",
     "prunable_parameters": "parameters of units",
@@ -48,35 +55,41 @@ def scores_table(record: Record) -> Table:
 
 def before_after_table(record: Record) -> Table:
     """A model before and after pruning: quality, counts, FLOPs, file size and latency, with ratios and speed-ups."""
-    before, after, kept = record["before"], record["after"], record["kept"]
     table = _table(None)
     table.add_column(no_wrap=True)
-    for heading in ("before", "after", "kept", "speed-up"):
+    for heading in BEFORE_AFTER:
         table.add_column(heading, justify="right", no_wrap=True)
-    if "evaluation" in before:
-        for row in _evaluation_rows(before["evaluation"], after["evaluation"]):
+    for section in before_after_sections(record):
+        table.add_section()
+        for row in section:
             table.add_row(*row)
-        table.add_section()
-    for name, title in COUNTS.items():
-        table.add_row(title, f"{before[name]:,}", f"{after[name]:,}", _percent(kept.get(name)))
-    flops = (f"{found['flops'] / 1e6:,.1f}" for found in (before, after))
-    theoretical = _times(record["speedup"]["theoretical"])
-    table.add_row(f"MFLOPs, {before['length']:.4g} tokens", *flops, _percent(kept.get("flops")), theoretical)
-    if before.get("file_bytes"):
-        sizes = (f"{found['file_bytes'] / 1e6:,.2f}" for found in (before, after))
-        table.add_row("weights on disk, MB", *sizes, _percent(kept.get("file_bytes")))
-    for old, new in zip(before.get("latency", ()), after.get("latency", ()), strict=True):
-        table.add_section()
-        shape = f"{old['batch']} x {old['length']} tokens"
-        table.add_row(
-            f"latency, ms, {shape}",
-            _milliseconds(old["median"]),
-            _milliseconds(new["median"]),
-            "",
-            _times(new["speedup"]),
-        )
-        table.add_row("  95th percentile", _milliseconds(old["p95"]), _milliseconds(new["p95"]))
     return table
+
+
+def before_after_sections(record: Record) -> list[list[tuple[str, ...]]]:
+    """The rows of the comparison, in groups: a title, then the cells of `BEFORE_AFTER`."""
+    before, after, kept = record["before"], record["after"], record["kept"]
+    sections = []
+    if "evaluation" in before:
+        sections.append(_evaluation_rows(before["evaluation"], after["evaluation"]))
+    rows = [
+        (title, f"{before[name]:,}", f"{after[name]:,}", _percent(kept.get(name)), "") for name, title in COUNTS.items()
+    ]
+    old, new = (f"{found['flops'] / 1e6:,.1f}" for found in (before, after))
+    speedup = _times(record["speedup"]["theoretical"])
+    rows.append((f"MFLOPs, {before['length']:.4g} tokens", old, new, _percent(kept.get("flops")), speedup))
+    if before.get("file_bytes"):
+        old, new = (f"{found['file_bytes'] / 1e6:,.2f}" for found in (before, after))
+        rows.append(("weights on disk, MB", old, new, _percent(kept.get("file_bytes")), ""))
+    sections.append(rows)
+    for own, other in zip(before.get("latency", ()), after.get("latency", ()), strict=True):
+        shape = f"{own['batch']} x {own['length']} tokens"
+        medians = (_milliseconds(found["median"]) for found in (own, other))
+        late = (_milliseconds(found["p95"]) for found in (own, other))
+        sections.append(
+            [(f"latency, ms, {shape}", *medians, "", _times(other["speedup"])), ("  95th percentile", *late, "", "")]
+        )
+    return sections
 
 
 def before_after_notes(record: Record) -> list[str]:
@@ -124,72 +137,125 @@ def comparison_table(rows: Sequence[Record], variants: Sequence[str], chosen: st
     return table
 
 
-def comparison_figure(
-    path: Path,
-    rows: Sequence[Record],
-    variants: Sequence[str],
-    kept: Mapping[str, Sequence[float]],
-    *,
-    title: str,
-) -> Path:
-    """Writes a picture: bars per task and variant, and which heads and how many neurons stay in every layer.
+def model_card(record: Record, *, on_hub: bool) -> str:
+    """The README of a pruned model, in Markdown with the front matter of the Hugging Face hub.
 
     Args:
-        path: The picture; its ending names the format.
-        rows: As for `comparison_table`.
-        variants: The names of the bars, in order.
-        kept: Site name to gates `[units]`, such as `0.attention.heads` and `0.ffn.neurons`.
-        title: What is shown.
+        record: As from `prune_model`. Whatever its names hold, they are shown as they are.
+        on_hub: Whether the source is a name on the hub, and not a folder.
     """
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from huggingface_hub import ModelCardData
 
-    figure = Figure(figsize=(11, 4.6), dpi=120, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    bars, grid = figure.subplots(1, 2, width_ratios=(3, 1))
-    width = 0.8 / len(variants)
-    places = np.arange(len(rows))
-    for i, (name, colour) in enumerate(zip(variants, COLOURS, strict=False)):
-        values = [100 * row["values"][name] for row in rows]
-        offsets = places + (i - (len(variants) - 1) / 2) * width
-        drawn = bars.bar(offsets, values, width, label=name, color=colour, edgecolor="white", linewidth=0.5)
-        bars.bar_label(drawn, fmt="%.0f", fontsize=7, padding=1)
-    for place, row in zip(places, rows, strict=True):
-        chance = 100 * row["chance"]
-        label = "chance" if place == 0 else None
-        bars.hlines(chance, place - 0.45, place + 0.45, color="black", linewidth=1.2, linestyle="dashed", label=label)
-    bars.set_xticks(places, [f"{row['task']}\n{row['metric']}, n = {row['n']}" for row in rows], fontsize=8)
-    bars.set_ylabel("primary metric, %")
-    bars.set_ylim(0, 108)
-    bars.set_yticks(range(0, 101, 20))
-    bars.set_title(title, fontsize=10, loc="left")
-    bars.spines[["top", "right"]].set_visible(False)
-    bars.legend(ncols=len(variants) + 1, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    _draw_units(grid, kept)
-    figure.savefig(path)
-    return path
+    source = record["source"] if on_hub else PurePath(record["source"]).name
+    tags = ["jax", "pruning", "structured-pruning", "model-compression"]
+    facts = ModelCardData(library_name="jaxprune", base_model=source if on_hub else None, tags=tags)
+    criterion = dict(record["criterion"])
+    settings = ", ".join(
+        f"{name} {_plain(value)}" for name, value in criterion.items() if name != "name" and value is not None
+    )
+    rules = {name: value for name, value in record["selection"].items() if value not in (None, [])}
+    examples = f"{record['examples']:,} calibration examples" if record["examples"] else "no example"
+    widths = [[_code(name), f"{had:,}", f"{kept:,}"] for name, (had, kept) in record["widths"].items()]
+    cells = [row for section in before_after_sections(record) for row in section]
+    parts = [
+        f"---\n{facts.to_yaml()}\n---",
+        f"# {_code(source)}, pruned for {_code(record['task'])}",
+        f"Attention heads and neurons that the task {_code(record['task'])} needs least were cut out of "
+        f"{_code(source)} by jaxprune; nothing was trained. The task head {_code(record['head'])} is for this task; "
+        "the other task heads are still there, but expect them to do worse.",
+        "## How it was made",
+        "\n".join(
+            (
+                f"- Criterion: {_code(criterion['name'])}{f' ({_code(settings)})' if settings else ''}, {examples}.",
+                f"- Budget and selection: {_code(', '.join(f'{name} {_plain(it)}' for name, it in rules.items()))}.",
+                "- `pruning.json` has all settings, the versions, and which units stay.",
+            )
+        ),
+        "## Before and after",
+        _markdown(["", *BEFORE_AFTER], cells),
+        "\n".join(" ".join(note.split()) for note in before_after_notes(record)),
+        "## Units",
+        _markdown(["site", "before", "after"], widths),
+        "## How to load it",
+        f"```python\n{LOADING.format(head=ascii(record['head']))}\n```",
+        f"Labels, in the order of the logits: {', '.join(map(_code, record['labels']))}.",
+        f"```bash\njaxprune inspect FOLDER\njaxprune evaluate FOLDER --task {_word(record['task'])}\n```",
+        "FOLDER is the folder of this file.",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
-def _draw_units(axes: Any, kept: Mapping[str, Sequence[float]]) -> None:
-    """One row per layer: a square per head, filled if it stays, and the share of neurons that stay."""
-    heads = {name.split(".")[0]: gates for name, gates in kept.items() if name.endswith(".heads")}
-    neurons = {name.split(".")[0]: gates for name, gates in kept.items() if name.endswith(".neurons")}
-    layers = sorted(heads.keys() | neurons.keys(), key=int)
-    most = max((len(gates) for gates in heads.values()), default=0)
-    for y, layer in enumerate(layers):
-        for x, gate in enumerate(heads.get(layer, ())):
-            colour = COLOURS[0] if gate else "white"
-            axes.plot(x, y, "s", markersize=8, markerfacecolor=colour, markeredgecolor=COLOURS[0] if gate else GREY)
-        own = neurons.get(layer, ())
-        axes.text(most, y, f"{sum(gate > 0 for gate in own):,} of {len(own):,}", va="center", fontsize=8)
-    axes.set_xlim(-0.7, most + 5.2)
-    axes.set_ylim(-0.7, len(layers) - 0.3)
-    axes.set_yticks(range(len(layers)), [f"layer {layer}" for layer in layers], fontsize=8)
-    axes.set_xticks([(most - 1) / 2, most + 2], ["heads", "neurons"], fontsize=8)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_title("what attribution keeps", fontsize=10, loc="left")
+def sweep_tables(record: Record) -> list[Table]:
+    """A table per task: the primary metric by criterion and budget, mean and extremes over the seeds."""
+    tables = []
+    for task in record["settings"]["tasks"]:
+        rows = [row for row in record["rows"] if row["task"] == task]
+        first = rows[0]
+        dense, chance = f"dense {100 * first['dense']:.1f}", f"chance {100 * first['chance']:.1f}"
+        table = _table(f"{task}: {first['metric']}, %; {dense}, {chance}, n = {first['n']:,}")
+        table.add_column("criterion")
+        for heading in ("FLOPs kept", "units kept", "seeds", "mean", "least", "most"):
+            table.add_column(heading, justify="right")
+        for name in dict.fromkeys(row["criterion"] for row in rows):
+            for i, (_, own) in enumerate(by_budget(row for row in rows if row["criterion"] == name)):
+                values = [row["value"] for row in own]
+                table.add_row(
+                    name if i == 0 else "",
+                    _percent(mean(row["flops_kept"] for row in own)),
+                    _percent(mean(row["units_kept"] for row in own)),
+                    str(len(own)),
+                    *(f"{100 * value:.1f}" for value in (mean(values), min(values), max(values))),
+                )
+            table.add_section()
+        tables.append(table)
+    return tables
+
+
+def sweep_note(record: Record) -> str:
+    """What was tested, and what the figures may be used for."""
+    settings = record["settings"]
+    use = {"test": "to report; choices belong to dev.", "dev": "to choose by; report on test."}
+    return fill(f"Tested on split {settings['split']}: {use.get(settings['split'], 'rows that train or score.')}", 80)
+
+
+def by_budget(rows: Iterable[Record]) -> list[tuple[float, list[Record]]]:
+    """The rows of a sweep by their budget of FLOPs, in the order in which the budgets occur."""
+    found: dict[float, list[Record]] = {}
+    for row in rows:
+        found.setdefault(row["flops"], []).append(row)
+    return list(found.items())
+
+
+def inspection_table(record: Record) -> Table:
+    """The layers of a model: units of those it had, what they cost, and with scores how these are spread."""
+    scored = record["scores"] is not None
+    table = _table(f"{record['source']}: {record['model_type']}")
+    table.padding = (0, 1, 0, 0)
+    table.add_column("layer", no_wrap=True)
+    for heading in ("heads", "neurons", "parameters", "FLOPs\n%", *SCORE_HEADINGS * scored):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for layer in (*record["layers"], record["total"]):
+        if layer is record["total"]:
+            table.add_section()
+        cells = [_of(layer["heads"]), _of(layer["neurons"]), f"{layer['parameters']:,}", _share(layer["flops_share"])]
+        if scored:
+            means = layer["mean_scores"]
+            cells += [_small(means["heads"]), _small(means["neurons"]), _share(layer["score_share"])]
+        table.add_row(str(layer["layer"]), *cells)
+    return table
+
+
+def inspection_note(record: Record) -> str:
+    """What the figures of `inspection_table` mean."""
+    parts = [
+        f"Task heads: {', '.join(record['heads']) or 'none'}.",
+        f"Parameters and FLOPs of heads and neurons, {record['length']:.4g} tokens.",
+    ]
+    if record["pruned"] is not None:
+        parts.append("x/y: x of the y units before pruning stay.")
+    if record["scores"] is not None:
+        parts.append("Scores: means over the units that stay, and shares of the sum of their sizes.")
+    return fill(" ".join(parts), 80)
 
 
 def _table(title: str | None) -> Table:
@@ -203,6 +269,50 @@ def _evaluation_rows(before: Record, after: Record) -> list[tuple[str, ...]]:
         chance = f" (chance {100 * before['chance']:.1f})" if len(rows) == 1 else ""
         rows.append((f"{name}, %{chance}", f"{100 * value:.1f}", f"{100 * after['metrics'][name]:.1f}", "", ""))
     return rows
+
+
+def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table: numbers to the right."""
+    rule = ["---", *["---:"] * (len(headings) - 1)]
+    lines = [headings, rule, *([cell.strip() for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(_unbroken(cell) for cell in line)} |" for line in lines)
+
+
+def _unbroken(cell: str) -> str:
+    """A cell that neither ends its column nor its row, and holds no markup outside of code."""
+    flat = _printable(cell)
+    return flat.replace("|", r"\|") if flat.startswith("`") else re.sub(r"([\\`*_<>\[\]&$~|])", r"\\\1", flat)
+
+
+def _code(text: str) -> str:
+    """A name as Markdown code, whatever is in it."""
+    flat = _printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", flat)), default=0))
+    space = " " if flat[:1] in ("`", "") or flat.endswith("`") else ""
+    return f"{fence}{space}{flat}{space}{fence}"
+
+
+def _printable(text: str) -> str:
+    """Without line breaks, control characters and those that turn the direction of writing."""
+    return "".join(letter if letter.isprintable() else " " for letter in text).strip()
+
+
+def _word(name: str) -> str:
+    """A name that a shell takes as it is, or a placeholder."""
+    return name if re.fullmatch(r"\w[\w.-]*", name) else "TASK"
+
+
+def _of(counts: Sequence[int]) -> str:
+    kept, had = counts
+    return f"{kept:,}" if kept == had else f"{kept:,}/{had:,}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _small(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
 
 
 def _completeness(found: Record) -> str:

@@ -126,7 +126,7 @@ def _read_header(text: str) -> tuple[list[str], dict[str, Any]]:
     """What is wrong with a header, and the header."""
     try:
         header = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return [f"its header is not JSON ({error})"], {}
     if not isinstance(header, dict):
         return ["its header is not a JSON object"], {}

@@ -307,8 +307,13 @@ class _Partial:
         with TensorFile(self.path) as file:
             if PARTIAL not in file.metadata:
                 raise ValueError(f"{self.path} does not hold an interrupted scoring run: name another file.")
-            found = json.loads(file.metadata[PARTIAL])
-            other = [name for name, value in self.settings.items() if found["settings"].get(name) != value]
+            try:
+                found = json.loads(file.metadata[PARTIAL])
+                settings, done = dict(found["settings"]), int(found["done"])
+                weight = jnp.asarray(file.read("weight"))
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
+                raise ValueError(f"{self.path} is damaged ({error!r}): remove it to start anew.") from error
+            other = [name for name, value in self.settings.items() if settings.get(name) != value]
             if other:
                 raise ValueError(
                     f"{self.path} was begun with other settings ({', '.join(other)}): remove it, or name another file."
@@ -319,4 +324,4 @@ class _Partial:
             kind, _, rest = name.partition(":")
             if rest:
                 parts[kind][rest] = array
-        return Totals(parts["scores"], parts["completeness"], arrays["weight"]), found["done"]
+        return Totals(parts["scores"], parts["completeness"], weight), done

@@ -21,7 +21,7 @@ from typing import Any, Self, cast, get_type_hints
 import typer
 from typer.core import TyperGroup
 
-BAD_INPUT = (ValueError, TypeError, OSError)  # what the library raises for a wrong argument, file or folder
+BAD_INPUT = (ValueError, TypeError, OSError, MemoryError)  # what is raised for a wrong argument, file or folder
 LINE_EVERY = 30.0  # seconds between two lines of progress where stderr is not a terminal
 MIN_COMPILE_TIME = 0.1  # seconds; what compiles faster is not worth a file in the cache
 
@@ -39,20 +39,19 @@ class Bars:
     """Progress bars on stderr, one per stage; where stderr is no terminal, a line now and then."""
 
     def __init__(self):
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
         from rich.progress import TimeRemainingColumn as Remaining
 
-        self._console = Console(stderr=True)
+        self._console = plain_console(stderr=True)
         self._shown = self._console.is_terminal
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             Remaining(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         self._progress = Progress(*columns, console=self._console, disable=not self._shown)
 
@@ -69,21 +68,21 @@ class Bars:
 
     def say(self, message: Any) -> None:
         """Prints a line, or a table, above the bars."""
-        self._console.print(message, highlight=False)
+        self._console.print(message)
 
 
 class Bar:
     """The progress of one stage: call it with what is done and with what there is to do."""
 
     def __init__(self, bars: Bars, label: str):
-        self._bars, self._label = bars, label
+        self._bars, self._label = bars, visible(label)
         self._begun = self._said = time.monotonic()
         self._first: int | None = None  # what was done before: a run that is resumed
-        self._task = bars._progress.add_task(label, total=None, note="")
+        self._task = bars._progress.add_task(self._label, total=None, note="")
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Shows how far the stage is."""
-        self._bars._progress.update(self._task, completed=done, total=total, note=note)
+        self._bars._progress.update(self._task, completed=done, total=total, note=visible(note))
         now = time.monotonic()
         self._first = done if self._first is None else self._first
         if not self._bars._shown and (done == total or now - self._said >= LINE_EVERY):
@@ -128,18 +127,34 @@ def cache_folder() -> Path:
 
 def show(record: Mapping[str, Any], *tables: Any, as_json: bool) -> None:
     """Prints tables on stdout; or, as JSON, the record on stdout in one line, and the tables on stderr."""
-    from rich.console import Console
-
-    console = Console(stderr=as_json, highlight=False)
+    console = plain_console(stderr=as_json)
     for table in tables:
         console.print(table, soft_wrap=isinstance(table, str))
     if as_json:
         print(json.dumps(record, allow_nan=False))
 
 
+def visible(text: str) -> str:
+    """A text whose control characters are spelt out: names that come from data must not steer the terminal."""
+    shown = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
+
+
+def plain_console(*, stderr: bool) -> Any:
+    """A rich console that prints texts as they are, in tables too: nothing in them is markup or an emoji."""
+    from rich.console import Console
+    from rich.text import Text
+
+    class Plain(Console):
+        def render_str(self, text: str, **how: Any) -> Text:
+            return super().render_str(visible(text), **how)
+
+    return Plain(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
 def complain(message: str) -> None:
     """Prints an error in one line on stderr."""
-    print(f"jaxprune: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"jaxprune: error: {visible(' '.join(message.split()))}", file=sys.stderr)
 
 
 def describe(error: BaseException) -> str:

@@ -332,7 +332,7 @@ def _write(file: Path, now: _State, run: Mapping[str, Any], history: list[Any]) 
 def _read(file: Path, now: _State, run: Mapping[str, Any]) -> tuple[_State, list[Any]]:
     try:
         with safe_open(file, framework="numpy") as stored:
-            header = json.loads((stored.metadata() or {}).get("jaxprune_training", "{}"))
+            header = json.loads((stored.metadata() or {})["jaxprune_training"])
             if header.get("run") != json.loads(json.dumps(run)):
                 known = header.get("run", {})
                 other = [part for part in run if known.get(part) != json.loads(json.dumps(run[part]))]
@@ -340,8 +340,8 @@ def _read(file: Path, now: _State, run: Mapping[str, Any]) -> tuple[_State, list
                     f"{file} is the state of another run ({', '.join(other)} differ): remove it to start anew."
                 )
             arrays = {name: jnp.array(stored.get_tensor(name)) for name in stored.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read: {error}; remove it to start anew.") from error
+    except (SafetensorError, KeyError, AttributeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} is no state of a run ({error!r}): remove it to start anew.") from error
 
     def take(prefix: str) -> Params:
         named = {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}

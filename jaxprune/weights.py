@@ -88,6 +88,20 @@ def open_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, Source]
     return {name: Source(shards[shard], name) for name, shard in index.items()}
 
 
+def check_layers(model: Model, tensors: Mapping[str, Source], folder: Path) -> None:
+    """Refuses a configuration with more layers than the tensors' names have numbers, before any layer is described.
+
+    Raises:
+        ValueError: If it has.
+    """
+    numbers = {step for name in tensors for step in name.split(".") if step.isdecimal()}
+    if model.config.layers > len(numbers):
+        raise ValueError(
+            f"the weights in {folder} do not fit its {CONFIG}: it has {model.config.layers:,} layers, "
+            f"and the names of the tensors number {len(numbers):,}."
+        )
+
+
 def _no_weights(folder: Path) -> str:
     if not (folder / "pytorch_model.bin").exists() and not (folder / "pytorch_model.bin.index.json").exists():
         return f"{folder} has neither {WEIGHTS} nor {INDEX}; pickled weights (.bin, .pt, .h5) are not read."

@@ -22,7 +22,7 @@ from jaxprune.cost import compare_latency, file_size, flops, parameters, prunabl
 from jaxprune.evaluation import Evaluation, evaluate, fitting_head
 from jaxprune.gates import Params, widths
 from jaxprune.models import Model
-from jaxprune.report import evaluation_table
+from jaxprune.report import evaluation_table, model_card
 from jaxprune.scores import Scores, describe, load_scores, save_scores
 from jaxprune.scoring import score
 from jaxprune.selection import Normalise, pruning_record, select
@@ -33,6 +33,7 @@ from jaxprune.training import Recipe, Step, finetune
 from jaxprune.weights import open_tensors
 
 RATIOS = ("units", "prunable_parameters", "parameters", "flops", "file_bytes")  # what remains after by before
+CARD = "README.md"  # in the folder of a pruned model: what was cut, and how well it does
 FINETUNING = "finetuning.json"  # in the folder of a fine-tuned model: how it was made, and how well it did
 
 
@@ -159,14 +160,14 @@ def prune_model(
     kept = scored if isinstance(scored, Path) else output.with_name(f"{output.name}.scores.safetensors")
     scores = load_scores(scored) if isinstance(scored, Path) else None
     model, params = load(source)
-    _try_selection(model, params, selection)
+    try_selection(model, params, selection)
     task = None if data is None else data.load()
     if task is not None:
         fitting_head(model, task, measuring.head)
     if isinstance(scored, Scoring):
         if task is None:
             raise ValueError("there is nothing to score with: name a task, or a score file.")
-        scores = _score_once(model, params, task, scored, kept, watch)
+        scores = score_once(model, params, task, scored, kept, watch)
     if scores is None:
         raise TypeError(f"scored must be a Path or Scoring, got {type(scored).__name__}.")
     head = model.head(scores.header["head"]).name
@@ -179,24 +180,23 @@ def prune_model(
     if task is not None and measuring.evaluate:
         rows = scores.header["rows"]
         for name, own in models.items():
-            result = _evaluate(model, own, task, measuring, watch.open(f"testing {name}"), exclude=rows)
+            result = measure(model, own, task, measuring, watch.open(f"testing {name}"), exclude=rows)
             found[name]["evaluation"] = result.to_json()
     if measuring.batches:
         latencies = measure_latency(model, [params, small], length, head, measuring, watch)
         for i, name in enumerate(models):
             found[name]["latency"] = [{**own._asdict(), "speedup": speedup} for own, speedup in latencies[i]]
     pruning = pruning_record(scores, gates, **{**selection.arguments(), "length": length})
-    save(output, model, small, pruning=pruning | {"results": found}, overwrite=overwrite, dtype=stored_type(model))
-    for name, folder in (("before", model.source), ("after", output)):
-        found[name]["file_bytes"] = None if folder is None else file_size(folder)
     before, after = found["before"], found["after"]
-    return {
+    record = {
         "command": "prune",
         "source": source,
         "output": str(output),
         "scores": str(kept),
+        "task": scores.header["task"],
         "criterion": scores.header["criterion"],
         "head": head,
+        "labels": list(model.head(head).labels),
         "examples": scores.header["examples"],
         "selection": pruning["settings"],
         "before": before,
@@ -205,6 +205,18 @@ def prune_model(
         "speedup": speedups(before, after),
         "widths": {name: [own["had"], own["kept"]] for name, own in pruning["sites"].items()},
     }
+    save(
+        output,
+        model,
+        small,
+        pruning=pruning | {"results": found},
+        overwrite=overwrite,
+        dtype=stored_type(model),
+        extra={CARD: model_card(record, on_hub=not Path(source).expanduser().is_dir()).encode()},
+    )
+    for name, folder in (("before", model.source), ("after", output)):
+        found[name]["file_bytes"] = None if folder is None else file_size(folder)
+    return record | {"kept": ratios(before, after)}
 
 
 def evaluate_model(
@@ -221,7 +233,7 @@ def evaluate_model(
     for task in loaded:  # all of them before the first is measured
         task.rows(split)
         fitting_head(model, task, measuring.head)
-    results = [_evaluate(model, params, task, measuring, watch.open(f"testing {task.name}"), split) for task in loaded]
+    results = [measure(model, params, task, measuring, watch.open(f"testing {task.name}"), split) for task in loaded]
     return {"command": "evaluate", "source": source, "results": [result.to_json() for result in results]}
 
 
@@ -368,7 +380,7 @@ def _check_writable(path: Path) -> None:
         raise PermissionError(f"{path} cannot be written: no permission to write into {above}.")
 
 
-def _try_selection(model: Model, params: Params, selection: Selection) -> None:
+def try_selection(model: Model, params: Params, selection: Selection) -> None:
     """Refuses wrong settings before any work is done."""
     blank = {name: jnp.zeros(units) for name, units in widths(model.axes, params).items()}
     tried = {name: value for name, value in selection.arguments().items() if name != "normalise"}
@@ -392,8 +404,8 @@ def _score(model: Model, params: Params, task: Task, scoring: Scoring, output: P
     )
 
 
-def _score_once(model: Model, params: Params, task: Task, scoring: Scoring, kept: Path, watch: Watch) -> Scores:
-    """Scores, unless the file holds what would come out."""
+def score_once(model: Model, params: Params, task: Task, scoring: Scoring, kept: Path, watch: Watch) -> Scores:
+    """Scores and writes the file, unless it holds what would come out."""
     if kept.is_file():
         found, key = load_scores(kept), jax.random.key(scoring.seed)
         rows = draw(task, scoring.examples, key) if scoring.criterion.examples is not None else ()
@@ -412,18 +424,19 @@ def _score_once(model: Model, params: Params, task: Task, scoring: Scoring, kept
             return found
     scores = _score(model, params, task, scoring, kept, watch)
     save_scores(kept, scores)
-    return scores
+    return load_scores(kept)  # as the same command finds them after an interruption
 
 
-def _evaluate(
+def measure(
     model: Model,
     params: Params,
     task: Task,
     measuring: Measuring,
     progress: Progress,
     split: str = "test",
-    exclude: Sequence[str] = (),
+    **how: Any,
 ) -> Evaluation:
+    """Evaluates as `measuring` says; `how` are more arguments of `evaluate`, such as `exclude`, `gates` and `means`."""
     return evaluate(
         model,
         params,
@@ -433,6 +446,6 @@ def _evaluate(
         batch_size=measuring.batch_size,
         limit=measuring.limit,
         max_length=measuring.max_length,
-        exclude=exclude,
         progress=progress,
+        **how,
     )

@@ -21,7 +21,7 @@ import pytest
 from commands import WORDS, Place, place, record_of, run
 from tiny import tiny_batch, tiny_model
 
-from jaxprune import __version__, attribution, baselines, cli
+from jaxprune import __version__, attribution, baselines, options
 from jaxprune.checkpoint import load, read_pruning, save
 from jaxprune.evaluation import evaluate
 from jaxprune.gates import widths
@@ -122,6 +122,23 @@ def test_prune_ends_with_a_table(place, scored, tmp_path):
     assert re.search(r"latency, ms, 2 x \d+ tokens +[\d.]+ +[\d.]+ +[\d.]+ x", result.stdout)
     assert "95th percentile" in result.stdout
     assert "CPU" in result.stdout
+
+
+def test_prune_writes_a_model_card(place, scored, tmp_path):
+    out, rows = tmp_path / "small", ("--task", "mood", "--data", place.data, "--limit", 20)
+    arguments = ("prune", place.model, "--scores", scored, *rows, "--flops", 0.5, "-o", out, "--latency", "0")
+    record = record_of(*arguments)
+    card = (out / "README.md").read_text()
+    value = 100 * record["after"]["evaluation"]["metrics"]["accuracy"]
+    assert re.search(rf"\| accuracy, % .*\| {value:.1f} \|", card)
+    assert str(place.model) not in card  # its place on this machine is nobody's business
+    assert "`bad`, `good`" in card
+    code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("FOLDER", str(out)).replace("a text", "the film was good"), names)
+    assert names["logits"].shape == (1, 2)
+    assert run(*arguments, "--overwrite").exit_code == 0  # the card is a file of the folder
+    assert (out / "README.md").read_text() == card
 
 
 def test_options_of_selection_arrive(place, scored, tmp_path):
@@ -445,8 +462,8 @@ def test_an_error_in_a_process_of_its_own():
 
 
 def test_every_name_stands_for_something():
-    for option, known in cli.FUNCTIONS.items():
-        found = [cli.find(option, name) for name in known]
+    for option, known in options.FUNCTIONS.items():
+        found = [options.find(option, name) for name in known]
         assert len({id(thing) for thing in found}) == len(found)
 
 
@@ -457,25 +474,25 @@ def test_every_criterion_and_every_setting_has_a_name():
         for thing in vars(module).values()
         if dataclasses.is_dataclass(thing) and hasattr(thing, "examples") and callable(thing)
     }
-    named = {cli.find("criterion", name) for name in cli.FUNCTIONS["criterion"]}
+    named = {options.find("criterion", name) for name in options.FUNCTIONS["criterion"]}
     assert named == kinds
     settings = {field.name for kind in named for field in dataclasses.fields(kind) if field.init}
-    assert settings - {"kinds"} == set(cli.SETTINGS.values())
+    assert settings - {"kinds"} == set(options.SETTINGS.values())
 
 
 def test_help_tells_the_true_defaults():
     own = attribution.IntegratedGradients()
     assert (own.nodes, own.chunk, own.start) == (8, 1, 0.0)
-    assert own.path is cli.find("path", "joint")
-    assert own.rule is cli.find("rule", "gauss-legendre")
-    assert own.labels is cli.find("labels", "gold")
-    assert own.examples is cli.find("examples-reduction", "absolute")
-    assert own.closed is cli.find("closed", "zero")
-    assert attribution.GradientActivation().tokens is cli.find("tokens", "sum")
-    assert baselines.Fisher().labels is cli.find("labels", "sampled")
+    assert own.path is options.find("path", "joint")
+    assert own.rule is options.find("rule", "gauss-legendre")
+    assert own.labels is options.find("labels", "gold")
+    assert own.examples is options.find("examples-reduction", "absolute")
+    assert own.closed is options.find("closed", "zero")
+    assert attribution.GradientActivation().tokens is options.find("tokens", "sum")
+    assert baselines.Fisher().labels is options.find("labels", "sampled")
 
 
-@pytest.mark.parametrize("name", ["score", "prune", "evaluate", "finetune", "demo"])
+@pytest.mark.parametrize("name", ["score", "prune", "sweep", "inspect", "evaluate", "finetune", "demo"])
 def test_every_command_has_an_example(name):
     result = run(name, "--help")
     assert result.exit_code == 0

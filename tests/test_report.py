@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import subprocess
 import sys
+from itertools import pairwise
+from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from rich.console import Console
 
-from jaxprune import report
+from jaxprune import pictures, report
 
 LATENCY = {"batch": 32, "length": 24, "median": 0.0614, "p95": 0.0702, "device": "2-core CPU", "speedup": 1.0}
 BEFORE = {
@@ -117,10 +123,153 @@ def test_scores():
     assert "examples none are read" in none
 
 
+SWEPT = {
+    "settings": {"split": "dev", "tasks": {"sst2": {}}},
+    "rows": [
+        {
+            "task": "sst2", "criterion": name, "seed": seed, "flops": 0.5, "flops_kept": 0.49, "units_kept": 0.48,
+            "parameters_kept": 0.7, "metric": "accuracy", "value": value, "n": 126, "chance": 0.5, "dense": 0.92,
+        }
+        for name, seed, value in (("taylor", 0, 0.8), ("taylor", 1, 0.9), ("magnitude", 0, 0.6))
+    ],
+}  # fmt: skip
+
+
+def test_a_sweep():
+    (table,) = report.sweep_tables(SWEPT)
+    lines = text(table)
+    assert lines[0] == "sst2: accuracy, %; dense 92.0, chance 50.0, n = 126"
+    assert "taylor 49.0 % 48.0 % 2 85.0 80.0 90.0" in lines
+    assert "magnitude 49.0 % 48.0 % 1 60.0 60.0 60.0" in lines
+    assert report.sweep_note(SWEPT) == "Tested on split dev: to choose by; report on test."
+
+
+LAYER = {
+    "layer": "11",
+    "heads": [12, 12],
+    "neurons": [264, 3072],
+    "parameters": 11_812_864,
+    "flops_share": 0.1416,
+    "mean_scores": {"heads": 8.1534e-7, "neurons": None},
+    "score_share": 0.1117,
+}
+INSPECTED = {
+    "source": "small",
+    "model_type": "bert",
+    "heads": [],
+    "length": 18.5625,
+    "pruned": {"flops": 0.4},
+    "scores": "s.safetensors",
+    "layers": [LAYER],
+    "total": LAYER | {"layer": "all", "heads": [192, 384], "neurons": [49_152, 98_304], "parameters": 311_812_864},
+}
+
+
+def test_an_inspection():
+    lines = text(report.inspection_table(INSPECTED))
+    assert "11 12 264/3,072 11,812,864 14.2 8.15e-07 11.2" in lines
+    assert "all 192/384 49,152/98,304 311,812,864 14.2 8.15e-07 11.2" in lines
+    assert "Task heads: none. Parameters and FLOPs of heads and neurons, 18.56 tokens." in report.inspection_note(
+        INSPECTED
+    )
+    without = text(report.inspection_table(INSPECTED | {"scores": None, "pruned": None}))
+    assert "11 12 264/3,072 11,812,864 14.2" in without
+
+
+CARD = PRUNED | {
+    "source": "owner/multi",
+    "task": "sst2",
+    "head": "sst2",
+    "labels": ["negative", "positive"],
+    "criterion": {"name": "IntegratedGradients", "nodes": 8},
+    "examples": 128,
+    "selection": {"flops": 0.5, "units": None, "per_layer": True, "multiple_of": {"neurons": 8}},
+    "widths": {"0.attention.heads": [12, 6], "0.ffn.neurons": [1536, 768]},
+}
+HOSTILE = "a`b|c ``` \n# d\r\n---\nlicense: mit\n<script>x</script> [e](f) $g$ \u202e'\"\\ : - |"
+
+
+def rendered(card: str) -> tuple[dict[str, Any], list[Token]]:
+    """The front matter, and what a Markdown reader makes of the rest."""
+    found = ModelCard(card, ignore_metadata_errors=False)
+    return found.data.to_dict(), MarkdownIt("commonmark").enable("table").parse(found.text)
+
+
+def cells(tokens: list[Token]) -> list[list[str]]:
+    """The rows of all tables."""
+    rows: list[list[str]] = []
+    for before, token in pairwise(tokens):
+        if before.type == "tr_open":
+            rows.append([])
+        if before.type in ("td_open", "th_open"):
+            rows[-1].append("".join(part.content for part in token.children or ()))
+    return rows
+
+
+def test_a_model_card_says_what_was_cut_and_what_it_costs():
+    facts, tokens = rendered(report.model_card(CARD, on_hub=True))
+    assert facts["library_name"] == "jaxprune"
+    assert facts["base_model"] == "owner/multi"
+    rows = cells(tokens)
+    assert ["MFLOPs, 23.75 tokens", "519.4", "259.7", "50.0 %", "2.00 x"] in rows
+    assert ["accuracy, % (chance 50.9)", "91.2", "89.3", "", ""] in rows
+    assert ["0.ffn.neurons", "1,536", "768"] in rows
+    terminal = [line for line in text(report.before_after_table(PRUNED)) if not line.startswith(("before", "──"))]
+    assert [" ".join(" ".join(row).split()) for row in rows if len(row) == 5][1:] == terminal
+    content = " ".join(token.content for token in tokens)
+    for word in ("128 calibration examples", "`nodes 8`", "`flops 0.5, per_layer True", "evaluate FOLDER --task sst2"):
+        assert word in content
+    ast.parse(next(token.content for token in tokens if token.info == "python"))
+
+
+@pytest.mark.parametrize("field", ["task", "head", "source", "labels", "criterion"])
+def test_names_do_not_break_a_model_card(field):
+    value = {"labels": [HOSTILE, "b"], "criterion": {"name": HOSTILE, HOSTILE: HOSTILE}}.get(field, HOSTILE)
+    record = CARD | {"source": "folder", field: value}
+    if field == "task":
+        record["before"] = BEFORE | {"evaluation": BEFORE["evaluation"] | {"task": HOSTILE, "metrics": {HOSTILE: 1.0}}}
+        record["after"] = AFTER | {"evaluation": record["before"]["evaluation"]}
+    facts, tokens = rendered(report.model_card(record, on_hub=False))
+    plain_facts, plain = rendered(report.model_card(CARD | {"source": "folder"}, on_hub=False))
+    assert facts == plain_facts and "base_model" not in facts and "license" not in facts
+    shape = shape_of(tokens)
+    if field == "task":  # one metric instead of two
+        assert {len(row) for row in cells(tokens)} == {5, 3}
+        assert [kind for kind in shape if kind[1] == "h1"] == [kind for kind in shape_of(plain) if kind[1] == "h1"]
+    else:
+        assert shape == shape_of(plain)
+    inline = {part.type for token in tokens for part in token.children or ()}
+    assert inline <= {"text", "code_inline", "softbreak", "text_special"}
+    ast.parse(next(token.content for token in tokens if token.info == "python"))
+
+
+def shape_of(tokens: list[Token]) -> list[tuple[str, str, int]]:
+    return [(token.type, token.tag, token.level) for token in tokens]
+
+
+def test_a_folder_is_named_without_its_place():
+    card = report.model_card(CARD | {"source": "/home/me/secret/multi/"}, on_hub=False)
+    assert "`multi`" in card and "secret" not in card
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_sweep_is_drawn(tmp_path, dark):
+    rows = [
+        row | {"criterion": f"{row['criterion']} {i}", "task": "a $ task"} for row in SWEPT["rows"] for i in range(5)
+    ]
+    file = pictures.sweep_figure(tmp_path / "a.png", rows, split="dev", dark=dark)
+    from matplotlib.image import imread
+
+    corner = tuple(round(255 * float(part)) for part in imread(file)[0, 0])
+    assert corner == ((20, 23, 28, 255) if dark else (255, 255, 255, 255))
+    drawn = pictures.sweep_figure(tmp_path / "a.svg", rows, split="dev", dark=dark).read_bytes()
+    assert drawn == pictures.sweep_figure(tmp_path / "b.svg", rows, split="dev", dark=dark).read_bytes()
+
+
 @pytest.mark.parametrize("variants", [("dense", "random"), ("dense",)])
 def test_a_picture_is_drawn(tmp_path, variants):
     kept = {"0.attention.heads": [1, 0, 1], "0.ffn.neurons": [1] * 5 + [0] * 4, "1.attention.heads": []}
-    file = report.comparison_figure(tmp_path / "a.png", ROWS, variants, kept, title="what is shown")
+    file = pictures.comparison_figure(tmp_path / "a.png", ROWS, variants, kept, title="what is shown")
     content = file.read_bytes()
     assert content.startswith(b"\x89PNG\r\n")
     width, height = (int.from_bytes(content[i : i + 4]) for i in (16, 20))

@@ -136,10 +136,10 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path):
         run([moods("other")], state=state)
     assert state.read_bytes() == before
     state.write_bytes(before[: len(before) // 2])
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="no state of a run"):
         run([moods()], state=state)
     state.write_bytes(b"")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="no state of a run"):
         run([moods()], state=state)
 
 

@@ -95,7 +95,7 @@ class Model:
 
     @property
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer that came with the model, read when first asked for.
+        """The Hugging Face tokenizer that came with the model, read when first asked for or when its files changed.
 
         Raises:
             FileNotFoundError: If the model was not loaded from a folder, or the folder has no tokenizer.
@@ -104,7 +104,7 @@ class Model:
             raise FileNotFoundError(
                 "this model was not loaded from a folder, so it has no tokenizer; use jp.load(path)."
             )
-        return _tokenizer(self.source)
+        return _tokenizer(self.source, _versions(self.source))
 
     def head(self, name: str | None = None) -> TaskHead:
         """The task head of this name; None is the only one.
@@ -357,11 +357,25 @@ def layer_keys(key: Array | None, layers: int) -> list[Array | None]:
     return list(jax.random.split(key, layers + 2))
 
 
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
+
+
+def _versions(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """What tells a changed file of a folder from the one before: name, place on the disk, size and time."""
+    try:
+        found = {file.name: file.stat() for file in folder.iterdir() if file.is_file()}
+    except OSError as error:
+        raise FileNotFoundError(f"no tokenizer could be read from {folder}: {error}") from error
+    if not found.keys() & set(_VOCABULARIES):  # transformers would make one up that knows no word
+        raise FileNotFoundError(f"no tokenizer could be read from {folder}: it has none of {', '.join(_VOCABULARIES)}.")
+    return tuple((name, own.st_ino, own.st_size, own.st_mtime_ns) for name, own in sorted(found.items()))
+
+
 @lru_cache(maxsize=8)
-def _tokenizer(source: Path) -> Any:
+def _tokenizer(source: Path, versions: tuple[tuple[str, int, int, int], ...]) -> Any:
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
+    try:  # never run code that comes with a model, nor ask whether to
+        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # a damaged file raises whatever the parser happens to meet, plain Exception included
         raise FileNotFoundError(f"no tokenizer could be read from {source}: {error}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -197,12 +198,11 @@ def _is_count(value: Any) -> bool:
 
 def _head_of(raw: Mapping[str, Any]) -> tuple[tuple[TaskHead, ...], list[str]]:
     """The task head of a Hugging Face model, named "default", and what is wrong with its description."""
-    architectures = raw.get("architectures") or []
-    if not any("ForSequenceClassification" in str(name) for name in architectures):
+    if "ForSequenceClassification" not in str(raw.get("architectures")):
         return (), []
     names, count = raw.get("id2label"), raw.get("num_labels", 2)
-    if not names and not _is_count(count):
-        return (), [f"num_labels is {count!r}, expected a number of labels"]
+    if not names and not (_is_count(count) and count < 2**20):  # beyond, they are not made up before they are found
+        return (), [f"num_labels is {count!r}, expected a number of labels below {2**20:,}"]
     names = names or {str(i): f"LABEL_{i}" for i in range(count)}
     if not isinstance(names, Mapping):
         return (), [f"id2label is {names!r}, expected an object from index to label"]
@@ -224,9 +224,9 @@ def with_heads(config: EncoderConfig, task_heads: tuple[TaskHead, ...]) -> Encod
     Raises:
         ValueError: If two heads share a name or a head is not usable.
     """
-    names = [head.name for head in task_heads]
+    names = Counter(head.name for head in task_heads)
     for head in task_heads:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", head.name) or names.count(head.name) > 1:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", head.name) or names[head.name] > 1:
             raise ValueError(
                 f"task head {head.name!r}: names must differ and be made of letters, digits, _ and -, letter first."
             )

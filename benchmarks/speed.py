@@ -1,0 +1,541 @@
+"""Times scoring and the pruned model: beside PyTorch and captum, beside a forward pass, and beside the device's limit.
+
+    python benchmarks/speed.py --model jaxprune/bundled/model -o benchmarks/results/speed.json
+
+Everything that is compared runs in one process, on the same weights, batch and threads, in turns (A B A B ...), after a
+round that is not counted; a ratio is the median of the rounds' ratios, with its quartiles. Before anything is timed
+beside PyTorch, the numbers of both must agree to 1e-4 of the largest. On a GPU bfloat16 and chunk sizes are measured
+too. `--base` takes a random model of BERT-base's size instead.
+
+Parts, for `--only`:
+    joint    integrated gradients, all gates on one path, beside autograd by hand and captum
+    layer    integrated gradients, one site at a time, beside captum
+    gradient gradient x activation beside autograd by hand
+    memory   peak memory of integrated gradients beside gradient x activation
+    pruned   latency of a model with half the FLOPs beside the dense one
+    scaling  time by examples, nodes, layers and length
+    limit    scoring beside a forward pass and beside the time that its matrix products take at the measured rate
+
+Memory is measured in a fresh process per criterion: it loads the model and scores one batch, which compiles and touches
+whatever stays; it gives freed memory back to the system, and then scores once more. On a CPU what counts is by how much
+the process grows meanwhile (the kernel's peak counter, reset in between; Linux only), on a GPU the allocator's peak
+less what was allocated before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import jaxprune as jp
+from jaxprune.attribution import layer
+from jaxprune.cost import compare_latency, flops
+from jaxprune.files import write_atomic
+from jaxprune.gates import Params, widths
+from jaxprune.integration import gauss_legendre, quadrature
+from jaxprune.models import Model, TaskHead, family
+from jaxprune.objectives import signed
+
+AGREEMENT = 1e-4  # of the largest attribution, in float32
+PEERS = ("torch", "captum")
+VERSIONS = ("jaxprune", "jax", "jaxlib", "flax", "numpy", "transformers", *PEERS)
+BASE = {  # the sizes of BERT-base
+    "model_type": "bert",
+    "vocab_size": 30_522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3_072,
+    "max_position_embeddings": 512,
+}
+
+Runs = Mapping[str, Callable[[], Any]]
+Part = dict[str, Any]  # "seconds", "ratios" and "facts", by what they are of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is measured, and on what."""
+
+    model: Model
+    params: Params
+    head: str
+    folder: str  # the model's, or its name
+    batch: int = 16  # examples per batch
+    batches: int = 1  # of the joint path
+    length: int = 128  # tokens per example, no padding
+    nodes: int = 8
+    repeats: int = 5
+    compiled: bool = False  # whether PyTorch compiles its model
+
+    def rows(self, batch: int | None = None, length: int | None = None, seed: int = 0) -> dict[str, np.ndarray]:
+        """Random tokens and labels."""
+        shape = batch or self.batch, length or self.length
+        random = np.random.default_rng(seed)
+        labels = random.integers(0, len(self.model.head(self.head).labels), shape[0], dtype=np.int32)
+        tokens = random.integers(1, self.model.config.vocab, shape, dtype=np.int32)
+        return {"input_ids": tokens, "attention_mask": np.ones(shape, np.int32), "labels": labels}
+
+    def score(self, criterion: Any, batches: Sequence[Mapping[str, np.ndarray]] = ()) -> Callable[[], Any]:
+        """A function that calls a criterion on batches and keeps the sums over examples, as scoring does."""
+        given = [jax.device_put(dict(batch)) for batch in batches or [self.rows()]]
+
+        def run() -> Any:
+            total: Any = None
+            for batch in given:
+                found = criterion(self.model, self.params, batch, head=self.head, key=None, means=None).scores
+                sums = _sums(found)
+                total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+            return jax.block_until_ready(total)
+
+        return run
+
+
+@jax.jit
+def _sums(scores: Any) -> Any:
+    return jax.tree.map(lambda value: value.sum(0), scores)
+
+
+def in_turns(runs: Runs, repeats: int) -> dict[str, np.ndarray]:
+    """Seconds `[repeats]` of every run, in rounds in which each runs once; the first round is not counted."""
+    seconds = np.empty((repeats + 1, len(runs)))
+    for i in range(repeats + 1):
+        for j, (name, run) in enumerate(runs.items()):
+            begin = time.perf_counter()
+            run()
+            seconds[i, j] = time.perf_counter() - begin
+            say(f"  {name}: {seconds[i, j]:.3f} s{'' if i else ' (not counted)'}")
+    return dict(zip(runs, seconds[1:].T, strict=True))
+
+
+def spread(values: Any, **more: Any) -> dict[str, Any]:
+    """Median and quartiles."""
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return {"median": float(median), "quartiles": [float(low), float(high)], **more}
+
+
+def part(seconds: Mapping[str, np.ndarray], ratios: Mapping[str, Any], facts: Mapping[str, Any]) -> Part:
+    """The record of a part."""
+    return {
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "ratios": dict(ratios),
+        "facts": dict(facts),
+    }
+
+
+def disagreement(found: Mapping[str, Any], expected: Sequence[Any]) -> float:
+    """The largest difference of attributions `[b, units]`, relative to the largest of PyTorch's."""
+    theirs = [np.asarray(value.cpu()) for value in expected]
+    pairs = zip(found.values(), theirs, strict=True)
+    return max(float(np.abs(np.asarray(a) - b).max()) for a, b in pairs) / max(float(np.abs(b).max()) for b in theirs)
+
+
+def agreement(setting: Setting, found: Mapping[str, Any], theirs: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+    """How far the numbers are apart, by name of the other side.
+
+    Raises:
+        ValueError: If they differ by more than `AGREEMENT` in float32.
+    """
+    facts = {f"difference from {name}": disagreement(found, values) for name, values in theirs.items()}
+    if precision(setting) == "float32" and max(facts.values(), default=0.0) > AGREEMENT:
+        raise ValueError(f"the numbers do not agree to {AGREEMENT}, so their times are not comparable: {facts}.")
+    return facts
+
+
+def precision(setting: Setting) -> str:
+    """The type of the parameters."""
+    return str(jax.tree.leaves(setting.params)[0].dtype)
+
+
+def peer(setting: Setting) -> Any:
+    """The PyTorch side on the same weights; None if it is not installed or knows no such model."""
+    missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
+    if missing or setting.model.config.model_type != "bert":
+        why = f"{' and '.join(missing)} not installed" if missing else "it is made for BERT alone"
+        say(f"  PyTorch is left out: {why}. `make bench-reference` installs what is needed.")
+        return None
+    from gated_torch import Peer
+
+    return Peer(setting.model, setting.params, setting.head, setting.rows(), compiled=setting.compiled)
+
+
+def joint(setting: Setting) -> Part:
+    """Integrated gradients of all gates at once."""
+    criterion = jp.IntegratedGradients(nodes=setting.nodes)
+    batches = [setting.rows(seed=i) for i in range(setting.batches)]
+    runs: dict[str, Callable[[], Any]] = {"jaxprune": setting.score(criterion, batches)}
+    theirs, facts = peer(setting), {"precision": precision(setting)}
+    if theirs is not None:
+        points, weights = quadrature(gauss_legendre, setting.nodes, 0.0)
+        by_hand = partial(theirs.integrate, points, weights)
+        others = {"autograd": by_hand} | (
+            {} if setting.compiled else {"captum": partial(theirs.captum_joint, setting.nodes)}
+        )
+        [found], _, _ = criterion.attributions(setting.model, setting.params, setting.rows(), head=setting.head)
+        facts |= agreement(setting, found, {name: run() for name, run in others.items()})
+        for name, run in others.items():
+            runs[name] = partial(_each, run, setting.batches)
+    seconds = in_turns(runs, setting.repeats)
+    ratios = {
+        f"{name} / jaxprune": spread(seconds[name] / seconds["jaxprune"], target=target)
+        for name, target in (("autograd", 1.0), ("captum", 1.2))
+        if name in seconds
+    }
+    examples = setting.batch * setting.batches
+    facts |= {"examples": examples, "examples per second": examples / float(np.median(seconds["jaxprune"]))}
+    return part(seconds, ratios, facts)
+
+
+def _each(run: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        run()
+
+
+def layers(setting: Setting) -> Part:
+    """Integrated gradients of one site at a time, with two nodes: the ratio hardly depends on their number."""
+    nodes, depth = min(2, setting.nodes), setting.model.config.layers
+    criterion = jp.IntegratedGradients(nodes=nodes, path=layer)
+    runs: dict[str, Callable[[], Any]] = {"jaxprune": setting.score(criterion)}
+    theirs, facts = peer(setting), {"precision": precision(setting), "nodes": nodes}
+    if theirs is not None:
+        found, _, _ = criterion.attributions(setting.model, setting.params, setting.rows(), head=setting.head)
+        runs["captum"] = partial(theirs.captum_layers, nodes)
+        facts |= agreement(setting, found[0], {"captum": runs["captum"]()})
+    above = [depth - i for i in range(depth) for _ in range(2)]  # layers from a site's own upwards
+    # Ours: layers above there and back, the start of every path, the open model and the prefixes.
+    ours = sum((2 * nodes + 1) * n for n in above) + 2 * depth
+    full = sum(nodes * (depth + n) + 2 * depth for n in above)  # captum: all layers there, those above back, both ends
+    facts["layer passes of captum / jaxprune"] = full / ours
+    seconds = in_turns(runs, setting.repeats)
+    ratios = {}
+    if theirs is not None:
+        ratios["captum / jaxprune"] = spread(seconds["captum"] / seconds["jaxprune"], target=1.2)
+    return part(seconds, ratios, facts)
+
+
+def gradient(setting: Setting) -> Part:
+    """Gradient x activation."""
+    criterion = jp.GradientActivation(examples=signed)
+    runs: dict[str, Callable[[], Any]] = {"jaxprune": setting.score(criterion)}
+    theirs, facts, ratios = peer(setting), {"precision": precision(setting)}, {}
+    if theirs is not None:
+        found = criterion(setting.model, setting.params, setting.rows(), head=setting.head).scores
+        runs["autograd"] = theirs.gradient
+        facts |= agreement(setting, found, {"autograd": theirs.gradient()})
+    seconds = in_turns(runs, setting.repeats)
+    if theirs is not None:
+        ratios["autograd / jaxprune"] = spread(seconds["autograd"] / seconds["jaxprune"])
+    return part(seconds, ratios, facts)
+
+
+def memory(setting: Setting) -> Part:
+    """Peak memory of one batch, each criterion in a fresh process."""
+    if setting.model.source is None:
+        say("  memory is left out: the model is in no folder that another process could read.")
+        return part({}, {}, {})
+    if jax.default_backend() == "cpu" and not Path("/proc/self/clear_refs").exists():
+        say("  memory is left out: this system has no /proc to measure it with.")
+        return part({}, {}, {})
+    peaks = {}
+    for name in ("gradient", "integrated"):
+        arguments = [name, setting.model.source, setting.head, setting.batch, setting.length, setting.nodes]
+        child = subprocess.run(
+            [sys.executable, __file__, "--measure-memory", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            # glibc: large arrays are mapped, so what is freed leaves the process at once
+            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+        )
+        peaks[name] = int(child.stdout)
+        say(f"  {name}: {peaks[name] / 2**20:.0f} MiB")
+    facts = {f"{name}, MiB": peak / 2**20 for name, peak in peaks.items()}
+    ratio = {"median": peaks["integrated"] / peaks["gradient"], "at_most": 1.1}
+    return part({}, {"integrated / gradient": ratio}, facts)
+
+
+def measure_memory(name: str, folder: str, head: str, batch: str, length: str, nodes: str) -> None:
+    """Prints by how many bytes a criterion makes this process (or the GPU's memory) grow: run by `memory`."""
+    model, params = jp.load(folder)
+    setting = Setting(model=model, params=params, head=head, folder=folder, batch=int(batch), length=int(length))
+    integrated = jp.IntegratedGradients(nodes=int(nodes), chunk=1)
+    run = setting.score({"gradient": jp.GradientActivation(), "integrated": integrated}[name])
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        before = (device.memory_stats() or {})["bytes_in_use"]
+        run()
+        print((device.memory_stats() or {})["peak_bytes_in_use"] - before)
+        return
+    run()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = status("VmRSS")
+    run()
+    print(1024 * (status("VmHWM") - before))
+
+
+def status(field: str) -> int:
+    """A field of this process's status, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def pruned(setting: Setting) -> Part:
+    """The latency of a model with half the FLOPs, the same share of every site, neurons in multiples of 8."""
+    model, params = setting.model, setting.params
+    random = np.random.default_rng(0)
+    scores = {name: random.random(units).astype(np.float32) for name, units in widths(model.axes, params).items()}
+    ratios, seconds = {}, {}
+    for length in sorted({min(32, setting.length), setting.length}):
+        gates = jp.select(model, params, scores, flops=0.5, length=length, multiple_of={"neurons": 8})
+        small = jp.compact(model, params, gates)
+        expected = flops(model, params, length) / flops(model, small, length)
+        for batch in (1, 32):
+            name = f"batch {batch}, length {length}"
+            found = [
+                compare_latency([(model, params), (model, small)], batch=batch, length=length, head=setting.head)
+                for _ in range(max(1, setting.repeats // 2))
+            ]
+            seconds[f"dense, {name}"] = np.array([one.latencies[0].median for one in found])
+            seconds[f"pruned, {name}"] = np.array([one.latencies[1].median for one in found])
+            speedup = [one.speedups[1] for one in found]
+            target = {"target": 0.8 * expected} if (batch, length) == (32, 128) else {}
+            ratios[f"dense / pruned, {name}"] = spread(speedup, flops_ratio=expected, **target)
+            say(f"  {name}: {np.median(speedup):.2f} x, FLOPs {expected:.2f} x")
+    return part(seconds, ratios, {})
+
+
+def scaling(setting: Setting) -> Part:
+    """Integrated gradients with one thing changed at a time."""
+    small = replace(setting, batch=max(1, setting.batch // 4), nodes=2)
+    runs: dict[str, Callable[[], Any]] = {}
+    work: dict[str, float] = {}  # GFLOPs of the nodes
+
+    def add(name: str, own: Setting) -> None:
+        runs[name] = own.score(jp.IntegratedGradients(nodes=own.nodes))
+        work[name] = 2e-9 * own.nodes * own.batch * flops(own.model, own.params, own.length)
+
+    for times in (1, 2, 4):
+        add(f"examples = {times * small.batch}", replace(small, batch=times * small.batch))
+    for nodes in (4, 8):
+        add(f"nodes = {nodes}", replace(small, nodes=nodes))
+    for depth in (2, 4):
+        model, params = random_model(json.loads(setting.model.config.raw) | {"num_hidden_layers": depth})
+        add(f"layers = {depth}", replace(small, model=model, params=params, head=model.heads[0]))
+    for length in (setting.length // 4, setting.length // 2):
+        add(f"length = {length}", replace(small, length=length))
+    seconds = in_turns(runs, setting.repeats)
+    first = next(iter(runs))
+    rate = {name: work[name] / times for name, times in seconds.items()}
+    ratios = {f"rate of {name} / {first}": spread(rate[name] / rate[first]) for name in runs if name != first}
+    facts = {"batch": small.batch, "nodes": small.nodes, "layers": setting.model.config.layers, "length": small.length}
+    return part(seconds, ratios, facts)
+
+
+def limit(setting: Setting) -> Part:
+    """What a gradient and a node cost in forward passes, and in time of matrix products at the measured rate."""
+    model, params, batch = setting.model, setting.params, setting.rows()
+    tokens, embed, neurons = setting.batch * setting.length, model.config.embed, model.config.neurons
+    kind = jax.tree.leaves(params)[0].dtype
+    x, kernel = jnp.ones((tokens, embed), kind), jnp.ones((embed, neurons), kind)
+    times = max(1, round(2e10 / (2 * tokens * embed * neurons)))  # long enough to be timed
+    nodes = setting.nodes
+    integrated = f"integrated gradients, {nodes} nodes"
+    passes = {"forward": 1, "gradient x activation": 2, integrated: 2 * nodes + 2}  # the objective at both ends
+
+    def products() -> None:
+        jax.block_until_ready([_product(x, kernel) for _ in range(times)][-1])
+
+    runs: Runs = {
+        "matrix product": products,
+        "forward": lambda: jax.block_until_ready(model.apply(params, batch, head=setting.head).logits),
+        "gradient x activation": setting.score(jp.GradientActivation()),
+        integrated: setting.score(jp.IntegratedGradients(nodes=nodes)),
+    }
+    seconds = in_turns(runs, setting.repeats)
+    rate = 2e-9 * times * tokens * embed * neurons / seconds["matrix product"]  # GFLOP/s
+    work = 1e-9 * setting.batch * flops(model, params, setting.length)
+    ratios = {
+        f"{name}, in forward passes": spread(seconds[name] / seconds["forward"], expected=count)
+        for name, count in passes.items()
+        if name != "forward"
+    }
+    ratios["forward, share of the limit"] = spread(work / rate / seconds["forward"])
+    ratios[f"{integrated}, share of the limit"] = spread(2 * nodes * work / rate / seconds[integrated])
+    facts = {"precision": precision(setting), "matrix products, GFLOP/s": float(np.median(rate))}
+    return part(seconds, ratios, facts)
+
+
+@jax.jit
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+def chunks(setting: Setting) -> Part:
+    """Integrated gradients with more nodes evaluated together."""
+    sizes = [size for size in (1, 2, 4, 8, 16) if size <= setting.nodes]
+    runs = {f"chunk {n}": setting.score(jp.IntegratedGradients(nodes=setting.nodes, chunk=n)) for n in sizes}
+    seconds = in_turns(runs, setting.repeats)
+    ratios = {f"chunk 1 / {name}": spread(seconds["chunk 1"] / own) for name, own in seconds.items()}
+    return part(seconds, ratios, {"precision": precision(setting)})
+
+
+PARTS: dict[str, Callable[[Setting], Part]] = {
+    "joint": joint,
+    "layer": layers,
+    "gradient": gradient,
+    "memory": memory,
+    "pruned": pruned,
+    "scaling": scaling,
+    "limit": limit,
+}
+ACCELERATED = {"joint": joint, "gradient": gradient, "limit": limit, "chunks": chunks}  # in bfloat16 too
+
+
+def measure(setting: Setting, only: Sequence[str] = tuple(PARTS)) -> dict[str, Part]:
+    """Measures some parts; on an accelerator some of them in bfloat16 too, and chunk sizes."""
+    found = {}
+    for name in only:
+        say(f"{name}: {(PARTS[name].__doc__ or '').splitlines()[0]}")
+        found[name] = PARTS[name](setting)
+    if jax.default_backend() != "cpu":
+        half = replace(setting, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), setting.params))
+        for own in (setting, half):
+            for name, run in ACCELERATED.items():
+                if name == "chunks" or (name in only and own is half):
+                    say(f"{name}, {precision(own)}")
+                    found[f"{name}, {precision(own)}"] = run(own)
+    return found
+
+
+def random_model(raw: Mapping[str, Any]) -> tuple[Model, Params]:
+    """A model of a Hugging Face configuration with one task head and random weights."""
+    module = family(raw["model_type"])
+    head = TaskHead(name="task", labels=("no", "yes"), pooling="mean")
+    model = module.build(module.parse_config(raw, (head,)))
+    return model, model.initialise(jax.random.key(0))
+
+
+def environment(setting: Setting, threads: int) -> dict[str, Any]:
+    """Where this was measured, on what and how."""
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    names = ("folder", "head", "batch", "batches", "length", "nodes", "repeats", "compiled")
+    return {
+        "device": jax.devices()[0].device_kind,
+        "machine": f"{platform.machine()}, {platform.system()}",
+        "threads": threads,
+        "versions": {"python": platform.python_version(), **{name: installed(name) for name in VERSIONS}},
+        "commit": commit,
+        "settings": {name: getattr(setting, name) for name in names},
+    }
+
+
+def show(parts: Mapping[str, Part]) -> None:
+    """Prints a table of all ratios and facts."""
+    table = Table(title="Ratios: the median of the rounds, and their quartiles")
+    for column in ("part", "what", "measured", "spread", "expected"):
+        table.add_column(column)
+    for name, found in parts.items():
+        for what, ratio in found["ratios"].items():
+            quartiles = " – ".join(f"{value:.3f}" for value in ratio.get("quartiles", ()))
+            known = {"target": "at least", "at_most": "at most", "flops_ratio": "FLOPs", "expected": "about"}
+            wanted = ", ".join(f"{word} {ratio[key]:.2f}" for key, word in known.items() if key in ratio)
+            table.add_row(name, what, f"{ratio['median']:.3f}", quartiles, wanted)
+        for what, fact in found["facts"].items():
+            table.add_row(name, what, f"{fact:.4g}" if isinstance(fact, float) else str(fact), "", "")
+    Console().print(table)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def limit_threads(threads: int) -> None:
+    """Gives JAX and PyTorch this many threads; before JAX has found its devices, which is when it counts them."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default=jp.bundled_model(), help="folder or hub id; the first task head is used")
+    parser.add_argument(
+        "--base", action="store_true", help="a random model of BERT-base's size, 2048 examples, 20 nodes"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="examples in a batch")
+    parser.add_argument("--length", type=int, default=128, help="tokens per example, no padding")
+    parser.add_argument("--nodes", type=int, help="quadrature nodes (8; 20 with --base)")
+    parser.add_argument("--repeats", type=int, default=5, help="counted rounds")
+    parser.add_argument("--threads", type=int, default=2, help="of JAX and PyTorch, on a CPU")
+    parser.add_argument("--quick", action="store_true", help="2 rounds of 4 examples of 32 tokens, 2 nodes")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, by commas: {', '.join(PARTS)}")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file")
+    arguments = parser.parse_args()
+    only = arguments.only.split(",")
+    if set(only) - set(PARTS):
+        parser.error(f"--only has {', '.join(sorted(set(only) - set(PARTS)))}; there are {', '.join(PARTS)}.")
+    limit_threads(arguments.threads)
+    on_cpu = jax.default_backend() == "cpu"
+    if not on_cpu:
+        jax.config.update("jax_default_matmul_precision", "float32")  # PyTorch's default too: no TF32
+    model, params = random_model(BASE) if arguments.base else jp.load(arguments.model)
+    setting = Setting(
+        model=model,
+        params=params,
+        head=model.heads[0],
+        folder="random, of BERT-base's size" if arguments.base else Path(arguments.model).name,
+        batch=arguments.batch,
+        length=arguments.length,
+        nodes=arguments.nodes or (20 if arguments.base else 8),
+        repeats=arguments.repeats,
+    )
+    if arguments.base:
+        setting = replace(setting, batches=max(1, 2048 // setting.batch), compiled=not on_cpu)
+    if arguments.quick:
+        setting = replace(setting, batch=4, batches=1, length=32, nodes=2, repeats=2)
+    parts = measure(setting, only)
+    record = {"command": "python benchmarks/speed.py", **environment(setting, arguments.threads), "parts": parts}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(arguments.output, (json.dumps(record, indent=1) + "\n").encode())
+    show(parts)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch uses the same GPU
+    if sys.argv[1:2] == ["--measure-memory"]:
+        measure_memory(*sys.argv[2:])
+    else:
+        main()

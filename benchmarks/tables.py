@@ -1,0 +1,320 @@
+"""Writes the tables of README.md and benchmarks/README.md, and draws the curves, from benchmarks/results.
+
+    python benchmarks/tables.py
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; nothing else in the pages holds a measured figure. A
+test compares the pages with the records.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jaxprune.pictures import COLOURS
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+MARK = re.compile(r"(<!-- table: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+@cache
+def record(name: str) -> dict[str, Any]:
+    """A record of benchmarks/results."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are numbers."""
+    rule = ["---", *["---:"] * (len(heading) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heading, rule, *rows)) + "\n"
+
+
+def percent(value: float | None) -> str:
+    """A fraction in percent."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def points(found: Mapping[str, Any]) -> str:
+    """A difference with its interval and its verdict, in points of the primary metric."""
+    return (
+        f"{100 * found['difference']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}] {found['verdict']}"
+    )
+
+
+def within(found: Mapping[str, Any], margin: float) -> str:
+    """A loss with its interval, and whether it is certainly below a margin."""
+    low, high = 100 * found["low"], 100 * found["high"]
+    word = f"within {margin:g}" if high < margin else f"more than {margin:g}" if low > margin else "undecided"
+    return f"{100 * found['difference']:+.1f} [{low:+.1f}, {high:+.1f}] {word}"
+
+
+def endpoint() -> str:
+    """The budget of the primary endpoint, as a key."""
+    return str(record("accuracy")["endpoint"])
+
+
+def main_budgets() -> str:
+    """The primary metric of every criterion at every budget."""
+    found = record("accuracy")["main"]
+    budgets = sorted(next(iter(found["rows"].values())), key=float, reverse=True)
+    rows = [
+        [name, *(percent(own[budget]["retained"]) for budget in budgets)]
+        for name, own in sorted(found["rows"].items(), key=lambda item: -item[1][endpoint()]["retained"])
+    ]
+    return table(["accuracy above chance kept, %, at", *(f"{float(b):g}" for b in budgets)], rows)
+
+
+def main_claims() -> str:
+    """Attribution against every baseline at the endpoint."""
+    rows = [[name, points(own)] for name, own in record("accuracy")["main"]["claims"].items()]
+    return table(["difference at half the FLOPs", "points [95 %]"], rows)
+
+
+def main_tasks() -> str:
+    """Raw accuracy per task at the endpoint."""
+    found = record("accuracy")["main"]
+    best = sorted(found["rows"], key=lambda name: -found["rows"][name][endpoint()]["retained"])
+    rows = []
+    for task, own in found["tasks"].items():
+        cells = [_spread(found["rows"][name][endpoint()]["tasks"][task]) for name in best]
+        rows.append([task, str(own["n"]), percent(own["chance"]), percent(own["dense"]), *cells])
+    return table(["accuracy, %", "rows", "chance", "dense", *best], rows)
+
+
+def scopes() -> str:
+    """The scope and normalisation that were chosen for each criterion."""
+    found = record("accuracy")["scopes"]["rows"]
+    names = ("per layer", "global", "global, L2")
+    rows = [[name, *(percent(own["retained"].get(s)) for s in names), own["best"]] for name, own in found.items()]
+    return table(["kept on dev, %", *names, "chosen"], rows)
+
+
+def factors() -> str:
+    """One setting at a time."""
+    found = record("accuracy")["factors"]["rows"]
+    budgets = list(next(iter(found.values()))["retained"])
+    rows = [
+        [name, *(percent(own["retained"][b]) for b in budgets), percent(own["mean"]), points(own["against_default"])]
+        for name, own in found.items()
+    ]
+    heading = ["kept on dev, %, at", *(f"{float(b):g}" for b in budgets), "mean", "against the default, at half"]
+    return table(heading, rows)
+
+
+def nodes() -> str:
+    """How many nodes are enough."""
+    found = record("accuracy")["nodes"]
+    budgets = list(found["rows"][0]["jaccard"])
+    rows = [
+        [
+            str(own["nodes"]),
+            *(f"{own['jaccard'][b]:.3f}" for b in budgets),
+            ", ".join(f"{100 * error:.2g}" for error in own["completeness"]),
+            points(own["against_128"]),
+        ]
+        for own in found["rows"]
+    ]
+    kept = [f"Jaccard at {float(b):g}" for b in budgets]
+    return table(["nodes", *kept, "completeness error, %, by task", "accuracy against 128, dev"], rows)
+
+
+def labels() -> str:
+    """Without labels."""
+    rows = [
+        [
+            name,
+            percent(own["retained"]),
+            percent(own["accuracy"]),
+            within(own["gold_minus_this"], 1) if "gold_minus_this" in own else "–",
+        ]
+        for name, own in record("accuracy")["labels"]["rows"].items()
+    ]
+    return table(["labels", "kept, %", "accuracy, %", "gold minus this, points [95 %]"], rows)
+
+
+def few() -> str:
+    """With few labelled examples."""
+    rows = [
+        [
+            name,
+            percent(own["retained"]),
+            percent(own["accuracy"]),
+            within(own["all_minus_this"], 2) if "all_minus_this" in own else "–",
+        ]
+        for name, own in record("accuracy")["few"]["rows"].items()
+    ]
+    return table(["examples", "kept, %", "accuracy, %", "all minus this, points [95 %]"], rows)
+
+
+def unseen() -> str:
+    """In unseen domains."""
+    found = record("accuracy")["unseen"]["rows"]
+    names = list(next(iter(found.values()))["accuracy"])
+    rows = [
+        [
+            f"{own['scored_on']} → {domain}",
+            str(own["n"]),
+            percent(own["chance"]),
+            percent(own["dense"]),
+            *(_spread(own["accuracy"][name]) for name in names),
+        ]
+        for domain, own in found.items()
+    ]
+    return table(["accuracy, %", "rows", "chance", "dense", *names], rows)
+
+
+def matrix() -> str:
+    """Scored on a task, tested on another."""
+    found = record("accuracy")["matrix"]
+    rows = [
+        [f"**{a}**" if a == "pooled" else a, *(percent(own[b]) for b in found["tasks"])]
+        for a, own in found["retained"].items()
+    ]
+    return table(["scored on ↓, tested on →; kept, %", *found["tasks"]], rows) + (
+        f"\nOwn minus other tasks' scores: {points(found['own_minus_other'])}. "
+        f"Own minus pooled: {points(found['own_minus_pooled'])}.\n"
+    )
+
+
+def setting() -> str:
+    """How the accuracy figures were made."""
+    found = record("accuracy")
+    used, out = found["main"]["tasks"], found["main"]["left_out_on_dev"]
+    text = (
+        f"{len(used)} tasks, {found['models']} fine-tuned model, at most {found['rows']} rows of each split, "
+        f"{found['examples']} calibration examples, {found['draws']} draws of them; {found['device']}, "
+        f"jax {found['versions']['jax']}, commit {found['commit'][:10]}.\n"
+    )
+    for name, own in out.items():
+        text += (
+            f"Left out: {name}, {percent(own['dense'])} on dev, less than 10 points above chance "
+            f"({percent(own['chance'])}).\n"
+        )
+    return text
+
+
+def bundled() -> str:
+    """The bundled model's tasks."""
+    found = json.loads((ROOT / "jaxprune" / "bundled" / "model" / "results.json").read_text())["tasks"]
+    rows = [
+        [name, *(percent(own[s]["metrics"][own[s]["primary"]]) for s in ("dev", "test")), percent(own["dev"]["chance"])]
+        for name, own in found.items()
+    ]
+    return table(["accuracy, %", "dev", "test", "chance, dev"], rows)
+
+
+def headline() -> str:
+    """The claims of the README, each with the command that makes it and the record it is read from."""
+    accuracy, prune, demo = record("accuracy"), record("prune_sst2"), record("demo")
+    before, after = (prune[when]["evaluation"]["metrics"]["accuracy"] for when in ("before", "after"))
+    speed = {own["batch"]: own["speedup"] for own in prune["speedup"]["measured"]}
+    main = accuracy["main"]["rows"]
+    ours = main["integrated gradients"][endpoint()]
+    baselines = {name: own[endpoint()]["retained"] for name, own in main.items() if name not in OURS}
+    best = max(baselines, key=lambda name: baselines[name])
+    own = next(row for row in demo["tasks"] if row["task"] == demo["task"])["values"]
+    rows = [
+        [
+            "sst2, half the FLOPs, no training",
+            f"{percent(before)} → {percent(after)} % accuracy, {100 * prune['kept']['units']:.0f} % of the units and "
+            f"{100 * prune['kept']['parameters']:.0f} % of all parameters stay; "
+            f"{prune['speedup']['theoretical']:.2f} x fewer FLOPs, {speed[32]:.2f} x faster at batch 32, "
+            f"{speed[1]:.2f} x at batch 1",
+            "`jaxprune prune … --task sst2 --flops 0.5`",
+            "[prune_sst2](benchmarks/results/prune_sst2.json)",
+        ],
+        [
+            "the same in an unfamiliar domain, against weaker choices",
+            ", ".join(f"{name} {percent(value)}" for name, value in own.items()) + " % accuracy",
+            "`make demo`",
+            "[demo](benchmarks/results/demo.json)",
+        ],
+        [
+            f"{len(accuracy['main']['tasks'])} tasks, half the FLOPs: accuracy above chance kept",
+            f"integrated gradients {percent(ours['retained'])} %, best baseline ({best}) {percent(baselines[best])} %, "
+            f"magnitude {percent(baselines['magnitude'])} %, random {percent(baselines['random'])} %",
+            "`benchmarks/accuracy.py`",
+            "[accuracy](benchmarks/results/accuracy.json)",
+        ],
+    ]
+    heading = ["what", "result", "command", "record"]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heading, ["---"] * 4, *rows)) + "\n"
+
+
+def _spread(found: Mapping[str, Any]) -> str:
+    deviation = found["deviation"]
+    return percent(found["accuracy"]) + (f" ± {100 * deviation:.1f}" if deviation is not None else "")
+
+
+OURS = ("integrated gradients", "gradient x activation")
+TABLES: Mapping[str, Callable[[], str]] = {
+    "headline": headline,
+    "bundled": bundled,
+    "setting": setting,
+    "main-budgets": main_budgets,
+    "main-claims": main_claims,
+    "main-tasks": main_tasks,
+    "scopes": scopes,
+    "factors": factors,
+    "nodes": nodes,
+    "labels": labels,
+    "few": few,
+    "unseen": unseen,
+    "matrix": matrix,
+}
+
+
+def render(text: str) -> str:
+    """A page with its tables made from the records."""
+    return MARK.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[4]}", text)
+
+
+def draw_curves(path: Path) -> None:
+    """Draws the primary metric over the budget, one line per criterion."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = record("accuracy")["main"]["rows"]
+    ordered = sorted(rows, key=lambda name: -rows[name][endpoint()]["retained"])
+    figure = Figure(figsize=(8, 4.8), dpi=120, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    marks = "osD^vP*Xh<"
+    for i, name in enumerate(ordered):
+        budgets = sorted(rows[name], key=float)
+        values = [100 * rows[name][b]["retained"] for b in budgets]
+        axes.plot(
+            [100 * float(b) for b in budgets],
+            values,
+            marker=marks[i],
+            color=COLOURS[i % len(COLOURS)],
+            linestyle="-" if name in OURS else "--",
+            linewidth=2 if name in OURS else 1.2,
+            markersize=5,
+            label=name,
+        )
+    axes.axhline(100, color="black", linewidth=0.8)
+    axes.set_xlabel("FLOPs that may stay, %")
+    axes.set_ylabel("accuracy above chance that is kept, %")
+    axes.invert_xaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="lower left")
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Writes all pages and pictures."""
+    for page in PAGES:
+        page.write_text(render(page.read_text()))
+    draw_curves(RESULTS / "accuracy.png")
+    draw_curves(RESULTS / "accuracy.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""What a model holds, layer by layer: units, what they cost, what was removed and how scores are spread."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxprune.checkpoint import load, read_pruning
+from jaxprune.cost import elements, matmul_flops, parameters, unit_costs
+from jaxprune.gates import UNITS, Params, Site, sites, widths
+from jaxprune.models import Model
+from jaxprune.pictures import check_picture, inspection_figure
+from jaxprune.scores import Scores, load_scores
+from jaxprune.selection import select
+from jaxprune.workflow import check_file
+
+LENGTH = 128  # tokens, for FLOPs, if nothing says how long the texts are
+
+
+class _Units(NamedTuple):
+    """The units of a site."""
+
+    site: Site
+    had: int  # before pruning
+    kept: np.ndarray  # indices of those that stay, among those it had
+    scores: np.ndarray | None  # of those that stay
+
+
+def inspect_model(
+    source: str,
+    *,
+    scores: Path | None = None,
+    picture: Path | None = None,
+    dark: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Counts what a model has in every layer; needs neither a tokenizer nor data.
+
+    Args:
+        source: The model, pruned or not.
+        scores: A score file of this model, or of the one that it was pruned from.
+        picture: Where to draw it, `.png` or `.svg`.
+        dark: Whether the picture is for a dark page.
+        overwrite: Whether a picture that is there is replaced.
+
+    Returns:
+        Per layer and in total: heads and neurons as `[those that stay, those it had]`, their parameters, their share of
+        the FLOPs of all layers; with scores the means by kind and the share of all scores, by size.
+
+    Raises:
+        ValueError: If the scores belong to another model, or the record of a pruned model does not fit its weights.
+    """
+    if picture is not None:
+        check_picture(picture)
+        check_file(picture, overwrite)
+    found = None if scores is None else load_scores(scores)
+    model, params = load(source)
+    pruning = _pruning(model)
+    units = _units(model, params, pruning, found)
+    length = _length(model, pruning, found)
+    costs = unit_costs(model, params, matmul_flops(length))
+    sizes = unit_costs(model, params, elements)
+    flops = sum(len(own.kept) * costs[own.site.name] for own in units)
+    score = sum(float(np.abs(own.scores).sum()) for own in units if own.scores is not None)
+
+    def row(name: Any, own: Sequence[_Units]) -> dict[str, Any]:
+        kinds = {kind: [each for each in own if each.site.kind == kind] for kind in UNITS}
+        spent = sum(len(each.kept) * costs[each.site.name] for each in own)
+        return {
+            "layer": name,
+            **{kind: [sum(len(x.kept) for x in each), sum(x.had for x in each)] for kind, each in kinds.items()},
+            "parameters": round(sum(len(each.kept) * sizes[each.site.name] for each in own)),
+            "flops_share": spent / flops if flops else None,
+            "mean_scores": {kind: _mean(each) for kind, each in kinds.items()},
+            "score_share": sum(float(np.abs(each.scores).sum()) for each in own if each.scores is not None) / score
+            if score
+            else None,
+        }
+
+    stacks = list(dict.fromkeys((own.site.stack, own.site.layer) for own in units))
+    layers = [[own for own in units if (own.site.stack, own.site.layer) == place] for place in stacks]
+    record = {
+        "command": "inspect",
+        "source": source,
+        "model_type": model.config.model_type,
+        "heads": list(model.heads),
+        "parameters": parameters(params),
+        "flops": flops,
+        "length": length,
+        "pruned": None if pruning is None else pruning.get("settings"),
+        "scores": None if scores is None else str(scores),
+        "layers": [row(f"{stack} {layer}".strip(), own) for (stack, layer), own in zip(stacks, layers, strict=True)],
+        "total": row("all", units),
+    }
+    if picture is not None:
+        inspection_figure(picture, record, {kind: _ranks(layers, kind) for kind in UNITS}, dark=dark)
+        record["picture"] = str(picture)
+    return record
+
+
+def _pruning(model: Model) -> dict[str, Any] | None:
+    try:
+        return None if model.source is None else read_pruning(model.source)
+    except FileNotFoundError:
+        return None
+
+
+def _units(model: Model, params: Params, pruning: Mapping[str, Any] | None, scores: Scores | None) -> list[_Units]:
+    """The units of every site, with their scores."""
+    width = widths(model.axes, params)
+    values: Mapping[str, Any] = {} if scores is None else scores.values
+    before = pruning is not None and scores is not None and scores.header["model"] == _made_with(pruning)
+    if scores is not None and not before:
+        select(model, params, scores, units=1.0)  # refuses scores of another model
+    recorded = {} if pruning is None else pruning.get("sites", {})
+    found = []
+    for site in sites(model.axes, params):
+        own = recorded.get(site.name)
+        had, kept = (width[site.name], np.arange(width[site.name])) if own is None else _kept(site.name, own)
+        value = None if site.name not in values else np.asarray(values[site.name], np.float64)
+        if len(kept) != width[site.name] or (before and value is not None and len(value) != had):
+            raise ValueError(
+                f"{site.name} has {width[site.name]} units, but pruning.json or the scores say {len(kept)} of {had}: "
+                "the files of the model are not of one save."
+            )
+        found.append(_Units(site, had, kept, value[kept] if before and value is not None else value))
+    return found
+
+
+def _made_with(pruning: Mapping[str, Any]) -> str | None:
+    """The digest of the model that was pruned."""
+    scores = pruning.get("scores")
+    return scores.get("model") if isinstance(scores, Mapping) else None
+
+
+def _kept(name: str, own: Any) -> tuple[int, np.ndarray]:
+    """How many units a site had, and which of them stay: `{"had": 12, "which": "0-3,7"}`."""
+    try:
+        pairs = [part.split("-") for part in own["which"].split(",") if part]
+        kept = [unit for pair in pairs for unit in range(int(pair[0]), int(pair[-1]) + 1)]
+        fits = kept == sorted(set(kept)) and (not kept or kept[-1] < own["had"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        kept, fits = [], False
+    if not fits:
+        raise ValueError(f"pruning.json says of {name} {str(own)[:80]!r}: expected the units it had, and which stay.")
+    return int(own["had"]), np.asarray(kept, int)
+
+
+def _length(model: Model, pruning: Mapping[str, Any] | None, scores: Scores | None) -> float:
+    """Tokens per example: as scored, as pruned for, or `LENGTH`."""
+    pruned = None if pruning is None else pruning.get("settings", {}).get("length")
+    return (scores.header["mean_length"] if scores is not None else pruned) or min(LENGTH, model.max_length)
+
+
+def _mean(units: Sequence[_Units]) -> float | None:
+    values = [own.scores for own in units if own.scores is not None]
+    joined = np.concatenate(values) if values else np.zeros(0)
+    return float(joined.mean()) if joined.size else None
+
+
+def _ranks(layers: Sequence[Sequence[_Units]], kind: str) -> list[np.ndarray]:
+    """Per layer the ranks in [0, 1] of the units it had, among all of the kind; 1 without scores, NaN if removed."""
+    own_kind = [[each for each in own if each.site.kind == kind] for own in layers]
+    scores = [each.scores for own in own_kind for each in own if each.scores is not None]
+    ordered = np.sort(np.concatenate(scores)) if scores else np.zeros(0)
+    found = []
+    for own in own_kind:
+        strips = [np.full(each.had, np.nan) for each in own]
+        for strip, each in zip(strips, own, strict=True):
+            places = None if each.scores is None else np.searchsorted(ordered, each.scores)
+            strip[each.kept] = 1.0 if places is None else places / max(len(ordered) - 1, 1)
+        found.append(np.concatenate(strips) if strips else np.zeros(0))
+    return found

@@ -1,0 +1,301 @@
+"""The options of the commands, in groups that several commands share, and what the names in them stand for.
+
+The library is imported only when an option is put to use, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import typer
+
+if TYPE_CHECKING:
+    from jaxprune.attribution import Criterion
+    from jaxprune.workflow import Data, Scoring, Selection
+
+# What the names on the command line stand for: option -> name -> function or class, imported when it is asked for.
+FUNCTIONS: Mapping[str, Mapping[str, str]] = {
+    "criterion": {
+        "integrated-gradients": "attribution:IntegratedGradients",
+        "gradient-activation": "attribution:GradientActivation",
+        "random": "baselines:Random",
+        "magnitude": "baselines:Magnitude",
+        "activation": "baselines:Activation",
+        "wanda": "baselines:Wanda",
+        "gradient": "baselines:Gradient",
+        "taylor": "baselines:Taylor",
+        "fisher": "baselines:Fisher",
+        "top-layers": "baselines:TopLayers",
+        "leave-one-out": "baselines:LeaveOneOut",
+    },
+    "path": {"joint": "attribution:joint", "layer": "attribution:layer"},
+    "rule": {
+        "gauss-legendre": "integration:gauss_legendre",
+        "riemann": "integration:riemann",
+        "trapezoid": "integration:trapezoid",
+    },
+    "objective": {
+        "probability": "objectives:probability",
+        "log-probability": "objectives:log_probability",
+        "margin": "objectives:margin",
+        "squared-error": "objectives:negative_squared_error",
+    },
+    "labels": {
+        "gold": "objectives:gold",
+        "predicted": "objectives:predicted",
+        "every": "objectives:every",
+        "sampled": "objectives:sampled",
+    },
+    "tokens": {
+        "sum": "models.layers:sum_tokens",
+        "absolute": "models.layers:absolute_tokens",
+        "squared": "models.layers:squared_tokens",
+        "max": "models.layers:max_tokens",
+    },
+    "examples-reduction": {
+        "absolute": "objectives:absolute",
+        "signed": "objectives:signed",
+        "squared": "objectives:squared",
+        "maximum": "objectives:maximum",
+    },
+    "closed": {"zero": "activations:zero", "mean": "activations:calibration_means"},
+    "normalise": {"l2": "selection:per_layer_l2"},
+}
+SETTINGS = {  # option -> the setting of a criterion that it sets
+    "nodes": "nodes",
+    "chunk": "chunk",
+    "path": "path",
+    "start": "start",
+    "rule": "rule",
+    "objective": "objective",
+    "labels": "labels",
+    "tokens": "tokens",
+    "examples-reduction": "examples",
+    "closed": "closed",
+}
+
+
+def choice(option: str, text: str, panel: str = "Scoring") -> Any:
+    """An option whose values are the names in `FUNCTIONS`."""
+    names = list(FUNCTIONS[option])
+
+    def check(value: Any) -> Any:
+        for name in value if isinstance(value, list | tuple) else () if value is None else (value,):
+            if name not in names:
+                close = difflib.get_close_matches(name, names, 1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"--{option} {name!r} is none of {', '.join(names)}.{hint}")
+        return value
+
+    if len(names) > 4:
+        return typer.Option(help=f"{text}: {', '.join(names)}.", callback=check, metavar="NAME", rich_help_panel=panel)
+    return typer.Option(help=text, callback=check, metavar="|".join(names), rich_help_panel=panel)
+
+
+def option(text: str, *names: str, metavar: str | None = None, panel: str | None = None) -> Any:
+    """An option and its help."""
+    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel)
+
+
+def find(option: str, name: str) -> Any:
+    """The function or class that a name on the command line stands for."""
+    return pkgutil.resolve_name(f"jaxprune.{FUNCTIONS[option][name]}")
+
+
+rows = partial(option, panel="Task and data")
+scoring = partial(option, panel="Scoring")
+kept = partial(option, panel="What stays")
+measured = partial(option, panel="What is measured")
+training = partial(option, panel="Training")
+
+ModelName: TypeAlias = Annotated[str, typer.Argument(help="A model folder, or a name on the Hugging Face hub.")]
+OneTask: TypeAlias = Annotated[str, rows("A built-in task, a folder in --data, or your own file or folder.", "--task")]
+Tasks: TypeAlias = Annotated[
+    list[str], rows("As often as there are tasks: a built-in one, or your own file.", "--task")
+]
+Folder: TypeAlias = Annotated[Path, option("The folder to write.", "--output", "-o", metavar="FOLDER")]
+Head: TypeAlias = Annotated[str | None, rows("The task head; by default the one of the task's name, or the only one.")]
+Dark: TypeAlias = Annotated[bool, option("Draw for dark pages.", "--dark")]
+Json: TypeAlias = Annotated[bool, option("One JSON object on stdout, and nothing else.", "--json")]
+Overwrite: TypeAlias = Annotated[bool, option("Replace what is there.", "--overwrite")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """Where the rows of a task come from."""
+
+    data: Annotated[Path | None, rows("Folder with TASK/train.jsonl and so on. Without it: the hub.")] = None
+    text: Annotated[str | None, rows("Own files: column of the text.", metavar="COLUMN")] = None
+    text_pair: Annotated[str | None, rows("Own files: column of the second text.", metavar="COLUMN")] = None
+    label: Annotated[str | None, rows("Own files: column of the label.", metavar="COLUMN")] = None
+    label_names: Annotated[str | None, rows("Own files: names in the order of the task head.", metavar="A,B,...")] = (
+        None
+    )
+
+    def of(self, task: str) -> Data:
+        """The task, not read yet."""
+        from jaxprune.workflow import Data
+
+        labels = None if self.label_names is None else tuple(self.label_names.split(","))
+        return Data(
+            task=task, data=self.data, text=self.text, text_pair=self.text_pair, label=self.label, labels=labels
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """How texts are batched."""
+
+    batch_size: Annotated[int, rows("Examples in a batch.")] = 32
+    max_length: Annotated[int | None, rows("Tokens to which texts are cut; 128 by default.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriterionOptions:
+    """The settings of criteria. What is None is the criterion's own default."""
+
+    nodes: Annotated[int | None, scoring("Quadrature nodes of integrated gradients; 8 by default.")] = None
+    chunk: Annotated[int | None, scoring("Nodes, or heads left out, evaluated together; 1 by default.")] = None
+    path: Annotated[str | None, choice("path", "All gates together (default), or one module at a time: slower.")] = None
+    start: Annotated[float | None, scoring("Where the path starts, in [0, 1); 0 by default.")] = None
+    rule: Annotated[str | None, choice("rule", "The quadrature; gauss-legendre by default.")] = None
+    objective: Annotated[
+        str | None, choice("objective", "What must be kept; probability by default, squared-error in a regression.")
+    ] = None
+    labels: Annotated[str | None, choice("labels", "For which label; gold by default, sampled for fisher.")] = None
+    tokens: Annotated[str | None, choice("tokens", "Over the tokens of an example; sum by default.")] = None
+    examples_reduction: Annotated[
+        str | None, choice("examples-reduction", "Over the examples; absolute by default.")
+    ] = None
+    closed: Annotated[str | None, choice("closed", "What a removed unit is replaced by; zero by default.")] = None
+
+    def build(self, *names: str) -> dict[str, Criterion]:
+        """Criteria by their names, each with those of the options that it has.
+
+        Raises:
+            ValueError: If a name occurs twice, or none of the criteria has one of the options.
+        """
+        kinds = {name: find("criterion", name) for name in names}
+        if len(kinds) < len(names):
+            raise ValueError(f"--criterion names one twice: {', '.join(names)}.")
+        has = {name: {field.name for field in fields(kind) if field.init} for name, kind in kinds.items()}
+        given = {name: value for name in SETTINGS if (value := getattr(self, name.replace("-", "_"))) is not None}
+        every = set().union(*has.values())
+        if wrong := [f"--{name}" for name in given if SETTINGS[name] not in every]:
+            known = ", ".join(f"--{name}" for name, field in SETTINGS.items() if field in every)
+            asked = " or ".join(names)
+            raise ValueError(f"criterion {asked} has no {', '.join(wrong)}; it has {known or 'no options'}.")
+        chosen = {SETTINGS[name]: find(name, value) if name in FUNCTIONS else value for name, value in given.items()}
+        return {
+            name: kind(**{field: value for field, value in chosen.items() if field in has[name]})
+            for name, kind in kinds.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions:
+    """How units are scored, and with which rows."""
+
+    criterion: Annotated[str, choice("criterion", "How units are scored")] = "integrated-gradients"
+    examples: Annotated[int, scoring("Calibration rows to score with, stratified by label.")] = 128
+    seed: Annotated[int, scoring("Of the draw of the rows, and of criteria that draw.")] = 0
+
+    def build(self, settings: CriterionOptions, head: str | None, batches: BatchOptions) -> Scoring:
+        """The settings of a scoring run.
+
+        Raises:
+            ValueError: If the criterion does not have one of the options.
+        """
+        from jaxprune.workflow import Scoring
+
+        criterion = settings.build(self.criterion)[self.criterion]
+        return Scoring(criterion=criterion, examples=self.examples, seed=self.seed, head=head, **asdict(batches))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions:
+    """How much stays."""
+
+    flops: Annotated[float | None, kept("Fraction of the FLOPs that may stay.")] = None
+    parameters: Annotated[float | None, kept("Fraction of the units' parameters that may stay.")] = None
+    units: Annotated[float | None, kept("Fraction of the units that may stay.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionOptions:
+    """Which units stay, within a budget."""
+
+    length: Annotated[float | None, kept("Tokens of an example, for FLOPs; by default as scored.")] = None
+    per_layer: Annotated[bool, kept("The same fraction everywhere, or all units compete.", "--per-layer/--global")] = (
+        True
+    )
+    multiple_of: Annotated[list[str] | None, kept("Round widths down to a multiple.", metavar="neurons=8")] = None
+    floor: Annotated[list[str] | None, kept("What stays in each layer at least.", metavar="heads=1")] = None
+    protect: Annotated[list[str] | None, kept("Layers (0) and sites (3.ffn.neurons) that stay whole.")] = None
+    normalise: Annotated[str | None, choice("normalise", "Divide each site's scores by their norm.", "What stays")] = (
+        None
+    )
+
+    def build(self, budget: BudgetOptions) -> Selection:
+        """The arguments of `select`."""
+        from jaxprune.workflow import Selection
+
+        return Selection(
+            **asdict(budget),
+            length=self.length,
+            per_layer=self.per_layer,
+            multiple_of=by_kind("--multiple-of", self.multiple_of),
+            floor=by_kind("--floor", self.floor),
+            protect=tuple(int(item) if item.isdigit() else item for item in self.protect or ()),
+            normalise=None if self.normalise is None else find("normalise", self.normalise),
+        )
+
+
+def by_kind(name: str, values: list[str] | None) -> int | dict[str, int] | None:
+    """Reads `8`, or `neurons=8` and `heads=2`."""
+    if values and len(values) == 1 and values[0].isdigit():
+        return int(values[0])
+    return numbers(name, values) or None
+
+
+def numbers(name: str, values: list[str] | None) -> dict[str, int]:
+    """Reads `NAME=NUMBER`, each name once."""
+    found: dict[str, int] = {}
+    for value in values or ():
+        key, _, number = value.partition("=")
+        if not key or not number.isdigit() or key in found:
+            raise ValueError(f"{name} takes NAME=NUMBER, each name once; got {value!r}.")
+        found[key] = int(number)
+    return found
+
+
+def fractions(name: str, text: str) -> tuple[float, ...]:
+    """Reads `0.9,0.5`, each number once; the order does not matter.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f"{name} takes fractions such as 0.9,0.5, each once; got {text!r}.")
+    return tuple(sorted(found, reverse=True))
+
+
+def given(context: typer.Context, *options: str | type) -> str:
+    """Those of some options, and of groups of options, that are on the command line."""
+    named = [[it] if isinstance(it, str) else [field.name for field in fields(it)] for it in options]
+    found = []
+    for name in (name for names in named for name in names):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            found.append("--" + name.replace("_", "-"))
+    return ", ".join(found)

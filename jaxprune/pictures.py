@@ -1,0 +1,271 @@
+"""Pictures of results, for light and for dark pages. Nothing is measured here: records of plain values go in.
+
+Lines differ in colour, marker and dashes, so that they are told apart without colours as well.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+from jaxprune.files import write_atomic
+from jaxprune.report import Record, by_budget
+
+# Okabe and Ito, Color Universal Design, 2008: told apart with every kind of colour vision
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+MARKERS = "osD^vPX*<ph"  # one for each criterion
+DASHES = ("-", (0, (6, 2)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+SCORES_MAP = "cividis"  # evenly brighter from blue to yellow, for every kind of colour vision
+FORMATS = ("png", "svg")
+
+
+class Page(NamedTuple):
+    """The colours of a page."""
+
+    background: str
+    ink: str
+    faint: str  # what is not there
+
+
+LIGHT = Page("#ffffff", "#1a1a1a", "#b0b0b0")
+DARK = Page("#14171c", "#e8e8e8", "#6a6f78")
+
+
+def comparison_figure(
+    path: Path,
+    rows: Sequence[Record],
+    variants: Sequence[str],
+    kept: Mapping[str, Sequence[float]],
+    *,
+    title: str,
+) -> Path:
+    """Writes a picture: bars per task and variant, and which heads and how many neurons stay in every layer.
+
+    Args:
+        path: The picture; its ending names the format.
+        rows: As for `comparison_table`.
+        variants: The names of the bars, in order.
+        kept: Site name to gates `[units]`, such as `0.attention.heads` and `0.ffn.neurons`.
+        title: What is shown.
+    """
+    import numpy as np
+
+    figure = _figure(11, 4.6, LIGHT)
+    bars, grid = figure.subplots(1, 2, width_ratios=(3, 1))
+    width = 0.8 / len(variants)
+    places = np.arange(len(rows))
+    for i, (name, colour) in enumerate(zip(variants, COLOURS, strict=False)):
+        values = [100 * row["values"][name] for row in rows]
+        offsets = places + (i - (len(variants) - 1) / 2) * width
+        drawn = bars.bar(offsets, values, width, label=name, color=colour, edgecolor="white", linewidth=0.5)
+        bars.bar_label(drawn, fmt="%.0f", fontsize=7, padding=1)
+    for place, row in zip(places, rows, strict=True):
+        chance = 100 * row["chance"]
+        label = "chance" if place == 0 else None
+        bars.hlines(chance, place - 0.45, place + 0.45, color="black", linewidth=1.2, linestyle="dashed", label=label)
+    bars.set_xticks(places, [f"{row['task']}\n{row['metric']}, n = {row['n']}" for row in rows], fontsize=8)
+    bars.set_ylabel("primary metric, %")
+    bars.set_ylim(0, 108)
+    bars.set_yticks(range(0, 101, 20))
+    bars.set_title(title, fontsize=10, loc="left")
+    bars.spines[["top", "right"]].set_visible(False)
+    bars.legend(ncols=len(variants) + 1, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    _draw_units(grid, kept)
+    return _write(path, figure)
+
+
+def _draw_units(axes: Any, kept: Mapping[str, Sequence[float]]) -> None:
+    """One row per layer: a square per head, filled if it stays, and the share of neurons that stay."""
+    heads = {name.split(".")[0]: gates for name, gates in kept.items() if name.endswith(".heads")}
+    neurons = {name.split(".")[0]: gates for name, gates in kept.items() if name.endswith(".neurons")}
+    layers = sorted(heads.keys() | neurons.keys(), key=int)
+    most = max((len(gates) for gates in heads.values()), default=0)
+    for y, layer in enumerate(layers):
+        for x, gate in enumerate(heads.get(layer, ())):
+            colour = COLOURS[0] if gate else LIGHT.background
+            edge = COLOURS[0] if gate else LIGHT.faint
+            axes.plot(x, y, "s", markersize=8, markerfacecolor=colour, markeredgecolor=edge)
+        own = neurons.get(layer, ())
+        axes.text(most, y, f"{sum(gate > 0 for gate in own):,} of {len(own):,}", va="center", fontsize=8)
+    axes.set_xlim(-0.7, most + 5.2)
+    axes.set_ylim(-0.7, len(layers) - 0.3)
+    axes.set_yticks(range(len(layers)), [f"layer {layer}" for layer in layers], fontsize=8)
+    axes.set_xticks([(most - 1) / 2, most + 2], ["heads", "neurons"], fontsize=8)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title("what attribution keeps", fontsize=10, loc="left")
+
+
+def sweep_figure(path: Path, rows: Sequence[Record], *, split: str, dark: bool = False) -> Path:
+    """Writes a picture of one task of a sweep: its metric over the FLOPs that stay, a line per criterion.
+
+    A line is the mean over the seeds, the band around it reaches from the smallest to the largest value.
+
+    Args:
+        path: The picture, `.png` or `.svg`.
+        rows: The rows of one task, as `sweep_model` returns them.
+        split: What was tested.
+        dark: Whether it is for a dark page.
+
+    Raises:
+        ValueError: If the ending names another format.
+    """
+    page, first = DARK if dark else LIGHT, rows[0]
+    figure = _figure(7.2, 4.8, page)
+    axes = _axes(figure.subplots(), page)
+    names = list(dict.fromkeys(row["criterion"] for row in rows))
+    for i, name in enumerate(names):
+        groups = [own for _, own in by_budget(row for row in rows if row["criterion"] == name)]
+        x = [100 * mean(row["flops_kept"] for row in own) for own in groups]
+        values = [[100 * row["value"] for row in own] for own in groups]
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        axes.plot(
+            x,
+            list(map(mean, values)),
+            color=colour,
+            linestyle=DASHES[i % len(DASHES)],
+            linewidth=1.8,
+            marker=marker,
+            markersize=6,
+            markeredgecolor=page.ink,
+            markeredgewidth=0.6,
+            label=name,
+        )
+        axes.fill_between(x, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.22, linewidth=0)
+    axes.axhline(100 * first["dense"], color=page.ink, linewidth=1.1, label="dense")
+    axes.axhline(100 * first["chance"], color=page.ink, linewidth=1.1, linestyle=(0, (5, 4)), label="chance")
+    axes.set_xlabel("FLOPs kept, % of the dense model's layers")
+    axes.set_ylabel(f"{first['metric']}, %")
+    seeds = max(row["seed"] for row in rows) + 1
+    axes.set_title(f"{_plain(first['task'])}, {split}, n = {first['n']:,}", fontsize=11, loc="left", color=page.ink)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=page.faint, linewidth=0.4, alpha=0.6)
+    spread = "one seed" if seeds == 1 else f"lines: mean over {seeds} seeds, bands: smallest to largest"
+    legend = figure.legend(
+        loc="outside lower center", ncols=4, fontsize=8, frameon=False, title=spread, title_fontsize=8, handlelength=3.5
+    )
+    for text in (*legend.get_texts(), legend.get_title()):
+        text.set_color(page.ink)
+    return _write(path, figure)
+
+
+def inspection_figure(path: Path, record: Record, units: Mapping[str, Sequence[Any]], *, dark: bool = False) -> Path:
+    """Writes a picture of a model's units: per layer a cell for every head and a strip of all neurons.
+
+    Cells and strips are empty where units were removed. With scores, colours tell the rank of a unit among all of its
+    kind in the model, and a strip is sorted by it.
+
+    Args:
+        path: The picture, `.png` or `.svg`.
+        record: As from `inspect_model`.
+        units: For `heads` and `neurons`: per layer an array `[units it had]`, NaN where a unit was removed, else its
+            rank in [0, 1].
+        dark: Whether it is for a dark page.
+
+    Raises:
+        ValueError: If the ending names another format.
+    """
+    import matplotlib as mpl
+    import numpy as np
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.patches import Rectangle
+
+    page, layers, scored = DARK if dark else LIGHT, record["layers"], record["scores"] is not None
+    colours = mpl.colormaps[SCORES_MAP] if scored else ListedColormap([COLOURS[4]])
+    most = max((len(own) for own in units["heads"]), default=0)
+    figure = _figure(9.6, 1.5 + 0.32 * len(layers), page)
+    heads, neurons = figure.subplots(1, 2, width_ratios=(1, 1.6))
+    for axes, kind in ((heads, "heads"), (neurons, "neurons")):
+        _axes(axes, page)
+        axes.set_ylim(len(layers) - 0.4, -0.6)
+        axes.set_yticks(range(len(layers)), [f"layer {layer['layer']}" for layer in layers] if axes is heads else [])
+        axes.tick_params(length=0, labelsize=8)
+        axes.spines[:].set_visible(False)
+        axes.set_title(kind if axes is heads else "neurons, best first" if scored else kind, fontsize=9, color=page.ink)
+        axes.set_xticks([])
+    for y, (own, layer) in enumerate(zip(units["heads"], layers, strict=True)):
+        for x, rank in enumerate(own):
+            face = "none" if np.isnan(rank) else colours(float(rank))
+            edge = page.faint if np.isnan(rank) else page.ink
+            heads.add_patch(Rectangle((x - 0.4, y - 0.36), 0.8, 0.72, facecolor=face, edgecolor=edge, lw=0.7))
+        heads.text(most, y, _of(layer["heads"]), va="center", fontsize=8, color=page.ink)
+    heads.set_xlim(-0.6, most + 2.2)
+    widest = max((len(own) for own in units["neurons"]), default=0) or 1
+    for y, (own, layer) in enumerate(zip(units["neurons"], layers, strict=True)):
+        ranks = np.sort(np.asarray(own, float)[~np.isnan(own)])[::-1]
+        if len(ranks):
+            neurons.imshow(
+                ranks[None], extent=(0, len(ranks), y + 0.36, y - 0.36), aspect="auto", cmap=colours, vmin=0, vmax=1
+            )
+        if len(own):
+            size = len(own), 0.72
+            neurons.add_patch(Rectangle((0, y - 0.36), *size, facecolor="none", edgecolor=page.faint, lw=0.7))
+        neurons.text(1.02 * widest, y, _of(layer["neurons"]), va="center", fontsize=8, color=page.ink)
+    neurons.set_xlim(-0.01 * widest, 1.3 * widest)
+    neurons.set_ylim(len(layers) - 0.4, -0.6)
+    figure.suptitle(_plain(record["source"]), fontsize=10, color=page.ink, x=0.01, ha="left")
+    if scored:
+        bar = figure.colorbar(
+            ScalarMappable(Normalize(0, 100), colours), ax=[heads, neurons], location="bottom", shrink=0.5, aspect=45
+        )
+        bar.set_label("score: rank among all units of the kind, % (100: needed most)", fontsize=8, color=page.ink)
+        bar.ax.tick_params(labelsize=8, colors=page.ink)
+        bar.outline.set_edgecolor(page.faint)
+    else:
+        figure.supxlabel("filled: stays; empty: removed", fontsize=8, color=page.ink)
+    return _write(path, figure)
+
+
+def _figure(width: float, height: float, page: Page) -> Any:
+    """An empty figure, in inches, that needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor=page.background)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _axes(axes: Any, page: Page) -> Any:
+    axes.set_facecolor(page.background)
+    axes.tick_params(colors=page.ink)
+    axes.xaxis.label.set_color(page.ink)
+    axes.yaxis.label.set_color(page.ink)
+    for spine in axes.spines.values():
+        spine.set_color(page.ink)
+    return axes
+
+
+def check_picture(path: Path) -> None:
+    """Refuses a format that cannot be written.
+
+    Raises:
+        ValueError: If the ending of the name is not a format's.
+    """
+    if path.suffix.lower().lstrip(".") not in FORMATS:
+        raise ValueError(f"{path} must end with .{' or .'.join(FORMATS)}: the ending names the picture's format.")
+
+
+def _write(path: Path, figure: Any) -> Path:
+    """Saves a figure in one step; the same figure gives the same bytes."""
+    import matplotlib as mpl
+
+    check_picture(path)
+    kind, content = path.suffix.lower().lstrip("."), io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "jaxprune"}):
+        figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return write_atomic(path, content.getvalue())
+
+
+def _plain(text: str) -> str:
+    """A name as it is: dollar signs do not begin a formula, and what cannot be printed is left out."""
+    return "".join(letter for letter in text if letter.isprintable()).replace("$", r"\$")
+
+
+def _of(counts: Sequence[int]) -> str:
+    kept, had = counts
+    return f"{kept:,}" if kept == had else f"{kept:,} of {had:,}"

@@ -1,0 +1,275 @@
+"""Damaged model folders and score files, drawn from a seed, and a worker that says what each of them does.
+
+Run as a script, it takes the cases of a campaign one by one under a limit on memory and processor time, and prints one
+JSON line before and after each. A case that crashes, hangs or asks for too much memory ends the process, and the last
+line says which it was.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from checkpoints import safetensors_bytes, write_classifier
+from safetensors.numpy import load_file
+from tiny import tiny_model
+
+from jaxprune.checkpoint import load, read_pruning, save
+from jaxprune.gates import flatten, path_name
+from jaxprune.models import family
+from jaxprune.scores import METADATA, Scores, load_scores, save_scores
+
+MEMORY = 2**30  # bytes that a case may ask for beyond what the worker has
+SECONDS = 10  # of processor time that a case may take
+NUMBERS: tuple[Any, ...] = (
+    0, -1, 1, 3, 7, 2**20, 2**31 - 1, 2**31, 2**53, 2**63, 2**64, 10**30, -(2**63), 0.5, -0.5, 16.0, 1e300, 1e-300,
+    float("nan"), float("inf"), -float("inf"),
+)  # fmt: skip
+THINGS: tuple[Any, ...] = (None, True, False, "", "16", "bert", [], [16], {}, {"0": 1}, "\ud800", "\x00", "a" * 10_000)
+TOKENIZER = ("vocab.txt", "tokenizer_config.json")
+PLACES = ("length", "header", "data", "cut", "shape", "offsets", "type", "name", "duplicate", "extra")
+
+
+def split(file: bytes) -> tuple[bytes, bytes]:
+    """The header of a safetensors file, and its data."""
+    length = int.from_bytes(file[:8], "little")
+    return file[8 : 8 + length], file[8 + length :]
+
+
+def damaged_tensors(whole: bytes, draw: random.Random) -> tuple[str, bytes]:
+    """What was done to a safetensors file, and the file."""
+    place = draw.choice(PLACES)
+    text, data = split(whole)
+    changed = bytearray(whole)
+    if place in ("length", "header", "data"):
+        first, last = {"length": (0, 8), "header": (8, 8 + len(text)), "data": (8 + len(text), len(whole))}[place]
+        for _ in range(draw.choice((1, 1, 1, 8))):
+            changed[draw.randrange(first, last)] ^= 1 << draw.randrange(8)
+        return f"bits of the {place}", bytes(changed)
+    if place == "cut":
+        return place, whole[: draw.randrange(len(whole))] + b"\0" * draw.choice((0, 0, 1, 4096))
+    header = json.loads(text)
+    name = draw.choice([name for name in header if name != "__metadata__"])
+    entry = header[name]
+    if place == "shape":
+        axes, numbers = entry["shape"], (*NUMBERS, *THINGS)
+        options: tuple[Callable[[], Any], ...] = (
+            lambda: axes[::-1],
+            lambda: [*axes, 1],
+            lambda: [int(np.prod(axes))],
+            lambda: [draw.choice(numbers) for _ in axes],
+            lambda: [1] * draw.choice((63, 64, 65, 1000)),
+            lambda: draw.choice(numbers),
+        )
+        entry["shape"] = draw.choice(options)()
+    elif place == "offsets":
+        entry["data_offsets"][draw.randrange(2)] = draw.choice((*NUMBERS, *THINGS, draw.randrange(len(data))))
+    elif place == "type":
+        entry["dtype"] = draw.choice(("F16", "BF16", "F64", "I32", "U32", "BOOL", "F8_E4M3", "F4", *THINGS))
+    elif place == "name":
+        other = draw.choice((*map(str, THINGS), name.replace("0", "1"), name.upper(), f"x.{name}", "layers.9" * 200))
+        header = {other if own == name else own: value for own, value in header.items()}
+    elif place == "duplicate":
+        again = json.dumps({name: header[draw.choice([own for own in header if own != "__metadata__"])]})
+        return place, safetensors_bytes(text.rstrip()[:-1] + b"," + again[1:].encode(), data)
+    else:
+        size = draw.choice((0, 4, 64))
+        header["extra"] = {"dtype": "F32", "shape": [size // 4], "data_offsets": [len(data), len(data) + size]}
+        data += bytes(size)
+    return place, safetensors_bytes(header, data)
+
+
+def damaged_json(whole: bytes, draw: random.Random) -> tuple[str, bytes]:
+    """What was done to a JSON file, and the file."""
+    kind = draw.choice(("value", "value", "value", "nested value", "gone", "deep", "bits", "cut", "duplicate"))
+    if kind == "bits":
+        changed = bytearray(whole)
+        changed[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        return kind, bytes(changed)
+    if kind == "cut":
+        return kind, whole[: draw.randrange(len(whole))]
+    content = json.loads(whole)
+    name = draw.choice(sorted(content))
+    if kind == "duplicate":
+        again = json.dumps({name: draw.choice((*NUMBERS, *THINGS))})
+        return kind, whole.rstrip()[:-1] + b"," + again[1:].encode()
+    if kind == "deep":
+        levels = draw.choice((50, 300, 900, 990, 1100, 100_000))
+        rest = {own: value for own, value in content.items() if own != name}
+        return kind, json.dumps(rest).encode()[:-1] + f', "{name}": {"[" * levels}{"]" * levels}}}'.encode()
+    if kind == "gone":
+        del content[name]
+    elif kind == "nested value" and content.get("jaxprune"):
+        head = draw.choice(content["jaxprune"]["heads"])
+        head[draw.choice(sorted(head))] = draw.choice((*NUMBERS, *THINGS, ["a"], ["a", "b", "c"], ["a"] * 3000))
+    else:
+        content[name] = draw.choice((*NUMBERS, *THINGS))
+    if draw.random() < 0.2:  # the sizes that a head without names has
+        content |= {
+            "num_labels": draw.choice(NUMBERS),
+            "architectures": draw.choice((["X"], 5, content.get("id2label"))),
+        }
+    return kind, json.dumps(content).encode()
+
+
+def make_models(folder: Path) -> list[Path]:
+    """A folder of our own and one of Hugging Face's, both whole."""
+    model, params = tiny_model(layers=1)
+    extra = {name: (Path(__file__).parent / "data" / "words" / name).read_bytes() for name in TOKENIZER}
+    return [
+        save(folder / "own", model, params, pruning={"seed": 0}, extra=extra),
+        write_classifier(folder / "hf"),
+    ]
+
+
+def damage_model(folder: Path, draw: random.Random) -> str:
+    """Damages one file of a model folder, and says what was done."""
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    own = (folder / "pruning.json").is_file()
+    kind = draw.choices(("weights", "config", "pruning", "tokenizer"), (50, 45, 2 * own, 3 * own))[0]
+    if kind == "weights":
+        what, content = damaged_tensors(weights.read_bytes(), draw)
+        weights.write_bytes(content)
+    elif kind == "config":
+        what, content = damaged_json(config.read_bytes(), draw)
+        config.write_bytes(content)
+    elif kind == "pruning":
+        what, content = damaged_json((folder / "pruning.json").read_bytes(), draw)
+        (folder / "pruning.json").write_bytes(content)
+    else:
+        what = draw.choice(TOKENIZER)
+        if draw.random() < 0.3:
+            (folder / what).unlink()
+        else:
+            (folder / what).write_bytes(
+                draw.choice((b"", b"{", b"[]", b'{"model_max_length": []}', b"\xff\xfe", b"null"))
+            )
+    return f"{kind}: {what}"
+
+
+def outcome(folder: Path, kind: str) -> str:
+    """Loads everything of a damaged folder: "refused", "equal", or what is wrong with the answer."""
+    try:
+        model, params = load(folder)
+        if kind.startswith("pruning"):
+            read_pruning(folder)
+        if kind.startswith("tokenizer"):
+            model.tokenizer  # noqa: B018
+    except (ValueError, FileNotFoundError) as error:
+        named = str(folder) in str(error)
+        return "refused" if named else f"the error names no file: {type(error).__name__}: {str(error)[:300]}"
+    plain = load_file(folder / "model.safetensors")
+    flat = {path: np.asarray(array) for path, array in flatten(params).items()}
+    if (folder / "pruning.json").is_file():
+        expected = {path: plain[path_name(path)] for path in flat}
+    else:  # PyTorch keeps [out, in], and heads and head size as one axis
+        names = family(model.config.model_type).checkpoint_names(model.config)
+        plain = {name.removeprefix("bert."): array for name, array in plain.items()}
+        found = {path: plain[names[path][0]] for path in flat}
+        expected = {path: (a.T if path[-1] == "kernel" else a).reshape(flat[path].shape) for path, a in found.items()}
+    wrong = [path for path, array in flat.items() if array.tobytes() != expected[path].astype(np.float32).tobytes()]
+    return f"wrong weights: {wrong}" if wrong else "equal"
+
+
+def make_scores(folder: Path) -> Path:
+    """A whole score file."""
+    generator = np.random.default_rng(0)
+    values = {
+        name: generator.standard_normal(units).astype(np.float32)
+        for name, units in {"0.attention.heads": 4, "0.ffn.neurons": 32}.items()
+    }
+    header = {
+        "format": 1, "criterion": {"name": "Random"}, "task": "mood", "split": "calibration", "head": "mood",
+        "examples": 4, "largest": False, "keys": [[0, 1]], "model": "0" * 64, "data": ["1"], "rows": ["a", "b"],
+        "max_length": 64, "mean_length": 7.5, "completeness": None, "versions": {"jax": "0"},
+    }  # fmt: skip
+    gates = {name: jnp.asarray(value) for name, value in values.items()}
+    return save_scores(folder / "scores.safetensors", Scores(gates, header, means=gates))
+
+
+def damage_scores(file: Path, draw: random.Random) -> str:
+    """Damages a score file, or the header in its metadata, and says what was done."""
+    whole = file.read_bytes()
+    if draw.random() < 0.6:
+        what, content = damaged_tensors(whole, draw)
+    else:
+        text, data = split(whole)
+        header = json.loads(text)
+        what, changed = damaged_json(header["__metadata__"][METADATA].encode(), draw)
+        header["__metadata__"][METADATA] = changed.decode(errors="replace")
+        what, content = f"header: {what}", safetensors_bytes(header, data)
+    file.write_bytes(content)
+    return what
+
+
+def outcome_of_scores(file: Path) -> str:
+    """Loads a damaged score file: "refused", "equal", or what is wrong with the answer."""
+    try:
+        found = load_scores(file)
+    except (ValueError, FileNotFoundError) as error:
+        return "refused" if str(file) in str(error) else f"the error names no file: {error}"
+    plain = load_file(file)
+    values = {**found.values, **{f"means:{name}": array for name, array in (found.means or {}).items()}}
+    equal = values.keys() == plain.keys() and all(np.asarray(values[n]).tobytes() == plain[n].tobytes() for n in plain)
+    return "equal" if equal else "wrong scores"
+
+
+def cases(folder: Path, campaign: str, seed: int, first: int, last: int) -> Iterator[tuple[int, str, str | None]]:
+    """The cases of a campaign: (number, what was done, None), then (number, what was done, outcome)."""
+    whole = make_models(folder / "whole") if campaign == "models" else [make_scores(folder / "whole")]
+    for place in whole:  # once undamaged: compiles, and shows that the comparison holds
+        assert (outcome(place, "") if campaign == "models" else outcome_of_scores(place)) == "equal"
+    yield -1, "", "ready"
+    for number in range(first, last):
+        draw = random.Random(f"{seed} {number}")
+        source = whole[number % len(whole)]
+        target = folder / f"case{number}{source.suffix}"
+        if campaign == "models":
+            shutil.copytree(source, target)
+            what = damage_model(target, draw)
+            yield number, what, None
+            yield number, what, _met(lambda target=target, what=what: outcome(target, what))
+            shutil.rmtree(target)
+        else:
+            shutil.copy(source, target)
+            what = damage_scores(target, draw)
+            yield number, what, None
+            yield number, what, _met(lambda target=target, what=what: outcome_of_scores(target))
+            target.unlink()
+
+
+def _met(check: Callable[[], str]) -> str:
+    try:
+        return check()
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{type(error).__name__} in {Path(where.filename).name}, line {where.lineno}: {str(error)[:300]}"
+
+
+def _limit() -> None:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+
+
+def main() -> None:
+    """Takes FOLDER, CAMPAIGN, SEED, FIRST and LAST, and prints every case twice."""
+    folder, campaign, *numbers = sys.argv[1:]
+    for number, what, found in cases(Path(folder), campaign, *map(int, numbers)):
+        print(json.dumps([number, what, found]), flush=True)
+        if number < 0:
+            _limit()
+        signal.setitimer(signal.ITIMER_PROF, SECONDS if found is None else 0)  # SIGPROF ends the process
+
+
+if __name__ == "__main__":
+    main()

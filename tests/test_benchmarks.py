@@ -1,0 +1,77 @@
+"""The speed benchmark runs on a tiny model, and what it compares computes the same numbers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_model
+
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def speed(monkeypatch: Any) -> Any:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("speed")
+
+
+@pytest.fixture
+def setting(speed: Any) -> Any:
+    model, params = tiny_model(neurons=64)
+    return speed.Setting(model=model, params=params, head="task", folder="tiny", batch=4, length=8, nodes=2, repeats=2)
+
+
+def check(parts: dict[str, Any]) -> None:
+    """Times are positive, quartiles enclose medians, and all of it is JSON."""
+    assert json.loads(json.dumps(parts, allow_nan=False)) == parts
+    for found in parts.values():
+        assert set(found) == {"seconds", "ratios", "facts"}
+        for values in (*found["seconds"].values(), *found["ratios"].values()):
+            low, high = values["quartiles"]
+            assert 0 < low <= values["median"] <= high
+
+
+def test_parts_without_pytorch(speed: Any, setting: Any, monkeypatch: Any, capsys: Any):
+    monkeypatch.setattr(speed, "PEERS", ("a_package_that_nobody_has",))
+    parts = speed.measure(setting, ["joint", "gradient", "pruned", "limit"])
+    check(parts)
+    assert "PyTorch is left out: a_package_that_nobody_has not installed" in capsys.readouterr().err
+    assert list(parts["joint"]["seconds"]) == ["jaxprune"] and parts["joint"]["ratios"] == {}
+    assert len(parts["pruned"]["ratios"]) == 2
+    assert all(ratio["flops_ratio"] >= 2 for ratio in parts["pruned"]["ratios"].values())
+    speed.show(parts)
+    assert "share of the limit" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_environment_names_device_versions_and_settings(speed: Any, setting: Any):
+    found = speed.environment(setting, 2)
+    assert set(found) == {"device", "machine", "threads", "versions", "commit", "settings"}
+    assert found["versions"]["jax"] and found["versions"]["python"] and "captum" in found["versions"]
+    assert found["settings"]["nodes"] == 2 and found["settings"]["folder"] == "tiny"
+
+
+@pytest.mark.reference
+def test_both_sides_compute_the_same_numbers(speed: Any, setting: Any):
+    pytest.importorskip("torch")
+    pytest.importorskip("captum")
+    parts = speed.measure(setting, ["joint", "layer", "gradient"])
+    check(parts)
+    assert set(parts["joint"]["seconds"]) == {"jaxprune", "autograd", "captum"}
+    assert set(parts["layer"]["ratios"]) == {"captum / jaxprune"}
+    differences = [value for found in parts.values() for name, value in found["facts"].items() if "difference" in name]
+    assert len(differences) == 4 and max(differences) < speed.AGREEMENT
+
+
+@pytest.mark.reference
+def test_times_of_different_numbers_are_refused(speed: Any, setting: Any, monkeypatch: Any):
+    pytest.importorskip("torch")
+    pytest.importorskip("captum")
+    theirs = speed.peer(setting)
+    monkeypatch.setattr(speed, "peer", lambda _: theirs)
+    theirs.gated.readout[0].weight.data *= 1.1
+    with pytest.raises(ValueError, match="the numbers do not agree"):
+        speed.gradient(setting)
