@@ -271,8 +271,18 @@ TABLES: Mapping[str, Callable[[], str]] = {
 
 
 def render(text: str) -> str:
-    """A page with its tables made from the records."""
-    return MARK.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[4]}", text)
+    """A page with its tables made from the records; a table whose record is not there yet says so."""
+
+    def fill(found: re.Match[str]) -> str:
+        try:
+            made = TABLES[found[2]]()
+        except FileNotFoundError as error:
+            made = f"*Not measured yet: there is no {Path(error.filename).name}.*\n"
+        except KeyError as error:
+            made = f"*Not measured yet: the record has no part {error}.*\n"
+        return f"{found[1]}{made}{found[4]}"
+
+    return MARK.sub(fill, text)
 
 
 def draw_curves(path: Path) -> None:
