@@ -14,9 +14,8 @@ WORKERS ?= 2
 # Most of the time goes into compiling tiny programs: with less optimisation of machine code it takes two thirds. What is
 # computed stays the same; make test-reference runs with all of it.
 QUICK := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=1"
-# Tests of what depends on jax and flax most: the laws, parity, compilation and lowering.
-LAWS := $(addprefix tests/test_,attribution.py backward.py checkpoint.py compaction.py compilations.py gates.py golden.py \
-	lowering.py models.py)
+# Tests of what depends on jax and flax most: the laws, parity and lowering.
+LAWS := $(addprefix tests/test_,attribution.py checkpoint.py compaction.py gates.py golden.py lowering.py)
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check

@@ -17,7 +17,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -64,7 +64,7 @@ UNSEEN = {  # scored on: never trained on, never scored on
     ),
     "mrpc": ("qqp_subset", "pawsx_en"),
 }
-PARTS = ("nodes", "factors", "scopes", "main", "labels", "unseen", "matrix", "few")
+PARTS = ("main", "labels", "matrix", "factors", "curves", "unseen", "few", "nodes")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ CRITERIA = {
     "random": jp.Random(),
 }
 ATTRIBUTION = ("integrated gradients", "gradient x activation")
-SCOPES = {"per layer": (True, None), "global": (False, None), "global, L2": (False, per_layer_l2)}
+# All with the same widths in every layer, where no normalisation within a layer changes the ranking; dropping layers
+# is by its nature global.
+METHODS = {name: Method(criterion, per_layer=name != "top layers") for name, criterion in CRITERIA.items()}
 
 
 @dataclass
@@ -340,43 +342,12 @@ def factors(bench: Bench) -> dict[str, Any]:
     return {"tasks": FACTOR_TASKS, "draws": DRAWS_FOR_CHOICES, "rows": rows}
 
 
-def scopes(bench: Bench) -> dict[str, Any]:
-    """Each criterion's best scope and normalisation, on dev at the endpoint."""
-    rows = {}
-    for name, criterion in CRITERIA.items():
-        tried = {
-            scope: mean_retained(bench, Method(criterion, *settings), bench.able, "dev", ENDPOINT, 1)
-            for scope, settings in SCOPES.items()
-            if name != "top layers" or scope == "global"
-        }
-        rows[name] = {"retained": tried, "best": max(tried, key=lambda scope: tried[scope])}
-    return {"tasks": bench.able, "draws": 1, "rows": rows}
-
-
-def best_methods(found: Mapping[str, Any]) -> dict[str, Method]:
-    """The criteria, each with the scope that `scopes` chose."""
-    return {name: Method(CRITERIA[name], *SCOPES[row["best"]]) for name, row in found["rows"].items()}
-
-
-def main_part(bench: Bench, methods: Mapping[str, Method]) -> dict[str, Any]:
-    """All criteria at all budgets, on test."""
+def main_part(bench: Bench) -> dict[str, Any]:
+    """All criteria at the endpoint, on test."""
     dense, chance = bench.dense(bench.able, "test"), bench.chances(bench.able, "test")
-    rows: dict[str, Any] = {}
-    for name, method in methods.items():
-        rows[name] = {}
-        for budget in sorted(BUDGETS, key=lambda b: b != ENDPOINT):  # the endpoint first
-            draws = 1 if budget != ENDPOINT else MANY_DRAWS if name == "random" else DRAWS
-            cells = bench.cells_of(method, bench.able, "test", budget, draws)
-            rows[name][str(budget)] = summary(cells, dense, chance)
-    claims = {}
-    for one, other in itertools.product(ATTRIBUTION, methods):
-        if other not in ATTRIBUTION:
-            draws = MANY_DRAWS if other == "random" else DRAWS
-            claims[f"{one} - {other}"] = compared(
-                bench, methods[one], methods[other], bench.able, "test", ENDPOINT, DRAWS, draws
-            )
-    one, other = ATTRIBUTION
-    claims[f"{one} - {other}"] = compared(bench, methods[one], methods[other], bench.able, "test", ENDPOINT, DRAWS)
+    draws = {name: MANY_DRAWS if name == "random" else DRAWS for name in METHODS}
+    cells = {name: bench.cells_of(own, bench.able, "test", ENDPOINT, draws[name]) for name, own in METHODS.items()}
+    pairs = [(one, other) for one in ATTRIBUTION for other in METHODS if other not in ATTRIBUTION] + [ATTRIBUTION]
     tasks = {
         task: {"dense": float(dense[task].hits.mean()), "chance": chance[task], "n": len(dense[task].hits)}
         for task in bench.able
@@ -386,7 +357,24 @@ def main_part(bench: Bench, methods: Mapping[str, Method]) -> dict[str, Any]:
         for task in TASKS
         if task not in bench.able
     }
-    return {"tasks": tasks, "left_out_on_dev": left_out, "rows": rows, "claims": claims}
+    return {
+        "tasks": tasks,
+        "left_out_on_dev": left_out,
+        "rows": {name: summary(own, dense, chance) for name, own in cells.items()},
+        "claims": {f"{one} - {other}": compare(cells[one], cells[other], dense, chance) for one, other in pairs},
+    }
+
+
+def curves(bench: Bench) -> dict[str, Any]:
+    """All criteria at all budgets, on test; one draw."""
+    dense, chance = bench.dense(bench.able, "test"), bench.chances(bench.able, "test")
+    return {
+        "draws": 1,
+        "rows": {
+            name: {str(b): summary(bench.cells_of(own, bench.able, "test", b, 1), dense, chance) for b in BUDGETS}
+            for name, own in METHODS.items()
+        },
+    }
 
 
 def labels(bench: Bench) -> dict[str, Any]:
@@ -419,7 +407,7 @@ def few(bench: Bench) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def unseen(bench: Bench, methods: Mapping[str, Method]) -> dict[str, Any]:
+def unseen(bench: Bench) -> dict[str, Any]:
     """Scored on one task, tested in domains that neither fine-tuning nor scoring has seen; at the endpoint."""
     rows: dict[str, Any] = {}
     for source, domains in UNSEEN.items():
@@ -428,7 +416,7 @@ def unseen(bench: Bench, methods: Mapping[str, Method]) -> dict[str, Any]:
             dense = {domain: bench.cell(domain, "test", head=source)}
             chance = {domain: bench.chance(domain, "test")}
             for name in ("integrated gradients", "gradient x activation", "Taylor", "Wanda", "random"):
-                seen = bench.cells_of(methods[name], [domain], "test", ENDPOINT, DRAWS, scored_on=source, head=source)
+                seen = bench.cells_of(METHODS[name], [domain], "test", ENDPOINT, DRAWS, scored_on=source, head=source)
                 own[name] = summary(seen, dense, chance)["tasks"][domain]
             rows[domain] = {
                 "scored_on": source,
@@ -488,20 +476,20 @@ def main() -> None:
     found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     if found.get("model", bench.digest) != bench.digest or found.get("rows", bench.rows) != bench.rows:
         parser.error(f"{arguments.output} is of another model or number of rows: name another file")
-    run: dict[str, Callable[[], dict[str, Any]]] = {
-        "nodes": lambda: nodes(bench),
-        "factors": lambda: factors(bench),
-        "scopes": lambda: scopes(bench),
-        "main": lambda: main_part(bench, best_methods(found["scopes"])),
-        "labels": lambda: labels(bench),
-        "few": lambda: few(bench),
-        "unseen": lambda: unseen(bench, best_methods(found["scopes"])),
-        "matrix": lambda: matrix(bench),
+    run: dict[str, Callable[[Bench], dict[str, Any]]] = {
+        "main": main_part,
+        "labels": labels,
+        "matrix": matrix,
+        "factors": factors,
+        "curves": curves,
+        "unseen": unseen,
+        "few": few,
+        "nodes": nodes,
     }
     for part in PARTS:
         if part in chosen:
             print(f"== {part}", file=sys.stderr, flush=True)
-            found[part] = run[part]()
+            found[part] = run[part](bench)
             found |= {
                 "command": "python benchmarks/accuracy.py --model MODEL --data DATA --work WORK -o OUTPUT",
                 "model": bench.digest,

@@ -132,6 +132,7 @@ def demo(
             "picture": str(draw(output / "comparison.png", rows, gates["attribution"], task.name, examples)),
             "record": str(output / "results.json"),
         },
+        "versions": scores["attribution"].header["versions"],
         "seconds": time.monotonic() - begun,
     }
     write_atomic(output / "results.json", (json.dumps(record, indent=1) + "\n").encode())

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from jaxprune import __version__
 from jaxprune.activations import zero
 from jaxprune.attribution import Criterion, IntegratedGradients, Measured, key_or_default
-from jaxprune.batches import encode, pack
+from jaxprune.batches import SHAPE_COST, encode, pack
 from jaxprune.checkpoint import model_digest
 from jaxprune.evaluation import fitting_head
 from jaxprune.files import write_atomic
@@ -121,7 +121,7 @@ def score(
     values, completeness, means = score_batches(
         model,
         params,
-        pack(encoded, batch_size=batch_size) if reads else (),
+        pack(encoded, batch_size=batch_size, shape_cost=_shape_cost(criterion)) if reads else (),
         criterion,
         head=head,
         key=key,
@@ -233,6 +233,15 @@ def _means(
     if closed is zero:
         raise ValueError("means were given, but this criterion closes units to zero: set closed=calibration_means.")
     return means
+
+
+def _shape_cost(criterion: Criterion) -> int:
+    """Padded tokens that one more shape must save: the fewer, the more passes a token goes through.
+
+    To compile a gradient takes about three times as long as to compile a forward pass; a node is two passes, and one
+    more gives the labels.
+    """
+    return 3 * SHAPE_COST // (2 * getattr(criterion, "nodes", 1) + 1)
 
 
 def _check_labels(criterion: Criterion, model: Model, head: str, rows: Sequence[Example]) -> None:

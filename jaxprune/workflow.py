@@ -204,6 +204,7 @@ def prune_model(
         "kept": ratios(before, after),
         "speedup": speedups(before, after),
         "widths": {name: [own["had"], own["kept"]] for name, own in pruning["sites"].items()},
+        "versions": scores.header["versions"],
     }
     save(
         output,
