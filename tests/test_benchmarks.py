@@ -31,20 +31,20 @@ def check(parts: dict[str, Any]) -> None:
             assert 0 < low <= values["median"] <= high
 
 
-def test_parts_without_pytorch(speed: Any, setting: Any, monkeypatch: Any, capsys: Any):
+def test_a_part_without_pytorch(speed: Any, setting: Any, monkeypatch: Any, capsys: Any):
     monkeypatch.setattr(speed, "PEERS", ("a_package_that_nobody_has",))
-    parts = speed.measure(setting, ["gradient", "limit"])
+    parts = speed.measure(setting, ["gradient"])
     check(parts)
     assert "PyTorch is left out: a_package_that_nobody_has not installed" in capsys.readouterr().err
     assert list(parts["gradient"]["seconds"]) == ["jaxprune"] and parts["gradient"]["ratios"] == {}
-    speed.show(parts)
-    assert "share of the limit" in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.reference  # it needs no PyTorch, but compiles more than the other target has time for
-def test_a_pruned_model_is_timed_beside_its_flops(speed: Any, setting: Any):
-    parts = speed.measure(setting, ["pruned"])
+def test_a_pruned_model_is_timed_beside_its_flops_and_scoring_beside_the_limit(speed: Any, setting: Any, capsys: Any):
+    parts = speed.measure(setting, ["pruned", "limit"])
     check(parts)
+    speed.show(parts)
+    assert "share of the limit" in capsys.readouterr().out.replace("\n", " ")
     assert len(parts["pruned"]["ratios"]) == 2
     assert all(ratio["flops_ratio"] >= 2 for ratio in parts["pruned"]["ratios"].values())
 

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -49,26 +48,20 @@ for name, criterion in criteria.items():
 NAMES = ("integrated", "drawn", "leave_one_out")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: Any) -> Path:
-    path = tmp_path_factory.mktemp("scores")
+def test_scores_on_four_devices_equal_those_on_one(tmp_path: Path):
     here = Path(__file__).parent
     paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    flags = "--xla_force_host_platform_device_count=4"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
-    run = subprocess.run([sys.executable, "-c", SCRIPT, str(path)], env=environment, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    return path
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_scores_on_four_devices_equal_those_on_one(name: str, folder: Path):
-    one, four = (load_scores(folder / f"{name}-{count}") for count in (1, 4))
-    assert one.values.keys() == four.values.keys()
-    for site, value in one.values.items():
-        np.testing.assert_allclose(four.values[site], value, rtol=1e-4, atol=1e-6)
-    for site, mean in (one.means or {}).items():
-        np.testing.assert_allclose((four.means or {})[site], mean, rtol=1e-5, atol=1e-6)
-    assert one.header["rows"] == four.header["rows"]
-    for field, value in (one.header["completeness"] or {}).items():
-        assert four.header["completeness"][field] == pytest.approx(value, rel=1e-4, abs=1e-6)
+    for name in NAMES:
+        one, four = (load_scores(tmp_path / f"{name}-{count}") for count in (1, 4))
+        assert one.values.keys() == four.values.keys()
+        for site, value in one.values.items():
+            np.testing.assert_allclose(four.values[site], value, rtol=1e-4, atol=1e-6)
+        for site, mean in (one.means or {}).items():
+            np.testing.assert_allclose((four.means or {})[site], mean, rtol=1e-5, atol=1e-6)
+        assert one.header["rows"] == four.header["rows"]
+        for field, value in (one.header["completeness"] or {}).items():
+            assert four.header["completeness"][field] == pytest.approx(value, rel=1e-4, abs=1e-6)
