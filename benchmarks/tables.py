@@ -180,6 +180,16 @@ def matrix() -> str:
     )
 
 
+def speed() -> str:
+    """What is measured beside PyTorch and captum."""
+    rows = [
+        [part, name, f"{own['median']:.2f} [{own['quartiles'][0]:.2f}, {own['quartiles'][1]:.2f}]"]
+        for part, found in record("speed")["parts"].items()
+        for name, own in found["ratios"].items()
+    ]
+    return table(["part", "ratio of times", "median of the rounds [quartiles]"], rows)
+
+
 def setting() -> str:
     """How the accuracy figures were made."""
     found = record("accuracy")
@@ -281,6 +291,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "few": few,
     "unseen": unseen,
     "matrix": matrix,
+    "speed": speed,
 }
 
 
