@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxprune.activations import Closed, zero
-from jaxprune.gates import UNITS, Gates, Params, Site, open_gates, sites
+from jaxprune.gates import UNITS, Gates, Params, Site, open_gates, sites, without
 from jaxprune.integration import Completeness, Rule, gauss_legendre, quadrature
 from jaxprune.models import Model, block_compiled, embed_compiled, model_inputs
 from jaxprune.models.backward import Prefix, Pull, forward
@@ -218,7 +218,10 @@ class IntegratedGradients:
             end = {name: ones[name] for name in names}
             prefix = prefixes[_lowest(path)]
             totals: list[Gates] = [{name: attribution[name] for name in names} for attribution in found]
-            logits = run(batch, _scale(end, np.array([self.start], np.float32), prefix.hidden), prefix=prefix)[0]
+            if self.start == 0.0 and not means:  # nothing of the path is left: a model without its units is cheaper
+                logits = forward(model, without(model.axes, params, path), batch, head=chosen.name, prefix=prefix)[0]
+            else:
+                logits = run(batch, _scale(end, np.array([self.start], np.float32), prefix.hidden), prefix=prefix)[0]
             starts = [value_and_cotangent(objective, logits, target)[0] for target in targets]
             tiled, hidden, aims = repeat_rows((batch, prefix.hidden, targets), groups[0][0].size)
             for points, shares in groups:

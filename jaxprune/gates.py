@@ -7,12 +7,13 @@ closed. All of it is read from one axis table per model family, which names ever
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 if TYPE_CHECKING:
     from jaxprune.models import Model
@@ -164,6 +165,19 @@ def _site(kind: str, module: Path) -> Site:
         raise ValueError(f"{path_name(module)!r} has {kind} and is in no layer: layers have integer keys.")
     stack = "" if module[0] == "layers" else str(module[0])
     return Site(path_name((*(step for step in module if step != "layers"), kind)), kind, module, layer, stack)
+
+
+def without(table: AxisTable, params: Params, emptied: Sequence[Site]) -> Params:
+    """The parameters with no unit left at some sites: what gates of 0 leave of them, and computed at no cost."""
+    kinds = {(site.module, site.kind) for site in emptied}
+
+    def cut(path: Path, leaf: Any) -> Any:
+        axes = axes_of(table, path)
+        gone = [any(name == kind and path[: len(module)] == module for module, kind in kinds) for name in axes]
+        shape = [0 if empty else size for empty, size in zip(gone, leaf.shape, strict=True)]
+        return np.zeros(shape, leaf.dtype) if any(gone) else leaf
+
+    return unflatten({path: cut(path, leaf) for path, leaf in flatten(params).items()})
 
 
 def open_gates(model: Model, params: Params) -> Gates:

@@ -91,7 +91,7 @@ def _draw_units(axes: Any, kept: Mapping[str, Sequence[float]]) -> None:
         own = neurons.get(layer, ())
         axes.text(most, y, f"{sum(gate > 0 for gate in own):,} of {len(own):,}", va="center", fontsize=8)
     axes.set_xlim(-0.7, most + 5.2)
-    axes.set_ylim(-0.7, len(layers) - 0.3)
+    axes.set_ylim(len(layers) - 0.3, -0.7)  # the first layer on top, as in a table
     axes.set_yticks(range(len(layers)), [f"layer {layer}" for layer in layers], fontsize=8)
     axes.set_xticks([(most - 1) / 2, most + 2], ["heads", "neurons"], fontsize=8)
     axes.tick_params(length=0)

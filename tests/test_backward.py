@@ -71,6 +71,20 @@ def test_gate_gradients_equal_those_of_apply(model_type: str, rows: bool):
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("weights", [False, True])
+def test_what_a_forward_pass_keeps_shares_the_weights(weights: bool):
+    model, params = tiny_model()
+    _, pull = forward(
+        model, params, tiny_batch(model, ROWS, LENGTH), per_example(open_gates(model, params)), weights=weights
+    )
+    for layer, pullback in pull.blocks:
+        kept = {id(leaf) for leaf in jax.tree.leaves(pullback)}
+        module = params["layers"][layer]
+        kernels = [module["ffn"][name]["kernel"] for name in ("up", "down")]
+        kernels += [module["attention"]["out"]["kernel"]]
+        assert all(id(kernel) in kept for kernel in kernels)
+
+
 def test_gates_towards_means():
     model, params = tiny_model()
     batch, toward, means = tiny_batch(model, ROWS, LENGTH), cotangent(), means_for(*tiny_model())

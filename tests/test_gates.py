@@ -27,6 +27,7 @@ from jaxprune.gates import (
     subtree,
     unflatten,
     widths,
+    without,
 )
 from jaxprune.models import Model
 from jaxprune.models.layers import absolute_tokens, gate, sum_tokens
@@ -138,6 +139,8 @@ def test_closed_sites_equal_zero_width_modules(model_type: str):
     closed = {name: jnp.zeros(units) for name, units in widths(model.axes, params).items()}
     small = compact(model, params, closed)
     assert set(widths(model.axes, small).values()) == {0}
+    emptied = without(model.axes, params, sites(model.axes, params))
+    jax.tree.map(np.testing.assert_array_equal, small, emptied)
     np.testing.assert_allclose(logits(model, small, batch), logits(model, params, batch, closed), rtol=1e-5, atol=1e-5)
     found = model.apply(small, batch, open_gates(model, small), sites=True, scores=True)
     assert found.sites is not None and found.scores is not None

@@ -8,6 +8,7 @@ equal shape share both programs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,6 +36,29 @@ class Prefix(NamedTuple):
 
     hidden: Float[Array, "b t d"]  # input of `layer`
     layer: int
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["kept"], meta_fields=["tree", "sources"])
+@dataclass(frozen=True)
+class Saved:
+    """A pullback on its way out of a compiled program, without the arrays that went in: they would be copied."""
+
+    kept: list[Array]
+    tree: Any  # the pullback's structure
+    sources: tuple[int | None, ...]  # for every leaf, which input it is; None: it is in `kept`
+
+    @classmethod
+    def of(cls, pullback: Any, inputs: Any) -> Saved:
+        """Takes out what is an input, while the program is traced."""
+        places = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(inputs))}
+        leaves, tree = jax.tree.flatten(pullback)
+        sources = tuple(places.get(id(leaf)) for leaf in leaves)
+        return cls([leaf for leaf, i in zip(leaves, sources, strict=True) if i is None], tree, sources)
+
+    def restore(self, inputs: Any) -> Any:
+        """The pullback, when the program has been called with these inputs."""
+        given, kept = jax.tree.leaves(inputs), iter(self.kept)
+        return jax.tree.unflatten(self.tree, [next(kept) if i is None else given[i] for i in self.sources])
 
 
 class Pull(NamedTuple):
@@ -139,8 +163,9 @@ def forward(
         if layer < lowest:
             hidden, _ = block_compiled(model, *args)
         else:
-            hidden, pullback = _block_forward(model, tokens, weights, layer != lowest, *args)
-            blocks.append((layer, pullback))
+            before = (layers[layer], hidden)
+            hidden, saved = _block_forward(model, tokens, weights, layer != lowest, *args)
+            blocks.append((layer, saved.restore(before)))
     own = subtree(params, ("heads", chosen.name))
     logits, readout = _readout_forward(model, chosen, weights, own, hidden, mask, keys[-2])
     return logits, Pull(model, chosen, weights, embeddings, tuple(blocks), readout)
@@ -163,13 +188,13 @@ def _block_forward(
     gates: Gates,
     means: Gates,
     key: Array | None,
-):
+) -> tuple[Array, Saved]:
     def run(gates: Gates, hidden: Array = hidden, params: Params = params) -> Array:
         return model.block(params, hidden, mask, gates, means=means, tokens=tokens, key=key)[0]
 
-    if weights:
-        return jax.vjp(run, gates, hidden, params)
-    return jax.vjp(run, gates, hidden) if inner else jax.vjp(run, gates)
+    differentiated = (gates, hidden, params) if weights else (gates, hidden) if inner else (gates,)
+    output, pullback = jax.vjp(run, *differentiated)
+    return output, Saved.of(pullback, (params, hidden))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

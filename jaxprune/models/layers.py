@@ -36,6 +36,22 @@ def _phi(x: Array) -> Array:
     return 0.5 * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
+@jax.custom_jvp
+def masked_softmax(scores: Float[Array, "b n t s"], mask: Bool[Array, "b s"]) -> Float[Array, "b n t s"]:
+    """Softmax over the positions that the mask allows; evenly, and without gradients, where it allows none.
+
+    Its backward pass keeps the result alone: automatic differentiation would keep four arrays of that size.
+    """
+    return jax.nn.softmax(jnp.where(mask[:, None, None, :], scores, -1e9), axis=-1)  # finite, else a row were NaN
+
+
+@masked_softmax.defjvp
+def _softmax_tangent(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    weights = masked_softmax(*primals)
+    tangent = tangents[0] * primals[1].any(1)[:, None, None, None].astype(weights.dtype)
+    return weights, weights * (tangent - (weights * tangent).sum(-1, keepdims=True))
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     "gelu_new": partial(jax.nn.gelu, approximate=True),
@@ -70,10 +86,27 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(embed))
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        y = normalise(x.astype(jnp.float32), self.eps)
         return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def normalise(x: Float[Array, "b t d"], eps: float) -> Float[Array, "b t d"]:
+    """Mean 0 and variance 1 over the last axis; `eps` is added to the variance."""
+    return _normalise(x, eps)[0]
+
+
+@normalise.defjvp
+def _normalise_tangent(eps: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    y, scale = _normalise(primals[0], eps)
+    (tangent,) = tangents
+    return y, scale * (tangent - tangent.mean(-1, keepdims=True) - y * (y * tangent).mean(-1, keepdims=True))
+
+
+def _normalise(x: Array, eps: float) -> tuple[Array, Array]:
+    y = x - x.mean(-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
+    return y * scale, scale
 
 
 class Embedding(nnx.Module):
@@ -211,8 +244,7 @@ def attend(
     # Heads first, positions last: the layout that matrix products on a CPU are fastest with.
     query, key, value = (query * scale).transpose(0, 2, 1, 3), key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1)
     raw = jnp.einsum("bnth,bnhs->bnts", query, key, preferred_element_type=jnp.float32)
-    masked = jnp.where(mask[:, None, None, :], raw, -1e9)  # finite: a row without tokens attends evenly
-    weights = dropout(jax.nn.softmax(masked, axis=-1).astype(value.dtype), rate, dropout_key)
+    weights = dropout(masked_softmax(raw, mask).astype(value.dtype), rate, dropout_key)
     mixed = jnp.einsum("bnts,bnhs->bnth", weights, value, preferred_element_type=jnp.float32).astype(value.dtype)
     return mixed.transpose(0, 2, 1, 3), (raw if scores else None)
 

@@ -1,0 +1,63 @@
+"""Derivatives that are written by hand equal those of automatic differentiation, and are finite where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from jaxprune.models.layers import gelu, masked_softmax, normalise
+
+VALUES = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4, 4)), jnp.float32)
+MASK = jnp.asarray([[True, True, False, True], [True, True, True, True]])
+
+
+def plain_softmax(scores: jax.Array) -> jax.Array:
+    shares = jnp.where(MASK[:, None, None, :], jnp.exp(scores), 0.0)
+    return shares / shares.sum(-1, keepdims=True)
+
+
+def plain_norm(x: jax.Array) -> jax.Array:
+    return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-3)
+
+
+PAIRS = {
+    "gelu": (gelu, lambda x: jax.nn.gelu(x, approximate=False)),
+    "softmax": (lambda x: masked_softmax(x, MASK), plain_softmax),
+    "norm": (lambda x: normalise(x, 1e-3), plain_norm),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_values_and_gradients_are_those_of_the_formula(name: str):
+    ours, plain = PAIRS[name]
+    toward = jnp.cos(VALUES * 3)
+
+    def both(function: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array]:
+        values, pull = jax.vjp(function, VALUES)
+        return values, pull(toward)[0]
+
+    for found, expected in zip(jax.jit(lambda: both(ours))(), jax.jit(lambda: both(plain))(), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_derivatives_forwards_backwards_and_twice(name: str):
+    check_grads(PAIRS[name][0], (VALUES,), order=2, modes=("fwd", "rev"), atol=2e-2, rtol=2e-2)
+
+
+def test_a_row_without_tokens_attends_evenly_and_has_no_gradient():
+    mask = jnp.asarray([[True, False, False, False], [False] * 4])
+    weights, pull = jax.vjp(lambda x: masked_softmax(x, mask), VALUES)
+    np.testing.assert_array_equal(weights[0], np.eye(4, dtype=np.float32)[[0] * 4] * np.ones((3, 1, 1)))
+    np.testing.assert_array_equal(weights[1], np.full((3, 4, 4), 0.25, np.float32))
+    np.testing.assert_array_equal(pull(VALUES)[0], np.zeros_like(VALUES))
+
+
+def test_a_backward_pass_keeps_one_array_of_attention_probabilities():
+    saved = jax.tree.leaves(jax.vjp(lambda x: masked_softmax(x, MASK), VALUES)[1])
+    assert sum(leaf.shape == VALUES.shape for leaf in saved) == 1
