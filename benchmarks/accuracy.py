@@ -10,45 +10,37 @@ Choices are made on dev, figures are those of test. What counts as "beats" or "w
 from __future__ import annotations
 
 import argparse
-import base64
-import hashlib
 import itertools
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from evidence import Cell, compare, retained, summary
+from bench import EXAMPLES, Bench, Method
+from evidence import compare, retained, summary
 
 import jaxprune as jp
 from jaxprune import activations, attribution, objectives
-from jaxprune.batches import encode
-from jaxprune.checkpoint import model_digest
-from jaxprune.evaluation import fitting_head, predict
 from jaxprune.files import write_atomic
-from jaxprune.scores import describe
 from jaxprune.selection import per_layer_l2
-from jaxprune.tasks import draw
 
 TASKS = ("sst2", "ag_news", "mrpc", "qnli", "trec", "banking77", "snips")
 FACTOR_TASKS = ("sst2", "ag_news", "qnli")  # a short text, a long one, a pair
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 FACTOR_BUDGETS = (0.5, 0.3)
 ENDPOINT = 0.5  # of the FLOPs: the primary endpoint, fixed before any figure was seen
-EXAMPLES = 128
-EXAMPLES_FOR_NODES = 64  # 128 nodes of the reference are dear
+EXAMPLES_FOR_CHOICES = 64  # the 128 nodes of the reference are dear
 DRAWS = 5
 DRAWS_FOR_CHOICES = 2
-MANY_DRAWS = 20  # of chance, and of few examples
+MANY_DRAWS = 20  # of chance
+DRAWS_OF_FEW = 10  # of 8 and of 32 examples
+MOST_EXAMPLES = 256
 ROWS = 300  # of dev and of test, at most
 FEW = (8, 32)
 UNSEEN = {  # scored on: never trained on, never scored on
@@ -64,17 +56,7 @@ UNSEEN = {  # scored on: never trained on, never scored on
     ),
     "mrpc": ("qqp_subset", "pawsx_en"),
 }
-PARTS = ("main", "labels", "matrix", "factors", "curves", "unseen", "few", "nodes")
-
-
-@dataclass(frozen=True)
-class Method:
-    """How units are chosen."""
-
-    criterion: Any
-    per_layer: bool = True
-    normalise: Callable[..., Any] | None = None
-    examples: int = EXAMPLES
+PARTS = ("nodes", "factors", "main", "labels", "matrix", "curves", "unseen", "few")  # choices first
 
 
 DEFAULT = Method(jp.IntegratedGradients())
@@ -111,176 +93,9 @@ ATTRIBUTION = ("integrated gradients", "gradient x activation")
 METHODS = {name: Method(criterion, per_layer=name != "top layers") for name, criterion in CRITERIA.items()}
 
 
-@dataclass
-class Bench:
-    """The model, its tasks, and what is kept of the work done."""
-
-    source: Path
-    data: Path
-    work: Path
-    rows: int
-    tasks: dict[str, jp.Task] = field(default_factory=dict)
-    encoded: dict[tuple[str, str], Any] = field(default_factory=dict)
-    scored: dict[str, jp.Scores] = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.model, self.params = jp.load(self.source)
-        self.digest = model_digest(self.model, self.params)
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.file = self.work / "cells.jsonl"
-        self.cells: dict[str, Cell] = {}
-        if self.file.exists():
-            for line in self.file.read_text().splitlines():
-                try:
-                    found = json.loads(line)
-                except ValueError:
-                    continue  # a line that was being written when the run was stopped
-                hits = np.unpackbits(np.frombuffer(base64.b64decode(found["hits"]), np.uint8))[: found["n"]]
-                self.cells[found["key"]] = Cell(hits.astype(bool), found["flops"])
-        self.begun, self.made = time.monotonic(), 0
-
-    def task(self, name: str) -> jp.Task:
-        """A task, read once."""
-        if name not in self.tasks:
-            self.tasks[name] = jp.load_task(name, data=self.data)
-        return self.tasks[name]
-
-    def rows_of(self, name: str, split: str) -> Any:
-        """The tokenised rows to test on: a draw that is always the same."""
-        if (name, split) not in self.encoded:
-            task = self.task(name)
-            rows = task.rows(split)
-            self.encoded[name, split] = encode(
-                self.model, draw(task, self.rows, 0, split=split) if self.rows < len(rows) else rows
-            )
-        return self.encoded[name, split]
-
-    def chance(self, name: str, split: str) -> float:
-        """The share of the most frequent label."""
-        labels = self.rows_of(name, split).labels
-        return float(np.bincount(labels).max() / len(labels))
-
-    def scores(self, task: str, criterion: Any, examples: int, seed: int) -> jp.Scores:
-        """Scores of a task, made once."""
-        settings = json.dumps([self.digest, task, describe(criterion), examples, seed], sort_keys=True)
-        name = hashlib.sha256(settings.encode()).hexdigest()[:24]
-        if name not in self.scored:
-            path = self.work / "scores" / f"{name}.safetensors"
-            path.parent.mkdir(exist_ok=True)
-            if not path.exists():
-                found = jp.score(
-                    self.model, self.params, self.task(task), criterion=criterion, examples=examples, key=seed
-                )
-                jp.save_scores(path, found)
-            self.scored[name] = jp.load_scores(path)
-        return self.scored[name]
-
-    def pooled(self, tasks: Sequence[str], method: Method, seed: int) -> dict[str, Any]:
-        """The mean of several tasks' scores, each divided by its total, so that every task weighs the same."""
-        total: dict[str, Any] = {}
-        for task in tasks:
-            own = self.scores(task, method.criterion, method.examples, seed).values
-            whole = sum(float(jnp.abs(value).sum()) for value in own.values())
-            total = {name: total.get(name, 0.0) + value / whole for name, value in own.items()}
-        return total
-
-    def cell(
-        self,
-        task: str,
-        split: str,
-        *,
-        method: Method | None = None,
-        scored_on: str | tuple[str, ...] | None = None,
-        budget: float = 1.0,
-        seed: int = 0,
-        head: str | None = None,
-    ) -> Cell:
-        """Which rows of a task a pruned model gets right; without a method, the dense one.
-
-        Args:
-            task: What to test on.
-            split: Its rows: dev for choices, test for figures.
-            method: How to prune.
-            scored_on: The task, or several to pool; by default the one that is tested.
-            budget: Fraction of the FLOPs.
-            seed: Of the draw of the calibration rows.
-            head: The task head; by default the task's own.
-        """
-        source = scored_on or task
-        what = None
-        if method is not None:
-            normalise = None if method.normalise is None else method.normalise.__name__
-            what = [describe(method.criterion), method.per_layer, normalise, method.examples, source, budget, seed]
-        key = json.dumps([self.digest, self.rows, task, split, head, what], sort_keys=True)
-        if key not in self.cells:
-            params, gates, means, kept = self.params, None, None, 1.0
-            if method is not None:
-                first = source if isinstance(source, str) else source[0]
-                scores = self.scores(first, method.criterion, method.examples, seed)
-                length = self.length(first)
-                values = scores if isinstance(source, str) else self.pooled(source, method, seed)
-                gates = jp.select(
-                    self.model,
-                    self.params,
-                    values,
-                    flops=budget,
-                    length=length,
-                    per_layer=method.per_layer,
-                    normalise=method.normalise,
-                )
-                small = jp.compact(self.model, self.params, gates, scores.means)
-                kept = jp.flops(self.model, small, length) / jp.flops(self.model, self.params, length)
-                means = scores.means
-                if method.per_layer:  # all methods share these widths: they are compiled once
-                    params, gates, means = small, None, None
-            encoded = self.rows_of(task, split)
-            head = fitting_head(self.model, self.task(task), head)
-            logits = predict(self.model, params, encoded, head=head, gates=gates, means=means, batch_size=64)
-            hits = logits.argmax(1) == encoded.labels
-            self.cells[key] = Cell(hits, kept)
-            with self.file.open("a") as stream:
-                packed = base64.b64encode(np.packbits(hits).tobytes()).decode()
-                stream.write(json.dumps({"key": key, "hits": packed, "n": len(hits), "flops": kept}) + "\n")
-            self.made += 1
-            if self.made % 20 == 0:
-                print(
-                    f"{self.made:,} models tested, {time.monotonic() - self.begun:.0f} s", file=sys.stderr, flush=True
-                )
-        return self.cells[key]
-
-    def length(self, task: str) -> float:
-        """Tokens per calibration row: one number for all methods, so that a budget means the same to each."""
-        return self.scores(task, DEFAULT.criterion, EXAMPLES, 0).header["mean_length"]
-
-    def cells_of(
-        self, method: Method, tasks: Iterable[str], split: str, budget: float, draws: int, **more: Any
-    ) -> dict[str, list[Cell]]:
-        """Cells by task, one per draw; one only where the draw changes nothing."""
-        reads = method.criterion.examples is not None or isinstance(method.criterion, jp.Random)
-        seeds = range(draws if reads else 1)
-        return {
-            task: [self.cell(task, split, method=method, budget=budget, seed=seed, **more) for seed in seeds]
-            for task in tasks
-        }
-
-    def dense(self, tasks: Iterable[str], split: str) -> dict[str, Cell]:
-        """The unpruned model."""
-        return {task: self.cell(task, split) for task in tasks}
-
-    def chances(self, tasks: Iterable[str], split: str) -> dict[str, float]:
-        """Chance by task."""
-        return {task: self.chance(task, split) for task in tasks}
-
-    @cached_property
-    def able(self) -> tuple[str, ...]:
-        """The tasks that the dense model does at least 10 points above chance, on dev: the others say nothing."""
-        dense, chance = self.dense(TASKS, "dev"), self.chances(TASKS, "dev")
-        return tuple(task for task in TASKS if dense[task].hits.mean() - chance[task] >= 0.1)
-
-
 def kept_sets(bench: Bench, task: str, criterion: Any, budget: float, seed: int = 0) -> np.ndarray:
     """Which units stay, as one array of booleans."""
-    scores = bench.scores(task, criterion, EXAMPLES_FOR_NODES, seed)
+    scores = bench.scores(task, criterion, EXAMPLES_FOR_CHOICES, seed)
     gates = jp.select(bench.model, bench.params, scores, flops=budget, length=bench.length(task))
     return np.concatenate([np.asarray(gate) > 0 for gate in gates.values()])
 
@@ -296,15 +111,15 @@ def nodes(bench: Bench) -> dict[str, Any]:
             pairs = [[kept_sets(bench, task, one, budget) for one in (criterion, reference)] for task in FACTOR_TASKS]
             overlap[str(budget)] = float(np.mean([(a & b).sum() / (a | b).sum() for a, b in pairs]))
         for task in FACTOR_TASKS:
-            own = bench.scores(task, criterion, EXAMPLES_FOR_NODES, 0).header["completeness"]
+            own = bench.scores(task, criterion, EXAMPLES_FOR_CHOICES, 0).header["completeness"]
             errors.append(own["relative"])
-        pair = [Method(one, examples=EXAMPLES_FOR_NODES) for one in (criterion, reference)]
+        pair = [Method(one, examples=EXAMPLES_FOR_CHOICES) for one in (criterion, reference)]
         found = compared(bench, *pair, FACTOR_TASKS, "dev", ENDPOINT, 1)
         rows.append({"nodes": count, "jaccard": overlap, "completeness": errors, "against_128": found})
     enough = [row["nodes"] for row in rows if min(row["jaccard"].values()) >= 0.98]
     return {
         "tasks": FACTOR_TASKS,
-        "examples": EXAMPLES_FOR_NODES,
+        "examples": EXAMPLES_FOR_CHOICES,
         "rows": rows,
         "enough": min(enough, default=None),
     }
@@ -334,12 +149,18 @@ def mean_retained(bench: Bench, method: Method, tasks: Sequence[str], split: str
 
 def factors(bench: Bench) -> dict[str, Any]:
     """One setting at a time round the default, on dev."""
-    rows = {}
-    for name, method in FACTORS.items():
+    rows, default = {}, replace(DEFAULT, examples=EXAMPLES_FOR_CHOICES)
+    for name, full in FACTORS.items():
+        method = replace(full, examples=EXAMPLES_FOR_CHOICES)
         own = {str(b): mean_retained(bench, method, FACTOR_TASKS, "dev", b, DRAWS_FOR_CHOICES) for b in FACTOR_BUDGETS}
-        against = compared(bench, method, DEFAULT, FACTOR_TASKS, "dev", ENDPOINT, DRAWS_FOR_CHOICES)
+        against = compared(bench, method, default, FACTOR_TASKS, "dev", ENDPOINT, DRAWS_FOR_CHOICES)
         rows[name] = {"retained": own, "mean": float(np.mean(list(own.values()))), "against_default": against}
-    return {"tasks": FACTOR_TASKS, "draws": DRAWS_FOR_CHOICES, "rows": rows}
+    return {
+        "tasks": FACTOR_TASKS,
+        "draws": DRAWS_FOR_CHOICES,
+        "examples": EXAMPLES_FOR_CHOICES,
+        "rows": rows,
+    }
 
 
 def main_part(bench: Bench) -> dict[str, Any]:
@@ -391,16 +212,16 @@ def labels(bench: Bench) -> dict[str, Any]:
 
 
 def few(bench: Bench) -> dict[str, Any]:
-    """Few labelled examples against all there are, up to 512; test, at the endpoint."""
+    """Few labelled examples against all there are, up to 256; test, at the endpoint."""
     dense, chance = bench.dense(bench.able, "test"), bench.chances(bench.able, "test")
-    sizes = {task: min(512, len(bench.task(task).rows("calibration"))) for task in bench.able}
+    sizes = {task: min(MOST_EXAMPLES, len(bench.task(task).rows("calibration"))) for task in bench.able}
     everything = {
         task: bench.cells_of(replace(DEFAULT, examples=count), [task], "test", ENDPOINT, 1)[task]
         for task, count in sizes.items()
     }
     rows: dict[str, Any] = {"all": summary(everything, dense, chance) | {"examples": sizes}}
     for count in (*FEW, EXAMPLES):
-        draws = MANY_DRAWS if count <= 32 else DRAWS
+        draws = DRAWS_OF_FEW if count <= 32 else DRAWS
         cells = bench.cells_of(replace(DEFAULT, examples=count), bench.able, "test", ENDPOINT, draws)
         loss = compare(everything, cells, dense, chance)
         rows[str(count)] = summary(cells, dense, chance) | {"all_minus_this": loss}
@@ -472,7 +293,7 @@ def main() -> None:
     chosen = arguments.only.split(",")
     if wrong := sorted(set(chosen) - set(PARTS)):
         parser.error(f"--only knows {', '.join(PARTS)}, not {', '.join(wrong)}")
-    bench = Bench(arguments.model, arguments.data, arguments.work, arguments.rows)
+    bench = Bench(arguments.model, arguments.data, arguments.work, arguments.rows, TASKS)
     found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     if found.get("model", bench.digest) != bench.digest or found.get("rows", bench.rows) != bench.rows:
         parser.error(f"{arguments.output} is of another model or number of rows: name another file")

@@ -31,9 +31,8 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,6 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from timing import PEERS, Part, Runs, Setting, agreement, in_turns, part, peer, precision, say, spread
 
 import jaxprune as jp
 from jaxprune.attribution import layer
@@ -54,8 +54,6 @@ from jaxprune.integration import gauss_legendre, quadrature
 from jaxprune.models import Model, TaskHead, family
 from jaxprune.objectives import signed
 
-AGREEMENT = 1e-4  # of the largest attribution, in float32
-PEERS = ("torch", "captum")
 VERSIONS = ("jaxprune", "jax", "jaxlib", "flax", "numpy", "transformers", *PEERS)
 BASE = {  # the sizes of BERT-base
     "model_type": "bert",
@@ -66,115 +64,6 @@ BASE = {  # the sizes of BERT-base
     "intermediate_size": 3_072,
     "max_position_embeddings": 512,
 }
-
-Runs = Mapping[str, Callable[[], Any]]
-Part = dict[str, Any]  # "seconds", "ratios" and "facts", by what they are of
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What is measured, and on what."""
-
-    model: Model
-    params: Params
-    head: str
-    folder: str  # the model's, or its name
-    batch: int = 16  # examples per batch
-    batches: int = 1  # of the joint path
-    length: int = 128  # tokens per example, no padding
-    nodes: int = 8
-    repeats: int = 5
-    compiled: bool = False  # whether PyTorch compiles its model
-
-    def rows(self, batch: int | None = None, length: int | None = None, seed: int = 0) -> dict[str, np.ndarray]:
-        """Random tokens and labels."""
-        shape = batch or self.batch, length or self.length
-        random = np.random.default_rng(seed)
-        labels = random.integers(0, len(self.model.head(self.head).labels), shape[0], dtype=np.int32)
-        tokens = random.integers(1, self.model.config.vocab, shape, dtype=np.int32)
-        return {"input_ids": tokens, "attention_mask": np.ones(shape, np.int32), "labels": labels}
-
-    def score(self, criterion: Any, batches: Sequence[Mapping[str, np.ndarray]] = ()) -> Callable[[], Any]:
-        """A function that calls a criterion on batches and keeps the sums over examples, as scoring does."""
-        given = [jax.device_put(dict(batch)) for batch in batches or [self.rows()]]
-
-        def run() -> Any:
-            total: Any = None
-            for batch in given:
-                found = criterion(self.model, self.params, batch, head=self.head, key=None, means=None).scores
-                sums = _sums(found)
-                total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-            return jax.block_until_ready(total)
-
-        return run
-
-
-@jax.jit
-def _sums(scores: Any) -> Any:
-    return jax.tree.map(lambda value: value.sum(0), scores)
-
-
-def in_turns(runs: Runs, repeats: int) -> dict[str, np.ndarray]:
-    """Seconds `[repeats]` of every run, in rounds in which each runs once; the first round is not counted."""
-    seconds = np.empty((repeats + 1, len(runs)))
-    for i in range(repeats + 1):
-        for j, (name, run) in enumerate(runs.items()):
-            begin = time.perf_counter()
-            run()
-            seconds[i, j] = time.perf_counter() - begin
-            say(f"  {name}: {seconds[i, j]:.3f} s{'' if i else ' (not counted)'}")
-    return dict(zip(runs, seconds[1:].T, strict=True))
-
-
-def spread(values: Any, **more: Any) -> dict[str, Any]:
-    """Median and quartiles."""
-    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return {"median": float(median), "quartiles": [float(low), float(high)], **more}
-
-
-def part(seconds: Mapping[str, np.ndarray], ratios: Mapping[str, Any], facts: Mapping[str, Any]) -> Part:
-    """The record of a part."""
-    return {
-        "seconds": {name: spread(values) for name, values in seconds.items()},
-        "ratios": dict(ratios),
-        "facts": dict(facts),
-    }
-
-
-def disagreement(found: Mapping[str, Any], expected: Sequence[Any]) -> float:
-    """The largest difference of attributions `[b, units]`, relative to the largest of PyTorch's."""
-    theirs = [np.asarray(value.cpu()) for value in expected]
-    pairs = zip(found.values(), theirs, strict=True)
-    return max(float(np.abs(np.asarray(a) - b).max()) for a, b in pairs) / max(float(np.abs(b).max()) for b in theirs)
-
-
-def agreement(setting: Setting, found: Mapping[str, Any], theirs: Mapping[str, Sequence[Any]]) -> dict[str, float]:
-    """How far the numbers are apart, by name of the other side.
-
-    Raises:
-        ValueError: If they differ by more than `AGREEMENT` in float32.
-    """
-    facts = {f"difference from {name}": disagreement(found, values) for name, values in theirs.items()}
-    if precision(setting) == "float32" and max(facts.values(), default=0.0) > AGREEMENT:
-        raise ValueError(f"the numbers do not agree to {AGREEMENT}, so their times are not comparable: {facts}.")
-    return facts
-
-
-def precision(setting: Setting) -> str:
-    """The type of the parameters."""
-    return str(jax.tree.leaves(setting.params)[0].dtype)
-
-
-def peer(setting: Setting) -> Any:
-    """The PyTorch side on the same weights; None if it is not installed or knows no such model."""
-    missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
-    if missing or setting.model.config.model_type != "bert":
-        why = f"{' and '.join(missing)} not installed" if missing else "it is made for BERT alone"
-        say(f"  PyTorch is left out: {why}. `make bench-reference` installs what is needed.")
-        return None
-    from gated_torch import Peer
-
-    return Peer(setting.model, setting.params, setting.head, setting.rows(), compiled=setting.compiled)
 
 
 def joint(setting: Setting) -> Part:
@@ -358,7 +247,7 @@ def limit(setting: Setting) -> Part:
     times = max(1, round(2e10 / (2 * tokens * embed * neurons)))  # long enough to be timed
     nodes = setting.nodes
     integrated = f"integrated gradients, {nodes} nodes"
-    passes = {"forward": 1, "gradient x activation": 2, integrated: 2 * nodes + 2}  # the objective at both ends
+    passes = {"forward": 1, "gradient x activation": 2, integrated: 2 * nodes + 1}  # the objective with all gates open
 
     def products() -> None:
         jax.block_until_ready([_product(x, kernel) for _ in range(times)][-1])
@@ -472,10 +361,6 @@ def show(parts: Mapping[str, Part]) -> None:
         for what, fact in found["facts"].items():
             table.add_row(name, what, f"{fact:.4g}" if isinstance(fact, float) else str(fact), "", "")
     Console().print(table)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def limit_threads(threads: int) -> None:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jaxprune.pictures import COLOURS
+from jaxprune.pictures import FORMATS, sweep_figure
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -310,37 +310,26 @@ def render(text: str) -> str:
     return MARK.sub(fill, text)
 
 
-def draw_curves(path: Path) -> None:
-    """Draws the primary metric over the budget, one line per criterion."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = record("accuracy")["curves"]["rows"]
-    ordered = [name for name, _ in _best_first(record("accuracy")["main"]["rows"])]
-    figure = Figure(figsize=(8, 4.8), dpi=120, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    marks = "osD^vP*Xh<"
-    for i, name in enumerate(ordered):
-        budgets = sorted(rows[name], key=float)
-        values = [100 * rows[name][b]["retained"] for b in budgets]
-        axes.plot(
-            [100 * float(b) for b in budgets],
-            values,
-            marker=marks[i],
-            color=COLOURS[i % len(COLOURS)],
-            linestyle="-" if name in OURS else "--",
-            linewidth=2 if name in OURS else 1.2,
-            markersize=5,
-            label=name,
-        )
-    axes.axhline(100, color="black", linewidth=0.8)
-    axes.set_xlabel("FLOPs that may stay, %")
-    axes.set_ylabel("accuracy above chance that is kept, %")
-    axes.invert_xaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="lower left")
-    figure.savefig(path)
+def draw_curves(path: Path, *, dark: bool = False) -> None:
+    """Draws the primary metric over the budget, one line per criterion, the best at the endpoint first."""
+    accuracy = record("accuracy")
+    rows = [
+        {
+            "task": f"mean of {len(accuracy['main']['tasks'])} tasks",
+            "metric": "accuracy above chance that is kept",
+            "n": sum(own["n"] for own in accuracy["main"]["tasks"].values()),
+            "criterion": name,
+            "flops": float(budget),
+            "flops_kept": found["flops"],
+            "value": found["retained"],
+            "dense": 1.0,
+            "chance": 0.0,
+            "seed": 0,
+        }
+        for name, _ in _best_first(accuracy["main"]["rows"])
+        for budget, found in accuracy["curves"]["rows"][name].items()
+    ]
+    sweep_figure(path, rows, split="test", dark=dark)
 
 
 def main() -> None:
@@ -348,8 +337,9 @@ def main() -> None:
     for page in PAGES:
         page.write_text(render(page.read_text()))
     if (RESULTS / "accuracy.json").exists() and "curves" in record("accuracy"):
-        draw_curves(RESULTS / "accuracy.png")
-        draw_curves(RESULTS / "accuracy.svg")
+        for ending in FORMATS:
+            draw_curves(RESULTS / f"accuracy.{ending}")
+            draw_curves(RESULTS / f"accuracy_dark.{ending}", dark=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,208 @@
+"""Models pruned in many ways and tested on many tasks, with every scoring run and every tested model kept on disk."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from evidence import Cell
+
+import jaxprune as jp
+from jaxprune.batches import encode
+from jaxprune.checkpoint import model_digest
+from jaxprune.evaluation import fitting_head, predict
+from jaxprune.scores import describe
+from jaxprune.tasks import draw
+
+EXAMPLES = 128  # calibration rows
+
+
+@dataclass(frozen=True)
+class Method:
+    """How units are chosen."""
+
+    criterion: Any
+    per_layer: bool = True
+    normalise: Callable[..., Any] | None = None
+    examples: int = EXAMPLES
+
+
+@dataclass
+class Bench:
+    """The model, its tasks, and what is kept of the work done."""
+
+    source: Path
+    data: Path
+    work: Path
+    rows: int
+    names: tuple[str, ...]  # of the tasks
+    tasks: dict[str, jp.Task] = field(default_factory=dict)
+    encoded: dict[tuple[str, str], Any] = field(default_factory=dict)
+    scored: dict[str, jp.Scores] = field(default_factory=dict)
+    lengths: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.model, self.params = jp.load(self.source)
+        self.digest = model_digest(self.model, self.params)
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.file = self.work / "cells.jsonl"
+        self.cells: dict[str, Cell] = {}
+        if self.file.exists():
+            for line in self.file.read_text().splitlines():
+                try:
+                    found = json.loads(line)
+                except ValueError:
+                    continue  # a line that was being written when the run was stopped
+                hits = np.unpackbits(np.frombuffer(base64.b64decode(found["hits"]), np.uint8))[: found["n"]]
+                self.cells[found["key"]] = Cell(hits.astype(bool), found["flops"])
+        self.begun, self.made = time.monotonic(), 0
+
+    def task(self, name: str) -> jp.Task:
+        """A task, read once."""
+        if name not in self.tasks:
+            self.tasks[name] = jp.load_task(name, data=self.data)
+        return self.tasks[name]
+
+    def rows_of(self, name: str, split: str) -> Any:
+        """The tokenised rows to test on: a draw that is always the same."""
+        if (name, split) not in self.encoded:
+            task = self.task(name)
+            rows = task.rows(split)
+            self.encoded[name, split] = encode(
+                self.model, draw(task, self.rows, 0, split=split) if self.rows < len(rows) else rows
+            )
+        return self.encoded[name, split]
+
+    def chance(self, name: str, split: str) -> float:
+        """The share of the most frequent label."""
+        labels = self.rows_of(name, split).labels
+        return float(np.bincount(labels).max() / len(labels))
+
+    def scores(self, task: str, criterion: Any, examples: int, seed: int) -> jp.Scores:
+        """Scores of a task, made once."""
+        settings = json.dumps([self.digest, task, describe(criterion), examples, seed], sort_keys=True)
+        name = hashlib.sha256(settings.encode()).hexdigest()[:24]
+        if name not in self.scored:
+            path = self.work / "scores" / f"{name}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            if not path.exists():
+                found = jp.score(
+                    self.model, self.params, self.task(task), criterion=criterion, examples=examples, key=seed
+                )
+                jp.save_scores(path, found)
+            self.scored[name] = jp.load_scores(path)
+        return self.scored[name]
+
+    def pooled(self, tasks: Sequence[str], method: Method, seed: int) -> dict[str, Any]:
+        """The mean of several tasks' scores, each divided by its total, so that every task weighs the same."""
+        total: dict[str, Any] = {}
+        for task in tasks:
+            own = self.scores(task, method.criterion, method.examples, seed).values
+            whole = sum(float(jnp.abs(value).sum()) for value in own.values())
+            total = {name: total.get(name, 0.0) + value / whole for name, value in own.items()}
+        return total
+
+    def cell(
+        self,
+        task: str,
+        split: str,
+        *,
+        method: Method | None = None,
+        scored_on: str | tuple[str, ...] | None = None,
+        budget: float = 1.0,
+        seed: int = 0,
+        head: str | None = None,
+    ) -> Cell:
+        """Which rows of a task a pruned model gets right; without a method, the dense one.
+
+        Args:
+            task: What to test on.
+            split: Its rows: dev for choices, test for figures.
+            method: How to prune.
+            scored_on: The task, or several to pool; by default the one that is tested.
+            budget: Fraction of the FLOPs.
+            seed: Of the draw of the calibration rows.
+            head: The task head; by default the task's own.
+        """
+        source = scored_on or task
+        what = None
+        if method is not None:
+            normalise = None if method.normalise is None else method.normalise.__name__
+            what = [describe(method.criterion), method.per_layer, normalise, method.examples, source, budget, seed]
+        key = json.dumps([self.digest, self.rows, task, split, head, what], sort_keys=True)
+        if key not in self.cells:
+            params, gates, means, kept = self.params, None, None, 1.0
+            if method is not None:
+                first = source if isinstance(source, str) else source[0]
+                scores = self.scores(first, method.criterion, method.examples, seed)
+                length = self.length(first)
+                values = scores if isinstance(source, str) else self.pooled(source, method, seed)
+                gates = jp.select(
+                    self.model,
+                    self.params,
+                    values,
+                    flops=budget,
+                    length=length,
+                    per_layer=method.per_layer,
+                    normalise=method.normalise,
+                )
+                small = jp.compact(self.model, self.params, gates, scores.means)
+                kept = jp.flops(self.model, small, length) / jp.flops(self.model, self.params, length)
+                means = scores.means
+                if method.per_layer:  # all methods share these widths: they are compiled once
+                    params, gates, means = small, None, None
+            encoded = self.rows_of(task, split)
+            head = fitting_head(self.model, self.task(task), head)
+            logits = predict(self.model, params, encoded, head=head, gates=gates, means=means, batch_size=64)
+            hits = logits.argmax(1) == encoded.labels
+            self.cells[key] = Cell(hits, kept)
+            with self.file.open("a") as stream:
+                packed = base64.b64encode(np.packbits(hits).tobytes()).decode()
+                stream.write(json.dumps({"key": key, "hits": packed, "n": len(hits), "flops": kept}) + "\n")
+            self.made += 1
+            if self.made % 20 == 0:
+                print(
+                    f"{self.made:,} models tested, {time.monotonic() - self.begun:.0f} s", file=sys.stderr, flush=True
+                )
+        return self.cells[key]
+
+    def length(self, task: str) -> float:
+        """Tokens per calibration row: one number for all methods, so that a budget means the same to each."""
+        if task not in self.lengths:
+            self.lengths[task] = encode(self.model, draw(self.task(task), EXAMPLES, 0)).mean_length
+        return self.lengths[task]
+
+    def cells_of(
+        self, method: Method, tasks: Iterable[str], split: str, budget: float, draws: int, **more: Any
+    ) -> dict[str, list[Cell]]:
+        """Cells by task, one per draw; one only where the draw changes nothing."""
+        reads = method.criterion.examples is not None or isinstance(method.criterion, jp.Random)
+        seeds = range(draws if reads else 1)
+        return {
+            task: [self.cell(task, split, method=method, budget=budget, seed=seed, **more) for seed in seeds]
+            for task in tasks
+        }
+
+    def dense(self, tasks: Iterable[str], split: str) -> dict[str, Cell]:
+        """The unpruned model."""
+        return {task: self.cell(task, split) for task in tasks}
+
+    def chances(self, tasks: Iterable[str], split: str) -> dict[str, float]:
+        """Chance by task."""
+        return {task: self.chance(task, split) for task in tasks}
+
+    @cached_property
+    def able(self) -> tuple[str, ...]:
+        """The tasks that the dense model does at least 10 points above chance, on dev: the others say nothing."""
+        dense, chance = self.dense(self.names, "dev"), self.chances(self.names, "dev")
+        return tuple(task for task in self.names if dense[task].hits.mean() - chance[task] >= 0.1)
