@@ -104,7 +104,7 @@ def sweep_model(
         tasks: What to prune for; every task is also what is tested.
         criteria: Criteria by their names in the results.
         output: Folder for the results. A sweep with the same settings that is there goes on.
-        selection: Which units stay; its budget is replaced.
+        selection: Which units stay; its budget is replaced. `TopLayers` always compares all layers together.
         budgets: Fractions of the FLOPs that may stay.
         seeds: How often the calibration rows are drawn.
         examples: Calibration rows to score with.
@@ -159,10 +159,11 @@ def sweep_model(
             file = output / SCORES / f"{stems[task.name]}.{name}.{seed}.safetensors"
             scores = score_once(model, params, task, how, file, scoring)
             length = scores.header["mean_length"] if selection.length is None else selection.length
+            per_layer = selection.per_layer and not isinstance(criteria[name], TopLayers)
             for one in (one for one in missing if (one.criterion, one.seed) == (name, seed)):
-                chosen = {**selection.arguments(), "flops": one.flops, "length": length}
+                chosen = {**selection.arguments(), "flops": one.flops, "length": length, "per_layer": per_layer}
                 gates = select(model, params, scores.values, **chosen)
-                if selection.per_layer:
+                if per_layer:
                     small, closed = compact(model, params, gates, scores.means), {}
                 else:
                     small, closed = params, {"gates": gates, "means": scores.means}

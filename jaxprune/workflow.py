@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.attribution import Criterion
+from jaxprune.baselines import TopLayers
 from jaxprune.batches import MAX_LENGTH
 from jaxprune.checkpoint import check_destination, load, model_digest, save
 from jaxprune.compaction import compact
@@ -159,6 +160,7 @@ def prune_model(
     check_folder(output, overwrite)
     kept = scored if isinstance(scored, Path) else output.with_name(f"{output.name}.scores.safetensors")
     scores = load_scores(scored) if isinstance(scored, Path) else None
+    _check_scope(scored if scores is None else scores, selection)
     model, params = load(source)
     try_selection(model, params, selection)
     task = None if data is None else data.load()
@@ -297,6 +299,15 @@ def finetune_model(
     save(output, done.model, done.params, overwrite=overwrite, dtype=dtype, extra=extra)
     state.unlink(missing_ok=True)
     return record
+
+
+def _check_scope(scored: Any, selection: Selection) -> None:
+    criterion = scored.header["criterion"] if isinstance(scored, Scores) else describe(scored.criterion)
+    if selection.per_layer and criterion["name"] == TopLayers.__name__:
+        raise ValueError(
+            "top-layers ranks layers, and all units within a layer alike: let all layers compete (--global in the "
+            "command line, per_layer=False in Python)."
+        )
 
 
 def costs(model: Model, params: Params, length: float) -> dict[str, Any]:

@@ -188,6 +188,19 @@ def test_means_of_closed_units_and_global_selection(place, tmp_path):
     assert row["value"] == found.primary[1]
 
 
+def test_top_layers_always_compares_all_layers(place, tmp_path):
+    options = ("--task", "mood", "--criterion", "top-layers", "--flops", 0.5, "--seeds", 1, *SMALL, "-o", tmp_path)
+    (row,) = record_of("sweep", place.model, "--data", place.data, *options)["rows"]
+    scores = load_scores(tmp_path / "scores" / "mood.top-layers.0.safetensors")
+    model, params = load(place.model)
+    gates = select(model, params, scores, flops=0.5, per_layer=False)
+    assert (
+        row["value"]
+        == evaluate(model, params, load_task("mood", data=place.data), gates=gates, limit=24, batch_size=8).primary[1]
+    )
+    assert {float(gate.sum()) for name, gate in gates.items() if name.startswith("1.")} == {0.0}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

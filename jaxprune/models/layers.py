@@ -241,11 +241,11 @@ def attend(
     if not scores and (dropout_key is None or rate == 0.0) and has_fused_attention(query, value):
         return fused_attention(query, key, value, mask, implementation="cudnn"), None
     scale = query.shape[-1] ** -0.5  # Vaswani et al. 2017, eq. 1
-    # Heads first, positions last: the layout that matrix products on a CPU are fastest with.
-    query, key, value = (query * scale).transpose(0, 2, 1, 3), key.transpose(0, 2, 3, 1), value.transpose(0, 2, 3, 1)
-    raw = jnp.einsum("bnth,bnhs->bnts", query, key, preferred_element_type=jnp.float32)
+    # Heads first, once: else a compiler lays each array out twice, for its product and for the backward pass.
+    query, key, value = jax.lax.optimization_barrier(tuple(x.transpose(0, 2, 1, 3) for x in (query, key, value)))
+    raw = scale * jnp.einsum("bnth,bnsh->bnts", query, key, preferred_element_type=jnp.float32)
     weights = dropout(masked_softmax(raw, mask).astype(value.dtype), rate, dropout_key)
-    mixed = jnp.einsum("bnts,bnhs->bnth", weights, value, preferred_element_type=jnp.float32).astype(value.dtype)
+    mixed = jnp.einsum("bnts,bnsh->bnth", weights, value, preferred_element_type=jnp.float32).astype(value.dtype)
     return mixed.transpose(0, 2, 1, 3), (raw if scores else None)
 
 
