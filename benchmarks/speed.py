@@ -43,7 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from timing import PEERS, Part, Runs, Setting, agreement, in_turns, part, peer, precision, say, spread
+from timing import PEERS, Part, Runs, Setting, agreement, in_turns, part, peer, precision, say, spread, wanted
 
 import jaxprune as jp
 from jaxprune.attribution import layer
@@ -84,8 +84,8 @@ def joint(setting: Setting) -> Part:
             runs[name] = partial(_each, run, setting.batches)
     seconds = in_turns(runs, setting.repeats)
     ratios = {
-        f"{name} / jaxprune": spread(seconds[name] / seconds["jaxprune"], target=target)
-        for name, target in (("autograd", 1.0), ("captum", 1.2))
+        f"{name} / jaxprune": spread(seconds[name] / seconds["jaxprune"], **target)
+        for name, target in (("autograd", {"target": 1.0}), ("captum", {}))
         if name in seconds
     }
     examples = setting.batch * setting.batches
@@ -355,9 +355,7 @@ def show(parts: Mapping[str, Part]) -> None:
     for name, found in parts.items():
         for what, ratio in found["ratios"].items():
             quartiles = " – ".join(f"{value:.3f}" for value in ratio.get("quartiles", ()))
-            known = {"target": "at least", "at_most": "at most", "flops_ratio": "FLOPs", "expected": "about"}
-            wanted = ", ".join(f"{word} {ratio[key]:.2f}" for key, word in known.items() if key in ratio)
-            table.add_row(name, what, f"{ratio['median']:.3f}", quartiles, wanted)
+            table.add_row(name, what, f"{ratio['median']:.3f}", quartiles, wanted(ratio))
         for what, fact in found["facts"].items():
             table.add_row(name, what, f"{fact:.4g}" if isinstance(fact, float) else str(fact), "", "")
     Console().print(table)

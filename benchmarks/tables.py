@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from timing import wanted
+
 from jaxprune.pictures import FORMATS, sweep_figure
 
 ROOT = Path(__file__).parents[1]
@@ -200,13 +202,25 @@ def matrix() -> str:
 
 
 def speed() -> str:
-    """What is measured beside PyTorch and captum."""
-    rows = [
-        [part, name, f"{own['median']:.2f} [{own['quartiles'][0]:.2f}, {own['quartiles'][1]:.2f}]"]
-        for part, found in record("speed")["parts"].items()
-        for name, own in found["ratios"].items()
-    ]
-    return table(["part", "ratio of times", "median of the rounds [quartiles]"], rows)
+    """What is measured beside PyTorch and captum, beside a dense model, and beside the device's limit."""
+    rows = []
+    for part, found in record("speed")["parts"].items():
+        for name, own in found["ratios"].items():
+            quartiles = " [{:.2f}, {:.2f}]".format(*own["quartiles"]) if "quartiles" in own else ""
+            rows.append([part, name, f"{own['median']:.2f}{quartiles}", wanted(own)])
+    return table(["part", "ratio", "median of the rounds [quartiles]", "expected"], rows)
+
+
+def speed_setting() -> str:
+    """What was timed, and on what."""
+    found = record("speed")
+    used, versions = found["settings"], found["versions"]
+    return (
+        f"{used['folder']} model, {used['batch']} examples of {used['length']} tokens, {used['nodes']} nodes, float32, "
+        f"{found['threads']} threads; {used['repeats']} rounds; {found['device']}, {found['machine']}, "
+        + ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch", "captum"))
+        + f", commit {found['commit'][:10]}.\n"
+    )
 
 
 def faults() -> str:
@@ -326,6 +340,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "unseen": unseen,
     "matrix": matrix,
     "speed": speed,
+    "speed-setting": speed_setting,
 }
 
 

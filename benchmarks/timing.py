@@ -84,6 +84,12 @@ def spread(values: Any, **more: Any) -> dict[str, Any]:
     return {"median": float(median), "quartiles": [float(low), float(high)], **more}
 
 
+def wanted(ratio: Mapping[str, Any]) -> str:
+    """What a ratio should be, in words."""
+    known = {"target": "at least", "at_most": "at most", "flops_ratio": "FLOPs", "expected": "about"}
+    return ", ".join(f"{word} {ratio[key]:.2f}" for key, word in known.items() if key in ratio)
+
+
 def part(seconds: Mapping[str, np.ndarray], ratios: Mapping[str, Any], facts: Mapping[str, Any]) -> Part:
     """The record of a part."""
     return {
