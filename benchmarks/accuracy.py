@@ -39,7 +39,6 @@ EXAMPLES_FOR_CHOICES = 64  # the 128 nodes of the reference are dear
 DRAWS = 5
 DRAWS_FOR_CHOICES = 2
 MANY_DRAWS = 20  # of chance
-DRAWS_OF_FEW = 10  # of 8 and of 32 examples
 MOST_EXAMPLES = 256
 ROWS = 300  # of dev and of test, at most
 FEW = (8, 32)
@@ -221,8 +220,7 @@ def few(bench: Bench) -> dict[str, Any]:
     }
     rows: dict[str, Any] = {"all": summary(everything, dense, chance) | {"examples": sizes}}
     for count in (*FEW, EXAMPLES):
-        draws = DRAWS_OF_FEW if count <= 32 else DRAWS
-        cells = bench.cells_of(replace(DEFAULT, examples=count), bench.able, "test", ENDPOINT, draws)
+        cells = bench.cells_of(replace(DEFAULT, examples=count), bench.able, "test", ENDPOINT, DRAWS)
         loss = compare(everything, cells, dense, chance)
         rows[str(count)] = summary(cells, dense, chance) | {"all_minus_this": loss}
     return {"rows": rows}

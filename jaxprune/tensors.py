@@ -154,6 +154,10 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, str]]:
         raise ValueError(f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
+    try:
+        json.dumps(header, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"its header holds half of a character ({error})") from error
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are not strings")

@@ -17,6 +17,7 @@ from faults import record
 from mutations import cases
 
 from jaxprune.checkpoint import load
+from jaxprune.tensors import TensorFile
 
 SEED = 20260102
 CASES = {"models": 2000, "scores": 300}
@@ -64,6 +65,15 @@ def test_damaged_files_never_crash_hang_fill_the_memory_or_give_wrong_values(tmp
 
 
 # Holes that were found
+
+
+def test_half_a_character_in_a_header_is_refused(tmp_path):
+    header = b'{"a\\ud83d": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    header += b" " * (-len(header) % 8)
+    file = tmp_path / "half.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ValueError, match="its header holds half of a character"):
+        TensorFile(file)
 
 
 @pytest.mark.parametrize("layers", [3, 2**31 - 1])
