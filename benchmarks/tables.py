@@ -222,8 +222,8 @@ def speed_setting() -> str:
     found = record("speed")
     used, versions = found["settings"], found["versions"]
     return (
-        f"Folder {used['folder']}, {used['batch']} examples of {used['length']} tokens, {used['nodes']} nodes, float32, "
-        f"{found['threads']} threads; {used['repeats']} rounds; {found['device']}, {found['machine']}, "
+        f"Folder {used['folder']}, {used['batch']} examples of {used['length']} tokens, {used['nodes']} nodes, "
+        f"float32, {found['threads']} threads; {used['repeats']} rounds; {found['device']}, {found['machine']}, "
         + ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch", "captum"))
         + f", commit {found['commit'][:10]}.\n"
     )
@@ -328,7 +328,7 @@ def _speed_row() -> list[str]:
     by_layer, joint, memory = (parts[name]["ratios"] for name in ("layer", "joint", "memory"))
     return [
         "integrated gradients beside PyTorch, the same numbers, one CPU",
-        f"{by_layer['captum / jaxprune']['median']:.2f} x as fast as captum one module at a time; all gates on one path "
+        f"{by_layer['captum / jaxprune']['median']:.2f} x as fast as captum one module at a time; all gates at once "
         f"{joint['autograd / jaxprune']['median']:.2f} x as fast as a gradient written by hand (aim: 1, missed); "
         f"{memory['integrated / gradient']['median']:.2f} x the memory of one gradient",
         "`make bench-reference`",
