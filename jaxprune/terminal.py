@@ -8,7 +8,9 @@ import inspect
 import json
 import os
 import platform
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +44,7 @@ class Bars:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
         from rich.progress import TimeRemainingColumn as Remaining
 
+        self.interrupted = False  # by Ctrl-C
         self._console = plain_console(stderr=True)
         self._shown = self._console.is_terminal
         columns = (
@@ -81,7 +84,9 @@ class Bar:
         self._task = bars._progress.add_task(self._label, total=None, note="")
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Shows how far the stage is."""
+        """Shows how far the stage is; stops if Ctrl-C was pressed and what ran then swallowed it."""
+        if self._bars.interrupted:
+            raise KeyboardInterrupt
         self._bars._progress.update(self._task, completed=done, total=total, note=visible(note))
         now = time.monotonic()
         self._first = done if self._first is None else self._first
@@ -99,9 +104,27 @@ def working() -> Iterator[Bars]:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     keep_compiled_programs()
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), Bars() as bars:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), Bars() as bars, _listening(bars):
         warnings.simplefilter("ignore")
         yield bars
+
+
+@contextlib.contextmanager
+def _listening(bars: Bars) -> Iterator[None]:
+    """Remembers Ctrl-C: an exception that is raised within a library's callback may never come out of it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        bars.interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def keep_compiled_programs() -> None:

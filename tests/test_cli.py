@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -276,6 +277,19 @@ def test_a_scoring_run_that_was_interrupted_and_killed_ends_with_the_same_bits(p
     assert run(*arguments[:-1], whole).exit_code == 0
     assert out.read_bytes() == whole.read_bytes()
     assert not part.exists()
+
+
+def test_ctrl_c_is_not_lost_in_a_callback_that_swallows_it():
+    from jaxprune.terminal import working
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), working() as bars:
+        bar = bars.open("work")
+        bar(0, 2)
+        with contextlib.suppress(KeyboardInterrupt):  # as a library's callback may
+            signal.raise_signal(signal.SIGINT)
+        bar(1, 2)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_prune_does_not_score_twice(place, tmp_path):
