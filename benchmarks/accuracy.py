@@ -164,12 +164,13 @@ def factors(bench: Bench) -> dict[str, Any]:
     }
 
 
-def main_part(bench: Bench, budget: float = ENDPOINT) -> dict[str, Any]:
-    """All criteria at one budget, on test."""
+def main_part(bench: Bench, budget: float = ENDPOINT, names: Sequence[str] = tuple(METHODS)) -> dict[str, Any]:
+    """Criteria at one budget, on test."""
     dense, chance = bench.dense(bench.able, "test"), bench.chances(bench.able, "test")
-    draws = {name: MANY_DRAWS if name == "random" else DRAWS for name in METHODS}
-    cells = {name: bench.cells_of(own, bench.able, "test", budget, draws[name]) for name, own in METHODS.items()}
-    pairs = [(one, other) for one in ATTRIBUTION for other in METHODS if other not in ATTRIBUTION] + [ATTRIBUTION]
+    methods = {name: METHODS[name] for name in names}
+    draws = {name: MANY_DRAWS if name == "random" else DRAWS for name in methods}
+    cells = {name: bench.cells_of(own, bench.able, "test", budget, draws[name]) for name, own in methods.items()}
+    pairs = [(one, other) for one in ATTRIBUTION for other in methods if other not in ATTRIBUTION] + [ATTRIBUTION]
     tasks = {
         task: {"dense": float(dense[task].hits.mean()), "chance": chance[task], "n": len(dense[task].hits)}
         for task in bench.able
@@ -303,7 +304,7 @@ def main() -> None:
         "main": main_part,
         "labels": labels,
         "matrix": matrix,
-        "tight": lambda bench: main_part(bench, TIGHT),
+        "tight": lambda bench: main_part(bench, TIGHT, (*ATTRIBUTION, "Wanda", "Taylor")),
         "factors": factors,
         "curves": curves,
         "unseen": unseen,
