@@ -114,8 +114,8 @@ def nodes(bench: Bench) -> dict[str, Any]:
         for task in FACTOR_TASKS:
             own = bench.scores(task, criterion, EXAMPLES_FOR_CHOICES, 0).header["completeness"]
             errors.append(own["relative"])
-        pair = [Method(one, examples=EXAMPLES_FOR_CHOICES) for one in (criterion, reference)]
-        found = compared(bench, *pair, FACTOR_TASKS, "dev", ENDPOINT, 1)
+        own, most = (Method(one, examples=EXAMPLES_FOR_CHOICES) for one in (criterion, reference))
+        found = compared(bench, own, most, FACTOR_TASKS, "dev", ENDPOINT, 1)
         rows.append({"nodes": count, "jaccard": overlap, "completeness": errors, "against_128": found})
     enough = [row["nodes"] for row in rows if min(row["jaccard"].values()) >= 0.98]
     return {
