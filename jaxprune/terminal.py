@@ -112,15 +112,16 @@ def working() -> Iterator[Bars]:
 @contextlib.contextmanager
 def _listening(bars: Bars) -> Iterator[None]:
     """Remembers Ctrl-C: an exception that is raised within a library's callback may never come out of it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+        yield  # another thread, a background job that ignores it, or a program with a handler of its own
         return
 
     def stop(*_: Any) -> None:
         bars.interrupted = True
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
