@@ -67,6 +67,10 @@ class Bench:
                 self.cells[found["key"]] = Cell(hits.astype(bool), found["flops"])
         self.begun, self.made = time.monotonic(), 0
 
+    def with_rows(self, rows: int) -> Bench:
+        """The same with another number of rows to test on."""
+        return self if rows == self.rows else Bench(self.source, self.data, self.work, rows, self.names)
+
     def task(self, name: str) -> jp.Task:
         """A task, read once."""
         if name not in self.tasks:

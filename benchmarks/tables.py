@@ -245,10 +245,16 @@ def setting() -> str:
     """How the accuracy figures were made."""
     found = record("accuracy")
     used, out = found["main"]["tasks"], found["main"]["left_out_on_dev"]
+    by_rows: dict[int, list[str]] = {}
+    for name, own in found.items():
+        if isinstance(own, dict) and "at_most_rows" in own:
+            by_rows.setdefault(own["at_most_rows"], []).append(name)
     text = (
-        f"{len(used)} tasks, {found['models']} fine-tuned model, at most {found['rows']} rows of each split, "
-        f"{found['examples']} calibration examples, {found['draws']} draws of them; {found['device']}, "
-        f"jax {found['versions']['jax']}, commit {found['commit'][:10]}.\n"
+        f"{len(used)} tasks, {found['models']} fine-tuned model, {found['examples']} calibration examples, "
+        f"{found['draws']} draws of them; {found['device']}, jax {found['versions']['jax']}. "
+        "Rows of each split, at most: "
+        + "; ".join(f"{', '.join(parts)} {rows}" for rows, parts in by_rows.items())
+        + ".\n"
     )
     for name, own in out.items():
         text += (
