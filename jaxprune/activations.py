@@ -15,7 +15,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxprune.gates import Gates, Params
-from jaxprune.models import Model, embed_compiled, model_inputs
+from jaxprune.models import (
+    INPUTS,
+    Mask,
+    Model,
+    State,
+    embed_compiled,
+    mask_of,
+    model_inputs,
+    model_layers,
+    own_mask,
+)
 
 # (values [b, t, units(, head_dim)] float32, mask [b, t]) -> [b, units] or [b, units, head_dim]
 Statistic: TypeAlias = Callable[[Array, Array], Array]
@@ -53,20 +63,21 @@ def site_statistics(model: Model, params: Params, batch: Mapping[str, Any], stat
         Site name to what `statistic` returns.
     """
     inputs = model_inputs(model, params, batch)
-    hidden = embed_compiled(model, params["embeddings"], inputs, None)
-    found = {}
-    for layer, own in params["layers"].items():
-        hidden, values = _block_statistics(model, statistic, own, hidden, inputs["attention_mask"])
-        found |= {f"{layer}.{name}": value for name, value in values.items()}
+    state, found = None, {}
+    for layer in model_layers(model, params):
+        if layer.entry is not None:
+            state = embed_compiled(model, layer.stack, layer.entry, inputs, state, None)
+        state, values = _block_statistics(model, statistic, layer.params, state, mask_of(layer, inputs))
+        found |= {f"{layer.name}.{name}": value for name, value in values.items()}
     return found
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _block_statistics(
-    model: Model, statistic: Statistic, params: Params, hidden: Array, mask: Array
-) -> tuple[Array, dict[str, Array]]:
-    hidden, sites = model.block(params, hidden, mask)
-    return hidden, {name: statistic(values.astype(jnp.float32), mask) for name, values in sites.items()}
+    model: Model, statistic: Statistic, params: Params, state: State, mask: Mask
+) -> tuple[State, dict[str, Array]]:
+    state, sites = model.block(params, state, mask)
+    return state, {name: statistic(values.astype(jnp.float32), own_mask(mask)) for name, values in sites.items()}
 
 
 def zero(model: Model, params: Params, batches: Iterable[Mapping[str, Any]]) -> Gates:
@@ -84,14 +95,19 @@ def calibration_means(model: Model, params: Params, batches: Iterable[Mapping[st
         ValueError: If the batches hold no token.
     """
     sums: dict[str, Array] = {}
-    tokens: list[Array] = []
+    tokens: list[dict[str, Array]] = []
     for batch in batches:
+        batch = model_inputs(model, params, batch)
         sums = _add_rows(sums, site_statistics(model, params, batch, token_sum))
-        tokens.append(batch["attention_mask"].sum())
-    count = sum(map(int, tokens))
-    if not count:
+        tokens.append({name: batch[name].sum() for name in INPUTS if name.endswith("attention_mask") and name in batch})
+    counts = {name: sum(int(own[name]) for own in tokens) for name in (tokens[0] if tokens else {})}
+    if not counts or not all(counts.values()):
         raise ValueError("the batches hold no token: there is nothing to take means of.")
-    return {name: value / count for name, value in sums.items()}
+    decoded = counts.get("decoder_attention_mask", 0)
+    return {
+        name: value / (decoded if name.startswith("decoder.") else counts["attention_mask"])
+        for name, value in sums.items()
+    }
 
 
 @jax.jit

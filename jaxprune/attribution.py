@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from jaxprune.activations import Closed, zero
 from jaxprune.gates import UNITS, Gates, Params, Site, open_gates, sites, without
 from jaxprune.integration import Completeness, Rule, gauss_legendre, quadrature
-from jaxprune.models import Model, block_compiled, embed_compiled, model_inputs
+from jaxprune.models import Model, block_compiled, embed_compiled, mask_of, model_inputs, model_layers
 from jaxprune.models.backward import Prefix, Pull, forward
 from jaxprune.models.layers import TokenReduction, sum_tokens
 from jaxprune.objectives import (
@@ -221,11 +221,11 @@ class IntegratedGradients:
             if self.start == 0.0 and not means:  # nothing of the path is left: a model without its units is cheaper
                 logits = forward(model, without(model.axes, params, path), batch, head=chosen.name, prefix=prefix)[0]
             else:
-                logits = run(batch, _scale(end, np.array([self.start], np.float32), prefix.hidden), prefix=prefix)[0]
+                logits = run(batch, _scale(end, np.array([self.start], np.float32), batch["input_ids"]), prefix=prefix)[0]
             starts = [value_and_cotangent(objective, logits, target)[0] for target in targets]
             tiled, hidden, aims = repeat_rows((batch, prefix.hidden, targets), groups[0][0].size)
             for points, shares in groups:
-                logits, pull = run(tiled, _scale(end, points, prefix.hidden), prefix=Prefix(hidden, prefix.layer))
+                logits, pull = run(tiled, _scale(end, points, batch["input_ids"]), prefix=Prefix(hidden, prefix.layer))
                 for i, aim in enumerate(aims):
                     totals[i] = _add(totals[i], _slope(pull, objective, logits, aim), shares)
                 del logits, pull  # before the next node needs the memory
@@ -263,8 +263,9 @@ def _sites(model: Model, params: Params, kinds: tuple[str, ...]) -> tuple[Site, 
     return tuple(site for site in sites(model.axes, params) if site.kind in kinds)
 
 
-def _lowest(path: Sequence[Site]) -> int:
-    return min(site.layer for site in path)
+def _lowest(path: Sequence[Site]) -> str:
+    """The name of the layer that runs first."""
+    return min(path, key=lambda site: (site.stack == "decoder", site.layer)).layer_name
 
 
 def _open_rows(model: Model, params: Params, batch: Mapping[str, Any], kinds: tuple[str, ...]) -> tuple[Gates, Gates]:
@@ -274,16 +275,18 @@ def _open_rows(model: Model, params: Params, batch: Mapping[str, Any], kinds: tu
     return ones, _scale(ones, np.ones(1, np.float32), jnp.asarray(batch["input_ids"]))
 
 
-def open_prefixes(model: Model, params: Params, batch: dict[str, Array], layers: set[int]) -> dict[int, Prefix]:
+def open_prefixes(model: Model, params: Params, batch: dict[str, Array], layers: set[str]) -> dict[str, Prefix]:
     """The inputs of these layers, all gates open."""
-    hidden = embed_compiled(model, params["embeddings"], batch, None)
+    state: Any = None
     found = {}
-    for i, own in params["layers"].items():
-        if i in layers:
-            found[i] = Prefix(hidden, i)
+    for place, layer in enumerate(model_layers(model, params)):
+        if layer.entry is not None:
+            state = embed_compiled(model, layer.stack, layer.entry, batch, state, None)
+        if layer.name in layers:
+            found[layer.name] = Prefix(state, place)
         if len(found) == len(layers):
             break
-        hidden, _ = block_compiled(model, own, hidden, batch["attention_mask"], {}, {}, None)
+        state, _ = block_compiled(model, layer.params, state, mask_of(layer, batch), {}, {}, None)
     return found
 
 

@@ -28,7 +28,15 @@ from jaxprune.attribution import (
 )
 from jaxprune.cost import elements, unit_costs
 from jaxprune.gates import Gates, Params, axes_of, flatten, reads, sites, subtree, widths
-from jaxprune.models import Model, block_compiled, layer_entries, model_inputs
+from jaxprune.models import (
+    Model,
+    block_compiled,
+    embed_compiled,
+    layer_entries,
+    mask_of,
+    model_inputs,
+    model_layers,
+)
 from jaxprune.models.backward import Prefix, forward
 from jaxprune.models.layers import TokenReduction, sum_tokens
 from jaxprune.objectives import (
@@ -101,7 +109,8 @@ class TopLayers:
         units, costs = widths(model.axes, params), unit_costs(model, params, elements)
         found = {}
         for site in sites(model.axes, params):
-            score = 4.0 ** (len(params["layers"]) - site.layer) * costs[site.name]
+            above = next(stack.layers for stack in model.stacks if stack.name in (site.stack, "")) - site.layer
+            score = 4.0**above * costs[site.name]
             found[site.name] = jnp.full((1, units[site.name]), score, jnp.float32)
         return Measured(found, {})
 
@@ -216,17 +225,18 @@ class LeaveOneOut:
         targets, weights = find_targets(self.labels, logits, *given, key_or_default(key))
         ends = [value_and_cotangent(objective, logits, target)[0] for target in targets]
         places = [site for site in sites(model.axes, params) if site.kind == "heads"]
-        prefixes = open_prefixes(model, params, batch, {site.layer for site in places})
+        prefixes = open_prefixes(model, params, batch, {site.layer_name for site in places})
         units = widths(model.axes, params)
         found: list[Gates] = [{} for _ in targets]
         for site in places:
             heads = units[site.name]
             together = max(1, min(self.chunk, heads))
-            rows, hidden, aims = repeat_rows((batch, prefixes[site.layer].hidden, targets), together)
+            prefix = prefixes[site.layer_name]
+            rows, hidden, aims = repeat_rows((batch, prefix.hidden, targets), together)
             lost: list[list[Array]] = [[] for _ in targets]
             for first in range(0, heads, together):
                 gates = {site.name: _all_but(heads, together, np.int32(first), batch["input_ids"])}
-                logits = _finish(model, params, rows, Prefix(hidden, site.layer), gates, means, chosen.name)
+                logits = _finish(model, params, rows, Prefix(hidden, prefix.layer), gates, means, chosen.name)
                 for i, aim in enumerate(aims):
                     lost[i].append(_lost(ends[i], value_and_cotangent(objective, logits, aim)[0]))
             for i, parts in enumerate(lost):
@@ -245,12 +255,13 @@ def _finish(
     head: str,
 ) -> Float[Array, "b l"]:
     """The logits, from a prefix on, without keeping anything for a backward pass."""
-    hidden = prefix.hidden
-    layers = list(params["layers"])
-    for i in layers[prefix.layer :]:
-        own, own_means = layer_entries(gates, i), layer_entries(means, i)
-        hidden, _ = block_compiled(model, params["layers"][i], hidden, batch["attention_mask"], own, own_means, None)
-    return forward(model, params, batch, head=head, prefix=Prefix(hidden, len(layers)))[0]
+    state, layers = prefix.hidden, model_layers(model, params)
+    for place, layer in enumerate(layers[prefix.layer :], prefix.layer):
+        if layer.entry is not None and place > prefix.layer:
+            state = embed_compiled(model, layer.stack, layer.entry, batch, state, None)
+        own, own_means = layer_entries(gates, layer.name), layer_entries(means, layer.name)
+        state, _ = block_compiled(model, layer.params, state, mask_of(layer, batch), own, own_means, None)
+    return forward(model, params, batch, head=head, prefix=Prefix(state, len(layers)))[0]
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -35,6 +35,11 @@ class Site(NamedTuple):
     layer: int  # index of the layer within its stack
     stack: str  # "" in an encoder-only or decoder-only model, else "encoder" or "decoder"
 
+    @property
+    def layer_name(self) -> str:
+        """What the names of all sites of its layer begin with: "3" or "decoder.3"."""
+        return f"{self.stack}.{self.layer}" if self.stack else str(self.layer)
+
 
 def flatten(params: Mapping[Any, Any]) -> dict[Path, Any]:
     """Lists the leaves of a nested dict by path, sorted; integers sort as numbers."""

@@ -11,7 +11,7 @@ import pytest
 from tiny import MODEL_TYPES, lively, random_gates, tiny_batch, tiny_config, tiny_model
 
 from jaxprune.compaction import compact
-from jaxprune.gates import Gates, Params, open_gates, widths
+from jaxprune.gates import Gates, Params, open_gates, subtree, widths
 from jaxprune.models import Model, TaskHead, family
 from jaxprune.models.backward import Prefix, forward
 from jaxprune.models.layers import TokenReduction, absolute_tokens, max_tokens, squared_tokens, sum_tokens
@@ -77,9 +77,11 @@ def test_what_a_forward_pass_keeps_shares_the_weights(weights: bool):
     _, pull = forward(
         model, params, tiny_batch(model, ROWS, LENGTH), per_example(open_gates(model, params)), weights=weights
     )
-    for layer, pullback in pull.blocks:
-        kept = {id(leaf) for leaf in jax.tree.leaves(pullback)}
-        module = params["layers"][layer]
+    layers = [step for step in pull.steps if step.layer is not None]
+    assert [step.layer for step in layers] == ["0", "1"]
+    for step in layers:
+        kept = {id(leaf) for leaf in jax.tree.leaves(step.pullback)}
+        module = subtree(params, step.places)
         kernels = [module["ffn"][name]["kernel"] for name in ("up", "down")]
         kernels += [module["attention"]["out"]["kernel"]]
         assert all(id(kernel) in kept for kernel in kernels)
@@ -104,7 +106,7 @@ def test_only_named_gates_are_differentiated(names: tuple[str, ...]):
     some = {name: gate for name, gate in random_gates(model, params, fractional=True).items() if name in names}
     expected = jax.jit(jax.grad(lambda g: weighted(model, params, batch, g, toward)))(some)
     _, pull = forward(model, params, batch, some)
-    assert len(pull.blocks) == (2 if names else 0)  # layers below the lowest gate are not differentiated
+    assert len(pull.steps) == (3 if names else 1)  # layers below the lowest gate are not differentiated
     assert_same(pull(toward)[0], expected)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxprune.gates import AxisTable, Gates, Params, check_gates, check_means, subtree
+from jaxprune.gates import Path as ParamPath
 from jaxprune.models.layers import TokenReduction, sum_tokens
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what a model reads from a batch; other keys are ignored
+# What a model reads from a batch, as Hugging Face calls it; other keys are ignored.
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +39,61 @@ class TaskHead:
     dense: str | None = None  # activation of the layer before the output; None: there is none
 
 
-class Output(NamedTuple):
-    """What `Model.apply` returns; parts that were not asked for are None."""
+# The task head of a text-to-text model: the next token, one logit per entry of the vocabulary.
+LANGUAGE = TaskHead(name="language", labels=())
 
-    logits: Float[Array, "b l"] | None  # None if the model has no task head
-    hidden: tuple[Float[Array, "b t d"], ...] | None = None  # the embedding output, then every layer's output
+
+class Stack(NamedTuple):
+    """Layers that run one after the other: an encoder or a decoder."""
+
+    name: str  # "" in a model with one stack, else "encoder" or "decoder"
+    layers: int
+    path: ParamPath  # of its layers in the parameters
+
+
+class Decoding(NamedTuple):
+    """The state of a decoder: what its layers pass on, and what they all read."""
+
+    hidden: Float[Array, "b t d"]
+    memory: Float[Array, "b s d"]  # the encoder's output
+
+
+class Masks(NamedTuple):
+    """Where a decoder's tokens are, and the encoder's."""
+
+    own: Bool[Array, "b t"]
+    memory: Bool[Array, "b s"]
+
+
+Places: TypeAlias = ParamPath | Mapping[str, ParamPath]  # a subtree of the parameters, or several by local name
+State: TypeAlias = Array | Decoding  # an encoder's hidden states [b, t, d], or a decoder's
+Mask: TypeAlias = Array | Masks  # an encoder's [b, t], or a decoder's
+
+
+def part(params: Params, places: Places) -> Params:
+    """The parameters at some places, for a program that reads nothing else."""
+    if isinstance(places, tuple):
+        return subtree(params, places)
+    return {name: subtree(params, path) for name, path in places.items()}
+
+
+def own_mask(mask: Mask) -> Bool[Array, "b t"]:
+    """Where the tokens are that a layer computes."""
+    return mask.own if isinstance(mask, Masks) else mask
+
+
+def hidden_of(state: State) -> Float[Array, "b t d"]:
+    """The hidden states that a layer passes on."""
+    return state.hidden if isinstance(state, Decoding) else state
+
+
+class Output(NamedTuple):
+    """What `Model.apply` returns; parts that were not asked for are None. An encoder's entries come before a decoder's."""
+
+    logits: Float[Array, "b l"] | Float[Array, "b t v"] | None  # None if the model has no task head
+    hidden: tuple[Float[Array, "b t d"], ...] | None = None  # of each stack: its embedding output, every layer's output
     sites: dict[str, Array] | None = None  # gated values: heads [b, t, units, head_dim], neurons [b, t, units]
-    scores: tuple[Float[Array, "b n t s"], ...] | None = None  # scaled attention scores before mask and softmax
+    scores: tuple[Float[Array, "b n t s"], ...] | None = None  # attention scores before mask and softmax
 
 
 @lru_cache
@@ -89,6 +139,16 @@ class Model:
         return tuple(head.name for head in self.config.task_heads)
 
     @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The stacks of layers, in the order in which they run."""
+        return self._family.stacks(self.config)
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the model answers in text, token by token, and has no task heads."""
+        return len(self.stacks) > 1
+
+    @property
     def max_length(self) -> int:
         """The most tokens an example may have."""
         return self.config.max_length
@@ -107,11 +167,13 @@ class Model:
         return _tokenizer(self.source, _versions(self.source))
 
     def head(self, name: str | None = None) -> TaskHead:
-        """The task head of this name; None is the only one.
+        """The task head of this name; None is the only one. A text-to-text model has one, `LANGUAGE`, and no other.
 
         Raises:
             ValueError: If there is no such head, or no name was given and there are several; it lists them.
         """
+        if self.writes_text and name in (None, LANGUAGE.name):
+            return LANGUAGE
         if name is None and len(self.heads) == 1:
             return self.config.task_heads[0]
         for head in self.config.task_heads:
@@ -138,26 +200,46 @@ class Model:
         """Random float32 parameters of one task head."""
         return self._family.initialise_head(self.config, self.head(name), key)
 
-    def embed(self, params: Params, batch: Mapping[str, Array], *, key: Array | None = None) -> Float[Array, "b t d"]:
-        """The embedding output. `params` is the `embeddings` part; `key` switches dropout on."""
-        return self._family.embed(self.config, params, batch, key)
+    def embed(
+        self,
+        params: Params,
+        batch: Mapping[str, Array],
+        *,
+        stack: str = "",
+        before: State | None = None,
+        key: Array | None = None,
+    ) -> State:
+        """What the first layer of a stack reads.
+
+        Args:
+            params: What is at `embed_places`; in a model with one stack the `embeddings` part.
+            batch: The inputs.
+            stack: The stack.
+            before: What the stack before it has returned.
+            key: Switches dropout on.
+        """
+        return self._family.embed(self.config, params, batch, stack, before, key)
+
+    def embed_places(self, stack: str = "") -> Places:
+        """Where the parameters are that `embed` reads; `part` takes them out."""
+        return self._family.embed_places(self.config, stack)
 
     def block(
         self,
         params: Params,
-        hidden: Float[Array, "b t d"],
-        mask: Bool[Array, "b t"],
+        hidden: State,
+        mask: Mask,
         gates: Gates | None = None,
         *,
         means: Gates | None = None,
         tokens: TokenReduction = sum_tokens,
         key: Array | None = None,
         scores: bool = False,
-    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
+    ) -> tuple[State, dict[str, Array]]:
         """One layer.
 
         Args:
-            params: The layer's parameters, `params["layers"][i]`.
+            params: The layer's parameters, such as `params["layers"][i]`.
             hidden: The layer's input.
             mask: True where there is a token.
             gates: The layer's gates by local name (`"attention.heads"`); a missing one is open.
@@ -172,16 +254,14 @@ class Model:
         return self._family.block(self.config, params, hidden, mask, gates or {}, means or {}, tokens, key, scores)
 
     def readout(
-        self,
-        params: Params,
-        hidden: Float[Array, "b t d"],
-        mask: Bool[Array, "b t"],
-        head: TaskHead,
-        *,
-        key: Array | None = None,
-    ) -> Float[Array, "b l"]:
-        """The logits of one task head, in float32. `params` is that head's part, `params["heads"][name]`."""
+        self, params: Params, hidden: State, mask: Mask, head: TaskHead, *, key: Array | None = None
+    ) -> Float[Array, "b l"] | Float[Array, "b t v"]:
+        """The logits of one task head, in float32. `params` is what is at `readout_places`, such as `params["heads"][name]`."""
         return self._family.readout(self.config, params, hidden, mask, head, key)
+
+    def readout_places(self, head: TaskHead) -> Places:
+        """Where the parameters are that `readout` reads; `part` takes them out."""
+        return self._family.readout_places(self.config, head)
 
     def apply(
         self,
@@ -220,23 +300,28 @@ class Model:
         """
         inputs = model_inputs(self, params, batch)
         check_intervention(self, params, inputs, gates, means)
-        layers, mask = model_layers(self, params), inputs["attention_mask"]
+        layers = model_layers(self, params)
         keys = layer_keys(key, len(layers))
-        state = embed_compiled(self, params["embeddings"], inputs, keys[-1])
-        states, values, raw = [state], {}, []
-        for i, layer in enumerate(layers):
-            own, own_means = layer_entries(gates, i), layer_entries(means, i)
-            state, found = block_compiled(self, layer, state, mask, own, own_means, keys[i], scores, sites)
-            if scores:
-                raw.append(found.pop("attention.scores"))
-            if sites:
-                values |= {f"{i}.{name}": value for name, value in found.items()}
+        state, states, values, raw = None, [], {}, []
+        for layer, own_key in zip(layers, keys, strict=False):
+            if layer.entry is not None:
+                state = embed_compiled(self, layer.stack, layer.entry, inputs, state, entry_key(keys, layer))
+                states.append(hidden_of(state))
+            own, own_means = layer_entries(gates, layer.name), layer_entries(means, layer.name)
+            mask = mask_of(layer, inputs)
+            state, found = block_compiled(self, layer.params, state, mask, own, own_means, own_key, scores, sites)
+            for name, value in found.items():
+                if name.endswith(".scores"):
+                    raw.append(value)
+                else:
+                    values[f"{layer.name}.{name}"] = value
             if hidden:
-                states.append(state)
+                states.append(hidden_of(state))
         logits = None
-        if self.heads or head is not None:
+        if self.heads or self.writes_text or head is not None:
             chosen = self.head(head)
-            logits = _readout(self, chosen, subtree(params, ("heads", chosen.name)), state, mask, keys[-2])
+            own = part(params, self.readout_places(chosen))
+            logits = _readout(self, chosen, own, state, mask_of(layers[-1], inputs), keys[-2])
         return Output(
             logits,
             hidden=tuple(states) if hidden else None,
@@ -245,70 +330,95 @@ class Model:
         )
 
 
-@partial(jax.jit, static_argnums=0)
-def embed_compiled(model: Model, params: Params, batch: dict[str, Array], key: Array | None) -> Array:
+@partial(jax.jit, static_argnums=(0, 1))
+def embed_compiled(
+    model: Model, stack: str, params: Params, batch: dict[str, Array], before: State | None, key: Array | None
+) -> State:
     """`Model.embed`, compiled."""
-    return model.embed(params, batch, key=key)
+    return model.embed(params, batch, stack=stack, before=before, key=key)
 
 
 @partial(jax.jit, static_argnums=(0, 7, 8))
 def block_compiled(
     model: Model,
     params: Params,
-    hidden: Array,
-    mask: Array,
+    hidden: State,
+    mask: Mask,
     gates: Gates,
     means: Gates,
     key: Array | None,
     scores: bool = False,
     sites: bool = False,
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[State, dict[str, Array]]:
     """`Model.block`, compiled: one program for all layers of equal shape."""
     hidden, found = model.block(params, hidden, mask, gates, means=means, key=key, scores=scores)
-    return hidden, {name: value for name, value in found.items() if sites or (scores and name == "attention.scores")}
+    return hidden, {name: value for name, value in found.items() if sites or (scores and name.endswith(".scores"))}
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _readout(model: Model, head: TaskHead, params: Params, hidden: Array, mask: Array, key: Array | None) -> Array:
+def _readout(model: Model, head: TaskHead, params: Params, hidden: State, mask: Mask, key: Array | None) -> Array:
     return model.readout(params, hidden, mask, head, key=key)
 
 
+class _Sequence(NamedTuple):
+    """The arrays of a batch that describe one sequence of tokens; the first has the indices, the second is the mask."""
+
+    names: tuple[str, ...]
+    tables: Mapping[str, str]  # of those that are indices: the part of the embeddings that they look up
+
+
+_ENCODED = _Sequence(INPUTS[:3], {"input_ids": "word", "token_type_ids": "token_type"})
+_DECODED = _Sequence(INPUTS[3:], {"decoder_input_ids": "word"})
+
+
 def model_inputs(model: Model, params: Params, batch: Mapping[str, Any]) -> dict[str, Array]:
-    """The arrays of a batch that the model reads: indices as int32, the mask as bool.
+    """The arrays of a batch that the model reads: indices as int32, masks as bool.
 
     Raises:
         TypeError: If indices are not integers.
         ValueError: If one is missing or has another shape, the batch is longer than the model's positions, or
             (for arrays on the host) an index is outside its table.
     """
-    for name in INPUTS[:2]:
+    needed = INPUTS[:2] + (_DECODED.names[:1] if model.writes_text else ())
+    for name in needed:
         if name not in batch:
             raise ValueError(f"the batch has no {name!r}; it has {sorted(batch)}: pass what the tokenizer returns.")
+    inputs = _sequence(model, params, batch, _ENCODED)
+    if not model.writes_text:
+        return inputs
+    ids = batch["decoder_input_ids"]
+    if getattr(ids, "ndim", None) == 2 and ids.shape[0] != inputs["input_ids"].shape[0]:
+        raise ValueError(
+            f"decoder_input_ids have {ids.shape[0]} rows, input_ids have {inputs['input_ids'].shape[0]}: give one each."
+        )
+    if "decoder_attention_mask" not in batch and hasattr(ids, "shape"):
+        batch = {**batch, "decoder_attention_mask": np.ones(ids.shape, bool)}
+    return inputs | _sequence(model, params, batch, _DECODED)
+
+
+def _sequence(model: Model, params: Params, batch: Mapping[str, Any], kind: _Sequence) -> dict[str, Array]:
     embeddings = subtree(params, ("embeddings",))
-    given = {name: batch[name] for name in INPUTS if name in batch}
-    ids = given["input_ids"]
+    first = kind.names[0]
+    ids = batch[first]
     if getattr(ids, "ndim", None) != 2:
-        raise ValueError("input_ids must be a [batch, length] array: tokenize with padding=True, return_tensors='np'.")
+        raise ValueError(f"{first} must be a [batch, length] array: tokenize with padding=True, return_tensors='np'.")
     if not 0 < ids.shape[1] <= model.max_length:
         raise ValueError(
             f"the batch has {ids.shape[1]} tokens and the model reads 1 to {model.max_length}: truncate the text."
         )
     inputs: dict[str, Array] = {}
-    for name, array in given.items():
+    for name, array in ((name, batch[name]) for name in kind.names if name in batch):
         shape = getattr(array, "shape", type(array).__name__)
         if shape != ids.shape:
-            raise ValueError(f"{name} must be an array of shape {ids.shape}, as input_ids, got {shape}.")
+            raise ValueError(f"{name} must be an array of shape {ids.shape}, as {first}, got {shape}.")
         found = jnp.asarray(array)
-        if name in _TABLES:
+        if name in kind.tables:
             if not jnp.issubdtype(found.dtype, jnp.integer):
                 raise TypeError(f"{name} must be integers, got {found.dtype}.")
-            if isinstance(array, np.ndarray) and array.size and _TABLES[name] in embeddings:
-                _check_indices(name, array, embeddings[_TABLES[name]]["embedding"].shape[0])
-        inputs[name] = found.astype(jnp.int32 if name in _TABLES else jnp.bool_)
+            if isinstance(array, np.ndarray) and array.size and kind.tables[name] in embeddings:
+                _check_indices(name, array, embeddings[kind.tables[name]]["embedding"].shape[0])
+        inputs[name] = found.astype(jnp.int32 if name in kind.tables else jnp.bool_)
     return inputs
-
-
-_TABLES = {"input_ids": "word", "token_type_ids": "token_type"}  # the part of the embeddings that an index looks up
 
 
 def _check_indices(name: str, indices: np.ndarray, rows: int) -> None:
@@ -317,16 +427,42 @@ def _check_indices(name: str, indices: np.ndarray, rows: int) -> None:
         raise ValueError(f"{name} go from {low} to {high}, the model knows 0 to {rows - 1}: is this its tokenizer?")
 
 
-def model_layers(model: Model, params: Params) -> list[Params]:
-    """The parameters of every layer, in order.
+class Layer(NamedTuple):
+    """One layer among those of all stacks."""
+
+    name: str  # "3" or "decoder.3": what the names of its sites begin with
+    stack: str
+    path: ParamPath  # where its parameters are
+    params: Params
+    entry: Params | None  # of the first layer of a stack: what `embed` reads
+
+
+def model_layers(model: Model, params: Params) -> list[Layer]:
+    """The layers of all stacks, in the order in which they run.
 
     Raises:
         ValueError: If they are not the layers that the model has, numbered from 0.
     """
-    layers, count = subtree(params, ("layers",)), model.config.layers
-    if set(layers) != set(range(count)):
-        raise ValueError(f"the parameters have the layers {list(layers)}, the model 0 to {count - 1} (as integers).")
-    return [layers[i] for i in range(count)]
+    found = []
+    for stack in model.stacks:
+        layers = subtree(params, stack.path)
+        if set(layers) != set(range(stack.layers)):
+            where = f"{stack.name} layers" if stack.name else "layers"
+            raise ValueError(
+                f"the parameters have the {where} {list(layers)}, the model 0 to {stack.layers - 1} (as integers)."
+            )
+        prefix = f"{stack.name}." if stack.name else ""
+        for i in range(stack.layers):
+            entry = part(params, model.embed_places(stack.name)) if i == 0 else None
+            found.append(Layer(f"{prefix}{i}", stack.name, (*stack.path, i), layers[i], entry))
+    return found
+
+
+def mask_of(layer: Layer, inputs: Mapping[str, Array]) -> Mask:
+    """The mask that a layer reads."""
+    if layer.stack == "decoder":
+        return Masks(inputs["decoder_attention_mask"], inputs["attention_mask"])
+    return inputs["attention_mask"]
 
 
 def check_intervention(
@@ -344,8 +480,8 @@ def check_intervention(
         check_means(model, params, means)
 
 
-def layer_entries(entries: Mapping[str, Any] | None, layer: int) -> dict[str, Any]:
-    """The entries of one layer, by local name: `{"3.ffn.neurons": g}` gives `{"ffn.neurons": g}` for layer 3."""
+def layer_entries(entries: Mapping[str, Any] | None, layer: str) -> dict[str, Any]:
+    """The entries of one layer, by local name: `{"3.ffn.neurons": g}` gives `{"ffn.neurons": g}` for layer "3"."""
     prefix = f"{layer}."
     return {name[len(prefix) :]: value for name, value in (entries or {}).items() if name.startswith(prefix)}
 
@@ -355,6 +491,11 @@ def layer_keys(key: Array | None, layers: int) -> list[Array | None]:
     if key is None:
         return [None] * (layers + 2)
     return list(jax.random.split(key, layers + 2))
+
+
+def entry_key(keys: list[Array | None], layer: Layer) -> Array | None:
+    """The random key for the embeddings of a layer's stack."""
+    return jax.random.fold_in(keys[-1], 1) if layer.stack == "decoder" and keys[-1] is not None else keys[-1]
 
 
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")

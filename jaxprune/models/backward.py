@@ -16,17 +16,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxprune.gates import Gates, Params, subtree
+from jaxprune.gates import Gates, Params, Path, flatten, unflatten
 from jaxprune.models import (
+    Mask,
     Model,
+    Places,
+    State,
     TaskHead,
     block_compiled,
     check_intervention,
     embed_compiled,
+    entry_key,
     layer_entries,
     layer_keys,
+    mask_of,
     model_inputs,
     model_layers,
+    part,
 )
 from jaxprune.models.layers import TokenReduction, sum_tokens
 
@@ -34,8 +40,8 @@ from jaxprune.models.layers import TokenReduction, sum_tokens
 class Prefix(NamedTuple):
     """A forward pass up to one layer: start here instead of at the embeddings."""
 
-    hidden: Float[Array, "b t d"]  # input of `layer`
-    layer: int
+    hidden: State  # input of `layer`
+    layer: int  # its place among the layers of all stacks
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["kept"], meta_fields=["tree", "sources"])
@@ -61,43 +67,52 @@ class Saved:
         return jax.tree.unflatten(self.tree, [next(kept) if i is None else given[i] for i in self.sources])
 
 
+class Step(NamedTuple):
+    """One compiled program of a forward pass, on its way back: a layer, or what comes before the first of a stack."""
+
+    layer: str | None  # the layer's name
+    places: Places  # of the parameters it reads
+    inner: bool  # whether what it reads is differentiated
+    pullback: Any
+
+
 class Pull(NamedTuple):
     """The backward pass of one forward pass: call it with the cotangent of the logits, once or several times."""
 
-    model: Model
-    head: TaskHead
     weights: bool
-    embeddings: Any  # pullbacks; None where nothing is differentiated
-    blocks: tuple[tuple[int, Any], ...]
-    readout: Any
+    steps: tuple[Step, ...]
 
-    def __call__(self, cotangent: Float[Array, "b l"]) -> tuple[Gates, Params | None]:
+    def __call__(self, cotangent: Array) -> tuple[Gates, Params | None]:
         """Pulls a cotangent back.
 
         Args:
-            cotangent: `[b, labels]` float32, the gradient of what is differentiated with respect to the logits.
+            cotangent: `[b, labels]` float32, the gradient of what is differentiated with respect to the logits; of a
+                text-to-text model `[b, tokens, vocab]`.
 
         Returns:
             Site name to gate gradients, in the shape of the gates; and the gradients of the parameters in use, in their
             structure, if the forward pass was asked for them.
         """
-        grads: Params = {"layers": {}}
-        gates: dict[int, Gates] = {}
-        if self.weights:
-            hidden, own = _pull(self.readout, cotangent)
-            grads["heads"] = {self.head.name: own}
-        else:
-            (hidden,) = _pull(self.readout, cotangent)
-        for layer, pullback in reversed(self.blocks):
-            found = _pull(pullback, hidden)
-            gates[layer], hidden = found[0], found[1] if len(found) > 1 else hidden
+        flat: dict[Path, Array] = {}
+        gates: list[Gates] = []
+        for layer, places, inner, pullback in reversed(self.steps):
+            found = list(_pull(pullback, cotangent))  # of the gates, of what the step reads, of its parameters
+            if layer is not None:
+                gates.append({f"{layer}.{name}": slope for name, slope in found.pop(0).items()})
+            if inner:
+                cotangent = found.pop(0)
             if self.weights:
-                grads["layers"][layer] = found[2]
-        if self.weights:
-            (grads["embeddings"],) = _pull(self.embeddings, hidden)
-            grads["layers"] = {i: grads["layers"][i] for i in sorted(grads["layers"])}
-        named = {f"{i}.{name}": g for i in sorted(gates) for name, g in gates[i].items()}
-        return named, grads if self.weights else None
+                for path, slope in _at(places, found.pop(0)).items():
+                    flat[path] = flat[path] + slope if path in flat else slope
+        named = {name: slope for own in reversed(gates) for name, slope in own.items()}
+        return named, unflatten({path: flat[path] for path in sorted(flat)}) if self.weights else None
+
+
+def _at(places: Places, grads: Params) -> dict[Path, Array]:
+    """The gradients of the parameters at some places, by path."""
+    if isinstance(places, tuple):
+        return {(*places, *path): slope for path, slope in flatten(grads).items()}
+    return {(*places[name], *path): slope for name, own in grads.items() for path, slope in flatten(own).items()}
 
 
 def forward(
@@ -141,39 +156,58 @@ def forward(
     inputs = model_inputs(model, params, batch)
     check_intervention(model, params, inputs, gates, means)
     gates = {name: jnp.asarray(gate, jnp.float32) for name, gate in (gates or {}).items()}
-    layers, mask = model_layers(model, params), inputs["attention_mask"]
+    layers = model_layers(model, params)
     keys = layer_keys(key, len(layers))
-    gated = [layer for layer in range(len(layers)) if layer_entries(gates, layer)]
+    gated = [i for i, layer in enumerate(layers) if layer_entries(gates, layer.name)]
     lowest = -1 if weights else min(gated, default=len(layers))
     first = 0 if prefix is None else prefix.layer
     if prefix is not None and (weights or lowest < first):
         below = "the weights" if weights else f"gates of layer {lowest}"
         raise ValueError(f"cannot start at layer {first}: {below} come before it.")
-    embeddings = None
-    if prefix is not None:
-        hidden = prefix.hidden
-    elif weights:
-        hidden, embeddings = _embed_forward(model, params["embeddings"], inputs, keys[-1])
-    else:
-        hidden = embed_compiled(model, params["embeddings"], inputs, keys[-1])
-    blocks = []
-    for layer in range(first, len(layers)):
-        own, own_means = layer_entries(gates, layer), layer_entries(means, layer)
-        args = (layers[layer], hidden, mask, own, own_means, keys[layer])
-        if layer < lowest:
-            hidden, _ = block_compiled(model, *args)
+    state = None if prefix is None else prefix.hidden
+    steps: list[Step] = []
+    for i, layer in enumerate(layers[first:], first):
+        differentiated = weights or i > lowest  # whether a gate or a weight lies below
+        if layer.entry is not None and (prefix is None or i > first):
+            entry_args = (layer.entry, inputs, state, entry_key(keys, layer))
+            if differentiated:
+                inner = state is not None
+                state, pullback = _embed_forward(model, layer.stack, weights, *entry_args)
+                steps.append(Step(None, model.embed_places(layer.stack), inner, pullback))
+            else:
+                state = embed_compiled(model, layer.stack, *entry_args)
+        own, own_means = layer_entries(gates, layer.name), layer_entries(means, layer.name)
+        args = (layer.params, state, mask_of(layer, inputs), own, own_means, keys[i])
+        if i < lowest:
+            state, _ = block_compiled(model, *args)
         else:
-            before = (layers[layer], hidden)
-            hidden, saved = _block_forward(model, tokens, weights, layer != lowest, *args)
-            blocks.append((layer, saved.restore(before)))
-    own = subtree(params, ("heads", chosen.name))
-    logits, readout = _readout_forward(model, chosen, weights, own, hidden, mask, keys[-2])
-    return logits, Pull(model, chosen, weights, embeddings, tuple(blocks), readout)
+            before = (layer.params, state)
+            state, saved = _block_forward(model, tokens, weights, differentiated, *args)
+            steps.append(Step(layer.name, layer.path, differentiated, saved.restore(before)))
+    places = model.readout_places(chosen)
+    logits, pullback = _readout_forward(
+        model, chosen, weights, part(params, places), state, mask_of(layers[-1], inputs), keys[-2]
+    )
+    steps.append(Step(None, places, True, pullback))
+    return logits, Pull(weights, tuple(steps))
 
 
-@partial(jax.jit, static_argnums=0)
-def _embed_forward(model: Model, params: Params, batch: dict[str, Array], key: Array | None):
-    return jax.vjp(lambda p: model.embed(p, batch, key=key), params)
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _embed_forward(
+    model: Model,
+    stack: str,
+    weights: bool,
+    params: Params,
+    batch: dict[str, Array],
+    before: State | None,
+    key: Array | None,
+):
+    def run(before: State | None = before, params: Params = params) -> State:
+        return model.embed(params, batch, stack=stack, before=before, key=key)
+
+    if before is None:
+        return jax.vjp(lambda params: run(params=params), params)
+    return jax.vjp(run, before, params) if weights else jax.vjp(run, before)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -183,13 +217,13 @@ def _block_forward(
     weights: bool,
     inner: bool,  # whether the layer's input is differentiated
     params: Params,
-    hidden: Array,
-    mask: Array,
+    hidden: State,
+    mask: Mask,
     gates: Gates,
     means: Gates,
     key: Array | None,
-) -> tuple[Array, Saved]:
-    def run(gates: Gates, hidden: Array = hidden, params: Params = params) -> Array:
+) -> tuple[State, Saved]:
+    def run(gates: Gates, hidden: State = hidden, params: Params = params) -> State:
         return model.block(params, hidden, mask, gates, means=means, tokens=tokens, key=key)[0]
 
     differentiated = (gates, hidden, params) if weights else (gates, hidden) if inner else (gates,)
@@ -199,14 +233,14 @@ def _block_forward(
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _readout_forward(
-    model: Model, head: TaskHead, weights: bool, params: Params, hidden: Array, mask: Array, key: Array | None
+    model: Model, head: TaskHead, weights: bool, params: Params, hidden: State, mask: Mask, key: Array | None
 ):
-    def run(hidden: Array, params: Params = params) -> Array:
+    def run(hidden: State, params: Params = params) -> Array:
         return model.readout(params, hidden, mask, head, key=key)
 
     return jax.vjp(run, hidden, params) if weights else jax.vjp(run, hidden)
 
 
 @jax.jit
-def _pull(pullback: Any, cotangent: Array) -> tuple[Any, ...]:
+def _pull(pullback: Any, cotangent: Any) -> tuple[Any, ...]:
     return pullback(cotangent)

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from jaxprune.gates import Gates, Params, Path
-from jaxprune.models import Model, TaskHead
+from jaxprune.models import Model, Places, Stack, State, TaskHead
 from jaxprune.models.layers import ACTIVATIONS, Affine, Embedding, LayerNorm, TokenReduction, attend, dropout, gate
 from jaxprune.models.parts import Part, bind, describe
 from jaxprune.models.parts import initialise as initialise_part
@@ -371,7 +371,29 @@ def _classifier(config: EncoderConfig, head: TaskHead) -> Part:
     return describe(lambda rngs: Classifier(config, head, rngs=rngs))
 
 
-def embed(config: EncoderConfig, params: Params, batch: Mapping[str, Array], key: Array | None) -> Array:
+def stacks(config: EncoderConfig) -> tuple[Stack, ...]:
+    """The stacks of layers; see `Model.stacks`."""
+    return (Stack("", config.layers, ("layers",)),)
+
+
+def embed_places(config: EncoderConfig, stack: str) -> Places:
+    """Where the parameters are that `embed` reads; see `Model.embed_places`."""
+    return ("embeddings",)
+
+
+def readout_places(config: EncoderConfig, head: TaskHead) -> Places:
+    """Where the parameters are that `readout` reads; see `Model.readout_places`."""
+    return ("heads", head.name)
+
+
+def embed(
+    config: EncoderConfig,
+    params: Params,
+    batch: Mapping[str, Array],
+    stack: str,
+    before: State | None,
+    key: Array | None,
+) -> Array:
     """The embedding output `[b, t, d]`; see `Model.embed`."""
     ids = batch["input_ids"]
     segments = batch.get("token_type_ids", jnp.zeros_like(ids))

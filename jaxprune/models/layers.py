@@ -37,19 +37,24 @@ def _phi(x: Array) -> Array:
 
 
 @jax.custom_jvp
-def masked_softmax(scores: Float[Array, "b n t s"], mask: Bool[Array, "b s"]) -> Float[Array, "b n t s"]:
+def masked_softmax(scores: Float[Array, "b n t s"], mask: Bool[Array, "b *t s"]) -> Float[Array, "b n t s"]:
     """Softmax over the positions that the mask allows; evenly, and without gradients, where it allows none.
 
-    Its backward pass keeps the result alone: automatic differentiation would keep four arrays of that size.
+    The mask is the same for all queries, `[b, s]`, or differs, `[b, t, s]`. The backward pass keeps the result alone:
+    automatic differentiation would keep four arrays of that size.
     """
-    return jax.nn.softmax(jnp.where(mask[:, None, None, :], scores, -1e9), axis=-1)  # finite, else a row were NaN
+    return jax.nn.softmax(jnp.where(_per_query(mask), scores, -1e9), axis=-1)  # finite, else a row were NaN
 
 
 @masked_softmax.defjvp
 def _softmax_tangent(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     weights = masked_softmax(*primals)
-    tangent = tangents[0] * primals[1].any(1)[:, None, None, None].astype(weights.dtype)
+    tangent = tangents[0] * _per_query(primals[1]).any(-1, keepdims=True).astype(weights.dtype)
     return weights, weights * (tangent - (weights * tangent).sum(-1, keepdims=True))
+
+
+def _per_query(mask: Bool[Array, "b *t s"]) -> Bool[Array, "b 1 q s"]:
+    return mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -75,6 +80,32 @@ class Affine(nnx.Module):
         kernel, bias = self.kernel[...], self.bias[...]
         y = jnp.einsum(self.spec, x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
         return (y + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """`einsum(spec, x, kernel)`; sums in float32, returns the type of `x`."""
+
+    def __init__(self, spec: str, kernel: tuple[int, ...], scale: float, *, rngs: nnx.Rngs):
+        self.spec = spec
+        self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), kernel))
+
+    def __call__(self, x: Array) -> Array:
+        kernel = self.kernel[...]
+        y = jnp.einsum(self.spec, x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Division by the root mean square over the last axis, in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, embed: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(embed))
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -112,8 +143,8 @@ def _normalise(x: Array, eps: float) -> tuple[Array, Array]:
 class Embedding(nnx.Module):
     """A table of vectors."""
 
-    def __init__(self, rows: int, embed: int, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, embed)))
+    def __init__(self, rows: int, embed: int, scale: float = 0.02, *, rngs: nnx.Rngs):  # BERT's initializer_range
+        self.embedding = nnx.Param(scale * jax.random.normal(rngs.params(), (rows, embed)))
 
     def __call__(self, index: Array) -> Array:
         return jnp.take(self.embedding[...], index, axis=0, mode="clip")
@@ -218,8 +249,10 @@ def attend(
     query: Float[Array, "b t n h"],
     key: Float[Array, "b s n h"],
     value: Float[Array, "b s n h"],
-    mask: Bool[Array, "b s"],
+    mask: Bool[Array, "b *t s"],
     *,
+    scale: float | None = None,
+    bias: Float[Array, "n t s"] | None = None,
     rate: float = 0.0,
     dropout_key: Array | None = None,
     scores: bool = False,
@@ -230,20 +263,25 @@ def attend(
         query: Queries of every head.
         key: Keys.
         value: Values.
-        mask: True where a position may be attended to. A row with none attends evenly, so that it stays finite.
+        mask: True where a position may be attended to, by all queries or query by query. A row with none attends
+            evenly, so that it stays finite.
+        scale: What the scores are multiplied by; None is one over the square root of the head size.
+        bias: What is added to the scores, such as T5's relative positions.
         rate: Dropout rate of the attention probabilities.
         dropout_key: Randomness of the dropout; None is none.
-        scores: Whether to return the scaled scores before mask and softmax.
+        scores: Whether to return the scores before mask and softmax, scaled and with their bias.
 
     Returns:
         The mixed values per head, and the scores if asked for.
     """
-    if not scores and (dropout_key is None or rate == 0.0) and has_fused_attention(query, value):
-        return fused_attention(query, key, value, mask, implementation="cudnn"), None
-    scale = query.shape[-1] ** -0.5  # Vaswani et al. 2017, eq. 1
+    if bias is None and not scores and (dropout_key is None or rate == 0.0) and has_fused_attention(query, value):
+        return fused_attention(query, key, value, mask, implementation="cudnn", scale=scale), None
+    factor = query.shape[-1] ** -0.5 if scale is None else scale  # Vaswani et al. 2017, eq. 1
     # Heads first, once: else a compiler lays each array out twice, for its product and for the backward pass.
     query, key, value = jax.lax.optimization_barrier(tuple(x.transpose(0, 2, 1, 3) for x in (query, key, value)))
-    raw = scale * jnp.einsum("bnth,bnsh->bnts", query, key, preferred_element_type=jnp.float32)
+    raw = jnp.einsum("bnth,bnsh->bnts", query, key, preferred_element_type=jnp.float32)
+    raw = raw if factor == 1.0 else factor * raw
+    raw = raw if bias is None else raw + bias.astype(jnp.float32)
     weights = dropout(masked_softmax(raw, mask).astype(value.dtype), rate, dropout_key)
     mixed = jnp.einsum("bnts,bnsh->bnth", weights, value, preferred_element_type=jnp.float32).astype(value.dtype)
     return mixed.transpose(0, 2, 1, 3), (raw if scores else None)
@@ -253,14 +291,15 @@ def fused_attention(
     query: Float[Array, "b t n h"],
     key: Float[Array, "b s n h"],
     value: Float[Array, "b s n h"],
-    mask: Bool[Array, "b s"],
+    mask: Bool[Array, "b *t s"],
     *,
     implementation: Literal["cudnn", "xla"],
+    scale: float | None = None,
 ) -> Float[Array, "b t n h"]:
     """The mixed values of `attend`, by one call into a library; `xla` runs everywhere and fuses nothing."""
-    mask = jnp.broadcast_to(mask[:, None, None, :], (mask.shape[0], 1, query.shape[1], mask.shape[1]))
+    mask = jnp.broadcast_to(_per_query(mask), (mask.shape[0], 1, query.shape[1], mask.shape[-1]))
     with jax.numpy_dtype_promotion("standard"):  # the library mixes 16-bit values with float32 scores
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation=implementation)
 
 
 def has_fused_attention(
