@@ -221,7 +221,9 @@ class IntegratedGradients:
             if self.start == 0.0 and not means:  # nothing of the path is left: a model without its units is cheaper
                 logits = forward(model, without(model.axes, params, path), batch, head=chosen.name, prefix=prefix)[0]
             else:
-                logits = run(batch, _scale(end, np.array([self.start], np.float32), batch["input_ids"]), prefix=prefix)[0]
+                logits = run(batch, _scale(end, np.array([self.start], np.float32), batch["input_ids"]), prefix=prefix)[
+                    0
+                ]
             starts = [value_and_cotangent(objective, logits, target)[0] for target in targets]
             tiled, hidden, aims = repeat_rows((batch, prefix.hidden, targets), groups[0][0].size)
             for points, shares in groups:

@@ -15,6 +15,7 @@ from jaxprune.gates import Gates, Params, axes_of, flatten, unflatten, widths
 from jaxprune.models import Model, TaskHead, family
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert")
+TEXT_TYPES = ("t5", "mt5")  # answer in text; t5 is T5 1.0 here, mt5 the later architecture
 LENGTH = 64  # the most tokens a tiny model reads
 
 
@@ -22,6 +23,24 @@ def tiny_config(
     model_type: str, *, layers: int = 2, embed: int = 16, attention_heads: int = 4, neurons: int = 32, vocab: int = 60
 ) -> dict[str, Any]:
     """The Hugging Face configuration of a tiny model, as in a `config.json`; without dropout."""
+    if model_type in TEXT_TYPES:
+        return {
+            "model_type": model_type,
+            "vocab_size": vocab,
+            "d_model": embed,
+            "d_kv": 3,
+            "d_ff": neurons,
+            "num_layers": layers,
+            "num_decoder_layers": layers + 1,
+            "num_heads": attention_heads,
+            "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 20,
+            "feed_forward_proj": "relu" if model_type == "t5" else "gated-gelu",
+            "tie_word_embeddings": model_type == "t5",
+            "dropout_rate": 0.0,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+        }
     if model_type == "distilbert":
         return {
             "model_type": model_type,
@@ -68,12 +87,15 @@ def tiny_model(
 ) -> tuple[Model, Params]:
     """A tiny model and its random float32 parameters.
 
-    Without `heads` it has one, named "task", with three labels and the dense layer that is usual in the family.
+    Without `heads` it has one, named "task", with three labels and the dense layer that is usual in the family; one
+    that answers in text has none.
     """
     raw = tiny_config(
         model_type, layers=layers, embed=embed, attention_heads=attention_heads, neurons=neurons, vocab=vocab
     )
-    if heads is None:
+    if heads is None and model_type in TEXT_TYPES:
+        heads = ()
+    elif heads is None:
         dense = "relu" if model_type == "distilbert" else "tanh"
         heads = (TaskHead(name="task", labels=("no", "maybe", "yes"), dense=dense),)
     module = family(model_type)
@@ -101,7 +123,10 @@ def lively(model: Model, params: Params, seed: int = 0) -> Params:
 
 
 def tiny_batch(model: Model, rows: int = 3, length: int = 9, seed: int = 0) -> dict[str, np.ndarray]:
-    """A padded batch: the first row is `length` tokens long, the others are shorter or equal, at least 2."""
+    """A padded batch: the first row is `length` tokens long, the others are shorter or equal, at least 2.
+
+    A model that answers in text gets decoder inputs of at most five tokens, too.
+    """
     random = np.random.default_rng(seed)
     lengths = random.integers(min(2, length), length + 1, rows)
     lengths[:1] = length
@@ -112,6 +137,11 @@ def tiny_batch(model: Model, rows: int = 3, length: int = 9, seed: int = 0) -> d
     if model.config.segments:
         second = np.arange(length) >= lengths[:, None] // 2
         batch["token_type_ids"] = (second & mask & (model.config.segments > 1)).astype(np.int32)
+    if model.writes_text:
+        decoded = np.arange(5) < random.integers(2, 6, rows)[:, None]
+        ids = np.where(decoded, random.integers(2, model.config.vocab, decoded.shape), pad)
+        ids[:, 0] = model.config.start_id
+        batch |= {"decoder_input_ids": ids.astype(np.int32), "decoder_attention_mask": decoded.astype(np.int32)}
     return batch
 
 

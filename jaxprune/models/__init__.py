@@ -88,7 +88,7 @@ def hidden_of(state: State) -> Float[Array, "b t d"]:
 
 
 class Output(NamedTuple):
-    """What `Model.apply` returns; parts that were not asked for are None. An encoder's entries come before a decoder's."""
+    """What `Model.apply` returns; parts that were not asked for are None. An encoder's come before a decoder's."""
 
     logits: Float[Array, "b l"] | Float[Array, "b t v"] | None  # None if the model has no task head
     hidden: tuple[Float[Array, "b t d"], ...] | None = None  # of each stack: its embedding output, every layer's output
@@ -256,7 +256,7 @@ class Model:
     def readout(
         self, params: Params, hidden: State, mask: Mask, head: TaskHead, *, key: Array | None = None
     ) -> Float[Array, "b l"] | Float[Array, "b t v"]:
-        """The logits of one task head, in float32. `params` is what is at `readout_places`, such as `params["heads"][name]`."""
+        """The logits of one task head, in float32. `params` is what is at `readout_places`, often `heads.NAME`."""
         return self._family.readout(self.config, params, hidden, mask, head, key)
 
     def readout_places(self, head: TaskHead) -> Places:

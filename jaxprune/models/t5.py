@@ -1,0 +1,520 @@
+"""The T5 family: encoder-decoders that answer in text (`t5`, which covers T5 1.0, T5 1.1 and FLAN-T5, and `mt5`).
+
+Raffel et al. 2020, Xue et al. 2021, Chung et al. 2022. Pre-norm layers without biases, attention that is not scaled and
+adds a bias for the relative position. Hugging Face keeps one table of these biases per stack; here every layer has its
+own copy, so that a head that is removed takes its column along.
+
+Types: float32 and bfloat16. float16 overflows in the feed-forward networks of the larger checkpoints and is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from jaxprune.gates import Gates, Params, Path
+from jaxprune.models import Decoding, Mask, Masks, Model, Places, Stack, State, TaskHead
+from jaxprune.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, TokenReduction, attend, dropout, gate
+from jaxprune.models.parts import Part, bind, describe
+from jaxprune.models.parts import initialise as initialise_part
+
+MODEL_TYPES = ("t5", "mt5")
+PREFIXES = {"t5": "", "mt5": ""}
+MAX_LENGTH = 1 << 20  # tokens; relative positions know no end, this only refuses nonsense
+
+AXES: dict[str, tuple[str, ...]] = {
+    "embeddings.word.embedding": ("vocab", "embed"),
+    "*.layers.*.attention.out.kernel": ("heads", "head_dim", "embed"),
+    "*.layers.*.attention.norm.scale": ("embed",),
+    "*.layers.*.attention.relative.embedding": ("buckets", "heads"),
+    "*.layers.*.attention.*.kernel": ("embed", "heads", "head_dim"),  # query, key, value
+    "decoder.layers.*.cross.out.kernel": ("heads", "head_dim", "embed"),
+    "decoder.layers.*.cross.norm.scale": ("embed",),
+    "decoder.layers.*.cross.*.kernel": ("embed", "heads", "head_dim"),
+    "*.layers.*.ffn.gating.kernel": ("embed", "neurons"),
+    "*.layers.*.ffn.up.kernel": ("embed", "neurons"),
+    "*.layers.*.ffn.down.kernel": ("neurons", "embed"),
+    "*.layers.*.ffn.norm.scale": ("embed",),
+    "*.norm.scale": ("embed",),
+    "language.out.kernel": ("embed", "vocab"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """What the architecture is. Sizes are those of fresh parameters; running a model reads them from the arrays."""
+
+    model_type: str
+    vocab: int
+    embed: int
+    head_dim: int
+    attention_heads: int
+    neurons: int
+    encoder_layers: int
+    decoder_layers: int
+    buckets: int  # of relative positions
+    max_distance: int  # tokens; all beyond share a bucket
+    activation: str
+    gated: bool  # whether the neurons are `activation(gating(x)) * up(x)`
+    tied: bool  # whether the embeddings are the output layer too
+    scaled: bool  # whether the decoder's output is divided by the square root of its size
+    eps: float
+    pad_id: int
+    start_id: int  # the decoder's first input
+    end_id: int
+    dropout: float
+    raw: str  # the Hugging Face configuration as read, canonical JSON
+
+    task_heads: tuple[TaskHead, ...] = ()  # there are none: tasks are told apart by their prompts
+
+    @property
+    def layers(self) -> int:
+        """The layers of the deeper stack."""
+        return max(self.encoder_layers, self.decoder_layers)
+
+    @property
+    def segments(self) -> int:
+        """There are no segment embeddings."""
+        return 0
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens an example may have."""
+        return MAX_LENGTH
+
+
+_NAMES = {
+    "vocab": "vocab_size",
+    "embed": "d_model",
+    "head_dim": "d_kv",
+    "attention_heads": "num_heads",
+    "neurons": "d_ff",
+    "encoder_layers": "num_layers",
+    "decoder_layers": "num_decoder_layers",
+    "buckets": "relative_attention_num_buckets",
+    "max_distance": "relative_attention_max_distance",
+}
+_DEFAULTS = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
+_SUPPORTED: dict[str, tuple[Any, ...]] = {  # settings that change what is computed
+    "is_decoder": (False, None),
+    "is_encoder_decoder": (True, None),
+    "pruned_heads": ({}, None),
+}
+
+
+def parse_config(raw: Mapping[str, Any], task_heads: tuple[TaskHead, ...] | None = None) -> T5Config:
+    """Reads a Hugging Face configuration.
+
+    Args:
+        raw: The content of `config.json`, without a `jaxprune` section.
+        task_heads: Must be empty or None: a text-to-text model has none.
+
+    Raises:
+        ValueError: Listing every value that is missing or not supported.
+    """
+    kind = raw["model_type"]
+    value = {ours: raw.get(theirs, _DEFAULTS.get(theirs)) for ours, theirs in _NAMES.items()}
+    if value["decoder_layers"] is None:
+        value["decoder_layers"] = value["encoder_layers"]
+    wrong = [
+        f"{name} is {raw[name]!r}, supported: {', '.join(map(repr, values))}"
+        for name, values in _SUPPORTED.items()
+        if name in raw and raw[name] not in values
+    ]
+
+    def expect(name: str, found: Any, fits: bool, expected: str) -> None:
+        if found is None and name not in raw:
+            wrong.append(f"{name} is missing")
+        elif not fits:
+            wrong.append(f"{name} is {found!r}, expected {expected}")
+
+    for ours, theirs in _NAMES.items():
+        expect(theirs, value[ours], _is_count(value[ours]) and value[ours] > 0, "a positive integer")
+    expect("relative_attention_num_buckets", value["buckets"], _divides(4, value["buckets"]), "a multiple of 4")
+    if _is_count(value["buckets"]) and _is_count(value["max_distance"]):
+        fits = value["max_distance"] > value["buckets"] // 2
+        expect("relative_attention_max_distance", value["max_distance"], fits, "more than half of the buckets")
+    rate, eps = raw.get("dropout_rate", 0.1), raw.get("layer_norm_epsilon", 1e-6)
+    expect("dropout_rate", rate, _is_number(rate) and 0 <= rate < 1, "a number in [0, 1)")
+    expect("layer_norm_epsilon", eps, _is_number(eps) and 0 < eps < 1, "a small positive number")
+    projection = raw.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
+    gated, activation = str(projection).startswith("gated-"), str(projection).removeprefix("gated-")
+    activation = "gelu_new" if projection == "gated-gelu" else activation  # the approximation by tanh, as in T5 1.1
+    expect("feed_forward_proj", projection, activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}, or gated-…")
+    tokens = {
+        "pad_token_id": raw.get("pad_token_id", 0),
+        "decoder_start_token_id": raw.get("decoder_start_token_id", raw.get("pad_token_id", 0)),
+        "eos_token_id": raw.get("eos_token_id", 1),
+    }
+    for name, index in tokens.items():
+        fits = _is_count(index) and (not _is_count(value["vocab"]) or index < value["vocab"])
+        expect(name, index, fits, "the index of a token")
+    tied, scaled = raw.get("tie_word_embeddings", True), raw.get("scale_decoder_outputs")
+    expect("tie_word_embeddings", tied, isinstance(tied, bool), "true or false")
+    expect("scale_decoder_outputs", scaled or False, scaled in (True, False, None), "true or false")
+    if task_heads:
+        wrong.append(f"it has the task heads {', '.join(head.name for head in task_heads)}, supported: none")
+    if wrong:
+        raise ValueError(f"config.json of a {kind} model cannot be used: {'; '.join(dict.fromkeys(wrong))}.")
+    # T5 1.0 shares one table and scales by it; T5 1.1 does neither. Newer files always say "tied" and keep the scaling.
+    untied = tied is False or scaled is False
+    return T5Config(
+        model_type=kind,
+        **value,
+        activation=activation,
+        gated=gated,
+        tied=not untied,
+        scaled=not untied,
+        eps=float(eps),
+        pad_id=tokens["pad_token_id"],
+        start_id=tokens["decoder_start_token_id"],
+        end_id=tokens["eos_token_id"],
+        dropout=float(rate),
+        raw=json.dumps(raw, sort_keys=True),
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _divides(divisor: int, value: Any) -> bool:
+    return _is_count(value) and value > 0 and value % divisor == 0
+
+
+def with_heads(config: T5Config, task_heads: tuple[TaskHead, ...]) -> T5Config:
+    """The configuration itself.
+
+    Raises:
+        ValueError: If there are task heads.
+    """
+    if task_heads:
+        raise ValueError(
+            f"a {config.model_type} model answers in text and has no task heads, got "
+            f"{', '.join(head.name for head in task_heads)}: give the task a prompt instead."
+        )
+    return config
+
+
+def build(config: T5Config) -> Model:
+    """The model of a configuration."""
+    return Model(config)
+
+
+Gated: TypeAlias = Callable[[str, Array], Array]  # (local name of a site, its values) -> the values times their gates
+
+
+class Attention(nnx.Module):
+    """Normalised input, attention over the heads that are there, and the residual."""
+
+    def __init__(self, config: T5Config, relative: bool, *, rngs: nnx.Rngs):
+        d, n, h = config.embed, config.attention_heads, config.head_dim
+        into = "btd,dnh->btnh"
+        self.norm = RMSNorm(d, config.eps)
+        self.query = Linear(into, (d, n, h), (d * h) ** -0.5, rngs=rngs)  # attention is not scaled, so this is
+        self.key = Linear(into, (d, n, h), d**-0.5, rngs=rngs)
+        self.value = Linear(into, (d, n, h), d**-0.5, rngs=rngs)
+        self.out = Linear("btnh,nhd->btd", (n, h, d), (n * h) ** -0.5, rngs=rngs)
+        if relative:
+            self.relative = Embedding(config.buckets, n, d**-0.5, rngs=rngs)
+        self.rate = config.dropout
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        memory: Float[Array, "b s d"] | None,
+        mask: Bool[Array, "b *t s"],
+        buckets: Array | None,
+        gated: Callable[[Array], Array],
+        key: Array | None,
+        scores: bool,
+    ) -> tuple[Float[Array, "b t d"], Array, Array | None]:
+        """The output, the gated values and the scores; `memory` is what is attended to, None is the input itself."""
+        inner, outer = (None, None) if key is None else jax.random.split(key)
+        b, t, _ = x.shape
+        heads, size = self.query.kernel.shape[1:]
+        if heads == 0:  # no head is left, and there is no bias: the residual is all
+            s = t if memory is None else memory.shape[1]
+            return x, jnp.zeros((b, t, 0, size), x.dtype), jnp.zeros((b, 0, t, s), jnp.float32) if scores else None
+        y = self.norm(x)
+        read = y if memory is None else memory
+        bias = None if buckets is None else self.relative(buckets).transpose(2, 0, 1)
+        mixed, raw = attend(
+            self.query(y),
+            self.key(read),
+            self.value(read),
+            mask,
+            scale=1.0,
+            bias=bias,
+            rate=self.rate,
+            dropout_key=inner,
+            scores=scores,
+        )
+        mixed = gated(mixed)
+        return x + dropout(self.out(mixed), self.rate, outer), mixed, raw
+
+
+class FeedForward(nnx.Module):
+    """Normalised input, a non-linearity between two linear maps, and the residual."""
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        d, f = config.embed, config.neurons
+        self.norm = RMSNorm(d, config.eps)
+        if config.gated:
+            self.gating = Linear("btd,df->btf", (d, f), d**-0.5, rngs=rngs)
+        self.up = Linear("btd,df->btf", (d, f), d**-0.5, rngs=rngs)
+        self.down = Linear("btf,fd->btd", (f, d), f**-0.5, rngs=rngs)
+        self.activation = config.activation
+        self.gated = config.gated
+        self.rate = config.dropout
+
+    def __call__(
+        self, x: Float[Array, "b t d"], gated: Gated, key: Array | None
+    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
+        if self.up.kernel.shape[1] == 0:  # no neuron is left: the residual is all
+            return x, {"ffn.neurons": jnp.zeros((*x.shape[:2], 0), x.dtype)}
+        first, second = (None, None) if key is None else jax.random.split(key)
+        y, activation = self.norm(x), ACTIVATIONS[self.activation]
+        inner = activation(self.gating(y)) * self.up(y) if self.gated else activation(self.up(y))
+        inner = gated("ffn.neurons", inner)
+        y = self.down(dropout(inner, self.rate, first))
+        return x + dropout(y, self.rate, second), {"ffn.neurons": inner}
+
+
+class Block(nnx.Module):
+    """One layer: attention, in a decoder attention to the encoder's output, then the feed-forward network."""
+
+    def __init__(self, config: T5Config, decoder: bool, *, rngs: nnx.Rngs):
+        self.attention = Attention(config, relative=True, rngs=rngs)
+        if decoder:
+            self.cross = Attention(config, relative=False, rngs=rngs)
+        self.ffn = FeedForward(config, rngs=rngs)
+
+
+def bucket_of(distance: Array | np.ndarray, buckets: int, max_distance: int, *, both_ways: bool) -> Array:
+    """The bucket of a relative position (key's position minus the query's).
+
+    Half of the buckets are for single positions, the others grow with the logarithm of the distance up to
+    `max_distance`. In an encoder, the second half of all buckets is for positions to the right; a decoder sees none.
+
+    References:
+        Raffel et al., Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer, 2020.
+    """
+    distance = jnp.asarray(distance)
+    first = jnp.zeros_like(distance)
+    if both_ways:
+        buckets //= 2
+        first = jnp.where(distance > 0, buckets, 0)
+    steps = jnp.abs(distance) if both_ways else jnp.maximum(-distance, 0)
+    single = buckets // 2
+    growth = jnp.log(jnp.maximum(steps, 1).astype(jnp.float32) / single) / math.log(max_distance / single)
+    far = jnp.minimum(single + (growth * (buckets - single)).astype(steps.dtype), buckets - 1)
+    return first + jnp.where(steps < single, steps, far)
+
+
+def _positions(config: T5Config, queries: Array, keys: Array, *, both_ways: bool) -> Array:
+    distance = keys[None, :] - queries[:, None]
+    return bucket_of(distance, config.buckets, config.max_distance, both_ways=both_ways)
+
+
+def stacks(config: T5Config) -> tuple[Stack, ...]:
+    """The stacks of layers; see `Model.stacks`."""
+    return (
+        Stack("encoder", config.encoder_layers, ("encoder", "layers")),
+        Stack("decoder", config.decoder_layers, ("decoder", "layers")),
+    )
+
+
+_WORD, _LANGUAGE = ("embeddings", "word"), ("language", "out")
+
+
+def embed_places(config: T5Config, stack: str) -> Places:
+    """Where the parameters are that `embed` reads; see `Model.embed_places`."""
+    return {"word": _WORD} if stack == "encoder" else {"word": _WORD, "norm": ("encoder", "norm")}
+
+
+def readout_places(config: T5Config, head: TaskHead) -> Places:
+    """Where the parameters are that `readout` reads; see `Model.readout_places`."""
+    return {"norm": ("decoder", "norm"), **({"word": _WORD} if config.tied else {"out": _LANGUAGE})}
+
+
+@lru_cache
+def _embedding(config: T5Config) -> Part:
+    return describe(lambda rngs: Embedding(config.vocab, config.embed, rngs=rngs))
+
+
+@lru_cache
+def _norm(config: T5Config) -> Part:
+    return describe(lambda rngs: RMSNorm(config.embed, config.eps))
+
+
+@lru_cache
+def _output(config: T5Config) -> Part:
+    return describe(lambda rngs: Linear("btd,dv->btv", (config.embed, config.vocab), 1.0, rngs=rngs))
+
+
+@lru_cache
+def _block(config: T5Config, decoder: bool) -> Part:
+    return describe(lambda rngs: Block(config, decoder, rngs=rngs))
+
+
+def embed(
+    config: T5Config,
+    params: Params,
+    batch: Mapping[str, Array],
+    stack: str,
+    before: State | None,
+    key: Array | None,
+) -> State:
+    """What the first layer of a stack reads; see `Model.embed`. The decoder gets the encoder's normalised output."""
+    word = bind(_embedding(config), params["word"])
+    if stack == "encoder":
+        return dropout(word(batch["input_ids"]), config.dropout, key)
+    first, second = (None, None) if key is None else jax.random.split(key)
+    memory = bind(_norm(config), params["norm"])(before)
+    hidden = dropout(word(batch["decoder_input_ids"]), config.dropout, first)
+    return Decoding(hidden, dropout(memory, config.dropout, second))
+
+
+def block(
+    config: T5Config,
+    params: Params,
+    state: State,
+    mask: Mask,
+    gates: Gates,
+    means: Gates,
+    tokens: TokenReduction,
+    key: Array | None,
+    scores: bool,
+) -> tuple[State, dict[str, Array]]:
+    """One layer; see `Model.block`."""
+    decoder = isinstance(state, Decoding)
+    module = bind(_block(config, decoder), params)
+    own = mask.own if isinstance(mask, Masks) else mask
+    keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
+
+    def gated(name: str, values: Array) -> Array:
+        return gate(values, gates.get(name), means.get(name), own, tokens)
+
+    hidden = state.hidden if isinstance(state, Decoding) else state
+    places = jnp.arange(hidden.shape[1])
+    seen = own[:, None, :] & (places[None, :] <= places[:, None]) if decoder else own
+    buckets = _positions(config, places, places, both_ways=not decoder)
+    found: dict[str, Array | None] = {}
+    hidden, found["attention.heads"], found["attention.scores"] = module.attention(
+        hidden, None, seen, buckets, lambda values: gated("attention.heads", values), keys[0], scores
+    )
+    if isinstance(state, Decoding) and isinstance(mask, Masks):
+        hidden, found["cross.heads"], found["cross.scores"] = module.cross(
+            hidden, state.memory, mask.memory, None, lambda values: gated("cross.heads", values), keys[1], scores
+        )
+    hidden, ffn = module.ffn(hidden, gated, keys[2])
+    values = {name: value for name, value in (found | ffn).items() if value is not None}
+    return Decoding(hidden, state.memory) if isinstance(state, Decoding) else hidden, values
+
+
+def readout(
+    config: T5Config, params: Params, state: State, mask: Mask, head: TaskHead, key: Array | None
+) -> Float[Array, "b t v"]:
+    """The logits of the next token; see `Model.readout`."""
+    hidden = state.hidden if isinstance(state, Decoding) else state
+    hidden = dropout(bind(_norm(config), params["norm"])(hidden), config.dropout, key).astype(jnp.float32)
+    if config.scaled:
+        hidden = hidden * config.embed**-0.5
+    if not config.tied:
+        return bind(_output(config), params["out"])(hidden)
+    table = params["word"]["embedding"]
+    return jnp.einsum("btd,vd->btv", hidden.astype(table.dtype), table, preferred_element_type=jnp.float32)
+
+
+def initialise(config: T5Config, key: Array) -> Params:
+    """Random parameters of the whole model; the tables of relative positions are the same in all layers of a stack."""
+    keys = iter(jax.random.split(key, 2 + config.encoder_layers + config.decoder_layers))
+    params: Params = {
+        "embeddings": {
+            "word": initialise_part(lambda rngs: Embedding(config.vocab, config.embed, 1.0, rngs=rngs), next(keys))
+        }
+    }
+    for stack in stacks(config):
+        decoder = stack.name == "decoder"
+        layers = {
+            i: initialise_part(lambda rngs, decoder=decoder: Block(config, decoder, rngs=rngs), next(keys))
+            for i in range(stack.layers)
+        }
+        table = layers[0]["attention"]["relative"]["embedding"]
+        for own in layers.values():
+            own["attention"]["relative"] = {"embedding": table + 0.0}  # arrays of their own: training donates them
+        params[stack.name] = {
+            "layers": layers,
+            "norm": initialise_part(lambda rngs: RMSNorm(config.embed, config.eps), jax.random.key(0)),
+        }
+    if not config.tied:
+        scale = config.embed**-0.5
+        make = lambda rngs: Linear("btd,dv->btv", (config.embed, config.vocab), scale, rngs=rngs)  # noqa: E731
+        params["language"] = {"out": initialise_part(make, next(keys))}
+    return params
+
+
+def initialise_head(config: T5Config, head: TaskHead, key: Array) -> Params:
+    """There are no task heads to initialise.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(f"a {config.model_type} model has no task heads.")
+
+
+def tied_places(config: T5Config) -> tuple[tuple[Path, ...], ...]:
+    """Parameters that are one in a Hugging Face model: training must give them the same gradient."""
+    return tuple(
+        tuple((*stack.path, i, "attention", "relative", "embedding") for i in range(stack.layers))
+        for stack in stacks(config)
+    )
+
+
+def checkpoint_names(config: T5Config) -> dict[Path, tuple[str, str]]:
+    """Where every parameter stands in a Hugging Face checkpoint; kinds as in the BERT family."""
+    names: dict[Path, tuple[str, str]] = {(*_WORD, "embedding"): ("shared.weight", "copy")}
+    if not config.tied:
+        names[*_LANGUAGE, "kernel"] = ("lm_head.weight", "linear")
+    for stack in stacks(config):
+        decoder = stack.name == "decoder"
+        names[stack.name, "norm", "scale"] = (f"{stack.name}.final_layer_norm.weight", "copy")
+        table = f"{stack.name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        for i in range(stack.layers):
+            path, theirs = (*stack.path, i), f"{stack.name}.block.{i}.layer."
+            modules = [("attention", "0.SelfAttention", 0)] + [("cross", "1.EncDecAttention", 1)] * decoder
+            for module, name, place in modules:
+                for ours, letter in (("query", "q"), ("key", "k"), ("value", "v")):
+                    names[*path, module, ours, "kernel"] = (f"{theirs}{name}.{letter}.weight", "split_out")
+                names[*path, module, "out", "kernel"] = (f"{theirs}{name}.o.weight", "merge_in")
+                names[*path, module, "norm", "scale"] = (f"{theirs}{place}.layer_norm.weight", "copy")
+            names[*path, "attention", "relative", "embedding"] = (table, "copy")
+            place = 2 if decoder else 1
+            inner = f"{theirs}{place}.DenseReluDense."
+            up = {"gating": "wi_0", "up": "wi_1"} if config.gated else {"up": "wi"}
+            for ours, their in (up | {"down": "wo"}).items():
+                names[*path, "ffn", ours, "kernel"] = (f"{inner}{their}.weight", "linear")
+            names[*path, "ffn", "norm", "scale"] = (f"{theirs}{place}.layer_norm.weight", "copy")
+    return names
+
+
+def ignored_names(config: T5Config) -> tuple[str, ...]:
+    """Patterns of tensors that checkpoints carry and that are copies, or that no model reads."""
+    copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # in files from before 2021
+    return (*copies, unused, *(["lm_head.weight"] if config.tied else []))

@@ -1,0 +1,114 @@
+"""Law 8 for the T5 family: logits, hidden states and gates equal those of Hugging Face's PyTorch models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tiny import random_gates
+
+from jaxprune.checkpoint import load
+
+pytestmark = pytest.mark.reference
+TOLERANCE = 1e-4  # of the scale: float32, other order of sums
+SIZES: dict[str, Any] = {
+    "vocab_size": 67, "d_model": 24, "d_kv": 5, "d_ff": 37, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 3,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "dropout_rate": 0.0,
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "t5 1.0": {"feed_forward_proj": "relu", "tie_word_embeddings": True},
+    "t5 1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "mt5": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def torch() -> Any:
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    return torch
+
+
+def random_t5(kind: str, seed: int = 0, **sizes: Any) -> Any:
+    """A random PyTorch model in which everything matters; untied ones get an output layer of their own."""
+    import torch
+    from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+    make = (MT5Config, MT5ForConditionalGeneration) if kind == "mt5" else (T5Config, T5ForConditionalGeneration)
+    model = make[1](make[0](**SIZES, **KINDS[kind], **sizes)).eval()
+    if not KINDS[kind]["tie_word_embeddings"]:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        model.config.scale_decoder_outputs = False
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            scale = 1.0 if "norm" in name else 0.0
+            size = 0.2 if "norm" in name else 1.0 if weight.shape[0] in (67, 8) else weight.shape[1] ** -0.5
+            weight.copy_(scale + size * torch.randn(weight.shape, generator=random))
+    return model
+
+
+def saved(folder: Path, kind: str, model: Any) -> Path:
+    """The folder as it is on the hub: an untied model has its own `lm_head.weight` and says so."""
+    tensors = {
+        name: t.detach().contiguous().numpy() for name, t in model.state_dict().items() if "embed_tokens" not in name
+    }
+    if KINDS[kind]["tie_word_embeddings"]:
+        tensors.pop("lm_head.weight")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, folder / "model.safetensors")
+    raw = model.config.to_dict() | KINDS[kind]
+    (folder / "config.json").write_text(json.dumps(raw, default=str))
+    return folder
+
+
+def random_batch(length: int, targets: int, seed: int = 0, rows: int = 3) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    mask = np.arange(length) < np.array([length, max(1, length // 2), max(1, length - 1)])[:rows, None]
+    decoded = np.arange(targets) < np.array([targets, max(1, targets - 2), 1])[:rows, None]
+    ids = np.where(mask, random.integers(2, 67, (rows, length)), 0)
+    first = np.where(decoded, random.integers(2, 67, (rows, targets)), 0)
+    return {
+        "input_ids": ids.astype(np.int32),
+        "attention_mask": mask.astype(np.int32),
+        "decoder_input_ids": first.astype(np.int32),
+        "decoder_attention_mask": decoded.astype(np.int32),
+    }
+
+
+def run(model: Any, batch: dict[str, np.ndarray], **options: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return model(**{name: torch.from_numpy(array).long() for name, array in batch.items()}, **options)
+
+
+def assert_close(found: Any, expected: Any, where: Any = None) -> None:
+    expected, found = np.asarray(expected), np.asarray(found)
+    if where is not None:
+        expected, found = expected[where], found[where]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_hugging_face(kind: str, tmp_path: Path):
+    theirs = random_t5(kind)
+    model, params = load(saved(tmp_path, kind, theirs))
+    for length, targets in ((1, 1), (7, 3), (33, 9)):
+        batch = random_batch(length, targets)
+        expected = run(theirs, batch, output_hidden_states=True)
+        found = model.apply(params, batch, hidden=True)
+        own = batch["decoder_attention_mask"] > 0  # what stands at padding is nobody's business
+        assert found.hidden is not None
+        assert_close(found.logits, expected.logits, own)
+        encoded = expected.encoder_hidden_states[:-1]  # theirs ends with the normalised state
+        for ours, other in zip(found.hidden, encoded, strict=False):
+            assert_close(ours, other, batch["attention_mask"] > 0)
+        decoded = expected.decoder_hidden_states[:-1]
+        for ours, other in zip(found.hidden[len(encoded) + 1 :], decoded, strict=False):
+            assert_close(ours, other, own)
