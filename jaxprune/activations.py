@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxprune.gates import Gates, Params
+from jaxprune.likelihood import answered
 from jaxprune.models import (
     INPUTS,
     Mask,
     Model,
     State,
-    embed_compiled,
+    enter,
     mask_of,
-    model_inputs,
     model_layers,
     own_mask,
 )
@@ -56,17 +56,16 @@ def site_statistics(model: Model, params: Params, batch: Mapping[str, Any], stat
     Args:
         model: The architecture.
         params: Parameters.
-        batch: As for `Model.apply`.
+        batch: As for `Model.apply`; of a text-to-text model with `candidates` and `labels`, see `answered`.
         statistic: Takes the values `[b, t, units]` (heads: `[b, t, units, head_dim]`) in float32 and the mask `[b, t]`.
 
     Returns:
         Site name to what `statistic` returns.
     """
-    inputs = model_inputs(model, params, batch)
+    inputs = answered(model, params, batch)
     state, found = None, {}
     for layer in model_layers(model, params):
-        if layer.entry is not None:
-            state = embed_compiled(model, layer.stack, layer.entry, inputs, state, None)
+        state = enter(model, layer, inputs, state)
         state, values = _block_statistics(model, statistic, layer.params, state, mask_of(layer, inputs))
         found |= {f"{layer.name}.{name}": value for name, value in values.items()}
     return found
@@ -97,7 +96,7 @@ def calibration_means(model: Model, params: Params, batches: Iterable[Mapping[st
     sums: dict[str, Array] = {}
     tokens: list[dict[str, Array]] = []
     for batch in batches:
-        batch = model_inputs(model, params, batch)
+        batch = answered(model, params, batch)
         sums = _add_rows(sums, site_statistics(model, params, batch, token_sum))
         tokens.append({name: batch[name].sum() for name in INPUTS if name.endswith("attention_mask") and name in batch})
     counts = {name: sum(int(own[name]) for own in tokens) for name in (tokens[0] if tokens else {})}

@@ -15,12 +15,21 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxprune.activations import Closed, zero
 from jaxprune.gates import UNITS, Gates, Params, Site, open_gates, sites, without
 from jaxprune.integration import Completeness, Rule, gauss_legendre, quadrature
-from jaxprune.models import Model, block_compiled, embed_compiled, mask_of, model_inputs, model_layers
+from jaxprune.likelihood import candidates_in, candidates_of, rank, teacher_forced, without_end
+from jaxprune.models import (
+    Model,
+    block_compiled,
+    enter,
+    mask_of,
+    model_inputs,
+    model_layers,
+    repeat_rows,
+)
 from jaxprune.models.backward import Prefix, Pull, forward
 from jaxprune.models.layers import TokenReduction, sum_tokens
 from jaxprune.objectives import (
@@ -128,9 +137,17 @@ class GradientActivation:
             raise ValueError("the squared error has no gradient at the prediction itself: use labels=gold.")
         given = examples_of(batch, self.labels, chosen.regression)
         _, gates = _open_rows(model, params, batch, self.kinds)
-        logits, pull = forward(model, params, batch, gates, head=chosen.name, means=means, tokens=self.tokens)
-        targets, weights = find_targets(self.labels, logits, *given, key_or_default(key))
-        found = [_slope(pull, objective, logits, target) for target in targets]
+        run = partial(forward, model, params, gates=gates, head=chosen.name, means=means, tokens=self.tokens)
+        if model.writes_text:
+            found, answers = [], answers_of(model, params, batch, self.labels, given, key)
+            for answer in answers:
+                logits, pull = run(answer.batch)
+                found.append(_slope(pull, objective, logits, answer.target))
+            weights = tuple(answer.weight for answer in answers)
+        else:
+            logits, pull = run(batch)
+            targets, weights = find_targets(self.labels, logits, *given, key_or_default(key))
+            found = [_slope(pull, objective, logits, target) for target in targets]
         return Measured(weigh(self.examples.each, found, weights), {})
 
 
@@ -198,43 +215,116 @@ class IntegratedGradients:
         chosen = model.head(head)
         objective = objective_for(self.objective, chosen)
         given = examples_of(batch, self.labels, chosen.regression)
-        batch = model_inputs(model, params, batch)
         ones, gates = _open_rows(model, params, batch, self.kinds)
         paths = self.path(_sites(model, params, self.kinds))
         paths = [path for path in paths if any(ones[site.name].size for site in path)]
         if not paths:
             raise ValueError(f"the model has no {' and no '.join(self.kinds)}: there is nothing to score.")
-        prefixes = open_prefixes(model, params, batch, {_lowest(path) for path in paths})
-        run = partial(forward, model, params, head=chosen.name, means=means)
-        groups = _groups(self.rule, self.nodes, self.start, self.chunk)
+        scaled = [{site.name: ones[site.name] for site in path} for path in paths]
+        along = partial(self._along, model, params, paths, scaled, objective, chosen.name, means)
+        if not model.writes_text:
+            batch = model_inputs(model, params, batch)
+            logits = forward(model, params, batch, head=chosen.name, means=means)[0]
+            targets, weights = find_targets(self.labels, logits, *given, key_or_default(key))
+            found, completeness = along(batch, logits, targets)
+        else:
+            found, completeness = [], [[] for _ in paths]
+            answers = answers_of(model, params, batch, self.labels, given, key)
+            for answer in answers:
+                logits = forward(model, params, answer.batch, head=chosen.name, means=means)[0]
+                own, parts = along(answer.batch, logits, (answer.target,))
+                found += own
+                completeness = [[*before, *part] for before, part in zip(completeness, parts, strict=True)]
+            weights = tuple(answer.weight for answer in answers)
+        closed = {name: jnp.zeros_like(rows) for name, rows in gates.items()}
+        return [closed | attribution for attribution in found], completeness, weights
 
-        logits = run(batch)[0]
-        targets, weights = find_targets(self.labels, logits, *given, key_or_default(key))
+    def _along(
+        self,
+        model: Model,
+        params: Params,
+        paths: Sequence[Sequence[Site]],
+        scaled: Sequence[Gates],
+        objective: Objective,
+        head: str,
+        means: Gates | None,
+        batch: dict[str, Array],
+        logits: Array,
+        targets: tuple[Array, ...],
+    ) -> tuple[list[Gates], list[list[Completeness]]]:
+        """The attributions of every target along all paths, and their completeness by path and target.
+
+        Args:
+            model: The architecture.
+            params: Parameters.
+            paths: The sites of every path.
+            scaled: Their open gates.
+            objective: The objective.
+            head: The task head.
+            means: What closed units are replaced by.
+            batch: The model's inputs.
+            logits: Those of the open model.
+            targets: What the objective is taken for.
+        """
+        run = partial(forward, model, params, head=head, means=means)
+        groups = _groups(self.rule, self.nodes, self.start, self.chunk)
+        prefixes = open_prefixes(model, params, batch, {_lowest(path) for path in paths})
         ends = [value_and_cotangent(objective, logits, target)[0] for target in targets]
-        found: list[Gates] = [{name: jnp.zeros_like(rows) for name, rows in gates.items()} for _ in targets]
+        found: list[Gates] = [{} for _ in targets]
         completeness = []
-        for path in paths:
-            names = [site.name for site in path]
-            end = {name: ones[name] for name in names}
+        for path, end in zip(paths, scaled, strict=True):
             prefix = prefixes[_lowest(path)]
-            totals: list[Gates] = [{name: attribution[name] for name in names} for attribution in found]
             if self.start == 0.0 and not means:  # nothing of the path is left: a model without its units is cheaper
-                logits = forward(model, without(model.axes, params, path), batch, head=chosen.name, prefix=prefix)[0]
+                logits = forward(model, without(model.axes, params, path), batch, head=head, prefix=prefix)[0]
             else:
                 logits = run(batch, _scale(end, np.array([self.start], np.float32), batch["input_ids"]), prefix=prefix)[
                     0
                 ]
             starts = [value_and_cotangent(objective, logits, target)[0] for target in targets]
-            tiled, hidden, aims = repeat_rows((batch, prefix.hidden, targets), groups[0][0].size)
+            tiled, state, aims = repeat_rows((batch, prefix.hidden, targets), groups[0][0].size)
+            nothing = _scale(end, np.zeros(1, np.float32), batch["input_ids"])
+            totals = [nothing for _ in targets]
             for points, shares in groups:
-                logits, pull = run(tiled, _scale(end, points, batch["input_ids"]), prefix=Prefix(hidden, prefix.layer))
+                gates = _scale(end, points, batch["input_ids"])
+                logits, pull = run(tiled, gates, prefix=Prefix(state, prefix.layer))
                 for i, aim in enumerate(aims):
                     totals[i] = _add(totals[i], _slope(pull, objective, logits, aim), shares)
                 del logits, pull  # before the next node needs the memory
             found = [attribution | total for attribution, total in zip(found, totals, strict=True)]
             parts = zip(ends, starts, totals, strict=True)
             completeness.append([_complete(one, other, list(total.values())) for one, other, total in parts])
-        return found, completeness, weights
+        return found, completeness
+
+
+class Answer(NamedTuple):
+    """An answer of a text-to-text model, one per example, whose objective is attributed."""
+
+    batch: dict[str, Array]  # the model's inputs, with this answer for the decoder to read
+    target: Int[Array, "b u"]  # its tokens without the end of the sequence
+    weight: Float[Array, " b"]  # what the attribution is multiplied by
+
+
+def answers_of(
+    model: Model,
+    params: Params,
+    batch: Mapping[str, Any],
+    labels: Labels,
+    given: tuple[Array, Array],
+    key: Array | None,
+) -> list[Answer]:
+    """The answers to attribute, one per label and row that `labels` chooses, from the candidates of a batch."""
+    candidates = candidates_in(batch)
+    if labels is gold:
+        likelihoods = jnp.zeros(candidates.shape[:2], jnp.float32)
+    else:
+        likelihoods = rank(model, params, batch, candidates)
+    chosen, weights = find_targets(labels, likelihoods, *given, key_or_default(key))
+    found = []
+    for label, weight in zip(chosen, weights, strict=True):
+        target = candidates_of(candidates, label)
+        inputs = model_inputs(model, params, teacher_forced(model, batch, target))
+        found.append(Answer(inputs, without_end(target, model.config.end_id), weight))
+    return found
 
 
 def examples_of(batch: Mapping[str, Any], labels: Labels, regression: bool) -> tuple[Array, Array]:
@@ -282,8 +372,7 @@ def open_prefixes(model: Model, params: Params, batch: dict[str, Array], layers:
     state: Any = None
     found = {}
     for place, layer in enumerate(model_layers(model, params)):
-        if layer.entry is not None:
-            state = embed_compiled(model, layer.stack, layer.entry, batch, state, None)
+        state = enter(model, layer, batch, state)
         if layer.name in layers:
             found[layer.name] = Prefix(state, place)
         if len(found) == len(layers):
@@ -305,16 +394,6 @@ def _groups(rule: Rule, nodes: int, start: float, chunk: int) -> list[tuple[np.n
 
 def _slope(pull: Pull, objective: Objective, logits: Float[Array, "b l"], target: Array) -> Gates:
     return pull(value_and_cotangent(objective, logits, target)[1])[0]
-
-
-def repeat_rows(tree: Any, times: int) -> Any:
-    """Every row `times` times in succession, so that rows stay on their device."""
-    return tree if times == 1 else _repeat(times, tree)
-
-
-@partial(jax.jit, static_argnums=0)
-def _repeat(times: int, tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
 
 
 # The programs below take gates without the names of their sites: modules of equal widths share them.

@@ -21,22 +21,14 @@ from jaxprune.activations import Closed, magnitudes, site_statistics, token_mean
 from jaxprune.attribution import (
     GradientActivation,
     Measured,
+    answers_of,
     examples_of,
     key_or_default,
     open_prefixes,
-    repeat_rows,
 )
 from jaxprune.cost import elements, unit_costs
 from jaxprune.gates import Gates, Params, axes_of, flatten, reads, sites, subtree, widths
-from jaxprune.models import (
-    Model,
-    block_compiled,
-    embed_compiled,
-    layer_entries,
-    mask_of,
-    model_inputs,
-    model_layers,
-)
+from jaxprune.models import Model, advance, model_inputs, model_layers, repeat_rows
 from jaxprune.models.backward import Prefix, forward
 from jaxprune.models.layers import TokenReduction, sum_tokens
 from jaxprune.objectives import (
@@ -220,9 +212,32 @@ class LeaveOneOut:
         chosen = model.head(head)
         objective = objective_for(self.objective, chosen)
         given = examples_of(batch, self.labels, chosen.regression)
+        if model.writes_text:
+            answers = answers_of(model, params, batch, self.labels, given, key)
+            found = [
+                self._losses(model, params, own.batch, objective, chosen.name, means, None, (own.target,))[0]
+                for own in answers
+            ]
+            return Measured(weigh(self.examples.each, found, tuple(own.weight for own in answers)), {})
         batch = model_inputs(model, params, batch)
         logits, _ = forward(model, params, batch, head=chosen.name)
         targets, weights = find_targets(self.labels, logits, *given, key_or_default(key))
+        found = self._losses(model, params, batch, objective, chosen.name, means, logits, targets)
+        return Measured(weigh(self.examples.each, found, weights), {})
+
+    def _losses(
+        self,
+        model: Model,
+        params: Params,
+        batch: dict[str, Array],
+        objective: Objective,
+        head: str,
+        means: Gates | None,
+        logits: Array | None,
+        targets: tuple[Array, ...],
+    ) -> list[Gates]:
+        """What every target loses with each head; `logits` are those of the open model, None: not known yet."""
+        logits = forward(model, params, batch, head=head)[0] if logits is None else logits
         ends = [value_and_cotangent(objective, logits, target)[0] for target in targets]
         places = [site for site in sites(model.axes, params) if site.kind == "heads"]
         prefixes = open_prefixes(model, params, batch, {site.layer_name for site in places})
@@ -232,17 +247,17 @@ class LeaveOneOut:
             heads = units[site.name]
             together = max(1, min(self.chunk, heads))
             prefix = prefixes[site.layer_name]
-            rows, hidden, aims = repeat_rows((batch, prefix.hidden, targets), together)
+            rows, state, aims = repeat_rows((batch, prefix.hidden, targets), together)
             lost: list[list[Array]] = [[] for _ in targets]
             for first in range(0, heads, together):
                 gates = {site.name: _all_but(heads, together, np.int32(first), batch["input_ids"])}
-                logits = _finish(model, params, rows, Prefix(hidden, prefix.layer), gates, means, chosen.name)
+                logits = _finish(model, params, rows, Prefix(state, prefix.layer), gates, means, head)
                 for i, aim in enumerate(aims):
                     lost[i].append(_lost(ends[i], value_and_cotangent(objective, logits, aim)[0]))
             for i, parts in enumerate(lost):
                 empty = [jnp.zeros((ends[i].shape[0], 0), jnp.float32)]
                 found[i][site.name] = jnp.concatenate(parts or empty, axis=1)[:, :heads]
-        return Measured(weigh(self.examples.each, found, weights), {})
+        return found
 
 
 def _finish(
@@ -255,12 +270,8 @@ def _finish(
     head: str,
 ) -> Float[Array, "b l"]:
     """The logits, from a prefix on, without keeping anything for a backward pass."""
-    state, layers = prefix.hidden, model_layers(model, params)
-    for place, layer in enumerate(layers[prefix.layer :], prefix.layer):
-        if layer.entry is not None and place > prefix.layer:
-            state = embed_compiled(model, layer.stack, layer.entry, batch, state, None)
-        own, own_means = layer_entries(gates, layer.name), layer_entries(means, layer.name)
-        state, _ = block_compiled(model, layer.params, state, mask_of(layer, batch), own, own_means, None)
+    layers = model_layers(model, params)
+    state = advance(model, layers[prefix.layer :], batch, prefix.hidden, gates, means)
     return forward(model, params, batch, head=head, prefix=Prefix(state, len(layers)))[0]
 
 

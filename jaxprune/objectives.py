@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxprune.gates import Gates
+from jaxprune.likelihood import IGNORED
 from jaxprune.models import TaskHead
 
 Objective: TypeAlias = Callable[[Array, Array], Array]  # (logits [b, l], target [b]) -> [b] float32
@@ -157,11 +158,19 @@ def find_targets(
 
 @partial(jax.jit, static_argnums=0)
 def value_and_cotangent(
-    objective: Objective, logits: Float[Array, "b l"], target: Shaped[Array, " b"]
-) -> tuple[Float[Array, " b"], Float[Array, "b l"]]:
-    """The objective of every example, and its gradient with respect to the logits."""
-    value, pull = jax.vjp(lambda z: objective(z, target), logits)
+    objective: Objective, logits: Float[Array, "b *u l"], target: Shaped[Array, " b *u"]
+) -> tuple[Float[Array, " b"], Float[Array, "b *u l"]]:
+    """The objective of every example, and its gradient with respect to the logits.
+
+    Of a text it is the sum over the target's tokens, each given those before it (Yang et al. 2023).
+    """
+    value, pull = jax.vjp(lambda z: _of_text(objective, z, target) if z.ndim == 3 else objective(z, target), logits)
     return value, pull(jnp.ones_like(value))[0]
+
+
+def _of_text(objective: Objective, logits: Float[Array, "b u v"], target: Int[Array, "b u"]) -> Float[Array, " b"]:
+    each = objective(logits.reshape(-1, logits.shape[-1]), jnp.maximum(target, 0).reshape(-1)).reshape(target.shape)
+    return jnp.where(target != IGNORED, each, 0.0).sum(1)
 
 
 def name_of(setting: object) -> str:

@@ -22,6 +22,7 @@ PACKAGE = ROOT / "jaxprune"
 ORDER = (
     "gates",
     "models",
+    "likelihood",
     "files",
     "tensors",
     "weights",

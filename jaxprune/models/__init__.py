@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -304,8 +304,8 @@ class Model:
         keys = layer_keys(key, len(layers))
         state, states, values, raw = None, [], {}, []
         for layer, own_key in zip(layers, keys, strict=False):
+            state = enter(self, layer, inputs, state, entry_key(keys, layer))
             if layer.entry is not None:
-                state = embed_compiled(self, layer.stack, layer.entry, inputs, state, entry_key(keys, layer))
                 states.append(hidden_of(state))
             own, own_means = layer_entries(gates, layer.name), layer_entries(means, layer.name)
             mask = mask_of(layer, inputs)
@@ -321,7 +321,7 @@ class Model:
         if self.heads or self.writes_text or head is not None:
             chosen = self.head(head)
             own = part(params, self.readout_places(chosen))
-            logits = _readout(self, chosen, own, state, mask_of(layers[-1], inputs), keys[-2])
+            logits = readout_compiled(self, chosen, own, state, mask_of(layers[-1], inputs), keys[-2])
         return Output(
             logits,
             hidden=tuple(states) if hidden else None,
@@ -356,7 +356,10 @@ def block_compiled(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _readout(model: Model, head: TaskHead, params: Params, hidden: State, mask: Mask, key: Array | None) -> Array:
+def readout_compiled(
+    model: Model, head: TaskHead, params: Params, hidden: State, mask: Mask, key: Array | None
+) -> Array:
+    """`Model.readout`, compiled."""
     return model.readout(params, hidden, mask, head, key=key)
 
 
@@ -379,13 +382,10 @@ def model_inputs(model: Model, params: Params, batch: Mapping[str, Any]) -> dict
         ValueError: If one is missing or has another shape, the batch is longer than the model's positions, or
             (for arrays on the host) an index is outside its table.
     """
-    needed = INPUTS[:2] + (_DECODED.names[:1] if model.writes_text else ())
-    for name in needed:
-        if name not in batch:
-            raise ValueError(f"the batch has no {name!r}; it has {sorted(batch)}: pass what the tokenizer returns.")
-    inputs = _sequence(model, params, batch, _ENCODED)
+    inputs = encoder_inputs(model, params, batch)
     if not model.writes_text:
         return inputs
+    _check_there(batch, _DECODED.names[:1])
     ids = batch["decoder_input_ids"]
     if getattr(ids, "ndim", None) == 2 and ids.shape[0] != inputs["input_ids"].shape[0]:
         raise ValueError(
@@ -394,6 +394,18 @@ def model_inputs(model: Model, params: Params, batch: Mapping[str, Any]) -> dict
     if "decoder_attention_mask" not in batch and hasattr(ids, "shape"):
         batch = {**batch, "decoder_attention_mask": np.ones(ids.shape, bool)}
     return inputs | _sequence(model, params, batch, _DECODED)
+
+
+def encoder_inputs(model: Model, params: Params, batch: Mapping[str, Any]) -> dict[str, Array]:
+    """The arrays of a batch that its first stack reads; see `model_inputs`."""
+    _check_there(batch, _ENCODED.names[:2])
+    return _sequence(model, params, batch, _ENCODED)
+
+
+def _check_there(batch: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        if name not in batch:
+            raise ValueError(f"the batch has no {name!r}; it has {sorted(batch)}: pass what the tokenizer returns.")
 
 
 def _sequence(model: Model, params: Params, batch: Mapping[str, Any], kind: _Sequence) -> dict[str, Array]:
@@ -480,6 +492,43 @@ def check_intervention(
         check_means(model, params, means)
 
 
+def enter(model: Model, layer: Layer, inputs: dict[str, Array], state: State | None, key: Array | None = None) -> State:
+    """What a layer reads: `state` itself, unless the layer is the first of a stack that `state` has not entered."""
+    entered = state is not None and (layer.stack != "decoder" or isinstance(state, Decoding))
+    if state is not None and (entered or layer.entry is None):
+        return state
+    if layer.entry is None:
+        raise ValueError(f"layer {layer.name} is not the first of its stack: it needs what the layer before returned.")
+    return embed_compiled(model, layer.stack, layer.entry, inputs, state, key)
+
+
+def advance(
+    model: Model,
+    layers: Sequence[Layer],
+    inputs: dict[str, Array],
+    state: State | None = None,
+    gates: Gates | None = None,
+    means: Gates | None = None,
+) -> State:
+    """Runs some layers one after the other, without dropout and without keeping anything for a backward pass.
+
+    Args:
+        model: The architecture.
+        layers: Consecutive layers of `model_layers`, at least one.
+        inputs: What `model_inputs` returns.
+        state: What the layer before them returned; None: they are the first.
+        gates: Site name to gates.
+        means: What closed units are replaced by.
+    """
+    for layer in layers:
+        own, own_means = layer_entries(gates, layer.name), layer_entries(means, layer.name)
+        state = enter(model, layer, inputs, state)
+        state, _ = block_compiled(model, layer.params, state, mask_of(layer, inputs), own, own_means, None)
+    if state is None:
+        raise ValueError("there are no layers to run.")
+    return state
+
+
 def layer_entries(entries: Mapping[str, Any] | None, layer: str) -> dict[str, Any]:
     """The entries of one layer, by local name: `{"3.ffn.neurons": g}` gives `{"ffn.neurons": g}` for layer "3"."""
     prefix = f"{layer}."
@@ -496,6 +545,16 @@ def layer_keys(key: Array | None, layers: int) -> list[Array | None]:
 def entry_key(keys: list[Array | None], layer: Layer) -> Array | None:
     """The random key for the embeddings of a layer's stack."""
     return jax.random.fold_in(keys[-1], 1) if layer.stack == "decoder" and keys[-1] is not None else keys[-1]
+
+
+def repeat_rows(tree: Any, times: int) -> Any:
+    """Every row of every array `times` times in succession, so that rows stay on their device."""
+    return tree if times == 1 else _repeat(times, tree)
+
+
+@partial(jax.jit, static_argnums=0)
+def _repeat(times: int, tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
 
 
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
