@@ -210,3 +210,8 @@ class Bench:
         """The tasks that the dense model does at least 10 points above chance, on dev: the others say nothing."""
         dense, chance = self.dense(self.names, "dev"), self.chances(self.names, "dev")
         return tuple(task for task in self.names if dense[task].hits.mean() - chance[task] >= 0.1)
+
+
+def say(text: str) -> None:
+    """A line for whoever watches a long run, with the time it came at."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)

@@ -14,13 +14,20 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 
+from jaxprune.likelihood import IGNORED
 from jaxprune.tasks import Example, seed_words
 
 if TYPE_CHECKING:
     import jax
 
-Batch: TypeAlias = dict[str, np.ndarray]  # input_ids, attention_mask, (token_type_ids), labels, weight, index
+    from jaxprune.prompts import Prompt
 
+# input_ids, attention_mask, (token_type_ids), labels, weight, index; with a prompt also candidates
+Batch: TypeAlias = dict[str, np.ndarray]
+
+Length: TypeAlias = float | Sequence[float]  # tokens; of a text-to-text model those it reads and those it writes
+
+MAX_ANSWER = 32  # tokens of a label's words, end of sequence included
 MAX_LENGTH = 128  # tokens, unless asked otherwise: what GLUE is usually run with
 # Beyond 32 tokens less than a third of a row is padding, and 10 shapes serve every text. BERT reads at most 512 tokens.
 BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -40,6 +47,7 @@ class Encoded:
     max_length: int
     truncated: int  # how many examples were cut to max_length tokens
     padding: int  # index of the padding token
+    candidates: np.ndarray | None = None  # [labels, tokens]: what a text-to-text model may answer, see `likelihood`
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -50,9 +58,14 @@ class Encoded:
         return np.diff(self.offsets)
 
     @property
-    def mean_length(self) -> float:
-        """Mean number of tokens of an example, without padding."""
-        return float(self.lengths.mean())
+    def mean_length(self) -> Length:
+        """Mean number of tokens of an example, without padding; of a text-to-text model that of its answer, too."""
+        own = float(self.lengths.mean())
+        if self.candidates is None:
+            return own
+        tokens = (self.candidates != IGNORED).sum(1)
+        known = self.labels[self.labels >= 0]
+        return [own, float(tokens[known].mean() if len(known) else tokens.mean())]
 
     def batch(self, rows: Sequence[int] | np.ndarray, length: int, batch_size: int) -> Batch:
         """Puts examples into one batch of `batch_size` rows and `length` tokens."""
@@ -69,6 +82,8 @@ class Encoded:
         batch = {"input_ids": ids, "attention_mask": mask}
         if self.token_type_ids is not None:
             batch["token_type_ids"] = types
+        if self.candidates is not None:
+            batch["candidates"] = np.broadcast_to(self.candidates, (batch_size, *self.candidates.shape))
         return batch | {
             "labels": np.concatenate([self.labels[rows], np.zeros(fill, self.labels.dtype)]),
             "weight": np.repeat(np.array([1, 0], np.float32), [len(rows), fill]),
@@ -101,7 +116,13 @@ class Batches(Sequence[Batch]):
         return tuple((self.batch_size, length) for length in sorted({length for _, length in self.plan}))
 
 
-def encode(model_or_tokenizer: Any, examples: Sequence[Example], *, max_length: int | None = None) -> Encoded:
+def encode(
+    model_or_tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    max_length: int | None = None,
+    prompt: Prompt | None = None,
+) -> Encoded:
     """Tokenises examples. A longer text is truncated (of a pair, the longer one first) and counted.
 
     Args:
@@ -109,30 +130,41 @@ def encode(model_or_tokenizer: Any, examples: Sequence[Example], *, max_length: 
         examples: The examples.
         max_length: The most tokens of an example, special ones included. By default 128, or what the model reads if
             that is less.
+        prompt: What a text-to-text model is asked, fitted to the task. Its own words are never cut.
 
     Raises:
         ValueError: If there is no example, if only some have a label or a second text, or if the model has fewer
-            positions than `max_length`.
+            positions than `max_length`; if a text-to-text model has no prompt, a word of the prompt no tokens of its
+            own, or the tokenizer is not the model's.
     """
     tokenizer = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
     most = getattr(model_or_tokenizer, "max_length", None) or tokenizer.model_max_length
     if not examples:
         raise ValueError("there are no examples to tokenise.")
+    if prompt is None and getattr(model_or_tokenizer, "writes_text", False):
+        raise ValueError("the model answers in text: say with prompt= what it is asked, see jaxprune.prompts.")
     paired = _all_or_none([example.pair is not None for example in examples], "a second text")
     labelled = _all_or_none([example.label is not None for example in examples], "a label")
     length = min(MAX_LENGTH, most) if max_length is None else max_length
-    special = tokenizer.num_special_tokens_to_add(pair=paired)
+    special = tokenizer.num_special_tokens_to_add(pair=paired and prompt is None)
     if length > most:
         raise ValueError(
             f"max_length is {length}, but the model has only {most} positions; longer texts are cut anyway."
         )
     if length <= special:
         raise ValueError(f"max_length must exceed the {special} special tokens of an example, got {length}.")
-    texts = [example.text for example in examples]
-    pairs = [example.pair for example in examples] if paired else None
+    if prompt is None:
+        texts = [example.text for example in examples]
+        pairs = [example.pair for example in examples] if paired else None
+    else:
+        texts, pairs = [prompt.render(example) for example in examples], None
     ids, types = _tokenise(tokenizer, texts, pairs)
     long = [row for row, tokens in enumerate(ids) if len(tokens) > length]
-    if long:
+    if long and prompt is not None:
+        for row in long:
+            ids[row] = _cut(tokenizer, prompt, examples[row], length)
+            types[row] = np.zeros_like(ids[row])
+    elif long:
         some = [texts[row] for row in long], None if pairs is None else [pairs[row] for row in long]
         for row, tokens, segments in zip(long, *_tokenise(tokenizer, *some, length), strict=True):
             ids[row], types[row] = tokens, segments
@@ -146,7 +178,64 @@ def encode(model_or_tokenizer: Any, examples: Sequence[Example], *, max_length: 
         max_length=length,
         truncated=len(long),
         padding=tokenizer.pad_token_id or 0,
+        candidates=None if prompt is None else encode_words(model_or_tokenizer, prompt.words),
     )
+
+
+def encode_words(model_or_tokenizer: Any, words: Sequence[str]) -> np.ndarray:
+    """The tokens of the words that a text-to-text model may answer, `[labels, tokens]`, each with its end of sequence.
+
+    Raises:
+        ValueError: If there are no words, one has no tokens or unknown ones, is longer than 32 tokens, or two have the
+            same tokens; or if the tokenizer's special tokens are not those of the model.
+    """
+    tokenizer = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
+    end = tokenizer.eos_token_id
+    config = getattr(model_or_tokenizer, "config", None)
+    if config is not None and (end, tokenizer.pad_token_id) != (config.end_id, config.pad_id):
+        raise ValueError(
+            f"the tokenizer ends a text with {end} and pads with {tokenizer.pad_token_id}, the model with "
+            f"{config.end_id} and {config.pad_id}: is this its tokenizer?"
+        )
+    if config is not None and len(tokenizer) > config.vocab:
+        raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens, the model {config.vocab:,}: is this its own?")
+    if not words:
+        raise ValueError("the prompt has no words to answer with: give one per label.")
+    found: dict[tuple[int, ...], str] = {}
+    for word in words:
+        tokens = tuple(tokenizer(word, add_special_tokens=False)["input_ids"])
+        if not tokens:
+            raise ValueError(f"the word {word!r} has no tokens: choose another one for its label.")
+        if tokenizer.unk_token_id in tokens:
+            raise ValueError(f"the word {word!r} has characters that the tokenizer does not know: choose another one.")
+        if len(tokens) >= MAX_ANSWER:
+            raise ValueError(f"the word {word[:40]!r} has {len(tokens)} tokens, at most {MAX_ANSWER - 1} are possible.")
+        if tokens in found:
+            raise ValueError(f"the words {found[tokens]!r} and {word!r} have the same tokens: choose others.")
+        found[tokens] = word
+    candidates = np.full((len(found), max(map(len, found)) + 1), IGNORED, np.int32)
+    for row, tokens in zip(candidates, found, strict=True):
+        row[: len(tokens) + 1] = (*tokens, end)
+    return candidates
+
+
+def _cut(tokenizer: Any, prompt: Prompt, example: Example, length: int) -> np.ndarray:
+    """The tokens of a prompt with its longer text cut at the end until all of it fits."""
+    texts = [example.text] if example.pair is None else [example.text, example.pair]
+    while True:
+        shortened = Example(texts[0], texts[1] if len(texts) == 2 else None)
+        (tokens,), _ = _tokenise(tokenizer, [prompt.render(shortened)], None)
+        excess = len(tokens) - length
+        if excess <= 0:
+            return tokens
+        sizes = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        longest = int(np.argmax(sizes))
+        if not sizes[longest]:
+            raise ValueError(f"the prompt alone has {len(tokens)} tokens, max_length is {length}: make that longer.")
+        text = texts[longest]
+        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        kept = max(0, len(spans) - excess)
+        texts[longest] = text[: min(spans[kept][0], len(text) - 1)]  # always shorter, whatever the tokenizer says
 
 
 def _all_or_none(have: list[bool], what: str) -> bool:
@@ -230,9 +319,10 @@ def make_batches(
     max_length: int | None = None,
     buckets: Sequence[int] = BUCKETS,
     shape_cost: int = SHAPE_COST,
+    prompt: Prompt | None = None,
 ) -> list[Batch]:
     """`encode`, then `pack`: the batches of some examples, all at once."""
-    encoded = encode(model_or_tokenizer, examples, max_length=max_length)
+    encoded = encode(model_or_tokenizer, examples, max_length=max_length, prompt=prompt)
     return list(pack(encoded, batch_size=batch_size, buckets=buckets, shape_cost=shape_cost))
 
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.batches import Length
 from jaxprune.gates import Params, axes_of, flatten, sites, subtree, widths
 from jaxprune.gates import Path as ParameterPath
 from jaxprune.models import Model
@@ -50,7 +51,7 @@ def prunable_parameters(model: Model, params: Params) -> int:
     return round(_total(model, params, elements))
 
 
-def flops(model: Model, params: Params, length: float) -> float:
+def flops(model: Model, params: Params, length: Length) -> float:
     """FLOPs of one example: the layers' matrix products, 2 per multiply-add.
 
     Embeddings, norms, biases, activations, softmax, pooler and task heads are not counted.
@@ -58,15 +59,40 @@ def flops(model: Model, params: Params, length: float) -> float:
     Args:
         model: The architecture.
         params: Parameters of any widths.
-        length: Tokens per example; may be a mean.
+        length: Tokens per example, which may be means: one number; of a text-to-text model two, those it reads and
+            those it writes.
 
     Returns:
         The FLOPs, with the attention terms that grow with the square of the length.
 
     Raises:
-        ValueError: If `length` is not positive.
+        ValueError: If `length` is not positive, or not the one number or the two that the model needs.
     """
-    return _total(model, params, matmul_flops(length))
+    return _total(model, params, matmul_flops(checked_length(model, length)))
+
+
+def usual_length(model: Model) -> Length:
+    """Tokens per example where none are named: 128, or what the model reads; of a text-to-text model 4 are written."""
+    read = min(128, model.max_length)
+    return [read, 4] if model.writes_text else read
+
+
+def length_text(length: Length) -> str:
+    """A length in words: `128 tokens`, or `128 + 4 tokens` of those read and those written."""
+    return " + ".join(f"{own:.4g}" for own in np.atleast_1d(np.asarray(length, np.float64))) + " tokens"
+
+
+def checked_length(model: Model, length: Length) -> Length:
+    """The length as it was given.
+
+    Raises:
+        ValueError: If it is not what this model needs.
+    """
+    given = np.size(length)
+    if given != len(model.stacks):
+        needed = "two numbers, tokens read and tokens written" if model.writes_text else "one number of tokens"
+        raise ValueError(f"length must be {needed}, got {length!r}.")
+    return length
 
 
 def unit_costs(model: Model, params: Params, measure: Measure) -> dict[str, float]:
@@ -91,24 +117,30 @@ def elements(part: Slice) -> float:
     return part.size
 
 
-def matmul_flops(length: float) -> Measure:
-    """Measures FLOPs per example at this many tokens.
+def matmul_flops(length: Length) -> Measure:
+    """Measures FLOPs per example at this many tokens; two numbers are those of an encoder and of a decoder.
 
     A kernel costs `2 * length` per element. Attention multiplies queries with keys and probabilities with values, each
     `2 * head_dim * length^2` per head. Half of it is booked on either factor (the second product's result is what the
-    output kernel reads), so each of the four kernels of a head adds `head_dim * length^2`.
+    output kernel reads), so each of the four kernels of a head adds `head_dim * length^2`. Where a decoder attends to
+    the encoder's output, keys and values are made of the encoder's tokens, and the square becomes a product.
 
     Raises:
         ValueError: If `length` is not positive.
     """
-    if not (math.isfinite(length) and length > 0):
+    lengths = [float(own) for own in np.atleast_1d(np.asarray(length, np.float64))]
+    if not all(math.isfinite(own) and own > 0 for own in lengths):
         raise ValueError(f"length must be a positive number of tokens, got {length}.")
+    read, written = lengths[0], lengths[-1]
 
     def measure(part: Slice) -> float:
         if part.path[-1] != "kernel":
             return 0.0
-        squared = part.shape[part.axes.index("head_dim")] if part.kind == "heads" else 0
-        return 2.0 * length * part.size + squared * length**2
+        own = written if part.path[0] == "decoder" else read
+        seen = read if "cross" in part.path else own
+        tokens = seen if part.path[-2] in ("key", "value") else own
+        products = part.shape[part.axes.index("head_dim")] if part.kind == "heads" else 0
+        return 2.0 * tokens * part.size + products * own * seen
 
     return measure
 
@@ -132,7 +164,7 @@ class Latency(NamedTuple):
     median: float
     p95: float  # 95th percentile
     batch: int  # examples per pass
-    length: int  # tokens per example, none of them padding
+    length: int | tuple[int, int]  # tokens per example, none of them padding; of text-to-text those written, too
     device: str
 
 
@@ -148,7 +180,7 @@ def latency(
     params: Params,
     *,
     batch: int = 1,
-    length: int = 128,
+    length: int | tuple[int, int] = 128,
     head: str | None = None,
     repeats: int = 20,
     warmup: int = 3,
@@ -159,7 +191,7 @@ def latency(
         model: The architecture.
         params: Parameters of any widths.
         batch: Examples per pass.
-        length: Tokens per example.
+        length: Tokens per example; of a text-to-text model those it reads and those it writes.
         head: The task head; None is the only one. A model without task heads is measured up to its last hidden state.
         repeats: Passes that are timed.
         warmup: Passes before, the first of which compiles.
@@ -178,7 +210,7 @@ def compare_latency(
     models: Sequence[tuple[Model, Params]],
     *,
     batch: int = 1,
-    length: int = 128,
+    length: int | tuple[int, int] = 128,
     head: str | None = None,
     repeats: int = 20,
     warmup: int = 3,
@@ -188,7 +220,7 @@ def compare_latency(
     Args:
         models: Pairs of a model and its parameters; the first is what the others are compared with.
         batch: Examples per pass.
-        length: Tokens per example.
+        length: Tokens per example; of a text-to-text model those it reads and those it writes.
         head: The task head; None is the only one.
         repeats: Rounds that are timed; in a round every model runs once.
         warmup: Rounds before, the first of which compiles.
@@ -202,7 +234,7 @@ def compare_latency(
     if not models:
         raise ValueError("there is no model to measure.")
     for name, value in (("batch", batch), ("length", length), ("repeats", repeats), ("warmup", warmup)):
-        if value < 1:
+        if np.min(value) < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
     passes = [_forward_pass(model, params, batch, length, head) for model, params in models]
     for _ in range(warmup):
@@ -246,16 +278,19 @@ def _total(model: Model, params: Params, measure: Measure) -> float:
 @partial(jax.jit, static_argnums=(0, 3))
 def _forward(model: Model, params: Params, batch: dict[str, jax.Array], head: str | None) -> Any:
     """The logits; the hidden states of a model without task heads, of which XLA would otherwise compute nothing."""
-    output = model.apply(params, batch, head=head, hidden=not model.heads)
+    output = model.apply(params, batch, head=head, hidden=not (model.heads or model.writes_text))
     return output.logits, output.hidden
 
 
-def _forward_pass(model: Model, params: Params, batch: int, length: int, head: str | None) -> Callable[[], Any]:
+def _forward_pass(
+    model: Model, params: Params, batch: int, length: int | tuple[int, int], head: str | None
+) -> Callable[[], Any]:
     """A function that runs one forward pass and waits for it; its inputs are on the device already."""
-    inputs = {
-        "input_ids": jnp.full((batch, length), model.config.pad_id + 1, jnp.int32),
-        "attention_mask": jnp.ones((batch, length), jnp.int32),
-    }
+    lengths = np.atleast_1d(np.asarray(checked_length(model, length)))
+    inputs = {}
+    for prefix, tokens in zip(("", "decoder_"), lengths, strict=False):
+        inputs[f"{prefix}input_ids"] = jnp.full((batch, int(tokens)), model.config.pad_id + 1, jnp.int32)
+        inputs[f"{prefix}attention_mask"] = jnp.ones((batch, int(tokens)), jnp.int32)
     params = jax.device_put(params)
     return lambda: jax.block_until_ready(_forward(model, params, inputs, head))
 

@@ -14,7 +14,9 @@ import numpy as np
 
 from jaxprune.batches import Encoded, encode, pack
 from jaxprune.gates import Gates, Params
+from jaxprune.likelihood import candidates_in, rank
 from jaxprune.models import INPUTS, Model
+from jaxprune.prompts import Prompt, prompt_of
 from jaxprune.tasks import Example, Task, draw, row_key
 
 Metric: TypeAlias = Callable[[np.ndarray, np.ndarray], dict[str, float]]
@@ -130,9 +132,12 @@ def predict(
     means: Gates | None = None,
     batch_size: int = 32,
     max_length: int | None = None,
+    prompt: Prompt | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """The logits of examples, `[examples, labels]` in float32, in the order of the examples.
+
+    Of a text-to-text model they are the log-likelihoods of the labels' words.
 
     Args:
         model: The model.
@@ -143,17 +148,24 @@ def predict(
         means: What a closed unit is replaced by; a missing one is zero.
         batch_size: Examples in a batch.
         max_length: Tokens to which a text is cut; by default 128, or what the model reads if that is less.
+        prompt: What a text-to-text model is asked, fitted to the task.
         progress: Called with the number of batches sent to the device, and of all.
 
     Raises:
         ValueError: If a logit is not finite.
     """
-    encoded = examples if isinstance(examples, Encoded) else encode(model, examples, max_length=max_length)
+    if isinstance(examples, Encoded):
+        encoded = examples
+    else:
+        encoded = encode(model, examples, max_length=max_length, prompt=prompt)
     batches = pack(encoded, batch_size=batch_size)
     indices, found = [], []
     for done, batch in enumerate(batches, 1):
         inputs = {name: batch[name] for name in INPUTS if name in batch}
-        found.append(model.apply(params, inputs, gates, head=head, means=means).logits)  # stays on the device
+        if model.writes_text:
+            found.append(rank(model, params, inputs, candidates_in(batch), gates, means))
+        else:
+            found.append(model.apply(params, inputs, gates, head=head, means=means).logits)  # stays on the device
         indices.append(batch["index"])
         if progress is not None:
             progress(done, len(batches))
@@ -215,7 +227,7 @@ def evaluate(
         )
     if limit is not None and limit < len(examples):
         examples = draw(task, limit, 0, split=split)
-    encoded = encode(model, examples, max_length=max_length)
+    encoded = encode(model, examples, max_length=max_length, prompt=prompt_of(model, task))
     logits = predict(
         model, params, encoded, head=head, gates=gates, means=means, batch_size=batch_size, progress=progress
     )
@@ -239,8 +251,12 @@ def fitting_head(model: Model, task: Task, head: str | None = None) -> str:
     """The name of the task head to use: the one given, else the one of the task's name, else the only one.
 
     Raises:
-        ValueError: If there is no such head, or its labels are not the task's.
+        ValueError: If there is no such head, or its labels are not the task's; of a text-to-text model, if there is no
+            prompt for the task.
     """
+    if model.writes_text:
+        prompt_of(model, task)
+        return model.head(head).name
     chosen = model.head(task.name if head is None and task.name in model.heads else head)
     if chosen.regression != task.regression:
         kinds = {True: "a regression", False: "a classification"}

@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxprune.batches import Length
 from jaxprune.checkpoint import load, read_pruning
-from jaxprune.cost import elements, matmul_flops, parameters, unit_costs
+from jaxprune.cost import checked_length, elements, matmul_flops, parameters, unit_costs, usual_length
 from jaxprune.gates import UNITS, Params, Site, sites, widths
 from jaxprune.models import Model
 from jaxprune.pictures import check_picture, inspection_figure
 from jaxprune.scores import Scores, load_scores
 from jaxprune.selection import select
 from jaxprune.workflow import check_file
-
-LENGTH = 128  # tokens, for FLOPs, if nothing says how long the texts are
 
 
 class _Units(NamedTuple):
@@ -61,7 +60,7 @@ def inspect_model(
     pruning = _pruning(model)
     units = _units(model, params, pruning, found)
     length = _length(model, pruning, found)
-    costs = unit_costs(model, params, matmul_flops(length))
+    costs = unit_costs(model, params, matmul_flops(checked_length(model, length)))
     sizes = unit_costs(model, params, elements)
     flops = sum(len(own.kept) * costs[own.site.name] for own in units)
     score = sum(float(np.abs(own.scores).sum()) for own in units if own.scores is not None)
@@ -149,10 +148,10 @@ def _kept(name: str, own: Any) -> tuple[int, np.ndarray]:
     return int(own["had"]), np.asarray(kept, int)
 
 
-def _length(model: Model, pruning: Mapping[str, Any] | None, scores: Scores | None) -> float:
-    """Tokens per example: as scored, as pruned for, or `LENGTH`."""
+def _length(model: Model, pruning: Mapping[str, Any] | None, scores: Scores | None) -> Length:
+    """Tokens per example: as scored, as pruned for, or the usual number."""
     pruned = None if pruning is None else pruning.get("settings", {}).get("length")
-    return (scores.header["mean_length"] if scores is not None else pruned) or min(LENGTH, model.max_length)
+    return (scores.header["mean_length"] if scores is not None else pruned) or usual_length(model)
 
 
 def _mean(units: Sequence[_Units]) -> float | None:

@@ -231,7 +231,10 @@ class BudgetOptions:
 class SelectionOptions:
     """Which units stay, within a budget."""
 
-    length: Annotated[float | None, kept("Tokens of an example, for FLOPs; by default as scored.")] = None
+    length: Annotated[
+        str | None,
+        kept("Tokens of an example, for FLOPs; by default as scored. Of T5: read,written.", metavar="128"),
+    ] = None
     per_layer: Annotated[bool, kept("The same fraction everywhere, or all units compete.", "--per-layer/--global")] = (
         True
     )
@@ -248,13 +251,22 @@ class SelectionOptions:
 
         return Selection(
             **asdict(budget),
-            length=self.length,
+            length=None if self.length is None else read_length(self.length),
             per_layer=self.per_layer,
             multiple_of=by_kind("--multiple-of", self.multiple_of),
             floor=by_kind("--floor", self.floor),
             protect=tuple(int(item) if item.isdigit() else item for item in self.protect or ()),
             normalise=None if self.normalise is None else find("normalise", self.normalise),
         )
+
+
+def read_length(text: str) -> float | tuple[float, ...]:
+    """Reads `128`, or `128,4` of a model that writes text."""
+    try:
+        found = tuple(map(float, text.split(",")))
+    except ValueError as error:
+        raise ValueError(f"--length {text!r} is no number of tokens; write 128, or 128,4 for T5.") from error
+    return found[0] if len(found) == 1 else found
 
 
 def by_kind(name: str, values: list[str] | None) -> int | dict[str, int] | None:

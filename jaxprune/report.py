@@ -15,6 +15,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from jaxprune.cost import length_text
+
 Record = Mapping[str, Any]
 
 BEFORE_AFTER = ("before", "after", "kept", "speed-up")
@@ -43,7 +45,7 @@ def scores_table(record: Record) -> Table:
     examples = f"{record['examples']:,} of split {record['split']}" if record["examples"] else "none are read"
     table.add_row("examples", examples)
     if record["examples"]:
-        table.add_row("mean length", f"{record['mean_length']:.1f} tokens")
+        table.add_row("mean length", length_text(record["mean_length"]))
     table.add_row("criterion", criterion.pop("name"))
     for name, value in criterion.items():
         table.add_row(f"  {name}", _plain(value))
@@ -77,13 +79,13 @@ def before_after_sections(record: Record) -> list[list[tuple[str, ...]]]:
     ]
     old, new = (f"{found['flops'] / 1e6:,.1f}" for found in (before, after))
     speedup = _times(record["speedup"]["theoretical"])
-    rows.append((f"MFLOPs, {before['length']:.4g} tokens", old, new, _percent(kept.get("flops")), speedup))
+    rows.append((f"MFLOPs, {length_text(before['length'])}", old, new, _percent(kept.get("flops")), speedup))
     if before.get("file_bytes"):
         old, new = (f"{found['file_bytes'] / 1e6:,.2f}" for found in (before, after))
         rows.append(("weights on disk, MB", old, new, _percent(kept.get("file_bytes")), ""))
     sections.append(rows)
     for own, other in zip(before.get("latency", ()), after.get("latency", ()), strict=True):
-        shape = f"{own['batch']} x {own['length']} tokens"
+        shape = f"{own['batch']} x {length_text(own['length'])}"
         medians = (_milliseconds(found["median"]) for found in (own, other))
         late = (_milliseconds(found["p95"]) for found in (own, other))
         sections.append(
@@ -249,7 +251,7 @@ def inspection_note(record: Record) -> str:
     """What the figures of `inspection_table` mean."""
     parts = [
         f"Task heads: {', '.join(record['heads']) or 'none'}.",
-        f"Parameters and FLOPs of heads and neurons, {record['length']:.4g} tokens.",
+        f"Parameters and FLOPs of heads and neurons, {length_text(record['length'])}.",
     ]
     if record["pruned"] is not None:
         parts.append("x/y: x of the y units before pruning stay.")

@@ -39,7 +39,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {  # the header and its types; readers of
     "data": (list,),  # digests of the examples
     "rows": (list,),  # keys of the examples' texts, sorted
     "max_length": (int,),  # tokens to which texts were cut
-    "mean_length": (float, int),  # tokens per example, without padding
+    "mean_length": (float, int, list),  # tokens per example, without padding; of a text-to-text model its answers' too
     "completeness": (dict, type(None)),  # of integrated gradients, in the unit of the objective
     "versions": (dict,),
 }
@@ -190,7 +190,7 @@ def _merged_header(a: Mapping[str, Any], b: Mapping[str, Any], counts: Sequence[
         "keys": a["keys"] + [key for key in b["keys"] if key not in a["keys"]],
         "data": sorted({*a["data"], *b["data"]}),
         "rows": sorted(a["rows"] + b["rows"]),
-        "mean_length": float(_weighted([a["mean_length"], b["mean_length"]], counts)),
+        "mean_length": _weighted([np.asarray(a["mean_length"]), np.asarray(b["mean_length"])], counts).tolist(),
         "completeness": completeness,
         "versions": {name: _either(v, b["versions"].get(name, v)) for name, v in a["versions"].items()},
     }

@@ -26,8 +26,9 @@ from jaxprune.checkpoint import model_digest
 from jaxprune.evaluation import fitting_head
 from jaxprune.files import write_atomic
 from jaxprune.gates import Gates, Params
-from jaxprune.models import Model, model_inputs
+from jaxprune.models import Model, encoder_inputs, model_inputs
 from jaxprune.objectives import gold
+from jaxprune.prompts import prompt_of
 from jaxprune.scores import Scores, describe, with_relative
 from jaxprune.splits import Example, digest, row_key
 from jaxprune.tasks import Task, draw, seed_words
@@ -97,8 +98,9 @@ def score(
         rows, split = tuple(examples), "given"
     else:  # if none is read, they only say how long the texts are
         rows = draw(task, examples if reads else min(examples, len(task.rows(split))), key, split=split)
-    _check_labels(criterion, model, head, rows)
-    encoded = encode(model, rows, max_length=max_length)
+    _check_labels(criterion, model, head, len(task.labels), rows)
+    prompt = prompt_of(model, task)
+    encoded = encode(model, rows, max_length=max_length, prompt=prompt)
     header: dict[str, Any] = {
         "format": 1,
         "criterion": describe(criterion),
@@ -114,7 +116,7 @@ def score(
         "max_length": encoded.max_length,
         "mean_length": encoded.mean_length,
         "versions": {"jaxprune": __version__, "jax": jax.__version__},
-    }
+    } | ({} if prompt is None else {"prompt": prompt.to_json()})
     devices = jax.local_devices() if devices is None else devices
     batch_size = -(-batch_size // len(devices)) * len(devices)
     kept = None if resume is None else _Partial(resume, header | {"batch_size": batch_size, "devices": len(devices)})
@@ -203,8 +205,9 @@ class _Placement(NamedTuple):
     def batch(self, batch: Mapping[str, Any]) -> dict[str, Array]:
         count = batch["input_ids"].shape[0]
         given = {"weight": np.ones(count, np.float32), "index": np.arange(count, dtype=np.int32)}
-        given |= {name: batch[name] for name in ("labels", "weight", "index") if name in batch}
-        arrays: dict[str, Any] = model_inputs(self.model, self.params, batch) | given
+        given |= {name: batch[name] for name in ("labels", "weight", "index", "candidates") if name in batch}
+        read = encoder_inputs if self.model.writes_text else model_inputs
+        arrays: dict[str, Any] = read(self.model, self.params, batch) | given
         return jax.device_put(arrays, self.rows) if self.rows is not None else jax.tree.map(jnp.asarray, arrays)
 
     def everywhere(self, tree: Any) -> Any:
@@ -244,16 +247,17 @@ def _shape_cost(criterion: Criterion) -> int:
     return 3 * SHAPE_COST // (2 * getattr(criterion, "nodes", 1) + 1)
 
 
-def _check_labels(criterion: Criterion, model: Model, head: str, rows: Sequence[Example]) -> None:
+def _check_labels(criterion: Criterion, model: Model, head: str, labels: int, rows: Sequence[Example]) -> None:
     if getattr(criterion, "labels", None) is not gold:
         return
     chosen = model.head(head)
     missing = sum(row.label is None for row in rows)
     if missing:
         raise ValueError(f"{missing} of {len(rows)} examples have no label: use labels=predicted, sampled or every.")
-    wrong = [row.label for row in rows if not chosen.regression and row.label not in range(len(chosen.labels))]
+    count = labels if model.writes_text else len(chosen.labels)
+    wrong = [row.label for row in rows if not chosen.regression and row.label not in range(count)]
     if wrong:
-        raise ValueError(f"label {wrong[0]!r} is outside 0 to {len(chosen.labels) - 1}, the labels of head {head!r}.")
+        raise ValueError(f"label {wrong[0]!r} is outside 0 to {count - 1}, the labels of head {head!r}.")
 
 
 def _nothing(largest: bool, found: Measured) -> Totals:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.batches import Length
 from jaxprune.checkpoint import digest, model_digest
-from jaxprune.cost import elements, matmul_flops, unit_costs
+from jaxprune.cost import checked_length, elements, matmul_flops, unit_costs
 from jaxprune.gates import UNITS, Gates, Params, Site, sites, widths
 from jaxprune.models import Model
 
@@ -47,7 +48,7 @@ def select(
     units: float | None = None,
     parameters: float | None = None,
     flops: float | None = None,
-    length: float | None = None,
+    length: Length | None = None,
     per_layer: bool = True,
     multiple_of: int | Mapping[str, int] | None = None,
     floor: int | Mapping[str, int] | None = None,
@@ -67,7 +68,8 @@ def select(
         units: Fraction of the units that may stay.
         parameters: Fraction of the prunable parameters (weights and biases of units) that may stay.
         flops: Fraction of the FLOPs per example that may stay; see `jaxprune.cost.flops`.
-        length: Tokens per example, for `flops`; None is the mean length of the examples that were scored.
+        length: Tokens per example, for `flops` (of a text-to-text model those read and those written); None is the mean
+            length of the examples that were scored.
         per_layer: Whether all sites keep about the same fraction of their units: the block after which its site has the
             smallest fraction comes first, ties in site order. If False, all units compete: the block with the highest
             mean score per cost comes first, ties by site and then by unit.
@@ -175,7 +177,7 @@ def _only_budget(budgets: Mapping[str, float | None]) -> tuple[str, float]:
     return name, float(value)
 
 
-def _costs(model: Model, params: Params, budget: str, length: float | None) -> dict[str, float]:
+def _costs(model: Model, params: Params, budget: str, length: Length | None) -> dict[str, float]:
     """The cost of one unit at every site."""
     if budget == "units":
         return dict.fromkeys(widths(model.axes, params), 1.0)
@@ -183,7 +185,7 @@ def _costs(model: Model, params: Params, budget: str, length: float | None) -> d
         return unit_costs(model, params, elements)
     if length is None:
         raise ValueError("a FLOPs budget needs length=, tokens per example: these scores do not say their mean length.")
-    return unit_costs(model, params, matmul_flops(length))
+    return unit_costs(model, params, matmul_flops(checked_length(model, length)))
 
 
 def _checked(

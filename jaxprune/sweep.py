@@ -23,6 +23,7 @@ import numpy as np
 from jaxprune import __version__
 from jaxprune.attribution import Criterion
 from jaxprune.baselines import Magnitude, TopLayers
+from jaxprune.batches import Length
 from jaxprune.checkpoint import load, model_digest
 from jaxprune.compaction import compact
 from jaxprune.cost import elements, matmul_flops, parameters, unit_costs
@@ -184,7 +185,7 @@ def sweep_model(
     return record | {"files": files}
 
 
-def kept(model: Model, params: Params, gates: Gates, length: float) -> dict[str, float]:
+def kept(model: Model, params: Params, gates: Gates, length: Length) -> dict[str, float]:
     """The fractions of FLOPs, units and parameters (embeddings included) that a compacted model would have."""
     had = widths(model.axes, params)
     left = {name: int(np.count_nonzero(np.asarray(gate))) for name, gate in gates.items()}

@@ -21,6 +21,8 @@ from jaxprune.splits import MOST_ROWS, SPLITS, Example, Row, overlap, row_key
 if TYPE_CHECKING:
     import jax
 
+    from jaxprune.prompts import Prompt
+
 __all__ = [
     "SPLITS", "TASKS", "Example", "Source", "Task", "draw", "from_hub", "load_task", "overlap", "remove_leaks",
     "row_key", "seed_words",
@@ -44,6 +46,7 @@ class Task:
     source: str = ""  # where the rows came from, in words
     license: str = ""
     dropped: Mapping[str, int] = field(default_factory=dict)  # rows left out, by split or reason
+    prompt: Prompt | None = None  # what a text-to-text model is asked; None: what is built in for the task's name
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -1,6 +1,7 @@
-"""Multi-task fine-tuning: one shared encoder, one head per task, resumable to the same bits.
+"""Multi-task fine-tuning: one shared model, resumable to the same bits.
 
-Every step trains the encoder and one task's head on one batch of that task. The order of the batches and the dropout
+Every step trains on one batch of one task: an encoder and that task's head, or a text-to-text model on the words of the
+label, after the task's prompt. The order of the batches and the dropout
 are functions of the seed and the step alone, so a run that was interrupted goes on exactly where its state file says.
 """
 
@@ -10,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
@@ -27,20 +28,30 @@ from jaxprune.checkpoint import model_digest
 from jaxprune.evaluation import Evaluation, evaluate
 from jaxprune.files import write_atomic
 from jaxprune.gates import Params, flatten, path_name, unflatten
+from jaxprune.likelihood import IGNORED, candidates_in, candidates_of, teacher_forced
 from jaxprune.models import Model, TaskHead
 from jaxprune.models.backward import forward
+from jaxprune.prompts import prompt_of
 from jaxprune.tasks import Task, remove_leaks
+
+OPTIMIZERS: Mapping[str, Callable[[], optax.GradientTransformation]] = {
+    "adamw": lambda: optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-6),
+    "adafactor": lambda: optax.chain(  # Shazeer and Stern 2018
+        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to fine-tune: AdamW with linear warm-up and decay."""
+    """How to fine-tune: AdamW or Adafactor, with linear warm-up and decay."""
 
     epochs: int = 3
     batch_size: int = 32
     learning_rate: float = 5e-5  # at its peak; per step
     warmup: float = 0.06  # fraction of the steps
     weight_decay: float = 0.01  # decoupled; kernels and embeddings only
+    optimizer: str = "adamw"  # or "adafactor", whose learning rate is relative to the size of each parameter
     clip: float = 1.0  # largest norm of the gradient over all parameters of a step
     max_length: int | None = None  # tokens; None: 128, or what the model reads if that is less
     rows: Mapping[str, int] | None = None  # rows of a task in an epoch, drawn anew or repeated; unnamed tasks: all once
@@ -52,6 +63,8 @@ class Recipe:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}.")
         for name, rows in (self.rows or {}).items():
             if rows < 1:
                 raise ValueError(f"rows of {name!r} must be at least 1, got {rows}.")
@@ -78,11 +91,24 @@ class Finetuned(NamedTuple):
     leaks: dict[tuple[str, str], int]  # (task, other): rows of task dropped because they are held out in other
 
 
-class _State(NamedTuple):
+class TrainingState(NamedTuple):
+    """All that a run needs to go on."""
+
     params: Params
-    moments: dict[str, optax.OptState]  # of "encoder" and of every head
+    moments: dict[str, optax.OptState]  # of "encoder" (a text-to-text model as a whole) and of every head
     best: Params
     done: int  # steps; in here so that an interruption finds the number and the arrays of the same step
+
+    @classmethod
+    def start(cls, params: Params, optimizer: str, heads: Sequence[str] = ()) -> TrainingState:
+        """The state before the first step."""
+        moments = {name: _optimizer(optimizer).init(_part(params, name)) for name in ("encoder", *heads)}
+        return cls(params, moments, {}, 0)
+
+    @property
+    def donated(self) -> bool:
+        """Whether an interruption fell into an update, which uses up the state before it."""
+        return any(array.is_deleted() for array in jax.tree.leaves((self.params, self.moments)))
 
 
 def finetune(
@@ -97,13 +123,13 @@ def finetune(
     progress: Callable[[Step], None] | None = None,
     report: Callable[[int, Evaluation], None] | None = None,
 ) -> Finetuned:
-    """Fine-tunes an encoder on several tasks at once.
+    """Fine-tunes an encoder, or a text-to-text model, on several tasks at once.
 
     Rows that are held out in any of the tasks are removed from all of them first. The same call with the same `state`
     goes on where an interrupted one stopped, and ends with the same bits as one that was not interrupted.
 
     Args:
-        model: The encoder; task heads that it has are replaced by fresh ones, one per task, named as the task.
+        model: The model; task heads that it has are replaced by fresh ones, one per task, named as the task.
         params: Its parameters.
         tasks: The tasks, with train and dev rows.
         recipe: How to train.
@@ -131,15 +157,19 @@ def finetune(
         for split in ("train", "dev"):
             if not task.rows(split):
                 raise ValueError(f"{task.name!r} has no {split} rows to fine-tune with.")
-    heads = tuple(
-        TaskHead(
-            name=task.name,
-            labels=task.labels,
-            regression=task.regression,
-            pooling=recipe.pooling,
-            dense=recipe.dense,
+    heads = (
+        ()
+        if model.writes_text
+        else tuple(
+            TaskHead(
+                name=task.name,
+                labels=task.labels,
+                regression=task.regression,
+                pooling=recipe.pooling,
+                dense=recipe.dense,
+            )
+            for task in cleaned
         )
-        for task in cleaned
     )
     encoder = {name: part for name, part in params.items() if name != "heads"}
     trained = model.with_heads(heads)
@@ -152,23 +182,26 @@ def finetune(
     unknown = sorted(set(recipe.rows or {}) - set(names))
     if unknown:
         raise ValueError(f"rows names {', '.join(unknown)}, which are not among the tasks {', '.join(names)}.")
-    encoded = {task.name: encode(trained, task.rows("train"), max_length=recipe.max_length) for task in cleaned}
+    encoded = {
+        task.name: encode(trained, task.rows("train"), max_length=recipe.max_length, prompt=prompt_of(trained, task))
+        for task in cleaned
+    }
     plan = partial(_plan, encoded, recipe)
     per_epoch = len(plan(0)[1])
     steps = per_epoch * recipe.epochs
-    optimizer = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-6)
     key = jax.random.key(recipe.seed)
-    fresh = encoder | {
-        "heads": {
+    fresh = encoder
+    if heads:
+        drawn = {
             head.name: trained.initialise_head(head.name, jax.random.fold_in(key, i)) for i, head in enumerate(heads)
         }
-    }
+        fresh = encoder | {"heads": drawn}
     fresh = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), fresh)  # ours alone: steps donate it
-    now = _State(fresh, {part: optimizer.init(_part(fresh, part)) for part in ("encoder", *names)}, {}, 0)
+    now = TrainingState.start(fresh, recipe.optimizer, [head.name for head in heads])
     file = None if state is None else Path(state)
     history: list[Any] = []
     if file is not None and file.exists():
-        now, history = _read(file, now, run)
+        now, history = read_state(file, now, run)
     losses: list[Array] = []
     while now.done < steps:
         epoch, position = divmod(now.done, per_epoch)
@@ -177,7 +210,7 @@ def finetune(
             for name, turn, index in order[position:]:
                 rate = _rate(now.done / steps, recipe)
                 own_key = jax.random.fold_in(key, now.done)
-                now, loss = _step(trained, optimizer, recipe, now, batches[name][turn][index], name, rate, own_key)
+                now, loss = _step(trained, recipe, now, batches[name][turn][index], name, rate, own_key)
                 losses.append(loss)
                 if now.done % 10 == 0:
                     mean = float(np.mean([float(loss) for loss in losses]))
@@ -187,11 +220,10 @@ def finetune(
                     if progress is not None:
                         progress(Step(now.done, steps, epoch + 1, mean))
                 if file is not None and now.done % save_every == 0 and now.done % per_epoch:
-                    _write(file, now, run, history)
+                    write_state(file, now, run, history)
         except KeyboardInterrupt:
-            donated = any(array.is_deleted() for array in jax.tree.leaves((now.params, now.moments)))
-            if file is not None and not donated:  # else within an update: the state before it is in the file
-                _write(file, now, run, history)
+            if file is not None and not now.donated:  # else within an update: the state before it is in the file
+                write_state(file, now, run, history)
             raise
         results = []
         for task in cleaned:
@@ -203,7 +235,7 @@ def finetune(
         if _best(history) == len(history):
             now = now._replace(best=jax.tree.map(jnp.copy, now.params))
         if file is not None:
-            _write(file, now, run, history)
+            write_state(file, now, run, history)
     epochs = tuple(tuple(_evaluation(result) for result in results) for results in history)
     return Finetuned(trained, now.best, epochs, _best(history), leaks)
 
@@ -241,32 +273,83 @@ def _part(params: Params, name: str) -> Params:
     return params["heads"][name]
 
 
+@lru_cache
+def _optimizer(name: str) -> optax.GradientTransformation:
+    return OPTIMIZERS[name]()  # one object per name: it is a static argument of a compiled step
+
+
 def _step(
     model: Model,
-    optimizer: optax.GradientTransformation,
     recipe: Recipe,
-    now: _State,
+    now: TrainingState,
     batch: Mapping[str, np.ndarray],
-    head: str,
+    task: str,
     rate: float,
     key: Array,
-) -> tuple[_State, Array]:
-    logits, pull = forward(model, now.params, batch, head=head, weights=True, key=key)
-    regression = model.head(head).regression
-    loss, cotangent = _loss(regression, logits, jnp.asarray(batch["labels"]), jnp.asarray(batch["weight"]))
-    _, grads = pull(cotangent)
+) -> tuple[TrainingState, Array]:
+    how = recipe.optimizer, recipe.weight_decay, recipe.clip, rate
+    if model.writes_text:
+        targets = candidates_of(candidates_in(batch), jnp.asarray(batch["labels"]))
+        return text_step(model, now, batch, targets, *how, key)
+    logits, pull = forward(model, now.params, batch, head=task, weights=True, key=key)
+    labels, weight = jnp.asarray(batch["labels"]), jnp.asarray(batch["weight"])
+    loss, cotangent = _loss(model.head(task).regression, logits, labels, weight)
+    return _moved(model, now, pull(cotangent)[1], ("encoder", task), *how), loss
+
+
+def text_step(
+    model: Model,
+    now: TrainingState,
+    batch: Mapping[str, np.ndarray],
+    targets: Any,
+    optimizer: str,
+    weight_decay: float,
+    clip: float,
+    rate: float,
+    key: Array,
+) -> tuple[TrainingState, Array]:
+    """One step of a text-to-text model towards some targets `[b, u]`; returns the loss before it, too."""
+    targets = jnp.asarray(targets)
+    logits, pull = forward(model, now.params, teacher_forced(model, batch, targets), weights=True, key=key)
+    loss, cotangent = _text_loss(logits, targets, jnp.asarray(batch["weight"]))
+    return _moved(model, now, pull(cotangent)[1], ("encoder",), optimizer, weight_decay, clip, rate), loss
+
+
+def _moved(
+    model: Model,
+    now: TrainingState,
+    grads: Params | None,
+    parts: tuple[str, ...],
+    optimizer: str,
+    weight_decay: float,
+    clip: float,
+    rate: float,
+) -> TrainingState:
+    """The state after a step of some parts of the parameters."""
     if grads is None:
         raise ValueError("the backward pass returned no weight gradients.")
-    encoder, own, moments, own_moments = _update(
-        optimizer,
-        recipe.weight_decay,
-        recipe.clip,
-        (_part(now.params, "encoder"), now.params["heads"][head], now.moments["encoder"], now.moments[head]),
-        (_part(grads, "encoder"), grads["heads"][head]),
+    grads = share_gradients(model, grads)
+    updated, moments = _update(
+        _optimizer(optimizer),
+        weight_decay,
+        clip,
+        (tuple(_part(now.params, part) for part in parts), tuple(now.moments[part] for part in parts)),
+        tuple(_part(grads, part) for part in parts),
         jnp.float32(rate),
     )
-    params = encoder | {"heads": now.params["heads"] | {head: own}}
-    return _State(params, now.moments | {"encoder": moments, head: own_moments}, now.best, now.done + 1), loss
+    params = updated[0]
+    if "heads" in now.params:
+        params = params | {"heads": now.params["heads"] | dict(zip(parts[1:], updated[1:], strict=True))}
+    return now._replace(params=params, moments=now.moments | dict(zip(parts, moments, strict=True)), done=now.done + 1)
+
+
+def share_gradients(model: Model, grads: Params) -> Params:
+    """Gives parameters that are one in the original model the sum of their gradients, so that they stay equal."""
+    flat = flatten(grads)
+    for places in model.tied_places:
+        total = sum((flat[path] for path in places[1:]), flat[places[0]])
+        flat |= dict.fromkeys(places, total)
+    return unflatten(flat) if model.tied_places else grads
 
 
 @partial(jax.jit, static_argnums=0)
@@ -285,26 +368,41 @@ def _loss(
     return jax.value_and_grad(mean_loss)(logits)
 
 
+@jax.jit
+def _text_loss(
+    logits: Float[Array, "b u v"], targets: Int[Array, "b u"], weight: Float[Array, " b"]
+) -> tuple[Array, Float[Array, "b u v"]]:
+    """The mean cross-entropy of the target's tokens, and its gradient with respect to the logits."""
+
+    def mean_loss(logits: Array) -> Array:
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+        counts = jnp.where(targets != IGNORED, weight[:, None], 0.0)
+        return (each * counts).sum() / counts.sum()
+
+    return jax.value_and_grad(mean_loss)(logits)
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 def _update(
     optimizer: optax.GradientTransformation,
     weight_decay: float,
     clip: float,
-    now: tuple[Params, Params, optax.OptState, optax.OptState],
-    grads: tuple[Params, Params],
+    now: tuple[tuple[Params, ...], tuple[optax.OptState, ...]],
+    grads: tuple[Params, ...],
     rate: Array,
-) -> tuple[Params, Params, optax.OptState, optax.OptState]:
-    """One AdamW step of the encoder and of one head, clipped by their common norm. Donates `now`."""
+) -> tuple[tuple[Params, ...], tuple[optax.OptState, ...]]:
+    """One step of some parts of the parameters, clipped by their common norm. Donates `now`."""
     shrink = jnp.minimum(1.0, clip / jnp.maximum(optax.tree.norm(grads), 1e-12))
-    params, moments, updated = now[:2], now[2:], []
-    for own, own_moments, own_grads in zip(params, moments, grads, strict=True):
+    updated, moved = [], []
+    for own, own_moments, own_grads in zip(*now, grads, strict=True):
         own_grads = jax.tree.map(lambda g: g * shrink, own_grads)
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer count
-            updates, own_moments = optimizer.update(own_grads, own_moments)
-        decayed = jax.tree.map(lambda p, u: p - rate * (u + (weight_decay * p if p.ndim > 1 else 0.0)), own, updates)
-        updated.append((decayed, own_moments))
-    (encoder, moments), (head, head_moments) = updated
-    return encoder, head, moments, head_moments
+            updates, own_moments = optimizer.update(own_grads, own_moments, own)
+        updated.append(
+            jax.tree.map(lambda p, u: p - rate * (u + (weight_decay * p if p.ndim > 1 else 0.0)), own, updates)
+        )
+        moved.append(own_moments)
+    return tuple(updated), tuple(moved)
 
 
 def _best(history: Sequence[Sequence[Mapping[str, Any]]]) -> int:
@@ -317,19 +415,25 @@ def _evaluation(fields: Mapping[str, Any]) -> Evaluation:
     return Evaluation(**{name: fields[name] for name in Evaluation.__dataclass_fields__})
 
 
-def _arrays(now: _State) -> dict[str, Any]:
+def _arrays(now: TrainingState) -> dict[str, Any]:
     found = {f"params.{path_name(path)}": a for path, a in flatten(now.params).items()}
     found |= {f"best.{path_name(path)}": a for path, a in flatten(now.best).items()}
     return found | {f"moments.{i}": a for i, a in enumerate(jax.tree.leaves(now.moments))}
 
 
-def _write(file: Path, now: _State, run: Mapping[str, Any], history: list[Any]) -> None:
+def write_state(file: Path, now: TrainingState, run: Mapping[str, Any], history: list[Any]) -> None:
+    """Writes a run in progress, atomically."""
     header = {"jaxprune_training": json.dumps({"run": run, "done": now.done, "history": history}, sort_keys=True)}
     arrays = {name: np.asarray(array) for name, array in _arrays(now).items()}
     write_atomic(file, to_safetensors(arrays, header))
 
 
-def _read(file: Path, now: _State, run: Mapping[str, Any]) -> tuple[_State, list[Any]]:
+def read_state(file: Path, now: TrainingState, run: Mapping[str, Any]) -> tuple[TrainingState, list[Any]]:
+    """Reads a run in progress: its state, in the structure of `now`, and the evaluations so far.
+
+    Raises:
+        ValueError: If the file is damaged, something else, or the state of another run.
+    """
     try:
         with safe_open(file, framework="numpy") as stored:
             header = json.loads((stored.metadata() or {})["jaxprune_training"])
@@ -349,4 +453,4 @@ def _read(file: Path, now: _State, run: Mapping[str, Any]) -> tuple[_State, list
 
     leaves, structure = jax.tree.flatten(now.moments)
     moments = jax.tree.unflatten(structure, [arrays[f"moments.{i}"] for i in range(len(leaves))])
-    return _State(take("params."), moments, take("best."), header["done"]), header["history"]
+    return TrainingState(take("params."), moments, take("best."), header["done"]), header["history"]

@@ -13,13 +13,14 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.attribution import Criterion
 from jaxprune.baselines import TopLayers
-from jaxprune.batches import MAX_LENGTH
+from jaxprune.batches import MAX_LENGTH, Length
 from jaxprune.checkpoint import check_destination, load, model_digest, save
 from jaxprune.compaction import compact
-from jaxprune.cost import compare_latency, file_size, flops, parameters, prunable_parameters
+from jaxprune.cost import compare_latency, file_size, flops, parameters, prunable_parameters, usual_length
 from jaxprune.evaluation import Evaluation, evaluate, fitting_head
 from jaxprune.gates import Params, widths
 from jaxprune.models import Model
@@ -95,7 +96,7 @@ class Selection:
     units: float | None = None
     parameters: float | None = None
     flops: float | None = None
-    length: float | None = None
+    length: Length | None = None
     per_layer: bool = True
     multiple_of: int | Mapping[str, int] | None = None
     floor: int | Mapping[str, int] | None = None
@@ -310,7 +311,7 @@ def _check_scope(scored: Any, selection: Selection) -> None:
         )
 
 
-def costs(model: Model, params: Params, length: float) -> dict[str, Any]:
+def costs(model: Model, params: Params, length: Length) -> dict[str, Any]:
     """What a model costs by count."""
     return {
         "units": sum(widths(model.axes, params).values()),
@@ -322,10 +323,11 @@ def costs(model: Model, params: Params, length: float) -> dict[str, Any]:
 
 
 def measure_latency(
-    model: Model, params: Sequence[Params], length: float, head: str, measuring: Measuring, watch: Watch
+    model: Model, params: Sequence[Params], length: Length, head: str, measuring: Measuring, watch: Watch
 ) -> list[list[tuple[Any, float]]]:
     """Latency and speed-up over the first, for each of `params` at each batch size, measured in turns."""
-    tokens = max(1, min(math.ceil(length), model.max_length))
+    rounded = [max(1, min(math.ceil(own), model.max_length)) for own in np.atleast_1d(np.asarray(length))]
+    tokens = (rounded[0], rounded[1]) if model.writes_text else rounded[0]
     bar = watch.open("measuring latency")
     found: list[list[tuple[Any, float]]] = [[] for _ in params]
     for done, batch in enumerate(measuring.batches, 1):
@@ -396,7 +398,7 @@ def try_selection(model: Model, params: Params, selection: Selection) -> None:
     """Refuses wrong settings before any work is done."""
     blank = {name: jnp.zeros(units) for name, units in widths(model.axes, params).items()}
     tried = {name: value for name, value in selection.arguments().items() if name != "normalise"}
-    select(model, params, blank, **{**tried, "length": selection.length or min(128, model.max_length)})
+    select(model, params, blank, **{**tried, "length": selection.length or usual_length(model)})
 
 
 def _score(model: Model, params: Params, task: Task, scoring: Scoring, output: Path, watch: Watch) -> Scores:

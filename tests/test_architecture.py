@@ -30,6 +30,7 @@ ORDER = (
     "splits",
     "records",
     "tasks",
+    "prompts",
     "batches",
     "evaluation",
     "cost",
@@ -43,6 +44,7 @@ ORDER = (
     "selection",
     "compaction",
     "training",
+    "pretraining",
     "report",
     "pictures",
     "workflow",
@@ -152,6 +154,7 @@ def test_every_import_is_a_declared_dependency():
         for requirement in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     }
     used = {name.split(".")[0] for file in FILES for name in imports(file)} - set(sys.stdlib_module_names)
+    used = {{"yaml": "pyyaml"}.get(name, name) for name in used}  # the one that is imported by another name
     assert used - declared - {"jaxprune"} == set()
 
 

@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from tiny import random_gates
 
 from jaxprune.checkpoint import load
 

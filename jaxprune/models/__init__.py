@@ -149,6 +149,11 @@ class Model:
         return len(self.stacks) > 1
 
     @property
+    def tied_places(self) -> tuple[tuple[ParamPath, ...], ...]:
+        """Groups of parameters that are one in the original model: training must give them the same gradient."""
+        return self._family.tied_places(self.config)
+
+    @property
     def max_length(self) -> int:
         """The most tokens an example may have."""
         return self.config.max_length

@@ -376,6 +376,11 @@ def stacks(config: EncoderConfig) -> tuple[Stack, ...]:
     return (Stack("", config.layers, ("layers",)),)
 
 
+def tied_places(config: EncoderConfig) -> tuple[tuple[Path, ...], ...]:
+    """There are none; see `Model.tied_places`."""
+    return ()
+
+
 def embed_places(config: EncoderConfig, stack: str) -> Places:
     """Where the parameters are that `embed` reads; see `Model.embed_places`."""
     return ("embeddings",)
