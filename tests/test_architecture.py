@@ -22,6 +22,7 @@ PACKAGE = ROOT / "jaxprune"
 ORDER = (
     "gates",
     "models",
+    "generation",
     "files",
     "tensors",
     "weights",

@@ -65,6 +65,20 @@ class Masks(NamedTuple):
     memory: Bool[Array, "b s"]
 
 
+class KeysValues(NamedTuple):
+    """What attention reads."""
+
+    keys: Float[Array, "b s n h"]
+    values: Float[Array, "b s n h"]
+
+
+class Cache(NamedTuple):
+    """What a decoder layer keeps from one token to the next."""
+
+    own: KeysValues  # of the tokens before; room for all that are to come
+    memory: KeysValues  # of the encoder's output
+
+
 Places: TypeAlias = ParamPath | Mapping[str, ParamPath]  # a subtree of the parameters, or several by local name
 State: TypeAlias = Array | Decoding  # an encoder's hidden states [b, t, d], or a decoder's
 Mask: TypeAlias = Array | Masks  # an encoder's [b, t], or a decoder's
@@ -253,6 +267,43 @@ class Model:
         """
         return self._family.block(self.config, params, hidden, mask, gates or {}, means or {}, tokens, key, scores)
 
+    def prepare(self, params: Params, memory: Float[Array, "b s d"], length: int) -> Cache:
+        """What one decoder layer keeps while text is written, before the first token.
+
+        Args:
+            params: The layer's parameters, such as `params["decoder"]["layers"][i]`.
+            memory: The encoder's output, as in `Decoding`.
+            length: The most tokens that `step` will read.
+        """
+        return self._family.prepare(self.config, params, memory, length)
+
+    def step(
+        self,
+        params: Params,
+        hidden: Float[Array, "b 1 d"],
+        cache: Cache,
+        position: Array,
+        mask: Bool[Array, "b s"],
+        gates: Gates | None = None,
+        *,
+        means: Gates | None = None,
+    ) -> tuple[Float[Array, "b 1 d"], Cache]:
+        """One decoder layer for one token: what `block` computes there, given the tokens before.
+
+        Args:
+            params: The layer's parameters.
+            hidden: The layer's input at this token.
+            cache: What the step before has returned, or `prepare`.
+            position: The token's place: steps go from 0 upwards.
+            mask: True where the encoder has a token.
+            gates: The layer's gates by local name (`"cross.heads"`); a missing one is open.
+            means: What closed units are replaced by; a missing one is zero.
+
+        Returns:
+            The layer's output at this token, and the cache for the next.
+        """
+        return self._family.step(self.config, params, hidden, cache, position, mask, gates or {}, means or {})
+
     def readout(
         self, params: Params, hidden: State, mask: Mask, head: TaskHead, *, key: Array | None = None
     ) -> Float[Array, "b l"] | Float[Array, "b t v"]:
@@ -379,11 +430,9 @@ def model_inputs(model: Model, params: Params, batch: Mapping[str, Any]) -> dict
         ValueError: If one is missing or has another shape, the batch is longer than the model's positions, or
             (for arrays on the host) an index is outside its table.
     """
-    needed = INPUTS[:2] + (_DECODED.names[:1] if model.writes_text else ())
-    for name in needed:
-        if name not in batch:
-            raise ValueError(f"the batch has no {name!r}; it has {sorted(batch)}: pass what the tokenizer returns.")
-    inputs = _sequence(model, params, batch, _ENCODED)
+    if model.writes_text:
+        _require(batch, (*INPUTS[:2], _DECODED.names[0]))
+    inputs = encoder_inputs(model, params, batch)
     if not model.writes_text:
         return inputs
     ids = batch["decoder_input_ids"]
@@ -394,6 +443,18 @@ def model_inputs(model: Model, params: Params, batch: Mapping[str, Any]) -> dict
     if "decoder_attention_mask" not in batch and hasattr(ids, "shape"):
         batch = {**batch, "decoder_attention_mask": np.ones(ids.shape, bool)}
     return inputs | _sequence(model, params, batch, _DECODED)
+
+
+def encoder_inputs(model: Model, params: Params, batch: Mapping[str, Any]) -> dict[str, Array]:
+    """As `model_inputs`, for the first stack alone."""
+    _require(batch, INPUTS[:2])
+    return _sequence(model, params, batch, _ENCODED)
+
+
+def _require(batch: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in batch:
+            raise ValueError(f"the batch has no {name!r}; it has {sorted(batch)}: pass what the tokenizer returns.")
 
 
 def _sequence(model: Model, params: Params, batch: Mapping[str, Any], kind: _Sequence) -> dict[str, Array]:

@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from jaxprune.gates import Gates, Params, Path
-from jaxprune.models import Decoding, Mask, Masks, Model, Places, Stack, State, TaskHead
+from jaxprune.models import Cache, Decoding, KeysValues, Mask, Masks, Model, Places, Stack, State, TaskHead
 from jaxprune.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, TokenReduction, attend, dropout, gate
 from jaxprune.models.parts import Part, bind, describe
 from jaxprune.models.parts import initialise as initialise_part
@@ -244,19 +244,36 @@ class Attention(nnx.Module):
         scores: bool,
     ) -> tuple[Float[Array, "b t d"], Array, Array | None]:
         """The output, the gated values and the scores; `memory` is what is attended to, None is the input itself."""
+        y = self.norm(x)
+        return self.mix(x, y, self.read(y if memory is None else memory), mask, buckets, gated, key, scores)
+
+    def read(self, x: Float[Array, "b s d"]) -> KeysValues:
+        """What there is to attend to."""
+        return KeysValues(self.key(x), self.value(x))
+
+    def mix(
+        self,
+        x: Float[Array, "b t d"],
+        y: Float[Array, "b t d"],
+        read: KeysValues,
+        mask: Bool[Array, "b *t s"],
+        buckets: Array | None,
+        gated: Callable[[Array], Array],
+        key: Array | None = None,
+        scores: bool = False,
+    ) -> tuple[Float[Array, "b t d"], Array, Array | None]:
+        """As the module itself, with the input, the normalised input and what is attended to."""
         inner, outer = (None, None) if key is None else jax.random.split(key)
         b, t, _ = x.shape
         heads, size = self.query.kernel.shape[1:]
         if heads == 0:  # no head is left, and there is no bias: the residual is all
-            s = t if memory is None else memory.shape[1]
-            return x, jnp.zeros((b, t, 0, size), x.dtype), jnp.zeros((b, 0, t, s), jnp.float32) if scores else None
-        y = self.norm(x)
-        read = y if memory is None else memory
+            raw = jnp.zeros((b, 0, t, read.keys.shape[1]), jnp.float32) if scores else None
+            return x, jnp.zeros((b, t, 0, size), x.dtype), raw
         bias = None if buckets is None else self.relative(buckets).transpose(2, 0, 1)
         mixed, raw = attend(
             self.query(y),
-            self.key(read),
-            self.value(read),
+            read.keys,
+            read.values,
             mask,
             scale=1.0,
             bias=bias,
@@ -425,6 +442,48 @@ def block(
     hidden, ffn = module.ffn(hidden, gated, keys[2])
     values = {name: value for name, value in (found | ffn).items() if value is not None}
     return Decoding(hidden, state.memory) if isinstance(state, Decoding) else hidden, values
+
+
+def prepare(config: T5Config, params: Params, memory: Float[Array, "b s d"], length: int) -> Cache:
+    """An empty cache of one decoder layer; see `Model.prepare`."""
+    module = bind(_block(config, True), params)
+    heads, size = module.attention.key.kernel.shape[1:]
+    empty = jnp.zeros((memory.shape[0], length, heads, size), memory.dtype)
+    return Cache(KeysValues(empty, empty), module.cross.read(memory))
+
+
+def step(
+    config: T5Config,
+    params: Params,
+    hidden: Float[Array, "b 1 d"],
+    cache: Cache,
+    position: Array,
+    mask: Bool[Array, "b s"],
+    gates: Gates,
+    means: Gates,
+) -> tuple[Float[Array, "b 1 d"], Cache]:
+    """One decoder layer for one token; see `Model.step`."""
+    module = bind(_block(config, True), params)
+    token = jnp.ones(hidden.shape[:2], bool)
+
+    def gated(name: str, values: Array) -> Array:
+        return gate(values, gates.get(name), means.get(name), token)
+
+    y = module.attention.norm(hidden)
+    own = KeysValues(
+        *(
+            jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=1)
+            for old, new in zip(cache.own, module.attention.read(y), strict=True)
+        )
+    )
+    places = jnp.arange(own.keys.shape[1])
+    seen = jnp.broadcast_to(places <= position, (hidden.shape[0], places.size))
+    buckets = _positions(config, position[None], places, both_ways=False)
+    hidden, _, _ = module.attention.mix(hidden, y, own, seen, buckets, lambda values: gated("attention.heads", values))
+    y = module.cross.norm(hidden)
+    hidden, _, _ = module.cross.mix(hidden, y, cache.memory, mask, None, lambda values: gated("cross.heads", values))
+    hidden, _ = module.ffn(hidden, gated, None)
+    return hidden, Cache(own, cache.memory)
 
 
 def readout(
