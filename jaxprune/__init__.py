@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from jaxprune.cost import flops, latency, parameters
     from jaxprune.evaluation import evaluate
     from jaxprune.gates import open_gates
+    from jaxprune.generation import generate
     from jaxprune.integration import integrate
     from jaxprune.models import Model, Output
     from jaxprune.objectives import log_probability, margin, probability
@@ -65,6 +66,7 @@ _SOURCES = {
     "evaluate": "evaluation",
     "finetune": "training",
     "flops": "cost",
+    "generate": "generation",
     "integrate": "integration",
     "latency": "cost",
     "load": "checkpoint",
@@ -106,6 +108,7 @@ __all__ = [
     "evaluate",
     "finetune",
     "flops",
+    "generate",
     "integrate",
     "latency",
     "load",

@@ -23,6 +23,7 @@ ORDER = (
     "gates",
     "models",
     "likelihood",
+    "generation",
     "files",
     "tensors",
     "weights",

@@ -1,0 +1,169 @@
+"""Runs a model layer by layer: one compiled program for all layers of equal shape, whatever stack they stand in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxprune.gates import Gates, Params, check_gates, check_means, subtree
+from jaxprune.gates import Path as ParamPath
+from jaxprune.models.states import Decoding, Mask, Masks, State, part
+
+if TYPE_CHECKING:
+    from jaxprune.models import Model, TaskHead
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def embed_compiled(
+    model: Model, stack: str, params: Params, batch: dict[str, Array], before: State | None, key: Array | None
+) -> State:
+    """`Model.embed`, compiled."""
+    return model.embed(params, batch, stack=stack, before=before, key=key)
+
+
+@partial(jax.jit, static_argnums=(0, 7, 8))
+def block_compiled(
+    model: Model,
+    params: Params,
+    hidden: State,
+    mask: Mask,
+    gates: Gates,
+    means: Gates,
+    key: Array | None,
+    scores: bool = False,
+    sites: bool = False,
+) -> tuple[State, dict[str, Array]]:
+    """`Model.block`, compiled: one program for all layers of equal shape."""
+    hidden, found = model.block(params, hidden, mask, gates, means=means, key=key, scores=scores)
+    return hidden, {name: value for name, value in found.items() if sites or (scores and name.endswith(".scores"))}
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def readout_compiled(
+    model: Model, head: TaskHead, params: Params, hidden: State, mask: Mask, key: Array | None
+) -> Array:
+    """`Model.readout`, compiled."""
+    return model.readout(params, hidden, mask, head, key=key)
+
+
+class Layer(NamedTuple):
+    """One layer among those of all stacks."""
+
+    name: str  # "3" or "decoder.3": what the names of its sites begin with
+    stack: str
+    path: ParamPath  # where its parameters are
+    params: Params
+    entry: Params | None  # of the first layer of a stack: what `embed` reads
+
+
+def model_layers(model: Model, params: Params) -> list[Layer]:
+    """The layers of all stacks, in the order in which they run.
+
+    Raises:
+        ValueError: If they are not the layers that the model has, numbered from 0.
+    """
+    found = []
+    for stack in model.stacks:
+        layers = subtree(params, stack.path)
+        if set(layers) != set(range(stack.layers)):
+            where = f"{stack.name} layers" if stack.name else "layers"
+            raise ValueError(
+                f"the parameters have the {where} {list(layers)}, the model 0 to {stack.layers - 1} (as integers)."
+            )
+        prefix = f"{stack.name}." if stack.name else ""
+        for i in range(stack.layers):
+            entry = part(params, model.embed_places(stack.name)) if i == 0 else None
+            found.append(Layer(f"{prefix}{i}", stack.name, (*stack.path, i), layers[i], entry))
+    return found
+
+
+def mask_of(layer: Layer, inputs: Mapping[str, Array]) -> Mask:
+    """The mask that a layer reads."""
+    if layer.stack == "decoder":
+        return Masks(inputs["decoder_attention_mask"], inputs["attention_mask"])
+    return inputs["attention_mask"]
+
+
+def check_intervention(
+    model: Model, params: Params, inputs: Mapping[str, Array], gates: Gates | None, means: Gates | None
+) -> None:
+    """Refuses gates and means that do not belong to these parameters, or gates for another number of examples.
+
+    Raises:
+        TypeError: If they are not dicts of arrays.
+        ValueError: Naming everything that does not fit.
+    """
+    if gates is not None:
+        check_gates(model, params, gates, rows=inputs["input_ids"].shape[0])
+    if means is not None:
+        check_means(model, params, means)
+
+
+def enter(model: Model, layer: Layer, inputs: dict[str, Array], state: State | None, key: Array | None = None) -> State:
+    """What a layer reads: `state` itself, unless the layer is the first of a stack that `state` has not entered."""
+    entered = state is not None and (layer.stack != "decoder" or isinstance(state, Decoding))
+    if state is not None and (entered or layer.entry is None):
+        return state
+    if layer.entry is None:
+        raise ValueError(f"layer {layer.name} is not the first of its stack: it needs what the layer before returned.")
+    return embed_compiled(model, layer.stack, layer.entry, inputs, state, key)
+
+
+def advance(
+    model: Model,
+    layers: Sequence[Layer],
+    inputs: dict[str, Array],
+    state: State | None = None,
+    gates: Gates | None = None,
+    means: Gates | None = None,
+) -> State:
+    """Runs some layers one after the other, without dropout and without keeping anything for a backward pass.
+
+    Args:
+        model: The architecture.
+        layers: Consecutive layers of `model_layers`, at least one.
+        inputs: What `model_inputs` returns.
+        state: What the layer before them returned; None: they are the first.
+        gates: Site name to gates.
+        means: What closed units are replaced by.
+    """
+    for layer in layers:
+        own, own_means = layer_entries(gates, layer.name), layer_entries(means, layer.name)
+        state = enter(model, layer, inputs, state)
+        state, _ = block_compiled(model, layer.params, state, mask_of(layer, inputs), own, own_means, None)
+    if state is None:
+        raise ValueError("there are no layers to run.")
+    return state
+
+
+def layer_entries(entries: Mapping[str, Any] | None, layer: str) -> dict[str, Any]:
+    """The entries of one layer, by local name: `{"3.ffn.neurons": g}` gives `{"ffn.neurons": g}` for layer "3"."""
+    prefix = f"{layer}."
+    return {name[len(prefix) :]: value for name, value in (entries or {}).items() if name.startswith(prefix)}
+
+
+def layer_keys(key: Array | None, layers: int) -> list[Array | None]:
+    """One random key per layer, then one for the task head and one for the embeddings; all None without a key."""
+    if key is None:
+        return [None] * (layers + 2)
+    return list(jax.random.split(key, layers + 2))
+
+
+def entry_key(keys: list[Array | None], layer: Layer) -> Array | None:
+    """The random key for the embeddings of a layer's stack."""
+    return jax.random.fold_in(keys[-1], 1) if layer.stack == "decoder" and keys[-1] is not None else keys[-1]
+
+
+def repeat_rows(tree: Any, times: int) -> Any:
+    """Every row of every array `times` times in succession, so that rows stay on their device."""
+    return tree if times == 1 else _repeat(times, tree)
+
+
+@partial(jax.jit, static_argnums=0)
+def _repeat(times: int, tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
