@@ -43,7 +43,9 @@ def masked_softmax(scores: Float[Array, "b n t s"], mask: Bool[Array, "b *t s"])
     The mask is the same for all queries, `[b, s]`, or differs, `[b, t, s]`. The backward pass keeps the result alone:
     automatic differentiation would keep four arrays of that size.
     """
-    return jax.nn.softmax(jnp.where(_per_query(mask), scores, -1e9), axis=-1)  # finite, else a row were NaN
+    # A minimum becomes part of the product before it, where a choice would be one more pass over all scores.
+    limit = jnp.where(_per_query(mask), jnp.inf, -1e9)  # finite, else a row were NaN
+    return jax.nn.softmax(jnp.minimum(scores, limit), axis=-1)
 
 
 @masked_softmax.defjvp
@@ -277,14 +279,22 @@ def attend(
     if bias is None and not scores and (dropout_key is None or rate == 0.0) and has_fused_attention(query, value):
         return fused_attention(query, key, value, mask, implementation="cudnn", scale=scale), None
     factor = query.shape[-1] ** -0.5 if scale is None else scale  # Vaswani et al. 2017, eq. 1
-    # Heads first, once: else a compiler lays each array out twice, for its product and for the backward pass.
-    query, key, value = jax.lax.optimization_barrier(tuple(x.transpose(0, 2, 1, 3) for x in (query, key, value)))
+    query, key, value = (_heads_first(x) for x in (query, key, value))
     raw = jnp.einsum("bnth,bnsh->bnts", query, key, preferred_element_type=jnp.float32)
     raw = raw if factor == 1.0 else factor * raw
     raw = raw if bias is None else raw + bias.astype(jnp.float32)
     weights = dropout(masked_softmax(raw, mask).astype(value.dtype), rate, dropout_key)
     mixed = jnp.einsum("bnts,bnsh->bnth", weights, value, preferred_element_type=jnp.float32).astype(value.dtype)
     return mixed.transpose(0, 2, 1, 3), (raw if scores else None)
+
+
+def _heads_first(x: Float[Array, "b t n h"]) -> Float[Array, "b n t h"]:
+    """Laid out once: without the barrier a compiler writes it for the product and again for the backward pass.
+
+    In three dimensions no layout but this one is left.
+    """
+    b, t, n, h = x.shape
+    return jax.lax.optimization_barrier(x.transpose(0, 2, 1, 3).reshape(b * n, t, h)).reshape(b, n, t, h)
 
 
 def fused_attention(
