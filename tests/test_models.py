@@ -315,7 +315,7 @@ def test_missing_and_unknown_parameters_are_refused():
 
 
 def test_parameters_are_bound_by_name():
-    part = describe(lambda rngs: Affine("bd,df->bf", (2, 3), (3,), rngs=rngs))
+    part = describe(lambda rngs: Affine((2, 3), (3,), rngs=rngs))
     module = bind(part, {"kernel": jnp.ones((2, 4)), "bias": jnp.arange(4.0)})  # of another width
     np.testing.assert_array_equal(module(jnp.ones((1, 2))), [[2.0, 3, 4, 5]])
     module = bind(part, {"bias": jnp.arange(4.0), "kernel": jnp.ones((2, 4))})  # in another order

@@ -80,10 +80,10 @@ class Attention(nnx.Module):
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         d, n = config.embed, config.attention_heads
         h = d // n
-        self.query = Affine("btd,dnh->btnh", (d, n, h), (n, h), rngs=rngs)
-        self.key = Affine("btd,dnh->btnh", (d, n, h), (n, h), rngs=rngs)
-        self.value = Affine("btd,dnh->btnh", (d, n, h), (n, h), rngs=rngs)
-        self.out = Affine("btnh,nhd->btd", (n, h, d), (d,), rngs=rngs)
+        self.query = Affine((d, n, h), (n, h), rngs=rngs)
+        self.key = Affine((d, n, h), (n, h), rngs=rngs)
+        self.value = Affine((d, n, h), (n, h), rngs=rngs)
+        self.out = Affine((n, h, d), (d,), rngs=rngs)
         self.norm = LayerNorm(d, config.eps)
         self.rates = (config.attention_dropout, 0.0 if config.model_type == "distilbert" else config.hidden_dropout)
 
@@ -111,8 +111,8 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         d, f = config.embed, config.neurons
-        self.up = Affine("btd,df->btf", (d, f), (f,), rngs=rngs)
-        self.down = Affine("btf,fd->btd", (f, d), (d,), rngs=rngs)
+        self.up = Affine((d, f), (f,), rngs=rngs)
+        self.down = Affine((f, d), (d,), rngs=rngs)
         self.norm = LayerNorm(d, config.eps)
         self.activation = config.activation
         self.rate = config.hidden_dropout
@@ -143,8 +143,8 @@ class Classifier(nnx.Module):
     def __init__(self, config: EncoderConfig, head: TaskHead, *, rngs: nnx.Rngs):
         d = config.embed
         if head.dense is not None:
-            self.dense = Affine("bd,dp->bp", (d, d), (d,), rngs=rngs)
-        self.out = Affine("bd,dl->bl", (d, len(head.labels)), (len(head.labels),), rngs=rngs)
+            self.dense = Affine((d, d), (d,), rngs=rngs)
+        self.out = Affine((d, len(head.labels)), (len(head.labels),), rngs=rngs)
         self.activation = head.dense
         self.mean = head.pooling == "mean"
         self.rate = config.head_dropout

@@ -71,30 +71,38 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Affine(nnx.Module):
-    """`einsum(spec, x, kernel) + bias`; sums in float32, returns the type of `x`."""
+    """An affine map of the last axes: as many as the kernel has before those of the bias. Sums in float32."""
 
-    def __init__(self, spec: str, kernel: tuple[int, ...], bias: tuple[int, ...], *, rngs: nnx.Rngs):
-        self.spec = spec
+    def __init__(self, kernel: tuple[int, ...], bias: tuple[int, ...], *, rngs: nnx.Rngs):
+        self.axes = len(kernel) - len(bias)
         self.kernel = nnx.Param(0.02 * jax.random.normal(rngs.params(), kernel))  # BERT's initializer_range
         self.bias = nnx.Param(jnp.zeros(bias))
 
     def __call__(self, x: Array) -> Array:
         kernel, bias = self.kernel[...], self.bias[...]
-        y = jnp.einsum(self.spec, x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
+        y = _product(self.axes, x.astype(kernel.dtype), kernel)
         return (y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-class Linear(nnx.Module):
-    """`einsum(spec, x, kernel)`; sums in float32, returns the type of `x`."""
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=0)  # else the other shape of the kernel is kept, a copy
+def _product(axes: int, x: Array, kernel: Array) -> Array:
+    """The sum over the last axes of `x`, as a product of matrices: else compilers transpose the kernel going back."""
+    rows, columns, summed = x.shape[: x.ndim - axes], kernel.shape[axes:], math.prod(kernel.shape[:axes])
+    matrix = kernel.reshape(summed, math.prod(columns))
+    y = jnp.matmul(x.reshape(*rows, summed), matrix, preferred_element_type=jnp.float32)
+    return y.reshape(*rows, *columns)
 
-    def __init__(self, spec: str, kernel: tuple[int, ...], scale: float, *, rngs: nnx.Rngs):
-        self.spec = spec
+
+class Linear(nnx.Module):
+    """A linear map of the last axes, as many as `inputs` says. Sums in float32, returns the type of `x`."""
+
+    def __init__(self, kernel: tuple[int, ...], scale: float, inputs: int = 1, *, rngs: nnx.Rngs):
+        self.inputs = inputs
         self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), kernel))
 
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...]
-        y = jnp.einsum(self.spec, x.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
-        return y.astype(x.dtype)
+        return _product(self.inputs, x.astype(kernel.dtype), kernel).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

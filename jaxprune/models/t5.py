@@ -63,12 +63,11 @@ class Attention(nnx.Module):
 
     def __init__(self, config: T5Config, relative: bool, *, rngs: nnx.Rngs):
         d, n, h = config.embed, config.attention_heads, config.head_dim
-        into = "btd,dnh->btnh"
         self.norm = RMSNorm(d, config.eps)
-        self.query = Linear(into, (d, n, h), (d * h) ** -0.5, rngs=rngs)  # attention is not scaled, so this is
-        self.key = Linear(into, (d, n, h), d**-0.5, rngs=rngs)
-        self.value = Linear(into, (d, n, h), d**-0.5, rngs=rngs)
-        self.out = Linear("btnh,nhd->btd", (n, h, d), (n * h) ** -0.5, rngs=rngs)
+        self.query = Linear((d, n, h), (d * h) ** -0.5, rngs=rngs)  # attention is not scaled, so this is
+        self.key = Linear((d, n, h), d**-0.5, rngs=rngs)
+        self.value = Linear((d, n, h), d**-0.5, rngs=rngs)
+        self.out = Linear((n, h, d), (n * h) ** -0.5, inputs=2, rngs=rngs)
         if relative:
             self.relative = Embedding(config.buckets, n, d**-0.5, rngs=rngs)
         self.rate = config.dropout
@@ -132,9 +131,9 @@ class FeedForward(nnx.Module):
         d, f = config.embed, config.neurons
         self.norm = RMSNorm(d, config.eps)
         if config.gated:
-            self.gating = Linear("btd,df->btf", (d, f), d**-0.5, rngs=rngs)
-        self.up = Linear("btd,df->btf", (d, f), d**-0.5, rngs=rngs)
-        self.down = Linear("btf,fd->btd", (f, d), f**-0.5, rngs=rngs)
+            self.gating = Linear((d, f), d**-0.5, rngs=rngs)
+        self.up = Linear((d, f), d**-0.5, rngs=rngs)
+        self.down = Linear((f, d), f**-0.5, rngs=rngs)
         self.activation = config.activation
         self.gated = config.gated
         self.rate = config.dropout
@@ -221,7 +220,7 @@ def _norm(config: T5Config) -> Part:
 
 @lru_cache
 def _output(config: T5Config) -> Part:
-    return describe(lambda rngs: Linear("btd,dv->btv", (config.embed, config.vocab), 1.0, rngs=rngs))
+    return describe(lambda rngs: Linear((config.embed, config.vocab), 1.0, rngs=rngs))
 
 
 @lru_cache
@@ -363,7 +362,7 @@ def initialise(config: T5Config, key: Array) -> Params:
         }
     if not config.tied:
         scale = config.embed**-0.5
-        make = lambda rngs: Linear("btd,dv->btv", (config.embed, config.vocab), scale, rngs=rngs)  # noqa: E731
+        make = lambda rngs: Linear((config.embed, config.vocab), scale, rngs=rngs)  # noqa: E731
         params["language"] = {"out": initialise_part(make, next(keys))}
     return params
 
