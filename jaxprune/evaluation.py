@@ -254,8 +254,8 @@ def fitting_head(model: Model, task: Task, head: str | None = None) -> str:
         ValueError: If there is no such head, or its labels are not the task's; of a text-to-text model, if there is no
             prompt for the task.
     """
-    if model.writes_text:
-        prompt_of(model, task)
+    prompt = prompt_of(model, task)
+    if prompt is not None:
         return model.head(head).name
     chosen = model.head(task.name if head is None and task.name in model.heads else head)
     if chosen.regression != task.regression:

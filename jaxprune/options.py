@@ -138,13 +138,23 @@ class RowOptions:
         None
     )
 
+    prompt: Annotated[
+        str | None, rows("Text-to-text models: t5 (default), flan, or a YAML file of your own.", metavar="PROMPT")
+    ] = None
+
     def of(self, task: str) -> Data:
         """The task, not read yet."""
         from jaxprune.workflow import Data
 
         labels = None if self.label_names is None else tuple(self.label_names.split(","))
         return Data(
-            task=task, data=self.data, text=self.text, text_pair=self.text_pair, label=self.label, labels=labels
+            task=task,
+            data=self.data,
+            text=self.text,
+            text_pair=self.text_pair,
+            label=self.label,
+            labels=labels,
+            prompt=self.prompt,
         )
 
 

@@ -21,8 +21,9 @@ from jaxprune.models import Model
 from jaxprune.splits import Example
 from jaxprune.tasks import TASKS, Task
 
-__all__ = ["PROMPTS", "Prompt", "fit", "prompt_for", "prompt_of", "read_prompt"]
+__all__ = ["PROMPTS", "STYLES", "Prompt", "fit", "prompt_for", "prompt_of", "read_prompt"]
 
+STYLES = ("t5", "flan")  # of the built-in prompts
 FIELDS = ("text", "pair")  # what the fields of a fitted prompt are called
 KEYS = ("template", "words", "name")  # of a prompt's file
 MOST_BYTES = 65_536  # of a prompt's file
@@ -240,6 +241,8 @@ def prompt_of(model: Model, task: Task) -> Prompt | None:
         ValueError: If a text-to-text model has no prompt for the task, or the prompt does not fit it.
     """
     if not model.writes_text:
+        if task.prompt is not None:
+            raise ValueError(f"the model has task heads, it does not answer prompts: load {task.name!r} without one.")
         return None
     return prompt_for(task) if task.prompt is None else fit(task.prompt, task)
 

@@ -26,6 +26,17 @@ from jaxprune.tasks import Example
 
 model, params = jp.load("FOLDER")
 logits = predict(model, params, [Example(text="a text")], head={head})  # [examples, labels]"""
+PROMPTING = """import jaxprune as jp
+from jaxprune.evaluation import predict
+from jaxprune.prompts import Prompt
+from jaxprune.tasks import Example
+
+model, params = jp.load("FOLDER")
+prompt = Prompt(
+    template={template},
+    words={words},
+)
+likelihoods = predict(model, params, [Example({texts})], prompt=prompt)  # [examples, labels]"""
 SCORE_HEADINGS = ("score of\nheads", "score of\nneurons", "scores\n%")
 COUNTS = {  # what a record counts -> its row in the table
     "units": "units: heads and neurons",
@@ -41,7 +52,12 @@ def scores_table(record: Record) -> Table:
     table.show_header = False
     table.add_column()
     table.add_column(overflow="fold")
-    table.add_row("task", f"{record['task']}, task head {record['head']}")
+    table.add_row(
+        "task", f"{record['task']}, task head {record['head']}" if not record.get("prompt") else record["task"]
+    )
+    if record.get("prompt"):
+        table.add_row("prompt", record["prompt"]["template"])
+        table.add_row("  words", _plain(record["prompt"]["words"]))
     examples = f"{record['examples']:,} of split {record['split']}" if record["examples"] else "none are read"
     table.add_row("examples", examples)
     if record["examples"]:
@@ -163,8 +179,7 @@ def model_card(record: Record, *, on_hub: bool) -> str:
         f"---\n{facts.to_yaml()}\n---",
         f"# {_code(source)}, pruned for {_code(record['task'])}",
         f"Attention heads and neurons that the task {_code(record['task'])} needs least were cut out of "
-        f"{_code(source)} by jaxprune; nothing was trained. The task head {_code(record['head'])} is for this task; "
-        "the other task heads are still there, but expect them to do worse.",
+        f"{_code(source)} by jaxprune; nothing was trained. {_for_others(record)}",
         "## How it was made",
         "\n".join(
             (
@@ -179,12 +194,30 @@ def model_card(record: Record, *, on_hub: bool) -> str:
         "## Units",
         _markdown(["site", "before", "after"], widths),
         "## How to load it",
-        f"```python\n{LOADING.format(head=ascii(record['head']))}\n```",
+        f"```python\n{_loading(record)}\n```",
         f"Labels, in the order of the logits: {', '.join(map(_code, record['labels']))}.",
         f"```bash\njaxprune inspect FOLDER\njaxprune evaluate FOLDER --task {_word(record['task'])}\n```",
         "FOLDER is the folder of this file.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _for_others(record: Record) -> str:
+    """What to expect where the model is not asked for this task."""
+    if record["prompt"] is not None:
+        return "It answers this task's prompt; expect it to do worse with others."
+    return (
+        f"The task head {_code(record['head'])} is for this task; the other task heads are still there, but expect "
+        "them to do worse."
+    )
+
+
+def _loading(record: Record) -> str:
+    prompt = record["prompt"]
+    if prompt is None:
+        return LOADING.format(head=ascii(record["head"]))
+    texts = 'text="a text", pair="another one"' if "{pair}" in prompt["template"] else 'text="a text"'
+    return PROMPTING.format(template=ascii(prompt["template"]), words=ascii(tuple(prompt["words"])), texts=texts)
 
 
 def sweep_tables(record: Record) -> list[Table]:

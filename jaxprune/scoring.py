@@ -116,7 +116,8 @@ def score(
         "max_length": encoded.max_length,
         "mean_length": encoded.mean_length,
         "versions": {"jaxprune": __version__, "jax": jax.__version__},
-    } | ({} if prompt is None else {"prompt": prompt.to_json()})
+        "prompt": None if prompt is None else prompt.to_json(),
+    }
     devices = jax.local_devices() if devices is None else devices
     batch_size = -(-batch_size // len(devices)) * len(devices)
     kept = None if resume is None else _Partial(resume, header | {"batch_size": batch_size, "devices": len(devices)})

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from jaxprune.cost import compare_latency, file_size, flops, parameters, prunabl
 from jaxprune.evaluation import Evaluation, evaluate, fitting_head
 from jaxprune.gates import Params, widths
 from jaxprune.models import Model
+from jaxprune.prompts import STYLES, fit, prompt_for, prompt_of, read_prompt
 from jaxprune.report import evaluation_table, model_card
 from jaxprune.scores import Scores, describe, load_scores, save_scores
 from jaxprune.scoring import score
@@ -69,12 +70,17 @@ class Data:
     text_pair: str | None = None
     label: str | None = None
     labels: tuple[str, ...] | None = None
+    prompt: str | None = None  # a style of the built-in prompts, or a file; None: the model's task heads, or T5's own
 
     def load(self) -> Task:
         """Reads the rows."""
-        return load_task(
+        task = load_task(
             self.task, data=self.data, text=self.text, text_pair=self.text_pair, label=self.label, labels=self.labels
         )
+        if self.prompt is None:
+            return task
+        own = prompt_for(task, self.prompt) if self.prompt in STYLES else fit(read_prompt(self.prompt), task)
+        return replace(task, prompt=own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +195,7 @@ def prune_model(
         latencies = measure_latency(model, [params, small], length, head, measuring, watch)
         for i, name in enumerate(models):
             found[name]["latency"] = [{**own._asdict(), "speedup": speedup} for own, speedup in latencies[i]]
+    prompt = scores.header.get("prompt")
     pruning = pruning_record(scores, gates, **{**selection.arguments(), "length": length})
     before, after = found["before"], found["after"]
     record = {
@@ -199,7 +206,8 @@ def prune_model(
         "task": scores.header["task"],
         "criterion": scores.header["criterion"],
         "head": head,
-        "labels": list(model.head(head).labels),
+        "labels": prompt["labels"] if prompt else list(model.head(head).labels),
+        "prompt": prompt,
         "examples": scores.header["examples"],
         "selection": pruning["settings"],
         "before": before,
@@ -432,8 +440,9 @@ def score_once(model: Model, params: Params, task: Task, scoring: Scoring, kept:
             "model": model_digest(model, params),
             "data": [digest(rows)] if rows else [],
             "max_length": scoring.max_length or min(MAX_LENGTH, model.max_length),
+            "prompt": None if (prompt := prompt_of(model, task)) is None else prompt.to_json(),
         }
-        if all(found.header[name] == value for name, value in wanted.items()):
+        if all(found.header.get(name) == value for name, value in wanted.items()):
             watch.say(f"scores: {kept}, of an earlier run with the same settings")
             return found
     scores = _score(model, params, task, scoring, kept, watch)
