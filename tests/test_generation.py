@@ -158,6 +158,8 @@ def test_the_end_token_is_kept_and_padding_follows(kind: str):
             row[places[0] + 1 :] = 3
     assert (expected != free).any(1).any() and (expected[1, 5:] == 3).all()
     np.testing.assert_array_equal(written(ends, params, batch, 14), expected)
+    alone = {name: array[1:2] for name, array in batch.items()}  # writing stops before the limit
+    np.testing.assert_array_equal(written(ends, params, alone, 14), expected[1:2])
 
 
 def test_writing_stops_when_all_rows_have_ended(monkeypatch: pytest.MonkeyPatch):

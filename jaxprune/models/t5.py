@@ -84,7 +84,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Array, Array | None]:
         """The output, the gated values and the scores; `memory` is what is attended to, None is the input itself."""
         y = self.norm(x)
-        return self.mix(x, y, self.read(y if memory is None else memory), mask, buckets, gated, key, scores)
+        query = self.query(y)  # first: gradients are added up in this order
+        return self.mix(x, query, self.read(y if memory is None else memory), mask, buckets, gated, key, scores)
 
     def read(self, x: Float[Array, "b s d"]) -> KeysValues:
         """What there is to attend to."""
@@ -93,7 +94,7 @@ class Attention(nnx.Module):
     def mix(
         self,
         x: Float[Array, "b t d"],
-        y: Float[Array, "b t d"],
+        query: Float[Array, "b t n h"],
         read: KeysValues,
         mask: Bool[Array, "b *t s"],
         buckets: Array | None,
@@ -101,16 +102,16 @@ class Attention(nnx.Module):
         key: Array | None = None,
         scores: bool = False,
     ) -> tuple[Float[Array, "b t d"], Array, Array | None]:
-        """As the module itself, with the input, the normalised input and what is attended to."""
+        """As the module itself, given the queries and what is attended to."""
         inner, outer = (None, None) if key is None else jax.random.split(key)
         b, t, _ = x.shape
-        heads, size = self.query.kernel.shape[1:]
+        heads, size = query.shape[2:]
         if heads == 0:  # no head is left, and there is no bias: the residual is all
             raw = jnp.zeros((b, 0, t, read.keys.shape[1]), jnp.float32) if scores else None
             return x, jnp.zeros((b, t, 0, size), x.dtype), raw
         bias = None if buckets is None else self.relative(buckets).transpose(2, 0, 1)
         mixed, raw = attend(
-            self.query(y),
+            query,
             read.keys,
             read.values,
             mask,
@@ -318,9 +319,14 @@ def step(
     places = jnp.arange(own.keys.shape[1])
     seen = jnp.broadcast_to(places <= position, (hidden.shape[0], places.size))
     buckets = _positions(config, position[None], places, both_ways=False)
-    hidden, _, _ = module.attention.mix(hidden, y, own, seen, buckets, lambda values: gated("attention.heads", values))
-    y = module.cross.norm(hidden)
-    hidden, _, _ = module.cross.mix(hidden, y, cache.memory, mask, None, lambda values: gated("cross.heads", values))
+    query = module.attention.query(y)
+    hidden, _, _ = module.attention.mix(
+        hidden, query, own, seen, buckets, lambda values: gated("attention.heads", values)
+    )
+    query = module.cross.query(module.cross.norm(hidden))
+    hidden, _, _ = module.cross.mix(
+        hidden, query, cache.memory, mask, None, lambda values: gated("cross.heads", values)
+    )
     hidden, _ = module.ffn(hidden, gated, None)
     return hidden, Cache(own, cache.memory)
 
