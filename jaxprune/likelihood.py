@@ -51,7 +51,7 @@ def rank(
     model: Model,
     params: Params,
     batch: Mapping[str, Any],
-    candidates: Int[Array, "b l u"],
+    candidates: Int[Array, "b l u"] | np.ndarray,
     gates: Gates | None = None,
     means: Gates | None = None,
 ) -> Float[Array, "b l"]:
@@ -128,7 +128,7 @@ def candidates_in(batch: Mapping[str, Any]) -> Int[Array, "b l u"]:
 
 
 @jax.jit
-def candidates_of(candidates: Int[Array, "b l u"], labels: Int[Array, " b"]) -> Int[Array, "b u"]:
+def candidates_of(candidates: Int[Array, "b l u"] | np.ndarray, labels: Int[Array, " b"]) -> Int[Array, "b u"]:
     """One candidate of every example."""
     return jnp.take_along_axis(candidates, labels[:, None, None], axis=1)[:, 0]
 

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tiny import random_gates
 
 from jaxprune.checkpoint import load
 
@@ -37,7 +39,7 @@ def random_t5(kind: str, seed: int = 0, **sizes: Any) -> Any:
     import torch
     from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-    make = (MT5Config, MT5ForConditionalGeneration) if kind == "mt5" else (T5Config, T5ForConditionalGeneration)
+    make: Any = (MT5Config, MT5ForConditionalGeneration) if kind == "mt5" else (T5Config, T5ForConditionalGeneration)
     model = make[1](make[0](**SIZES, **KINDS[kind], **sizes)).eval()
     if not KINDS[kind]["tie_word_embeddings"]:
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -110,3 +112,46 @@ def test_logits_equal_hugging_face(kind: str, tmp_path: Path):
         decoded = expected.decoder_hidden_states[:-1]
         for ours, other in zip(found.hidden[len(encoded) + 1 :], decoded, strict=False):
             assert_close(ours, other, own)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_on_the_left_equals_hugging_face(kind: str, tmp_path: Path):
+    theirs = random_t5(kind)
+    model, params = load(saved(tmp_path, kind, theirs))
+    batch = random_batch(9, 5)
+    left = {name: array[:, ::-1].copy() if "decoder" not in name else array for name, array in batch.items()}
+    assert (left["attention_mask"][:, 0] == 0).any()
+    found = model.apply(params, left).logits
+    assert_close(found, run(theirs, left).logits, left["decoder_attention_mask"] > 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gates_equal_scaled_columns_in_pytorch(kind: str, tmp_path: Path, torch: Any):
+    theirs = random_t5(kind)
+    model, params = load(saved(tmp_path, kind, theirs))
+    batch, gates = random_batch(7, 4), random_gates(model, params, fractional=True)
+    readers = {"attention": "SelfAttention.o", "cross": "EncDecAttention.o", "ffn": "DenseReluDense.wo"}
+    with torch.no_grad():
+        for name, gate in gates.items():
+            stack, layer, module, _ = name.split(".")
+            place = {"attention": 0, "cross": 1, "ffn": 2 if stack == "decoder" else 1}[module]
+            reader = theirs.get_submodule(f"{stack}.block.{layer}.layer.{place}.{readers[module]}")
+            wide = np.repeat(np.asarray(gate), reader.weight.shape[1] // len(gate))
+            reader.weight *= torch.from_numpy(wide)[None]
+    found = model.apply(params, batch, gates).logits
+    assert_close(found, run(theirs, batch).logits, batch["decoder_attention_mask"] > 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_is_as_close_as_hugging_face(kind: str, tmp_path: Path, torch: Any):
+    """Both round in other places; ours must not be further from float32 than twice theirs."""
+    theirs = random_t5(kind)
+    folder, batch = saved(tmp_path, kind, theirs), random_batch(9, 5)
+    own = batch["decoder_attention_mask"] > 0
+    exact = np.asarray(run(theirs, batch).logits)[own]
+    rounded = np.asarray(run(theirs.to(torch.bfloat16), batch).logits.float())[own]
+    model, params = load(folder, dtype=jnp.bfloat16)
+    found = model.apply(params, batch).logits
+    assert found is not None and found.dtype == jnp.float32
+    errors = [np.sqrt(np.mean(np.square(other - exact))) for other in (np.asarray(found)[own], rounded)]
+    assert 0 < errors[0] <= 2 * errors[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -198,14 +199,14 @@ def test_a_flops_budget_is_the_largest_below_it():
             small = compact(model, params, gates)
             assert flops(model, small, (9, 3)) <= budget * flops(model, params, (9, 3))
             kept.append({name: set(np.flatnonzero(gate)) for name, gate in gates.items()})
-        assert all(one[name] <= two[name] for one, two in zip(kept, kept[1:], strict=False) for name in one)
+        assert all(one[name] <= two[name] for one, two in pairwise(kept) for name in one)
 
 
 # What is theirs alone
 
 
 def test_buckets_of_relative_positions_by_hand():
-    """32 buckets both ways up to 128: single positions to 7, then eight that grow, 8 to 127, then one for all beyond."""
+    """32 buckets both ways up to 128: single positions to 7, then eight that grow, the last for all beyond."""
     distance = np.array([0, -1, -7, -8, -12, -127, -500, 1, 7, 8, 127, 500])
     found = bucket_of(distance, 32, 128, both_ways=True)
     assert found.tolist() == [0, 1, 7, 8, 9, 15, 15, 17, 23, 24, 31, 31]

@@ -4,7 +4,8 @@ Raffel et al. 2020, Xue et al. 2021, Chung et al. 2022. Pre-norm layers without 
 adds a bias for the relative position. Hugging Face keeps one table of these biases per stack; here every layer has its
 own copy, so that a head that is removed takes its column along.
 
-Types: float32 and bfloat16. float16 overflows in the feed-forward networks of the larger checkpoints and is refused.
+Types: float32 and bfloat16. float16 overflows in the feed-forward networks of the larger checkpoints: a file may hold
+it, nothing is computed in it.
 """
 
 from __future__ import annotations
@@ -238,6 +239,8 @@ def embed(
     key: Array | None,
 ) -> State:
     """What the first layer of a stack reads; see `Model.embed`. The decoder gets the encoder's normalised output."""
+    if params["word"]["embedding"].dtype == jnp.float16:
+        raise TypeError("the feed-forward networks of T5 overflow in float16: load the model in float32 or bfloat16.")
     word = bind(_embedding(config), params["word"])
     if stack == "encoder":
         return dropout(word(batch["input_ids"]), config.dropout, key)
