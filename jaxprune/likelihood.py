@@ -34,7 +34,7 @@ IGNORED = -100  # no token: Hugging Face's index of what a loss leaves out
 MOST_ROWS = 512  # answers that are decoded together: it sets the memory, not the result
 
 
-def teacher_forced(model: Model, batch: Mapping[str, Any], targets: Int[Array, "b u"]) -> dict[str, Any]:
+def teacher_forced(model: Model, batch: Mapping[str, Any], targets: Int[Array, "b u"] | np.ndarray) -> dict[str, Any]:
     """The batch with the decoder's inputs for a target: the start token, then the target but for its last token."""
     return {**batch, **_shifted(model.config.start_id, model.config.pad_id, jnp.asarray(targets))}
 
