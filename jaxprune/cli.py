@@ -231,6 +231,7 @@ def evaluate(
     split: Annotated[str, rows("train, calibration, dev (for choices) or test (to report).")] = "test",
     head: Head = None,
     limit: Annotated[int | None, rows("The most examples of each task.")] = None,
+    generate: Annotated[bool, rows("Text-to-text models: they have to write the label's words.", "--generate")] = False,
     as_json: Json = False,
 ) -> None:
     """Measures a model on one or several tasks.
@@ -242,7 +243,7 @@ def evaluate(
 
         measuring = workflow.Measuring(head=head, limit=limit, **asdict(batches))
         record = workflow.evaluate_model(
-            model, [rows.of(name) for name in task], split=split, measuring=measuring, watch=bars
+            model, [rows.of(name) for name in task], split=split, generated=generate, measuring=measuring, watch=bars
         )
     terminal.show(record, report.evaluation_table(record["results"]), as_json=as_json)
 

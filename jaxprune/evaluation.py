@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from jaxprune.batches import Encoded, encode, pack
+from jaxprune.batches import Batch, Encoded, encode, pack
 from jaxprune.gates import Gates, Params
-from jaxprune.likelihood import candidates_in, rank
+from jaxprune.generation import generate
+from jaxprune.likelihood import IGNORED, candidates_in, rank
 from jaxprune.models import INPUTS, Model
 from jaxprune.prompts import Prompt, prompt_of
 from jaxprune.tasks import Example, Task, draw, row_key
@@ -103,6 +104,7 @@ class Evaluation:
     chance: float  # primary metric of always predicting the most frequent label (a constant, in a regression)
     n: int  # examples
     truncated: int = 0  # how many of them were cut to the maximal length
+    generated: bool = False  # whether answers were generated, not chosen among the labels
 
     @property
     def primary(self) -> tuple[str, float]:
@@ -115,7 +117,8 @@ class Evaluation:
     def __str__(self) -> str:
         values = ", ".join(f"{name} {100 * value:.1f}" for name, value in self.metrics.items())
         cut = f", {self.truncated} truncated" if self.truncated else ""
-        return f"{self.task} {self.split}: {values} (chance {100 * self.chance:.1f}, {self.n:,} examples{cut})"
+        written = ", generated" if self.generated else ""
+        return f"{self.task} {self.split}{written}: {values} (chance {100 * self.chance:.1f}, {self.n:,} examples{cut})"
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values, ready for `json.dumps`."""
@@ -158,24 +161,70 @@ def predict(
         encoded = examples
     else:
         encoded = encode(model, examples, max_length=max_length, prompt=prompt)
+
+    def run(batch: Batch) -> Any:
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        if model.writes_text:
+            return rank(model, params, inputs, candidates_in(batch), gates, means)
+        return model.apply(params, inputs, gates, head=head, means=means).logits
+
+    logits = _in_order(encoded, batch_size, run, progress).astype(np.float32)
+    broken = int((~np.isfinite(logits)).any(1).sum())
+    if broken:
+        raise ValueError(f"the logits of {broken} of {len(encoded)} examples are not finite: the model is broken.")
+    return logits
+
+
+def write_answers(
+    model: Model,
+    params: Params,
+    encoded: Encoded,
+    *,
+    gates: Gates | None = None,
+    means: Gates | None = None,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """The labels whose words a text-to-text model writes, token by token; -1 where it writes something else.
+
+    Args:
+        model: The model.
+        params: Its parameters, of any widths.
+        encoded: What `encode` made of the examples.
+        gates: Gates to apply; None is all open.
+        means: What a closed unit is replaced by; a missing one is zero.
+        batch_size: Examples in a batch.
+        progress: Called with the number of batches sent to the device, and of all.
+
+    Returns:
+        int32 labels `[examples]`, in their order.
+    """
+    if encoded.candidates is None:
+        raise ValueError("the examples were encoded without a prompt: there are no words to compare answers with.")
+    words = np.where(encoded.candidates == IGNORED, model.config.pad_id, encoded.candidates)
+
+    def run(batch: Batch) -> Any:
+        return generate(model, params, batch, max_new_tokens=words.shape[1], gates=gates, means=means)
+
+    same = (_in_order(encoded, batch_size, run, progress)[:, None] == words).all(-1)
+    return np.where(same.any(1), same.argmax(1), -1).astype(np.int32)
+
+
+def _in_order(
+    encoded: Encoded, batch_size: int, run: Callable[[Batch], Any], progress: Callable[[int, int], None] | None
+) -> np.ndarray:
+    """What a function returns for batches, row by row in the order of the examples."""
     batches = pack(encoded, batch_size=batch_size)
     indices, found = [], []
     for done, batch in enumerate(batches, 1):
-        inputs = {name: batch[name] for name in INPUTS if name in batch}
-        if model.writes_text:
-            found.append(rank(model, params, inputs, candidates_in(batch), gates, means))
-        else:
-            found.append(model.apply(params, inputs, gates, head=head, means=means).logits)  # stays on the device
+        found.append(run(batch))  # stays on the device
         indices.append(batch["index"])
         if progress is not None:
             progress(done, len(batches))
-    logits, index = np.concatenate(jax.device_get(found)).astype(np.float32), np.concatenate(indices)
+    rows, index = np.concatenate(jax.device_get(found)), np.concatenate(indices)
     real = index >= 0
-    ordered = np.empty((len(encoded), logits.shape[1]), np.float32)
-    ordered[index[real]] = logits[real]
-    broken = int((~np.isfinite(ordered)).any(1).sum())
-    if broken:
-        raise ValueError(f"the logits of {broken} of {len(encoded)} examples are not finite: the model is broken.")
+    ordered = np.empty((len(encoded), rows.shape[1]), rows.dtype)
+    ordered[index[real]] = rows[real]
     return ordered
 
 
@@ -192,6 +241,7 @@ def evaluate(
     limit: int | None = None,
     max_length: int | None = None,
     exclude: Collection[str] = (),
+    generated: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measures a model on a split of a task.
@@ -208,6 +258,8 @@ def evaluate(
         limit: The most examples; a stratified draw that is always the same. None: all.
         max_length: Tokens to which a text is cut; by default 128, or what the model reads if that is less.
         exclude: Keys (`jaxprune.tasks.row_key`) of examples that must not occur, such as those used for scoring.
+        generated: Whether a text-to-text model has to write the words of the label by itself; otherwise the likeliest
+            of the labels is what it predicts.
         progress: Called with the number of batches sent to the device, and of all.
 
     Raises:
@@ -228,10 +280,12 @@ def evaluate(
     if limit is not None and limit < len(examples):
         examples = draw(task, limit, 0, split=split)
     encoded = encode(model, examples, max_length=max_length, prompt=prompt_of(model, task))
-    logits = predict(
-        model, params, encoded, head=head, gates=gates, means=means, batch_size=batch_size, progress=progress
-    )
-    predicted = logits[:, 0] if task.regression else logits.argmax(1)
+    how: dict[str, Any] = {"gates": gates, "means": means, "batch_size": batch_size, "progress": progress}
+    if generated:
+        predicted = write_answers(model, params, encoded, **how)
+    else:
+        logits = predict(model, params, encoded, head=head, **how)
+        predicted = logits[:, 0] if task.regression else logits.argmax(1)
     metrics = METRICS[task.metric](predicted, encoded.labels)
     values, counts = np.unique(encoded.labels, return_counts=True)
     constant = np.full_like(encoded.labels, values[counts.argmax()])
@@ -244,6 +298,7 @@ def evaluate(
         chance=chance,
         n=len(encoded),
         truncated=encoded.truncated,
+        generated=generated,
     )
 
 

@@ -133,8 +133,13 @@ def evaluation_table(results: Sequence[Record], title: str | None = None) -> Tab
     for result in results:
         metrics = ", ".join(f"{name} {100 * value:.1f}" for name, value in result["metrics"].items())
         cut = f" ({result['truncated']:,} cut)" if result["truncated"] else ""
+        written = ", written" if result.get("generated") else ""
         table.add_row(
-            result["task"], result["split"], f"{result['n']:,}{cut}", metrics, f"{100 * result['chance']:.1f}"
+            result["task"],
+            f"{result['split']}{written}",
+            f"{result['n']:,}{cut}",
+            metrics,
+            f"{100 * result['chance']:.1f}",
         )
     return table
 

@@ -236,16 +236,22 @@ def evaluate_model(
     tasks: Sequence[Data],
     *,
     split: str = "test",
+    generated: bool = False,
     measuring: Measuring,
     watch: Watch,
 ) -> dict[str, Any]:
     """Measures a model on tasks."""
     model, params = load(source)
+    if generated and not model.writes_text:
+        raise ValueError(f"{source} has task heads and writes no text: leave --generate out.")
     loaded = [data.load() for data in tasks]
     for task in loaded:  # all of them before the first is measured
         task.rows(split)
         fitting_head(model, task, measuring.head)
-    results = [measure(model, params, task, measuring, watch.open(f"testing {task.name}"), split) for task in loaded]
+    results = [
+        measure(model, params, task, measuring, watch.open(f"testing {task.name}"), split, generated=generated)
+        for task in loaded
+    ]
     return {"command": "evaluate", "source": source, "results": [result.to_json() for result in results]}
 
 
