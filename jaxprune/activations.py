@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.gates import Gates, Params
+from jaxprune.gates import UNITS, Gates, Params
 from jaxprune.likelihood import answered
 from jaxprune.models import (
     INPUTS,
@@ -27,11 +27,11 @@ from jaxprune.models import (
     own_mask,
 )
 
-# (values [b, t, units(, head_dim)] float32, mask [b, t]) -> [b, units] or [b, units, head_dim]
+# (values [b, t, units(, channels)] float32, mask [b, t]) -> [b, units] or [b, units, channels]
 Statistic: TypeAlias = Callable[[Array, Array], Array]
 
-# (model, params, batches) -> what a closed unit is replaced by; a missing site is zero
-Closed: TypeAlias = Callable[[Model, Params, Iterable[Mapping[str, Any]]], Gates]
+# (model, params, batches, kinds of units) -> what a closed unit is replaced by; a missing site is zero
+Closed: TypeAlias = Callable[[Model, Params, Iterable[Mapping[str, Any]], tuple[str, ...]], Gates]
 
 
 def magnitudes(values: Array) -> Float[Array, "b t u"]:
@@ -50,14 +50,17 @@ def token_sum(values: Array, mask: Bool[Array, "b t"]) -> Array:
     return jnp.where(mask.reshape(*mask.shape, *[1] * (values.ndim - 2)), values, 0.0).sum(1)
 
 
-def site_statistics(model: Model, params: Params, batch: Mapping[str, Any], statistic: Statistic) -> dict[str, Array]:
+def site_statistics(
+    model: Model, params: Params, batch: Mapping[str, Any], statistic: Statistic, kinds: tuple[str, ...] = UNITS
+) -> dict[str, Array]:
     """One statistic of the gated values at every site, for every example. Only one layer's values exist at a time.
 
     Args:
         model: The architecture.
         params: Parameters.
         batch: As for `Model.apply`; of a text-to-text model with `candidates` and `labels`, see `answered`.
-        statistic: Takes the values `[b, t, units]` (heads: `[b, t, units, head_dim]`) in float32 and the mask `[b, t]`.
+        statistic: Takes the values `[b, t, units]` (heads: `[b, t, units, channels]`) in float32 and the mask `[b, t]`.
+        kinds: Kinds of units.
 
     Returns:
         Site name to what `statistic` returns.
@@ -66,38 +69,43 @@ def site_statistics(model: Model, params: Params, batch: Mapping[str, Any], stat
     state, found = None, {}
     for layer in model_layers(model, params):
         state = enter(model, layer, inputs, state)
-        state, values = _block_statistics(model, statistic, layer.params, state, mask_of(layer, inputs))
+        state, values = _block_statistics(model, statistic, kinds, layer.params, state, mask_of(layer, inputs))
         found |= {f"{layer.name}.{name}": value for name, value in values.items()}
     return found
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _block_statistics(
-    model: Model, statistic: Statistic, params: Params, state: State, mask: Mask
+    model: Model, statistic: Statistic, kinds: tuple[str, ...], params: Params, state: State, mask: Mask
 ) -> tuple[State, dict[str, Array]]:
-    state, sites = model.block(params, state, mask)
+    state, sites = model.block(params, state, mask, kinds=kinds)
     return state, {name: statistic(values.astype(jnp.float32), own_mask(mask)) for name, values in sites.items()}
 
 
-def zero(model: Model, params: Params, batches: Iterable[Mapping[str, Any]]) -> Gates:
+def zero(model: Model, params: Params, batches: Iterable[Mapping[str, Any]], kinds: tuple[str, ...] = UNITS) -> Gates:
     """A closed unit is worth nothing."""
     return {}
 
 
-def calibration_means(model: Model, params: Params, batches: Iterable[Mapping[str, Any]]) -> Gates:
+def calibration_means(
+    model: Model, params: Params, batches: Iterable[Mapping[str, Any]], kinds: tuple[str, ...] = UNITS
+) -> Gates:
     """A closed unit is worth its mean over all tokens of the batches, padding left out. Costs one forward pass.
 
     Returns:
-        Site name to `[neurons]` or `[heads, head_dim]`, float32.
+        Site name to `[units]`, for heads to `[heads, channels]`, float32.
 
     Raises:
-        ValueError: If the batches hold no token.
+        ValueError: If the batches hold no token, or query channels are asked for: their values are multiplied with the
+            keys, and no bias behind them can stand for a mean.
     """
+    if "query_channels" in kinds:
+        raise ValueError("a closed query channel has no mean to be worth, since no kernel reads it: use closed=zero.")
     sums: dict[str, Array] = {}
     tokens: list[dict[str, Array]] = []
     for batch in batches:
         batch = answered(model, params, batch)
-        sums = _add_rows(sums, site_statistics(model, params, batch, token_sum))
+        sums = _add_rows(sums, site_statistics(model, params, batch, token_sum, kinds))
         tokens.append({name: batch[name].sum() for name in INPUTS if name.endswith("attention_mask") and name in batch})
     counts = {name: sum(int(own[name]) for own in tokens) for name in (tokens[0] if tokens else {})}
     if not counts or not all(counts.values()):

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxprune.activations import Closed, zero
-from jaxprune.gates import UNITS, Gates, Params, Site, open_gates, sites, without
+from jaxprune.gates import UNITS, Gates, Params, Site, check_kinds, check_sharing, open_gates, sites, without
 from jaxprune.integration import Completeness, Rule, gauss_legendre, quadrature
 from jaxprune.likelihood import candidates_in, candidates_of, rank, teacher_forced, without_end
 from jaxprune.models import (
@@ -89,7 +89,7 @@ class Criterion(Protocol):
 
 
 def joint(places: Sequence[Site]) -> tuple[tuple[Site, ...], ...]:
-    """One path: all gates are scaled together."""
+    """One path: all gates are scaled together; those of one kind of unit per tensor, others are refused."""
     return (tuple(places),)
 
 
@@ -118,7 +118,7 @@ class GradientActivation:
     kinds: tuple[str, ...] = UNITS  # units to score
 
     def __post_init__(self):
-        _check_kinds(self.kinds)
+        check_kinds(self.kinds)
 
     def __call__(
         self,
@@ -172,7 +172,7 @@ class IntegratedGradients:
     kinds: tuple[str, ...] = UNITS  # units to scale and score; the others stay open
 
     def __post_init__(self):
-        _check_kinds(self.kinds)
+        check_kinds(self.kinds)
         if self.chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {self.chunk}.")
         if self.tokens is not sum_tokens:
@@ -216,10 +216,12 @@ class IntegratedGradients:
         objective = objective_for(self.objective, chosen)
         given = examples_of(batch, self.labels, chosen.regression)
         ones, gates = _open_rows(model, params, batch, self.kinds)
-        paths = self.path(_sites(model, params, self.kinds))
+        paths = self.path(sites(model.axes, params, self.kinds))
         paths = [path for path in paths if any(ones[site.name].size for site in path)]
         if not paths:
             raise ValueError(f"the model has no {' and no '.join(self.kinds)}: there is nothing to score.")
+        for path in paths:
+            check_sharing(model.axes, params, [site.name for site in path])
         scaled = [{site.name: ones[site.name] for site in path} for path in paths]
         along = partial(self._along, model, params, paths, scaled, objective, chosen.name, means)
         if not model.writes_text:
@@ -341,18 +343,9 @@ def examples_of(batch: Mapping[str, Any], labels: Labels, regression: bool) -> t
     return given, jnp.asarray(batch.get("index", np.arange(rows))).astype(jnp.int32)
 
 
-def _check_kinds(kinds: tuple[str, ...]) -> None:
-    if not kinds or not set(kinds) <= set(UNITS):
-        raise ValueError(f"kinds must be some of {', '.join(UNITS)}, got {kinds!r}.")
-
-
 def key_or_default(key: Array | None) -> Array:
     """The key, or that of seed 0."""
     return jax.random.key(0) if key is None else key
-
-
-def _sites(model: Model, params: Params, kinds: tuple[str, ...]) -> tuple[Site, ...]:
-    return tuple(site for site in sites(model.axes, params) if site.kind in kinds)
 
 
 def _lowest(path: Sequence[Site]) -> str:
@@ -362,8 +355,7 @@ def _lowest(path: Sequence[Site]) -> str:
 
 def _open_rows(model: Model, params: Params, batch: Mapping[str, Any], kinds: tuple[str, ...]) -> tuple[Gates, Gates]:
     """Open gates of these kinds, and the same with one row per example."""
-    names = [site.name for site in _sites(model, params, kinds)]
-    ones = {name: gate for name, gate in open_gates(model, params).items() if name in names}
+    ones = open_gates(model, params, kinds)
     return ones, _scale(ones, np.ones(1, np.float32), jnp.asarray(batch["input_ids"]))
 
 

@@ -1,8 +1,9 @@
 """The criteria that attribution has to beat, each a formula in its docstring.
 
-`h` is the gated value of a unit: a neuron's activation, or a head's mixed values, one per channel. `W_in` are the
-kernels that make it (for a head its query, key and value), `W_out` the one that reads it. `L = -log P(label)`, in a
-regression the squared error. `E` is the mean over the tokens of an example and over the examples.
+`h` is the gated value of a unit: a neuron's activation, a head's mixed values, one per channel, or one of these
+channels; of a query channel that of the query. `W_in` are the kernels that make it (for a head its query, key and
+value), `W_out` the one that reads it. `L = -log P(label)`, in a regression the squared error. `E` is the mean over the
+tokens of an example and over the examples.
 """
 
 from __future__ import annotations
@@ -27,7 +28,22 @@ from jaxprune.attribution import (
     open_prefixes,
 )
 from jaxprune.cost import elements, unit_costs
-from jaxprune.gates import Gates, Params, axes_of, flatten, reads, sites, subtree, widths
+from jaxprune.gates import (
+    KINDS,
+    UNITS,
+    Gates,
+    Params,
+    axes_of,
+    check_kinds,
+    flatten,
+    merge_units,
+    reads,
+    sites,
+    subtree,
+    takes_gate,
+    unit_axes,
+    widths,
+)
 from jaxprune.models import Model, advance, model_inputs, model_layers, repeat_rows
 from jaxprune.models.backward import Prefix, forward
 from jaxprune.models.layers import TokenReduction, sum_tokens
@@ -49,24 +65,35 @@ from jaxprune.objectives import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random:
+class _OfKinds:
+    """A criterion that scores units of chosen kinds; score files record them if they are not the usual ones."""
+
+    kinds: tuple[str, ...] = field(default=UNITS, metadata={"if_changed": True})  # units to score
+
+    def __post_init__(self):
+        check_kinds(self.kinds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(_OfKinds):
     """`s_i ~ U(0, 1)`, by the key alone. Reads no example."""
 
     examples: None = field(default=None, init=False)
 
     def __call__(self, model: Model, params: Params, *_: Any, key: Array | None = None, **__: Any) -> Measured:
         """Scores a batch; see `Criterion`."""
-        units = widths(model.axes, params)
+        units = widths(model.axes, params, self.kinds)
         keys = jax.random.split(key_or_default(key), len(units))
         drawn = {name: jax.random.uniform(k, (1, n)) for k, (name, n) in zip(keys, units.items(), strict=True)}
         return Measured(drawn, {})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Magnitude:
+class Magnitude(_OfKinds):
     """`s_i = |W_in,i| |W_out,i|`, Euclidean norms. Reads no example.
 
-    For a head, `|W_in,i|` is over its query, key and value kernels together.
+    For a head, `|W_in,i|` is over its query, key and value kernels together. For a query channel, the two norms are
+    those of its column in the query and in the key kernel.
     """
 
     examples: None = field(default=None, init=False)
@@ -74,13 +101,13 @@ class Magnitude:
     def __call__(self, model: Model, params: Params, *_: Any, **__: Any) -> Measured:
         """Scores a batch; see `Criterion`."""
         found = {}
-        for site in sites(model.axes, params):
+        for site in sites(model.axes, params, self.kinds):
             squares = {False: jnp.zeros(()), True: jnp.zeros(())}  # of what makes the unit, of what reads it
             for axes, path, array in _arrays_of(model, params, site.name):
                 if path[-1] == "kernel":
-                    square = jnp.square(array.astype(jnp.float32))
-                    own = axes.index(site.kind)
-                    squares[reads(axes, path)] += square.sum(tuple(axis for axis in range(square.ndim) if axis != own))
+                    square = jnp.square(merge_units(array, axes, site.kind).astype(jnp.float32))
+                    others = tuple(i for i in range(square.ndim) if i != unit_axes(axes, site.kind).start)
+                    squares[takes_gate(axes, path, site.kind)] += square.sum(others)
             found[site.name] = jnp.sqrt(squares[False] * squares[True])[None]
         return Measured(found, {})
 
@@ -108,36 +135,44 @@ class TopLayers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Activation:
+class Activation(_OfKinds):
     """`s_i = E|h_i|`; for a head the norm over its channels. Needs no labels."""
 
     examples: ExampleReduction = field(default=absolute, init=False)
 
     def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **_: Any) -> Measured:
         """Scores a batch; see `Criterion`."""
-        return Measured(site_statistics(model, params, batch, _mean_magnitude), {})
+        return Measured(site_statistics(model, params, batch, _mean_magnitude, self.kinds), {})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanda:
-    """`s_i = E[h_i^2] |W_out,i|^2`; for a head the sum of this over its channels. Needs no labels (Sun et al. 2023)."""
+class Wanda(_OfKinds):
+    """`s_i = E[h_i^2] |W_out,i|^2`; for a head the sum of this over its channels. Needs no labels (Sun et al. 2023).
+
+    Query channels have no `W_out`, so they cannot be scored.
+    """
 
     examples: ExampleReduction = field(default=absolute, init=False)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if "query_channels" in self.kinds:
+            raise ValueError("Wanda weighs a unit by the kernel that reads it, and none reads query channels.")
+
     def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **_: Any) -> Measured:
         """Scores a batch; see `Criterion`."""
-        squares = site_statistics(model, params, batch, _mean_square)
+        squares = site_statistics(model, params, batch, _mean_square, self.kinds)
         readers = {
-            name: array
-            for name in squares
-            for axes, path, array in _arrays_of(model, params, name)
+            site.name: merge_units(array, axes, site.kind)
+            for site in sites(model.axes, params, self.kinds)
+            for axes, path, array in _arrays_of(model, params, site.name)
             if reads(axes, path)
         }
         return Measured(_times_reader(squares, readers), {})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gradient:
+class Gradient(_OfKinds):
     """`s_i = E|dL/dh_i|`; for a head the norm over its channels."""
 
     labels: Labels = gold
@@ -145,12 +180,12 @@ class Gradient:
 
     def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **context: Any) -> Measured:
         """Scores a batch; see `Criterion`."""
-        own = _gate_gradients(model, context.get("head"), self.labels, absolute, _mean_gradient)
+        own = _gate_gradients(model, context.get("head"), self.labels, absolute, _mean_gradient, self.kinds)
         return own(model, params, batch, **context)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Taylor:
+class Taylor(_OfKinds):
     """`s_i = E|g_i dL/dg_i|` at `g = 1`, the absolute value taken per example (Michel et al. 2019)."""
 
     labels: Labels = gold
@@ -159,12 +194,12 @@ class Taylor:
 
     def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **context: Any) -> Measured:
         """Scores a batch; see `Criterion`."""
-        own = _gate_gradients(model, context.get("head"), self.labels, absolute, sum_tokens)
+        own = _gate_gradients(model, context.get("head"), self.labels, absolute, sum_tokens, self.kinds)
         return own(model, params, batch, **context)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fisher:
+class Fisher(_OfKinds):
     """`s_i = E[(d log P(y)/dg_i)^2]`, squared per example, `y` drawn from the model; `labels=every` is its exact mean.
 
     A regression has no labels to draw: use `labels=gold`.
@@ -176,7 +211,7 @@ class Fisher:
 
     def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **context: Any) -> Measured:
         """Scores a batch; see `Criterion`."""
-        own = _gate_gradients(model, context.get("head"), self.labels, squared, sum_tokens)
+        own = _gate_gradients(model, context.get("head"), self.labels, squared, sum_tokens, self.kinds)
         return own(model, params, batch, **context)
 
 
@@ -288,11 +323,16 @@ def _lost(end: Float[Array, " b"], closed: Float[Array, " bk"]) -> Float[Array, 
 
 
 def _gate_gradients(
-    model: Model, head: str | None, labels: Labels, examples: ExampleReduction, tokens: TokenReduction
+    model: Model,
+    head: str | None,
+    labels: Labels,
+    examples: ExampleReduction,
+    tokens: TokenReduction,
+    kinds: tuple[str, ...],
 ) -> GradientActivation:
     """The gradient of the log-likelihood with respect to gates, in one of the ways to reduce it."""
     objective = negative_squared_error if model.head(head).regression else log_probability
-    return GradientActivation(objective=objective, labels=labels, tokens=tokens, examples=examples)
+    return GradientActivation(objective=objective, labels=labels, tokens=tokens, examples=examples, kinds=kinds)
 
 
 def _mean_gradient(values: Array, cotangent: Array, mask: Bool[Array, "b t"]) -> Float[Array, "b u"]:
@@ -318,7 +358,7 @@ def _times_reader(squares: dict[str, Array], readers: dict[str, Array]) -> Gates
 
 def _arrays_of(model: Model, params: Params, name: str) -> list[tuple[tuple[str, ...], tuple[Any, ...], Array]]:
     """The parameters that have the unit axis of a site: axis names, path and array."""
-    site = next(site for site in sites(model.axes, params) if site.name == name)
+    site = next(site for site in sites(model.axes, params, KINDS) if site.name == name)
     found = []
     for path, array in flatten(subtree(params, site.module)).items():
         axes = axes_of(model.axes, (*site.module, *path))

@@ -1,7 +1,8 @@
 """Makes a pruned model smaller: slices away closed units and folds what is left of their gates into the weights.
 
-A fractional gate goes into the rows of the kernel that reads the unit. What a closed unit is replaced by goes, through
-that kernel, into the bias behind it. One axis table says which array has units along which axis.
+A fractional gate goes into the rows of the kernel that reads the unit; one of a query channel, which no kernel reads,
+into what makes the query. What a closed unit is replaced by goes, through the kernel that reads it, into the bias
+behind it. One axis table says which array has units along which axis.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.gates import (
+    KINDS,
     AxisTable,
     Params,
     Path,
@@ -21,11 +23,14 @@ from jaxprune.gates import (
     axes_of,
     check_gates,
     flatten,
+    merge_units,
     path_name,
     reads,
     sites,
     subtree,
+    takes_gate,
     unflatten,
+    unit_axes,
 )
 from jaxprune.models import Model
 
@@ -38,11 +43,14 @@ def compact(model: Model, params: Params, gates: Mapping[str, Any], means: Mappi
     of the kernel that reads the unit; any finite number will do. `(1 - gate) * mean` goes through that kernel into the
     bias behind it. Products are taken in float32, sums in float64; the result has the type of the parameter.
 
+    All heads of a module keep as many channels as the one that has the most open: where `select` made the gates, those
+    are all that are open; in other heads the first closed ones stay, too, with weights of zero.
+
     Args:
         model: The architecture.
         params: Parameters of any widths; they are not changed.
         gates: Site name to gates `[units]`. A site that is not named stays as it is.
-        means: Site name to what a closed unit is replaced by, `[units]`, or `[units, head_dim]` for heads; a missing
+        means: Site name to what a closed unit is replaced by, `[units]`, or `[heads, channels]` for heads; a missing
             one is zero.
 
     Returns:
@@ -50,16 +58,18 @@ def compact(model: Model, params: Params, gates: Mapping[str, Any], means: Mappi
         not donate one of the two while the other is in use.
 
     Raises:
-        ValueError: If the gates or means do not fit the parameters or are not finite, gates have one row per example,
-            or the map that reads the units has no bias for the means to go into.
+        ValueError: If the gates or means do not fit the parameters or are not finite, gates have one row per example
+            or are for units of two kinds that share a parameter, or there is no map that reads the units, or no bias
+            behind it, for the means to go into.
     """
     gates = {name: np.asarray(gate, np.float32) for name, gate in gates.items()}
     means = {name: np.asarray(mean, np.float32) for name, mean in (means or {}).items()}
     check_gates(model, params, gates)
-    places = {site.name: site for site in sites(model.axes, params)}
+    places = {site.name: site for site in sites(model.axes, params, KINDS)}
     _refuse([f"gates of {name} have one row per example" for name, gate in gates.items() if gate.ndim != 1])
     _refuse([f"gates of {name} hold NaN or infinity" for name, gate in gates.items() if not np.isfinite(gate).all()])
     _refuse([f"means of {name}: there is no such site" for name in means if name not in places])
+    _refuse([f"means of {name}: no kernel reads its units" for name in means if places[name].kind == "query_channels"])
     small = {path: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for path, leaf in flatten(params).items()}
     for name, gate in gates.items():
         changed = _compact_site(
@@ -73,31 +83,41 @@ def _compact_site(
     table: AxisTable, arrays: Mapping[Path, Any], site: Site, gate: np.ndarray, mean: np.ndarray | None
 ) -> dict[Path, np.ndarray]:
     """The arrays of one site's module that change, by full path."""
-    kept = np.flatnonzero(gate)
     changed: dict[Path, np.ndarray] = {}
     for local, leaf in arrays.items():
         path = (*site.module, *local)
         axes = axes_of(table, path)
         if site.kind not in axes or (gate == 1.0).all():
             continue
-        array = np.asarray(leaf)
-        if reads(axes, path):
-            if mean is not None:
-                bias = (*local[:-1], "bias")
-                if bias not in arrays:
-                    _refuse([f"means of {site.name} have nowhere to go: {path_name(path)} has no bias"])
-                changed[(*site.module, *bias)] = _shift(array, gate, mean, np.asarray(arrays[bias]), site.name)
-            changed[path] = _scale(array[kept], gate[kept])
-        elif len(kept) < len(gate):
-            changed[path] = np.take(array, kept, axes.index(site.kind))
+        units, array = unit_axes(axes, site.kind), np.asarray(leaf)
+        kept = _kept(gate, array.shape[units])
+        merged = merge_units(array, axes, site.kind)
+        if mean is not None and reads(axes, path):
+            bias = (*local[:-1], "bias")
+            if bias not in arrays:
+                _refuse([f"means of {site.name} have nowhere to go: {path_name(path)} has no bias"])
+            changed[(*site.module, *bias)] = _shift(merged, gate, mean, np.asarray(arrays[bias]), site.name)
+        if takes_gate(axes, path, site.kind):
+            after = [1] * (array.ndim - units.stop)
+            changed[path] = _scale(np.take(merged, kept, units.start), gate[kept].reshape(*kept.shape, *after))
+        elif kept.size < gate.size:
+            changed[path] = np.take(merged, kept, units.start)
     return changed
 
 
-def _scale(kernel: np.ndarray, gate: np.ndarray) -> np.ndarray:
-    """The kernel with every unit's rows multiplied by its gate."""
-    if (gate == 1.0).all():
-        return kernel
-    return (kernel.astype(np.float32) * gate.reshape(-1, *[1] * (kernel.ndim - 1))).astype(kernel.dtype)
+def _kept(gate: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The units that stay, in order; `[heads, channels]` where these are their axes, as many in every head."""
+    if len(shape) == 1:
+        return np.flatnonzero(gate)
+    closed = (gate == 0.0).reshape(shape)
+    most = int((~closed).sum(1).max(initial=0))
+    own = np.sort(np.argsort(closed, axis=1, kind="stable")[:, :most], axis=1)  # the open ones, then the closed ones
+    return own + np.arange(shape[0])[:, None] * shape[1]
+
+
+def _scale(array: np.ndarray, gate: np.ndarray) -> np.ndarray:
+    """The array with every unit's part multiplied by its gate."""
+    return array if (gate == 1.0).all() else (array.astype(np.float32) * gate).astype(array.dtype)
 
 
 def _shift(kernel: np.ndarray, gate: np.ndarray, mean: np.ndarray, bias: np.ndarray, name: str) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.batches import Length
-from jaxprune.gates import Params, axes_of, flatten, sites, subtree, widths
+from jaxprune.gates import UNITS, Params, axes_of, flatten, sites, subtree, unit_axes, widths
 from jaxprune.gates import Path as ParameterPath
 from jaxprune.models import Model
 
@@ -28,9 +28,9 @@ class Slice(NamedTuple):
     """The part of one parameter that belongs to one unit."""
 
     path: ParameterPath  # of the parameter
-    kind: str  # "heads" or "neurons"
-    axes: tuple[str, ...]  # without the unit axis
-    shape: tuple[int, ...]  # without the unit axis
+    kind: str  # of the unit
+    axes: tuple[str, ...]  # without the unit axes
+    shape: tuple[int, ...]  # without the unit axes
 
     @property
     def size(self) -> int:
@@ -95,19 +95,20 @@ def checked_length(model: Model, length: Length) -> Length:
     return length
 
 
-def unit_costs(model: Model, params: Params, measure: Measure) -> dict[str, float]:
+def unit_costs(model: Model, params: Params, measure: Measure, kinds: Collection[str] = UNITS) -> dict[str, float]:
     """The cost of one unit at every site.
 
     Args:
         model: The architecture.
         params: Parameters of any widths; a site without units has a cost, too.
         measure: What one parameter adds to the cost: `elements`, or `matmul_flops(length)`.
+        kinds: Kinds of units. A head costs what its channels and query channels cost together.
 
     Returns:
         Site name to cost, in site order.
     """
-    costs = dict.fromkeys(widths(model.axes, params), 0.0)
-    for name, part in _slices(model, params):
+    costs = dict.fromkeys(widths(model.axes, params, kinds), 0.0)
+    for name, part in _slices(model, params, kinds):
         costs[name] += measure(part)
     return costs
 
@@ -121,9 +122,9 @@ def matmul_flops(length: Length) -> Measure:
     """Measures FLOPs per example at this many tokens; two numbers are those of an encoder and of a decoder.
 
     A kernel costs `2 * length` per element. Attention multiplies queries with keys and probabilities with values, each
-    `2 * head_dim * length^2` per head. Half of it is booked on either factor (the second product's result is what the
-    output kernel reads), so each of the four kernels of a head adds `head_dim * length^2`. Where a decoder attends to
-    the encoder's output, keys and values are made of the encoder's tokens, and the square becomes a product.
+    `2 * length^2` per channel. Half of it is booked on either factor (the second product's result is what the output
+    kernel reads), so each of the four kernels of a head adds `length^2` per channel. Where a decoder attends to the
+    encoder's output, keys and values are made of the encoder's tokens, and the square becomes a product.
 
     Raises:
         ValueError: If `length` is not positive.
@@ -139,8 +140,8 @@ def matmul_flops(length: Length) -> Measure:
         own = written if part.path[0] == "decoder" else read
         seen = read if "cross" in part.path else own
         tokens = seen if part.path[-2] in ("key", "value") else own
-        products = part.shape[part.axes.index("head_dim")] if part.kind == "heads" else 0
-        return 2.0 * tokens * part.size + products * own * seen
+        channels = 0 if part.kind == "neurons" else part.size // part.shape[part.axes.index("embed")]  # 1, or a head's
+        return 2.0 * tokens * part.size + channels * own * seen
 
     return measure
 
@@ -255,19 +256,16 @@ def compare_latency(
     )
 
 
-def _slices(model: Model, params: Params) -> Iterator[tuple[str, Slice]]:
+def _slices(model: Model, params: Params, kinds: Collection[str]) -> Iterator[tuple[str, Slice]]:
     """Site name and slice, for every parameter that carries a unit axis."""
-    for site in sites(model.axes, params):
+    for site in sites(model.axes, params, kinds):
         for local, array in flatten(subtree(params, site.module)).items():
             path = (*site.module, *local)
             axes = axes_of(model.axes, path)
             if site.kind in axes:
-                unit = axes.index(site.kind)
-                shape = tuple(array.shape)
-                yield (
-                    site.name,
-                    Slice(path, site.kind, axes[:unit] + axes[unit + 1 :], shape[:unit] + shape[unit + 1 :]),
-                )
+                units, shape = unit_axes(axes, site.kind), tuple(array.shape)
+                rest = axes[: units.start] + axes[units.stop :], shape[: units.start] + shape[units.stop :]
+                yield site.name, Slice(path, site.kind, *rest)
 
 
 def _total(model: Model, params: Params, measure: Measure) -> float:

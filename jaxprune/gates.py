@@ -1,13 +1,23 @@
 """What can be removed from a model: units, the sites where they are gated, and the names of every parameter's axes.
 
-A *unit* is removed as a whole: an FFN neuron or an attention head. A *site* is a place in the model where units of one
-kind are gated, named by its key in `Gates` (`"3.ffn.neurons"`). A *gate* is the multiplier of a unit: 1 is open, 0 is
-closed. All of it is read from one axis table per model family, which names every axis of every parameter.
+A *unit* is removed as a whole: an FFN neuron, an attention head, or a channel inside a head. A *site* is a place in the
+model where units of one kind are gated, named by its key in `Gates` (`"3.ffn.neurons"`). A *gate* is the multiplier of
+a unit: 1 is open, 0 is closed. All of it is read from one axis table per model family, which names every axis of every
+parameter.
+
+Units are heads and neurons unless channels are asked for. `channels` are those of the values, which the output kernel
+reads; a `query_channel` is a channel of the query and of the key, whose product its gate multiplies. Their gates stand
+head by head, and all heads of a module keep as many, so that arrays stay rectangular. Rotary embeddings couple query
+channels in pairs: a family that has them gives this axis another name, and then it has no such units.
+
+There is one kind of unit per tensor: gates of two sites that share a parameter, such as a module's heads and its
+channels, are refused. Channels and query channels share none and go together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -18,7 +28,14 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxprune.models import Model
 
-UNITS = ("heads", "neurons")  # axis names whose entries are units
+# Kind of unit -> the axes its units stand along, side by side in every parameter that has them; the last is its own
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "heads": ("heads",),
+    "neurons": ("neurons",),
+    "channels": ("heads", "channels"),
+    "query_channels": ("heads", "query_channels"),
+}
+UNITS = ("heads", "neurons")  # the kinds that are meant where none are named
 
 Params: TypeAlias = dict[Any, Any]  # nested dict of arrays; layers have int keys
 Path: TypeAlias = tuple[str | int, ...]
@@ -30,7 +47,7 @@ class Site(NamedTuple):
     """A place where the units of one kind are gated."""
 
     name: str  # key in `Gates`, such as "3.ffn.neurons" or "decoder.3.cross.heads"
-    kind: str  # the unit axis: "heads" or "neurons"
+    kind: str  # a key of `KINDS`
     module: Path  # where in the parameters the arrays with this axis are: ("layers", 3, "ffn")
     layer: int  # index of the layer within its stack
     stack: str  # "" in an encoder-only or decoder-only model, else "encoder" or "decoder"
@@ -100,7 +117,7 @@ def axes_of(table: AxisTable, path: Path) -> tuple[str, ...]:
         path: Where the parameter is.
 
     Returns:
-        One name per axis, such as `("embed", "heads", "head_dim")`.
+        One name per axis, such as `("embed", "heads", "channels")`.
 
     Raises:
         ValueError: If no pattern of the table matches.
@@ -120,28 +137,79 @@ def reads(axes: tuple[str, ...], path: Path) -> bool:
     return path[-1] == "kernel" and axes[0] in UNITS
 
 
-def sites(table: AxisTable, params: Params) -> tuple[Site, ...]:
-    """All sites of a model, layer by layer, in the order of the axis table."""
-    return tuple(place.site for place in _places(table, flatten(params)))
+def takes_gate(axes: tuple[str, ...], path: Path, kind: str) -> bool:
+    """Whether multiplying this parameter's units by their gates does what the gates do.
+
+    That is the kernel that reads them; what makes the queries, for query channels, which no kernel reads.
+    """
+    return path[-2] == "query" if kind == "query_channels" else reads(axes, path)
 
 
-def widths(table: AxisTable, params: Params) -> dict[str, int]:
+def unit_axes(axes: tuple[str, ...], kind: str) -> slice:
+    """Which axes of a parameter the units of a kind stand along."""
+    stop = axes.index(kind) + 1
+    return slice(stop - len(KINDS[kind]), stop)
+
+
+def merge_units(array: Any, axes: tuple[str, ...], kind: str) -> Any:
+    """The array with one axis for the units of a kind, where it may have two: heads, then their channels."""
+    units, shape = unit_axes(axes, kind), array.shape
+    return array.reshape(*shape[: units.start], math.prod(shape[units]), *shape[units.stop :])
+
+
+def check_kinds(kinds: tuple[str, ...]) -> None:
+    """Refuses kinds of units that do not exist.
+
+    Raises:
+        ValueError: If there is one, or no kind at all.
+    """
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise ValueError(f"kinds must be some of {', '.join(KINDS)}, got {kinds!r}.")
+
+
+def sites(table: AxisTable, params: Params, kinds: Collection[str] = UNITS) -> tuple[Site, ...]:
+    """All sites of a model with units of these kinds, layer by layer, in the order of the axis table."""
+    return tuple(place.site for place in _places(table, flatten(params), kinds))
+
+
+def widths(table: AxisTable, params: Params, kinds: Collection[str] = UNITS) -> dict[str, int]:
     """The number of units at every site, in site order."""
     flat = flatten(params)
-    return {place.site.name: int(flat[place.path].shape[place.axis]) for place in _places(table, flat)}
+    return {place.site.name: math.prod(flat[place.path].shape[place.units]) for place in _places(table, flat, kinds)}
+
+
+def check_sharing(table: AxisTable, params: Params, names: Collection[str]) -> None:
+    """Refuses sites that may not be gated together: there is one kind of unit per tensor.
+
+    Raises:
+        ValueError: Naming every two sites that share a parameter.
+    """
+    owners: dict[Path, str] = {}
+    shared: dict[str, None] = {}
+    for place in _places(table, flatten(params), KINDS):
+        for path in place.arrays if place.site.name in names else ():
+            owner = owners.setdefault(path, place.site.name)
+            if owner != place.site.name:
+                shared[f"{owner} and {place.site.name}"] = None
+    if shared:
+        raise ValueError(
+            f"units of two kinds that share a parameter cannot be gated together: {', '.join(shared)}. "
+            "Take the heads of a module, or its channels."
+        )
 
 
 class _Place(NamedTuple):
     """A site and the arrays that show its units."""
 
     site: Site
-    path: Path  # an array with the unit axis
-    axis: int  # which of its axes that is
+    path: Path  # an array with the unit axes
+    units: slice  # which of its axes those are
     reader: Path | None  # the kernel that contracts the gated values
+    arrays: tuple[Path, ...]  # all arrays with the unit axes
 
 
-def _places(table: AxisTable, flat: Mapping[Path, Any]) -> tuple[_Place, ...]:
-    return _find_places(tuple(table.items()), tuple(flat))
+def _places(table: AxisTable, flat: Mapping[Path, Any], kinds: Collection[str]) -> tuple[_Place, ...]:
+    return tuple(place for place in _find_places(tuple(table.items()), tuple(flat)) if place.site.kind in kinds)
 
 
 @lru_cache(maxsize=64)  # every gated forward pass asks, and the answer depends on names alone
@@ -151,7 +219,7 @@ def _find_places(table: tuple[tuple[str, tuple[str, ...]], ...], paths: tuple[Pa
     members: dict[Site, list[tuple[int, Path, str]]] = {}
     for path in paths:
         pattern = _pattern_of(axes, path)
-        for kind in UNITS:
+        for kind in KINDS:
             if kind in axes[pattern]:
                 members.setdefault(_site(kind, path[:-2]), []).append((order[pattern], path, pattern))
     found = []
@@ -159,7 +227,8 @@ def _find_places(table: tuple[tuple[str, tuple[str, ...]], ...], paths: tuple[Pa
         first, path, pattern = min(arrays)
         reader = next((path for _, path, pattern in arrays if reads(axes[pattern], path)), None)
         stack = "" if site.stack == "encoder" else site.stack  # comes first
-        found.append(((stack, site.layer, first), _Place(site, path, axes[pattern].index(site.kind), reader)))
+        place = _Place(site, path, unit_axes(axes[pattern], site.kind), reader, tuple(own for _, own, _ in arrays))
+        found.append(((stack, site.layer, first), place))
     return tuple(place for _, place in sorted(found, key=lambda item: item[0]))
 
 
@@ -185,13 +254,22 @@ def without(table: AxisTable, params: Params, emptied: Sequence[Site]) -> Params
     return unflatten({path: cut(path, leaf) for path, leaf in flatten(params).items()})
 
 
-def open_gates(model: Model, params: Params) -> Gates:
-    """Gates of ones for every site of the model: nothing is removed.
+def open_gates(model: Model, params: Params, kinds: tuple[str, ...] = UNITS) -> Gates:
+    """Gates of ones for every site with units of these kinds: nothing is removed.
+
+    Args:
+        model: The architecture.
+        params: Parameters of any widths.
+        kinds: Kinds of units, such as `("channels", "query_channels", "neurons")`.
 
     Returns:
         Site name to float32 ones of shape `[units]`.
+
+    Raises:
+        ValueError: If a kind does not exist.
     """
-    return {name: jnp.ones(units, jnp.float32) for name, units in widths(model.axes, params).items()}
+    check_kinds(kinds)
+    return {name: jnp.ones(units, jnp.float32) for name, units in widths(model.axes, params, kinds).items()}
 
 
 def check_gates(model: Model, params: Params, gates: Mapping[str, Any], *, rows: int | None = None) -> None:
@@ -205,10 +283,10 @@ def check_gates(model: Model, params: Params, gates: Mapping[str, Any], *, rows:
 
     Raises:
         TypeError: If `gates` is not a dict of arrays.
-        ValueError: Naming every unknown site and every wrong number of units or rows.
+        ValueError: Naming every unknown site, every wrong number of units or rows, or sites that share a parameter.
     """
     _check_arrays("gates", gates)
-    expected = widths(model.axes, params)
+    expected = widths(model.axes, params, KINDS)
     wrong = []
     for name, gate in gates.items():
         if name not in expected:
@@ -221,6 +299,7 @@ def check_gates(model: Model, params: Params, gates: Mapping[str, Any], *, rows:
             wrong.append(f"{name} has gates for {gate.shape[0]} examples, the batch has {rows}")
     if wrong:
         raise ValueError(f"gates do not fit the parameters: {'; '.join(wrong)}. Sites: {_some(expected)}.")
+    check_sharing(model.axes, params, gates)
 
 
 def check_means(model: Model, params: Params, means: Mapping[str, Any]) -> None:
@@ -229,23 +308,26 @@ def check_means(model: Model, params: Params, means: Mapping[str, Any]) -> None:
     Args:
         model: The architecture.
         params: Parameters of any widths.
-        means: Site name to `[neurons]` or `[heads, head_dim]`.
+        means: Site name to `[units]`, for heads to `[heads, channels]`.
 
     Raises:
         TypeError: If `means` is not a dict of arrays.
-        ValueError: Naming every unknown site and every wrong shape.
+        ValueError: Naming every unknown site, every one whose units have no means, and every wrong shape.
     """
     _check_arrays("means", means)
-    readers = {place.site.name: place.reader for place in _places(model.axes, flatten(params))}
-    wrong = [f"{name} is not a site" for name in means if name not in readers]
+    places = {place.site.name: place for place in _places(model.axes, flatten(params), KINDS)}
+    wrong = [f"{name} is not a site" for name in means if name not in places]
     for name, mean in means.items():
-        reader = readers.get(name)
-        if reader is not None:
-            expected = subtree(params, reader).shape[:-1]
+        place = places.get(name)
+        if place is not None and place.reader is None:
+            wrong.append(f"{name} has none: no kernel reads its units")
+        elif place is not None and place.reader is not None:
+            reader = subtree(params, place.reader)
+            expected = merge_units(reader, axes_of(model.axes, place.reader), place.site.kind).shape[:-1]
             if mean.shape != expected:
                 wrong.append(f"{name} has shape {tuple(mean.shape)}, expected {expected}")
     if wrong:
-        raise ValueError(f"means do not fit the parameters: {'; '.join(wrong)}. Sites: {_some(readers)}.")
+        raise ValueError(f"means do not fit the parameters: {'; '.join(wrong)}. Sites: {_some(places)}.")
 
 
 def _check_arrays(what: str, entries: Any) -> None:

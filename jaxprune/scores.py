@@ -51,14 +51,16 @@ class Scores:
 
     values: Gates  # site name to [units] float32; selection leaves a missing site open
     header: Mapping[str, Any]  # how the scores were made
-    means: Gates | None = None  # what closed units are replaced by: [neurons] or [heads, head_dim]; None is zero
+    means: Gates | None = None  # what closed units are replaced by: [units], of heads [heads, channels]; None is zero
 
 
 def describe(criterion: Any) -> dict[str, Any]:
-    """The name and every setting of a criterion, functions by their names."""
+    """The name and the settings of a criterion, functions by their names."""
     found = {"name": type(criterion).__name__}
     for field in fields(criterion):
-        found[field.name] = _plain(getattr(criterion, field.name))
+        value = getattr(criterion, field.name)
+        if value != field.default or not field.metadata.get("if_changed"):
+            found[field.name] = _plain(value)
     return found
 
 

@@ -25,7 +25,7 @@ from jaxprune.batches import SHAPE_COST, encode, pack
 from jaxprune.checkpoint import model_digest
 from jaxprune.evaluation import fitting_head
 from jaxprune.files import write_atomic
-from jaxprune.gates import Gates, Params
+from jaxprune.gates import UNITS, Gates, Params
 from jaxprune.models import Model, encoder_inputs, model_inputs
 from jaxprune.objectives import gold
 from jaxprune.prompts import prompt_of
@@ -233,7 +233,7 @@ def _means(
 ) -> Gates:
     closed = getattr(criterion, "closed", zero)
     if means is None:
-        return closed(model, params, map(place.batch, batches))
+        return closed(model, params, map(place.batch, batches), getattr(criterion, "kinds", UNITS))
     if closed is zero:
         raise ValueError("means were given, but this criterion closes units to zero: set closed=calibration_means.")
     return means

@@ -4,6 +4,9 @@ There is one algorithm. Every site's units are sorted, best first, and cut into 
 The blocks of all sites stand in one order that does not depend on the budget; the longest prefix that the budget pays
 for is kept. So a smaller budget keeps a subset, and the result is short of its budget by less than the next block.
 An exact knapsack would use the rest, but its solutions are not nested.
+
+Channels are sorted within each head, and a block has one of every head, so that all heads keep as many: the best of
+each, then the second best, and so on.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import numpy as np
 from jaxprune.batches import Length
 from jaxprune.checkpoint import digest, model_digest
 from jaxprune.cost import checked_length, elements, matmul_flops, unit_costs
-from jaxprune.gates import UNITS, Gates, Params, Site, sites, widths
+from jaxprune.gates import KINDS, UNITS, Gates, Params, Site, check_sharing, sites, widths
 from jaxprune.models import Model
 
 if TYPE_CHECKING:
@@ -59,7 +62,10 @@ def select(
 
     The budget is a fraction, in (0, 1], of what all units of `params` cost together; exactly one of `units`,
     `parameters` and `flops` must be given. What stays costs at most that, to 1e-9 of the whole. By `units` and without
-    `multiple_of`, exactly `floor(fraction * all units)` units stay, whether `per_layer` or not.
+    `multiple_of`, exactly `floor(fraction * all units)` heads and neurons stay, whether `per_layer` or not.
+
+    All units are heads and neurons; where the scores are of a module's channels or query channels, both of these
+    instead of its heads. They cost together what the heads cost, so a budget of FLOPs is a fraction of the same whole.
 
     Args:
         model: The architecture.
@@ -73,38 +79,42 @@ def select(
         per_layer: Whether all sites keep about the same fraction of their units: the block after which its site has the
             smallest fraction comes first, ties in site order. If False, all units compete: the block with the highest
             mean score per cost comes first, ties by site and then by unit.
-        multiple_of: Kept units of a site are a multiple of this, or all of them: one number, or one per kind such as
-            `{"neurons": 8}`.
-        floor: At least that many units of every site stay, or all it has; one number, or one per kind.
+        multiple_of: Kept units of a site (channels: of a head) are a multiple of this, or all of them: one number, or
+            one per kind such as `{"neurons": 8}`.
+        floor: At least that many units of every site (channels: of every head) stay, or all it has; one number, or one
+            per kind.
         protect: Layers (`0`) and sites (`"3.ffn.neurons"`) that keep all units.
         normalise: Rescales the scores before they are compared, such as `per_layer_l2`.
 
     Returns:
-        Site name to float32 gates, 1 where the unit stays and 0 elsewhere, for all sites.
+        Site name to float32 gates, 1 where the unit stays and 0 elsewhere, for the sites of all units.
 
     Raises:
         ValueError: If there is not exactly one budget or it is out of range, the scores are not finite or belong to
-            another model, a setting names what does not exist, or the budget cannot be reached because of what must
-            stay; the error then names the smallest fraction that can.
+            another model, or are of a module's heads and of its channels, a setting names what does not exist, or the
+            budget cannot be reached because of what must stay; the error then names the smallest fraction that can.
     """
     values, header = _parts(scores)
     budgets = {"units": units, "parameters": parameters, "flops": flops}
     name, fraction = _only_budget(budgets)
     costs = _costs(model, params, name, header.get("mean_length") if length is None else length)
-    width = widths(model.axes, params)
+    places = _competing(model, params, values)
+    every = widths(model.axes, params, KINDS)
+    width = {site.name: every[site.name] for site in places}
     ranked = _checked(values, width, "scores")
     _refuse_other_model(model, params, header)
     if normalise is not None:
         ranked = _checked(normalise(dict(ranked)), width, "normalised scores", expected=ranked)
-    places = sites(model.axes, params)
+    kinds = tuple(dict.fromkeys(site.kind for site in places))
+    heads = {site.module: every[site.name] for site in sites(model.axes, params, ("heads",))}
     blocks, ranking = _cut(
         places,
-        width,
+        {site.name: (heads[site.module] if len(KINDS[site.kind]) > 1 else 1, width[site.name]) for site in places},
         costs,
         ranked,
         per_layer,
-        _by_kind("multiple_of", multiple_of, 1, 1),
-        _by_kind("floor", floor, 0, 0),
+        _by_kind("multiple_of", multiple_of, 1, 1, kinds),
+        _by_kind("floor", floor, 0, 0, kinds),
         _protected(places, protect),
     )
     kept = _afford(blocks, len(places), name, fraction)
@@ -177,15 +187,27 @@ def _only_budget(budgets: Mapping[str, float | None]) -> tuple[str, float]:
     return name, float(value)
 
 
+def _competing(model: Model, params: Params, scored: Collection[str]) -> tuple[Site, ...]:
+    """The sites that together make up the model, each parameter once: heads, or channels where those are scored.
+
+    Raises:
+        ValueError: If the scores are of heads and channels of one module.
+    """
+    check_sharing(model.axes, params, scored)
+    every = sites(model.axes, params, KINDS)
+    cut = {site.module for site in every if site.name in scored and site.kind not in UNITS}
+    return tuple(site for site in every if (site.kind not in UNITS) == (site.module in cut))
+
+
 def _costs(model: Model, params: Params, budget: str, length: Length | None) -> dict[str, float]:
-    """The cost of one unit at every site."""
+    """The cost of one unit at every site, of all kinds."""
     if budget == "units":
-        return dict.fromkeys(widths(model.axes, params), 1.0)
+        return dict.fromkeys(widths(model.axes, params, KINDS), 1.0)
     if budget == "parameters":
-        return unit_costs(model, params, elements)
+        return unit_costs(model, params, elements, KINDS)
     if length is None:
         raise ValueError("a FLOPs budget needs length=, tokens per example: these scores do not say their mean length.")
-    return unit_costs(model, params, matmul_flops(checked_length(model, length)))
+    return unit_costs(model, params, matmul_flops(checked_length(model, length)), KINDS)
 
 
 def _checked(
@@ -216,17 +238,19 @@ def _refuse_other_model(model: Model, params: Params, header: Mapping[str, Any])
         )
 
 
-def _by_kind(name: str, value: int | Mapping[str, int] | None, default: int, least: int) -> dict[str, int]:
-    """A setting for every unit kind."""
-    given = value if isinstance(value, Mapping) else dict.fromkeys(UNITS, default if value is None else value)
-    if unknown := [kind for kind in given if kind not in UNITS]:
-        raise ValueError(f"{name} names {unknown}; kinds of units are {', '.join(UNITS)}.")
+def _by_kind(
+    name: str, value: int | Mapping[str, int] | None, default: int, least: int, kinds: tuple[str, ...]
+) -> dict[str, int]:
+    """A setting for every kind of the units."""
+    given = value if isinstance(value, Mapping) else dict.fromkeys(kinds, default if value is None else value)
+    if unknown := [kind for kind in given if kind not in kinds]:
+        raise ValueError(f"{name} names {unknown}; the kinds of units are {', '.join(kinds)}.")
     for kind, number in given.items():
         if isinstance(number, bool) or not isinstance(number, int | np.integer):
             raise TypeError(f"{name} of {kind} must be a whole number, got {number!r}.")
         if number < least:
             raise ValueError(f"{name} of {kind} must be at least {least}, got {number}.")
-    return dict.fromkeys(UNITS, default) | {kind: int(number) for kind, number in given.items()}
+    return dict.fromkeys(kinds, default) | {kind: int(number) for kind, number in given.items()}
 
 
 def _protected(places: tuple[Site, ...], protect: Collection[int | str]) -> set[str]:
@@ -244,7 +268,7 @@ def _protected(places: tuple[Site, ...], protect: Collection[int | str]) -> set[
 
 def _cut(
     places: tuple[Site, ...],
-    width: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, int]],
     costs: Mapping[str, float],
     scores: Mapping[str, np.ndarray],
     per_layer: bool,
@@ -252,16 +276,19 @@ def _cut(
     floor: Mapping[str, int],
     protected: Collection[str],
 ) -> tuple[_Blocks, dict[str, np.ndarray]]:
-    """Cuts every site into blocks; also the units of every site, best first."""
+    """Cuts every site into blocks; also the units of every site, best first.
+
+    A site's shape is the number of groups that must keep as many units (heads, for channels), and that of its units.
+    """
     columns: list[tuple[np.ndarray, ...]] = []
     ranking: dict[str, np.ndarray] = {}
     for index, site in enumerate(places):
-        units, cost = width[site.name], costs[site.name]
+        (groups, units), cost = shapes[site.name], costs[site.name]
         score = scores.get(site.name, np.zeros(units))
-        ranking[site.name] = np.argsort(-score, kind="stable")
+        ranking[site.name] = _best_first(score, groups)
         if not units:
             continue
-        starts = np.arange(0, units, multiple_of[site.kind])
+        starts = np.arange(0, units, groups * multiple_of[site.kind])
         sizes = np.diff(starts, append=units)
         if per_layer:
             order = (starts + sizes) / units
@@ -271,11 +298,20 @@ def _cut(
             means = best_first[starts] + below / sizes  # this way the mean of equal scores is exactly that score
             order = np.maximum.accumulate(-means / cost)  # rounding must not put a later block first
         whole = site.name in protected or site.name not in scores
-        forced = np.full(len(starts), True) if whole else starts < floor[site.kind]
+        forced = np.full(len(starts), True) if whole else starts < groups * floor[site.kind]
         columns.append((np.full(len(starts), index), sizes, sizes * cost, order, forced))
     if not columns:
         columns.append((np.zeros(0, int), np.zeros(0, int), np.zeros(0), np.zeros(0), np.zeros(0, bool)))
     return _Blocks(*(np.concatenate(column) for column in zip(*columns, strict=True))), ranking
+
+
+def _best_first(scores: np.ndarray, groups: int) -> np.ndarray:
+    """The units, best first: the best of every group, then the second best of every group, and so on."""
+    if not scores.size:
+        return np.zeros(0, int)
+    own = scores.reshape(groups, -1)
+    order = np.argsort(-own, axis=1, kind="stable") + np.arange(groups)[:, None] * own.shape[1]
+    return order.T.reshape(-1)
 
 
 def _afford(blocks: _Blocks, places: int, name: str, fraction: float) -> np.ndarray:

@@ -29,7 +29,7 @@ from jaxprune.compaction import compact
 from jaxprune.cost import elements, matmul_flops, parameters, unit_costs
 from jaxprune.evaluation import fitting_head
 from jaxprune.files import read_json, write_atomic
-from jaxprune.gates import Gates, Params, widths
+from jaxprune.gates import KINDS, Gates, Params
 from jaxprune.models import Model
 from jaxprune.pictures import sweep_figure
 from jaxprune.scores import describe
@@ -187,13 +187,13 @@ def sweep_model(
 
 def kept(model: Model, params: Params, gates: Gates, length: Length) -> dict[str, float]:
     """The fractions of FLOPs, units and parameters (embeddings included) that a compacted model would have."""
-    had = widths(model.axes, params)
+    had = {name: len(gate) for name, gate in gates.items()}
     left = {name: int(np.count_nonzero(np.asarray(gate))) for name, gate in gates.items()}
 
     def total(costs: Mapping[str, float], units: Mapping[str, int]) -> float:
         return sum(costs[name] * units[name] for name in had)
 
-    flops, sizes = unit_costs(model, params, matmul_flops(length)), unit_costs(model, params, elements)
+    flops, sizes = (unit_costs(model, params, measure, KINDS) for measure in (matmul_flops(length), elements))
     every = parameters(params)
     return {
         "flops_kept": total(flops, left) / total(flops, had),

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxprune.files import read_json
-from jaxprune.gates import UNITS, Params, axes_of, flatten, path_name, unflatten
+from jaxprune.gates import KINDS, Params, axes_of, flatten, path_name, unflatten
 from jaxprune.gates import Path as ParamPath
 from jaxprune.models import Model, family
 from jaxprune.tensors import FLOATS, Entry, TensorFile
@@ -181,13 +181,13 @@ def misfits(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, li
         (path, full), found = expected[name], shapes[name]
         axes = axes_of(model.axes, path)
         if len(found) != len(full) or any(
-            size > most or (size < most and axis not in UNITS)
+            size > most or (size < most and axis not in KINDS)
             for axis, size, most in zip(axes, found, full, strict=True)
         ):
-            wrong.append(f"{name} is {list(found)}, expected {list(full)} or fewer heads or neurons")
+            wrong.append(f"{name} is {list(found)}, expected {list(full)} or fewer heads or neurons or channels")
             continue
         for axis, size in zip(axes, found, strict=True):
-            if axis in UNITS:
+            if axis in KINDS:
                 units.setdefault((path_name(path[:-2]), axis), {})[name] = size
     for (module, axis), sizes in units.items():
         if len(set(sizes.values())) > 1:

@@ -361,8 +361,8 @@ def test_settings_that_make_no_sense_are_refused():
         IntegratedGradients(tokens=max_tokens)
     with pytest.raises(ValueError, match="trapezoidal rule needs at least 2 nodes, got 1"):
         IntegratedGradients(nodes=1, rule=trapezoid)
-    with pytest.raises(ValueError, match=r"kinds must be some of heads, neurons, got \('channels',\)"):
-        GradientActivation(kinds=("channels",))
+    with pytest.raises(ValueError, match=r"kinds must be some of heads, neurons, .*, got \('layers',\)"):
+        GradientActivation(kinds=("layers",))
     model, params = tiny_model()
     with pytest.raises(ValueError, match="the batch has no 'labels'"):
         GradientActivation()(model, params, tiny_batch(model))

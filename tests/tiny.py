@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.gates import Gates, Params, axes_of, flatten, unflatten, widths
+from jaxprune.gates import UNITS, Gates, Params, axes_of, flatten, unflatten, widths
 from jaxprune.models import Model, TaskHead, family
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert")
@@ -145,11 +145,13 @@ def tiny_batch(model: Model, rows: int = 3, length: int = 9, seed: int = 0) -> d
     return batch
 
 
-def random_gates(model: Model, params: Params, seed: int = 0, fractional: bool = False) -> Gates:
+def random_gates(
+    model: Model, params: Params, seed: int = 0, fractional: bool = False, kinds: tuple[str, ...] = UNITS
+) -> Gates:
     """Random gates for every site, about half of them closed; with `fractional` the others lie in [0, 1.5)."""
     random = np.random.default_rng(seed)
     gates = {}
-    for name, units in widths(model.axes, params).items():
+    for name, units in widths(model.axes, params, kinds).items():
         gate = (random.random(units) < 0.5).astype(np.float32)
         if fractional:
             gate *= (1.5 * random.random(units)).astype(np.float32)

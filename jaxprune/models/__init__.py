@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.gates import AxisTable, Gates, Params
+from jaxprune.gates import UNITS, AxisTable, Gates, Params
 from jaxprune.gates import Path as ParamPath
 from jaxprune.models.inputs import INPUTS, encoder_inputs, model_inputs
 from jaxprune.models.layers import TokenReduction, sum_tokens
@@ -108,7 +108,7 @@ class Output(NamedTuple):
 
     logits: Float[Array, "b l"] | Float[Array, "b t v"] | None  # None if the model has no task head
     hidden: tuple[Float[Array, "b t d"], ...] | None = None  # of each stack: its embedding output, every layer's output
-    sites: dict[str, Array] | None = None  # gated values: heads [b, t, units, head_dim], neurons [b, t, units]
+    sites: dict[str, Array] | None = None  # gated values [b, t, units]; those of heads [b, t, units, channels]
     scores: tuple[Float[Array, "b n t s"], ...] | None = None  # attention scores before mask and softmax
 
 
@@ -256,6 +256,7 @@ class Model:
         tokens: TokenReduction = sum_tokens,
         key: Array | None = None,
         scores: bool = False,
+        kinds: tuple[str, ...] = UNITS,
     ) -> tuple[State, dict[str, Array]]:
         """One layer.
 
@@ -268,11 +269,15 @@ class Model:
             tokens: How gate gradients reduce over tokens.
             key: Switches dropout on.
             scores: Whether to return the attention scores, as `"attention.scores"` among the sites.
+            kinds: The units whose gated values to return.
 
         Returns:
             The layer's output and its gated values by local name.
         """
-        return self._family.block(self.config, params, hidden, mask, gates or {}, means or {}, tokens, key, scores)
+        state, found = self._family.block(
+            self.config, params, hidden, mask, gates or {}, means or {}, tokens, key, scores
+        )
+        return state, {name: value for name, value in found.items() if name.rpartition(".")[2] in (*kinds, "scores")}
 
     def prepare(self, params: Params, memory: Float[Array, "b s d"], length: int) -> Cache:
         """What one decoder layer keeps while text is written, before the first token.
@@ -330,7 +335,7 @@ class Model:
         head: str | None = None,
         means: Gates | None = None,
         hidden: bool = False,
-        sites: bool = False,
+        sites: bool | tuple[str, ...] = False,
         scores: bool = False,
         key: Array | None = None,
     ) -> Output:
@@ -344,7 +349,7 @@ class Model:
             head: The task head; None is the only one.
             means: Site name to what a closed unit is replaced by; a missing one is zero.
             hidden: Whether to return the hidden states.
-            sites: Whether to return the gated values.
+            sites: Whether to return the gated values; or of which kinds of units, such as `("query_channels",)`.
             scores: Whether to return the attention scores.
             key: Switches dropout on, for training.
 
@@ -360,6 +365,7 @@ class Model:
         check_intervention(self, params, inputs, gates, means)
         layers = model_layers(self, params)
         keys = layer_keys(key, len(layers))
+        kinds = UNITS if sites is True else tuple(sites or ())
         state, states, values, raw = None, [], {}, []
         for layer, own_key in zip(layers, keys, strict=False):
             state = enter(self, layer, inputs, state, entry_key(keys, layer))
@@ -367,7 +373,7 @@ class Model:
                 states.append(hidden_of(state))
             own, own_means = layer_entries(gates, layer.name), layer_entries(means, layer.name)
             mask = mask_of(layer, inputs)
-            state, found = block_compiled(self, layer.params, state, mask, own, own_means, own_key, scores, sites)
+            state, found = block_compiled(self, layer.params, state, mask, own, own_means, own_key, scores, kinds)
             for name, value in found.items():
                 if name.endswith(".scores"):
                     raw.append(value)

@@ -21,7 +21,17 @@ from jaxprune.models import Model, Places, Stack, State, TaskHead
 from jaxprune.models.bert_config import EncoderConfig
 from jaxprune.models.bert_config import parse_config as parse_config
 from jaxprune.models.bert_config import with_heads as with_heads
-from jaxprune.models.layers import ACTIVATIONS, Affine, Embedding, LayerNorm, TokenReduction, attend, dropout, gate
+from jaxprune.models.layers import (
+    ACTIVATIONS,
+    Affine,
+    Embedding,
+    LayerNorm,
+    TokenReduction,
+    attend,
+    attention_sites,
+    dropout,
+    gate,
+)
 from jaxprune.models.parts import Part, bind, describe
 from jaxprune.models.parts import initialise as initialise_part
 
@@ -33,11 +43,13 @@ AXES: dict[str, tuple[str, ...]] = {
     "embeddings.position.embedding": ("positions", "embed"),
     "embeddings.token_type.embedding": ("segments", "embed"),
     "embeddings.norm.*": ("embed",),
-    "layers.*.attention.out.kernel": ("heads", "head_dim", "embed"),
+    "layers.*.attention.out.kernel": ("heads", "channels", "embed"),
     "layers.*.attention.out.bias": ("embed",),
     "layers.*.attention.norm.*": ("embed",),
-    "layers.*.attention.*.kernel": ("embed", "heads", "head_dim"),  # query, key, value
-    "layers.*.attention.*.bias": ("heads", "head_dim"),
+    "layers.*.attention.value.kernel": ("embed", "heads", "channels"),
+    "layers.*.attention.value.bias": ("heads", "channels"),
+    "layers.*.attention.*.kernel": ("embed", "heads", "query_channels"),  # query, key
+    "layers.*.attention.*.bias": ("heads", "query_channels"),
     "layers.*.ffn.up.kernel": ("embed", "neurons"),
     "layers.*.ffn.up.bias": ("neurons",),
     "layers.*.ffn.down.kernel": ("neurons", "embed"),
@@ -78,8 +90,7 @@ class Attention(nnx.Module):
     """Self-attention over the heads that are there, then the residual and its norm."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
-        d, n = config.embed, config.attention_heads
-        h = d // n
+        d, n, h = config.embed, config.attention_heads, config.head_dim
         self.query = Affine((d, n, h), (n, h), rngs=rngs)
         self.key = Affine((d, n, h), (n, h), rngs=rngs)
         self.value = Affine((d, n, h), (n, h), rngs=rngs)
@@ -88,22 +99,35 @@ class Attention(nnx.Module):
         self.rates = (config.attention_dropout, 0.0 if config.model_type == "distilbert" else config.hidden_dropout)
 
     def __call__(
-        self, x: Float[Array, "b t d"], mask: Bool[Array, "b t"], gated: Gated, key: Array | None, scores: bool
+        self,
+        x: Float[Array, "b t d"],
+        mask: Bool[Array, "b t"],
+        scale: float,
+        gated: Gated,
+        key: Array | None,
+        scores: bool,
     ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
         inner, outer = (None, None) if key is None else jax.random.split(key)
         if self.query.kernel.shape[1] == 0:  # no head is left: what stays is the output's bias
             b, t, _ = x.shape
-            sites = {"attention.heads": jnp.zeros((b, t, 0, self.query.kernel.shape[2]), x.dtype)}
+            query, mixed = (jnp.zeros((b, t, 0, own.kernel.shape[2]), x.dtype) for own in (self.query, self.value))
             raw, y = jnp.zeros((b, 0, t, t), jnp.float32), jnp.broadcast_to(self.out.bias[...], x.shape).astype(x.dtype)
         else:
+            query = gated("attention.query_channels", self.query(x))
             mixed, raw = attend(
-                self.query(x), self.key(x), self.value(x), mask, rate=self.rates[0], dropout_key=inner, scores=scores
+                query,
+                self.key(x),
+                self.value(x),
+                mask,
+                scale=scale,
+                rate=self.rates[0],
+                dropout_key=inner,
+                scores=scores,
             )
-            sites = {"attention.heads": gated("attention.heads", mixed)}
-            y = self.out(sites["attention.heads"])
-        if scores and raw is not None:
-            sites["attention.scores"] = raw
-        return self.norm(x + dropout(y, self.rates[1], outer)), sites
+            mixed = gated("attention.channels", gated("attention.heads", mixed))
+            y = self.out(mixed)
+        found = attention_sites("attention", query, mixed, raw if scores else None)
+        return self.norm(x + dropout(y, self.rates[1], outer)), found
 
 
 class FeedForward(nnx.Module):
@@ -240,7 +264,8 @@ def block(
         return gate(values, gates.get(name), means.get(name), mask, tokens)
 
     first, second = (None, None) if key is None else jax.random.split(key)
-    hidden, attention = module.attention(hidden, mask, gated, first, scores)
+    scale = config.head_dim**-0.5  # Vaswani et al. 2017, eq. 1; removing query channels does not change it
+    hidden, attention = module.attention(hidden, mask, scale, gated, first, scores)
     hidden, ffn = module.ffn(hidden, gated, second)
     return hidden, attention | ffn
 

@@ -40,6 +40,11 @@ class EncoderConfig:
         """The most tokens an example may have."""
         return self.positions - self.first_position
 
+    @property
+    def head_dim(self) -> int:
+        """The size of a head, before any of its channels is removed."""
+        return self.embed // self.attention_heads
+
 
 def parse_config(raw: Mapping[str, Any], task_heads: tuple[TaskHead, ...] | None = None) -> EncoderConfig:
     """Reads a Hugging Face configuration.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-# (values [b, t, units(, head_dim)], their cotangent, mask [b, t]) -> [b, units], all float32
+# (values [b, t, units(, channels)], their cotangent, mask [b, t]) -> [b, units], all float32
 TokenReduction: TypeAlias = Callable[[Array, Array, Array], Array]
 
 
@@ -195,6 +195,11 @@ def max_tokens(values: Array, cotangent: Array, mask: Bool[Array, "b t"]) -> Flo
     return jnp.where(mask.any(1)[:, None], largest, 0.0)
 
 
+def merge_channels(values: Float[Array, "b t n h"]) -> Float[Array, "b t nh"]:
+    """The channels of all heads side by side."""
+    return values.reshape(*values.shape[:2], math.prod(values.shape[2:]))
+
+
 def gate(
     values: Array,
     gates: Array | None,
@@ -208,9 +213,9 @@ def gate(
     becomes that reduction of `h - mean` and `dh`: it needs no gate per token.
 
     Args:
-        values: `[b, t, units]`, or `[b, t, units, head_dim]` for heads.
+        values: `[b, t, units]`, or `[b, t, heads, channels]` where the units are heads or channels.
         gates: `[units]` or one row per example `[b, units]`; None is open.
-        mean: What a closed unit is replaced by, `[units]` or `[units, head_dim]`; None is zero.
+        mean: What a closed unit is replaced by, `[units]`, for heads `[heads, channels]`; None is zero.
         mask: `[b, t]`, true where there is a token.
         tokens: How the backward pass reduces over tokens.
 
@@ -219,6 +224,9 @@ def gate(
     """
     if gates is None:
         return values
+    if values.ndim == 4 and gates.shape[-1] == math.prod(values.shape[2:]):  # channels: gated as neurons are
+        mean = None if mean is None else mean.reshape(-1)
+        return gate(merge_channels(values), gates, mean, mask, tokens).reshape(values.shape)
     if tokens is sum_tokens:
         return _gated(values, gates, mean)
     return _reduced_gate(tokens, values, gates, mean, mask)
@@ -253,6 +261,14 @@ def _reduced_gate_backward(tokens: TokenReduction, residuals: tuple, cotangent: 
 
 
 _reduced_gate.defvjp(_reduced_gate_forward, _reduced_gate_backward)
+
+
+def attention_sites(
+    module: str, query: Float[Array, "b t n h"], mixed: Float[Array, "b t n h"], scores: Float[Array, "b n t s"] | None
+) -> dict[str, Array]:
+    """The gated values of an attention by local name, and its scores if there are any."""
+    found = {"heads": mixed, "channels": merge_channels(mixed), "query_channels": merge_channels(query)}
+    return {f"{module}.{name}": value for name, value in (found | {"scores": scores}).items() if value is not None}
 
 
 def attend(

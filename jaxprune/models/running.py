@@ -36,11 +36,10 @@ def block_compiled(
     means: Gates,
     key: Array | None,
     scores: bool = False,
-    sites: bool = False,
+    kinds: tuple[str, ...] = (),
 ) -> tuple[State, dict[str, Array]]:
-    """`Model.block`, compiled: one program for all layers of equal shape."""
-    hidden, found = model.block(params, hidden, mask, gates, means=means, key=key, scores=scores)
-    return hidden, {name: value for name, value in found.items() if sites or (scores and name.endswith(".scores"))}
+    """`Model.block`, compiled: one program for all layers of equal shape. It returns no gated values unless asked."""
+    return model.block(params, hidden, mask, gates, means=means, key=key, scores=scores, kinds=kinds)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -23,7 +23,17 @@ from jaxtyping import Array, Bool, Float
 
 from jaxprune.gates import Gates, Params, Path
 from jaxprune.models import Cache, Decoding, KeysValues, Mask, Masks, Model, Places, Stack, State, TaskHead
-from jaxprune.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, TokenReduction, attend, dropout, gate
+from jaxprune.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    Linear,
+    RMSNorm,
+    TokenReduction,
+    attend,
+    attention_sites,
+    dropout,
+    gate,
+)
 from jaxprune.models.parts import Part, bind, describe
 from jaxprune.models.parts import initialise as initialise_part
 from jaxprune.models.t5_config import T5Config
@@ -35,13 +45,15 @@ PREFIXES = {"t5": "", "mt5": ""}
 
 AXES: dict[str, tuple[str, ...]] = {
     "embeddings.word.embedding": ("vocab", "embed"),
-    "*.layers.*.attention.out.kernel": ("heads", "head_dim", "embed"),
+    "*.layers.*.attention.out.kernel": ("heads", "channels", "embed"),
     "*.layers.*.attention.norm.scale": ("embed",),
     "*.layers.*.attention.relative.embedding": ("buckets", "heads"),
-    "*.layers.*.attention.*.kernel": ("embed", "heads", "head_dim"),  # query, key, value
-    "decoder.layers.*.cross.out.kernel": ("heads", "head_dim", "embed"),
+    "*.layers.*.attention.value.kernel": ("embed", "heads", "channels"),
+    "*.layers.*.attention.*.kernel": ("embed", "heads", "query_channels"),  # query, key
+    "decoder.layers.*.cross.out.kernel": ("heads", "channels", "embed"),
     "decoder.layers.*.cross.norm.scale": ("embed",),
-    "decoder.layers.*.cross.*.kernel": ("embed", "heads", "head_dim"),
+    "decoder.layers.*.cross.value.kernel": ("embed", "heads", "channels"),
+    "decoder.layers.*.cross.*.kernel": ("embed", "heads", "query_channels"),
     "*.layers.*.ffn.gating.kernel": ("embed", "neurons"),
     "*.layers.*.ffn.up.kernel": ("embed", "neurons"),
     "*.layers.*.ffn.down.kernel": ("neurons", "embed"),
@@ -62,14 +74,15 @@ Gated: TypeAlias = Callable[[str, Array], Array]  # (local name of a site, its v
 class Attention(nnx.Module):
     """Normalised input, attention over the heads that are there, and the residual."""
 
-    def __init__(self, config: T5Config, relative: bool, *, rngs: nnx.Rngs):
+    def __init__(self, config: T5Config, name: str, *, rngs: nnx.Rngs):
         d, n, h = config.embed, config.attention_heads, config.head_dim
+        self.name = name  # what the names of its sites begin with
         self.norm = RMSNorm(d, config.eps)
         self.query = Linear((d, n, h), (d * h) ** -0.5, rngs=rngs)  # attention is not scaled, so this is
         self.key = Linear((d, n, h), d**-0.5, rngs=rngs)
         self.value = Linear((d, n, h), d**-0.5, rngs=rngs)
         self.out = Linear((n, h, d), (n * h) ** -0.5, inputs=2, rngs=rngs)
-        if relative:
+        if name == "attention":  # the encoder's output has no positions relative to the decoder's
             self.relative = Embedding(config.buckets, n, d**-0.5, rngs=rngs)
         self.rate = config.dropout
 
@@ -79,10 +92,10 @@ class Attention(nnx.Module):
         memory: Float[Array, "b s d"] | None,
         mask: Bool[Array, "b *t s"],
         buckets: Array | None,
-        gated: Callable[[Array], Array],
+        gated: Gated,
         key: Array | None,
         scores: bool,
-    ) -> tuple[Float[Array, "b t d"], Array, Array | None]:
+    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
         """The output, the gated values and the scores; `memory` is what is attended to, None is the input itself."""
         y = self.norm(x)
         query = self.query(y)  # first: gradients are added up in this order
@@ -99,18 +112,19 @@ class Attention(nnx.Module):
         read: KeysValues,
         mask: Bool[Array, "b *t s"],
         buckets: Array | None,
-        gated: Callable[[Array], Array],
+        gated: Gated,
         key: Array | None = None,
         scores: bool = False,
-    ) -> tuple[Float[Array, "b t d"], Array, Array | None]:
+    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
         """As the module itself, given the queries and what is attended to."""
         inner, outer = (None, None) if key is None else jax.random.split(key)
         b, t, _ = x.shape
-        heads, size = query.shape[2:]
-        if heads == 0:  # no head is left, and there is no bias: the residual is all
+        if self.query.kernel.shape[1] == 0:  # no head is left, and there is no bias: the residual is all
+            query, mixed = (jnp.zeros((b, t, 0, own.kernel.shape[2]), x.dtype) for own in (self.query, self.value))
             raw = jnp.zeros((b, 0, t, read.keys.shape[1]), jnp.float32) if scores else None
-            return x, jnp.zeros((b, t, 0, size), x.dtype), raw
+            return x, attention_sites(self.name, query, mixed, raw)
         bias = None if buckets is None else self.relative(buckets).transpose(2, 0, 1)
+        query = gated(f"{self.name}.query_channels", query)
         mixed, raw = attend(
             query,
             read.keys,
@@ -122,8 +136,8 @@ class Attention(nnx.Module):
             dropout_key=inner,
             scores=scores,
         )
-        mixed = gated(mixed)
-        return x + dropout(self.out(mixed), self.rate, outer), mixed, raw
+        mixed = gated(f"{self.name}.channels", gated(f"{self.name}.heads", mixed))
+        return x + dropout(self.out(mixed), self.rate, outer), attention_sites(self.name, query, mixed, raw)
 
 
 class FeedForward(nnx.Module):
@@ -157,9 +171,9 @@ class Block(nnx.Module):
     """One layer: attention, in a decoder attention to the encoder's output, then the feed-forward network."""
 
     def __init__(self, config: T5Config, decoder: bool, *, rngs: nnx.Rngs):
-        self.attention = Attention(config, relative=True, rngs=rngs)
+        self.attention = Attention(config, "attention", rngs=rngs)
         if decoder:
-            self.cross = Attention(config, relative=False, rngs=rngs)
+            self.cross = Attention(config, "cross", rngs=rngs)
         self.ffn = FeedForward(config, rngs=rngs)
 
 
@@ -274,25 +288,20 @@ def block(
     places = jnp.arange(hidden.shape[1])
     seen = own[:, None, :] & (places[None, :] <= places[:, None]) if decoder else own
     buckets = _positions(config, places, places, both_ways=not decoder)
-    found: dict[str, Array | None] = {}
-    hidden, found["attention.heads"], found["attention.scores"] = module.attention(
-        hidden, None, seen, buckets, lambda values: gated("attention.heads", values), keys[0], scores
-    )
+    hidden, values = module.attention(hidden, None, seen, buckets, gated, keys[0], scores)
     if isinstance(state, Decoding) and isinstance(mask, Masks):
-        hidden, found["cross.heads"], found["cross.scores"] = module.cross(
-            hidden, state.memory, mask.memory, None, lambda values: gated("cross.heads", values), keys[1], scores
-        )
+        hidden, cross = module.cross(hidden, state.memory, mask.memory, None, gated, keys[1], scores)
+        values |= cross
     hidden, ffn = module.ffn(hidden, gated, keys[2])
-    values = {name: value for name, value in (found | ffn).items() if value is not None}
-    return Decoding(hidden, state.memory) if isinstance(state, Decoding) else hidden, values
+    return Decoding(hidden, state.memory) if isinstance(state, Decoding) else hidden, values | ffn
 
 
 def prepare(config: T5Config, params: Params, memory: Float[Array, "b s d"], length: int) -> Cache:
     """An empty cache of one decoder layer; see `Model.prepare`."""
     module = bind(_block(config, True), params)
-    heads, size = module.attention.key.kernel.shape[1:]
-    empty = jnp.zeros((memory.shape[0], length, heads, size), memory.dtype)
-    return Cache(KeysValues(empty, empty), module.cross.read(memory))
+    shapes = (own.kernel.shape[1:] for own in (module.attention.key, module.attention.value))
+    empty = KeysValues(*(jnp.zeros((memory.shape[0], length, *shape), memory.dtype) for shape in shapes))
+    return Cache(empty, module.cross.read(memory))
 
 
 def step(
@@ -323,13 +332,9 @@ def step(
     seen = jnp.broadcast_to(places <= position, (hidden.shape[0], places.size))
     buckets = _positions(config, position[None], places, both_ways=False)
     query = module.attention.query(y)
-    hidden, _, _ = module.attention.mix(
-        hidden, query, own, seen, buckets, lambda values: gated("attention.heads", values)
-    )
+    hidden, _ = module.attention.mix(hidden, query, own, seen, buckets, gated)
     query = module.cross.query(module.cross.norm(hidden))
-    hidden, _, _ = module.cross.mix(
-        hidden, query, cache.memory, mask, None, lambda values: gated("cross.heads", values)
-    )
+    hidden, _ = module.cross.mix(hidden, query, cache.memory, mask, None, gated)
     hidden, _ = module.ffn(hidden, gated, None)
     return hidden, Cache(own, cache.memory)
 
