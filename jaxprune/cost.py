@@ -77,11 +77,6 @@ def usual_length(model: Model) -> Length:
     return [read, 4] if model.writes_text else read
 
 
-def length_text(length: Length) -> str:
-    """A length in words: `128 tokens`, or `128 + 4 tokens` of those read and those written."""
-    return " + ".join(f"{own:.4g}" for own in np.atleast_1d(np.asarray(length, np.float64))) + " tokens"
-
-
 def checked_length(model: Model, length: Length) -> Length:
     """The length as it was given.
 

@@ -15,8 +15,6 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from jaxprune.cost import length_text
-
 Record = Mapping[str, Any]
 
 BEFORE_AFTER = ("before", "after", "kept", "speed-up")
@@ -43,6 +41,12 @@ COUNTS = {  # what a record counts -> its row in the table
     "prunable_parameters": "parameters of units",
     "parameters": "parameters, all",
 }
+
+
+def length_text(length: float | Sequence[float]) -> str:
+    """A length in words: `128 tokens`, or `128 + 4 tokens` of those read and those written."""
+    own = length if isinstance(length, Sequence) else (length,)
+    return " + ".join(f"{tokens:.4g}" for tokens in own) + " tokens"
 
 
 def scores_table(record: Record) -> Table:

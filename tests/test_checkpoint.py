@@ -355,7 +355,7 @@ def test_load_refuses_other_model_types_and_lists_those_it_knows(tmp_path, model
     config = classifier_config("bert")
     folder = write_checkpoint(tmp_path / "hf", config | {"model_type": model_type}, classifier_tensors(config))
     with pytest.raises(
-        ValueError, match=r"config.json: model_type .* supported: bert, distilbert, roberta, xlm-roberta"
+        ValueError, match=r"config.json: model_type .* supported: bert, distilbert, mt5, roberta, t5, xlm-roberta"
     ):
         load(folder)
 
