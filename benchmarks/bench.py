@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ import numpy as np
 from evidence import Cell
 
 import jaxprune as jp
-from jaxprune.batches import encode
+from jaxprune.batches import Length, encode
 from jaxprune.checkpoint import model_digest
 from jaxprune.evaluation import fitting_head, predict
+from jaxprune.prompts import prompt_of
 from jaxprune.scores import describe
 from jaxprune.tasks import draw
 
@@ -49,7 +50,7 @@ class Bench:
     tasks: dict[str, jp.Task] = field(default_factory=dict)
     encoded: dict[tuple[str, str], Any] = field(default_factory=dict)
     scored: dict[str, jp.Scores] = field(default_factory=dict)
-    lengths: dict[str, float] = field(default_factory=dict)
+    lengths: dict[str, Length] = field(default_factory=dict)
 
     def __post_init__(self):
         self.model, self.params = jp.load(self.source)
@@ -77,13 +78,20 @@ class Bench:
             self.tasks[name] = jp.load_task(name, data=self.data)
         return self.tasks[name]
 
+    def ask_as(self, name: str, source: str) -> None:
+        """Asks a text-to-text model about a task of another domain in the words of the one it was scored on."""
+        if self.model.writes_text:
+            self.tasks[name] = replace(self.task(name), prompt=prompt_of(self.model, self.task(source)))
+
     def rows_of(self, name: str, split: str) -> Any:
         """The tokenised rows to test on: a draw that is always the same."""
         if (name, split) not in self.encoded:
             task = self.task(name)
             rows = task.rows(split)
             self.encoded[name, split] = encode(
-                self.model, draw(task, self.rows, 0, split=split) if self.rows < len(rows) else rows
+                self.model,
+                draw(task, self.rows, 0, split=split) if self.rows < len(rows) else rows,
+                prompt=prompt_of(self.model, task),
             )
         return self.encoded[name, split]
 
@@ -180,10 +188,12 @@ class Bench:
                 )
         return self.cells[key]
 
-    def length(self, task: str) -> float:
-        """Tokens per calibration row: one number for all methods, so that a budget means the same to each."""
+    def length(self, task: str) -> Length:
+        """Tokens per calibration row: the same for all methods, so that a budget means the same to each."""
         if task not in self.lengths:
-            self.lengths[task] = encode(self.model, draw(self.task(task), EXAMPLES, 0)).mean_length
+            own = self.task(task)
+            rows = draw(own, min(EXAMPLES, len(own.rows("calibration"))), 0)
+            self.lengths[task] = encode(self.model, rows, prompt=prompt_of(self.model, own)).mean_length
         return self.lengths[task]
 
     def cells_of(
@@ -210,8 +220,3 @@ class Bench:
         """The tasks that the dense model does at least 10 points above chance, on dev: the others say nothing."""
         dense, chance = self.dense(self.names, "dev"), self.chances(self.names, "dev")
         return tuple(task for task in self.names if dense[task].hits.mean() - chance[task] >= 0.1)
-
-
-def say(text: str) -> None:
-    """A line for whoever watches a long run, with the time it came at."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)

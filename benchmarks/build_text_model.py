@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from bench import say
+from timing import say
 
 import jaxprune as jp
 from jaxprune.models import Model, family

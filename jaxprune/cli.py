@@ -258,6 +258,9 @@ def finetune(
     batches: BatchOptions,
     epochs: Annotated[int, training("Passes over the rows.")] = 3,
     learning_rate: Annotated[float, training("At its peak.")] = 5e-5,
+    optimizer: Annotated[
+        str, training("Adafactor's rate is relative to each parameter.", metavar="adamw|adafactor")
+    ] = "adamw",
     rows_of: Annotated[
         list[str] | None, training("Rows of a task in an epoch; all by default.", "--rows", metavar="sst2=20000")
     ] = None,
@@ -271,7 +274,7 @@ def finetune(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tunes one encoder on several tasks at once, with one task head each.
+    """Fine-tunes one model on several tasks at once: an encoder with a task head each, or T5 with their prompts.
 
     Example: [cyan]jaxprune finetune ENCODER --task sst2 --task mrpc --data data -o multi[/cyan]
 
@@ -284,6 +287,7 @@ def finetune(
         recipe = Recipe(
             epochs=epochs,
             learning_rate=learning_rate,
+            optimizer=optimizer,
             rows=numbers("--rows", rows_of) or None,
             pooling=pooling,
             dense=dense,

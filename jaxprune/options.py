@@ -78,6 +78,7 @@ SETTINGS = {  # option -> the setting of a criterion that it sets
     "tokens": "tokens",
     "examples-reduction": "examples",
     "closed": "closed",
+    "kinds": "kinds",
 }
 
 
@@ -185,6 +186,11 @@ class CriterionOptions:
     ] = None
     closed: Annotated[str | None, choice("closed", "What a removed unit is replaced by; zero by default.")] = None
 
+    kinds: Annotated[
+        str | None,
+        scoring("Units by commas: heads,neurons (default), channels, query_channels.", metavar="channels,neurons"),
+    ] = None
+
     def build(self, *names: str) -> dict[str, Criterion]:
         """Criteria by their names, each with those of the options that it has.
 
@@ -202,6 +208,8 @@ class CriterionOptions:
             asked = " or ".join(names)
             raise ValueError(f"criterion {asked} has no {', '.join(wrong)}; it has {known or 'no options'}.")
         chosen = {SETTINGS[name]: find(name, value) if name in FUNCTIONS else value for name, value in given.items()}
+        if self.kinds is not None:
+            chosen["kinds"] = tuple(self.kinds.split(","))
         return {
             name: kind(**{field: value for field, value in chosen.items() if field in has[name]})
             for name, kind in kinds.items()

@@ -22,7 +22,7 @@ from jaxprune.checkpoint import check_destination, load, model_digest, save
 from jaxprune.compaction import compact
 from jaxprune.cost import compare_latency, file_size, flops, parameters, prunable_parameters, usual_length
 from jaxprune.evaluation import Evaluation, evaluate, fitting_head
-from jaxprune.gates import Params, widths
+from jaxprune.gates import KINDS, UNITS, Params, sites, widths
 from jaxprune.models import Model
 from jaxprune.prompts import STYLES, fit, prompt_for, prompt_of, read_prompt
 from jaxprune.report import evaluation_table, model_card
@@ -169,7 +169,7 @@ def prune_model(
     scores = load_scores(scored) if isinstance(scored, Path) else None
     _check_scope(scored if scores is None else scores, selection)
     model, params = load(source)
-    try_selection(model, params, selection)
+    try_selection(model, params, selection, _kinds(model, params, scored if scores is None else scores))
     task = None if data is None else data.load()
     if task is not None:
         fitting_head(model, task, measuring.head)
@@ -408,9 +408,18 @@ def _check_writable(path: Path) -> None:
         raise PermissionError(f"{path} cannot be written: no permission to write into {above}.")
 
 
-def try_selection(model: Model, params: Params, selection: Selection) -> None:
+def _kinds(model: Model, params: Params, scored: Any) -> tuple[str, ...]:
+    """The kinds of units that are scored."""
+    if isinstance(scored, Scores):
+        return tuple(
+            dict.fromkeys(site.kind for site in sites(model.axes, params, KINDS) if site.name in scored.values)
+        )
+    return getattr(scored.criterion, "kinds", UNITS)
+
+
+def try_selection(model: Model, params: Params, selection: Selection, kinds: tuple[str, ...] = UNITS) -> None:
     """Refuses wrong settings before any work is done."""
-    blank = {name: jnp.zeros(units) for name, units in widths(model.axes, params).items()}
+    blank = {name: jnp.zeros(units) for name, units in widths(model.axes, params, kinds).items()}
     tried = {name: value for name, value in selection.arguments().items() if name != "normalise"}
     select(model, params, blank, **{**tried, "length": selection.length or usual_length(model)})
 
