@@ -181,6 +181,7 @@ CARD = PRUNED | {
     "task": "sst2",
     "head": "sst2",
     "labels": ["negative", "positive"],
+    "prompt": None,
     "criterion": {"name": "IntegratedGradients", "nodes": 8},
     "examples": 128,
     "selection": {"flops": 0.5, "units": None, "per_layer": True, "multiple_of": {"neurons": 8}},
@@ -241,6 +242,21 @@ def test_names_do_not_break_a_model_card(field):
     inline = {part.type for token in tokens for part in token.children or ()}
     assert inline <= {"text", "code_inline", "softbreak", "text_special"}
     ast.parse(next(token.content for token in tokens if token.info == "python"))
+
+
+def test_the_card_of_a_text_to_text_model_asks_its_prompt():
+    hostile = {"template": f'"""\n```\n{HOSTILE} {{text}} {{pair}}', "words": ["'''", HOSTILE]}
+    for prompt in ({"template": "sst2 sentence: {text}", "words": ["negative", "positive"]}, hostile):
+        facts, tokens = rendered(report.model_card(CARD | {"prompt": prompt}, on_hub=True))
+        code = next(token.content for token in tokens if token.info == "python")
+        tree = ast.parse(code)
+        call = next(
+            node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Prompt"
+        )
+        found = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        assert found == {"template": prompt["template"], "words": tuple(prompt["words"])}
+        assert ("pair=" in code) == ("{pair}" in prompt["template"])
+        assert "task head" not in " ".join(token.content for token in tokens) and facts["base_model"] == "owner/multi"
 
 
 def shape_of(tokens: list[Token]) -> list[tuple[str, str, int]]:
