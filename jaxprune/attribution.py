@@ -29,6 +29,7 @@ from jaxprune.models import (
     model_inputs,
     model_layers,
     repeat_rows,
+    values_compiled,
 )
 from jaxprune.models.backward import Prefix, Pull, forward
 from jaxprune.models.layers import TokenReduction, sum_tokens
@@ -283,12 +284,14 @@ class IntegratedGradients:
                     0
                 ]
             starts = [value_and_cotangent(objective, logits, target)[0] for target in targets]
-            tiled, state, aims = repeat_rows((batch, prefix.hidden, targets), groups[0][0].size)
+            known = _known(model, params, batch, prefix, path)
+            tiled, shared, aims = repeat_rows((batch, (prefix.hidden, known), targets), groups[0][0].size)
+            start = Prefix(shared[0], prefix.layer, shared[1])
             nothing = _scale(end, np.zeros(1, np.float32), batch["input_ids"])
             totals = [nothing for _ in targets]
             for points, shares in groups:
                 gates = _scale(end, points, batch["input_ids"])
-                logits, pull = run(tiled, gates, prefix=Prefix(state, prefix.layer))
+                logits, pull = run(tiled, gates, prefix=start)
                 for i, aim in enumerate(aims):
                     totals[i] = _add(totals[i], _slope(pull, objective, logits, aim), shares)
                 del logits, pull  # before the next node needs the memory
@@ -371,6 +374,18 @@ def open_prefixes(model: Model, params: Params, batch: dict[str, Array], layers:
             break
         state, _ = block_compiled(model, layer.params, state, mask_of(layer, batch), {}, {}, None)
     return found
+
+
+def _known(
+    model: Model, params: Params, batch: dict[str, Array], prefix: Prefix, path: Sequence[Site]
+) -> dict[str, Array]:
+    """What the lowest layer's gates multiply first, if nothing below changes it: it is the same at all nodes."""
+    layer = model_layers(model, params)[prefix.layer]
+    gated = {site.name.removeprefix(f"{layer.name}.") for site in path}
+    if not gated & {"attention.heads", "attention.channels"} or "attention.query_channels" in gated:
+        return {}
+    mask = mask_of(layer, batch)
+    return values_compiled(model, ("attention.heads",), layer.params, prefix.hidden, mask)
 
 
 def _groups(rule: Rule, nodes: int, start: float, chunk: int) -> list[tuple[np.ndarray, np.ndarray]]:

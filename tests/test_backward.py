@@ -12,7 +12,16 @@ from tiny import MODEL_TYPES, lively, random_gates, tiny_batch, tiny_config, tin
 
 from jaxprune.compaction import compact
 from jaxprune.gates import Gates, Params, open_gates, subtree, widths
-from jaxprune.models import Model, TaskHead, family
+from jaxprune.models import (
+    Model,
+    TaskHead,
+    enter,
+    family,
+    mask_of,
+    model_inputs,
+    model_layers,
+    values_compiled,
+)
 from jaxprune.models.backward import Prefix, forward
 from jaxprune.models.layers import TokenReduction, absolute_tokens, max_tokens, squared_tokens, sum_tokens
 
@@ -287,3 +296,22 @@ def test_what_does_not_fit_is_refused():
         forward(model, params | {"heads": {}}, batch, gates)
     with pytest.raises(ValueError, match="the parameters have the layers"):
         forward(model, params | {"layers": {0: params["layers"][0]}}, batch)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "t5"])
+def test_known_values_change_nothing(model_type: str):
+    model, params = tiny_model(model_type)
+    batch = tiny_batch(model, ROWS, LENGTH)
+    gates = random_gates(model, params, fractional=True)
+    logits, pull = forward(model, params, batch, gates)
+    inputs = model_inputs(model, params, batch)
+    layer = model_layers(model, params)[0]
+    state = enter(model, layer, inputs, None)
+    known = values_compiled(model, ("attention.heads",), layer.params, state, mask_of(layer, inputs))
+    found, other = forward(model, params, batch, gates, prefix=Prefix(state, 0, known))
+    np.testing.assert_allclose(found, logits, rtol=1e-5, atol=1e-5)
+    toward = jnp.asarray(np.random.default_rng(0).standard_normal(logits.shape), jnp.float32)
+    assert_same(other(toward)[0], pull(toward)[0])
+    wrong = {name: value + 1.0 for name, value in known.items()}  # and they are what is used
+    changed = forward(model, params, batch, gates, prefix=Prefix(state, 0, wrong))[0]
+    assert np.abs(changed - logits).max() > 0.01

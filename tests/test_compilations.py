@@ -15,7 +15,7 @@ from tiny import tiny_batch, tiny_config, tiny_model
 from jaxprune.activations import calibration_means
 from jaxprune.attribution import GradientActivation, IntegratedGradients, layer
 from jaxprune.baselines import Fisher, LeaveOneOut, Wanda
-from jaxprune.models import Model, TaskHead, backward, bert, block_compiled
+from jaxprune.models import Model, TaskHead, backward, bert, block_compiled, values_compiled
 from jaxprune.models.layers import max_tokens, sum_tokens
 from jaxprune.objectives import every
 from jaxprune.scoring import score_batches
@@ -105,11 +105,28 @@ def test_one_node_costs_two_forward_passes():
     hidden, mask = jax.ShapeDtypeStruct((2, 128, 768), jnp.float32), jax.ShapeDtypeStruct((2, 128), jnp.bool_)
     units = {"attention.heads": 12, "ffn.neurons": 3072}
     gates = {name: jax.ShapeDtypeStruct((2, n), jnp.float32) for name, n in units.items()}
-    arrays = (params["layers"][1], hidden, mask, gates, {}, None)
+    arrays = (params["layers"][1], hidden, mask, gates, {}, None, {})
     forward = flops_of(block_compiled, model, params["layers"][1], hidden, mask, {}, {}, None)
     for inner in (False, True):  # the lowest layer, whose input is not differentiated, and any other
         static = (model, sum_tokens, False, inner)
         output, saved = jax.eval_shape(partial(backward._block_forward, *static), *arrays)
-        pullback = saved.restore((params["layers"][1], hidden))
+        pullback = saved.restore((params["layers"][1], hidden, {}))
         node = flops_of(backward._block_forward, *static, *arrays) + flops_of(backward._pull, pullback, output)
         assert 1.5 * forward < node <= 2.1 * forward
+
+
+def test_what_the_lowest_gates_multiply_is_not_computed_again():
+    raw = tiny_config("bert", layers=1, embed=768, attention_heads=12, neurons=3072, vocab=100)
+    model = Model(bert.parse_config(raw, ()))
+    params = jax.eval_shape(model.initialise, jax.random.key(0))["layers"][0]
+    hidden, mask = jax.ShapeDtypeStruct((2, 128, 768), jnp.float32), jax.ShapeDtypeStruct((2, 128), jnp.bool_)
+    known = {"attention.heads": jax.ShapeDtypeStruct((2, 128, 12, 64), jnp.float32)}
+    gates = {"attention.heads": jax.ShapeDtypeStruct((2, 12), jnp.float32)}
+    whole, rest = (
+        flops_of(backward._block_forward, model, sum_tokens, False, False, params, hidden, mask, gates, {}, None, own)
+        for own in ({}, known)
+    )
+    first = flops_of(values_compiled, model, ("attention.heads",), params, hidden, mask)
+    products = 2 * 2 * 128 * (3 * 768 * 768 + 2 * 128 * 768)  # of queries, keys, values, scores and their mixture
+    assert products < first < 1.1 * products
+    assert whole - rest > 0.99 * first - 0.01 * whole

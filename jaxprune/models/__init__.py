@@ -35,6 +35,7 @@ from jaxprune.models.running import (
     model_layers,
     readout_compiled,
     repeat_rows,
+    values_compiled,
 )
 from jaxprune.models.states import (
     Cache,
@@ -85,6 +86,7 @@ __all__ = [
     "part",
     "readout_compiled",
     "repeat_rows",
+    "values_compiled",
 ]
 
 
@@ -257,6 +259,7 @@ class Model:
         key: Array | None = None,
         scores: bool = False,
         kinds: tuple[str, ...] = UNITS,
+        known: Mapping[str, Array] | None = None,
     ) -> tuple[State, dict[str, Array]]:
         """One layer.
 
@@ -270,12 +273,14 @@ class Model:
             key: Switches dropout on.
             scores: Whether to return the attention scores, as `"attention.scores"` among the sites.
             kinds: The units whose gated values to return.
+            known: Values before their gates by local name, as an open layer returned them for the same input: what
+                computes them is left out of the compiled program.
 
         Returns:
             The layer's output and its gated values by local name.
         """
         state, found = self._family.block(
-            self.config, params, hidden, mask, gates or {}, means or {}, tokens, key, scores
+            self.config, params, hidden, mask, gates or {}, means or {}, tokens, key, scores, known or {}
         )
         return state, {name: value for name, value in found.items() if name.rpartition(".")[2] in (*kinds, "scores")}
 

@@ -42,6 +42,7 @@ class Prefix(NamedTuple):
 
     hidden: State  # input of `layer`
     layer: int  # its place among the layers of all stacks
+    known: Mapping[str, Array] = {}  # values in this layer that its gates do not change, see `Model.block`
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["kept"], meta_fields=["tree", "sources"])
@@ -181,8 +182,9 @@ def forward(
         if i < lowest:
             state, _ = block_compiled(model, *args)
         else:
-            before = (layer.params, state)
-            state, saved = _block_forward(model, tokens, weights, differentiated, *args)
+            known = prefix.known if prefix is not None and i == first else {}
+            before = (layer.params, state, known)
+            state, saved = _block_forward(model, tokens, weights, differentiated, *args, known)
             steps.append(Step(layer.name, layer.path, differentiated, saved.restore(before)))
     places = model.readout_places(chosen)
     logits, pullback = _readout_forward(
@@ -222,13 +224,14 @@ def _block_forward(
     gates: Gates,
     means: Gates,
     key: Array | None,
+    known: Mapping[str, Array],
 ) -> tuple[State, Saved]:
     def run(gates: Gates, hidden: State = hidden, params: Params = params) -> State:
-        return model.block(params, hidden, mask, gates, means=means, tokens=tokens, key=key)[0]
+        return model.block(params, hidden, mask, gates, means=means, tokens=tokens, key=key, known=known)[0]
 
     differentiated = (gates, hidden, params) if weights else (gates, hidden) if inner else (gates,)
     output, pullback = jax.vjp(run, *differentiated)
-    return output, Saved.of(pullback, (params, hidden))
+    return output, Saved.of(pullback, (params, hidden, known))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

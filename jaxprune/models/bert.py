@@ -256,12 +256,13 @@ def block(
     tokens: TokenReduction,
     key: Array | None,
     scores: bool,
+    known: Mapping[str, Array],
 ) -> tuple[Array, dict[str, Array]]:
     """One layer; see `Model.block`."""
     module = bind(_block(_without_heads(config)), params)
 
     def gated(name: str, values: Array) -> Array:
-        return gate(values, gates.get(name), means.get(name), mask, tokens)
+        return gate(known.get(name, values), gates.get(name), means.get(name), mask, tokens)
 
     first, second = (None, None) if key is None else jax.random.split(key)
     scale = config.head_dim**-0.5  # Vaswani et al. 2017, eq. 1; removing query channels does not change it

@@ -43,6 +43,15 @@ def block_compiled(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
+def values_compiled(
+    model: Model, names: tuple[str, ...], params: Params, hidden: State, mask: Mask
+) -> dict[str, Array]:
+    """The values of some sites of an open layer, by local name; what comes after them is not computed."""
+    found = model.block(params, hidden, mask)[1]
+    return {name: found[name] for name in names}
+
+
+@partial(jax.jit, static_argnums=(0, 1))
 def readout_compiled(
     model: Model, head: TaskHead, params: Params, hidden: State, mask: Mask, key: Array | None
 ) -> Array:

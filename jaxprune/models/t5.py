@@ -274,6 +274,7 @@ def block(
     tokens: TokenReduction,
     key: Array | None,
     scores: bool,
+    known: Mapping[str, Array],
 ) -> tuple[State, dict[str, Array]]:
     """One layer; see `Model.block`."""
     decoder = isinstance(state, Decoding)
@@ -282,7 +283,7 @@ def block(
     keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
 
     def gated(name: str, values: Array) -> Array:
-        return gate(values, gates.get(name), means.get(name), own, tokens)
+        return gate(known.get(name, values), gates.get(name), means.get(name), own, tokens)
 
     hidden = state.hidden if isinstance(state, Decoding) else state
     places = jnp.arange(hidden.shape[1])
