@@ -31,7 +31,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -82,7 +82,8 @@ def joint(setting: Setting) -> Part:
         facts |= agreement(setting, found, {name: run() for name, run in others.items()})
         for name, run in others.items():
             runs[name] = partial(_each, run, setting.batches)
-    seconds = in_turns(runs, setting.repeats)
+    rounds = 3 * setting.repeats  # the two sides are close
+    seconds = in_turns(runs, rounds)
     ratios = {
         f"{name} / jaxprune": spread(seconds[name] / seconds["jaxprune"], **target)
         for name, target in (("autograd", {"target": 1.0}), ("captum", {}))
@@ -90,7 +91,7 @@ def joint(setting: Setting) -> Part:
     }
     examples = setting.batch * setting.batches
     facts |= {"examples": examples, "examples per second": examples / float(np.median(seconds["jaxprune"]))}
-    return part(seconds, ratios, facts)
+    return part(seconds, ratios, facts | {"rounds": rounds})
 
 
 def _each(run: Callable[[], Any], times: int) -> None:
@@ -409,11 +410,34 @@ def main() -> None:
         setting = replace(setting, batches=max(1, 2048 // setting.batch), compiled=not on_cpu)
     if arguments.quick:
         setting = replace(setting, batch=4, batches=1, length=32, nodes=2, repeats=2)
+    where = environment(setting, arguments.threads)
+    commit, how = where.pop("commit"), where["settings"]
+    kept = _kept(arguments.output, where, set(PARTS) - set(only))
     parts = measure(setting, only)
-    record = {"command": "python benchmarks/speed.py", **environment(setting, arguments.threads), "parts": parts}
+    parts = {**kept, **{name: own | {"commit": commit, "repeats": how["repeats"]} for name, own in parts.items()}}
+    ordered = {name: parts[name] for name in (*PARTS, *parts) if name in parts}
+    record = {"command": "python benchmarks/speed.py", **where, "parts": ordered}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(arguments.output, (json.dumps(record, indent=1) + "\n").encode())
     show(parts)
+
+
+def _kept(output: Path, where: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The parts of a record that are not measured anew, if it was made in the same place and with the same settings.
+
+    Raises:
+        ValueError: If it was not.
+    """
+    if not names or not output.exists():
+        return {}
+    found = json.loads(output.read_text())
+    other = [name for name in where if name != "settings" and found.get(name) != where[name]]
+    other += [n for n, v in where["settings"].items() if n != "repeats" and found["settings"].get(n) != v]
+    if other:
+        raise ValueError(
+            f"{output} was made elsewhere or otherwise ({', '.join(other)}): name another file, or run all parts."
+        )
+    return {name: own for name, own in found["parts"].items() if name in names}
 
 
 if __name__ == "__main__":

