@@ -25,12 +25,12 @@ from jaxprune.options import (
     SelectionOptions,
     Tasks,
     choice,
-    fractions,
     given,
     kept,
     measured,
     numbers,
     option,
+    read_fractions,
     rows,
     scoring,
     training,
@@ -42,6 +42,7 @@ EPILOG = (
     "JAX_COMPILATION_CACHE_DIR names another folder."
 )
 
+FRACTIONS = "0.7,0.5,0.3"
 BUDGETS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2"
 
 app = typer.Typer(
@@ -186,7 +187,7 @@ def sweep(
             settings.build(*criterion),
             output,
             selection.build(BudgetOptions()),
-            budgets=fractions("--flops", flops),
+            budgets=read_fractions("--flops", flops),
             seeds=seeds,
             examples=examples,
             split=split,
@@ -219,6 +220,30 @@ def inspect(
         record = inspection.inspect_model(model, scores=scores, picture=picture, dark=dark, overwrite=overwrite)
     lines = [report.inspection_note(record)] + ([] if picture is None else [f"Picture: {picture}"])
     terminal.show(record, report.inspection_table(record), *lines, as_json=as_json)
+
+
+@app.command()
+def compare(
+    scores: Annotated[list[Path], typer.Argument(help="Score files of one model, one per task.", metavar="FILE...")],
+    fractions: Annotated[str, option("Fractions of the units that are kept.", metavar="A,B,...")] = FRACTIONS,
+    picture: Annotated[
+        Path | None, option("A heat map to write, .png or .svg.", "--output", "-o", metavar="PICTURE")
+    ] = None,
+    dark: Dark = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Shows how far tasks need the same heads and neurons: rank correlation and overlap, layer by layer.
+
+    Example: [cyan]jaxprune compare sst2.safetensors mrpc.safetensors -o overlap.png[/cyan]
+    """
+    with terminal.working():
+        from jaxprune import comparison, report
+
+        kept = read_fractions("--fractions", fractions)
+        record = comparison.compare_scores(scores, fractions=kept, picture=picture, dark=dark, overwrite=overwrite)
+    lines = [report.overlap_note(record)] + ([] if picture is None else [f"Picture: {picture}"])
+    terminal.show(record, *report.overlap_tables(record), *lines, as_json=as_json)
 
 
 @app.command()

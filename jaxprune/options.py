@@ -297,7 +297,7 @@ def numbers(name: str, values: list[str] | None) -> dict[str, int]:
     return found
 
 
-def fractions(name: str, text: str) -> tuple[float, ...]:
+def read_fractions(name: str, text: str) -> tuple[float, ...]:
     """Reads `0.9,0.5`, each number once; the order does not matter.
 
     Raises:

@@ -293,6 +293,57 @@ def inspection_note(record: Record) -> str:
     return fill(" ".join(parts), 80)
 
 
+def overlap_tables(record: Record) -> list[Table]:
+    """How far tasks need the same units: a row per pair if there are several, then a row per layer."""
+    groups, pairs = record["groups"], record["pairs"]
+    layers = list(dict.fromkeys(group["layer"] for group in groups))
+    kinds = list(dict.fromkeys(group["kind"] for group in groups))
+    found = dict(zip(((group["layer"], group["kind"]) for group in groups), range(len(groups)), strict=True))
+    nothing = {"spearman": None, "overlap": [None] * len(record["fractions"])}
+
+    def table(title: str, first: str) -> Table:
+        made = _table(title)
+        made.padding = (0, 1, 0, 0)
+        made.add_column(first, overflow="fold")
+        for kind in kinds:
+            for heading in (f"{kind}\nranks", *(f"\n{fraction:g}" for fraction in record["fractions"])):
+                made.add_column(heading, justify="right", no_wrap=True)
+        return made
+
+    def cells(own: Sequence[Record], layer: str | None) -> list[str]:
+        chosen = [own[found[layer, kind]] if (layer, kind) in found else nothing for kind in kinds]
+        return [_two(value) for each in chosen for value in (each["spearman"], *each["overlap"])]
+
+    chance = [{"spearman": None, "overlap": group["chance"]} for group in groups]
+    tables = []
+    if len(pairs) > 1:
+        tables.append(table("all layers", "tasks"))
+        for pair in pairs:
+            tables[-1].add_row(", ".join(pair["names"]), *cells(pair["groups"], None))
+        tables[-1].add_section()
+        tables[-1].add_row("mean", *cells(record["mean"], None))
+        tables[-1].add_row("chance", *cells(chance, None))
+    title = ", ".join(pairs[0]["names"]) if len(pairs) == 1 else f"mean of {len(pairs)} pairs"
+    tables.append(table(title, "layer"))
+    for layer in layers:
+        if layer is None:
+            tables[-1].add_section()
+        tables[-1].add_row("all" if layer is None else layer, *cells(record["mean"], layer))
+    tables[-1].add_row("chance, all", *cells(chance, None))
+    tables[-1].add_row(f"chance, layer {layers[0]}", *cells(chance, layers[0]))
+    return tables
+
+
+def overlap_note(record: Record) -> str:
+    """What the figures of `overlap_tables` mean."""
+    shown = ", ".join(f"{fraction:g}" for fraction in record["fractions"])
+    return fill(
+        f"ranks: Spearman's rank correlation of the scores. {shown}: where this fraction of the units stays, the units "
+        "that both tasks keep, of those that either keeps (Jaccard). chance: the same of random choices.",
+        80,
+    )
+
+
 def _table(title: str | None) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False, padding=(0, 1))
 
@@ -344,6 +395,10 @@ def _of(counts: Sequence[int]) -> str:
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
+
+
+def _two(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _small(value: float | None) -> str:

@@ -51,6 +51,7 @@ ORDER = (
     "workflow",
     "sweep",
     "inspection",
+    "comparison",
     "bundled",
     "demo",
     "terminal",
