@@ -88,8 +88,8 @@ def before_after_sections(record: Record) -> list[list[tuple[str, ...]]]:
     """The rows of the comparison, in groups: a title, then the cells of `BEFORE_AFTER`."""
     before, after, kept = record["before"], record["after"], record["kept"]
     sections = []
-    if "evaluation" in before:
-        sections.append(_evaluation_rows(before["evaluation"], after["evaluation"]))
+    for own, other in zip(*map(_evaluations, (before, after)), strict=True):
+        sections.append(_evaluation_rows(own, other))
     rows = [
         (title, f"{before[name]:,}", f"{after[name]:,}", _percent(kept.get(name)), "") for name, title in COUNTS.items()
     ]
@@ -159,7 +159,7 @@ def model_card(record: Record, *, on_hub: bool) -> str:
     """The README of a pruned model, in Markdown with the front matter of the Hugging Face hub.
 
     Args:
-        record: As from `prune_model`. Whatever its names hold, they are shown as they are.
+        record: As from `prune_model` or `prune_together`. Whatever its names hold, they are shown as they are.
         on_hub: Whether the source is a name on the hub, and not a folder.
     """
     from huggingface_hub import ModelCardData
@@ -167,23 +167,23 @@ def model_card(record: Record, *, on_hub: bool) -> str:
     source = record["source"] if on_hub else PurePath(record["source"]).name
     tags = ["jax", "pruning", "structured-pruning", "model-compression"]
     facts = ModelCardData(library_name="jaxprune", base_model=source if on_hub else None, tags=tags)
-    criterion = dict(record["criterion"])
-    settings = ", ".join(
-        f"{name} {_plain(value)}" for name, value in criterion.items() if name != "name" and value is not None
-    )
+    tasks = record.get("tasks", [record])
+    names = _listed([_code(own["task"]) for own in tasks])
+    needed = f"the task {names} needs least" if len(tasks) == 1 else f"the tasks {names} together need least"
     rules = {name: value for name, value in record["selection"].items() if value not in (None, [])}
-    examples = f"{record['examples']:,} calibration examples" if record["examples"] else "no example"
     widths = [[_code(name), f"{had:,}", f"{kept:,}"] for name, (had, kept) in record["widths"].items()]
     cells = [row for section in before_after_sections(record) for row in section]
+    owners = [f" of {_code(own['task'])}" if len(tasks) > 1 else "" for own in tasks]
+    options = [f" --task {_word(own['task'])}" for own in tasks]
     parts = [
         f"---\n{facts.to_yaml()}\n---",
-        f"# {_code(source)}, pruned for {_code(record['task'])}",
-        f"Attention heads and neurons that the task {_code(record['task'])} needs least were cut out of "
-        f"{_code(source)} by jaxprune; nothing was trained. {_for_others(record)}",
+        f"# {_code(source)}, pruned for {names}",
+        f"Attention heads and neurons that {needed} were cut out of {_code(source)} by jaxprune; nothing was trained. "
+        f"{_for_others(tasks)}",
         "## How it was made",
         "\n".join(
             (
-                f"- Criterion: {_code(criterion['name'])}{f' ({_code(settings)})' if settings else ''}, {examples}.",
+                *(_how_scored(own, len(tasks) > 1) for own in tasks),
                 f"- Budget and selection: {_code(', '.join(f'{name} {_plain(it)}' for name, it in rules.items()))}.",
                 "- `pruning.json` has all settings, the versions, and which units stay.",
             )
@@ -194,22 +194,37 @@ def model_card(record: Record, *, on_hub: bool) -> str:
         "## Units",
         _markdown(["site", "before", "after"], widths),
         "## How to load it",
-        f"```python\n{_loading(record)}\n```",
-        f"Labels, in the order of the logits: {', '.join(map(_code, record['labels']))}.",
-        f"```bash\njaxprune inspect FOLDER\njaxprune evaluate FOLDER --task {_word(record['task'])}\n```",
+        f"```python\n{_loading(tasks[0])}\n```",
+        *(
+            f"Labels{of}, in the order of the logits: {', '.join(map(_code, own['labels']))}."
+            for own, of in zip(tasks, owners, strict=True)
+        ),
+        f"```bash\njaxprune inspect FOLDER\njaxprune evaluate FOLDER{''.join(options)}\n```",
         "FOLDER is the folder of this file.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _for_others(record: Record) -> str:
-    """What to expect where the model is not asked for this task."""
-    if record["prompt"] is not None:
-        return "It answers this task's prompt; expect it to do worse with others."
-    return (
-        f"The task head {_code(record['head'])} is for this task; the other task heads are still there, but expect "
-        "them to do worse."
+def _how_scored(task: Record, named: bool) -> str:
+    """The line of a card on how the scores of a task were made."""
+    criterion = dict(task["criterion"])
+    settings = ", ".join(
+        f"{name} {_plain(value)}" for name, value in criterion.items() if name != "name" and value is not None
     )
+    examples = f"{task['examples']:,} calibration examples" if task["examples"] else "no example"
+    what = f"- Criterion for {_code(task['task'])}" if named else "- Criterion"
+    return f"{what}: {_code(criterion['name'])}{f' ({_code(settings)})' if settings else ''}, {examples}."
+
+
+def _for_others(tasks: Sequence[Record]) -> str:
+    """What to expect where the model is not asked for these tasks."""
+    one = len(tasks) == 1
+    if tasks[0]["prompt"] is not None:
+        what = "this task's prompt" if one else "the prompts of these tasks"
+        return f"It answers {what}; expect it to do worse with others."
+    heads = _listed(list(dict.fromkeys(_code(own["head"]) for own in tasks)))
+    which = f"head {heads} is for this task" if one else f"heads {heads} are for these tasks"
+    return f"The task {which}; the other task heads are still there, but expect them to do worse."
 
 
 def _loading(record: Record) -> str:
@@ -348,6 +363,11 @@ def _table(title: str | None) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False, padding=(0, 1))
 
 
+def _evaluations(found: Record) -> Sequence[Record]:
+    """The results of a model on one or several tasks, or none."""
+    return found.get("evaluations") or [found[name] for name in ("evaluation",) if name in found]
+
+
 def _evaluation_rows(before: Record, after: Record) -> list[tuple[str, ...]]:
     """A heading, then one row per metric; chance beside the first, which is the one to report."""
     rows = [(f"{before['task']}, {before['n']:,} {before['split']} examples", "", "", "", "")]
@@ -381,6 +401,11 @@ def _code(text: str) -> str:
 def _printable(text: str) -> str:
     """Without line breaks, control characters and those that turn the direction of writing."""
     return "".join(letter if letter.isprintable() else " " for letter in text).strip()
+
+
+def _listed(names: Sequence[str]) -> str:
+    """`a`, `b` and `c`."""
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def _word(name: str) -> str:

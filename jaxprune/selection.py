@@ -261,7 +261,7 @@ def _plan(
     """Refuses what does not fit, and puts the blocks of all sites in order; see `select`."""
     values, header = _parts(scores)
     name, fraction = _only_budget({"units": units, "parameters": parameters, "flops": flops})
-    costs = _costs(model, params, name, header.get("mean_length") if length is None else length)
+    costs = site_costs(model, params, name, header.get("mean_length") if length is None else length)
     width = widths(model.axes, params)
     ranked = _checked(values, width, "scores")
     _refuse_other_model(model, params, header)
@@ -298,8 +298,8 @@ def _only_budget(budgets: Mapping[str, float | None]) -> tuple[str, float]:
     return name, float(value)
 
 
-def _costs(model: Model, params: Params, budget: str, length: Length | None) -> dict[str, float]:
-    """The cost of one unit at every site."""
+def site_costs(model: Model, params: Params, budget: str, length: Length | None) -> dict[str, float]:
+    """The cost of one unit at every site, for a budget of `units`, `parameters` or `flops`."""
     if budget == "units":
         return dict.fromkeys(widths(model.axes, params), 1.0)
     if budget == "parameters":

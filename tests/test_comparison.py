@@ -171,12 +171,12 @@ def test_heads_of_a_decoder_layer_count_together():
 
 
 def test_random_scores_overlap_by_chance():
-    """The mean over 200 pairs; its standard error is below 0.005."""
+    """The mean over 40 pairs; its standard error is about 0.007."""
     found = [
-        compare({"a": made(random_scores(seed)), "b": made(random_scores(seed + 1000))}, (0.5,)) for seed in range(200)
+        compare({"a": made(random_scores(seed)), "b": made(random_scores(seed + 1000))}, (0.5,)) for seed in range(40)
     ]
     overlap = np.mean([own["mean"][5]["overlap"][0] for own in found])
-    assert overlap == pytest.approx(found[0]["groups"][5]["chance"][0], abs=0.02)
+    assert overlap == pytest.approx(found[0]["groups"][5]["chance"][0], abs=0.03)
 
 
 def test_nothing_kept_has_no_overlap():
