@@ -25,12 +25,13 @@ from jaxprune.options import (
     SelectionOptions,
     Tasks,
     choice,
-    fractions,
+    find,
     given,
     kept,
     measured,
     numbers,
     option,
+    read_fractions,
     rows,
     scoring,
     training,
@@ -42,6 +43,7 @@ EPILOG = (
     "JAX_COMPILATION_CACHE_DIR names another folder."
 )
 
+FRACTIONS = "0.7,0.5,0.3"
 BUDGETS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2"
 
 app = typer.Typer(
@@ -102,8 +104,14 @@ def prune(
     batches: BatchOptions,
     scoring: ScoringOptions,
     settings: CriterionOptions,
-    scores: Annotated[Path | None, option("A score file; without it --task is scored.", metavar="FILE")] = None,
-    task: Annotated[str | None, rows("What to score, and to test before and after.")] = None,
+    scores: Annotated[
+        list[Path] | None, option("A score file, or one per task; without it --task is scored.", metavar="FILE")
+    ] = None,
+    task: Annotated[list[str] | None, rows("What to score, and to test before and after; one or several.")] = None,
+    together: Annotated[
+        str | None,
+        choice("together", "Several tasks: mean scores (default), or what any or all keep.", "What stays"),
+    ] = None,
     head: Head = None,
     evaluate: Annotated[bool, measured("Test before and after.", "--evaluate/--no-evaluate")] = True,
     limit: Annotated[int | None, measured("The most test examples.")] = None,
@@ -115,38 +123,45 @@ def prune(
 
     Examples: [cyan]jaxprune prune multi --task sst2 --data data --flops 0.5 -o small[/cyan] scores on the way.
     [cyan]jaxprune prune multi --scores sst2.safetensors --flops 0.5 -o small[/cyan] needs no data.
+    [cyan]jaxprune prune multi --task sst2 --task mrpc --flops 0.5 -o small[/cyan] keeps what both need.
     """
     with terminal.working() as bars:
-        if scores is None and task is None:
+        scores, task = scores or [], task or []
+        several = max(len(scores), len(task)) > 1
+        if not scores and not task:
             raise ValueError("name the task to score with --task, or a score file with --scores.")
-        if scores is not None and (unused := given(context, ScoringOptions, CriterionOptions)):
+        if scores and (unused := given(context, ScoringOptions, CriterionOptions)):
             raise ValueError(f"{unused}: for scoring, but --scores gives scores that are made already.")
-        if task is None and (unused := given(context, RowOptions, "head", "limit")):
+        if not task and (unused := given(context, RowOptions, "head", "limit")):
             raise ValueError(f"{unused}: for testing, but there is no --task to test on.")
+        if together is not None and len(scores or task) < 2:
+            raise ValueError("--together is for several tasks: name more of them with --task, or of --scores.")
         timed = latency.split(",")
         if not all(part.strip().isdigit() for part in timed):
             raise ValueError(f"--latency takes whole numbers, such as 1,32 (0: none), got {latency!r}.")
-        from jaxprune import report, workflow
+        from jaxprune import pruning, report, workflow
+        from jaxprune import together as several_tasks
 
-        record = workflow.prune_model(
-            model,
-            output,
-            selection.build(budget),
-            scored=scoring.build(settings, head, batches) if scores is None else scores,
-            data=None if task is None else rows.of(task),
-            measuring=workflow.Measuring(
-                evaluate=evaluate,
-                head=head,
-                limit=limit,
-                batches=tuple(int(part) for part in timed if int(part)),
-                **asdict(batches),
-            ),
-            overwrite=overwrite,
-            watch=bars,
+        measuring = workflow.Measuring(
+            evaluate=evaluate,
+            head=head,
+            limit=limit,
+            batches=tuple(int(part) for part in timed if int(part)),
+            **asdict(batches),
         )
+        chosen, data = selection.build(budget), [rows.of(name) for name in task]
+        how = {"measuring": measuring, "overwrite": overwrite, "watch": bars}
+        scored = scores or scoring.build(settings, head, batches)
+        if several:
+            way = find("together", together or "pooled")
+            record = several_tasks.prune_together(model, output, chosen, scored=scored, tasks=data, way=way, **how)
+        else:
+            one = scored[0] if isinstance(scored, list) else scored
+            record = pruning.prune_model(model, output, chosen, scored=one, data=data[0] if data else None, **how)
     lines = [*report.before_after_notes(record), "", f"Model:  {output}"]
-    if scores is None:
-        lines.append(f"Scores: {record['scores']} (other budgets: --scores)")
+    if not scores:
+        files = ", ".join(own["scores"] for own in record.get("tasks", [record]))
+        lines.append(f"Scores: {files} (other budgets: --scores)")
     terminal.show(record, report.before_after_table(record), *lines, as_json=as_json)
 
 
@@ -186,7 +201,7 @@ def sweep(
             settings.build(*criterion),
             output,
             selection.build(BudgetOptions()),
-            budgets=fractions("--flops", flops),
+            budgets=read_fractions("--flops", flops),
             seeds=seeds,
             examples=examples,
             split=split,
@@ -219,6 +234,30 @@ def inspect(
         record = inspection.inspect_model(model, scores=scores, picture=picture, dark=dark, overwrite=overwrite)
     lines = [report.inspection_note(record)] + ([] if picture is None else [f"Picture: {picture}"])
     terminal.show(record, report.inspection_table(record), *lines, as_json=as_json)
+
+
+@app.command()
+def compare(
+    scores: Annotated[list[Path], typer.Argument(help="Score files of one model, one per task.", metavar="FILE...")],
+    fractions: Annotated[str, option("Fractions of the units that are kept.", metavar="A,B,...")] = FRACTIONS,
+    picture: Annotated[
+        Path | None, option("A heat map to write, .png or .svg.", "--output", "-o", metavar="PICTURE")
+    ] = None,
+    dark: Dark = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Shows how far tasks need the same heads and neurons: rank correlation and overlap, layer by layer.
+
+    Example: [cyan]jaxprune compare sst2.safetensors mrpc.safetensors -o overlap.png[/cyan]
+    """
+    with terminal.working():
+        from jaxprune import comparison, report
+
+        kept = read_fractions("--fractions", fractions)
+        record = comparison.compare_scores(scores, fractions=kept, picture=picture, dark=dark, overwrite=overwrite)
+    lines = [report.overlap_note(record)] + ([] if picture is None else [f"Picture: {picture}"])
+    terminal.show(record, *report.overlap_tables(record), *lines, as_json=as_json)
 
 
 @app.command()

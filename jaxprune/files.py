@@ -67,6 +67,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def file_stem(name: str) -> str:
+    """A task's name as the beginning of a file's name."""
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "task"
+
+
 @contextlib.contextmanager
 def folder_for(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A new, empty folder that takes the place of `path` when the block ends; an error in the block removes it.

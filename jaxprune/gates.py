@@ -241,6 +241,26 @@ def _site(kind: str, module: Path) -> Site:
     return Site(path_name((*(step for step in module if step != "layers"), kind)), kind, module, layer, stack)
 
 
+def site_of(name: str) -> Site:
+    """The site of a name, such as `"3.ffn.neurons"` or `"decoder.1.cross.heads"`, without a model.
+
+    The same as `sites` gives; sorted by `site_order` they stand in the order of a model's sites.
+
+    Raises:
+        ValueError: If it is no such name.
+    """
+    *steps, kind = name.split(".")
+    at = next((i for i, step in enumerate(steps) if step.isdecimal()), None)
+    if kind not in UNITS or at not in (0, 1) or len(steps) != at + 2 or not all(steps):
+        raise ValueError(f"{name!r} is not the name of a site, such as 3.ffn.neurons or decoder.1.cross.heads.")
+    return _site(kind, (*steps[:at], "layers", int(steps[at]), *steps[at + 1 :]))
+
+
+def site_order(site: Site) -> tuple[Any, ...]:
+    """Sorts sites: the encoder first, layer by layer, and within a layer attention, cross-attention, FFN."""
+    return "" if site.stack == "encoder" else site.stack, site.layer, site.module, site.kind
+
+
 def without(table: AxisTable, params: Params, emptied: Sequence[Site]) -> Params:
     """The parameters with no unit left at some sites: what gates of 0 leave of them, and computed at no cost."""
     kinds = {(site.module, site.kind) for site in emptied}

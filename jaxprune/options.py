@@ -65,6 +65,11 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
         "maximum": "objectives:maximum",
     },
     "closed": {"zero": "activations:zero", "mean": "activations:calibration_means"},
+    "together": {
+        "pooled": "together:pooled",
+        "union": "together:kept_by_any",
+        "intersection": "together:kept_by_all",
+    },
     "normalise": {"l2": "selection:per_layer_l2"},
 }
 SETTINGS = {  # option -> the setting of a criterion that it sets
@@ -305,7 +310,7 @@ def numbers(name: str, values: list[str] | None) -> dict[str, int]:
     return found
 
 
-def fractions(name: str, text: str) -> tuple[float, ...]:
+def read_fractions(name: str, text: str) -> tuple[float, ...]:
     """Reads `0.9,0.5`, each number once; the order does not matter.
 
     Raises:

@@ -220,6 +220,99 @@ def inspection_figure(path: Path, record: Record, units: Mapping[str, Sequence[A
     return _write(path, figure)
 
 
+def overlap_figure(path: Path, record: Record, *, dark: bool = False) -> Path:
+    """Writes a heat map of a comparison: overlap of kept units by layer and fraction, heads and neurons apart.
+
+    Of more than two tasks it has one of tasks x tasks above, at the fraction in the middle; layers then show the mean
+    over the pairs. Every cell says its number, and what chance gives stands below.
+
+    Args:
+        path: The picture, `.png` or `.svg`.
+        record: As from `compare_scores`.
+        dark: Whether it is for a dark page.
+
+    Raises:
+        ValueError: If the ending names another format.
+    """
+    import matplotlib as mpl
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    page, groups, pairs = DARK if dark else LIGHT, record["groups"], record["pairs"]
+    known = [file["name"] for file in record["files"]]
+    names = list(map(_plain, known))
+    kinds = list(dict.fromkeys(group["kind"] for group in groups))
+    layers = list(dict.fromkeys(group["layer"] for group in groups if group["layer"] is not None))
+    found = {(group["layer"], group["kind"]): i for i, group in enumerate(groups)}
+    fractions = [f"{fraction:g}" for fraction in record["fractions"]]
+    middle = len(fractions) // 2
+    several = len(pairs) > 1
+    tall = [0.9 + 0.42 * len(names)] * several + [0.9 + 0.3 * (len(layers) + 3)]
+    wide = max(3.4, 1.0 + 0.6 * max(len(names) * several, len(fractions)))
+    figure = _figure(0.9 + wide * len(kinds), 1.1 + sum(tall), page)
+    panels = figure.subplots(len(tall), len(kinds), squeeze=False, height_ratios=tall)
+    colours = mpl.colormaps[SCORES_MAP]
+    for column, kind in enumerate(kinds):
+        every = found[None, kind]
+        if several:
+            table: list[list[float | None]] = [[None] * len(names) for _ in names]
+            for pair in pairs:
+                i, j = (known.index(name) for name in pair["names"])
+                table[i][j] = table[j][i] = pair["groups"][every]["overlap"][middle]
+            axes = _heat_map(panels[0][column], table, names if column == 0 else [], names, colours, page)
+            level = groups[every]["chance"][middle]
+            note = "" if level is None else f" (chance {level:.2f})"
+            axes.set_title(f"{kind}, {fractions[middle]} kept{note}", fontsize=9, color=page.ink)
+        rows = {layer if " " in layer else f"layer {layer}": found.get((layer, kind)) for layer in layers}
+        table = [[None] * len(fractions) if at is None else record["mean"][at]["overlap"] for at in rows.values()]
+        one = next(group for group in groups if group["kind"] == kind)
+        table += [record["mean"][every]["overlap"], groups[every]["chance"], one["chance"]]
+        labels = [*rows, "all layers", "chance, all layers", f"chance, layer {one['layer']}"]
+        axes = _heat_map(panels[-1][column], table, labels if column == 0 else [], fractions, colours, page)
+        axes.axhline(len(rows) - 0.5, color=page.ink, linewidth=0.8)
+        axes.set_title(f"{kind}, mean of {len(pairs)} pairs" if several else kind, fontsize=9, color=page.ink)
+        axes.set_xlabel("fraction of the units that is kept", fontsize=8)
+    title = "overlap of the units that are kept" + ("" if several else f": {names[0]} and {names[1]}")
+    figure.suptitle(title, fontsize=10, color=page.ink, x=0.01, ha="left")
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(0, 1), colours), ax=panels.ravel().tolist(), location="bottom", shrink=0.6, aspect=45
+    )
+    bar.set_label("units that both keep, of those that either keeps (Jaccard)", fontsize=8, color=page.ink)
+    bar.ax.tick_params(labelsize=8, colors=page.ink)
+    bar.outline.set_edgecolor(page.faint)
+    return _write(path, figure)
+
+
+def _heat_map(
+    axes: Any,
+    table: Sequence[Sequence[float | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    colours: Any,
+    page: Page,
+) -> Any:
+    """Draws numbers in [0, 1] as coloured cells that say them; None stays empty."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Rectangle
+
+    _axes(axes, page)
+    for y, row in enumerate(table):
+        for x, value in enumerate(row):
+            face = "none" if value is None else colours(value)
+            axes.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, facecolor=face, edgecolor=page.faint, lw=0.4))
+            if value is not None:
+                red, green, blue = to_rgb(face)
+                ink = "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.46 else "white"  # luminance, BT.709
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    axes.set_ylim(len(table) - 0.5, -0.5)
+    axes.set_xticks(range(len(columns)), columns, rotation=30 * (max(map(len, columns)) > 6), ha="center")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(length=0, labelsize=8)
+    axes.spines[:].set_visible(False)
+    return axes
+
+
 def _figure(width: float, height: float, page: Page) -> Any:
     """An empty figure, in inches, that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

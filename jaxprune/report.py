@@ -92,8 +92,8 @@ def before_after_sections(record: Record) -> list[list[tuple[str, ...]]]:
     """The rows of the comparison, in groups: a title, then the cells of `BEFORE_AFTER`."""
     before, after, kept = record["before"], record["after"], record["kept"]
     sections = []
-    if "evaluation" in before:
-        sections.append(_evaluation_rows(before["evaluation"], after["evaluation"]))
+    for own, other in zip(*map(_evaluations, (before, after)), strict=True):
+        sections.append(_evaluation_rows(own, other))
     rows = [
         (title, f"{before[name]:,}", f"{after[name]:,}", _percent(kept.get(name)), "") for name, title in COUNTS.items()
     ]
@@ -168,7 +168,7 @@ def model_card(record: Record, *, on_hub: bool) -> str:
     """The README of a pruned model, in Markdown with the front matter of the Hugging Face hub.
 
     Args:
-        record: As from `prune_model`. Whatever its names hold, they are shown as they are.
+        record: As from `prune_model` or `prune_together`. Whatever its names hold, they are shown as they are.
         on_hub: Whether the source is a name on the hub, and not a folder.
     """
     from huggingface_hub import ModelCardData
@@ -176,23 +176,23 @@ def model_card(record: Record, *, on_hub: bool) -> str:
     source = record["source"] if on_hub else PurePath(record["source"]).name
     tags = ["jax", "pruning", "structured-pruning", "model-compression"]
     facts = ModelCardData(library_name="jaxprune", base_model=source if on_hub else None, tags=tags)
-    criterion = dict(record["criterion"])
-    settings = ", ".join(
-        f"{name} {_plain(value)}" for name, value in criterion.items() if name != "name" and value is not None
-    )
+    tasks = record.get("tasks", [record])
+    names = _listed([_code(own["task"]) for own in tasks])
+    needed = f"the task {names} needs least" if len(tasks) == 1 else f"the tasks {names} together need least"
     rules = {name: value for name, value in record["selection"].items() if value not in (None, [])}
-    examples = f"{record['examples']:,} calibration examples" if record["examples"] else "no example"
     widths = [[_code(name), f"{had:,}", f"{kept:,}"] for name, (had, kept) in record["widths"].items()]
     cells = [row for section in before_after_sections(record) for row in section]
+    owners = [f" of {_code(own['task'])}" if len(tasks) > 1 else "" for own in tasks]
+    options = [f" --task {_word(own['task'])}" for own in tasks]
     parts = [
         f"---\n{facts.to_yaml()}\n---",
-        f"# {_code(source)}, pruned for {_code(record['task'])}",
-        f"Attention heads and neurons that the task {_code(record['task'])} needs least were cut out of "
-        f"{_code(source)} by jaxprune; nothing was trained. {_for_others(record)}",
+        f"# {_code(source)}, pruned for {names}",
+        f"Attention heads and neurons that {needed} were cut out of {_code(source)} by jaxprune; nothing was trained. "
+        f"{_for_others(tasks)}",
         "## How it was made",
         "\n".join(
             (
-                f"- Criterion: {_code(criterion['name'])}{f' ({_code(settings)})' if settings else ''}, {examples}.",
+                *(_how_scored(own, len(tasks) > 1) for own in tasks),
                 f"- Budget and selection: {_code(', '.join(f'{name} {_plain(it)}' for name, it in rules.items()))}.",
                 "- `pruning.json` has all settings, the versions, and which units stay.",
             )
@@ -203,22 +203,37 @@ def model_card(record: Record, *, on_hub: bool) -> str:
         "## Units",
         _markdown(["site", "before", "after"], widths),
         "## How to load it",
-        f"```python\n{_loading(record)}\n```",
-        f"Labels, in the order of the logits: {', '.join(map(_code, record['labels']))}.",
-        f"```bash\njaxprune inspect FOLDER\njaxprune evaluate FOLDER --task {_word(record['task'])}\n```",
+        f"```python\n{_loading(tasks[0])}\n```",
+        *(
+            f"Labels{of}, in the order of the logits: {', '.join(map(_code, own['labels']))}."
+            for own, of in zip(tasks, owners, strict=True)
+        ),
+        f"```bash\njaxprune inspect FOLDER\njaxprune evaluate FOLDER{''.join(options)}\n```",
         "FOLDER is the folder of this file.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _for_others(record: Record) -> str:
-    """What to expect where the model is not asked for this task."""
-    if record["prompt"] is not None:
-        return "It answers this task's prompt; expect it to do worse with others."
-    return (
-        f"The task head {_code(record['head'])} is for this task; the other task heads are still there, but expect "
-        "them to do worse."
+def _how_scored(task: Record, named: bool) -> str:
+    """The line of a card on how the scores of a task were made."""
+    criterion = dict(task["criterion"])
+    settings = ", ".join(
+        f"{name} {_plain(value)}" for name, value in criterion.items() if name != "name" and value is not None
     )
+    examples = f"{task['examples']:,} calibration examples" if task["examples"] else "no example"
+    what = f"- Criterion for {_code(task['task'])}" if named else "- Criterion"
+    return f"{what}: {_code(criterion['name'])}{f' ({_code(settings)})' if settings else ''}, {examples}."
+
+
+def _for_others(tasks: Sequence[Record]) -> str:
+    """What to expect where the model is not asked for these tasks."""
+    one = len(tasks) == 1
+    if tasks[0]["prompt"] is not None:
+        what = "this task's prompt" if one else "the prompts of these tasks"
+        return f"It answers {what}; expect it to do worse with others."
+    heads = _listed(list(dict.fromkeys(_code(own["head"]) for own in tasks)))
+    which = f"head {heads} is for this task" if one else f"heads {heads} are for these tasks"
+    return f"The task {which}; the other task heads are still there, but expect them to do worse."
 
 
 def _loading(record: Record) -> str:
@@ -302,8 +317,64 @@ def inspection_note(record: Record) -> str:
     return fill(" ".join(parts), 80)
 
 
+def overlap_tables(record: Record) -> list[Table]:
+    """How far tasks need the same units: a row per pair if there are several, then a row per layer."""
+    groups, pairs = record["groups"], record["pairs"]
+    layers = list(dict.fromkeys(group["layer"] for group in groups))
+    kinds = list(dict.fromkeys(group["kind"] for group in groups))
+    found = dict(zip(((group["layer"], group["kind"]) for group in groups), range(len(groups)), strict=True))
+    nothing = {"spearman": None, "overlap": [None] * len(record["fractions"])}
+
+    def table(title: str, first: str) -> Table:
+        made = _table(title)
+        made.padding = (0, 1, 0, 0)
+        made.add_column(first, overflow="fold")
+        for kind in kinds:
+            for heading in (f"{kind}\nranks", *(f"\n{fraction:g}" for fraction in record["fractions"])):
+                made.add_column(heading, justify="right", no_wrap=True)
+        return made
+
+    def cells(own: Sequence[Record], layer: str | None) -> list[str]:
+        chosen = [own[found[layer, kind]] if (layer, kind) in found else nothing for kind in kinds]
+        return [_two(value) for each in chosen for value in (each["spearman"], *each["overlap"])]
+
+    chance = [{"spearman": None, "overlap": group["chance"]} for group in groups]
+    tables = []
+    if len(pairs) > 1:
+        tables.append(table("all layers", "tasks"))
+        for pair in pairs:
+            tables[-1].add_row(", ".join(pair["names"]), *cells(pair["groups"], None))
+        tables[-1].add_section()
+        tables[-1].add_row("mean", *cells(record["mean"], None))
+        tables[-1].add_row("chance", *cells(chance, None))
+    title = ", ".join(pairs[0]["names"]) if len(pairs) == 1 else f"mean of {len(pairs)} pairs"
+    tables.append(table(title, "layer"))
+    for layer in layers:
+        if layer is None:
+            tables[-1].add_section()
+        tables[-1].add_row("all" if layer is None else layer, *cells(record["mean"], layer))
+    tables[-1].add_row("chance, all", *cells(chance, None))
+    tables[-1].add_row(f"chance, layer {layers[0]}", *cells(chance, layers[0]))
+    return tables
+
+
+def overlap_note(record: Record) -> str:
+    """What the figures of `overlap_tables` mean."""
+    shown = ", ".join(f"{fraction:g}" for fraction in record["fractions"])
+    return fill(
+        f"ranks: Spearman's rank correlation of the scores. {shown}: where this fraction of the units stays, the units "
+        "that both tasks keep, of those that either keeps (Jaccard). chance: the same of random choices.",
+        80,
+    )
+
+
 def _table(title: str | None) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False, padding=(0, 1))
+
+
+def _evaluations(found: Record) -> Sequence[Record]:
+    """The results of a model on one or several tasks, or none."""
+    return found.get("evaluations") or [found[name] for name in ("evaluation",) if name in found]
 
 
 def _evaluation_rows(before: Record, after: Record) -> list[tuple[str, ...]]:
@@ -341,6 +412,11 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text).strip()
 
 
+def _listed(names: Sequence[str]) -> str:
+    """`a`, `b` and `c`."""
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+
+
 def _word(name: str) -> str:
     """A name that a shell takes as it is, or a placeholder."""
     return name if re.fullmatch(r"\w[\w.-]*", name) else "TASK"
@@ -353,6 +429,10 @@ def _of(counts: Sequence[int]) -> str:
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
+
+
+def _two(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _small(value: float | None) -> str:

@@ -182,6 +182,31 @@ def merge(a: Scores, b: Scores) -> Scores:
     return Scores(values, _merged_header(a.header, b.header, counts), a.means)
 
 
+def check_same_model(scores: Mapping[str, Scores]) -> None:
+    """Refuses scores that were not made with one model, at the same sites.
+
+    Args:
+        scores: At least one, by the names of their files.
+
+    Raises:
+        ValueError: Naming the first file and one that differs.
+    """
+    (first, one), *others = scores.items()
+    for name, other in others:
+        models = [own.header["model"] for own in (one, other)]
+        if models[0] != models[1]:
+            raise ValueError(
+                f"{first} and {name} hold scores of different models ({models[0][:12]} and {models[1][:12]}): score "
+                "one model for both."
+            )
+        shapes = _shapes(one.values), _shapes(other.values)
+        if wrong := sorted({site for site, _ in shapes[0].items() ^ shapes[1].items()}):
+            raise ValueError(
+                f"{first} and {name} hold scores of other sites or numbers of units ({', '.join(wrong[:6])}): score "
+                "units of the same kinds for both."
+            )
+
+
 def _merged_header(a: Mapping[str, Any], b: Mapping[str, Any], counts: Sequence[int]) -> dict[str, Any]:
     completeness = a["completeness"]
     if completeness is not None:

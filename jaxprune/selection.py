@@ -21,7 +21,7 @@ import numpy as np
 from jaxprune.batches import Length
 from jaxprune.checkpoint import digest, model_digest
 from jaxprune.cost import checked_length, elements, matmul_flops, unit_costs
-from jaxprune.gates import KINDS, UNITS, Gates, Params, Site, check_sharing, sites, widths
+from jaxprune.gates import KINDS, UNITS, Gates, Params, Site, check_sharing, site_of, site_order, sites, widths
 from jaxprune.models import Model
 
 if TYPE_CHECKING:
@@ -41,6 +41,17 @@ class _Blocks(NamedTuple):
     cost: np.ndarray
     order: np.ndarray  # smaller is kept earlier; ties are kept in the order they stand here
     forced: np.ndarray  # whether it is kept before all others
+
+
+class _Plan(NamedTuple):
+    """All that a selection depends on."""
+
+    budget: str
+    fraction: float
+    places: tuple[Site, ...]
+    width: Mapping[str, int]
+    blocks: _Blocks
+    ranking: Mapping[str, np.ndarray]  # the units of every site, best first
 
 
 def select(
@@ -94,36 +105,106 @@ def select(
             another model, or are of a module's heads and of its channels, a setting names what does not exist, or the
             budget cannot be reached because of what must stay; the error then names the smallest fraction that can.
     """
-    values, header = _parts(scores)
-    budgets = {"units": units, "parameters": parameters, "flops": flops}
-    name, fraction = _only_budget(budgets)
-    costs = _costs(model, params, name, header.get("mean_length") if length is None else length)
-    places = _competing(model, params, values)
-    every = widths(model.axes, params, KINDS)
-    width = {site.name: every[site.name] for site in places}
-    ranked = _checked(values, width, "scores")
-    _refuse_other_model(model, params, header)
-    if normalise is not None:
-        ranked = _checked(normalise(dict(ranked)), width, "normalised scores", expected=ranked)
-    kinds = tuple(dict.fromkeys(site.kind for site in places))
-    heads = {site.module: every[site.name] for site in sites(model.axes, params, ("heads",))}
-    blocks, ranking = _cut(
-        places,
-        {site.name: (heads[site.module] if len(KINDS[site.kind]) > 1 else 1, width[site.name]) for site in places},
-        costs,
-        ranked,
-        per_layer,
-        _by_kind("multiple_of", multiple_of, 1, 1, kinds),
-        _by_kind("floor", floor, 0, 0, kinds),
-        _protected(places, protect),
+    plan = _plan(
+        model,
+        params,
+        scores,
+        units=units,
+        parameters=parameters,
+        flops=flops,
+        length=length,
+        per_layer=per_layer,
+        multiple_of=multiple_of,
+        floor=floor,
+        protect=protect,
+        normalise=normalise,
     )
-    kept = _afford(blocks, len(places), name, fraction)
-    gates = {}
-    for site, units_kept in zip(places, kept, strict=True):
-        gate = np.zeros(width[site.name], np.float32)
-        gate[ranking[site.name][:units_kept]] = 1.0
-        gates[site.name] = jnp.asarray(gate)
-    return gates
+    return _gates(plan)
+
+
+def select_units(scores: Values, fraction: float) -> Gates:
+    """What `select(units=fraction)` keeps, without a model: the sites are those that have scores.
+
+    Args:
+        scores: Site name to finite scores; higher means more needed.
+        fraction: Of the units that may stay, in (0, 1].
+
+    Returns:
+        Site name to float32 gates, in the order of a model's sites.
+    """
+    name, fraction = _only_budget({"units": fraction})
+    places = tuple(sorted(map(site_of, scores), key=site_order))
+    ranked = {site.name: np.asarray(scores[site.name], np.float64) for site in places}
+    width = {site: len(value) for site, value in ranked.items()}
+    multiple_of, floor = _by_kind("multiple_of", None, 1, 1, UNITS), _by_kind("floor", None, 0, 0, UNITS)
+    shapes = {site: (1, size) for site, size in width.items()}
+    cut = _cut(places, shapes, dict.fromkeys(width, 1.0), ranked, True, multiple_of, floor, ())
+    return _gates(_Plan(name, fraction, places, width, *cut))
+
+
+def thresholds(model: Model, params: Params, scores: Scores | Values, **settings: Any) -> dict[str, np.ndarray]:
+    """From which budget on each unit stays: `select(..., flops=b)` keeps the units whose threshold is at most `b`.
+
+    Args:
+        model: The architecture.
+        params: The parameters the scores were made with.
+        scores: Higher means more needed.
+        **settings: The arguments of `select`. Of the budget only the kind counts, not the fraction.
+
+    Returns:
+        Site name to float64 fractions of the budget's kind, for all sites. Units of the same block have the same.
+    """
+    plan = _plan(model, params, scores, **settings)
+    sequence, spent = _sequence(plan.blocks)
+    reached = np.empty(len(sequence))
+    reached[sequence] = spent / (spent[-1] if len(spent) and spent[-1] else 1.0)
+    found = {}
+    for index, site in enumerate(plan.places):
+        own = plan.blocks.site == index  # best first, as the units in the ranking
+        found[site.name] = np.empty(plan.width[site.name])
+        found[site.name][plan.ranking[site.name]] = np.repeat(reached[own], plan.blocks.units[own])
+    return found
+
+
+def union(*gates: Mapping[str, Any]) -> Gates:
+    """Open where any of several tasks' gates are: what all of the tasks together need. Contains each of them.
+
+    Raises:
+        ValueError: If there are none, they are of other sites or numbers of units, or a gate is neither 0 nor 1.
+    """
+    return {name: jnp.asarray(np.maximum.reduce(own)) for name, own in _together(gates).items()}
+
+
+def intersection(*gates: Mapping[str, Any]) -> Gates:
+    """Open where all of several tasks' gates are: what each of the tasks needs. Contained in each of them.
+
+    Raises:
+        ValueError: If there are none, they are of other sites or numbers of units, or a gate is neither 0 nor 1.
+    """
+    return {name: jnp.asarray(np.minimum.reduce(own)) for name, own in _together(gates).items()}
+
+
+def _together(gates: tuple[Mapping[str, Any], ...]) -> dict[str, list[np.ndarray]]:
+    """Several gates, site by site."""
+    if not gates:
+        raise ValueError("give gates of at least one task.")
+    arrays = [{name: np.asarray(gate, np.float32) for name, gate in own.items()} for own in gates]
+    shapes = [{name: gate.shape for name, gate in own.items()} for own in arrays]
+    names = dict.fromkeys(name for own in arrays for name in own)
+    wrong = [
+        f"{name} has the shapes {', '.join(str(own.get(name, 'none')) for own in shapes)}"
+        for name in names
+        if len({own.get(name) for own in shapes}) > 1
+    ]
+    wrong += [
+        f"{name} holds {gate[~np.isin(gate, (0, 1))][0]}, expected 0 or 1"
+        for own in arrays
+        for name, gate in own.items()
+        if not np.isin(gate, (0, 1)).all()
+    ]
+    if wrong:
+        raise ValueError(f"these gates do not go together: {_some(wrong)}.")
+    return {name: [own[name] for own in arrays] for name in arrays[0]}
 
 
 def per_layer_l2(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -170,6 +251,47 @@ def pruning_record(scores: Scores | Values, gates: Mapping[str, Any], **settings
     }
 
 
+def _plan(
+    model: Model,
+    params: Params,
+    scores: Scores | Values,
+    *,
+    units: float | None = None,
+    parameters: float | None = None,
+    flops: float | None = None,
+    length: Length | None = None,
+    per_layer: bool = True,
+    multiple_of: int | Mapping[str, int] | None = None,
+    floor: int | Mapping[str, int] | None = None,
+    protect: Collection[int | str] = (),
+    normalise: Normalise | None = None,
+) -> _Plan:
+    """Refuses what does not fit, and puts the blocks of all sites in order; see `select`."""
+    values, header = _parts(scores)
+    name, fraction = _only_budget({"units": units, "parameters": parameters, "flops": flops})
+    costs = site_costs(model, params, name, header.get("mean_length") if length is None else length)
+    places = _competing(model, params, values)
+    every = widths(model.axes, params, KINDS)
+    width = {site.name: every[site.name] for site in places}
+    ranked = _checked(values, width, "scores")
+    _refuse_other_model(model, params, header)
+    if normalise is not None:
+        ranked = _checked(normalise(dict(ranked)), width, "normalised scores", expected=ranked)
+    kinds = tuple(dict.fromkeys(site.kind for site in places))
+    heads = {site.module: every[site.name] for site in sites(model.axes, params, ("heads",))}
+    blocks, ranking = _cut(
+        places,
+        {site.name: (heads[site.module] if len(KINDS[site.kind]) > 1 else 1, width[site.name]) for site in places},
+        costs,
+        ranked,
+        per_layer,
+        _by_kind("multiple_of", multiple_of, 1, 1, kinds),
+        _by_kind("floor", floor, 0, 0, kinds),
+        _protected(places, protect),
+    )
+    return _Plan(name, fraction, places, width, blocks, ranking)
+
+
 def _parts(scores: Scores | Values) -> tuple[Values, Mapping[str, Any]]:
     """The scores by site, and what is known about them."""
     return (scores, {}) if isinstance(scores, Mapping) else (scores.values, scores.header)
@@ -199,8 +321,8 @@ def _competing(model: Model, params: Params, scored: Collection[str]) -> tuple[S
     return tuple(site for site in every if (site.kind not in UNITS) == (site.module in cut))
 
 
-def _costs(model: Model, params: Params, budget: str, length: Length | None) -> dict[str, float]:
-    """The cost of one unit at every site, of all kinds."""
+def site_costs(model: Model, params: Params, budget: str, length: Length | None) -> dict[str, float]:
+    """The cost of one unit at every site, of all kinds, for a budget of `units`, `parameters` or `flops`."""
     if budget == "units":
         return dict.fromkeys(widths(model.axes, params, KINDS), 1.0)
     if budget == "parameters":
@@ -224,8 +346,7 @@ def _checked(
     ]
     wrong += [f"{name} holds NaN or infinity" for name, array in arrays.items() if not np.isfinite(array).all()]
     if wrong:
-        shown = "; ".join(wrong[:6]) + (f" and {len(wrong) - 6} more" if len(wrong) > 6 else "")
-        raise ValueError(f"the {what} cannot be used with these parameters: {shown}. Score this model first.")
+        raise ValueError(f"the {what} cannot be used with these parameters: {_some(wrong)}. Score this model first.")
     return arrays
 
 
@@ -314,10 +435,15 @@ def _best_first(scores: np.ndarray, groups: int) -> np.ndarray:
     return order.T.reshape(-1)
 
 
+def _sequence(blocks: _Blocks) -> tuple[np.ndarray, np.ndarray]:
+    """The order in which blocks are kept, and what each and all before it cost."""
+    sequence = np.lexsort((np.arange(len(blocks.site)), blocks.order, ~blocks.forced))  # the last key is the first
+    return sequence, np.cumsum(blocks.cost[sequence])
+
+
 def _afford(blocks: _Blocks, places: int, name: str, fraction: float) -> np.ndarray:
     """How many units every site keeps."""
-    sequence = np.lexsort((np.arange(len(blocks.site)), blocks.order, ~blocks.forced))  # the last key is the first
-    spent = np.cumsum(blocks.cost[sequence])
+    sequence, spent = _sequence(blocks)
     total = spent[-1] if len(spent) else 0.0
     paid = int(np.searchsorted(spent, (fraction + SLACK) * total, side="right"))
     must = int(blocks.forced.sum())
@@ -329,6 +455,21 @@ def _afford(blocks: _Blocks, places: int, name: str, fraction: float) -> np.ndar
         )
     kept = sequence[:paid]
     return np.bincount(blocks.site[kept], weights=blocks.units[kept], minlength=places).astype(int)
+
+
+def _gates(plan: _Plan) -> Gates:
+    """Gates that are open for the best units of every site, as many as the budget pays for."""
+    kept = _afford(plan.blocks, len(plan.places), plan.budget, plan.fraction)
+    gates = {}
+    for site, units_kept in zip(plan.places, kept, strict=True):
+        gate = np.zeros(plan.width[site.name], np.float32)
+        gate[plan.ranking[site.name][:units_kept]] = 1.0
+        gates[site.name] = jnp.asarray(gate)
+    return gates
+
+
+def _some(wrong: list[str]) -> str:
+    return "; ".join(wrong[:6]) + (f" and {len(wrong) - 6} more" if len(wrong) > 6 else "")
 
 
 def _ranges(index: np.ndarray) -> str:

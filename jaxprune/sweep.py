@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from jaxprune.checkpoint import load, model_digest
 from jaxprune.compaction import compact
 from jaxprune.cost import elements, matmul_flops, parameters, unit_costs
 from jaxprune.evaluation import fitting_head
-from jaxprune.files import read_json, write_atomic
+from jaxprune.files import file_stem, read_json, write_atomic
 from jaxprune.gates import KINDS, Gates, Params
 from jaxprune.models import Model
 from jaxprune.pictures import sweep_figure
@@ -125,7 +124,7 @@ def sweep_model(
     for budget in budgets:
         try_selection(model, params, replace(selection, flops=budget))
     loaded = {task.name: task for task in (data.load() for data in tasks)}
-    stems = {name: _stem(name) for name in loaded}
+    stems = {name: file_stem(name) for name in loaded}
     if len(set(stems.values())) < len(tasks):
         given = ", ".join(data.task for data in tasks)
         raise ValueError(f"tasks must differ in their names, in those of files too; got {given}.")
@@ -305,8 +304,3 @@ def _differences(where: str, old: Any, new: Any) -> Iterable[str]:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _stem(task: str) -> str:
-    """A task's name as the beginning of a file's name."""
-    return re.sub(r"[^\w.-]+", "-", task).strip(".-") or "task"

@@ -16,19 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.attribution import Criterion
-from jaxprune.baselines import TopLayers
 from jaxprune.batches import MAX_LENGTH, Length
 from jaxprune.checkpoint import check_destination, load, model_digest, save
-from jaxprune.compaction import compact
-from jaxprune.cost import compare_latency, file_size, flops, parameters, prunable_parameters, usual_length
+from jaxprune.cost import compare_latency, flops, parameters, prunable_parameters, usual_length
 from jaxprune.evaluation import Evaluation, evaluate, fitting_head
 from jaxprune.gates import KINDS, UNITS, Params, sites, widths
 from jaxprune.models import Model
 from jaxprune.prompts import STYLES, fit, prompt_for, prompt_of, read_prompt
-from jaxprune.report import evaluation_table, model_card
+from jaxprune.report import evaluation_table
 from jaxprune.scores import Scores, describe, load_scores, save_scores
 from jaxprune.scoring import score
-from jaxprune.selection import Normalise, pruning_record, select
+from jaxprune.selection import Normalise, select
 from jaxprune.splits import digest
 from jaxprune.tasks import Task, draw, load_task, remove_leaks, seed_words
 from jaxprune.tensors import FLOATS
@@ -36,7 +34,6 @@ from jaxprune.training import Recipe, Step, finetune
 from jaxprune.weights import open_tensors
 
 RATIOS = ("units", "prunable_parameters", "parameters", "flops", "file_bytes")  # what remains after by before
-CARD = "README.md"  # in the folder of a pruned model: what was cut, and how well it does
 FINETUNING = "finetuning.json"  # in the folder of a fine-tuned model: how it was made, and how well it did
 
 
@@ -147,90 +144,6 @@ def score_model(
     }
 
 
-def prune_model(
-    source: str,
-    output: Path,
-    selection: Selection,
-    *,
-    scored: Path | Scoring,
-    data: Data | None = None,
-    measuring: Measuring,
-    overwrite: bool = False,
-    watch: Watch,
-) -> dict[str, Any]:
-    """Prunes a model, writes its folder and compares the two.
-
-    With `scored` a score file, nothing is scored; a tokenizer is needed only to evaluate. Otherwise `data` is scored,
-    and the scores are kept beside the folder, as `OUTPUT.scores.safetensors`, for the same command after an
-    interruption and for other budgets.
-    """
-    check_folder(output, overwrite)
-    kept = scored if isinstance(scored, Path) else output.with_name(f"{output.name}.scores.safetensors")
-    scores = load_scores(scored) if isinstance(scored, Path) else None
-    _check_scope(scored if scores is None else scores, selection)
-    model, params = load(source)
-    try_selection(model, params, selection, _kinds(model, params, scored if scores is None else scores))
-    task = None if data is None else data.load()
-    if task is not None:
-        fitting_head(model, task, measuring.head)
-    if isinstance(scored, Scoring):
-        if task is None:
-            raise ValueError("there is nothing to score with: name a task, or a score file.")
-        scores = score_once(model, params, task, scored, kept, watch)
-    if scores is None:
-        raise TypeError(f"scored must be a Path or Scoring, got {type(scored).__name__}.")
-    head = model.head(scores.header["head"]).name
-    length = scores.header["mean_length"] if selection.length is None else selection.length
-    gates = select(model, params, scores, **{**selection.arguments(), "length": length})
-    small = compact(model, params, gates, scores.means)
-
-    models = {"before": params, "after": small}
-    found = {name: costs(model, own, length) for name, own in models.items()}
-    if task is not None and measuring.evaluate:
-        rows = scores.header["rows"]
-        for name, own in models.items():
-            result = measure(model, own, task, measuring, watch.open(f"testing {name}"), exclude=rows)
-            found[name]["evaluation"] = result.to_json()
-    if measuring.batches:
-        latencies = measure_latency(model, [params, small], length, head, measuring, watch)
-        for i, name in enumerate(models):
-            found[name]["latency"] = [{**own._asdict(), "speedup": speedup} for own, speedup in latencies[i]]
-    prompt = scores.header.get("prompt")
-    pruning = pruning_record(scores, gates, **{**selection.arguments(), "length": length})
-    before, after = found["before"], found["after"]
-    record = {
-        "command": "prune",
-        "source": source,
-        "output": str(output),
-        "scores": str(kept),
-        "task": scores.header["task"],
-        "criterion": scores.header["criterion"],
-        "head": head,
-        "labels": prompt["labels"] if prompt else list(model.head(head).labels),
-        "prompt": prompt,
-        "examples": scores.header["examples"],
-        "selection": pruning["settings"],
-        "before": before,
-        "after": after,
-        "kept": ratios(before, after),
-        "speedup": speedups(before, after),
-        "widths": {name: [own["had"], own["kept"]] for name, own in pruning["sites"].items()},
-        "versions": scores.header["versions"],
-    }
-    save(
-        output,
-        model,
-        small,
-        pruning=pruning | {"results": found},
-        overwrite=overwrite,
-        dtype=stored_type(model),
-        extra={CARD: model_card(record, on_hub=not Path(source).expanduser().is_dir()).encode()},
-    )
-    for name, folder in (("before", model.source), ("after", output)):
-        found[name]["file_bytes"] = None if folder is None else file_size(folder)
-    return record | {"kept": ratios(before, after)}
-
-
 def evaluate_model(
     source: str,
     tasks: Sequence[Data],
@@ -316,15 +229,6 @@ def finetune_model(
     return record
 
 
-def _check_scope(scored: Any, selection: Selection) -> None:
-    criterion = scored.header["criterion"] if isinstance(scored, Scores) else describe(scored.criterion)
-    if selection.per_layer and criterion["name"] == TopLayers.__name__:
-        raise ValueError(
-            "top-layers ranks layers, and all units within a layer alike: let all layers compete (--global in the "
-            "command line, per_layer=False in Python)."
-        )
-
-
 def costs(model: Model, params: Params, length: Length) -> dict[str, Any]:
     """What a model costs by count."""
     return {
@@ -408,8 +312,8 @@ def _check_writable(path: Path) -> None:
         raise PermissionError(f"{path} cannot be written: no permission to write into {above}.")
 
 
-def _kinds(model: Model, params: Params, scored: Any) -> tuple[str, ...]:
-    """The kinds of units that are scored."""
+def kinds_of(model: Model, params: Params, scored: Any) -> tuple[str, ...]:
+    """The kinds of units that scores are of, or that a scoring run will score."""
     if isinstance(scored, Scores):
         return tuple(
             dict.fromkeys(site.kind for site in sites(model.axes, params, KINDS) if site.name in scored.values)

@@ -523,7 +523,7 @@ def test_help_tells_the_true_defaults():
     assert baselines.Fisher().labels is options.find("labels", "sampled")
 
 
-@pytest.mark.parametrize("name", ["score", "prune", "sweep", "inspect", "evaluate", "finetune", "demo"])
+@pytest.mark.parametrize("name", ["score", "prune", "sweep", "inspect", "compare", "evaluate", "finetune", "demo"])
 def test_every_command_has_an_example(name):
     result = run(name, "--help")
     assert result.exit_code == 0

@@ -18,7 +18,7 @@ from jaxprune.cost import elements, flops, matmul_flops, prunable_parameters, un
 from jaxprune.gates import Gates, Params, open_gates, sites, widths
 from jaxprune.models import Model
 from jaxprune.scores import Scores
-from jaxprune.selection import per_layer_l2, pruning_record, select
+from jaxprune.selection import intersection, per_layer_l2, pruning_record, select, thresholds, union
 
 LENGTH = 11.5
 RATIOS = (0.01, 0.07, 0.1, 0.29, 0.3, 1 / 3, 0.5, 0.58, 0.7, 0.9, 1.0)
@@ -444,3 +444,50 @@ def test_the_record_of_plain_scores():
     }
     with pytest.raises(TypeError, match="note cannot be written as JSON"):
         pruning_record({}, {}, note=object())
+
+
+def test_thresholds_are_the_budgets_from_which_units_stay():
+    model, params = tiny_model()
+    scores = random_scores(model, params, 0)
+    cases: tuple[dict[str, Any], ...] = (
+        {"units": 1.0},
+        {"flops": 1.0, "length": 9, "per_layer": False},
+        {"parameters": 1.0, "multiple_of": {"neurons": 8}, "floor": 1, "protect": ("1.attention.heads",)},
+    )
+    for settings in cases:
+        (name,) = settings.keys() & {"units", "flops", "parameters"}
+        found = thresholds(model, params, scores, **settings)
+        for fraction in (0.45, 0.5, 0.75, 0.93, 1.0):
+            gates = select(model, params, scores, **{**settings, name: fraction})
+            for site, gate in gates.items():
+                np.testing.assert_array_equal(np.asarray(gate) == 1, found[site] <= fraction + 1e-9)
+
+
+def test_random_gates_join_and_meet():
+    model, params = tiny_model()
+    tasks = [random_gates(model, params, seed) for seed in range(3)]
+    every, common = union(*tasks), intersection(*tasks)
+    for own in tasks:
+        for name, gate in own.items():
+            assert (np.asarray(every[name]) >= np.asarray(gate)).all()
+            assert (np.asarray(common[name]) <= np.asarray(gate)).all()
+            assert every[name].dtype == common[name].dtype == jnp.float32
+    for name in every:
+        stacked = np.stack([np.asarray(own[name]) for own in tasks])
+        np.testing.assert_array_equal(every[name], stacked.any(0))
+        np.testing.assert_array_equal(common[name], stacked.all(0))
+        np.testing.assert_array_equal(union(tasks[0])[name], tasks[0][name])
+        np.testing.assert_array_equal(union(tasks[2], tasks[0], tasks[1])[name], every[name])
+
+
+def test_gates_that_do_not_go_together_are_refused():
+    a = {"0.attention.heads": jnp.ones(4)}
+    for combine in (union, intersection):
+        with pytest.raises(ValueError, match="at least one task"):
+            combine()
+        with pytest.raises(ValueError, match=r"0.attention.heads has the shapes \(4,\), \(3,\)"):
+            combine(a, {"0.attention.heads": jnp.ones(3)})
+        with pytest.raises(ValueError, match=r"1.ffn.neurons has the shapes none, \(3,\)"):
+            combine(a, a | {"1.ffn.neurons": jnp.ones(3)})
+        with pytest.raises(ValueError, match=r"holds 0.5, expected 0 or 1"):
+            combine(a, {"0.attention.heads": jnp.asarray([1.0, 0, 0.5, 1])})

@@ -1,0 +1,169 @@
+"""Pruning for one task: scores and a budget in, the folder of a smaller model out, compared with the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxprune.baselines import TopLayers
+from jaxprune.batches import Length
+from jaxprune.checkpoint import load, save
+from jaxprune.compaction import compact
+from jaxprune.cost import file_size
+from jaxprune.evaluation import fitting_head
+from jaxprune.gates import Params
+from jaxprune.models import Model
+from jaxprune.report import model_card
+from jaxprune.scores import Scores, describe, load_scores
+from jaxprune.selection import pruning_record, select
+from jaxprune.tasks import Task
+from jaxprune.workflow import (
+    Data,
+    Measuring,
+    Scoring,
+    Selection,
+    Watch,
+    check_folder,
+    costs,
+    kinds_of,
+    measure,
+    measure_latency,
+    ratios,
+    score_once,
+    speedups,
+    stored_type,
+    try_selection,
+)
+
+CARD = "README.md"  # in the folder of a pruned model: what was cut, and how well it does
+
+
+def prune_model(
+    source: str,
+    output: Path,
+    selection: Selection,
+    *,
+    scored: Path | Scoring,
+    data: Data | None = None,
+    measuring: Measuring,
+    overwrite: bool = False,
+    watch: Watch,
+) -> dict[str, Any]:
+    """Prunes a model, writes its folder and compares the two.
+
+    With `scored` a score file, nothing is scored; a tokenizer is needed only to evaluate. Otherwise `data` is scored,
+    and the scores are kept beside the folder, as `OUTPUT.scores.safetensors`, for the same command after an
+    interruption and for other budgets.
+    """
+    check_folder(output, overwrite)
+    kept = scored if isinstance(scored, Path) else output.with_name(f"{output.name}.scores.safetensors")
+    scores = load_scores(scored) if isinstance(scored, Path) else None
+    check_scope(scored if scores is None else scores, selection)
+    model, params = load(source)
+    try_selection(model, params, selection, kinds_of(model, params, scored if scores is None else scores))
+    task = None if data is None else data.load()
+    if task is not None:
+        fitting_head(model, task, measuring.head)
+    if isinstance(scored, Scoring):
+        if task is None:
+            raise ValueError("there is nothing to score with: name a task, or a score file.")
+        scores = score_once(model, params, task, scored, kept, watch)
+    if scores is None:
+        raise TypeError(f"scored must be a Path or Scoring, got {type(scored).__name__}.")
+    head = model.head(scores.header["head"]).name
+    length = scores.header["mean_length"] if selection.length is None else selection.length
+    gates = select(model, params, scores, **{**selection.arguments(), "length": length})
+    small = compact(model, params, gates, scores.means)
+
+    tasks, rows = [] if task is None else [task], scores.header["rows"]
+    found = measure_both(model, params, small, tasks, length, head, rows, measuring, watch)
+    prompt = scores.header.get("prompt")
+    pruning = pruning_record(scores, gates, **{**selection.arguments(), "length": length})
+    record = {
+        "command": "prune",
+        "source": source,
+        "output": str(output),
+        "scores": str(kept),
+        "task": scores.header["task"],
+        "criterion": scores.header["criterion"],
+        "head": head,
+        "labels": prompt["labels"] if prompt else list(model.head(head).labels),
+        "prompt": prompt,
+        "examples": scores.header["examples"],
+    }
+    return write_pruned(output, model, small, pruning, record, found, overwrite=overwrite)
+
+
+def measure_both(
+    model: Model,
+    params: Params,
+    small: Params,
+    tasks: Sequence[Task],
+    length: Length,
+    head: str,
+    scored: Collection[str],
+    measuring: Measuring,
+    watch: Watch,
+) -> dict[str, Any]:
+    """What a model costs and does before and after pruning; `scored` are rows that must not be tested on."""
+    models = {"before": params, "after": small}
+    found = {name: costs(model, own, length) for name, own in models.items()}
+    if tasks and measuring.evaluate:
+        for name, own in models.items():
+            results = []
+            for task in tasks:
+                bar = watch.open(f"testing {name}" if len(tasks) == 1 else f"testing {name}, {task.name}")
+                results.append(measure(model, own, task, measuring, bar, exclude=scored).to_json())
+            found[name] |= {"evaluation": results[0]} if len(tasks) == 1 else {"evaluations": results}
+    if measuring.batches:
+        latencies = measure_latency(model, [params, small], length, head, measuring, watch)
+        for i, name in enumerate(models):
+            found[name]["latency"] = [{**own._asdict(), "speedup": speedup} for own, speedup in latencies[i]]
+    return found
+
+
+def write_pruned(
+    output: Path,
+    model: Model,
+    small: Params,
+    pruning: Mapping[str, Any],
+    record: Mapping[str, Any],
+    found: dict[str, Any],
+    *,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Writes the folder of a pruned model, with `pruning.json` and a card, and completes its record."""
+    before, after = found["before"], found["after"]
+    complete = {
+        **record,
+        "selection": pruning["settings"],
+        "before": before,
+        "after": after,
+        "kept": ratios(before, after),
+        "speedup": speedups(before, after),
+        "widths": {name: [own["had"], own["kept"]] for name, own in pruning["sites"].items()},
+        "versions": pruning["scores"]["versions"],
+    }
+    save(
+        output,
+        model,
+        small,
+        pruning={**pruning, "results": found},
+        overwrite=overwrite,
+        dtype=stored_type(model),
+        extra={CARD: model_card(complete, on_hub=not Path(record["source"]).expanduser().is_dir()).encode()},
+    )
+    for name, folder in (("before", model.source), ("after", output)):
+        found[name]["file_bytes"] = None if folder is None else file_size(folder)
+    return complete | {"kept": ratios(before, after)}
+
+
+def check_scope(scored: Any, selection: Selection) -> None:
+    """Refuses scores that cannot be selected by like this."""
+    criterion = scored.header["criterion"] if isinstance(scored, Scores) else describe(scored.criterion)
+    if selection.per_layer and criterion["name"] == TopLayers.__name__:
+        raise ValueError(
+            "top-layers ranks layers, and all units within a layer alike: let all layers compete (--global in the "
+            "command line, per_layer=False in Python)."
+        )

@@ -1,0 +1,205 @@
+"""One model for several tasks under one budget: their scores pooled, or the union or intersection of what each keeps.
+
+Whatever the way, what stays costs at most the budget, a larger budget keeps all of a smaller one, and every setting of
+`select` holds for the result, but one: `per_layer` says how each task selects by itself. So a union keeps more, and an
+intersection less, in layers where the tasks differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.batches import Length
+from jaxprune.checkpoint import digest, load
+from jaxprune.compaction import compact
+from jaxprune.evaluation import fitting_head
+from jaxprune.files import file_stem
+from jaxprune.gates import Gates, Params
+from jaxprune.models import Model
+from jaxprune.pruning import check_scope, measure_both, write_pruned
+from jaxprune.scores import Scores, check_same_model, load_scores
+from jaxprune.selection import Values, pruning_record, select, site_costs, thresholds
+from jaxprune.tasks import Task, remove_leaks
+from jaxprune.workflow import Data, Measuring, Scoring, Selection, Watch, check_folder, score_once, try_selection
+
+Way: TypeAlias = Callable[..., Gates]  # (model, params, scores of every task, **arguments of `select`) -> gates
+
+
+def pooled(model: Model, params: Params, scores: Sequence[Values], **settings: Any) -> Gates:
+    """Selects by the mean of the tasks' scores, each divided by its total, so that every task weighs the same."""
+    return select(model, params, mean_scores(scores), **settings)
+
+
+def kept_by_any(model: Model, params: Params, scores: Sequence[Values], **settings: Any) -> Gates:
+    """The union of what the tasks keep, each at the same budget of its own: the largest that fits.
+
+    Every task by itself keeps a unit from some budget on (`thresholds`). The union of the selections at a budget `b` of
+    each task holds the units whose smallest threshold is at most `b`. So units are taken in the order of that until the
+    budget of the union is spent, without a search for `b`, which is the smaller the more the tasks differ. Units with
+    the same threshold, the last ones, may be taken for some of the tasks alone.
+    """
+    return _in_order(model, params, scores, np.minimum, settings)
+
+
+def kept_by_all(model: Model, params: Params, scores: Sequence[Values], **settings: Any) -> Gates:
+    """The intersection of what the tasks keep, each at the same budget of its own: the largest that fits.
+
+    As `kept_by_any`, in the order of the largest threshold: the budgets of the tasks are larger than that of the
+    intersection, which spends its budget nevertheless.
+    """
+    return _in_order(model, params, scores, np.maximum, settings)
+
+
+def _in_order(
+    model: Model, params: Params, scores: Sequence[Values], combine: np.ufunc, settings: Mapping[str, Any]
+) -> Gates:
+    """Keeps units in the order of their smallest or largest threshold, as many as the budget pays for."""
+    rounding = {"multiple_of": None, "floor": settings.get("floor")}  # units are rounded once, in the end
+    found = [thresholds(model, params, own, **{**settings, **rounding}) for own in scores]
+    (kind,) = (name for name in ("units", "parameters", "flops") if settings.get(name) is not None)
+    costs = site_costs(model, params, kind, settings.get("length"))
+    merged = {  # divided by their costs, as units that compete are, these have the order that is wanted
+        site: (1.0 - combine.reduce([own[site] for own in found])) * costs[site] for site in scores[0]
+    }
+    return select(model, params, merged, **{**settings, "per_layer": False, "normalise": None})
+
+
+def mean_scores(scores: Sequence[Values]) -> dict[str, np.ndarray]:
+    """The mean of several tasks' scores, each divided by the sum of their sizes (by 1 if that is 0)."""
+    arrays = [{site: np.asarray(value, np.float64) for site, value in own.items()} for own in scores]
+    totals = [sum(float(np.abs(value).sum()) for value in own.values()) or 1.0 for own in arrays]
+    return {
+        site: np.mean([own[site] / total for own, total in zip(arrays, totals, strict=True)], axis=0)
+        for site in arrays[0]
+    }
+
+
+def mean_closed(scores: Sequence[Scores]) -> Gates | None:
+    """What closed units are replaced by in a model for several tasks: the mean of the tasks' own.
+
+    Raises:
+        ValueError: If some of the scores replace closed units by means and others by zero, or at other sites.
+    """
+    means = [own.means or {} for own in scores]
+    if len({frozenset(own) for own in means}) > 1:
+        raise ValueError("some scores replace closed units by means, others by zero: score all with the same --closed.")
+    return {site: jnp.mean(jnp.stack([own[site] for own in means]), axis=0) for site in means[0]} or None
+
+
+def mean_length(scores: Sequence[Scores]) -> Length:
+    """Tokens per example, every task weighing the same."""
+    return np.mean([np.asarray(own.header["mean_length"], np.float64) for own in scores], axis=0).tolist()
+
+
+def prune_together(
+    source: str,
+    output: Path,
+    selection: Selection,
+    *,
+    scored: Sequence[Path] | Scoring,
+    tasks: Sequence[Data],
+    way: Way = pooled,
+    measuring: Measuring,
+    overwrite: bool = False,
+    watch: Watch,
+) -> dict[str, Any]:
+    """Prunes a model for several tasks under one budget, writes its folder and compares the two on every task.
+
+    FLOPs are counted at the mean of the tasks' lengths. If the tasks are scored, rows that one of them holds out are
+    dropped from what the others are scored on, and the scores are kept beside the folder, as
+    `OUTPUT.TASK.scores.safetensors`: the same command goes on after those that are finished.
+
+    Args:
+        source: The model.
+        output: The folder to write.
+        selection: The budget of what stays, and how it is selected.
+        scored: A score file for each task, or how to score `tasks`.
+        tasks: What to score, if there are no score files, and what to test before and after.
+        way: How several tasks become one selection: `pooled`, `kept_by_any` (union) or `kept_by_all` (intersection).
+        measuring: What is measured.
+        overwrite: Whether a folder that is there is replaced.
+        watch: Shows the progress.
+
+    Returns:
+        The record, as of `prune_model`; what is of one task stands in `tasks`.
+
+    Raises:
+        ValueError: If two tasks or files are the same, or the scores are not of one model and the same sites.
+    """
+    check_folder(output, overwrite)
+    files = [] if isinstance(scored, Scoring) else list(scored)
+    if twice := [file for i, file in enumerate(files) if file.resolve() in [it.resolve() for it in files[:i]]]:
+        raise ValueError(f"{twice[0]} is named twice: name files of different tasks.")
+    scores = [load_scores(file) for file in files]
+    if scores:
+        check_same_model(dict(zip(map(str, files), scores, strict=True)))
+    for each in scores or [scored]:
+        check_scope(each, selection)
+    model, params = load(source)
+    try_selection(model, params, selection)
+    loaded = _load_all(model, tasks, measuring.head)
+    if isinstance(scored, Scoring):
+        loaded, leaks = remove_leaks(loaded)
+        for (task, other), count in leaks.items():
+            watch.say(f"{task}: {count:,} rows dropped, held out in {other}")
+        files = [output.with_name(f"{output.name}.{file_stem(task.name)}.scores.safetensors") for task in loaded]
+        pairs = zip(loaded, files, strict=True)
+        scores = [score_once(model, params, task, scored, file, watch) for task, file in pairs]
+    select(model, params, scores[0], units=1.0)  # refuses scores of another model
+
+    length = mean_length(scores) if selection.length is None else selection.length
+    settings = {**selection.arguments(), "length": length}
+    gates = way(model, params, [own.values for own in scores], **settings)
+    means = mean_closed(scores)
+    small = compact(model, params, gates, means)
+    rows = {row for own in scores for row in own.header["rows"]}
+    head = model.head(scores[0].header["head"]).name
+    found = measure_both(model, params, small, loaded, length, head, rows, measuring, watch)
+    pruning = pruning_record(Scores(scores[0].values, _header(scores), means), gates, **settings, together=way)
+    pruning["digests"]["scores"] = [digest(dict(own.values)) for own in scores]
+    record = {
+        "command": "prune",
+        "source": source,
+        "output": str(output),
+        "together": pruning["settings"]["together"],
+        "tasks": [_facts(model, file, own) for file, own in zip(files, scores, strict=True)],
+    }
+    return write_pruned(output, model, small, pruning, record, found, overwrite=overwrite)
+
+
+def _load_all(model: Model, tasks: Sequence[Data], head: str | None) -> Sequence[Task]:
+    """Reads the rows of all tasks, which differ in their names and fit the model."""
+    loaded = [data.load() for data in tasks]
+    stems = [file_stem(task.name) for task in loaded]
+    if len(set(stems)) < len(stems):
+        given = ", ".join(data.task for data in tasks)
+        raise ValueError(f"tasks must differ in their names, in those of files too; got {given}.")
+    for task in loaded:
+        fitting_head(model, task, head)
+    return loaded
+
+
+def _header(scores: Sequence[Scores]) -> dict[str, Any]:
+    """What `pruning.json` says of several scores."""
+    headers = [{name: value for name, value in own.header.items() if name != "rows"} for own in scores]
+    return {"model": headers[0]["model"], "versions": headers[0]["versions"], "tasks": headers}
+
+
+def _facts(model: Model, file: Path, scores: Scores) -> dict[str, Any]:
+    """What the record and the model card say of one task."""
+    header, prompt = scores.header, scores.header.get("prompt")
+    head = model.head(header["head"])
+    return {
+        "task": header["task"],
+        "scores": str(file),
+        "criterion": header["criterion"],
+        "head": head.name,
+        "labels": prompt["labels"] if prompt else list(head.labels),
+        "prompt": prompt,
+        "examples": header["examples"],
+    }
