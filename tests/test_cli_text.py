@@ -73,7 +73,7 @@ def test_scored_pruned_inspected_and_asked_again(place: Path, tmp_path: Path):
 
 def test_channels_are_pruned(place: Path, tmp_path: Path):
     kinds = ("--kinds", "channels,query_channels,neurons", "--criterion", "magnitude")
-    run_ = record_of(
+    record = record_of(
         "prune",
         place / "model",
         *asked(place),
@@ -89,7 +89,7 @@ def test_channels_are_pruned(place: Path, tmp_path: Path):
     model, params = load(tmp_path / "a")
     own = params["encoder"]["layers"][0]["attention"]
     assert own["value"]["kernel"].shape[1] == own["query"]["kernel"].shape[1] == 4  # every head, with fewer channels
-    assert own["value"]["kernel"].shape[2] < 3 and run_["kept"]["prunable_parameters"] < 0.8
+    assert own["value"]["kernel"].shape[2] < 3 and record["kept"]["prunable_parameters"] < 0.8
     assert np.isfinite(np.asarray(params["decoder"]["layers"][2]["cross"]["out"]["kernel"])).all()
     assert model.writes_text
 
@@ -129,7 +129,7 @@ def test_a_prompt_that_cannot_be_used(place: Path, tmp_path: Path, content: str,
     own = tmp_path / "prompt.yaml"
     own.write_text(content)
     data = ("--task", "mood", "--data", place / "data", "--prompt", own)
-    result = run("prune", place / "model", *data, "--flops", 0.5, "-o", tmp_path / "small")
+    result = run("prune", place / "model", *data, "--examples", 8, "--flops", 0.5, "-o", tmp_path / "small")
     assert result.exit_code == 2 and message in result.stderr and result.stderr.strip().count("\n") == 0
     assert [entry.name for entry in tmp_path.iterdir()] == ["prompt.yaml"]
 
