@@ -11,7 +11,7 @@ import pytest
 from tiny import MODEL_TYPES, lively, random_gates, tiny_batch, tiny_config, tiny_model
 
 from jaxprune.compaction import compact
-from jaxprune.gates import Gates, Params, open_gates, subtree, widths
+from jaxprune.gates import Gates, Params, open_gates, widths
 from jaxprune.models import (
     Model,
     TaskHead,
@@ -20,6 +20,7 @@ from jaxprune.models import (
     mask_of,
     model_inputs,
     model_layers,
+    part,
     values_compiled,
 )
 from jaxprune.models.backward import Prefix, forward
@@ -90,7 +91,7 @@ def test_what_a_forward_pass_keeps_shares_the_weights(weights: bool):
     assert [step.layer for step in layers] == ["0", "1"]
     for step in layers:
         kept = {id(leaf) for leaf in jax.tree.leaves(step.pullback)}
-        module = subtree(params, step.places)
+        module = part(params, step.places)
         kernels = [module["ffn"][name]["kernel"] for name in ("up", "down")]
         kernels += [module["attention"]["out"]["kernel"]]
         assert all(id(kernel) in kept for kernel in kernels)

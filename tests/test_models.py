@@ -451,7 +451,7 @@ def test_layers_draw_different_dropout():
     assert output.hidden is not None
     mask = jnp.asarray(tiny_batch(model)["attention_mask"]) > 0
     drawn = [
-        model.block(params["layers"][0], output.hidden[0], mask, key=key)[0]
+        np.asarray(model.block(params["layers"][0], output.hidden[0], mask, key=key)[0])
         for key in jax.random.split(jax.random.key(0), 4)
     ]
     np.testing.assert_allclose(output.hidden[1], drawn[0], rtol=1e-5, atol=1e-5)
