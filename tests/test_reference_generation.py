@@ -24,7 +24,7 @@ def torch() -> Any:
 
 def random_writer(kind: str, **own: int) -> Any:
     """A random PyTorch model that does not only repeat the token it reads, as one with large tied embeddings would."""
-    import torch
+    torch = pytest.importorskip("torch")
 
     model = random_t5(kind, **({"pad_token_id": 0, "decoder_start_token_id": 0} | own))
     with torch.no_grad():
@@ -46,7 +46,7 @@ def theirs(model: Any, batch: dict[str, np.ndarray], limit: int) -> np.ndarray:
 
     Without its cache: that has a place for every layer of the encoder, and the decoder has more (transformers 5.23).
     """
-    import torch
+    torch = pytest.importorskip("torch")
 
     arrays = {name: torch.from_numpy(array).long() for name, array in batch.items()}
     with torch.no_grad():

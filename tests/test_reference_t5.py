@@ -36,7 +36,7 @@ def torch() -> Any:
 
 def random_t5(kind: str, seed: int = 0, **sizes: Any) -> Any:
     """A random PyTorch model in which everything matters; untied ones get an output layer of their own."""
-    import torch
+    torch = pytest.importorskip("torch")
     from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
     make: Any = (MT5Config, MT5ForConditionalGeneration) if kind == "mt5" else (T5Config, T5ForConditionalGeneration)
@@ -82,7 +82,7 @@ def random_batch(length: int, targets: int, seed: int = 0, rows: int = 3) -> dic
 
 
 def run(model: Any, batch: dict[str, np.ndarray], **options: Any) -> Any:
-    import torch
+    torch = pytest.importorskip("torch")
 
     with torch.no_grad():
         return model(**{name: torch.from_numpy(array).long() for name, array in batch.items()}, **options)
