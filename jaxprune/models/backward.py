@@ -187,10 +187,9 @@ def forward(
             state, saved = _block_forward(model, tokens, weights, differentiated, *args, known)
             steps.append(Step(layer.name, layer.path, differentiated, saved.restore(before)))
     places = model.readout_places(chosen)
-    logits, pullback = _readout_forward(
-        model, chosen, weights, part(params, places), state, mask_of(layers[-1], inputs), keys[-2]
-    )
-    steps.append(Step(None, places, True, pullback))
+    own = part(params, places)
+    logits, saved = _readout_forward(model, chosen, weights, own, state, mask_of(layers[-1], inputs), keys[-2])
+    steps.append(Step(None, places, True, saved.restore((own, state))))
     return logits, Pull(weights, tuple(steps))
 
 
@@ -241,7 +240,8 @@ def _readout_forward(
     def run(hidden: State, params: Params = params) -> Array:
         return model.readout(params, hidden, mask, head, key=key)
 
-    return jax.vjp(run, hidden, params) if weights else jax.vjp(run, hidden)
+    logits, pullback = jax.vjp(run, hidden, params) if weights else jax.vjp(run, hidden)
+    return logits, Saved.of(pullback, (params, hidden))
 
 
 @jax.jit
