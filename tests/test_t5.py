@@ -313,3 +313,10 @@ def test_latency_reads_and_writes():
     assert found.length == (6, 2) and found.median > 0
     small = compact(model, params, random_gates(model, params))
     assert len(compare_latency([(model, params), (model, small)], length=(6, 2), repeats=2).speedups) == 2
+
+
+def test_nothing_is_computed_in_float16():
+    model, params = tiny_model("t5")
+    half = jax.tree.map(lambda array: array.astype(jnp.float16), params)
+    with pytest.raises(TypeError, match="overflow in float16: load the model in float32 or bfloat16"):
+        model.apply(half, tiny_batch(model))
