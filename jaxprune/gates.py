@@ -193,7 +193,7 @@ def check_sharing(table: AxisTable, params: Params, names: Collection[str]) -> N
                 shared[f"{owner} and {place.site.name}"] = None
     if shared:
         raise ValueError(
-            f"units of two kinds that share a parameter cannot be gated together: {', '.join(shared)}. "
+            f"units of two kinds that share a parameter cannot be gated together: {_some(shared, 2)}. "
             "Take the heads of a module, or its channels."
         )
 
