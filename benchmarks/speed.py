@@ -5,7 +5,8 @@
 Everything that is compared runs in one process, on the same weights, batch and threads, in turns (A B A B ...), after a
 round that is not counted; a ratio is the median of the rounds' ratios, with its quartiles. Before anything is timed
 beside PyTorch, the numbers of both must agree to 1e-4 of the largest. On a GPU bfloat16 and chunk sizes are measured
-too. `--base` takes a random model of BERT-base's size instead.
+too. `--random` takes a model with random weights instead, of the size of a well-known one. A text-to-text model reads
+`--length` tokens and writes four; the parts that it has are gradient, memory, pruned and limit.
 
 Parts, for `--only`:
     joint    integrated gradients, all gates on one path, beside autograd by hand and captum
@@ -31,6 +32,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -55,14 +57,28 @@ from jaxprune.models import Model, TaskHead, family
 from jaxprune.objectives import signed
 
 VERSIONS = ("jaxprune", "jax", "jaxlib", "flax", "numpy", "transformers", *PEERS)
-BASE = {  # the sizes of BERT-base
-    "model_type": "bert",
-    "vocab_size": 30_522,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3_072,
-    "max_position_embeddings": 512,
+SIZES = {
+    "bert-base": {
+        "model_type": "bert",
+        "vocab_size": 30_522,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3_072,
+        "max_position_embeddings": 512,
+    },
+    "flan-t5-small": {
+        "model_type": "t5",
+        "vocab_size": 32_128,
+        "d_model": 512,
+        "d_kv": 64,
+        "d_ff": 1_024,
+        "num_layers": 8,
+        "num_decoder_layers": 8,
+        "num_heads": 6,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    },
 }
 
 
@@ -138,25 +154,24 @@ def gradient(setting: Setting) -> Part:
 
 def memory(setting: Setting) -> Part:
     """Peak memory of one batch, each criterion in a fresh process."""
-    if setting.model.source is None:
-        say("  memory is left out: the model is in no folder that another process could read.")
-        return part({}, {}, {})
     if jax.default_backend() == "cpu" and not Path("/proc/self/clear_refs").exists():
         say("  memory is left out: this system has no /proc to measure it with.")
         return part({}, {}, {})
     peaks = {}
-    for name in ("gradient", "integrated"):
-        arguments = [name, setting.model.source, setting.head, setting.batch, setting.length, setting.nodes]
-        child = subprocess.run(
-            [sys.executable, __file__, "--measure-memory", *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-            # glibc: large arrays are mapped, so what is freed leaves the process at once
-            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
-        )
-        peaks[name] = int(child.stdout)
-        say(f"  {name}: {peaks[name] / 2**20:.0f} MiB")
+    with tempfile.TemporaryDirectory() as folder:
+        jp.save(f"{folder}/model", setting.model, setting.params)
+        for name in ("gradient", "integrated"):
+            arguments = [name, f"{folder}/model", setting.head or "", setting.batch, setting.length, setting.nodes]
+            child = subprocess.run(
+                [sys.executable, __file__, "--measure-memory", *map(str, arguments)],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+                # glibc: large arrays are mapped, so what is freed leaves the process at once
+                env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+            )
+            peaks[name] = int(child.stdout)
+            say(f"  {name}: {peaks[name] / 2**20:.0f} MiB")
     facts = {f"{name}, MiB": peak / 2**20 for name, peak in peaks.items()}
     ratio = {"median": peaks["integrated"] / peaks["gradient"], "at_most": 1.1}
     return part({}, {"integrated / gradient": ratio}, facts)
@@ -165,7 +180,9 @@ def memory(setting: Setting) -> Part:
 def measure_memory(name: str, folder: str, head: str, batch: str, length: str, nodes: str) -> None:
     """Prints by how many bytes a criterion makes this process (or the GPU's memory) grow: run by `memory`."""
     model, params = jp.load(folder)
-    setting = Setting(model=model, params=params, head=head, folder=folder, batch=int(batch), length=int(length))
+    setting = Setting(
+        model=model, params=params, head=head or None, folder=folder, batch=int(batch), length=int(length)
+    )
     integrated = jp.IntegratedGradients(nodes=int(nodes), chunk=1)
     run = setting.score({"gradient": jp.GradientActivation(), "integrated": integrated}[name])
     device = jax.devices()[0]
@@ -194,13 +211,14 @@ def pruned(setting: Setting) -> Part:
     scores = {name: random.random(units).astype(np.float32) for name, units in widths(model.axes, params).items()}
     ratios, seconds = {}, {}
     for length in sorted({min(32, setting.length), setting.length}):
-        gates = jp.select(model, params, scores, flops=0.5, length=length, multiple_of={"neurons": 8})
+        lengths = replace(setting, length=length).lengths
+        gates = jp.select(model, params, scores, flops=0.5, length=lengths, multiple_of={"neurons": 8})
         small = jp.compact(model, params, gates)
-        expected = flops(model, params, length) / flops(model, small, length)
+        expected = flops(model, params, lengths) / flops(model, small, lengths)
         for batch in (1, 32):
             name = f"batch {batch}, length {length}"
             found = [
-                compare_latency([(model, params), (model, small)], batch=batch, length=length, head=setting.head)
+                compare_latency([(model, params), (model, small)], batch=batch, length=lengths, head=setting.head)
                 for _ in range(max(1, setting.repeats // 2))
             ]
             seconds[f"dense, {name}"] = np.array([one.latencies[0].median for one in found])
@@ -220,7 +238,7 @@ def scaling(setting: Setting) -> Part:
 
     def add(name: str, own: Setting) -> None:
         runs[name] = own.score(jp.IntegratedGradients(nodes=own.nodes))
-        work[name] = 2e-9 * own.nodes * own.batch * flops(own.model, own.params, own.length)
+        work[name] = 2e-9 * own.nodes * own.batch * flops(own.model, own.params, own.lengths)
 
     for times in (1, 2, 4):
         add(f"examples = {times * small.batch}", replace(small, batch=times * small.batch))
@@ -261,7 +279,7 @@ def limit(setting: Setting) -> Part:
     }
     seconds = in_turns(runs, setting.repeats)
     rate = 2e-9 * times * tokens * embed * neurons / seconds["matrix product"]  # GFLOP/s
-    work = 1e-9 * setting.batch * flops(model, params, setting.length)
+    work = 1e-9 * setting.batch * flops(model, params, setting.lengths)
     ratios = {
         f"{name}, in forward passes": spread(seconds[name] / seconds["forward"], expected=count)
         for name, count in passes.items()
@@ -296,6 +314,7 @@ PARTS: dict[str, Callable[[Setting], Part]] = {
     "scaling": scaling,
     "limit": limit,
 }
+TEXT_PARTS = ("gradient", "memory", "pruned", "limit")
 ACCELERATED = {"joint": joint, "gradient": gradient, "limit": limit, "chunks": chunks}  # in bfloat16 too
 
 
@@ -318,8 +337,8 @@ def measure(setting: Setting, only: Sequence[str] = tuple(PARTS)) -> dict[str, P
 def random_model(raw: Mapping[str, Any]) -> tuple[Model, Params]:
     """A model of a Hugging Face configuration with one task head and random weights."""
     module = family(raw["model_type"])
-    head = TaskHead(name="task", labels=("no", "yes"), pooling="mean")
-    model = module.build(module.parse_config(raw, (head,)))
+    heads = () if raw.get("d_kv") else (TaskHead(name="task", labels=("no", "yes"), pooling="mean"),)
+    model = module.build(module.parse_config(raw, heads))
     return model, model.initialise(jax.random.key(0))
 
 
@@ -337,7 +356,8 @@ def environment(setting: Setting, threads: int) -> dict[str, Any]:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    names = ("folder", "head", "batch", "batches", "length", "nodes", "repeats", "compiled")
+    names = ["folder", "head", "batch", "batches", "length", "nodes", "repeats", "compiled"]
+    names += ["written"] if setting.model.writes_text else []
     return {
         "device": jax.devices()[0].device_kind,
         "machine": f"{platform.machine()}, {platform.system()}",
@@ -377,36 +397,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default=jp.bundled_model(), help="folder or hub id; the first task head is used")
     parser.add_argument(
-        "--base", action="store_true", help="a random model of BERT-base's size, 2048 examples, 20 nodes"
+        "--random", choices=SIZES, help="random weights in this size instead, 20 nodes; bert-base: 2048 examples"
     )
     parser.add_argument("--batch", type=int, default=16, help="examples in a batch")
     parser.add_argument("--length", type=int, default=128, help="tokens per example, no padding")
-    parser.add_argument("--nodes", type=int, help="quadrature nodes (8; 20 with --base)")
+    parser.add_argument("--nodes", type=int, help="quadrature nodes (8; 20 with --random)")
     parser.add_argument("--repeats", type=int, default=5, help="counted rounds")
     parser.add_argument("--threads", type=int, default=2, help="of JAX and PyTorch, on a CPU")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 4 examples of 32 tokens, 2 nodes")
-    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, by commas: {', '.join(PARTS)}")
+    parser.add_argument("--only", help=f"parts, by commas: {', '.join(PARTS)}")
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file")
     arguments = parser.parse_args()
-    only = arguments.only.split(",")
-    if set(only) - set(PARTS):
-        parser.error(f"--only has {', '.join(sorted(set(only) - set(PARTS)))}; there are {', '.join(PARTS)}.")
     limit_threads(arguments.threads)
     on_cpu = jax.default_backend() == "cpu"
     if not on_cpu:
         jax.config.update("jax_default_matmul_precision", "float32")  # PyTorch's default too: no TF32
-    model, params = random_model(BASE) if arguments.base else jp.load(arguments.model)
+    size = SIZES.get(arguments.random)
+    model, params = jp.load(arguments.model) if size is None else random_model(size)
+    known = TEXT_PARTS if model.writes_text else tuple(PARTS)
+    only = arguments.only.split(",") if arguments.only else list(known)
+    if wrong := sorted(set(only) - set(known)):
+        parser.error(f"--only has {', '.join(wrong)}; this model has {', '.join(known)}.")
     setting = Setting(
         model=model,
         params=params,
-        head=model.heads[0],
-        folder="random, of BERT-base's size" if arguments.base else Path(arguments.model).name,
+        head=next(iter(model.heads), None),
+        folder=f"random weights, {arguments.random}" if size else Path(arguments.model).name,
         batch=arguments.batch,
         length=arguments.length,
-        nodes=arguments.nodes or (20 if arguments.base else 8),
+        nodes=arguments.nodes or (20 if size else 8),
         repeats=arguments.repeats,
     )
-    if arguments.base:
+    if arguments.random == "bert-base":
         setting = replace(setting, batches=max(1, 2048 // setting.batch), compiled=not on_cpu)
     if arguments.quick:
         setting = replace(setting, batch=4, batches=1, length=32, nodes=2, repeats=2)

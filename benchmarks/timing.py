@@ -29,22 +29,35 @@ class Setting:
 
     model: Model
     params: Params
-    head: str
+    head: str | None  # None: a text-to-text model
     folder: str  # the model's, or its name
     batch: int = 16  # examples per batch
     batches: int = 1  # of the joint path
     length: int = 128  # tokens per example, no padding
+    written: int = 4  # tokens of an answer, if the model writes text
     nodes: int = 8
     repeats: int = 5
     compiled: bool = False  # whether PyTorch compiles its model
 
+    @property
+    def lengths(self) -> int | tuple[int, int]:
+        """Tokens per example, as the library's costs take them."""
+        return (self.length, self.written) if self.model.writes_text else self.length
+
     def rows(self, batch: int | None = None, length: int | None = None, seed: int = 0) -> dict[str, np.ndarray]:
-        """Random tokens and labels."""
+        """Random tokens and labels; of a text-to-text model two random answers to choose from."""
         shape = batch or self.batch, length or self.length
         random = np.random.default_rng(seed)
-        labels = random.integers(0, len(self.model.head(self.head).labels), shape[0], dtype=np.int32)
-        tokens = random.integers(1, self.model.config.vocab, shape, dtype=np.int32)
-        return {"input_ids": tokens, "attention_mask": np.ones(shape, np.int32), "labels": labels}
+        vocab, text = self.model.config.vocab, self.model.writes_text
+        count = 2 if text else len(self.model.head(self.head).labels)
+        labels = random.integers(0, count, shape[0], dtype=np.int32)
+        tokens = random.integers(1, vocab, shape, dtype=np.int32)
+        rows = {"input_ids": tokens, "attention_mask": np.ones(shape, np.int32), "labels": labels}
+        if text:
+            rows["candidates"] = random.integers(2, vocab, (shape[0], count, self.written), dtype=np.int32)
+            rows["candidates"][:, :, -1] = self.model.config.end_id
+            rows["decoder_input_ids"] = random.integers(2, vocab, (shape[0], self.written), dtype=np.int32)
+        return rows
 
     def score(self, criterion: Any, batches: Sequence[Mapping[str, np.ndarray]] = ()) -> Callable[[], Any]:
         """A function that calls a criterion on batches and keeps the sums over examples, as scoring does."""
@@ -126,7 +139,7 @@ def precision(setting: Setting) -> str:
 def peer(setting: Setting) -> Any:
     """The PyTorch side on the same weights; None if it is not installed or knows no such model."""
     missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
-    if missing or setting.model.config.model_type != "bert":
+    if missing or setting.model.config.model_type != "bert" or setting.head is None:
         why = f"{' and '.join(missing)} not installed" if missing else "it is made for BERT alone"
         say(f"  PyTorch is left out: {why}. `make bench-reference` installs what is needed.")
         return None

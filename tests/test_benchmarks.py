@@ -56,6 +56,16 @@ def test_environment_names_device_versions_and_settings(speed: Any, setting: Any
     assert found["settings"]["nodes"] == 2 and found["settings"]["folder"] == "tiny"
 
 
+@pytest.mark.reference  # it compiles much
+def test_a_text_to_text_model_is_timed_too(speed: Any):
+    model, params = tiny_model("t5", neurons=64)
+    own = speed.Setting(model=model, params=params, head=None, folder="tiny", batch=4, length=8, nodes=2, repeats=2)
+    parts = speed.measure(own, [name for name in speed.TEXT_PARTS if name != "memory"])
+    check(parts)
+    assert list(parts) == ["gradient", "pruned", "limit"]
+    assert speed.environment(own, 2)["settings"]["written"] == own.lengths[1]
+
+
 @pytest.mark.reference
 def test_both_sides_compute_the_same_numbers(speed: Any, setting: Any):
     pytest.importorskip("torch")
