@@ -234,24 +234,9 @@ def few(bench: Bench) -> dict[str, Any]:
 
 def unseen(bench: Bench) -> dict[str, Any]:
     """Scored on one task, tested in domains that neither fine-tuning nor scoring has seen; at the endpoint."""
-    rows: dict[str, Any] = {}
-    for source, domains in UNSEEN.items():
-        for domain in domains:
-            own: dict[str, Any] = {}
-            dense = {domain: bench.cell(domain, "test", head=source)}
-            chance = {domain: bench.chance(domain, "test")}
-            for name in ("integrated gradients", "gradient x activation", "Taylor", "Wanda", "random"):
-                heads = {"scored_on": source, "head": source}
-                seen = bench.cells_of(METHODS[name], [domain], "test", ENDPOINT, DRAWS_UNSEEN, **heads)
-                own[name] = summary(seen, dense, chance)["tasks"][domain]
-            rows[domain] = {
-                "scored_on": source,
-                "dense": float(dense[domain].hits.mean()),
-                "chance": chance[domain],
-                "n": len(dense[domain].hits),
-                "accuracy": own,
-            }
-    return {"rows": rows}
+    names = ("integrated gradients", "gradient x activation", "Taylor", "Wanda", "random")
+    pairs = [(source, domain) for source, domains in UNSEEN.items() for domain in domains]
+    return {"rows": bench.elsewhere(pairs, {name: METHODS[name] for name in names}, ENDPOINT, DRAWS_UNSEEN)}
 
 
 def matrix(bench: Bench, draws: int = 3) -> dict[str, Any]:

@@ -4,8 +4,16 @@
 
 Attribution beside every baseline, from 10 to 90 % removed, per layer and over all layers together. Made for a
 text-to-text model, whose tasks are told apart by prompts; it runs on a model with task heads as well. Every scoring
-run and every tested model is kept in `WORK`, so an interrupted run goes on where it was. Figures are those of test; the
-rules are in `evidence.py`, the settings that are compared were fixed beforehand.
+run and every tested model is kept in `WORK`, so an interrupted run goes on where it was. Figures are those of test, but
+for `objectives`, which looks at dev; the rules are in `evidence.py`, what is compared was fixed beforehand.
+
+Parts, for `--only`:
+    objectives    what is attributed: the paper's sum of the answer's token probabilities, or something else (dev)
+    supervised    all criteria, labelled examples, all budgets; per layer and over all layers together
+    few           1, 4, 16, 64 and 256 labelled examples per class
+    unsupervised  no labels: what the model predicts, and every answer by its probability
+    unseen        scored on one task, tested in another domain
+    cost          seconds and memory of every criterion
 """
 
 from __future__ import annotations
@@ -14,7 +22,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,145 +32,208 @@ import jax
 import numpy as np
 from accuracy import ATTRIBUTION, CRITERIA, UNSEEN, commit
 from bench import Bench, Method
-from evidence import compare, summary
+from evidence import Cell, compare, summary
+from timing import growth, peak_of_child
 
 import jaxprune as jp
 from jaxprune import objectives
 from jaxprune.files import write_atomic
 from jaxprune.selection import per_layer_l2
 
-TASKS = ("sst2", "ag_news", "mrpc", "rte", "qnli", "subj", "trec", "dbpedia_14", "banking77", "snips")
+TASKS = ("sst2", "ag_news", "mrpc", "rte", "qnli", "subj", "trec", "dbpedia_14", "snips")
 KEPT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of the FLOPs of encoder and decoder
+KEPT_GLOBAL = (0.9, 0.7, 0.5, 0.3, 0.1)
 ENDPOINT = 0.5
 PER_CLASS = (1, 4, 16, 64, 256)
 MOST = 2_048  # examples of a calibration set
 ROWS = 300  # of test, at most
 DRAWS = 5
+DRAWS_UNSEEN = 2
 CURVE_DRAWS = 1
-PARTS = ("supervised", "few", "unsupervised", "unseen", "cost")
-CLOSE = ("integrated gradients", "gradient x activation", "Taylor", "Fisher", "Wanda", "magnitude", "random")
-LABEL_FREE = {"predicted": objectives.predicted, "every": objectives.every}
-GOLD = {"integrated gradients": jp.IntegratedGradients, "gradient x activation": jp.GradientActivation}
+FEWER = ("integrated gradients", "gradient x activation", "Wanda", "magnitude", "random")  # over all layers, unseen
+READING = ("integrated gradients", "gradient x activation", "Taylor", "Wanda")  # those that look at labelled examples
+OBJECTIVES = {
+    "sum of probabilities": None,
+    "sum of log-probabilities": jp.log_probability,
+    "sum of margins": jp.margin,
+}
+LABELS = {"predicted": objectives.predicted, "every": objectives.every}
+MOST_LABELS = 10  # of a task whose every answer is attributed: each costs a pass
+MADE = {"integrated gradients": jp.IntegratedGradients, "gradient x activation": jp.GradientActivation}
 
 
-def examples_of(bench: Bench, task: str, wanted: int) -> int:
-    """As many calibration rows as there are, at most so many."""
-    return min(wanted, len(bench.task(task).rows("calibration")))
+class Paper:
+    """The bench, with the test figures of the dense model at hand."""
+
+    def __init__(self, bench: Bench, examples: int) -> None:
+        self.bench, self.examples, self.tasks = bench, examples, bench.able
+        self.dense, self.chance = bench.dense(self.tasks, "test"), bench.chances(self.tasks, "test")
+
+    def count(self, task: str, wanted: int | None = None) -> int:
+        """As many calibration rows as there are, at most so many."""
+        return min(wanted or self.examples, self.examples, len(self.bench.task(task).rows("calibration")))
+
+    def cells(
+        self,
+        method: Method,
+        budget: float = ENDPOINT,
+        draws: int = DRAWS,
+        tasks: Sequence[str] | None = None,
+        examples: Callable[[str], int] | None = None,
+        split: str = "test",
+    ) -> dict[str, list[Cell]]:
+        """By task, some draws of its examples."""
+        count = examples or self.count
+        found: dict[str, list[Cell]] = {}
+        for task in self.tasks if tasks is None else tasks:
+            found |= self.bench.cells_of(replace(method, examples=count(task)), [task], split, budget, draws)
+        return found
+
+    def summary(self, cells: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
+        """Accuracies and the primary metric."""
+        return summary(cells, self.dense, self.chance)
+
+    def compare(self, one: Mapping[str, Sequence[Cell]], other: Mapping[str, Sequence[Cell]]) -> dict[str, Any]:
+        """The difference of the primary metric, with its interval."""
+        return compare(one, other, self.dense, self.chance)
 
 
-def cells(bench: Bench, task: str, method: Method, budget: float, draws: int, examples: int) -> list[Any]:
-    """One task, one method, some draws of so many examples."""
-    own = replace(method, examples=examples_of(bench, task, examples))
-    return bench.cells_of(own, [task], "test", budget, draws)[task]
+def per_layer(name: str) -> Method:
+    """A criterion with the same share of every site; dropping top layers is by its nature global."""
+    return Method(CRITERIA[name], per_layer=name != "top layers")
 
 
-def supervised(bench: Bench, examples: int) -> dict[str, Any]:
-    """All criteria at all budgets, with all labelled examples; per layer, and over all layers together."""
-    dense, chance = bench.dense(bench.able, "test"), bench.chances(bench.able, "test")
-    found: dict[str, Any] = {}
-    for scope in ("per layer", "global"):
-        rows = {}
-        for name, criterion in CRITERIA.items():
-            if name == "top layers" and scope == "per layer":
-                continue  # it ranks layers
-            method = Method(criterion, per_layer=scope == "per layer", normalise=None)
-            if scope == "global" and name not in ("top layers", "random"):
-                method = replace(method, normalise=per_layer_l2)
-            rows[name] = {
-                str(kept): summary(
-                    {task: cells(bench, task, method, kept, CURVE_DRAWS, examples) for task in bench.able},
-                    dense,
-                    chance,
-                )
-                for kept in KEPT
-            }
-        found[scope] = rows
-    methods = {name: Method(criterion, per_layer=name != "top layers") for name, criterion in CRITERIA.items()}
-    ends = {
-        name: {task: cells(bench, task, method, ENDPOINT, DRAWS, examples) for task in bench.able}
-        for name, method in methods.items()
-    }
-    pairs = [(one, other) for one in ATTRIBUTION for other in methods if other not in ATTRIBUTION] + [ATTRIBUTION]
+def objectives_on_dev(paper: Paper) -> dict[str, Any]:
+    """What is attributed, on dev: a choice."""
+    dense, chance = paper.bench.dense(paper.tasks, "dev"), paper.bench.chances(paper.tasks, "dev")
+    rows: dict[str, Any] = {}
+    for name, make in MADE.items():
+        found = {
+            what: paper.cells(Method(make(objective=own)), draws=2, split="dev") for what, own in OBJECTIVES.items()
+        }
+        first = next(iter(found.values()))
+        rows[name] = {
+            what: summary(own, dense, chance) | {"against_paper": compare(own, first, dense, chance)}
+            for what, own in found.items()
+        }
+    return {"rows": rows, "split": "dev", "draws": 2}
+
+
+def supervised(paper: Paper) -> dict[str, Any]:
+    """All criteria at all budgets, with labelled examples; per layer, and over all layers together."""
+    curves: dict[str, Any] = {"per layer": {}, "global": {}}
+    for name in CRITERIA:
+        found = {kept: paper.cells(per_layer(name), kept, CURVE_DRAWS) for kept in KEPT}
+        curves["per layer"][name] = {str(kept): paper.summary(cells) for kept, cells in found.items()}
+    for name in FEWER:
+        normalise = None if name == "random" else per_layer_l2
+        method = Method(CRITERIA[name], per_layer=False, normalise=normalise)
+        found = {kept: paper.cells(method, kept, CURVE_DRAWS) for kept in KEPT_GLOBAL}
+        curves["global"][name] = {str(kept): paper.summary(cells) for kept, cells in found.items()}
+    ends = {name: paper.cells(per_layer(name)) for name in CRITERIA}
+    pairs = [(one, other) for one in ATTRIBUTION for other in CRITERIA if other not in ATTRIBUTION]
     return {
-        "examples": {task: examples_of(bench, task, examples) for task in bench.able},
-        "rows": found,
-        "endpoint": {name: summary(own, dense, chance) for name, own in ends.items()},
-        "claims": {f"{one} - {other}": compare(ends[one], ends[other], dense, chance) for one, other in pairs},
+        "examples": {task: paper.count(task) for task in paper.tasks},
+        "curves": curves,
+        "rows": {name: paper.summary(own) for name, own in ends.items()},
+        "claims": {f"{a} - {b}": paper.compare(ends[a], ends[b]) for a, b in [*pairs, ATTRIBUTION]},
     }
 
 
-def few(bench: Bench, examples: int) -> dict[str, Any]:
+def few(paper: Paper) -> dict[str, Any]:
     """So many labelled examples per class, with the spread over the draws."""
-    dense, chance = bench.dense(bench.able, "test"), bench.chances(bench.able, "test")
     rows: dict[str, Any] = {}
+    whole = {name: paper.cells(per_layer(name)) for name in READING}
     for per_class in PER_CLASS:
-        own = {}
-        for name in CLOSE:
-            found = {}
-            for task in bench.able:
-                count = min(per_class * len(bench.task(task).labels), examples)
-                found[task] = cells(bench, task, Method(CRITERIA[name]), ENDPOINT, DRAWS, count)
-            own[name] = summary(found, dense, chance)
-        rows[str(per_class)] = own
-    return {"rows": rows, "at_most": examples}
+
+        def examples(task: str, per_class: int = per_class) -> int:
+            return paper.count(task, per_class * len(paper.bench.task(task).labels))
+
+        found = {name: paper.cells(per_layer(name), examples=examples) for name in READING}
+        rows[str(per_class)] = {
+            name: paper.summary(own) | {"all_minus_this": paper.compare(whole[name], own)}
+            for name, own in found.items()
+        }
+    return {"rows": rows, "at_most": paper.examples}
 
 
-def unsupervised(bench: Bench, examples: int) -> dict[str, Any]:
-    """Without labels: for what the model predicts, and for every label by its probability."""
-    dense, chance = bench.dense(bench.able, "test"), bench.chances(bench.able, "test")
+def unsupervised(paper: Paper) -> dict[str, Any]:
+    """Without labels: for what the model predicts, and for every answer by its probability."""
     rows: dict[str, Any] = {}
-    for name, make in GOLD.items():
-        gold = {task: cells(bench, task, Method(make()), ENDPOINT, DRAWS, examples) for task in bench.able}
-        rows[name] = {"gold": summary(gold, dense, chance)}
-        for label, function in LABEL_FREE.items():
-            tasks = [t for t in bench.able if label != "every" or len(bench.task(t).labels) <= 10]  # a pass per label
-            own = {task: cells(bench, task, Method(make(labels=function)), ENDPOINT, DRAWS, examples) for task in tasks}
-            some = {task: gold[task] for task in tasks}
-            rows[name][label] = summary(own, dense, chance) | {"gold_minus_this": compare(some, own, dense, chance)}
+    for name, make in MADE.items():
+        gold = paper.cells(Method(make()))
+        rows[name] = {"gold": paper.summary(gold)}
+        for label, function in LABELS.items():
+            few_labels = [task for task in paper.tasks if len(paper.bench.task(task).labels) <= MOST_LABELS]
+            if label == "every" and make is jp.IntegratedGradients:
+                continue  # nodes times answers
+            tasks = few_labels if label == "every" else paper.tasks
+            own, same = paper.cells(Method(make(labels=function)), tasks=tasks), {task: gold[task] for task in tasks}
+            rows[name][label] = paper.summary(own) | {"gold_minus_this": paper.compare(same, own)}
     return {"rows": rows}
 
 
-def unseen(bench: Bench, examples: int) -> dict[str, Any]:
+def unseen(paper: Paper) -> dict[str, Any]:
     """Scored on one task, tested in domains that neither fine-tuning nor scoring has seen."""
-    rows: dict[str, Any] = {}
-    for source, domains in UNSEEN.items():
-        for domain in domains:
-            bench.ask_as(domain, source)
-            head = None if bench.model.writes_text else source
-            dense, chance = {domain: bench.cell(domain, "test", head=head)}, {domain: bench.chance(domain, "test")}
-            own: dict[str, Any] = {}
-            for name in CLOSE:
-                method = Method(CRITERIA[name], examples=examples_of(bench, source, examples))
-                seen = bench.cells_of(method, [domain], "test", ENDPOINT, DRAWS, scored_on=source, head=head)
-                own[name] = summary(seen, dense, chance)["tasks"][domain]
-            rows[domain] = {
-                "scored_on": source,
-                "dense": float(dense[domain].hits.mean()),
-                "chance": chance[domain],
-                "n": len(dense[domain].hits),
-                "accuracy": own,
-            }
-    return {"rows": rows}
+    methods = {name: replace(per_layer(name), examples=paper.examples) for name in FEWER}
+    pairs = [(task, domain) for task, domains in UNSEEN.items() for domain in domains if task in paper.tasks]
+    left_out = [task for task in UNSEEN if task not in paper.tasks]
+    return {"rows": paper.bench.elsewhere(pairs, methods, ENDPOINT, DRAWS_UNSEEN), "left_out": left_out}
 
 
-def cost(bench: Bench, examples: int) -> dict[str, Any]:
-    """How long a criterion takes for one task, in turns; the first round, which compiles, is not counted."""
-    task, count, rounds = bench.task(bench.able[0]), 64, 3
+def cost(paper: Paper) -> dict[str, Any]:
+    """How long a criterion takes for one task, in turns, without the round that compiles; and its peak of memory."""
+    task, count, rounds = paper.bench.task(paper.tasks[0]), 64, 3
     seconds: dict[str, list[float]] = {name: [] for name in CRITERIA}
     for turn in range(rounds + 1):
         for name, criterion in CRITERIA.items():
             begun = time.perf_counter()
-            found = jp.score(bench.model, bench.params, task, criterion=criterion, examples=count, key=turn)
+            found = jp.score(paper.bench.model, paper.bench.params, task, criterion=criterion, examples=count, key=turn)
             jax.block_until_ready(found.values)
             if turn:
                 seconds[name].append(time.perf_counter() - begun)
-    least = float(np.median(seconds["gradient x activation"]))
+    places = str(paper.bench.source), str(paper.bench.data), task.name
+    memory = {
+        name: peak_of_child([sys.executable, __file__, "--measure-memory", name, *places, str(count)])
+        for name in CRITERIA
+    }
+    unit = "gradient x activation"
     return {
         "task": task.name,
         "examples": count,
-        "seconds": {name: float(np.median(own)) for name, own in seconds.items()},
-        "relative": {name: float(np.median(own)) / least for name, own in seconds.items()},
+        "rows": {
+            name: {
+                "seconds": float(np.median(own)),
+                "time": float(np.median(np.divide(own, seconds[unit]))),
+                "bytes": memory[name],
+                "memory": memory[name] / memory[unit] if memory[name] is not None else None,
+            }
+            for name, own in seconds.items()
+        },
     }
+
+
+PARTS: dict[str, Callable[[Paper], dict[str, Any]]] = {
+    "objectives": objectives_on_dev,
+    "supervised": supervised,
+    "few": few,
+    "unsupervised": unsupervised,
+    "unseen": unseen,
+    "cost": cost,
+}
+
+
+def measure_memory(name: str, model: str, data: str, task: str, examples: str) -> None:
+    """Prints by how many bytes scoring makes a process grow: run by `cost`."""
+    loaded, params = jp.load(model)
+    own = jp.load_task(task, data=data)
+
+    def run() -> None:
+        jax.block_until_ready(
+            jp.score(loaded, params, own, criterion=CRITERIA[name], examples=int(examples), key=0).values
+        )
+
+    print(growth(run))
 
 
 def main() -> None:
@@ -184,42 +255,44 @@ def main() -> None:
     found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     if found.get("model", bench.digest) != bench.digest:
         parser.error(f"{arguments.output} is of another model: name another file")
-    run: dict[str, Callable[[Bench, int], dict[str, Any]]] = {
-        "supervised": supervised,
-        "few": few,
-        "unsupervised": unsupervised,
-        "unseen": unseen,
-        "cost": cost,
-    }
-    for part in PARTS:
-        if part in chosen:
-            print(f"== {part}", file=sys.stderr, flush=True)
-            own = run[part](bench, arguments.examples)
-            found[part] = own | {"at_most_rows": bench.rows, "commit": commit()}
-            found |= {
-                "command": "python benchmarks/attribution_paper.py --model MODEL --data DATA --work WORK -o OUTPUT",
-                "model": bench.digest,
-                "models": 1,
-                "tasks": _tasks(bench, tasks),
-                "draws": DRAWS,
-                "endpoint": ENDPOINT,
-                "device": jax.devices()[0].device_kind,
-                "versions": {name: version(name) for name in ("jaxprune", "jax", "flax", "numpy")},
-            }
-            write_atomic(arguments.output, (json.dumps(found, indent=1) + "\n").encode())
+    paper = Paper(bench, arguments.examples)
+    for name, run in PARTS.items():
+        if name not in chosen:
+            continue
+        print(f"== {name}", file=sys.stderr, flush=True)
+        own = run(paper) | {"at_most_rows": bench.rows, "at_most_examples": paper.examples, "commit": commit()}
+        found |= {
+            name: own,
+            "command": "python benchmarks/attribution_paper.py --model MODEL --data DATA --work WORK -o OUTPUT "
+            f"--rows {bench.rows} --examples {paper.examples}",
+            "model": bench.digest,
+            "models": 1,
+            "tasks": _tasks(paper, tasks),
+            "draws": DRAWS,
+            "endpoint": ENDPOINT,
+            "device": jax.devices()[0].device_kind,
+            "versions": {package: version(package) for package in ("jaxprune", "jax", "flax", "numpy")},
+        }
+        write_atomic(arguments.output, (json.dumps(found, indent=1) + "\n").encode())
 
 
-def _tasks(bench: Bench, tasks: Sequence[str]) -> dict[str, Any]:
-    """What the dense model scores on dev, and which tasks are too near to chance to say anything."""
-    return {
-        task: {
+def _tasks(paper: Paper, tasks: Sequence[str]) -> dict[str, Any]:
+    """What the dense model scores, and which tasks are too near to chance on dev to say anything."""
+    bench, found = paper.bench, {}
+    for task in tasks:
+        found[task] = {
             "dense_dev": float(bench.cell(task, "dev").hits.mean()),
             "chance_dev": bench.chance(task, "dev"),
-            "used": task in bench.able,
+            "used": task in paper.tasks,
         }
-        for task in tasks
-    }
+        if task in paper.tasks:
+            hits = paper.dense[task].hits
+            found[task] |= {"dense": float(hits.mean()), "chance": paper.chance[task], "n": len(hits)}
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--measure-memory"]:
+        measure_memory(*sys.argv[2:])
+    else:
+        main()

@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from evidence import Cell
+from evidence import Cell, summary
 
 import jaxprune as jp
 from jaxprune.batches import Length, encode
@@ -214,6 +214,36 @@ class Bench:
     def chances(self, tasks: Iterable[str], split: str) -> dict[str, float]:
         """Chance by task."""
         return {task: self.chance(task, split) for task in tasks}
+
+    def elsewhere(
+        self, pairs: Iterable[tuple[str, str]], methods: Mapping[str, Method], budget: float, draws: int
+    ) -> dict[str, Any]:
+        """Scored on one task, tested in a domain that neither fine-tuning nor scoring has seen.
+
+        Args:
+            pairs: The task and the domain, which has the same labels.
+            methods: How to prune; those with more examples than the task has take all of them.
+            budget: Fraction of the FLOPs.
+            draws: Of the calibration rows.
+        """
+        found: dict[str, Any] = {}
+        for source, domain in pairs:
+            self.ask_as(domain, source)
+            head = None if self.model.writes_text else source
+            dense, chance = {domain: self.cell(domain, "test", head=head)}, {domain: self.chance(domain, "test")}
+            own: dict[str, Any] = {}
+            for name, method in methods.items():
+                method = replace(method, examples=min(method.examples, len(self.task(source).rows("calibration"))))
+                seen = self.cells_of(method, [domain], "test", budget, draws, scored_on=source, head=head)
+                own[name] = summary(seen, dense, chance)["tasks"][domain]
+            found[domain] = {
+                "scored_on": source,
+                "dense": float(dense[domain].hits.mean()),
+                "chance": chance[domain],
+                "n": len(dense[domain].hits),
+                "accuracy": own,
+            }
+        return found
 
     @cached_property
     def able(self) -> tuple[str, ...]:

@@ -45,7 +45,22 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from timing import PEERS, Part, Runs, Setting, agreement, in_turns, part, peer, precision, say, spread, wanted
+from timing import (
+    PEERS,
+    Part,
+    Runs,
+    Setting,
+    agreement,
+    growth,
+    in_turns,
+    part,
+    peak_of_child,
+    peer,
+    precision,
+    say,
+    spread,
+    wanted,
+)
 
 import jaxprune as jp
 from jaxprune.attribution import layer
@@ -154,23 +169,16 @@ def gradient(setting: Setting) -> Part:
 
 def memory(setting: Setting) -> Part:
     """Peak memory of one batch, each criterion in a fresh process."""
-    if jax.default_backend() == "cpu" and not Path("/proc/self/clear_refs").exists():
-        say("  memory is left out: this system has no /proc to measure it with.")
-        return part({}, {}, {})
-    peaks = {}
+    peaks: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         jp.save(f"{folder}/model", setting.model, setting.params)
         for name in ("gradient", "integrated"):
             arguments = [name, f"{folder}/model", setting.head or "", setting.batch, setting.length, setting.nodes]
-            child = subprocess.run(
-                [sys.executable, __file__, "--measure-memory", *map(str, arguments)],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-                # glibc: large arrays are mapped, so what is freed leaves the process at once
-                env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
-            )
-            peaks[name] = int(child.stdout)
+            peak = peak_of_child([sys.executable, __file__, "--measure-memory", *map(str, arguments)])
+            if peak is None:
+                say("  memory is left out: this system has no /proc to measure it with.")
+                return part({}, {}, {})
+            peaks[name] = peak
             say(f"  {name}: {peaks[name] / 2**20:.0f} MiB")
     facts = {f"{name}, MiB": peak / 2**20 for name, peak in peaks.items()}
     ratio = {"median": peaks["integrated"] / peaks["gradient"], "at_most": 1.1}
@@ -184,24 +192,7 @@ def measure_memory(name: str, folder: str, head: str, batch: str, length: str, n
         model=model, params=params, head=head or None, folder=folder, batch=int(batch), length=int(length)
     )
     integrated = jp.IntegratedGradients(nodes=int(nodes), chunk=1)
-    run = setting.score({"gradient": jp.GradientActivation(), "integrated": integrated}[name])
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        before = (device.memory_stats() or {})["bytes_in_use"]
-        run()
-        print((device.memory_stats() or {})["peak_bytes_in_use"] - before)
-        return
-    run()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = status("VmRSS")
-    run()
-    print(1024 * (status("VmHWM") - before))
-
-
-def status(field: str) -> int:
-    """A field of this process's status, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    print(growth(setting.score({"gradient": jp.GradientActivation(), "integrated": integrated}[name])))
 
 
 def pruned(setting: Setting) -> Part:

@@ -10,57 +10,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
+from pages import RESULTS, best_first, percent, points, record, spread, table, within
+from tables_text import TEXT_TABLES
 from timing import wanted
 
 from jaxprune.pictures import FORMATS, sweep_figure
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 MARK = re.compile(r"(<!-- table: ([a-z-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-
-
-@cache
-def record(name: str) -> dict[str, Any]:
-    """A record of benchmarks/results."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are numbers."""
-    rule = ["---", *["---:"] * (len(heading) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (heading, rule, *rows)) + "\n"
-
-
-def percent(value: float | None) -> str:
-    """A fraction in percent."""
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def points(found: Mapping[str, Any]) -> str:
-    """A difference with its interval and its verdict, in points of the primary metric."""
-    return (
-        f"{100 * found['difference']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}] {found['verdict']}"
-    )
-
-
-def within(found: Mapping[str, Any], margin: float) -> str:
-    """A loss with its interval, and whether it is certainly below a margin."""
-    low, high = 100 * found["low"], 100 * found["high"]
-    word = f"within {margin:g}" if high < margin else f"more than {margin:g}" if low > margin else "undecided"
-    return f"{100 * found['difference']:+.1f} [{low:+.1f}, {high:+.1f}] {word}"
 
 
 def main_rows() -> str:
     """The primary metric of every criterion at the endpoint, best first."""
     rows = [
         [name, percent(own["retained"]), percent(own["accuracy"]), percent(own["flops"])]
-        for name, own in _best_first(record("accuracy")["main"]["rows"])
+        for name, own in best_first(record("accuracy")["main"]["rows"])
     ]
     return table(["half the FLOPs, %", "accuracy above chance kept", "mean accuracy", "FLOPs kept"], rows)
 
@@ -69,7 +37,7 @@ def main_budgets() -> str:
     """The primary metric of every criterion at every budget."""
     found = record("accuracy")
     budgets = sorted(next(iter(found["curves"]["rows"].values())), key=float, reverse=True)
-    order = [name for name, _ in _best_first(found["main"]["rows"])]
+    order = [name for name, _ in best_first(found["main"]["rows"])]
     rows = [[name, *(percent(found["curves"]["rows"][name][b]["retained"]) for b in budgets)] for name in order]
     return table(["accuracy above chance kept, %, at", *(f"{float(b):g}" for b in budgets)], rows)
 
@@ -89,16 +57,12 @@ def tight_claims() -> str:
 def main_tasks() -> str:
     """Raw accuracy per task at the endpoint."""
     found = record("accuracy")["main"]
-    best = [name for name, _ in _best_first(found["rows"])]
+    best = [name for name, _ in best_first(found["rows"])]
     rows = []
     for task, own in found["tasks"].items():
-        cells = [_spread(found["rows"][name]["tasks"][task]) for name in best]
+        cells = [spread(found["rows"][name]["tasks"][task]) for name in best]
         rows.append([task, str(own["n"]), percent(own["chance"]), percent(own["dense"]), *cells])
     return table(["accuracy, %", "rows", "chance", "dense", *best], rows)
-
-
-def _best_first(rows: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return sorted(rows.items(), key=lambda item: -item[1]["retained"])
 
 
 def factors() -> str:
@@ -186,7 +150,7 @@ def unseen() -> str:
             str(own["n"]),
             percent(own["chance"]),
             percent(own["dense"]),
-            *(_spread(own["accuracy"][name]) for name in names),
+            *(spread(own["accuracy"][name]) for name in names),
         ]
         for domain, own in found.items()
     ]
@@ -346,11 +310,6 @@ def _speed_row() -> list[str]:
     ]
 
 
-def _spread(found: Mapping[str, Any]) -> str:
-    deviation = found["deviation"]
-    return percent(found["accuracy"]) + (f" ± {100 * deviation:.1f}" if deviation is not None else "")
-
-
 OURS = ("integrated gradients", "gradient x activation")
 TABLES: Mapping[str, Callable[[], str]] = {
     "headline": headline,
@@ -371,6 +330,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "matrix": matrix,
     "speed": speed,
     "speed-setting": speed_setting,
+    **TEXT_TABLES,
 }
 
 
@@ -405,7 +365,7 @@ def draw_curves(path: Path, *, dark: bool = False) -> None:
             "chance": 0.0,
             "seed": 0,
         }
-        for name, _ in _best_first(accuracy["main"]["rows"])
+        for name, _ in best_first(accuracy["main"]["rows"])
         for budget, found in accuracy["curves"]["rows"][name].items()
     ]
     sweep_figure(path, rows, split="test", dark=dark)

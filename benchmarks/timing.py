@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -146,6 +149,35 @@ def peer(setting: Setting) -> Any:
     from gated_torch import Peer
 
     return Peer(setting.model, setting.params, setting.head, setting.rows(), compiled=setting.compiled)
+
+
+def peak_of_child(command: Sequence[str]) -> int | None:
+    """What a process of its own prints of `growth`; None where memory cannot be measured."""
+    if jax.default_backend() == "cpu" and not Path("/proc/self/clear_refs").exists():
+        return None
+    # glibc: large arrays are mapped, so what is freed leaves the process at once
+    variables = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=variables).stdout)
+
+
+def growth(run: Callable[[], Any]) -> int:
+    """By how many bytes a function makes this process (or the GPU's memory) grow when it is called a second time."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        before = (device.memory_stats() or {})["bytes_in_use"]
+        run()
+        return (device.memory_stats() or {})["peak_bytes_in_use"] - before
+    run()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _status("VmRSS")
+    run()
+    return 1024 * (_status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    """A field of this process's status, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def say(text: str) -> None:
