@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         TopLayers,
         Wanda,
     )
-    from jaxprune.bundled import bundled_data, bundled_model
+    from jaxprune.bundled import bundled_data, bundled_model, bundled_text_model
     from jaxprune.checkpoint import load, save
     from jaxprune.compaction import compact
     from jaxprune.cost import flops, latency, parameters
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from jaxprune.integration import integrate
     from jaxprune.models import Model, Output
     from jaxprune.objectives import log_probability, margin, probability
+    from jaxprune.prompts import Prompt, prompt_for, read_prompt
     from jaxprune.scores import Scores, load_scores, merge, save_scores
     from jaxprune.scoring import score
     from jaxprune.selection import pruning_record, select
@@ -54,6 +55,7 @@ _SOURCES = {
     "Magnitude": "baselines",
     "Model": "models",
     "Output": "models",
+    "Prompt": "prompts",
     "Random": "baselines",
     "Scores": "scores",
     "Task": "tasks",
@@ -62,6 +64,7 @@ _SOURCES = {
     "Wanda": "baselines",
     "bundled_data": "bundled",
     "bundled_model": "bundled",
+    "bundled_text_model": "bundled",
     "compact": "compaction",
     "evaluate": "evaluation",
     "finetune": "training",
@@ -78,7 +81,9 @@ _SOURCES = {
     "open_gates": "gates",
     "parameters": "cost",
     "probability": "objectives",
+    "prompt_for": "prompts",
     "pruning_record": "selection",
+    "read_prompt": "prompts",
     "save": "checkpoint",
     "save_scores": "scores",
     "score": "scoring",
@@ -95,6 +100,7 @@ __all__ = [
     "Magnitude",
     "Model",
     "Output",
+    "Prompt",
     "Random",
     "Scores",
     "Task",
@@ -104,6 +110,7 @@ __all__ = [
     "__version__",
     "bundled_data",
     "bundled_model",
+    "bundled_text_model",
     "compact",
     "evaluate",
     "finetune",
@@ -120,7 +127,9 @@ __all__ = [
     "open_gates",
     "parameters",
     "probability",
+    "prompt_for",
     "pruning_record",
+    "read_prompt",
     "save",
     "save_scores",
     "score",

@@ -11,7 +11,7 @@ import numpy as np
 from jaxprune.batches import Length
 from jaxprune.checkpoint import load, read_pruning
 from jaxprune.cost import checked_length, elements, matmul_flops, parameters, unit_costs, usual_length
-from jaxprune.gates import UNITS, Params, Site, sites, widths
+from jaxprune.gates import KINDS, UNITS, Params, Site, sites, widths
 from jaxprune.models import Model
 from jaxprune.pictures import check_picture, inspection_figure
 from jaxprune.scores import Scores, load_scores
@@ -46,8 +46,9 @@ def inspect_model(
         overwrite: Whether a picture that is there is replaced.
 
     Returns:
-        Per layer and in total: heads and neurons as `[those that stay, those it had]`, their parameters, their share of
-        the FLOPs of all layers; with scores the means by kind and the share of all scores, by size.
+        Per layer and in total: heads and neurons as `[those that stay, those it had]`, and channels where the scores or
+        the record of the pruning name some (`kinds`); the parameters of heads and neurons, their share of the FLOPs of
+        all layers; with scores the means by kind and the share of all scores, by size.
 
     Raises:
         ValueError: If the scores belong to another model, or the record of a pruned model does not fit its weights.
@@ -58,22 +59,25 @@ def inspect_model(
     found = None if scores is None else load_scores(scores)
     model, params = load(source)
     pruning = _pruning(model)
-    units = _units(model, params, pruning, found)
+    recorded = {} if pruning is None else pruning.get("sites", {})
+    named = {name.rpartition(".")[2] for name in (*recorded, *({} if found is None else found.values))}
+    kinds = tuple(kind for kind in KINDS if kind in UNITS or kind in named)
+    units = _units(model, params, pruning, found, kinds)
     length = _length(model, pruning, found)
     costs = unit_costs(model, params, matmul_flops(checked_length(model, length)))
     sizes = unit_costs(model, params, elements)
-    flops = sum(len(own.kept) * costs[own.site.name] for own in units)
+    flops = sum(len(own.kept) * costs.get(own.site.name, 0.0) for own in units)  # those of channels are their heads'
     score = sum(float(np.abs(own.scores).sum()) for own in units if own.scores is not None)
 
     def row(name: Any, own: Sequence[_Units]) -> dict[str, Any]:
-        kinds = {kind: [each for each in own if each.site.kind == kind] for kind in UNITS}
-        spent = sum(len(each.kept) * costs[each.site.name] for each in own)
+        by_kind = {kind: [each for each in own if each.site.kind == kind] for kind in kinds}
+        spent = sum(len(each.kept) * costs.get(each.site.name, 0.0) for each in own)
         return {
             "layer": name,
-            **{kind: [sum(len(x.kept) for x in each), sum(x.had for x in each)] for kind, each in kinds.items()},
-            "parameters": round(sum(len(each.kept) * sizes[each.site.name] for each in own)),
+            **{kind: [sum(len(x.kept) for x in each), sum(x.had for x in each)] for kind, each in by_kind.items()},
+            "parameters": round(sum(len(each.kept) * sizes.get(each.site.name, 0.0) for each in own)),
             "flops_share": spent / flops if flops else None,
-            "mean_scores": {kind: _mean(each) for kind, each in kinds.items()},
+            "mean_scores": {kind: _mean(each) for kind, each in by_kind.items()},
             "score_share": sum(float(np.abs(each.scores).sum()) for each in own if each.scores is not None) / score
             if score
             else None,
@@ -91,11 +95,12 @@ def inspect_model(
         "length": length,
         "pruned": None if pruning is None else pruning.get("settings"),
         "scores": None if scores is None else str(scores),
+        "kinds": list(kinds),
         "layers": [row(f"{stack} {layer}".strip(), own) for (stack, layer), own in zip(stacks, layers, strict=True)],
         "total": row("all", units),
     }
     if picture is not None:
-        inspection_figure(picture, record, {kind: _ranks(layers, kind) for kind in UNITS}, dark=dark)
+        inspection_figure(picture, record, {kind: _ranks(layers, kind) for kind in kinds}, dark=dark)
         record["picture"] = str(picture)
     return record
 
@@ -107,16 +112,18 @@ def _pruning(model: Model) -> dict[str, Any] | None:
         return None
 
 
-def _units(model: Model, params: Params, pruning: Mapping[str, Any] | None, scores: Scores | None) -> list[_Units]:
-    """The units of every site, with their scores."""
-    width = widths(model.axes, params)
+def _units(
+    model: Model, params: Params, pruning: Mapping[str, Any] | None, scores: Scores | None, kinds: Sequence[str]
+) -> list[_Units]:
+    """The units of every site of some kinds, with their scores."""
+    width = widths(model.axes, params, kinds)
     values: Mapping[str, Any] = {} if scores is None else scores.values
     before = pruning is not None and scores is not None and scores.header["model"] == _made_with(pruning)
     if scores is not None and not before:
         select(model, params, scores, units=1.0)  # refuses scores of another model
     recorded = {} if pruning is None else pruning.get("sites", {})
     found = []
-    for site in sites(model.axes, params):
+    for site in sites(model.axes, params, kinds):
         own = recorded.get(site.name)
         had, kept = (width[site.name], np.arange(width[site.name])) if own is None else _kept(site.name, own)
         value = None if site.name not in values else np.asarray(values[site.name], np.float64)

@@ -153,7 +153,7 @@ def sweep_figure(path: Path, rows: Sequence[Record], *, split: str, dark: bool =
 
 
 def inspection_figure(path: Path, record: Record, units: Mapping[str, Sequence[Any]], *, dark: bool = False) -> Path:
-    """Writes a picture of a model's units: per layer a cell for every head and a strip of all neurons.
+    """Writes a picture of a model's units: per layer a cell for every head, and a strip for each other kind of units.
 
     Cells and strips are empty where units were removed. With scores, colours tell the rank of a unit among all of its
     kind in the model, and a strip is sorted by it.
@@ -161,8 +161,8 @@ def inspection_figure(path: Path, record: Record, units: Mapping[str, Sequence[A
     Args:
         path: The picture, `.png` or `.svg`.
         record: As from `inspect_model`.
-        units: For `heads` and `neurons`: per layer an array `[units it had]`, NaN where a unit was removed, else its
-            rank in [0, 1].
+        units: For `heads`, `neurons` and whatever else was cut: per layer an array `[units it had]`, NaN where a unit
+            was removed, else its rank in [0, 1].
         dark: Whether it is for a dark page.
 
     Raises:
@@ -177,15 +177,17 @@ def inspection_figure(path: Path, record: Record, units: Mapping[str, Sequence[A
     page, layers, scored = DARK if dark else LIGHT, record["layers"], record["scores"] is not None
     colours = mpl.colormaps[SCORES_MAP] if scored else ListedColormap([COLOURS[4]])
     most = max((len(own) for own in units["heads"]), default=0)
-    figure = _figure(9.6, 1.5 + 0.32 * len(layers), page)
-    heads, neurons = figure.subplots(1, 2, width_ratios=(1, 1.6))
-    for axes, kind in ((heads, "heads"), (neurons, "neurons")):
+    strips = [kind for kind in units if kind != "heads"]
+    figure = _figure(4.8 + 4.8 * len(strips), 1.5 + 0.32 * len(layers), page)
+    heads, *others = panels = list(figure.subplots(1, 1 + len(strips), width_ratios=(1, *[1.6] * len(strips))))
+    for axes, kind in zip(panels, ("heads", *strips), strict=True):
         _axes(axes, page)
         axes.set_ylim(len(layers) - 0.4, -0.6)
         axes.set_yticks(range(len(layers)), [f"layer {layer['layer']}" for layer in layers] if axes is heads else [])
         axes.tick_params(length=0, labelsize=8)
         axes.spines[:].set_visible(False)
-        axes.set_title(kind if axes is heads else "neurons, best first" if scored else kind, fontsize=9, color=page.ink)
+        name = kind.replace("_", " ")
+        axes.set_title(f"{name}, best first" if scored and axes is not heads else name, fontsize=9, color=page.ink)
         axes.set_xticks([])
     for y, (own, layer) in enumerate(zip(units["heads"], layers, strict=True)):
         for x, rank in enumerate(own):
@@ -194,23 +196,23 @@ def inspection_figure(path: Path, record: Record, units: Mapping[str, Sequence[A
             heads.add_patch(Rectangle((x - 0.4, y - 0.36), 0.8, 0.72, facecolor=face, edgecolor=edge, lw=0.7))
         heads.text(most, y, _of(layer["heads"]), va="center", fontsize=8, color=page.ink)
     heads.set_xlim(-0.6, most + 2.2)
-    widest = max((len(own) for own in units["neurons"]), default=0) or 1
-    for y, (own, layer) in enumerate(zip(units["neurons"], layers, strict=True)):
-        ranks = np.sort(np.asarray(own, float)[~np.isnan(own)])[::-1]
-        if len(ranks):
-            neurons.imshow(
-                ranks[None], extent=(0, len(ranks), y + 0.36, y - 0.36), aspect="auto", cmap=colours, vmin=0, vmax=1
-            )
-        if len(own):
-            size = len(own), 0.72
-            neurons.add_patch(Rectangle((0, y - 0.36), *size, facecolor="none", edgecolor=page.faint, lw=0.7))
-        neurons.text(1.02 * widest, y, _of(layer["neurons"]), va="center", fontsize=8, color=page.ink)
-    neurons.set_xlim(-0.01 * widest, 1.3 * widest)
-    neurons.set_ylim(len(layers) - 0.4, -0.6)
+    for axes, kind in zip(others, strips, strict=True):
+        widest = max((len(own) for own in units[kind]), default=0) or 1
+        for y, (own, layer) in enumerate(zip(units[kind], layers, strict=True)):
+            ranks = np.sort(np.asarray(own, float)[~np.isnan(own)])[::-1]
+            if len(ranks):
+                place = (0, len(ranks), y + 0.36, y - 0.36)
+                axes.imshow(ranks[None], extent=place, aspect="auto", cmap=colours, vmin=0, vmax=1)
+            if len(own):
+                size = len(own), 0.72
+                axes.add_patch(Rectangle((0, y - 0.36), *size, facecolor="none", edgecolor=page.faint, lw=0.7))
+            axes.text(1.02 * widest, y, _of(layer[kind]), va="center", fontsize=8, color=page.ink)
+        axes.set_xlim(-0.01 * widest, 1.3 * widest)
+        axes.set_ylim(len(layers) - 0.4, -0.6)
     figure.suptitle(_plain(record["source"]), fontsize=10, color=page.ink, x=0.01, ha="left")
     if scored:
         bar = figure.colorbar(
-            ScalarMappable(Normalize(0, 100), colours), ax=[heads, neurons], location="bottom", shrink=0.5, aspect=45
+            ScalarMappable(Normalize(0, 100), colours), ax=panels, location="bottom", shrink=0.5, aspect=45
         )
         bar.set_label("score: rank among all units of the kind, % (100: needed most)", fontsize=8, color=page.ink)
         bar.ax.tick_params(labelsize=8, colors=page.ink)

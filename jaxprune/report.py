@@ -35,7 +35,6 @@ prompt = Prompt(
     words={words},
 )
 likelihoods = predict(model, params, [Example({texts})], prompt=prompt)  # [examples, labels]"""
-SCORE_HEADINGS = ("score of\nheads", "score of\nneurons", "scores\n%")
 COUNTS = {  # what a record counts -> its row in the table
     "units": "units: heads and neurons",
     "prunable_parameters": "parameters of units",
@@ -291,15 +290,17 @@ def inspection_table(record: Record) -> Table:
     table = _table(f"{record['source']}: {record['model_type']}")
     table.padding = (0, 1, 0, 0)
     table.add_column("layer", no_wrap=True)
-    for heading in ("heads", "neurons", "parameters", "FLOPs\n%", *SCORE_HEADINGS * scored):
+    kinds: Sequence[str] = record["kinds"]
+    words = [kind.replace("_", "\n") for kind in kinds]
+    of_scores = (*(f"score of\n{word}" for word in words), "scores\n%")
+    for heading in (*words, "parameters", "FLOPs\n%", *of_scores * scored):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in (*record["layers"], record["total"]):
         if layer is record["total"]:
             table.add_section()
-        cells = [_of(layer["heads"]), _of(layer["neurons"]), f"{layer['parameters']:,}", _share(layer["flops_share"])]
+        cells = [*(_of(layer[kind]) for kind in kinds), f"{layer['parameters']:,}", _share(layer["flops_share"])]
         if scored:
-            means = layer["mean_scores"]
-            cells += [_small(means["heads"]), _small(means["neurons"]), _share(layer["score_share"])]
+            cells += [*(_small(layer["mean_scores"][kind]) for kind in kinds), _share(layer["score_share"])]
         table.add_row(str(layer["layer"]), *cells)
     return table
 

@@ -92,6 +92,13 @@ def test_channels_are_pruned(place: Path, tmp_path: Path):
     assert own["value"]["kernel"].shape[2] < 3 and record["kept"]["prunable_parameters"] < 0.8
     assert np.isfinite(np.asarray(params["decoder"]["layers"][2]["cross"]["out"]["kernel"])).all()
     assert model.writes_text
+    shown = record_of("inspect", tmp_path / "a", "-o", tmp_path / "a.png")
+    assert shown["kinds"] == ["heads", "neurons", "channels", "query_channels"]
+    kept = own["value"]["kernel"].shape[2]
+    assert shown["layers"][0]["channels"] == [4 * kept, 12] and shown["layers"][0]["heads"] == [4, 4]
+    table = run("inspect", tmp_path / "a").stdout
+    assert shown["total"]["parameters"] == record["after"]["prunable_parameters"]
+    assert "channels" in table and f"{4 * kept}/12" in table
 
 
 def test_finetuned_with_prompts(place: Path, tmp_path: Path):
