@@ -12,7 +12,7 @@ from jaxprune.checkpoint import load, save
 from jaxprune.compaction import compact
 from jaxprune.cost import file_size
 from jaxprune.evaluation import fitting_head
-from jaxprune.gates import Params
+from jaxprune.gates import KINDS, Params
 from jaxprune.models import Model
 from jaxprune.report import model_card
 from jaxprune.scores import Scores, describe, load_scores
@@ -135,8 +135,11 @@ def write_pruned(
 ) -> dict[str, Any]:
     """Writes the folder of a pruned model, with `pruning.json` and a card, and completes its record."""
     before, after = found["before"], found["after"]
+    before["units"], after["units"] = pruning["units"]["had"], pruning["units"]["kept"]  # channels, if they were cut
+    named = {name.rpartition(".")[2] for name in pruning["sites"]}
     complete = {
         **record,
+        "kinds": [kind for kind in KINDS if kind in named],
         "selection": pruning["settings"],
         "before": before,
         "after": after,

@@ -36,9 +36,17 @@ prompt = Prompt(
 )
 likelihoods = predict(model, params, [Example({texts})], prompt=prompt)  # [examples, labels]"""
 COUNTS = {  # what a record counts -> its row in the table
-    "units": "units: heads and neurons",
+    "units": "units: {kinds}",
     "prunable_parameters": "parameters of units",
     "parameters": "parameters, all",
+}
+
+
+WORDS = {  # kinds of units, in a sentence
+    "heads": "attention heads",
+    "neurons": "neurons",
+    "channels": "channels of values",
+    "query_channels": "channels of queries and keys",
 }
 
 
@@ -93,8 +101,10 @@ def before_after_sections(record: Record) -> list[list[tuple[str, ...]]]:
     sections = []
     for own, other in zip(*map(_evaluations, (before, after)), strict=True):
         sections.append(_evaluation_rows(own, other))
+    kinds = _listed([kind.replace("_", " ") for kind in record.get("kinds", ("heads", "neurons"))])
     rows = [
-        (title, f"{before[name]:,}", f"{after[name]:,}", _percent(kept.get(name)), "") for name, title in COUNTS.items()
+        (title.format(kinds=kinds), f"{before[name]:,}", f"{after[name]:,}", _percent(kept.get(name)), "")
+        for name, title in COUNTS.items()
     ]
     old, new = (f"{found['flops'] / 1e6:,.1f}" for found in (before, after))
     speedup = _times(record["speedup"]["theoretical"])
@@ -183,11 +193,11 @@ def model_card(record: Record, *, on_hub: bool) -> str:
     cells = [row for section in before_after_sections(record) for row in section]
     owners = [f" of {_code(own['task'])}" if len(tasks) > 1 else "" for own in tasks]
     options = [f" --task {_word(own['task'])}" for own in tasks]
+    what = _listed([WORDS[kind] for kind in record["kinds"]]).capitalize()
     parts = [
         f"---\n{facts.to_yaml()}\n---",
         f"# {_code(source)}, pruned for {names}",
-        f"Attention heads and neurons that {needed} were cut out of {_code(source)} by jaxprune; nothing was trained. "
-        f"{_for_others(tasks)}",
+        f"{what} that {needed} were cut out of {_code(source)} by jaxprune; nothing was trained. {_for_others(tasks)}",
         "## How it was made",
         "\n".join(
             (

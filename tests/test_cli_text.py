@@ -92,6 +92,10 @@ def test_channels_are_pruned(place: Path, tmp_path: Path):
     assert own["value"]["kernel"].shape[2] < 3 and record["kept"]["prunable_parameters"] < 0.8
     assert np.isfinite(np.asarray(params["decoder"]["layers"][2]["cross"]["out"]["kernel"])).all()
     assert model.writes_text
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "Neurons, channels of values and channels of queries and keys that the task" in card
+    assert f"| units: neurons, channels and query channels | {record['before']['units']:,} |" in card
+    assert record["kept"]["units"] == pytest.approx(0.5, abs=0.02) and record["before"]["units"] == 5 * 64 + 8 * 2 * 12
     shown = record_of("inspect", tmp_path / "a", "-o", tmp_path / "a.png")
     assert shown["kinds"] == ["heads", "neurons", "channels", "query_channels"]
     kept = own["value"]["kernel"].shape[2]

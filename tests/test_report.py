@@ -157,6 +157,7 @@ INSPECTED = {
     "source": "small",
     "model_type": "bert",
     "heads": [],
+    "kinds": ["heads", "neurons"],
     "length": 18.5625,
     "pruned": {"flops": 0.4},
     "scores": "s.safetensors",
@@ -177,6 +178,7 @@ def test_an_inspection():
 
 
 CARD = PRUNED | {
+    "kinds": ["heads", "neurons"],
     "source": "owner/multi",
     "task": "sst2",
     "head": "sst2",
