@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pages import RESULTS, best_first, percent, points, record, spread, table, within
-from tables_text import TEXT_TABLES
+from tables_text import TEXT_TABLES, paper_curves, paper_row
 from timing import wanted
 
 from jaxprune.pictures import FORMATS, sweep_figure
@@ -246,7 +247,9 @@ def bundled() -> str:
 def headline() -> str:
     """The claims of the README, each with the command that makes it and the record it is read from."""
     heading = ["what", "result", "command", "record"]
-    rows = [row for made in (_pruned_row, _demo_row, _accuracy_row, _speed_row) if (row := _unless_missing(made))]
+    rows = [
+        row for made in (_pruned_row, _demo_row, _accuracy_row, paper_row, _speed_row) if (row := _unless_missing(made))
+    ]
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, ["---"] * 4, *rows)) + "\n"
 
 
@@ -349,14 +352,25 @@ def render(text: str) -> str:
     return MARK.sub(fill, text)
 
 
-def draw_curves(path: Path, *, dark: bool = False) -> None:
-    """Draws the primary metric over the budget, one line per criterion, the best at the endpoint first."""
-    accuracy = record("accuracy")
+Curves = Mapping[str, Mapping[str, Mapping[str, Any]]]  # criterion, budget, summary
+
+
+def accuracy_curves() -> tuple[Curves, Sequence[int]]:
+    """Curves of the bundled BERT, the best at the endpoint first, and the rows of every task."""
+    found = record("accuracy")
+    order = [name for name, _ in best_first(found["main"]["rows"])]
+    return {name: found["curves"]["rows"][name] for name in order}, [
+        own["n"] for own in found["main"]["tasks"].values()
+    ]
+
+
+def draw_curves(path: Path, curves: Curves, sizes: Sequence[int], *, dark: bool = False) -> None:
+    """Draws the primary metric over the budget, one line per criterion."""
     rows = [
         {
-            "task": f"mean of {len(accuracy['main']['tasks'])} tasks",
+            "task": f"mean of {len(sizes)} tasks",
             "metric": "accuracy above chance that is kept",
-            "n": sum(own["n"] for own in accuracy["main"]["tasks"].values()),
+            "n": sum(sizes),
             "criterion": name,
             "flops": float(budget),
             "flops_kept": found["flops"],
@@ -365,8 +379,8 @@ def draw_curves(path: Path, *, dark: bool = False) -> None:
             "chance": 0.0,
             "seed": 0,
         }
-        for name, _ in best_first(accuracy["main"]["rows"])
-        for budget, found in accuracy["curves"]["rows"][name].items()
+        for name, budgets in curves.items()
+        for budget, found in budgets.items()
     ]
     sweep_figure(path, rows, split="test", dark=dark)
 
@@ -375,10 +389,14 @@ def main() -> None:
     """Writes all pages and pictures."""
     for page in PAGES:
         page.write_text(render(page.read_text()))
-    if (RESULTS / "accuracy.json").exists() and "curves" in record("accuracy"):
-        for ending in FORMATS:
-            draw_curves(RESULTS / f"accuracy.{ending}")
-            draw_curves(RESULTS / f"accuracy_dark.{ending}", dark=True)
+    for name, part, curves in (
+        ("accuracy", "curves", accuracy_curves),
+        ("attribution_paper", "supervised", paper_curves),
+    ):
+        if (RESULTS / f"{name}.json").exists() and part in record(name):
+            for ending in FORMATS:
+                draw_curves(RESULTS / f"{name}.{ending}", *curves())
+                draw_curves(RESULTS / f"{name}_dark.{ending}", *curves(), dark=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,14 @@ def curves() -> str:
     return table(["kept, %, at this share of the FLOPs", *(f"{float(b):g}" for b in budgets)], rows)
 
 
+def paper_curves() -> tuple[Mapping[str, Any], Sequence[int]]:
+    """The curves per layer, the best at the endpoint first, and the rows of every task."""
+    found = paper()
+    order = [name for name, _ in best_first(found["supervised"]["rows"])]
+    sizes = [own["n"] for own in found["tasks"].values() if own["used"]]
+    return {name: found["supervised"]["curves"]["per layer"][name] for name in order}, sizes
+
+
 def few() -> str:
     """With few labelled examples per class."""
     found = paper()["few"]["rows"]
@@ -186,6 +194,19 @@ def speed() -> str:
         f"jax {found['versions']['jax']}.\n\n"
     )
     return how + table(["part", "ratio", "median of the rounds [quartiles]", "expected"], rows)
+
+
+def paper_row() -> list[str]:
+    """The headline of the README."""
+    found = paper()["supervised"]
+    tasks, (best, _) = next(iter(found["rows"].values()))["tasks"], best_first(found["rows"])[0]
+    shown = dict.fromkeys((best, "integrated gradients", "gradient x activation", "Wanda", "magnitude", "random"))
+    return [
+        f"{len(tasks)} tasks of one T5 told apart by prompts, half the FLOPs: accuracy above chance that is kept",
+        ", ".join(f"{name} {percent(found['rows'][name]['retained'])}" for name in shown) + " %",
+        "`python benchmarks/attribution_paper.py …`",
+        "[attribution_paper](benchmarks/results/attribution_paper.json)",
+    ]
 
 
 TEXT_TABLES: Mapping[str, Callable[[], str]] = {

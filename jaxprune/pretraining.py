@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from jaxprune.checkpoint import model_digest
 from jaxprune.gates import Params
 from jaxprune.models import Model
-from jaxprune.training import Step, TrainingState, read_state, text_step, write_state
+from jaxprune.training import Step, TrainingState, read_state, run_steps, text_step, write_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,40 +146,30 @@ def pretrain(
     file = None if state is None else Path(state)
     if file is not None and file.exists():
         now, _ = read_state(file, now, run)
-    order, turn = np.zeros(0, int), -1
-    key, losses = jax.random.key(recipe.seed), []
+    key = jax.random.key(recipe.seed)
     save = None if file is None else partial(write_state, file, run=run, history=[])
-    try:
-        while now.done < recipe.steps:
-            epoch, position = divmod(now.done, per_pass)
-            if epoch != turn:
-                order, turn = np.random.default_rng([recipe.seed, epoch]).permutation(windows), epoch
+    while now.done < recipe.steps:
+        epoch = now.done // per_pass
+        order = np.random.default_rng([recipe.seed, epoch]).permutation(windows)
+
+        def step(now: TrainingState, order: np.ndarray = order) -> tuple[TrainingState, Array]:
+            position = now.done % per_pass
             rows = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
-            shift = np.arange(corruption.window)
-            text = stream[rows[:, None] * corruption.window + shift]
+            text = stream[rows[:, None] * corruption.window + np.arange(corruption.window)]
             random = np.random.default_rng([recipe.seed, now.done, 1])
             ids, targets = corrupt(text, corruption, sentinels, model.config.end_id, random)
             batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "weight": np.ones(len(ids), np.float32)}
-            fraction = now.done / recipe.steps
-            rate = recipe.learning_rate * min(fraction / recipe.warmup if recipe.warmup else 1.0, 1.0)
-            rate *= min(1.0, (1.0 - fraction) / 0.3)  # falls over the last third or so
-            now, loss = text_step(
-                model, now, batch, targets, "adafactor", 0.0, recipe.clip, rate, jax.random.fold_in(key, now.done)
-            )
-            losses.append(loss)
-            if now.done % 10 == 0:
-                mean = float(np.mean([float(loss) for loss in losses]))
-                losses.clear()
-                if not np.isfinite(mean):
-                    raise ValueError(f"the loss is {mean} at step {now.done}: lower the learning rate.")
-                if progress is not None:
-                    progress(Step(now.done, recipe.steps, epoch + 1, mean))
-            if save is not None and now.done % save_every == 0:
-                save(now)
-    except KeyboardInterrupt:
-        if save is not None and not now.donated:
-            save(now)
-        raise
+            how = "adafactor", 0.0, recipe.clip, _rate(now.done / recipe.steps, recipe)
+            return text_step(model, now, batch, targets, *how, jax.random.fold_in(key, now.done))
+
+        end = min((epoch + 1) * per_pass, recipe.steps)
+        now = run_steps(step, now, end, recipe.steps, epoch + 1, save, save_every, progress)
     if save is not None:
         save(now)
     return now.params
+
+
+def _rate(fraction: float, recipe: Pretraining) -> float:
+    """The learning rate after this fraction of the steps: it rises, stays, and falls over the last third or so."""
+    rise = fraction / recipe.warmup if recipe.warmup else 1.0
+    return recipe.learning_rate * min(rise, 1.0) * min(1.0, (1.0 - fraction) / 0.3)

@@ -202,29 +202,17 @@ def finetune(
     history: list[Any] = []
     if file is not None and file.exists():
         now, history = read_state(file, now, run)
-    losses: list[Array] = []
     while now.done < steps:
-        epoch, position = divmod(now.done, per_epoch)
+        epoch = now.done // per_epoch
         batches, order = plan(epoch)
-        try:
-            for name, turn, index in order[position:]:
-                rate = _rate(now.done / steps, recipe)
-                own_key = jax.random.fold_in(key, now.done)
-                now, loss = _step(trained, recipe, now, batches[name][turn][index], name, rate, own_key)
-                losses.append(loss)
-                if now.done % 10 == 0:
-                    mean = float(np.mean([float(loss) for loss in losses]))
-                    losses.clear()
-                    if not np.isfinite(mean):
-                        raise ValueError(f"the loss is {mean} at step {now.done}: lower the learning rate.")
-                    if progress is not None:
-                        progress(Step(now.done, steps, epoch + 1, mean))
-                if file is not None and now.done % save_every == 0 and now.done % per_epoch:
-                    write_state(file, now, run, history)
-        except KeyboardInterrupt:
-            if file is not None and not now.donated:  # else within an update: the state before it is in the file
-                write_state(file, now, run, history)
-            raise
+
+        def step(now: TrainingState, batches: Any = batches, order: Any = order) -> tuple[TrainingState, Array]:
+            name, turn, index = order[now.done % per_epoch]
+            rate, own_key = _rate(now.done / steps, recipe), jax.random.fold_in(key, now.done)
+            return _step(trained, recipe, now, batches[name][turn][index], name, rate, own_key)
+
+        save = None if file is None else partial(write_state, file, run=run, history=history)
+        now = run_steps(step, now, (epoch + 1) * per_epoch, steps, epoch + 1, save, save_every, progress)
         results = []
         for task in cleaned:
             result = evaluate(trained, now.params, task, split="dev", limit=dev_limit, max_length=recipe.max_length)
@@ -238,6 +226,53 @@ def finetune(
             write_state(file, now, run, history)
     epochs = tuple(tuple(_evaluation(result) for result in results) for results in history)
     return Finetuned(trained, now.best, epochs, _best(history), leaks)
+
+
+def run_steps(
+    step: Callable[[TrainingState], tuple[TrainingState, Array]],
+    now: TrainingState,
+    end: int,
+    steps: int,
+    epoch: int,
+    save: Callable[[TrainingState], None] | None,
+    save_every: int,
+    progress: Callable[[Step], None] | None,
+) -> TrainingState:
+    """Trains until `end` of `steps` are done, and saves on the way, but not at the end.
+
+    Args:
+        step: One step: the state after it, and its loss. It may use up the state before it.
+        now: Where the run is.
+        end: Steps done when this returns.
+        steps: Of the whole run.
+        epoch: For the progress.
+        save: Writes a state; None: nothing is written.
+        save_every: Steps between two writings.
+        progress: Called every ten steps.
+
+    Raises:
+        ValueError: If the loss is not finite.
+        KeyboardInterrupt: After the state was written; one that fell into an update finds it in the file.
+    """
+    losses: list[Array] = []
+    try:
+        while now.done < end:
+            now, loss = step(now)
+            losses.append(loss)
+            if now.done % 10 == 0:
+                mean = float(np.mean([float(loss) for loss in losses]))
+                losses.clear()
+                if not np.isfinite(mean):
+                    raise ValueError(f"the loss is {mean} at step {now.done}: lower the learning rate.")
+                if progress is not None:
+                    progress(Step(now.done, steps, epoch, mean))
+            if save is not None and now.done % save_every == 0 and now.done < end:
+                save(now)
+    except KeyboardInterrupt:
+        if save is not None and not now.donated:
+            save(now)
+        raise
+    return now
 
 
 def _plan(
