@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxprune.gates import Gates, Params
@@ -109,11 +110,16 @@ def answered(model: Model, params: Params, batch: Mapping[str, Any]) -> dict[str
     if not model.writes_text or "decoder_input_ids" in batch:
         return model_inputs(model, params, batch)
     candidates = candidates_in(batch)
-    labels = np.asarray(batch["labels"])
-    if (labels < 0).any():
-        labels = jnp.where(labels < 0, rank(model, params, batch, candidates).argmax(1), labels)
-    forced = teacher_forced(model, batch, candidates_of(candidates, jnp.asarray(labels, jnp.int32)))
-    return model_inputs(model, params, forced)
+    labels = jnp.asarray(batch["labels"], jnp.int32)
+
+    def likeliest() -> Int[Array, " b"]:
+        return jnp.where(labels < 0, rank(model, params, batch, candidates).argmax(1).astype(jnp.int32), labels)
+
+    if isinstance(labels, Tracer):
+        labels = jax.lax.cond((labels < 0).any(), likeliest, lambda: labels)
+    elif (np.asarray(labels) < 0).any():
+        labels = likeliest()
+    return model_inputs(model, params, teacher_forced(model, batch, candidates_of(candidates, labels)))
 
 
 def candidates_in(batch: Mapping[str, Any]) -> Int[Array, "b l u"]:

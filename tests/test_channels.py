@@ -46,7 +46,7 @@ from jaxprune.scores import describe
 from jaxprune.scoring import score_batches
 from jaxprune.selection import select
 
-FAMILIES = ("bert", "roberta", "distilbert", "t5", "mt5")
+FAMILIES = ("bert", "t5", "mt5")  # the types of a family share its code and its axes
 FINE = ("channels", "query_channels", "neurons")  # all that a model is made of, without heads
 SMOOTH = (TaskHead(name="task", labels=("no", "maybe", "yes"), dense="tanh"),)
 

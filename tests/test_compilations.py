@@ -15,7 +15,21 @@ from tiny import tiny_batch, tiny_config, tiny_model
 from jaxprune.activations import calibration_means
 from jaxprune.attribution import GradientActivation, IntegratedGradients, layer
 from jaxprune.baselines import Fisher, LeaveOneOut, Wanda
-from jaxprune.models import Model, TaskHead, backward, bert, block_compiled, values_compiled
+from jaxprune.gates import widths
+from jaxprune.models import (
+    Model,
+    TaskHead,
+    advance,
+    backward,
+    bert,
+    block_compiled,
+    layer_entries,
+    mask_of,
+    model_inputs,
+    model_layers,
+    t5,
+    values_compiled,
+)
 from jaxprune.models.layers import max_tokens, sum_tokens
 from jaxprune.objectives import every
 from jaxprune.scoring import score_batches
@@ -75,6 +89,22 @@ def test_no_compilation_after_the_first_batch_of_each_length(criterion: Any, com
     assert seen[2] == seen[3] == seen[4]
 
 
+@pytest.mark.parametrize("criterion", [IntegratedGradients(nodes=2, labels=every), GradientActivation(), Wanda()])
+def test_nor_with_a_text_to_text_model(criterion: Any, compiled: list[int]):
+    model, params = tiny_model("mt5", layers=1, neurons=24)
+    answers = np.array([[[5, 6, 1], [7, 1, -100]]], np.int32).repeat(4, 0)
+    more = {"labels": np.array([0, 1, 1, 0], np.int32), "candidates": answers}
+    batches = []
+    for seed, length in enumerate((7, 5, 7, 5, 7)):
+        own = tiny_batch(model, 4, length, seed)
+        batches.append({name: own[name] for name in ("input_ids", "attention_mask")} | more)
+    watched = Watched(batches, compiled)
+    score_batches(model, params, watched, criterion)
+    seen = watched.seen[-5:]
+    assert seen[0] < seen[1] < seen[2]
+    assert seen[2] == seen[3] == seen[4]
+
+
 @pytest.mark.parametrize("criterion", [GradientActivation(), IntegratedGradients(nodes=2, path=layer)])
 def test_a_deep_model_compiles_no_more_than_a_shallow_one(criterion: Any, compiled: list[int]):
     programs = []
@@ -113,6 +143,36 @@ def test_one_node_costs_two_forward_passes():
         pullback = saved.restore((params["layers"][1], hidden, {}))
         node = flops_of(backward._block_forward, *static, *arrays) + flops_of(backward._pull, pullback, output)
         assert 1.5 * forward < node <= 2.1 * forward
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_one_node_of_a_text_to_text_model_costs_two_forward_passes(stack: str):
+    """At the widths of FLAN-T5-base, 128 tokens read and written."""
+    raw = tiny_config("mt5", layers=2, embed=768, attention_heads=12, neurons=2048, vocab=100) | {"d_kv": 64}
+    model = Model(t5.parse_config(raw, ()))
+    params = jax.eval_shape(model.initialise, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((2, 128), jnp.int32)
+    names = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
+    batch = dict.fromkeys(names, tokens)
+    [place] = [i for i, own in enumerate(model_layers(model, params)) if own.name == f"{stack}.1"]
+
+    def before(params: Any, batch: Any) -> Any:
+        inputs = model_inputs(model, params, batch)
+        layers = model_layers(model, params)
+        return advance(model, layers[:place], inputs), mask_of(layers[place], inputs)
+
+    state, mask = jax.eval_shape(before, params, batch)
+    layer, units = model_layers(model, params)[place], widths(model.axes, params)
+    gates = {
+        name: jax.ShapeDtypeStruct((2, count), jnp.float32) for name, count in layer_entries(units, layer.name).items()
+    }
+    arrays = (layer.params, state, mask, gates, {}, None, {})
+    forward = flops_of(block_compiled, model, layer.params, state, mask, {}, {}, None)
+    static = (model, sum_tokens, False, True)
+    output, saved = jax.eval_shape(partial(backward._block_forward, *static), *arrays)
+    pullback = saved.restore((layer.params, state, {}))
+    node = flops_of(backward._block_forward, *static, *arrays) + flops_of(backward._pull, pullback, output)
+    assert 1.5 * forward < node <= 2.1 * forward
 
 
 def test_what_the_lowest_gates_multiply_is_not_computed_again():

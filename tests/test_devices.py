@@ -18,13 +18,15 @@ from pathlib import Path
 
 import conftest  # strict dtype promotion
 import jax
+from test_likelihood import ANSWERS
 from test_scores import HEADS, WORDS, texts
 from tiny import tiny_model
 
 from jaxprune.activations import calibration_means
 from jaxprune.attribution import GradientActivation, IntegratedGradients
 from jaxprune.baselines import LeaveOneOut
-from jaxprune.objectives import margin, sampled
+from jaxprune.objectives import every, margin, sampled
+from jaxprune.prompts import Prompt
 from jaxprune.scores import save_scores
 from jaxprune.scoring import score
 from jaxprune.tasks import Task
@@ -33,7 +35,12 @@ assert len(jax.devices()) == 4, jax.devices()
 model, params = tiny_model(layers=1, heads=HEADS)
 model = dataclasses.replace(model, source=WORDS)
 task = Task(name="moods", splits={"calibration": texts(30)}, labels=("sad", "glad"))
+text, weights = tiny_model("t5", layers=1)
+text = dataclasses.replace(text, source=ANSWERS)
+asked = dataclasses.replace(task, prompt=Prompt(template="mood {text}", words=("bad", "very good")))
+models = {"answers": (text, weights, asked)}
 criteria = {
+    "answers": IntegratedGradients(nodes=2, labels=every),
     "integrated": IntegratedGradients(nodes=3, chunk=2),
     "drawn": GradientActivation(labels=sampled, closed=calibration_means, objective=margin),
     "leave_one_out": LeaveOneOut(chunk=2),
@@ -41,11 +48,12 @@ criteria = {
 for name, criterion in criteria.items():
     for devices in (jax.devices()[:1], jax.devices()):
         # 13 examples in batches of 6, rounded up to 8: a device gets two rows, some of them only padding
-        found = score(model, params, task, criterion=criterion, examples=13, batch_size=6, devices=devices)
+        own = models.get(name, (model, params, task))
+        found = score(*own, criterion=criterion, examples=13, batch_size=6, devices=devices)
         assert all(len(value.devices()) == len(devices) for value in found.values.values()), name
         save_scores(Path(sys.argv[1]) / f"{name}-{len(devices)}", found)
 """
-NAMES = ("integrated", "drawn", "leave_one_out")
+NAMES = ("answers", "integrated", "drawn", "leave_one_out")
 
 
 def test_scores_on_four_devices_equal_those_on_one(tmp_path: Path):

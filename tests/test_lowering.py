@@ -14,6 +14,7 @@ from jaxprune import scoring
 from jaxprune.activations import site_statistics, token_sum
 from jaxprune.attribution import GradientActivation, IntegratedGradients, layer
 from jaxprune.baselines import Fisher, Gradient, LeaveOneOut, Wanda
+from jaxprune.generation import generate
 from jaxprune.models import TaskHead
 from jaxprune.models.layers import max_tokens
 from jaxprune.objectives import every, margin, maximum
@@ -49,6 +50,42 @@ def test_a_batch_of_every_criterion_lowers(criterion: Any, layers: int, dtype: A
 
     exported = export.export(jax.jit(run), platforms=("tpu", "cuda"))
     assert exported(params, batch, jax.ShapeDtypeStruct((4,), jnp.float32)).platforms == ("tpu", "cuda")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        IntegratedGradients(nodes=2),
+        GradientActivation(labels=every, tokens=max_tokens, kinds=("channels", "query_channels", "neurons")),
+        Wanda(),
+    ],
+)
+def test_a_batch_of_a_text_to_text_model_lowers(criterion: Any, dtype: Any):
+    """Encoder, decoder and the attention between them, with the answers of every row."""
+    model, params = tiny_model("mt5", layers=1)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+    tokens, row = jax.ShapeDtypeStruct((4, 9), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)
+    batch = {"input_ids": tokens, "attention_mask": tokens, "labels": row, "index": row}
+    batch["candidates"] = jax.ShapeDtypeStruct((4, 2, 3), jnp.int32)
+
+    def run(params: Any, batch: Any) -> Any:
+        return criterion(model, params, batch)
+
+    exported = export.export(jax.jit(run), platforms=("tpu", "cuda"))
+    assert exported(params, batch).platforms == ("tpu", "cuda")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_generation_lowers(dtype: Any):
+    model, params = tiny_model("t5", layers=1)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+    batch = dict.fromkeys(("input_ids", "attention_mask"), jax.ShapeDtypeStruct((4, 9), jnp.int32))
+
+    def run(params: Any, batch: Any) -> Any:
+        return generate(model, params, batch, max_new_tokens=5)
+
+    assert export.export(jax.jit(run), platforms=("tpu", "cuda"))(params, batch).platforms == ("tpu", "cuda")
 
 
 def test_calibration_means_lower():
