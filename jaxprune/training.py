@@ -447,7 +447,7 @@ def _best(history: Sequence[Sequence[Mapping[str, Any]]]) -> int:
 
 
 def _evaluation(fields: Mapping[str, Any]) -> Evaluation:
-    return Evaluation(**{name: fields[name] for name in Evaluation.__dataclass_fields__})
+    return Evaluation(**{name: value for name, value in fields.items() if name in Evaluation.__dataclass_fields__})
 
 
 def _arrays(now: TrainingState) -> dict[str, Any]:
