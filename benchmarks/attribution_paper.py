@@ -4,12 +4,14 @@
 
 Attribution beside every baseline, from 10 to 90 % removed, per layer and over all layers together. Made for a
 text-to-text model, whose tasks are told apart by prompts; it runs on a model with task heads as well. Every scoring
-run and every tested model is kept in `WORK`, so an interrupted run goes on where it was. Figures are those of test, but
-for `objectives`, which looks at dev; the rules are in `evidence.py`, what is compared was fixed beforehand.
+run and every tested model is kept in `WORK`, so an interrupted run goes on where it was. Choices are made on dev, all
+other figures are those of test; the rules are in `evidence.py`.
 
 Parts, for `--only`:
-    objectives    what is attributed: the paper's sum of the answer's token probabilities, or something else (dev)
-    supervised    all criteria, labelled examples, all budgets; per layer and over all layers together
+    scopes        on dev, for every criterion: the same share of every module, or all compete, normalised or not
+    objectives    on dev: the paper's sum of the answer's token probabilities, or something else
+    supervised    all criteria, each in the scope that is its best on dev, labelled examples, half the FLOPs
+    curves        all budgets, per layer and over all layers together
     few           1, 4, 16, 64 and 256 labelled examples per class
     unsupervised  no labels: what the model predicts, and every answer by its probability
     unseen        scored on one task, tested in another domain
@@ -24,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,15 +45,21 @@ from jaxprune.selection import per_layer_l2
 
 TASKS = ("sst2", "ag_news", "mrpc", "rte", "qnli", "subj", "trec", "dbpedia_14", "snips")
 KEPT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of the FLOPs of encoder and decoder
-KEPT_GLOBAL = (0.9, 0.7, 0.5, 0.3, 0.1)
 ENDPOINT = 0.5
 PER_CLASS = (1, 4, 16, 64, 256)
-MOST = 2_048  # examples of a calibration set
-ROWS = 300  # of test, at most
+EXAMPLES = 128  # of a calibration set, where their number is not what is looked at
+MOST = 512  # examples where it is
+ROWS = 300  # of dev and test, at most
 DRAWS = 5
+DRAWS_FOR_CHOICES = 1
 DRAWS_UNSEEN = 2
 CURVE_DRAWS = 1
-FEWER = ("integrated gradients", "gradient x activation", "Wanda", "magnitude", "random")  # over all layers, unseen
+FEWER = ("integrated gradients", "gradient x activation", "Wanda", "magnitude", "random")  # in unseen domains
+SCOPES: dict[str, dict[str, Any]] = {
+    "per layer": {"per_layer": True},
+    "all layers": {"per_layer": False},
+    "all layers, L2": {"per_layer": False, "normalise": per_layer_l2},
+}
 READING = ("integrated gradients", "gradient x activation", "Taylor", "Wanda")  # those that look at labelled examples
 OBJECTIVES = {
     "sum of probabilities": None,
@@ -63,7 +72,7 @@ MADE = {"integrated gradients": jp.IntegratedGradients, "gradient x activation":
 
 
 class Paper:
-    """The bench, with the test figures of the dense model at hand."""
+    """The bench, with the test figures of the dense model at hand, and the scope of every criterion."""
 
     def __init__(self, bench: Bench, examples: int) -> None:
         self.bench, self.examples, self.tasks = bench, examples, bench.able
@@ -71,7 +80,7 @@ class Paper:
 
     def count(self, task: str, wanted: int | None = None) -> int:
         """As many calibration rows as there are, at most so many."""
-        return min(wanted or self.examples, self.examples, len(self.bench.task(task).rows("calibration")))
+        return min(wanted or self.examples, len(self.bench.task(task).rows("calibration")))
 
     def cells(
         self,
@@ -97,85 +106,105 @@ class Paper:
         """The difference of the primary metric, with its interval."""
         return compare(one, other, self.dense, self.chance)
 
+    def on_dev(self, method: Method) -> dict[str, Any]:
+        """Accuracies and the primary metric on dev."""
+        dense, chance = self.bench.dense(self.tasks, "dev"), self.bench.chances(self.tasks, "dev")
+        return summary(self.cells(method, draws=DRAWS_FOR_CHOICES, split="dev"), dense, chance)
 
-def per_layer(name: str) -> Method:
-    """A criterion with the same share of every site; dropping top layers is by its nature global."""
-    return Method(CRITERIA[name], per_layer=name != "top layers")
+    @cached_property
+    def scopes(self) -> dict[str, dict[str, Any]]:
+        """Every criterion in every scope, on dev."""
+        found: dict[str, dict[str, Any]] = {}
+        for name, criterion in CRITERIA.items():
+            rows = {scope: self.on_dev(Method(criterion, **how)) for scope, how in SCOPES.items() if _fits(name, scope)}
+            found[name] = {"rows": rows, "best": max(rows, key=lambda scope: rows[scope]["retained"])}
+        return found
+
+    def method(self, name: str, criterion: Any = None) -> Method:
+        """A criterion in the scope that is its best on dev, or another of its settings in the same scope."""
+        return Method(criterion or CRITERIA[name], **SCOPES[self.scopes[name]["best"]])
+
+
+def _fits(name: str, scope: str) -> bool:
+    """Whether a criterion can be used so: top layers rank layers, and chance has nothing to normalise."""
+    return scope == "all layers" or name not in ("top layers", "random") or (name == "random" and scope == "per layer")
+
+
+def scopes(paper: Paper) -> dict[str, Any]:
+    """Which units compete, on dev: a choice for every criterion."""
+    return {"rows": paper.scopes, "split": "dev", "draws": DRAWS_FOR_CHOICES}
 
 
 def objectives_on_dev(paper: Paper) -> dict[str, Any]:
-    """What is attributed, on dev: a choice."""
-    dense, chance = paper.bench.dense(paper.tasks, "dev"), paper.bench.chances(paper.tasks, "dev")
-    rows: dict[str, Any] = {}
-    for name, make in MADE.items():
-        found = {
-            what: paper.cells(Method(make(objective=own)), draws=2, split="dev") for what, own in OBJECTIVES.items()
-        }
-        first = next(iter(found.values()))
-        rows[name] = {
-            what: summary(own, dense, chance) | {"against_paper": compare(own, first, dense, chance)}
-            for what, own in found.items()
-        }
-    return {"rows": rows, "split": "dev", "draws": 2}
+    """What is attributed, on dev."""
+    rows = {
+        name: {what: paper.on_dev(paper.method(name, make(objective=own))) for what, own in OBJECTIVES.items()}
+        for name, make in MADE.items()
+    }
+    return {"rows": rows, "split": "dev", "draws": DRAWS_FOR_CHOICES}
 
 
 def supervised(paper: Paper) -> dict[str, Any]:
-    """All criteria at all budgets, with labelled examples; per layer, and over all layers together."""
-    curves: dict[str, Any] = {"per layer": {}, "global": {}}
-    for name in CRITERIA:
-        found = {kept: paper.cells(per_layer(name), kept, CURVE_DRAWS) for kept in KEPT}
-        curves["per layer"][name] = {str(kept): paper.summary(cells) for kept, cells in found.items()}
-    for name in FEWER:
-        normalise = None if name == "random" else per_layer_l2
-        method = Method(CRITERIA[name], per_layer=False, normalise=normalise)
-        found = {kept: paper.cells(method, kept, CURVE_DRAWS) for kept in KEPT_GLOBAL}
-        curves["global"][name] = {str(kept): paper.summary(cells) for kept, cells in found.items()}
-    ends = {name: paper.cells(per_layer(name)) for name in CRITERIA}
+    """All criteria at the endpoint, each in its scope, with labelled examples."""
+    ends = {name: paper.cells(paper.method(name)) for name in CRITERIA}
     pairs = [(one, other) for one in ATTRIBUTION for other in CRITERIA if other not in ATTRIBUTION]
     return {
         "examples": {task: paper.count(task) for task in paper.tasks},
-        "curves": curves,
         "rows": {name: paper.summary(own) for name, own in ends.items()},
         "claims": {f"{a} - {b}": paper.compare(ends[a], ends[b]) for a, b in [*pairs, ATTRIBUTION]},
     }
 
 
+def curves(paper: Paper) -> dict[str, Any]:
+    """All criteria at all budgets, per layer and over all layers together."""
+    rows: dict[str, Any] = {}
+    for scope in ("per layer", "all layers"):
+        rows[scope] = {}
+        for name, criterion in CRITERIA.items():
+            if _fits(name, scope):
+                found = {kept: paper.cells(Method(criterion, **SCOPES[scope]), kept, CURVE_DRAWS) for kept in KEPT}
+                rows[scope][name] = {str(kept): paper.summary(cells) for kept, cells in found.items()}
+    return {"rows": rows}
+
+
 def few(paper: Paper) -> dict[str, Any]:
     """So many labelled examples per class, with the spread over the draws."""
     rows: dict[str, Any] = {}
-    whole = {name: paper.cells(per_layer(name)) for name in READING}
+    cells: dict[int, dict[str, dict[str, list[Cell]]]] = {}
     for per_class in PER_CLASS:
 
         def examples(task: str, per_class: int = per_class) -> int:
-            return paper.count(task, per_class * len(paper.bench.task(task).labels))
+            return paper.count(task, min(per_class * len(paper.bench.task(task).labels), MOST))
 
-        found = {name: paper.cells(per_layer(name), examples=examples) for name in READING}
+        cells[per_class] = {name: paper.cells(paper.method(name), examples=examples) for name in READING}
+    for per_class, found in cells.items():
         rows[str(per_class)] = {
-            name: paper.summary(own) | {"all_minus_this": paper.compare(whole[name], own)}
+            name: paper.summary(own) | {"all_minus_this": paper.compare(cells[PER_CLASS[-1]][name], own)}
             for name, own in found.items()
         }
-    return {"rows": rows, "at_most": paper.examples}
+    return {"rows": rows, "at_most": MOST}
 
 
 def unsupervised(paper: Paper) -> dict[str, Any]:
     """Without labels: for what the model predicts, and for every answer by its probability."""
     rows: dict[str, Any] = {}
     for name, make in MADE.items():
-        gold = paper.cells(Method(make()))
+        gold = paper.cells(paper.method(name))
         rows[name] = {"gold": paper.summary(gold)}
         for label, function in LABELS.items():
             few_labels = [task for task in paper.tasks if len(paper.bench.task(task).labels) <= MOST_LABELS]
             if label == "every" and make is jp.IntegratedGradients:
                 continue  # nodes times answers
             tasks = few_labels if label == "every" else paper.tasks
-            own, same = paper.cells(Method(make(labels=function)), tasks=tasks), {task: gold[task] for task in tasks}
+            own = paper.cells(paper.method(name, make(labels=function)), tasks=tasks)
+            same = {task: gold[task] for task in tasks}
             rows[name][label] = paper.summary(own) | {"gold_minus_this": paper.compare(same, own)}
     return {"rows": rows}
 
 
 def unseen(paper: Paper) -> dict[str, Any]:
     """Scored on one task, tested in domains that neither fine-tuning nor scoring has seen."""
-    methods = {name: replace(per_layer(name), examples=paper.examples) for name in FEWER}
+    methods = {name: replace(paper.method(name), examples=paper.examples) for name in FEWER}
     pairs = [(task, domain) for task, domains in UNSEEN.items() for domain in domains if task in paper.tasks]
     left_out = [task for task in UNSEEN if task not in paper.tasks]
     return {"rows": paper.bench.elsewhere(pairs, methods, ENDPOINT, DRAWS_UNSEEN), "left_out": left_out}
@@ -198,6 +227,7 @@ def cost(paper: Paper) -> dict[str, Any]:
         for name in CRITERIA
     }
     unit = "gradient x activation"
+    least = memory[unit]
     return {
         "task": task.name,
         "examples": count,
@@ -206,7 +236,7 @@ def cost(paper: Paper) -> dict[str, Any]:
                 "seconds": float(np.median(own)),
                 "time": float(np.median(np.divide(own, seconds[unit]))),
                 "bytes": memory[name],
-                "memory": memory[name] / memory[unit] if memory[name] is not None else None,
+                "memory": own_peak / least if (own_peak := memory[name]) and least else None,
             }
             for name, own in seconds.items()
         },
@@ -214,12 +244,14 @@ def cost(paper: Paper) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Paper], dict[str, Any]]] = {
+    "scopes": scopes,
     "objectives": objectives_on_dev,
     "supervised": supervised,
-    "few": few,
+    "cost": cost,
     "unsupervised": unsupervised,
     "unseen": unseen,
-    "cost": cost,
+    "few": few,
+    "curves": curves,
 }
 
 
@@ -245,7 +277,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="the record to write (JSON)")
     parser.add_argument("--tasks", default=",".join(TASKS), help="the tasks, by commas")
     parser.add_argument("--rows", type=int, default=ROWS, help="test rows of each task, at most")
-    parser.add_argument("--examples", type=int, default=MOST, help="attribution examples of each task, at most")
+    parser.add_argument("--examples", type=int, default=EXAMPLES, help="attribution examples of each task, at most")
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run; the others are kept from the record")
     arguments = parser.parse_args()
     chosen, tasks = arguments.only.split(","), tuple(arguments.tasks.split(","))

@@ -235,7 +235,8 @@ nothing about pre-trained knowledge should be concluded from it.
 |---|---|---|---|---|---|---|
 {rows}
 Accuracy in percent, of the file as it is shipped, the answers ranked by their likelihood; a stratified draw where there
-are more rows. Where it is near chance (pairs of sentences need more pre-training than this) say nothing about pruning.
+are more rows. The pairs of sentences (mrpc, rte, qnli) are near chance, as they need more pre-training than this: they say
+nothing about pruning.
 Several splits are not the original ones, so the figures cannot be compared with published ones. The figures are read
 from `results.json` beside this file.
 
