@@ -235,10 +235,9 @@ nothing about pre-trained knowledge should be concluded from it.
 |---|---|---|---|---|---|---|
 {rows}
 Accuracy in percent, of the file as it is shipped, the answers ranked by their likelihood; a stratified draw where there
-are more rows. The pairs of sentences (mrpc, rte, qnli) are near chance, as they need more pre-training than this: they say
-nothing about pruning.
-Several splits are not the original ones, so the figures cannot be compared with published ones. The figures are read
-from `results.json` beside this file.
+are more rows. Pairs of sentences (mrpc, rte, qnli) stay near chance: they need more pre-training than this, and nothing
+about pruning should be concluded from them. Several splits are not the original ones, so the figures cannot be compared
+with published ones. The figures are read from `results.json` beside this file.
 
 The training data are public research data sets, some for research use only; none of their text is in this folder but
 single words and pieces of the vocabulary.

@@ -391,7 +391,7 @@ def main() -> None:
         page.write_text(render(page.read_text()))
     for name, part, curves in (
         ("accuracy", "curves", accuracy_curves),
-        ("attribution_paper", "supervised", paper_curves),
+        ("attribution_paper", "curves", paper_curves),
     ):
         if (RESULTS / f"{name}.json").exists() and part in record(name):
             for ending in FORMATS:

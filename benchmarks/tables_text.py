@@ -62,34 +62,45 @@ def bundled_text() -> str:
     return table(["accuracy, %", "dev", "test", "BERT, test", "chance, dev"], rows)
 
 
+def scopes() -> str:
+    """Which units compete, on dev."""
+    found = paper()["scopes"]["rows"]
+    names = list(dict.fromkeys(scope for own in found.values() for scope in own["rows"]))
+    rows = [
+        [name]
+        + [
+            ("**{}**" if scope == own["best"] else "{}").format(percent(own["rows"][scope]["retained"]))
+            if scope in own["rows"]
+            else "–"
+            for scope in names
+        ]
+        for name, own in found.items()
+    ]
+    return table(["half the FLOPs, on dev; kept, %", *names], rows)
+
+
 def objectives() -> str:
     """What is attributed, on dev."""
-    rows = [
-        [
-            f"{name}, {what}",
-            percent(own["retained"]),
-            percent(own["accuracy"]),
-            "–" if what == next(iter(each)) else points(own["against_paper"]),
-        ]
-        for name, each in paper()["objectives"]["rows"].items()
-        for what, own in each.items()
-    ]
-    return table(["half the FLOPs, on dev, %", "kept", "accuracy", "against the paper's, points [95 %]"], rows)
+    found = paper()["objectives"]["rows"]
+    names = list(next(iter(found.values())))
+    rows = [[name, *(percent(own[what]["retained"]) for what in names)] for name, own in found.items()]
+    return table(["half the FLOPs, on dev; kept, %", *names], rows)
 
 
 def endpoint() -> str:
     """Every criterion at the endpoint, best first, with its accuracy by task."""
     found = paper()
     used = {task: own for task, own in found["tasks"].items() if own["used"]}
+    scopes_of = found["scopes"]["rows"]
     rows = [
-        ["dense", "100.0", *(percent(own["dense"]) for own in used.values())],
+        ["dense", "–", "100.0", *(percent(own["dense"]) for own in used.values())],
         *(
-            [name, percent(own["retained"]), *(spread(own["tasks"][task]) for task in used)]
+            [name, scopes_of[name]["best"], percent(own["retained"]), *(spread(own["tasks"][task]) for task in used)]
             for name, own in best_first(found["supervised"]["rows"])
         ),
-        ["chance", "0.0", *(percent(own["chance"]) for own in used.values())],
+        ["chance", "–", "0.0", *(percent(own["chance"]) for own in used.values())],
     ]
-    return table(["half the FLOPs, %", "kept", *used], rows)
+    return table(["half the FLOPs, %", "units compete", "kept", *used], rows)
 
 
 def claims() -> str:
@@ -100,25 +111,28 @@ def claims() -> str:
 
 def curves() -> str:
     """The primary metric at every budget, per layer and over all layers."""
-    found = paper()["supervised"]
-    budgets = list(next(iter(found["curves"]["per layer"].values())))
-    order = [name for name, _ in best_first(found["rows"])]
+    found = paper()["curves"]["rows"]
+    budgets = list(next(iter(found["per layer"].values())))
     rows = [
-        [name if scope == "per layer" else f"{name}, over all layers"]
-        + [percent(each[name][b]["retained"] if b in each[name] else None) for b in budgets]
-        for scope, each in found["curves"].items()
-        for name in order
+        [f"{name}, {scope}", *(percent(each[name][b]["retained"]) for b in budgets)]
+        for scope, each in found.items()
+        for name in _order()
         if name in each
     ]
     return table(["kept, %, at this share of the FLOPs", *(f"{float(b):g}" for b in budgets)], rows)
 
 
+def _order() -> list[str]:
+    """The criteria, the best at the endpoint first."""
+    return [name for name, _ in best_first(paper()["supervised"]["rows"])]
+
+
 def paper_curves() -> tuple[Mapping[str, Any], Sequence[int]]:
-    """The curves per layer, the best at the endpoint first, and the rows of every task."""
+    """The curves over all layers, the best at the endpoint first, and the rows of every task."""
     found = paper()
-    order = [name for name, _ in best_first(found["supervised"]["rows"])]
     sizes = [own["n"] for own in found["tasks"].values() if own["used"]]
-    return {name: found["supervised"]["curves"]["per layer"][name] for name in order}, sizes
+    every = found["curves"]["rows"]["all layers"]
+    return {name: every[name] for name in _order() if name in every}, sizes
 
 
 def few() -> str:
@@ -212,6 +226,7 @@ def paper_row() -> list[str]:
 TEXT_TABLES: Mapping[str, Callable[[], str]] = {
     "bundled-text": bundled_text,
     "paper-setting": setting,
+    "paper-scopes": scopes,
     "paper-objectives": objectives,
     "paper-endpoint": endpoint,
     "paper-claims": claims,
