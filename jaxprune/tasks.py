@@ -431,7 +431,7 @@ def _find(name: str, data: Path | None) -> tuple[str, Source | None, dict[str, R
     if kind_of(path) or len(path.parts) > 1:
         raise FileNotFoundError(f"there is no file or folder {name}.")
     folders = sorted(entry.name for entry in data.iterdir() if entry.is_dir()) if data is not None else []
-    close = difflib.get_close_matches(name.lower(), [*TASKS, *folders], 3)
+    close = difflib.get_close_matches(name.lower(), dict.fromkeys([*TASKS, *folders]), 3)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     more = f" In {data}: {', '.join(folders)}." if folders else ""
     raise ValueError(f"unknown task {name!r}.{hint} Built in: {', '.join(sorted(TASKS))}.{more}")

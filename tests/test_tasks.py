@@ -646,3 +646,9 @@ def test_an_unknown_task_lists_those_there_are(tmp_path: Path):
         load_task("my_sets", data=tmp_path)
     with pytest.raises(ValueError, match="max_calibration must be at least 1, got 0"):
         load_task("sst2", max_calibration=0)
+
+
+def test_a_built_in_task_with_a_folder_is_suggested_once(tmp_path):
+    (tmp_path / "snips").mkdir()
+    with pytest.raises(ValueError, match=r"Did you mean 'snips'\? Built in"):
+        load_task("snip", data=tmp_path)
