@@ -260,6 +260,7 @@ class Model:
         scores: bool = False,
         kinds: tuple[str, ...] = UNITS,
         known: Mapping[str, Array] | None = None,
+        residuals: bool = False,
     ) -> tuple[State, dict[str, Array]]:
         """One layer.
 
@@ -275,6 +276,7 @@ class Model:
             kinds: The units whose gated values to return.
             known: Values before their gates by local name, as an open layer returned them for the same input: what
                 computes them is left out of the compiled program.
+            residuals: Whether to return what each module's output is added to, as `"ffn.residual"` among the sites.
 
         Returns:
             The layer's output and its gated values by local name.
@@ -282,7 +284,8 @@ class Model:
         state, found = self._family.block(
             self.config, params, hidden, mask, gates or {}, means or {}, tokens, key, scores, known or {}
         )
-        return state, {name: value for name, value in found.items() if name.rpartition(".")[2] in (*kinds, "scores")}
+        wanted = (*kinds, "scores", *["residual"] * residuals)
+        return state, {name: value for name, value in found.items() if name.rpartition(".")[2] in wanted}
 
     def prepare(self, params: Params, memory: Float[Array, "b s d"], length: int) -> Cache:
         """What one decoder layer keeps while text is written, before the first token.

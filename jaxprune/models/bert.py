@@ -127,7 +127,7 @@ class Attention(nnx.Module):
             mixed = gated("attention.channels", gated("attention.heads", mixed))
             y = self.out(mixed)
         found = attention_sites("attention", query, mixed, raw if scores else None)
-        return self.norm(x + dropout(y, self.rates[1], outer)), found
+        return self.norm(x + dropout(y, self.rates[1], outer)), found | {"attention.residual": x}
 
 
 class FeedForward(nnx.Module):
@@ -150,7 +150,7 @@ class FeedForward(nnx.Module):
         else:
             inner = gated("ffn.neurons", ACTIVATIONS[self.activation](self.up(x)))
             y = self.down(inner)
-        return self.norm(x + dropout(y, self.rate, key)), {"ffn.neurons": inner}
+        return self.norm(x + dropout(y, self.rate, key)), {"ffn.neurons": inner, "ffn.residual": x}
 
 
 class Block(nnx.Module):

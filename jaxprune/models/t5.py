@@ -122,7 +122,7 @@ class Attention(nnx.Module):
         if self.query.kernel.shape[1] == 0:  # no head is left, and there is no bias: the residual is all
             query, mixed = (jnp.zeros((b, t, 0, own.kernel.shape[2]), x.dtype) for own in (self.query, self.value))
             raw = jnp.zeros((b, 0, t, read.keys.shape[1]), jnp.float32) if scores else None
-            return x, attention_sites(self.name, query, mixed, raw)
+            return x, attention_sites(self.name, query, mixed, raw) | {f"{self.name}.residual": x}
         bias = None if buckets is None else self.relative(buckets).transpose(2, 0, 1)
         query = gated(f"{self.name}.query_channels", query)
         mixed, raw = attend(
@@ -137,7 +137,8 @@ class Attention(nnx.Module):
             scores=scores,
         )
         mixed = gated(f"{self.name}.channels", gated(f"{self.name}.heads", mixed))
-        return x + dropout(self.out(mixed), self.rate, outer), attention_sites(self.name, query, mixed, raw)
+        found = attention_sites(self.name, query, mixed, raw) | {f"{self.name}.residual": x}
+        return x + dropout(self.out(mixed), self.rate, outer), found
 
 
 class FeedForward(nnx.Module):
@@ -158,13 +159,13 @@ class FeedForward(nnx.Module):
         self, x: Float[Array, "b t d"], gated: Gated, key: Array | None
     ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
         if self.up.kernel.shape[1] == 0:  # no neuron is left: the residual is all
-            return x, {"ffn.neurons": jnp.zeros((*x.shape[:2], 0), x.dtype)}
+            return x, {"ffn.neurons": jnp.zeros((*x.shape[:2], 0), x.dtype), "ffn.residual": x}
         first, second = (None, None) if key is None else jax.random.split(key)
         y, activation = self.norm(x), ACTIVATIONS[self.activation]
         inner = activation(self.gating(y)) * self.up(y) if self.gated else activation(self.up(y))
         inner = gated("ffn.neurons", inner)
         y = self.down(dropout(inner, self.rate, first))
-        return x + dropout(y, self.rate, second), {"ffn.neurons": inner}
+        return x + dropout(y, self.rate, second), {"ffn.neurons": inner, "ffn.residual": x}
 
 
 class Block(nnx.Module):

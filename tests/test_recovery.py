@@ -1,0 +1,157 @@
+"""Recovery is least squares, sees no padding, makes no module worse on rows held out, and leaves what is whole."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import random_gates, tiny_batch, tiny_model
+
+from jaxprune.compaction import compact
+from jaxprune.gates import flatten, unflatten
+from jaxprune.models import Model
+from jaxprune.recovery import Fit, Moments, bias, reconstruct, recover, rescale
+
+
+def batches_of(model: Model, count: int = 3, rows: int = 16, length: int = 9) -> list[dict[str, np.ndarray]]:
+    return [tiny_batch(model, rows, length, seed) for seed in range(count)]
+
+
+def moments_of(inputs: np.ndarray, targets: np.ndarray) -> Moments:
+    return Moments(
+        inputs.T @ inputs,
+        inputs.T @ targets,
+        inputs.sum(0),
+        targets.sum(0),
+        float(np.square(targets).sum()),
+        float(len(inputs)),
+    )
+
+
+def error_of(model: Model, params: Any, small: Any, batch: Any) -> float:
+    """The mean squared difference of the logits."""
+    one, other = (model.apply(own, batch).logits for own in (params, small))
+    return float(jnp.square(jnp.asarray(one) - jnp.asarray(other)).mean())
+
+
+@pytest.mark.parametrize("model_type", ["bert", "t5", "mt5"])
+def test_nothing_removed_leaves_the_weights_unchanged(model_type: str):
+    model, params = tiny_model(model_type)
+    found, repairs = recover(model, params, params, batches_of(model))
+    assert {repair.how for repair in repairs} == {"none"}
+    for path, array in flatten(params).items():
+        np.testing.assert_allclose(flatten(found)[path], array, atol=1e-5)
+
+
+def test_a_removed_copy_of_a_unit_comes_back_as_the_ridge_goes_to_zero():
+    model, params = tiny_model(layers=1)
+    flat = flatten(params)
+    up = ("layers", 0, "ffn", "up")
+    for leaf in ("kernel", "bias"):
+        flat[(*up, leaf)] = flat[(*up, leaf)].at[..., 5].set(flat[(*up, leaf)][..., 4])
+    params = unflatten(flat)
+    gates = {"0.ffn.neurons": jnp.ones(32).at[5].set(0.0)}
+    small, batch = compact(model, params, gates), tiny_batch(model, 16, 9, 7)
+    lost = error_of(model, params, small, batch)
+    errors = []
+    for ridge in (1e-1, 1e-3, 1e-6):
+        method = partial(reconstruct, ridges=(ridge,))
+        errors.append(
+            error_of(model, params, recover(model, params, small, batches_of(model), method=method)[0], batch)
+        )
+    assert lost > errors[0] > errors[1] > errors[2] and errors[2] < 1e-6 * lost
+
+
+@pytest.mark.parametrize("method", [rescale, reconstruct])
+@pytest.mark.parametrize("model_type", ["bert", "t5", "mt5"])
+def test_no_module_gets_worse_and_the_model_gets_better(model_type: str, method: Any):
+    model, params = tiny_model(model_type)
+    small = compact(model, params, random_gates(model, params, 1))
+    found, repairs = recover(model, params, small, batches_of(model, 6), method=method)
+    assert len(repairs) == (4 if model_type == "bert" else 2 * 2 + 3 * 3)
+    assert all(repair.after <= repair.before for repair in repairs)
+    assert any(repair.after < 0.9 * repair.before for repair in repairs)
+    if method is reconstruct:
+        batch = tiny_batch(model, 16, 9, 99)
+        assert error_of(model, params, found, batch) < error_of(model, params, small, batch)
+
+
+def test_the_mean_of_what_is_missing_goes_into_the_bias():
+    model, params = tiny_model()
+    small = compact(model, params, random_gates(model, params, 1))
+    found, repairs = recover(model, params, small, batches_of(model), method=bias)
+    assert {repair.how for repair in repairs} <= {"none", "bias"}
+    changed = {path for path, array in flatten(found).items() if not jnp.array_equal(array, flatten(small)[path])}
+    assert changed and all(path[-1] == "bias" for path in changed)
+
+
+def test_a_model_without_biases_has_nowhere_to_put_a_mean():
+    model, params = tiny_model("t5")
+    with pytest.raises(ValueError, match="has no biases"):
+        recover(model, params, params, batches_of(model), method=bias)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "t5"])
+def test_padding_changes_nothing(model_type: str):
+    model, params = tiny_model(model_type)
+    small = compact(model, params, random_gates(model, params, 1))
+    batches = batches_of(model)
+    padded = []
+    for batch in batches:
+        wide = {name: np.pad(own, ((0, 4), (0, 3)), constant_values=1) for name, own in batch.items()}
+        for name in wide:
+            if name.endswith("mask"):
+                wide[name][:, batch[name].shape[1] :] = 0
+        wide["weight"] = np.pad(np.ones(16, np.float32), (0, 4))
+        padded.append(wide)
+    one, other = (flatten(recover(model, params, small, own)[0]) for own in (batches, padded))
+    for path, array in one.items():
+        np.testing.assert_allclose(other[path], array, rtol=1e-3, atol=1e-4)
+
+
+def test_reconstruction_is_ridge_regression_towards_the_old_weights():
+    random = np.random.default_rng(0)
+    inputs, targets = random.standard_normal((50, 6)) + 1.0, random.standard_normal((50, 3))
+    old = Fit(random.standard_normal((6, 3)), np.zeros(3))
+    [(_, found), _] = reconstruct(moments_of(inputs, targets), old, np.arange(6), ridges=(0.1,))
+    a, y = inputs - inputs.mean(0), targets - targets.mean(0)
+    ridge = 0.1 * np.square(a).sum() / 6
+    stacked = np.concatenate([a, np.sqrt(ridge) * np.eye(6)])
+    expected = np.linalg.lstsq(stacked, np.concatenate([y, np.sqrt(ridge) * old.kernel]), rcond=None)[0]
+    np.testing.assert_allclose(found.kernel, expected, rtol=1e-9)
+    np.testing.assert_allclose(found.bias, targets.mean(0) - inputs.mean(0) @ expected, rtol=1e-9, atol=1e-12)
+
+
+def test_units_are_rescaled_by_least_squares():
+    """Two heads of two channels each, without a bias: two numbers, found by hand from what each head adds."""
+    random = np.random.default_rng(0)
+    inputs, kernel = random.standard_normal((40, 4)), random.standard_normal((4, 3))
+    first, second = inputs[:, :2] @ kernel[:2], inputs[:, 2:] @ kernel[2:]
+    targets = 2.0 * first + 0.5 * second
+    [(_, found)] = rescale(moments_of(inputs, targets), Fit(kernel, None), np.array([0, 0, 1, 1]), ridges=(0.0,))
+    np.testing.assert_allclose(found.kernel, kernel * np.array([2.0, 2.0, 0.5, 0.5])[:, None], rtol=1e-9)
+    assert found.bias is None
+
+
+def test_fewer_tokens_than_inputs_are_carried_by_the_ridge():
+    model, params = tiny_model(layers=1, neurons=64)
+    small = compact(model, params, random_gates(model, params, 1))
+    with pytest.warns(UserWarning, match="only the ridge makes the fit unique"):
+        _, repairs = recover(model, params, small, [tiny_batch(model, 4, 5)])
+    assert all(repair.after <= repair.before for repair in repairs)
+
+
+def test_what_is_not_finite_is_refused():
+    model, params = tiny_model(layers=1)
+    small = jax.tree.map(jnp.copy, params)
+    small["layers"][0]["attention"]["value"]["bias"] = (
+        small["layers"][0]["attention"]["value"]["bias"].at[0].set(jnp.nan)
+    )
+    with pytest.raises(ValueError, match=r"activations of 0\.attention are not finite"):
+        recover(model, params, small, batches_of(model))
+    with pytest.raises(ValueError, match="at least 4 rows"):
+        recover(model, params, params, [tiny_batch(model, 3)])
