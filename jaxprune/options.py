@@ -17,7 +17,7 @@ import typer
 
 if TYPE_CHECKING:
     from jaxprune.attribution import Criterion
-    from jaxprune.workflow import Data, Scoring, Selection
+    from jaxprune.workflow import Data, Recovering, Scoring, Selection
 
 # What the names on the command line stand for: option -> name -> function or class, imported when it is asked for.
 FUNCTIONS: Mapping[str, Mapping[str, str]] = {
@@ -69,6 +69,12 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
         "pooled": "together:pooled",
         "union": "together:kept_by_any",
         "intersection": "together:kept_by_all",
+    },
+    "recover": {
+        "none": "recovery:none",
+        "bias": "recovery:bias",
+        "rescale": "recovery:rescale",
+        "reconstruct": "recovery:reconstruct",
     },
     "normalise": {"l2": "selection:per_layer_l2"},
 }
@@ -239,6 +245,25 @@ class ScoringOptions:
 
         criterion = settings.build(self.criterion)[self.criterion]
         return Scoring(criterion=criterion, examples=self.examples, seed=self.seed, head=head, **asdict(batches))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryOptions:
+    """How what is left is repaired."""
+
+    recover: Annotated[
+        str, choice("recover", "Repair in closed form, without labels; none by default.", "What stays")
+    ] = "none"
+    recover_examples: Annotated[int, kept("Calibration rows to repair with.")] = 256
+
+    def build(self, seed: int, batches: BatchOptions) -> Recovering | None:
+        """How to repair; None: not at all."""
+        from jaxprune.workflow import Recovering
+
+        if self.recover == "none":
+            return None
+        method = find("recover", self.recover)
+        return Recovering(method=method, examples=self.recover_examples, seed=seed, **asdict(batches))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from jaxprune.cost import file_size
 from jaxprune.evaluation import fitting_head
 from jaxprune.gates import KINDS, Params
 from jaxprune.models import Model
+from jaxprune.recovery import Recovery
 from jaxprune.report import model_card
 from jaxprune.scores import Scores, describe, load_scores
 from jaxprune.selection import pruning_record, select
@@ -21,6 +22,7 @@ from jaxprune.tasks import Task
 from jaxprune.workflow import (
     Data,
     Measuring,
+    Recovering,
     Scoring,
     Selection,
     Watch,
@@ -30,6 +32,7 @@ from jaxprune.workflow import (
     measure,
     measure_latency,
     ratios,
+    repair,
     score_once,
     speedups,
     stored_type,
@@ -46,6 +49,7 @@ def prune_model(
     *,
     scored: Path | Scoring,
     data: Data | None = None,
+    recovering: Recovering | None = None,
     measuring: Measuring,
     overwrite: bool = False,
     watch: Watch,
@@ -76,14 +80,22 @@ def prune_model(
     gates = select(model, params, scores, **{**selection.arguments(), "length": length})
     small = compact(model, params, gates, scores.means)
 
-    tasks, rows = [] if task is None else [task], scores.header["rows"]
+    tasks, rows, repaired = [] if task is None else [task], scores.header["rows"], None
+    if recovering is not None:
+        if task is None:
+            raise ValueError("there is nothing to recover with: name a task, or do without recovery.")
+        small, repaired = repair(model, params, small, task, recovering, watch)
+        rows = sorted({*rows, *repaired.rows})
     found = measure_both(model, params, small, tasks, length, head, rows, measuring, watch)
     prompt = scores.header.get("prompt")
     pruning = pruning_record(scores, gates, **{**selection.arguments(), "length": length})
+    if repaired is not None:
+        pruning["recovery"] = _recovery(repaired)
     record = {
         "command": "prune",
         "source": source,
         "output": str(output),
+        "recovery": pruning.get("recovery"),
         "scores": str(kept),
         "task": scores.header["task"],
         "criterion": scores.header["criterion"],
@@ -93,6 +105,12 @@ def prune_model(
         "examples": scores.header["examples"],
     }
     return write_pruned(output, model, small, pruning, record, found, overwrite=overwrite)
+
+
+def _recovery(found: Recovery) -> dict[str, Any]:
+    """What `pruning.json` and the record say of a recovery."""
+    modules = {own.module: {"how": own.how, "before": own.before, "after": own.after} for own in found.modules}
+    return {"method": found.method, "examples": found.examples, "modules": modules}
 
 
 def measure_both(

@@ -23,9 +23,14 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.linalg import cho_factor, cho_solve
 
+from jaxprune.attribution import key_or_default
+from jaxprune.batches import encode, pack
 from jaxprune.gates import UNITS, Params, Path, axes_of, flatten, reads, unflatten
 from jaxprune.likelihood import answered
 from jaxprune.models import Layer, Mask, Model, State, block_compiled, enter, mask_of, model_layers, own_mask
+from jaxprune.objectives import name_of
+from jaxprune.prompts import prompt_of
+from jaxprune.tasks import Example, Task, draw, row_key
 
 HELD_OUT = 4  # every fourth row only chooses between candidates
 ROUNDING = 1e-6  # of the spread of what is fitted: a smaller gain is none
@@ -70,8 +75,22 @@ class Repair(NamedTuple):
     how: str  # what the chosen candidate was called
 
 
+class Recovery(NamedTuple):
+    """How a model was repaired."""
+
+    method: str
+    examples: int
+    rows: tuple[str, ...]  # their keys: none of them may be tested on
+    modules: tuple[Repair, ...]
+
+
 # (moments of the fitting rows, the weights as they are, the unit of each input) -> candidates by name
 Method: TypeAlias = Callable[[Moments, Fit, np.ndarray], Iterable[tuple[str, Fit]]]
+
+
+def none(moments: Moments, old: Fit, units: np.ndarray) -> Iterable[tuple[str, Fit]]:
+    """Nothing is repaired."""
+    return ()
 
 
 def bias(moments: Moments, old: Fit, units: np.ndarray) -> Iterable[tuple[str, Fit]]:
@@ -118,6 +137,50 @@ def reconstruct(
 
 
 def recover(
+    model: Model,
+    params: Params,
+    small: Params,
+    task: Task,
+    *,
+    method: Method = reconstruct,
+    examples: int | Sequence[Example] = 256,
+    key: Array | int | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Params, Recovery]:
+    """Repairs a pruned model with examples of a task, whose labels are not read.
+
+    Args:
+        model: The architecture.
+        params: The dense parameters.
+        small: The pruned ones, from `compact`.
+        task: The task; its calibration rows are drawn from.
+        method: How a module is fitted: `bias`, `rescale` or `reconstruct`.
+        examples: How many to draw, or the examples themselves.
+        key: A seed or a `jax.random.key` for the draw; None is 0.
+        batch_size: Examples in a batch.
+        max_length: Tokens to which a text is cut; by default 128, or what the model reads if that is less.
+        progress: Called with the layers done and all layers.
+
+    Returns:
+        The repaired parameters, in the structure of `small`, and what was done.
+
+    Raises:
+        ValueError: If there are too few examples, or as `recover_batches`.
+    """
+    key = jax.random.key(key) if isinstance(key, int) else key_or_default(key)
+    rows = tuple(examples) if isinstance(examples, Sequence) else draw(task, examples, key)
+    encoded = encode(model, rows, max_length=max_length, prompt=prompt_of(model, task))
+    batches = [
+        {**batch, "labels": np.full(len(batch["input_ids"]), -1, np.int32)}
+        for batch in pack(encoded, batch_size=batch_size)
+    ]
+    fitted, repairs = recover_batches(model, params, small, batches, method=method, progress=progress)
+    return fitted, Recovery(name_of(method), len(rows), tuple(sorted(map(row_key, rows))), repairs)
+
+
+def recover_batches(
     model: Model,
     params: Params,
     small: Params,

@@ -23,6 +23,7 @@ from jaxprune.evaluation import Evaluation, evaluate, fitting_head
 from jaxprune.gates import KINDS, UNITS, Params, sites, widths
 from jaxprune.models import Model
 from jaxprune.prompts import STYLES, fit, prompt_for, prompt_of, read_prompt
+from jaxprune.recovery import Method, Recovery, recover
 from jaxprune.report import evaluation_table
 from jaxprune.scores import Scores, describe, load_scores, save_scores
 from jaxprune.scoring import score
@@ -109,6 +110,17 @@ class Selection:
     def arguments(self) -> dict[str, Any]:
         """All of it by name."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovering:
+    """How a pruned model is repaired; see `recover`."""
+
+    method: Method
+    examples: int = 256
+    seed: int = 0
+    batch_size: int = 32
+    max_length: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +250,24 @@ def costs(model: Model, params: Params, length: Length) -> dict[str, Any]:
         "flops": flops(model, params, length),
         "length": length,
     }
+
+
+def repair(
+    model: Model, params: Params, small: Params, task: Task, how: Recovering, watch: Watch
+) -> tuple[Params, Recovery]:
+    """Repairs a pruned model with rows of a task."""
+    return recover(
+        model,
+        params,
+        small,
+        task,
+        method=how.method,
+        examples=min(how.examples, len(task.rows("calibration"))),
+        key=how.seed,
+        batch_size=how.batch_size,
+        max_length=how.max_length,
+        progress=watch.open("recovering"),
+    )
 
 
 def measure_latency(

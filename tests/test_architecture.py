@@ -44,6 +44,7 @@ ORDER = (
     "scoring",
     "selection",
     "compaction",
+    "recovery",
     "training",
     "pretraining",
     "report",

@@ -14,7 +14,7 @@ from tiny import random_gates, tiny_batch, tiny_model
 from jaxprune.compaction import compact
 from jaxprune.gates import flatten, unflatten
 from jaxprune.models import Model
-from jaxprune.recovery import Fit, Moments, bias, reconstruct, recover, rescale
+from jaxprune.recovery import Fit, Moments, bias, reconstruct, recover_batches, rescale
 
 
 def batches_of(model: Model, count: int = 3, rows: int = 16, length: int = 9) -> list[dict[str, np.ndarray]]:
@@ -41,7 +41,7 @@ def error_of(model: Model, params: Any, small: Any, batch: Any) -> float:
 @pytest.mark.parametrize("model_type", ["bert", "t5", "mt5"])
 def test_nothing_removed_leaves_the_weights_unchanged(model_type: str):
     model, params = tiny_model(model_type)
-    found, repairs = recover(model, params, params, batches_of(model))
+    found, repairs = recover_batches(model, params, params, batches_of(model))
     assert {repair.how for repair in repairs} == {"none"}
     for path, array in flatten(params).items():
         np.testing.assert_allclose(flatten(found)[path], array, atol=1e-5)
@@ -61,7 +61,7 @@ def test_a_removed_copy_of_a_unit_comes_back_as_the_ridge_goes_to_zero():
     for ridge in (1e-1, 1e-3, 1e-6):
         method = partial(reconstruct, ridges=(ridge,))
         errors.append(
-            error_of(model, params, recover(model, params, small, batches_of(model), method=method)[0], batch)
+            error_of(model, params, recover_batches(model, params, small, batches_of(model), method=method)[0], batch)
         )
     assert lost > errors[0] > errors[1] > errors[2] and errors[2] < 1e-6 * lost
 
@@ -71,7 +71,7 @@ def test_a_removed_copy_of_a_unit_comes_back_as_the_ridge_goes_to_zero():
 def test_no_module_gets_worse_and_the_model_gets_better(model_type: str, method: Any):
     model, params = tiny_model(model_type)
     small = compact(model, params, random_gates(model, params, 1))
-    found, repairs = recover(model, params, small, batches_of(model, 6), method=method)
+    found, repairs = recover_batches(model, params, small, batches_of(model, 6), method=method)
     assert len(repairs) == (4 if model_type == "bert" else 2 * 2 + 3 * 3)
     assert all(repair.after <= repair.before for repair in repairs)
     assert any(repair.after < 0.9 * repair.before for repair in repairs)
@@ -83,7 +83,7 @@ def test_no_module_gets_worse_and_the_model_gets_better(model_type: str, method:
 def test_the_mean_of_what_is_missing_goes_into_the_bias():
     model, params = tiny_model()
     small = compact(model, params, random_gates(model, params, 1))
-    found, repairs = recover(model, params, small, batches_of(model), method=bias)
+    found, repairs = recover_batches(model, params, small, batches_of(model), method=bias)
     assert {repair.how for repair in repairs} <= {"none", "bias"}
     changed = {path for path, array in flatten(found).items() if not jnp.array_equal(array, flatten(small)[path])}
     assert changed and all(path[-1] == "bias" for path in changed)
@@ -92,7 +92,7 @@ def test_the_mean_of_what_is_missing_goes_into_the_bias():
 def test_a_model_without_biases_has_nowhere_to_put_a_mean():
     model, params = tiny_model("t5")
     with pytest.raises(ValueError, match="has no biases"):
-        recover(model, params, params, batches_of(model), method=bias)
+        recover_batches(model, params, params, batches_of(model), method=bias)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "t5"])
@@ -108,7 +108,7 @@ def test_padding_changes_nothing(model_type: str):
                 wide[name][:, batch[name].shape[1] :] = 0
         wide["weight"] = np.pad(np.ones(16, np.float32), (0, 4))
         padded.append(wide)
-    one, other = (flatten(recover(model, params, small, own)[0]) for own in (batches, padded))
+    one, other = (flatten(recover_batches(model, params, small, own)[0]) for own in (batches, padded))
     for path, array in one.items():
         np.testing.assert_allclose(other[path], array, rtol=1e-3, atol=1e-4)
 
@@ -141,7 +141,7 @@ def test_fewer_tokens_than_inputs_are_carried_by_the_ridge():
     model, params = tiny_model(layers=1, neurons=64)
     small = compact(model, params, random_gates(model, params, 1))
     with pytest.warns(UserWarning, match="only the ridge makes the fit unique"):
-        _, repairs = recover(model, params, small, [tiny_batch(model, 4, 5)])
+        _, repairs = recover_batches(model, params, small, [tiny_batch(model, 4, 5)])
     assert all(repair.after <= repair.before for repair in repairs)
 
 
@@ -152,6 +152,6 @@ def test_what_is_not_finite_is_refused():
         small["layers"][0]["attention"]["value"]["bias"].at[0].set(jnp.nan)
     )
     with pytest.raises(ValueError, match=r"activations of 0\.attention are not finite"):
-        recover(model, params, small, batches_of(model))
+        recover_batches(model, params, small, batches_of(model))
     with pytest.raises(ValueError, match="at least 4 rows"):
-        recover(model, params, params, [tiny_batch(model, 3)])
+        recover_batches(model, params, params, [tiny_batch(model, 3)])
