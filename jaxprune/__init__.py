@@ -30,12 +30,14 @@ if TYPE_CHECKING:
     from jaxprune.compaction import compact
     from jaxprune.cost import flops, latency, parameters
     from jaxprune.evaluation import evaluate
+    from jaxprune.fitting import BiasCompensation, Reconstruction, Rescaling
     from jaxprune.gates import open_gates
     from jaxprune.generation import generate
     from jaxprune.integration import integrate
     from jaxprune.models import Model, Output
     from jaxprune.objectives import log_probability, margin, probability
     from jaxprune.prompts import Prompt, prompt_for, read_prompt
+    from jaxprune.recovery import recover, recover_batches
     from jaxprune.scores import Scores, load_scores, merge, save_scores
     from jaxprune.scoring import score
     from jaxprune.selection import pruning_record, select
@@ -47,6 +49,7 @@ __version__ = "0.1.0"
 # Public name -> the module it comes from; the imports above are the same list, for editors and type checkers.
 _SOURCES = {
     "Activation": "baselines",
+    "BiasCompensation": "fitting",
     "Fisher": "baselines",
     "Gradient": "baselines",
     "GradientActivation": "attribution",
@@ -57,6 +60,8 @@ _SOURCES = {
     "Output": "models",
     "Prompt": "prompts",
     "Random": "baselines",
+    "Reconstruction": "fitting",
+    "Rescaling": "fitting",
     "Scores": "scores",
     "Task": "tasks",
     "Taylor": "baselines",
@@ -84,6 +89,8 @@ _SOURCES = {
     "prompt_for": "prompts",
     "pruning_record": "selection",
     "read_prompt": "prompts",
+    "recover": "recovery",
+    "recover_batches": "recovery",
     "save": "checkpoint",
     "save_scores": "scores",
     "score": "scoring",
@@ -92,6 +99,7 @@ _SOURCES = {
 
 __all__ = [
     "Activation",
+    "BiasCompensation",
     "Fisher",
     "Gradient",
     "GradientActivation",
@@ -102,6 +110,8 @@ __all__ = [
     "Output",
     "Prompt",
     "Random",
+    "Reconstruction",
+    "Rescaling",
     "Scores",
     "Task",
     "Taylor",
@@ -130,6 +140,8 @@ __all__ = [
     "prompt_for",
     "pruning_record",
     "read_prompt",
+    "recover",
+    "recover_batches",
     "save",
     "save_scores",
     "score",

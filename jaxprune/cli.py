@@ -153,16 +153,14 @@ def prune(
         )
         chosen, data = selection.build(budget), [rows.of(name) for name in task]
         how = {"measuring": measuring, "overwrite": overwrite, "watch": bars}
-        scored, recovering = scores or scoring.build(settings, head, batches), recovery.build(scoring.seed, batches)
+        how["recovering"] = recovery.build(scoring.seed, batches)
+        scored = scores or scoring.build(settings, head, batches)
         if several:
-            if recovering is not None:
-                raise ValueError("--recover is for one task so far: name one, or leave --recover out.")
             way = find("together", together or "pooled")
             record = several_tasks.prune_together(model, output, chosen, scored=scored, tasks=data, way=way, **how)
         else:
             one = scored[0] if isinstance(scored, list) else scored
-            how |= {"data": data[0] if data else None, "recovering": recovering}
-            record = pruning.prune_model(model, output, chosen, scored=one, **how)
+            record = pruning.prune_model(model, output, chosen, scored=one, data=data[0] if data else None, **how)
     lines = [*report.before_after_notes(record), "", f"Model:  {output}"]
     if not scores:
         files = ", ".join(own["scores"] for own in record.get("tasks", [record]))

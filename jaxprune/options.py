@@ -71,10 +71,10 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
         "intersection": "together:kept_by_all",
     },
     "recover": {
-        "none": "recovery:none",
-        "bias": "recovery:bias",
-        "rescale": "recovery:rescale",
-        "reconstruct": "recovery:reconstruct",
+        "none": "fitting:Untouched",
+        "bias": "fitting:BiasCompensation",
+        "rescale": "fitting:Rescaling",
+        "reconstruct": "fitting:Reconstruction",
     },
     "normalise": {"l2": "selection:per_layer_l2"},
 }
@@ -262,7 +262,7 @@ class RecoveryOptions:
 
         if self.recover == "none":
             return None
-        method = find("recover", self.recover)
+        method = find("recover", self.recover)()
         return Recovering(method=method, examples=self.recover_examples, seed=seed, **asdict(batches))
 
 

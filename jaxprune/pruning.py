@@ -82,15 +82,13 @@ def prune_model(
 
     tasks, rows, repaired = [] if task is None else [task], scores.header["rows"], None
     if recovering is not None:
-        if task is None:
-            raise ValueError("there is nothing to recover with: name a task, or do without recovery.")
-        small, repaired = repair(model, params, small, task, recovering, watch)
+        small, repaired = repair(model, params, small, tasks, recovering, watch)
         rows = sorted({*rows, *repaired.rows})
     found = measure_both(model, params, small, tasks, length, head, rows, measuring, watch)
     prompt = scores.header.get("prompt")
     pruning = pruning_record(scores, gates, **{**selection.arguments(), "length": length})
     if repaired is not None:
-        pruning["recovery"] = _recovery(repaired)
+        pruning["recovery"] = recovery_record(repaired)
     record = {
         "command": "prune",
         "source": source,
@@ -107,9 +105,9 @@ def prune_model(
     return write_pruned(output, model, small, pruning, record, found, overwrite=overwrite)
 
 
-def _recovery(found: Recovery) -> dict[str, Any]:
+def recovery_record(found: Recovery) -> dict[str, Any]:
     """What `pruning.json` and the record say of a recovery."""
-    modules = {own.module: {"how": own.how, "before": own.before, "after": own.after} for own in found.modules}
+    modules = {own.module: {"before": own.before, "after": own.after, "chosen": own.chosen} for own in found.modules}
     return {"method": found.method, "examples": found.examples, "modules": modules}
 
 

@@ -106,6 +106,8 @@ def working() -> Iterator[Bars]:
     keep_compiled_programs()
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), Bars() as bars, _listening(bars):
         warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", module=r"jaxprune\.")
+        warnings.showwarning = lambda message, *_, **__: bars.say(f"Warning: {message}")
         yield bars
 
 

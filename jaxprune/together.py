@@ -21,11 +21,22 @@ from jaxprune.evaluation import fitting_head
 from jaxprune.files import file_stem
 from jaxprune.gates import Gates, Params
 from jaxprune.models import Model
-from jaxprune.pruning import check_scope, measure_both, write_pruned
+from jaxprune.pruning import check_scope, measure_both, recovery_record, write_pruned
 from jaxprune.scores import Scores, check_same_model, load_scores
 from jaxprune.selection import Values, pruning_record, select, site_costs, thresholds
 from jaxprune.tasks import Task, remove_leaks
-from jaxprune.workflow import Data, Measuring, Scoring, Selection, Watch, check_folder, score_once, try_selection
+from jaxprune.workflow import (
+    Data,
+    Measuring,
+    Recovering,
+    Scoring,
+    Selection,
+    Watch,
+    check_folder,
+    repair,
+    score_once,
+    try_selection,
+)
 
 Way: TypeAlias = Callable[..., Gates]  # (model, params, scores of every task, **arguments of `select`) -> gates
 
@@ -104,6 +115,7 @@ def prune_together(
     scored: Sequence[Path] | Scoring,
     tasks: Sequence[Data],
     way: Way = pooled,
+    recovering: Recovering | None = None,
     measuring: Measuring,
     overwrite: bool = False,
     watch: Watch,
@@ -121,6 +133,7 @@ def prune_together(
         scored: A score file for each task, or how to score `tasks`.
         tasks: What to score, if there are no score files, and what to test before and after.
         way: How several tasks become one selection: `pooled`, `kept_by_any` (union) or `kept_by_all` (intersection).
+        recovering: How what is left is repaired; None: it stays as it was.
         measuring: What is measured.
         overwrite: Whether a folder that is there is replaced.
         watch: Shows the progress.
@@ -158,14 +171,20 @@ def prune_together(
     means = mean_closed(scores)
     small = compact(model, params, gates, means)
     rows = {row for own in scores for row in own.header["rows"]}
-    head = model.head(scores[0].header["head"]).name
+    head, repaired = model.head(scores[0].header["head"]).name, None
+    if recovering is not None:
+        small, repaired = repair(model, params, small, loaded, recovering, watch)
+        rows |= set(repaired.rows)
     found = measure_both(model, params, small, loaded, length, head, rows, measuring, watch)
     pruning = pruning_record(Scores(scores[0].values, _header(scores), means), gates, **settings, together=way)
     pruning["digests"]["scores"] = [digest(dict(own.values)) for own in scores]
+    if repaired is not None:
+        pruning["recovery"] = recovery_record(repaired)
     record = {
         "command": "prune",
         "source": source,
         "output": str(output),
+        "recovery": pruning.get("recovery"),
         "together": pruning["settings"]["together"],
         "tasks": [_facts(model, file, own) for file, own in zip(files, scores, strict=True)],
     }

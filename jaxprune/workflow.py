@@ -20,10 +20,11 @@ from jaxprune.batches import MAX_LENGTH, Length
 from jaxprune.checkpoint import check_destination, load, model_digest, save
 from jaxprune.cost import compare_latency, flops, parameters, prunable_parameters, usual_length
 from jaxprune.evaluation import Evaluation, evaluate, fitting_head
+from jaxprune.fitting import Method
 from jaxprune.gates import KINDS, UNITS, Params, sites, widths
 from jaxprune.models import Model
 from jaxprune.prompts import STYLES, fit, prompt_for, prompt_of, read_prompt
-from jaxprune.recovery import Method, Recovery, recover
+from jaxprune.recovery import Recovery, recover
 from jaxprune.report import evaluation_table
 from jaxprune.scores import Scores, describe, load_scores, save_scores
 from jaxprune.scoring import score
@@ -253,16 +254,18 @@ def costs(model: Model, params: Params, length: Length) -> dict[str, Any]:
 
 
 def repair(
-    model: Model, params: Params, small: Params, task: Task, how: Recovering, watch: Watch
+    model: Model, params: Params, small: Params, tasks: Sequence[Task], how: Recovering, watch: Watch
 ) -> tuple[Params, Recovery]:
-    """Repairs a pruned model with rows of a task."""
+    """Repairs a pruned model with rows of its tasks."""
+    if not tasks:
+        raise ValueError("there is nothing to recover with: name a task, or leave recovery out.")
     return recover(
         model,
         params,
         small,
-        task,
+        tasks,
         method=how.method,
-        examples=min(how.examples, len(task.rows("calibration"))),
+        examples=min(how.examples, *(len(task.rows("calibration")) for task in tasks)),
         key=how.seed,
         batch_size=how.batch_size,
         max_length=how.max_length,

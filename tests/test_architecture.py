@@ -44,6 +44,7 @@ ORDER = (
     "scoring",
     "selection",
     "compaction",
+    "fitting",
     "recovery",
     "training",
     "pretraining",

@@ -125,6 +125,37 @@ def test_prune_ends_with_a_table(place, scored, tmp_path):
     assert "CPU" in result.stdout
 
 
+@pytest.mark.parametrize("method", ["bias", "rescale", "reconstruct"])
+def test_prune_recovers_what_it_cut(place, scored, tmp_path, method):
+    rows = ("--task", "mood", "--data", place.data, "--limit", 20, "--latency", "0", "--flops", 0.4)
+    arguments = ("prune", place.model, "--scores", scored, *rows)
+    record = record_of(*arguments, "--recover", method, "--recover-examples", 24, "-o", tmp_path / "repaired")
+    plain = record_of(*arguments, "-o", tmp_path / "plain")
+    found = record["recovery"]
+    assert plain["recovery"] is None and found["examples"] == 24
+    assert all(own["after"] <= own["before"] for own in found["modules"].values())
+    assert any(own["after"] < own["before"] for own in found["modules"].values())
+    assert weights(tmp_path / "repaired") != weights(tmp_path / "plain")
+    assert read_pruning(tmp_path / "repaired")["recovery"] == found
+    assert found["method"]["name"] in (tmp_path / "repaired" / "README.md").read_text()
+
+
+def test_recovery_from_few_rows_warns(place, scored, tmp_path):
+    rows = ("--task", "mood", "--data", place.data, "--no-evaluate", "--latency", "0", "--flops", 0.9)
+    how = ("--recover", "reconstruct", "--recover-examples", 4, "--max-length", 6)
+    result = run("prune", place.model, "--scores", scored, *rows, *how, "-o", tmp_path / "small")
+    assert result.exit_code == 0, result.stderr
+    assert "Warning: " in result.stderr and "more inputs than there are tokens" in " ".join(result.stderr.split())
+
+
+def test_recovery_needs_rows(place, scored, tmp_path):
+    result = run(
+        "prune", place.model, "--scores", scored, "--flops", 0.5, "--recover", "reconstruct", "-o", tmp_path / "small"
+    )
+    assert result.exit_code == 2 and "nothing to recover with: name a task" in result.stderr
+    assert not (tmp_path / "small").exists()
+
+
 def test_prune_writes_a_model_card(place, scored, tmp_path):
     out, rows = tmp_path / "small", ("--task", "mood", "--data", place.data, "--limit", 20)
     arguments = ("prune", place.model, "--scores", scored, *rows, "--flops", 0.5, "-o", out, "--latency", "0")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,10 +10,12 @@ import numpy as np
 import pytest
 from tiny import random_gates, tiny_batch, tiny_model
 
+import jaxprune as jp
 from jaxprune.compaction import compact
+from jaxprune.fitting import BiasCompensation, Fit, Moments, Reconstruction, Rescaling, choose
 from jaxprune.gates import flatten, unflatten
 from jaxprune.models import Model
-from jaxprune.recovery import Fit, Moments, bias, reconstruct, recover_batches, rescale
+from jaxprune.recovery import recover_batches
 
 
 def batches_of(model: Model, count: int = 3, rows: int = 16, length: int = 9) -> list[dict[str, np.ndarray]]:
@@ -25,9 +26,9 @@ def moments_of(inputs: np.ndarray, targets: np.ndarray) -> Moments:
     return Moments(
         inputs.T @ inputs,
         inputs.T @ targets,
+        targets.T @ targets,
         inputs.sum(0),
         targets.sum(0),
-        float(np.square(targets).sum()),
         float(len(inputs)),
     )
 
@@ -42,7 +43,7 @@ def error_of(model: Model, params: Any, small: Any, batch: Any) -> float:
 def test_nothing_removed_leaves_the_weights_unchanged(model_type: str):
     model, params = tiny_model(model_type)
     found, repairs = recover_batches(model, params, params, batches_of(model))
-    assert {repair.how for repair in repairs} == {"none"}
+    assert all(set(repair.chosen) == {"none"} for repair in repairs)
     for path, array in flatten(params).items():
         np.testing.assert_allclose(flatten(found)[path], array, atol=1e-5)
 
@@ -59,14 +60,14 @@ def test_a_removed_copy_of_a_unit_comes_back_as_the_ridge_goes_to_zero():
     lost = error_of(model, params, small, batch)
     errors = []
     for ridge in (1e-1, 1e-3, 1e-6):
-        method = partial(reconstruct, ridges=(ridge,))
+        method = Reconstruction(ridges=(ridge,))
         errors.append(
             error_of(model, params, recover_batches(model, params, small, batches_of(model), method=method)[0], batch)
         )
     assert lost > errors[0] > errors[1] > errors[2] and errors[2] < 1e-6 * lost
 
 
-@pytest.mark.parametrize("method", [rescale, reconstruct])
+@pytest.mark.parametrize("method", [Rescaling(), Reconstruction(), Reconstruction(drift=False)])
 @pytest.mark.parametrize("model_type", ["bert", "t5", "mt5"])
 def test_no_module_gets_worse_and_the_model_gets_better(model_type: str, method: Any):
     model, params = tiny_model(model_type)
@@ -75,7 +76,7 @@ def test_no_module_gets_worse_and_the_model_gets_better(model_type: str, method:
     assert len(repairs) == (4 if model_type == "bert" else 2 * 2 + 3 * 3)
     assert all(repair.after <= repair.before for repair in repairs)
     assert any(repair.after < 0.9 * repair.before for repair in repairs)
-    if method is reconstruct:
+    if isinstance(method, Reconstruction):
         batch = tiny_batch(model, 16, 9, 99)
         assert error_of(model, params, found, batch) < error_of(model, params, small, batch)
 
@@ -83,8 +84,8 @@ def test_no_module_gets_worse_and_the_model_gets_better(model_type: str, method:
 def test_the_mean_of_what_is_missing_goes_into_the_bias():
     model, params = tiny_model()
     small = compact(model, params, random_gates(model, params, 1))
-    found, repairs = recover_batches(model, params, small, batches_of(model), method=bias)
-    assert {repair.how for repair in repairs} <= {"none", "bias"}
+    found, repairs = recover_batches(model, params, small, batches_of(model), method=BiasCompensation())
+    assert {name for repair in repairs for name in repair.chosen} <= {"none", "bias"}
     changed = {path for path, array in flatten(found).items() if not jnp.array_equal(array, flatten(small)[path])}
     assert changed and all(path[-1] == "bias" for path in changed)
 
@@ -92,7 +93,7 @@ def test_the_mean_of_what_is_missing_goes_into_the_bias():
 def test_a_model_without_biases_has_nowhere_to_put_a_mean():
     model, params = tiny_model("t5")
     with pytest.raises(ValueError, match="has no biases"):
-        recover_batches(model, params, params, batches_of(model), method=bias)
+        recover_batches(model, params, params, batches_of(model), method=BiasCompensation())
 
 
 @pytest.mark.parametrize("model_type", ["bert", "t5"])
@@ -117,12 +118,13 @@ def test_reconstruction_is_ridge_regression_towards_the_old_weights():
     random = np.random.default_rng(0)
     inputs, targets = random.standard_normal((50, 6)) + 1.0, random.standard_normal((50, 3))
     old = Fit(random.standard_normal((6, 3)), np.zeros(3))
-    [(_, found), _] = reconstruct(moments_of(inputs, targets), old, np.arange(6), ridges=(0.1,))
+    found = Reconstruction(ridges=(0.1,))(moments_of(inputs, targets), old, np.arange(6))["ridge 0.1"]
     a, y = inputs - inputs.mean(0), targets - targets.mean(0)
     ridge = 0.1 * np.square(a).sum() / 6
     stacked = np.concatenate([a, np.sqrt(ridge) * np.eye(6)])
     expected = np.linalg.lstsq(stacked, np.concatenate([y, np.sqrt(ridge) * old.kernel]), rcond=None)[0]
     np.testing.assert_allclose(found.kernel, expected, rtol=1e-9)
+    assert found.bias is not None
     np.testing.assert_allclose(found.bias, targets.mean(0) - inputs.mean(0) @ expected, rtol=1e-9, atol=1e-12)
 
 
@@ -132,15 +134,48 @@ def test_units_are_rescaled_by_least_squares():
     inputs, kernel = random.standard_normal((40, 4)), random.standard_normal((4, 3))
     first, second = inputs[:, :2] @ kernel[:2], inputs[:, 2:] @ kernel[2:]
     targets = 2.0 * first + 0.5 * second
-    [(_, found)] = rescale(moments_of(inputs, targets), Fit(kernel, None), np.array([0, 0, 1, 1]), ridges=(0.0,))
+    method = Rescaling(ridges=(0.0,))
+    found = method(moments_of(inputs, targets), Fit(kernel, None), np.array([0, 0, 1, 1]))["ridge 0"]
     np.testing.assert_allclose(found.kernel, kernel * np.array([2.0, 2.0, 0.5, 0.5])[:, None], rtol=1e-9)
     assert found.bias is None
+
+
+def test_each_direction_of_the_output_has_its_own_ridge():
+    """One output is a clean function of the inputs, the other is noise: only the first moves."""
+    random = np.random.default_rng(0)
+    kernel, old = random.standard_normal((30, 2)), Fit(np.zeros((30, 2)), np.zeros(2))
+    inputs = [random.standard_normal((40, 30)) for _ in range(2)]
+    targets = [own @ (kernel * np.array([1.0, 0.0])) + random.standard_normal((40, 2)) * (0.0, 3.0) for own in inputs]
+    fit, held = (moments_of(*pair) for pair in zip(inputs, targets, strict=True))
+    found = choose(fit, held, old, np.arange(30), Reconstruction())
+    assert found.fit is not None and found.after < found.before and len(found.chosen) == 2
+    clean, noise = np.square(found.fit.kernel - kernel * np.array([1.0, 0.0])).sum(0)
+    assert clean < 0.05 * np.square(kernel[:, 0]).sum() and noise < 1.0
+    together = Reconstruction(ridges=(1e-3,))(fit, old, np.arange(30))["ridge 0.001"]
+    assert np.square(together.kernel[:, 1]).sum() > 10 * noise
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_chosen_is_never_worse_on_the_rows_held_out(seed: int):
+    random = np.random.default_rng(seed)
+    old = Fit(random.standard_normal((8, 3)), random.standard_normal(3))
+    rows = [(own := random.standard_normal((12, 8)), own @ old.kernel + random.standard_normal((12, 3))) for _ in "ab"]
+    for method in (BiasCompensation(), Rescaling(), Reconstruction()):
+        found = choose(moments_of(*rows[0]), moments_of(*rows[1]), old, np.arange(8), method)
+        assert found.after <= found.before
+        if found.fit is not None:
+            (inputs, targets), fitted = rows[1], found.fit
+            errors = [
+                np.square(inputs @ own.kernel + own.bias - targets).sum()  # type: ignore[operator]
+                for own in (fitted, old)
+            ]
+            assert errors[0] <= errors[1]
 
 
 def test_fewer_tokens_than_inputs_are_carried_by_the_ridge():
     model, params = tiny_model(layers=1, neurons=64)
     small = compact(model, params, random_gates(model, params, 1))
-    with pytest.warns(UserWarning, match="only the ridge makes the fit unique"):
+    with pytest.warns(UserWarning, match="only the ridge makes their fit unique"):
         _, repairs = recover_batches(model, params, small, [tiny_batch(model, 4, 5)])
     assert all(repair.after <= repair.before for repair in repairs)
 
@@ -155,3 +190,14 @@ def test_what_is_not_finite_is_refused():
         recover_batches(model, params, small, batches_of(model))
     with pytest.raises(ValueError, match="at least 4 rows"):
         recover_batches(model, params, params, [tiny_batch(model, 3)])
+
+
+def test_examples_of_several_tasks_are_drawn_from_each():
+    model, params = jp.load(jp.bundled_model())
+    tasks = [jp.load_task(name, data=jp.bundled_data()) for name in ("sst2", "qnli")]
+    small = compact(model, params, random_gates(model, params, 1))
+    _, found = jp.recover(model, params, small, tasks, method=jp.BiasCompensation(), examples=32, key=0)
+    assert found.examples == 64 and len(found.rows) == 64
+    assert found.method == {"name": "BiasCompensation", "drift": True}
+    with pytest.raises(ValueError, match="examples of 2 tasks cannot be told apart"):
+        jp.recover(model, params, small, tasks, examples=tasks[0].rows("calibration")[:8])
