@@ -81,7 +81,8 @@ class Bench:
     def ask_as(self, name: str, source: str) -> None:
         """Asks a text-to-text model about a task of another domain in the words of the one it was scored on."""
         if self.model.writes_text:
-            self.tasks[name] = replace(self.task(name), prompt=prompt_of(self.model, self.task(source)))
+            own = self.task(source)  # its labels, too: another domain may only number them
+            self.tasks[name] = replace(self.task(name), labels=own.labels, prompt=prompt_of(self.model, own))
 
     def rows_of(self, name: str, split: str) -> Any:
         """The tokenised rows to test on: a draw that is always the same."""

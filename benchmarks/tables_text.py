@@ -153,7 +153,9 @@ def _deviation(found: Mapping[str, Any]) -> float:
 
 
 def unsupervised() -> str:
-    """Without labels."""
+    """Without labels: in all, and by task."""
+    found = paper()["unsupervised"]["rows"]
+    tasks = list(next(iter(found.values()))["gold"]["tasks"])
     rows = [
         [
             f"{name}, {label}",
@@ -162,10 +164,16 @@ def unsupervised() -> str:
             percent(own["accuracy"]),
             "–" if label == "gold" else within(own["gold_minus_this"], 1),
         ]
-        for name, each in paper()["unsupervised"]["rows"].items()
+        for name, each in found.items()
         for label, own in each.items()
     ]
-    return table(["labels", "tasks", "kept, %", "accuracy, %", "gold minus this, points [95 %]"], rows)
+    by_task = [
+        [f"{name}, {label}", *(spread(own["tasks"][task]) if task in own["tasks"] else "–" for task in tasks)]
+        for name, each in found.items()
+        for label, own in each.items()
+    ]
+    heading = ["labels", "tasks", "kept, %", "accuracy, %", "gold minus this, points [95 %]"]
+    return table(heading, rows) + "\n" + table(["accuracy, %", *tasks], by_task)
 
 
 def unseen() -> str:
