@@ -36,9 +36,10 @@ if TYPE_CHECKING:
     from jaxprune.models import Model, Output
     from jaxprune.objectives import log_probability, margin, probability
     from jaxprune.prompts import Prompt, prompt_for, read_prompt
+    from jaxprune.provenance import pruning_record
     from jaxprune.scores import Scores, load_scores, merge, save_scores
     from jaxprune.scoring import score
-    from jaxprune.selection import pruning_record, select
+    from jaxprune.selection import select
     from jaxprune.tasks import Task, load_task
     from jaxprune.training import finetune
 
@@ -82,7 +83,7 @@ _SOURCES = {
     "parameters": "cost",
     "probability": "objectives",
     "prompt_for": "prompts",
-    "pruning_record": "selection",
+    "pruning_record": "provenance",
     "read_prompt": "prompts",
     "save": "checkpoint",
     "save_scores": "scores",

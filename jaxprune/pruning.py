@@ -14,9 +14,10 @@ from jaxprune.cost import file_size
 from jaxprune.evaluation import fitting_head
 from jaxprune.gates import KINDS, Params
 from jaxprune.models import Model
+from jaxprune.provenance import pruning_record
 from jaxprune.report import model_card
 from jaxprune.scores import Scores, describe, load_scores
-from jaxprune.selection import pruning_record, select
+from jaxprune.selection import select
 from jaxprune.tasks import Task
 from jaxprune.workflow import (
     Data,

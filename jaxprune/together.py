@@ -21,9 +21,10 @@ from jaxprune.evaluation import fitting_head
 from jaxprune.files import file_stem
 from jaxprune.gates import Gates, Params
 from jaxprune.models import Model
+from jaxprune.provenance import pruning_record
 from jaxprune.pruning import check_scope, measure_both, write_pruned
 from jaxprune.scores import Scores, check_same_model, load_scores
-from jaxprune.selection import Values, pruning_record, select, site_costs, thresholds
+from jaxprune.selection import Values, select, site_costs, some, thresholds
 from jaxprune.tasks import Task, remove_leaks
 from jaxprune.workflow import Data, Measuring, Scoring, Selection, Watch, check_folder, score_once, try_selection
 
@@ -94,6 +95,47 @@ def mean_closed(scores: Sequence[Scores]) -> Gates | None:
 def mean_length(scores: Sequence[Scores]) -> Length:
     """Tokens per example, every task weighing the same."""
     return np.mean([np.asarray(own.header["mean_length"], np.float64) for own in scores], axis=0).tolist()
+
+
+def union(*gates: Mapping[str, Any]) -> Gates:
+    """Open where any of several tasks' gates are: what all of the tasks together need. Contains each of them.
+
+    Raises:
+        ValueError: If there are none, they are of other sites or numbers of units, or a gate is neither 0 nor 1.
+    """
+    return {name: jnp.asarray(np.maximum.reduce(own)) for name, own in _same_sites(gates).items()}
+
+
+def intersection(*gates: Mapping[str, Any]) -> Gates:
+    """Open where all of several tasks' gates are: what each of the tasks needs. Contained in each of them.
+
+    Raises:
+        ValueError: If there are none, they are of other sites or numbers of units, or a gate is neither 0 nor 1.
+    """
+    return {name: jnp.asarray(np.minimum.reduce(own)) for name, own in _same_sites(gates).items()}
+
+
+def _same_sites(gates: tuple[Mapping[str, Any], ...]) -> dict[str, list[np.ndarray]]:
+    """Several gates, site by site."""
+    if not gates:
+        raise ValueError("give gates of at least one task.")
+    arrays = [{name: np.asarray(gate, np.float32) for name, gate in own.items()} for own in gates]
+    shapes = [{name: gate.shape for name, gate in own.items()} for own in arrays]
+    names = dict.fromkeys(name for own in arrays for name in own)
+    wrong = [
+        f"{name} has the shapes {', '.join(str(own.get(name, 'none')) for own in shapes)}"
+        for name in names
+        if len({own.get(name) for own in shapes}) > 1
+    ]
+    wrong += [
+        f"{name} holds {gate[~np.isin(gate, (0, 1))][0]}, expected 0 or 1"
+        for own in arrays
+        for name, gate in own.items()
+        if not np.isin(gate, (0, 1)).all()
+    ]
+    if wrong:
+        raise ValueError(f"these gates do not go together: {some(wrong)}.")
+    return {name: [own[name] for own in arrays] for name in arrays[0]}
 
 
 def prune_together(

@@ -25,9 +25,19 @@ from jaxprune.checkpoint import load, read_pruning
 from jaxprune.evaluation import evaluate
 from jaxprune.gates import Gates, sites, widths
 from jaxprune.scores import Scores, load_scores, save_scores
-from jaxprune.selection import intersection, select, site_costs, thresholds, union
+from jaxprune.selection import select, site_costs, thresholds
 from jaxprune.tasks import load_task
-from jaxprune.together import Way, kept_by_all, kept_by_any, mean_closed, mean_length, mean_scores, pooled
+from jaxprune.together import (
+    Way,
+    intersection,
+    kept_by_all,
+    kept_by_any,
+    mean_closed,
+    mean_length,
+    mean_scores,
+    pooled,
+    union,
+)
 
 __all__ = ["place"]  # a fixture
 
