@@ -36,8 +36,9 @@ Tokens: TypeAlias = int | tuple[int, int]  # of an example; of a text-to-text mo
 LAYERS = 4  # in which a module is measured at most: more weights than fit into most caches
 ROOM = 1 << 30  # bytes of weights that the modules of a row may take together
 EVEN = 8  # neurons are measured at multiples of it: vectors of most CPUs hold as many numbers
-PASSES = 3  # of a program in a round that are timed, after one that is not
-WHOLES = 5  # passes that the sums of modules are compared with
+WHOLE = "whole"  # what programs of whole models are named by, others by site or stack
+WHOLES = 5  # whole models that the sums of modules are compared with
+LEAST = 5  # rounds
 ENOUGH = 120.0  # seconds
 
 _FORMAT = 1
@@ -143,14 +144,15 @@ def measure_latency_table(
     batch: int = 1,
     length: Tokens = 128,
     points: int = 16,
-    rounds: int = 8,
+    rounds: int = 20,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatencyTable:
     """Measures what modules take by their width, on this device.
 
     A module of some width stands in up to `LAYERS` compiled layers whose other modules have width 0, and what these
     layers take without it is subtracted. All programs run in turns, so that a change of the machine's load meets all of
-    them, and the quickest pass of each counts. Whole passes of several widths then say what the sums are scaled by.
+    them, and other weights have taken the place of a module's in the caches, as in a whole model. The quickest pass of
+    each counts. Whole passes of several widths, each after one that is not timed, say what the sums are scaled by.
 
     Args:
         model: The architecture.
@@ -158,7 +160,7 @@ def measure_latency_table(
         batch: Examples per pass.
         length: Tokens per example, none of them padding; of a text-to-text model those it reads and those it writes.
         points: Widths of a row at most, beside 0. Rows of at most twice as many heads have all of them.
-        rounds: In a round every program runs `PASSES` times; after three, what takes longer than `ENOUGH` ends.
+        rounds: Passes of every program that are timed; after `LEAST` of them, what takes longer than `ENOUGH` ends.
         progress: Called with what is done, and how much there is to do.
 
     Returns:
@@ -182,10 +184,10 @@ def measure_latency_table(
         each = [seconds / count for seconds, count in zip(beyond, widths.values(), strict=True)]
         rows.append(Row(sites=tuple(site.name for site in group), widths=(0, *widths), seconds=(0.0, *each)))
     known = conditions(model, params, batch=batch, length=length)
-    fixed = least["whole", 0]
+    fixed = least[WHOLE, 0]
     table = LatencyTable(conditions=known, rows=tuple(rows), fixed=fixed, scale=1.0, wholes=())
     kept = _whole_widths(groups, grids, model, params)
-    found = [(table.predict(own), least["whole", i]) for i, own in enumerate(kept, 1)]
+    found = [(table.predict(own), least[WHOLE, i]) for i, own in enumerate(kept, 1)]
     ratios = [(measured - fixed) / (sum_ - fixed) for sum_, measured in found[:-1] if sum_ > fixed]
     scale = max(float(np.median(ratios)), 0.0) if ratios else 1.0
     scaled = tuple(replace(row, seconds=tuple(scale * own for own in row.seconds)) for row in rows)
@@ -266,7 +268,7 @@ def _programs(
     wholes = [dict.fromkeys(width, 0), *_whole_widths(groups, grids, model, params)]
     for i, kept in enumerate(wholes):
         own = narrow(model.axes, params, {site: kept[site.name] for site in every})
-        programs["whole", i] = forward_pass(model, own, batch, length, head)
+        programs[WHOLE, i] = forward_pass(model, own, batch, length, head)
     return programs, grids
 
 
@@ -317,17 +319,17 @@ def _least(
     least = dict.fromkeys(programs, math.inf)
     for number in range(rounds + 1):
         for name, run in programs.items():
-            run()  # compiles in the first round, and brings the weights back into the caches in all of them
-            for _ in range(PASSES if number else 0):
-                start = time.perf_counter()
-                run()
-                least[name] = min(least[name], time.perf_counter() - start)
+            if number == 0 or name[0] == WHOLE:
+                run()  # compiles, or brings the weights back into the caches
+            start = time.perf_counter()
+            run()
+            least[name] = min(least[name], time.perf_counter() - start) if number else math.inf
             done += 1
             if progress is not None:
                 progress(done, total)
         if number == 0:
             begun = time.perf_counter()
-        if number >= 3 and time.perf_counter() - begun > ENOUGH:
+        if number >= LEAST and time.perf_counter() - begun > ENOUGH:
             break
     if progress is not None:
         progress(total, total)
