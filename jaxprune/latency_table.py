@@ -331,7 +331,7 @@ def _least(
             begun = time.perf_counter()
         if number >= LEAST and time.perf_counter() - begun > ENOUGH:
             break
-    if progress is not None:
+    if progress is not None and done < total:
         progress(total, total)
     return least
 

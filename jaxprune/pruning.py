@@ -14,6 +14,7 @@ from jaxprune.cost import file_size
 from jaxprune.evaluation import fitting_head
 from jaxprune.gates import KINDS, Params
 from jaxprune.models import Model
+from jaxprune.planning import Tables, outcome, settle, timed
 from jaxprune.provenance import pruning_record
 from jaxprune.report import model_card
 from jaxprune.scores import Scores, describe, load_scores
@@ -48,6 +49,7 @@ def prune_model(
     scored: Path | Scoring,
     data: Data | None = None,
     measuring: Measuring,
+    tables: Tables | None = None,
     overwrite: bool = False,
     watch: Watch,
 ) -> dict[str, Any]:
@@ -55,7 +57,7 @@ def prune_model(
 
     With `scored` a score file, nothing is scored; a tokenizer is needed only to evaluate. Otherwise `data` is scored,
     and the scores are kept beside the folder, as `OUTPUT.scores.safetensors`, for the same command after an
-    interruption and for other budgets.
+    interruption and for other budgets. A budget of latency goes by one of the `tables`, and is measured in the end.
     """
     check_folder(output, overwrite)
     kept = scored if isinstance(scored, Path) else output.with_name(f"{output.name}.scores.safetensors")
@@ -73,12 +75,12 @@ def prune_model(
     if scores is None:
         raise TypeError(f"scored must be a Path or Scoring, got {type(scored).__name__}.")
     head = model.head(scores.header["head"]).name
-    length = scores.header["mean_length"] if selection.length is None else selection.length
-    gates = select(model, params, scores, **{**selection.arguments(), "length": length})
+    length, table = settle(model, params, selection, tables, scores.header["mean_length"], watch)
+    gates = select(model, params, scores, **{**selection.arguments(), "length": length}, table=table)
     small = compact(model, params, gates, scores.means)
 
     tasks, rows = [] if task is None else [task], scores.header["rows"]
-    found = measure_both(model, params, small, tasks, length, head, rows, measuring, watch)
+    found = measure_both(model, params, small, tasks, length, head, rows, timed(measuring, table), watch)
     prompt = scores.header.get("prompt")
     pruning = pruning_record(scores, gates, **{**selection.arguments(), "length": length})
     record = {
@@ -92,6 +94,7 @@ def prune_model(
         "labels": prompt["labels"] if prompt else list(model.head(head).labels),
         "prompt": prompt,
         "examples": scores.header["examples"],
+        **outcome(table, model, params, small, selection, found),
     }
     return write_pruned(output, model, small, pruning, record, found, overwrite=overwrite)
 

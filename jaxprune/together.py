@@ -21,6 +21,7 @@ from jaxprune.evaluation import fitting_head
 from jaxprune.files import file_stem
 from jaxprune.gates import Gates, Params
 from jaxprune.models import Model
+from jaxprune.planning import Tables, outcome, settle, timed
 from jaxprune.provenance import pruning_record
 from jaxprune.pruning import check_scope, measure_both, write_pruned
 from jaxprune.scores import Scores, check_same_model, load_scores
@@ -62,7 +63,8 @@ def _in_order(
     """Keeps units in the order of their smallest or largest threshold, as many as the budget pays for."""
     rounding = {"multiple_of": None, "floor": settings.get("floor")}  # units are rounded once, in the end
     found = [thresholds(model, params, own, **{**settings, **rounding}) for own in scores]
-    (kind,) = (name for name in ("units", "parameters", "flops") if settings.get(name) is not None)
+    names = ("units", "parameters", "flops", "memory", "memory_bytes")
+    (kind,) = (name.removesuffix("_bytes") for name in names if settings.get(name) is not None)
     costs = site_costs(model, params, kind, settings.get("length"))
     merged = {  # divided by their costs, as units that compete are, these have the order that is wanted
         site: (1.0 - combine.reduce([own[site] for own in found])) * costs[site] for site in scores[0]
@@ -147,6 +149,7 @@ def prune_together(
     tasks: Sequence[Data],
     way: Way = pooled,
     measuring: Measuring,
+    tables: Tables | None = None,
     overwrite: bool = False,
     watch: Watch,
 ) -> dict[str, Any]:
@@ -164,6 +167,7 @@ def prune_together(
         tasks: What to score, if there are no score files, and what to test before and after.
         way: How several tasks become one selection: `pooled`, `kept_by_any` (union) or `kept_by_all` (intersection).
         measuring: What is measured.
+        tables: The latency tables, for a budget of latency; only `pooled` can have one.
         overwrite: Whether a folder that is there is replaced.
         watch: Shows the progress.
 
@@ -182,6 +186,8 @@ def prune_together(
         check_same_model(dict(zip(map(str, files), scores, strict=True)))
     for each in scores or [scored]:
         check_scope(each, selection)
+    if selection.by_latency and way is not pooled:
+        raise ValueError("a latency budget for several tasks needs pooled scores (--together pooled): it has no order.")
     model, params = load(source)
     try_selection(model, params, selection)
     loaded = _load_all(model, tasks, measuring.head)
@@ -194,14 +200,14 @@ def prune_together(
         scores = [score_once(model, params, task, scored, file, watch) for task, file in pairs]
     select(model, params, scores[0], units=1.0)  # refuses scores of another model
 
-    length = mean_length(scores) if selection.length is None else selection.length
+    length, table = settle(model, params, selection, tables, mean_length(scores), watch)
     settings = {**selection.arguments(), "length": length}
-    gates = way(model, params, [own.values for own in scores], **settings)
+    gates = way(model, params, [own.values for own in scores], **settings, table=table)
     means = mean_closed(scores)
     small = compact(model, params, gates, means)
     rows = {row for own in scores for row in own.header["rows"]}
     head = model.head(scores[0].header["head"]).name
-    found = measure_both(model, params, small, loaded, length, head, rows, measuring, watch)
+    found = measure_both(model, params, small, loaded, length, head, rows, timed(measuring, table), watch)
     pruning = pruning_record(Scores(scores[0].values, _header(scores), means), gates, **settings, together=way)
     pruning["digests"]["scores"] = [digest(dict(own.values)) for own in scores]
     record = {
@@ -210,6 +216,7 @@ def prune_together(
         "output": str(output),
         "together": pruning["settings"]["together"],
         "tasks": [_facts(model, file, own) for file, own in zip(files, scores, strict=True)],
+        **outcome(table, model, params, small, selection, found),
     }
     return write_pruned(output, model, small, pruning, record, found, overwrite=overwrite)
 

@@ -36,7 +36,7 @@ from jaxprune.tensors import TensorFile
 __all__ = ["place"]  # a fixture
 
 FEW = ("--examples", 16, "--batch-size", 8, "--nodes", 2)
-QUICK = (*FEW, "--latency", "0")
+QUICK = (*FEW, "--measure", "0")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_score_says_what_comes_next(place, tmp_path):
 
 def test_prune_from_scores_and_on_the_way_give_the_same_model(place, scored, tmp_path):
     rows = ("--task", "mood", "--data", place.data)
-    one = record_of("prune", place.model, "--scores", scored, "--flops", 0.5, "-o", tmp_path / "a", "--latency", "0")
+    one = record_of("prune", place.model, "--scores", scored, "--flops", 0.5, "-o", tmp_path / "a", "--measure", "0")
     two = record_of("prune", place.model, *rows, *QUICK, "--flops", 0.5, "-o", tmp_path / "b")
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     assert "evaluation" not in one["before"]
@@ -94,7 +94,7 @@ def test_prune_from_scores_and_on_the_way_give_the_same_model(place, scored, tmp
 
 def test_the_record_of_prune_holds_ratios_and_speedups(place, tmp_path):
     out = tmp_path / "small"
-    rows = ("--task", "mood", "--data", place.data, "--limit", 20, "--latency", "2,3", "--length", 12)
+    rows = ("--task", "mood", "--data", place.data, "--limit", 20, "--measure", "2,3", "--length", 12)
     record = record_of("prune", place.model, *rows, *FEW, "--flops", 0.5, "-o", out)
     before, after = record["before"], record["after"]
     model, params = load(place.model)
@@ -115,7 +115,7 @@ def test_the_record_of_prune_holds_ratios_and_speedups(place, tmp_path):
 def test_prune_ends_with_a_table(place, scored, tmp_path):
     result = run(
         "prune", place.model, "--scores", scored, "--task", "mood", "--data", place.data, "--parameters", 0.4,
-        "-o", tmp_path / "small", "--latency", "2",
+        "-o", tmp_path / "small", "--measure", "2",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     for row in ("accuracy, %", "units: heads and neurons", "parameters of units", "parameters, all", "MFLOPs", "MB"):
@@ -127,7 +127,7 @@ def test_prune_ends_with_a_table(place, scored, tmp_path):
 
 def test_prune_writes_a_model_card(place, scored, tmp_path):
     out, rows = tmp_path / "small", ("--task", "mood", "--data", place.data, "--limit", 20)
-    arguments = ("prune", place.model, "--scores", scored, *rows, "--flops", 0.5, "-o", out, "--latency", "0")
+    arguments = ("prune", place.model, "--scores", scored, *rows, "--flops", 0.5, "-o", out, "--measure", "0")
     record = record_of(*arguments)
     card = (out / "README.md").read_text()
     value = 100 * record["after"]["evaluation"]["metrics"]["accuracy"]
@@ -146,7 +146,7 @@ def test_options_of_selection_arrive(place, scored, tmp_path):
     record = record_of(
         "prune", place.model, "--scores", scored, "--units", 0.8, "--global", "--multiple-of", "neurons=8",
         "--floor", "heads=2", "--protect", 0, "--protect", "1.attention.heads", "--normalise", "l2",
-        "--latency", "0", "-o", tmp_path / "small",
+        "--measure", "0", "-o", tmp_path / "small",
     )  # fmt: skip
     found = {name: value for name, value in record["selection"].items() if value is not None and name != "length"}
     assert found == {
@@ -370,7 +370,7 @@ BAD: dict[str, tuple[Sequence[Any], str]] = {
     "nothing to score": (("prune", "{model}", "--units", 0.5, "-o", "{new}"), "--task"),
     "folder exists": (("prune", "{model}", "--scores", "{scores}", "--units", 0.5, "-o", "{model}"), "exists already"),
     "foreign folder": ((*PRUNE[:-1], "{data}", "--units", 0.5, "--overwrite"), "not a folder that jaxprune saved"),
-    "bad latency": ((*PRUNE, "--units", 0.5, "--latency", "many"), "--latency takes whole numbers"),
+    "bad measure": ((*PRUNE, "--units", 0.5, "--measure", "many"), "--measure takes whole numbers"),
     "unknown split": (("evaluate", "{model}", "--task", "mood", "--data", "{data}", "--split", "dust"), "split 'dust'"),
     "rows of no task": (
         ("finetune", "{model}", "--task", "mood", "--data", "{data}", "--rows", "topic=8", "-o", "{new}"),

@@ -48,7 +48,7 @@ def test_scored_pruned_inspected_and_asked_again(place: Path, tmp_path: Path):
     read, written = scored["mean_length"]
     assert 7 < read < 16 and 2 < written < 3
     record = record_of(
-        "prune", place / "model", "--scores", scores, *asked(place), "--flops", 0.5, "--latency", 2, "-o", small
+        "prune", place / "model", "--scores", scores, *asked(place), "--flops", 0.5, "--measure", 2, "-o", small
     )
     assert record["kept"]["flops"] <= 0.5 and record["before"]["length"] == [read, written]
     assert record["before"]["latency"][0]["length"] == [int(np.ceil(read)), 3]
@@ -80,7 +80,7 @@ def test_channels_are_pruned(place: Path, tmp_path: Path):
         *kinds,
         "--units",
         0.5,
-        "--latency",
+        "--measure",
         0,
         "--no-evaluate",
         "-o",
@@ -146,7 +146,7 @@ def test_a_prompt_that_cannot_be_used(place: Path, tmp_path: Path, content: str,
 
 
 def test_a_length_of_two_numbers(place: Path, tmp_path: Path):
-    data = (*asked(place), "--criterion", "magnitude", "--flops", 0.5, "--no-evaluate", "--latency", 0)
+    data = (*asked(place), "--criterion", "magnitude", "--flops", 0.5, "--no-evaluate", "--measure", 0)
     record = record_of("prune", place / "model", *data, "--length", "30,2", "-o", tmp_path / "a")
     assert record["selection"]["length"] == [30.0, 2.0]
     for length, message in (("30", "length must be two numbers"), ("a,b", "--length 'a,b' is no number of tokens")):
