@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from jaxprune.gates import open_gates
     from jaxprune.generation import generate
     from jaxprune.integration import integrate
+    from jaxprune.latency_table import LatencyTable, measure_latency_table
     from jaxprune.models import Model, Output
     from jaxprune.objectives import log_probability, margin, probability
     from jaxprune.prompts import Prompt, prompt_for, read_prompt
@@ -52,6 +53,7 @@ _SOURCES = {
     "Gradient": "baselines",
     "GradientActivation": "attribution",
     "IntegratedGradients": "attribution",
+    "LatencyTable": "latency_table",
     "LeaveOneOut": "baselines",
     "Magnitude": "baselines",
     "Model": "models",
@@ -78,6 +80,7 @@ _SOURCES = {
     "load_task": "tasks",
     "log_probability": "objectives",
     "margin": "objectives",
+    "measure_latency_table": "latency_table",
     "merge": "scores",
     "open_gates": "gates",
     "parameters": "cost",
@@ -97,6 +100,7 @@ __all__ = [
     "Gradient",
     "GradientActivation",
     "IntegratedGradients",
+    "LatencyTable",
     "LeaveOneOut",
     "Magnitude",
     "Model",
@@ -124,6 +128,7 @@ __all__ = [
     "load_task",
     "log_probability",
     "margin",
+    "measure_latency_table",
     "merge",
     "open_gates",
     "parameters",

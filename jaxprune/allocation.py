@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxprune.gates import Site
 
-CELLS = 1 << 16  # into which `knapsack` divides what there is to spend
+CELLS = 1 << 15  # into which `knapsack` divides what there is to spend
 
 
 class Blocks(NamedTuple):
@@ -132,10 +132,11 @@ def alike(choices: Sequence[Choices], limit: float) -> np.ndarray:
 def knapsack(choices: Sequence[Choices], limit: float, cells: int = CELLS) -> np.ndarray:
     """The width of every site, with the largest sum of values that costs at most `limit`.
 
-    A multiple-choice knapsack by dynamic programming (Dudzinski and Walukiewicz 1987). What each choice costs beyond
-    the narrowest one is rounded up to cells, `cells` of which make up what the narrowest ones leave of the limit. So
-    the limit is never exceeded, and what the rounding loses is bounded: no choice of widths that leaves at least
-    `len(choices) / cells` of that unspent has a larger sum of values. Among equal sums the one with most units wins.
+    A multiple-choice knapsack by dynamic programming (Dudzinski and Walukiewicz 1987). What the narrowest widths leave
+    of the limit is divided into cells. Site by site, of all widths whose cost ends in the same cell, those with the
+    largest sum are remembered with their exact cost, so the limit is never exceeded. At each site that moves a cost by
+    less than one cell, which bounds what is lost: no widths that leave at least `len(choices) / cells` of what there
+    is to spend have a larger sum of values. Among equal sums the one with most units wins.
 
     Args:
         choices: Of every site.
@@ -148,32 +149,37 @@ def knapsack(choices: Sequence[Choices], limit: float, cells: int = CELLS) -> np
     Raises:
         ValueError: If the narrowest widths cost more than the limit.
     """
-    room = _check_limit(choices, limit)
-    value, units = np.zeros(cells + 1), np.zeros(cells + 1, int)  # the best of the sites so far, by what they may cost
-    taken = np.zeros((len(choices), cells + 1), np.int32)
-    rounded = []
+    cell = _check_limit(choices, limit) / cells
+    value, units, spent = np.full(cells + 1, -np.inf), np.zeros(cells + 1, int), np.zeros(cells + 1)
+    value[0] = 0.0  # of the sites so far: the best that ends in each cell, and what it has spent of what there is
+    taken, before = (np.zeros((len(choices), cells + 1), np.int32) for _ in range(2))
+    place = np.arange(cells + 1, dtype=np.int32)
     for index, own in enumerate(choices):
-        rise = own.costs - own.costs[0]
-        share = np.divide(rise, room, out=np.full(len(rise), np.inf), where=room > 0)
-        share = np.where(rise > 0, share, 0.0)
-        # Binary fractions must not make a cost that is a whole number of cells one more.
-        steps = np.ceil(np.minimum(share, 2.0) * cells * (1 - 1e-12)).astype(int)
-        rounded.append(steps)
-        best, most = np.full(cells + 1, -np.inf), np.zeros(cells + 1, int)
-        for i in np.flatnonzero(steps <= cells):
-            found, wide = value[: cells + 1 - steps[i]] + own.values[i], units[: cells + 1 - steps[i]] + own.widths[i]
-            reached = slice(int(steps[i]), None)
-            better = (found > best[reached]) | ((found == best[reached]) & (wide > most[reached]))
-            best[reached] = np.where(better, found, best[reached])
-            most[reached] = np.where(better, wide, most[reached])
-            taken[index, reached] = np.where(better, i, taken[index, reached])
-        value, units = best, most
-    widths, cell = np.zeros(len(choices), int), cells
+        best, most, paid = np.full(cells + 1, -np.inf), np.zeros(cells + 1, int), np.zeros(cells + 1)
+        for i, rise in enumerate(own.costs - own.costs[0]):
+            ends, moved = _cells_of(spent + rise, cell, cells), int(_cells_of(rise, cell, cells))
+            for shift in range(max(moved - 1, 0), min(moved, cells) + 1):  # it ends in one of these two cells
+                into, source = slice(shift, None), slice(cells + 1 - shift)
+                found, wide = value[source] + own.values[i], units[source] + own.widths[i]
+                better = (found > best[into]) | ((found == best[into]) & (wide > most[into]))
+                fits = (ends[source] == place[into]) & np.isfinite(found) & better
+                for kept, new in ((best, found), (most, wide), (paid, spent[source] + rise)):
+                    np.copyto(kept[into], new, where=fits)
+                np.copyto(taken[index, into], i, where=fits)
+                np.copyto(before[index, into], place[source], where=fits)
+        value, units, spent = best, most, paid
+    widths, end = np.zeros(len(choices), int), int(np.lexsort((units, value))[-1])
     for index in reversed(range(len(choices))):
-        i = taken[index, cell]
-        widths[index] = choices[index].widths[i]
-        cell -= rounded[index][i]
+        widths[index] = choices[index].widths[taken[index, end]]
+        end = before[index, end]
     return widths
+
+
+def _cells_of(cost: np.ndarray | float, cell: float, cells: int) -> np.ndarray:
+    """The cells that costs take, rounded up; one more than there are for all that take more."""
+    share = np.asarray(cost, np.float64) / cell if cell > 0 else np.where(np.asarray(cost) > 0, np.inf, 0.0)
+    # Binary fractions must not make a cost that is a whole number of cells one more.
+    return np.ceil(np.minimum(share * (1 - 1e-12), cells + 1.0)).astype(int)
 
 
 def _check_limit(choices: Sequence[Choices], limit: float) -> float:

@@ -39,7 +39,7 @@ EVEN = 8  # neurons are measured at multiples of it: vectors of most CPUs hold a
 WHOLE = "whole"  # what programs of whole models are named by, others by site or stack
 WHOLES = 5  # whole models that the sums of modules are compared with
 LEAST = 5  # rounds
-ENOUGH = 120.0  # seconds
+ENOUGH = 60.0  # seconds
 
 _FORMAT = 1
 
@@ -144,7 +144,7 @@ def measure_latency_table(
     batch: int = 1,
     length: Tokens = 128,
     points: int = 16,
-    rounds: int = 20,
+    rounds: int = 40,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatencyTable:
     """Measures what modules take by their width, on this device.

@@ -20,12 +20,15 @@ import jax
 import numpy as np
 import pytest
 from commands import WORDS, Place, place, record_of, run
+from hand_tables import hand_table
 from tiny import tiny_batch, tiny_model
 
 from jaxprune import __version__, attribution, baselines, options
 from jaxprune.checkpoint import load, read_pruning, save
+from jaxprune.compaction import compact
 from jaxprune.evaluation import evaluate
 from jaxprune.gates import widths
+from jaxprune.latency_table import write_table
 from jaxprune.objectives import predicted
 from jaxprune.scores import load_scores
 from jaxprune.scoring import score
@@ -370,6 +373,40 @@ BAD: dict[str, tuple[Sequence[Any], str]] = {
     "nothing to score": (("prune", "{model}", "--units", 0.5, "-o", "{new}"), "--task"),
     "folder exists": (("prune", "{model}", "--scores", "{scores}", "--units", 0.5, "-o", "{model}"), "exists already"),
     "foreign folder": ((*PRUNE[:-1], "{data}", "--units", 0.5, "--overwrite"), "not a folder that jaxprune saved"),
+    "memory in no unit": ((*PRUNE, "--memory", "40XB"), "--memory takes a fraction .* B, kB, MB.*got '40XB'"),
+    "memory without a unit": ((*PRUNE, "--memory", "40"), r"--memory must lie above 0: a fraction in \(0, 1\].*'40'"),
+    "no memory": ((*PRUNE, "--memory", "1kB"), "memory_bytes=1000 cannot be reached: .*smallest reachable fraction is"),
+    "no latency": ((*PRUNE, "--latency", "0ms"), "--latency must lie above 0.*got '0ms'"),
+    "negative latency": ((*PRUNE, "--latency", "-1ms"), "--latency takes a fraction.*us; got '-1ms'"),
+    "latency of 1.5": ((*PRUNE, "--latency", "1.5"), r"--latency must lie above 0: a fraction in \(0, 1\]"),
+    "latency and units": ((*PRUNE, "--latency", "0.5", "--units", 0.5), "exactly one budget.*got units, latency"),
+    "table of another device": ((*PRUNE, "--latency", "0.5", "--latency-table", "{elsewhere}"), "on 'another device'"),
+    "no table": ((*PRUNE, "--latency", "0.5", "--latency-table", "{data}"), "no latency table"),
+    "damaged table": ((*PRUNE, "--latency", "0.5", "--latency-table", "{scores}"), "is no latency table"),
+    "table of another length": (
+        (*PRUNE, "--latency", "0.5", "--latency-table", "{table}", "--length", 9),
+        "is for 1 examples of 12 tokens, but 1 of 9 are asked for",
+    ),
+    "table of another batch": (
+        (*PRUNE, "--latency", "0.5", "--latency-table", "{table}", "--latency-batch", 2),
+        "is for 1 examples of 12 tokens, but 2 of 12 are asked for",
+    ),
+    "table of another model": (
+        ("prune", "{small}", *PRUNE[2:], "--latency", "0.5", "--latency-table", "{table}"),
+        "belong to another model",
+    ),
+    "no examples in a pass": ((*PRUNE, "--latency", "0.5", "--latency-batch", 0), "must be at least 1, got 0"),
+    "unreachable latency": (
+        (*PRUNE, "--latency", "1ms", "--latency-table", "{table}"),
+        r"latency_seconds=0\.001 cannot be reached: .*smallest reachable fraction is 0\.3087, 10\.0 ms",
+    ),
+    "plan without a budget": (("plan", "{model}", "--scores", "{scores}"), "exactly one budget"),
+    "plan with two": (
+        ("plan", "{model}", "--scores", "{scores}", "--memory", 0.9, "--latency", 0.5),
+        "exactly one budget.*got memory, latency",
+    ),
+    "plan without scores": (("plan", "{model}", "--flops", 0.5), "Missing option '--scores'"),
+    "plan of another model": (("plan", "{other}", "--scores", "{scores}", "--flops", 0.5), "belong to another model"),
     "bad measure": ((*PRUNE, "--units", 0.5, "--measure", "many"), "--measure takes whole numbers"),
     "unknown split": (("evaluate", "{model}", "--task", "mood", "--data", "{data}", "--split", "dust"), "split 'dust'"),
     "rows of no task": (
@@ -400,6 +437,11 @@ def names(place: Place, scored: Path) -> dict[str, Path]:
     (folder / "damaged.safetensors").write_bytes(scored.read_bytes()[:-8])
     model, _ = load(place.model)
     save(folder / "other", model, model.initialise(jax.random.key(5)))
+    params = load(place.model)[1]
+    table = hand_table(model, params)
+    elsewhere = dataclasses.replace(table, conditions=dataclasses.replace(table.conditions, device="another device"))
+    small = compact(model, params, {"0.ffn.neurons": np.arange(32, dtype=np.float32) % 2})
+    save(folder / "small", model, small)
     return {
         "model": place.model,
         "data": place.data,
@@ -407,6 +449,9 @@ def names(place: Place, scored: Path) -> dict[str, Path]:
         "broken": folder / "broken",
         "damaged": folder / "damaged.safetensors",
         "other": folder / "other",
+        "small": folder / "small",
+        "table": write_table(folder / "table.json", table),
+        "elsewhere": write_table(folder / "elsewhere.json", elsewhere),
         "new": folder / "new",
     }
 

@@ -10,11 +10,13 @@ import jax
 import numpy as np
 import pytest
 from commands import record_of, run, write_rows
+from hand_tables import hand_table
 from test_likelihood import ANSWERS
 from tiny import tiny_model
 
 from jaxprune.checkpoint import load, read_pruning, save
 from jaxprune.gates import widths
+from jaxprune.latency_table import write_table
 
 PROMPT = """\
 template: "mood : {sentence} ?"
@@ -57,6 +59,10 @@ def test_scored_pruned_inspected_and_asked_again(place: Path, tmp_path: Path):
     assert read_pruning(small)["settings"]["length"] == [read, written]
     card = (small / "README.md").read_text()
     assert "Prompt(" in card and "mood : {text} ?" in card and "task head" not in card
+    table = write_table(tmp_path / "table.json", hand_table(*load(place / "model"), length=(9, 3)))
+    planned = record_of("plan", place / "model", "--scores", scores, "--latency", 0.7, "--latency-table", table)
+    assert planned["latency"]["length"] == planned["before"]["length"] == [9, 3]
+    assert 0.5 < planned["latency"]["predicted"]["ratio"] <= 0.7 and len(planned["layers"]) == 6
     shown = record_of("inspect", small, "--scores", scores)
     assert [row["layer"] for row in shown["layers"]] == [
         "encoder 0",
