@@ -2,10 +2,10 @@
 
     python benchmarks/latency_budget.py --model jaxprune/bundled/model -o benchmarks/results/latency_budget.json
 
-One table of the modules is measured. For every budget, once with the same fraction everywhere and once with all units
-competing, the units are selected by it, and the smaller model runs in turns with the dense one. Both the quickest passes
-and the medians are recorded: on a machine that others use they differ. Scores are random without `--scores`, which
-changes which units stay, but not what a width takes.
+One table of the modules is measured. For every budget, once with the same fraction everywhere and once with all
+units competing, the units are selected by it, and the smaller model runs in turns with the dense one. Both the quickest
+passes and the medians are recorded: on a machine that others use they differ. Scores are random without `--scores`,
+which changes which units stay, but not what a width takes.
 """
 
 from __future__ import annotations

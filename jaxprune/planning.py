@@ -138,6 +138,8 @@ def plan_model(
     scores = load_scores(scored)
     model, params = load(source)
     try_selection(model, params, selection, kinds_of(model, params, scores))
+    if selection.by_latency:
+        select(model, params, scores, units=1.0)  # refuses scores of another model before modules are measured
     length, table = settle(model, params, selection, tables, scores.header["mean_length"], watch)
     arguments = {**selection.arguments(), "length": length}
     gates = select(model, params, scores, **arguments, table=table)

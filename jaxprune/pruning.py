@@ -75,6 +75,8 @@ def prune_model(
     if scores is None:
         raise TypeError(f"scored must be a Path or Scoring, got {type(scored).__name__}.")
     head = model.head(scores.header["head"]).name
+    if selection.by_latency:
+        select(model, params, scores, units=1.0)  # refuses scores of another model before modules are measured
     length, table = settle(model, params, selection, tables, scores.header["mean_length"], watch)
     gates = select(model, params, scores, **{**selection.arguments(), "length": length}, table=table)
     small = compact(model, params, gates, scores.means)

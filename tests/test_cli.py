@@ -391,7 +391,7 @@ BAD: dict[str, tuple[Sequence[Any], str]] = {
         (*PRUNE, "--latency", "0.5", "--latency-table", "{table}", "--latency-batch", 2),
         "is for 1 examples of 12 tokens, but 2 of 12 are asked for",
     ),
-    "table of another model": (
+    "latency by scores of another model": (
         ("prune", "{small}", *PRUNE[2:], "--latency", "0.5", "--latency-table", "{table}"),
         "belong to another model",
     ),
