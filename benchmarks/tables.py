@@ -314,6 +314,34 @@ def _speed_row() -> list[str]:
 
 
 OURS = ("integrated gradients", "gradient x activation")
+
+
+def latency_budget() -> str:
+    """Budgets of latency beside what the pruned models took."""
+    rows = [
+        [
+            f"{percent(own['budget'])}, {own['scope']}",
+            *(percent(own[name]) for name in ("predicted", "measured", "by_medians")),
+            str(own["empty_modules"]),
+        ]
+        for own in record("latency_budget")["rows"]
+    ]
+    heading = ["budget, % of the dense model's latency", "predicted", "quickest passes", "medians", "empty modules"]
+    return table(heading, rows)
+
+
+def latency_budget_setting() -> str:
+    """Where the budgets of latency were measured."""
+    found = record("latency_budget")
+    settings, measured = found["settings"], found["table"]
+    errors = ", ".join(f"{100 * (predicted / took - 1):+.0f}" for predicted, took in measured["wholes"])
+    return (
+        f"{settings['folder']}, {settings['batch']} x {settings['length']} tokens, {measured['device']}, jax "
+        f"{found['versions']['jax']}; rows scaled by {measured['scale']:.2f}, predictions of whole models off by "
+        f"{errors} % (the last was not used to scale). Commit {found['commit'][:10]}.\n"
+    )
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "headline": headline,
     "bundled": bundled,
@@ -326,6 +354,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "factors": factors,
     "defaults": defaults,
     "faults": faults,
+    "latency-budget": latency_budget,
+    "latency-budget-setting": latency_budget_setting,
     "nodes": nodes,
     "labels": labels,
     "few": few,

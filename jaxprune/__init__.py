@@ -34,13 +34,15 @@ if TYPE_CHECKING:
     from jaxprune.gates import open_gates
     from jaxprune.generation import generate
     from jaxprune.integration import integrate
+    from jaxprune.latency_table import LatencyTable, measure_latency_table
     from jaxprune.models import Model, Output
     from jaxprune.objectives import log_probability, margin, probability
     from jaxprune.prompts import Prompt, prompt_for, read_prompt
+    from jaxprune.provenance import pruning_record
     from jaxprune.recovery import recover, recover_batches
     from jaxprune.scores import Scores, load_scores, merge, save_scores
     from jaxprune.scoring import score
-    from jaxprune.selection import pruning_record, select
+    from jaxprune.selection import select
     from jaxprune.tasks import Task, load_task
     from jaxprune.training import finetune
 
@@ -54,6 +56,7 @@ _SOURCES = {
     "Gradient": "baselines",
     "GradientActivation": "attribution",
     "IntegratedGradients": "attribution",
+    "LatencyTable": "latency_table",
     "LeaveOneOut": "baselines",
     "Magnitude": "baselines",
     "Model": "models",
@@ -82,12 +85,13 @@ _SOURCES = {
     "load_task": "tasks",
     "log_probability": "objectives",
     "margin": "objectives",
+    "measure_latency_table": "latency_table",
     "merge": "scores",
     "open_gates": "gates",
     "parameters": "cost",
     "probability": "objectives",
     "prompt_for": "prompts",
-    "pruning_record": "selection",
+    "pruning_record": "provenance",
     "read_prompt": "prompts",
     "recover": "recovery",
     "recover_batches": "recovery",
@@ -104,6 +108,7 @@ __all__ = [
     "Gradient",
     "GradientActivation",
     "IntegratedGradients",
+    "LatencyTable",
     "LeaveOneOut",
     "Magnitude",
     "Model",
@@ -133,6 +138,7 @@ __all__ = [
     "load_task",
     "log_probability",
     "margin",
+    "measure_latency_table",
     "merge",
     "open_gates",
     "parameters",

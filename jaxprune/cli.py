@@ -40,8 +40,8 @@ from jaxprune.options import (
 
 EPILOG = (
     "Long commands go on where they were interrupted: run the same one again. Bad input ends with exit code 2 and one "
-    "line on stderr; JAXPRUNE_TRACEBACK=1 shows where it came from. Compiled programs are kept in ~/.cache/jaxprune; "
-    "JAX_COMPILATION_CACHE_DIR names another folder."
+    "line on stderr; JAXPRUNE_TRACEBACK=1 shows where it came from. Compiled programs and latency tables are kept in "
+    "~/.cache/jaxprune; JAX_COMPILATION_CACHE_DIR names another folder for the programs."
 )
 
 FRACTIONS = "0.7,0.5,0.3"
@@ -117,7 +117,7 @@ def prune(
     head: Head = None,
     evaluate: Annotated[bool, measured("Test before and after.", "--evaluate/--no-evaluate")] = True,
     limit: Annotated[int | None, measured("The most test examples.")] = None,
-    latency: Annotated[str, measured("Examples per timed pass; 0: none.", metavar="1,32")] = "1,32",
+    measure: Annotated[str, measured("Examples per timed pass; 0: none.", metavar="1,32")] = "1,32",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -126,6 +126,7 @@ def prune(
     Examples: [cyan]jaxprune prune multi --task sst2 --data data --flops 0.5 -o small[/cyan] scores on the way.
     [cyan]jaxprune prune multi --scores sst2.safetensors --flops 0.5 -o small[/cyan] needs no data.
     [cyan]jaxprune prune multi --task sst2 --task mrpc --flops 0.5 -o small[/cyan] keeps what both need.
+    [cyan]jaxprune prune multi --scores sst2.safetensors --latency 12ms -o small[/cyan] measures modules first.
     """
     with terminal.working() as bars:
         scores, task = scores or [], task or []
@@ -138,9 +139,9 @@ def prune(
             raise ValueError(f"{unused}: for testing, but there is no --task to test on.")
         if together is not None and len(scores or task) < 2:
             raise ValueError("--together is for several tasks: name more of them with --task, or of --scores.")
-        timed = latency.split(",")
+        timed = measure.split(",")
         if not all(part.strip().isdigit() for part in timed):
-            raise ValueError(f"--latency takes whole numbers, such as 1,32 (0: none), got {latency!r}.")
+            raise ValueError(f"--measure takes whole numbers, such as 1,32 (0: none), got {measure!r}.")
         from jaxprune import pruning, report, workflow
         from jaxprune import together as several_tasks
 
@@ -152,7 +153,7 @@ def prune(
             **asdict(batches),
         )
         chosen, data = selection.build(budget), [rows.of(name) for name in task]
-        how = {"measuring": measuring, "overwrite": overwrite, "watch": bars}
+        how = {"measuring": measuring, "tables": budget.tables(), "overwrite": overwrite, "watch": bars}
         how["recovering"] = recovery.build(scoring.seed, batches)
         scored = scores or scoring.build(settings, head, batches)
         if several:
@@ -166,6 +167,28 @@ def prune(
         files = ", ".join(own["scores"] for own in record.get("tasks", [record]))
         lines.append(f"Scores: {files} (other budgets: --scores)")
     terminal.show(record, report.before_after_table(record), *lines, as_json=as_json)
+
+
+@app.command()
+@terminal.grouped
+def plan(
+    model: ModelName,
+    scores: Annotated[Path, option("A score file of the model.", "--scores", metavar="FILE")],
+    budget: BudgetOptions,
+    selection: SelectionOptions,
+    as_json: Json = False,
+) -> None:
+    """Shows what a budget would leave, layer by layer, and what that would cost; needs no data, writes no model.
+
+    Example: [cyan]jaxprune plan multi --scores sst2.safetensors --latency 0.5[/cyan]
+
+    For a latency, the modules are measured on this device unless that was done before; the table is kept.
+    """
+    with terminal.working() as bars:
+        from jaxprune import forecast, planning
+
+        record = planning.plan_model(model, scores, selection.build(budget), tables=budget.tables(), watch=bars)
+    terminal.show(record, *forecast.plan_tables(record), *forecast.plan_notes(record), as_json=as_json)
 
 
 @app.command()

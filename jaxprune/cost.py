@@ -1,4 +1,4 @@
-"""What a model costs: parameters, FLOPs, bytes on disk and measured latency.
+"""What a model costs: parameters, FLOPs, bytes in memory and on disk, and measured latency.
 
 Costs are additive over units: with one length, every unit of a site costs the same, and what can be pruned costs
 `sum(width * cost of one unit)` over the sites. All of it is read from the axis table and the shapes of the arrays.
@@ -44,6 +44,11 @@ Measure: TypeAlias = Callable[[Slice], float]  # what one parameter adds to the 
 def parameters(params: Params) -> int:
     """The number of all parameters, embeddings and task heads included."""
     return sum(math.prod(array.shape) for array in flatten(params).values())
+
+
+def memory(params: Params) -> int:
+    """The bytes of all parameters, in the types that they have."""
+    return sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in flatten(params).values())
 
 
 def prunable_parameters(model: Model, params: Params) -> int:
@@ -96,7 +101,7 @@ def unit_costs(model: Model, params: Params, measure: Measure, kinds: Collection
     Args:
         model: The architecture.
         params: Parameters of any widths; a site without units has a cost, too.
-        measure: What one parameter adds to the cost: `elements`, or `matmul_flops(length)`.
+        measure: What one parameter adds to the cost: `elements`, `weight_bytes(params)` or `matmul_flops(length)`.
         kinds: Kinds of units. A head costs what its channels and query channels cost together.
 
     Returns:
@@ -111,6 +116,11 @@ def unit_costs(model: Model, params: Params, measure: Measure, kinds: Collection
 def elements(part: Slice) -> float:
     """Measures parameters: weights and biases."""
     return part.size
+
+
+def weight_bytes(params: Params) -> Measure:
+    """Measures bytes: weights and biases in the types that they have."""
+    return lambda part: part.size * np.dtype(subtree(params, part.path).dtype).itemsize
 
 
 def matmul_flops(length: Length) -> Measure:
@@ -162,6 +172,7 @@ class Latency(NamedTuple):
     batch: int  # examples per pass
     length: int | tuple[int, int]  # tokens per example, none of them padding; of text-to-text those written, too
     device: str
+    least: float  # the quickest pass: what else the machine did can only have added to the others
 
 
 class LatencyComparison(NamedTuple):
@@ -232,7 +243,7 @@ def compare_latency(
     for name, value in (("batch", batch), ("length", length), ("repeats", repeats), ("warmup", warmup)):
         if np.min(value) < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    passes = [_forward_pass(model, params, batch, length, head) for model, params in models]
+    passes = [forward_pass(model, params, batch, length, head) for model, params in models]
     for _ in range(warmup):
         for run in passes:
             run()
@@ -245,10 +256,41 @@ def compare_latency(
     device = _device_name()
     return LatencyComparison(
         tuple(
-            Latency(float(np.median(own)), float(np.percentile(own, 95)), batch, length, device) for own in seconds.T
+            Latency(float(np.median(own)), float(np.percentile(own, 95)), batch, length, device, float(own.min()))
+            for own in seconds.T
         ),
         tuple(float(ratio) for ratio in np.median(seconds[:, :1] / seconds, axis=0)),
     )
+
+
+def forward_pass(
+    model: Model, params: Params, batch: int, length: int | tuple[int, int], head: str | None
+) -> Callable[[], Any]:
+    """A function that runs one forward pass and waits for it; its inputs are on the device already.
+
+    Args:
+        model: The architecture.
+        params: Parameters of any widths.
+        batch: Examples per pass.
+        length: Tokens per example; of a text-to-text model those it reads and those it writes.
+        head: The task head; None is the only one. A model without task heads runs up to its last hidden state.
+    """
+    inputs = pass_inputs(model, batch, length)
+    params = jax.device_put(params)
+    return lambda: jax.block_until_ready(_forward(model, params, inputs, head))
+
+
+def pass_inputs(model: Model, batch: int, length: int | tuple[int, int]) -> dict[str, jax.Array]:
+    """A batch without padding to measure with, `[batch, length]` tokens that are all the same.
+
+    Raises:
+        ValueError: If `length` is not the one number or the two that the model needs.
+    """
+    inputs = {}
+    for prefix, tokens in zip(("", "decoder_"), np.atleast_1d(np.asarray(checked_length(model, length))), strict=False):
+        inputs[f"{prefix}input_ids"] = jnp.full((batch, int(tokens)), model.config.pad_id + 1, jnp.int32)
+        inputs[f"{prefix}attention_mask"] = jnp.ones((batch, int(tokens)), jnp.int32)
+    return inputs
 
 
 def _slices(model: Model, params: Params, kinds: Collection[str]) -> Iterator[tuple[str, Slice]]:
@@ -273,19 +315,6 @@ def _forward(model: Model, params: Params, batch: dict[str, jax.Array], head: st
     """The logits; the hidden states of a model without task heads, of which XLA would otherwise compute nothing."""
     output = model.apply(params, batch, head=head, hidden=not (model.heads or model.writes_text))
     return output.logits, output.hidden
-
-
-def _forward_pass(
-    model: Model, params: Params, batch: int, length: int | tuple[int, int], head: str | None
-) -> Callable[[], Any]:
-    """A function that runs one forward pass and waits for it; its inputs are on the device already."""
-    lengths = np.atleast_1d(np.asarray(checked_length(model, length)))
-    inputs = {}
-    for prefix, tokens in zip(("", "decoder_"), lengths, strict=False):
-        inputs[f"{prefix}input_ids"] = jnp.full((batch, int(tokens)), model.config.pad_id + 1, jnp.int32)
-        inputs[f"{prefix}attention_mask"] = jnp.ones((batch, int(tokens)), jnp.int32)
-    params = jax.device_put(params)
-    return lambda: jax.block_until_ready(_forward(model, params, inputs, head))
 
 
 def _device_name() -> str:

@@ -22,9 +22,10 @@ from jaxprune.files import write_atomic
 from jaxprune.gates import Gates, Params
 from jaxprune.models import Model
 from jaxprune.pictures import comparison_figure
+from jaxprune.provenance import pruning_record
 from jaxprune.scores import Scores, save_scores
 from jaxprune.scoring import score
-from jaxprune.selection import pruning_record, select
+from jaxprune.selection import select
 from jaxprune.tasks import Task, load_task
 from jaxprune.workflow import Measuring, Watch, check_folder, costs, measure_latency, ratios, speedups, stored_type
 

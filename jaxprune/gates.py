@@ -276,6 +276,29 @@ def without(table: AxisTable, params: Params, emptied: Sequence[Site]) -> Params
     return unflatten({path: cut(path, leaf) for path, leaf in flatten(params).items()})
 
 
+def narrow(table: AxisTable, params: Params, kept: Mapping[Site, int]) -> Params:
+    """The parameters with the first units alone at some sites: a model of other widths, to be measured.
+
+    Args:
+        table: The family's axis table.
+        params: Parameters of any widths; they are not changed.
+        kept: Heads or neurons of every site; the sites that are not named stay as they are.
+
+    Returns:
+        NumPy arrays where something was cut, else the same objects as in `params`.
+    """
+    units = {(site.module, site.kind): count for site, count in kept.items()}
+
+    def cut(path: Path, leaf: Any) -> Any:
+        axes = axes_of(table, path)
+        own = {kind: count for (module, kind), count in units.items() if path[: len(module)] == module}
+        if all(own.get(name, size) >= size for name, size in zip(axes, leaf.shape, strict=True)):
+            return leaf
+        return np.ascontiguousarray(np.asarray(leaf)[tuple(slice(own.get(name)) for name in axes)])
+
+    return unflatten({path: cut(path, leaf) for path, leaf in flatten(params).items()})
+
+
 def open_gates(model: Model, params: Params, kinds: tuple[str, ...] = UNITS) -> Gates:
     """Gates of ones for every site with units of these kinds: nothing is removed.
 

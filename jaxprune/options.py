@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -17,6 +18,7 @@ import typer
 
 if TYPE_CHECKING:
     from jaxprune.attribution import Criterion
+    from jaxprune.planning import Tables
     from jaxprune.workflow import Data, Recovering, Scoring, Selection
 
 # What the names on the command line stand for: option -> name -> function or class, imported when it is asked for.
@@ -78,6 +80,8 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
     },
     "normalise": {"l2": "selection:per_layer_l2"},
 }
+BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
+SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 SETTINGS = {  # option -> the setting of a criterion that it sets
     "nodes": "nodes",
     "chunk": "chunk",
@@ -273,6 +277,33 @@ class BudgetOptions:
     flops: Annotated[float | None, kept("Fraction of the FLOPs that may stay.")] = None
     parameters: Annotated[float | None, kept("Fraction of the units' parameters that may stay.")] = None
     units: Annotated[float | None, kept("Fraction of the units that may stay.")] = None
+    memory: Annotated[
+        str | None, kept("What all weights may take in memory, or the fraction that may stay.", metavar="40MB|0.5")
+    ] = None
+    latency: Annotated[
+        str | None, kept("What a forward pass may take on this device, or the fraction.", metavar="12ms|0.5")
+    ] = None
+    latency_batch: Annotated[int | None, kept("Examples in that pass; 1 by default.")] = None
+    latency_table: Annotated[
+        Path | None, kept("Its table; by default the one in the cache, else it is measured.", metavar="FILE")
+    ] = None
+
+    def amounts(self) -> dict[str, float | None]:
+        """The budgets, by the arguments of `select`."""
+        return {
+            "flops": self.flops,
+            "parameters": self.parameters,
+            "units": self.units,
+            **read_amount("memory", self.memory, "bytes", BYTES),
+            **read_amount("latency", self.latency, "seconds", SECONDS),
+        }
+
+    def tables(self) -> Tables:
+        """Where latency tables are."""
+        from jaxprune.planning import Tables
+        from jaxprune.terminal import cache_folder
+
+        return Tables(folder=cache_folder("latency"), file=self.latency_table, batch=self.latency_batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +329,7 @@ class SelectionOptions:
         from jaxprune.workflow import Selection
 
         return Selection(
-            **asdict(budget),
+            **budget.amounts(),
             length=None if self.length is None else read_length(self.length),
             per_layer=self.per_layer,
             multiple_of=by_kind("--multiple-of", self.multiple_of),
@@ -315,6 +346,24 @@ def read_length(text: str) -> float | tuple[float, ...]:
     except ValueError as error:
         raise ValueError(f"--length {text!r} is no number of tokens; write 128, or 128,4 for T5.") from error
     return found[0] if len(found) == 1 else found
+
+
+def read_amount(name: str, text: str | None, unit: str, factors: Mapping[str, float]) -> dict[str, float]:
+    """Reads `0.5` as the budget `NAME`, and `40MB` as `NAME_UNIT`.
+
+    Raises:
+        ValueError: If it is neither, or not above 0.
+    """
+    if text is None:
+        return {}
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)(?:[eE]([+-]?\d+))?\s*([A-Za-z]*)", text.strip())
+    words = f"a fraction in (0, 1], or a number and one of {', '.join(factors)}"
+    if found is None or (found[3] and found[3] not in factors):
+        raise ValueError(f"--{name} takes {words}; got {text!r}.")
+    value = float(f"{found[1]}e{found[2] or 0}") * factors.get(found[3], 1.0)
+    if not 0 < value < float("inf") or (not found[3] and value > 1):
+        raise ValueError(f"--{name} must lie above 0: {words}; got {text!r}.")
+    return {f"{name}_{unit}" if found[3] else name: value}
 
 
 def by_kind(name: str, values: list[str] | None) -> int | dict[str, int] | None:

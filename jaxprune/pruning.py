@@ -14,10 +14,12 @@ from jaxprune.cost import file_size
 from jaxprune.evaluation import fitting_head
 from jaxprune.gates import KINDS, Params
 from jaxprune.models import Model
+from jaxprune.planning import Tables, outcome, settle, timed
+from jaxprune.provenance import pruning_record
 from jaxprune.recovery import Recovery
 from jaxprune.report import model_card
 from jaxprune.scores import Scores, describe, load_scores
-from jaxprune.selection import pruning_record, select
+from jaxprune.selection import select
 from jaxprune.tasks import Task
 from jaxprune.workflow import (
     Data,
@@ -51,6 +53,7 @@ def prune_model(
     data: Data | None = None,
     recovering: Recovering | None = None,
     measuring: Measuring,
+    tables: Tables | None = None,
     overwrite: bool = False,
     watch: Watch,
 ) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def prune_model(
 
     With `scored` a score file, nothing is scored; a tokenizer is needed only to evaluate. Otherwise `data` is scored,
     and the scores are kept beside the folder, as `OUTPUT.scores.safetensors`, for the same command after an
-    interruption and for other budgets.
+    interruption and for other budgets. A budget of latency goes by one of the `tables`, and is measured in the end.
     """
     check_folder(output, overwrite)
     kept = scored if isinstance(scored, Path) else output.with_name(f"{output.name}.scores.safetensors")
@@ -76,15 +79,17 @@ def prune_model(
     if scores is None:
         raise TypeError(f"scored must be a Path or Scoring, got {type(scored).__name__}.")
     head = model.head(scores.header["head"]).name
-    length = scores.header["mean_length"] if selection.length is None else selection.length
-    gates = select(model, params, scores, **{**selection.arguments(), "length": length})
+    if selection.by_latency:
+        select(model, params, scores, units=1.0)  # refuses scores of another model before modules are measured
+    length, table = settle(model, params, selection, tables, scores.header["mean_length"], watch)
+    gates = select(model, params, scores, **{**selection.arguments(), "length": length}, table=table)
     small = compact(model, params, gates, scores.means)
 
     tasks, rows, repaired = [] if task is None else [task], scores.header["rows"], None
     if recovering is not None:
         small, repaired = repair(model, params, small, tasks, recovering, watch)
         rows = sorted({*rows, *repaired.rows})
-    found = measure_both(model, params, small, tasks, length, head, rows, measuring, watch)
+    found = measure_both(model, params, small, tasks, length, head, rows, timed(measuring, table), watch)
     prompt = scores.header.get("prompt")
     pruning = pruning_record(scores, gates, **{**selection.arguments(), "length": length})
     if repaired is not None:
@@ -101,6 +106,7 @@ def prune_model(
         "labels": prompt["labels"] if prompt else list(model.head(head).labels),
         "prompt": prompt,
         "examples": scores.header["examples"],
+        **outcome(table, model, params, small, selection, found),
     }
     return write_pruned(output, model, small, pruning, record, found, overwrite=overwrite)
 

@@ -109,6 +109,9 @@ def before_after_sections(record: Record) -> list[list[tuple[str, ...]]]:
     old, new = (f"{found['flops'] / 1e6:,.1f}" for found in (before, after))
     speedup = _times(record["speedup"]["theoretical"])
     rows.append((f"MFLOPs, {length_text(before['length'])}", old, new, _percent(kept.get("flops")), speedup))
+    if before.get("memory"):
+        old, new = (f"{found['memory'] / 1e6:,.2f}" for found in (before, after))
+        rows.append(("weights in memory, MB", old, new, _percent(kept.get("memory")), ""))
     if before.get("file_bytes"):
         old, new = (f"{found['file_bytes'] / 1e6:,.2f}" for found in (before, after))
         rows.append(("weights on disk, MB", old, new, _percent(kept.get("file_bytes")), ""))
@@ -134,6 +137,15 @@ def before_after_notes(record: Record) -> list[str]:
         notes.append(f"Latency: median of passes in turns on {device}, no padding. Speed-ups: by FLOPs, and measured.")
     if record.get("recovery"):
         notes.append(_recovery(record["recovery"]))
+    if budget := record.get("latency_budget"):
+        predicted, found = budget["predicted"], budget["measured"]
+        shape = f"{budget['batch']} x {length_text(budget['length'])}"
+        notes.append(
+            f"Latency budget, {shape}: {_asked(budget['asked'])} asked; "
+            f"{_milliseconds(predicted['after'])} ms predicted, {_percent(predicted['ratio'])}; "
+            f"{_milliseconds(found['after'])} ms measured, {_percent(found['ratio'])}, by the quickest pass of each, "
+            f"{_percent(found['median_ratio'])} by medians."
+        )
     return [fill(note, 80, subsequent_indent="  ") for note in notes]
 
 
@@ -145,6 +157,11 @@ def _recovery(found: Record) -> str:
         f"{found['method']['name']} with {found['examples']:,} examples, without labels: on rows held out, the squared "
         f"error of the modules' sums went from {before} of their spread to {after} (medians)."
     )
+
+
+def _asked(budget: Record) -> str:
+    """A budget of latency in words."""
+    return _percent(budget["latency"]) if "latency" in budget else f"{_milliseconds(budget['latency_seconds'])} ms"
 
 
 def evaluation_table(results: Sequence[Record], title: str | None = None) -> Table:

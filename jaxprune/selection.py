@@ -1,9 +1,12 @@
 """Chooses which units stay: scores and a budget in, gates out.
 
-There is one algorithm. Every site's units are sorted, best first, and cut into blocks of one unit, or of `multiple_of`.
-The blocks of all sites stand in one order that does not depend on the budget; the longest prefix that the budget pays
-for is kept. So a smaller budget keeps a subset, and the result is short of its budget by less than the next block.
-An exact knapsack would use the rest, but its solutions are not nested.
+Every site's units are sorted, best first, and cut into blocks of one unit, or of `multiple_of`. The blocks of all sites
+stand in one order that does not depend on the budget; the longest prefix that the budget pays for is kept. So a smaller
+budget keeps a subset, and the result is short of its budget by less than the next block. An exact knapsack would use
+the rest, but its solutions are not nested.
+
+A budget of time is another matter: what a unit saves depends on how many its module has. Widths come from a table that
+was measured, and where all units compete, they are the solution of a knapsack over (score kept, seconds).
 
 Channels are sorted within each head, and a block has one of every head, so that all heads keep as many: the best of
 each, then the second best, and so on.
@@ -12,16 +15,19 @@ each, then the second best, and so on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.allocation import Blocks, Choices, alike, best_first, cut, knapsack, prefix, sequence
 from jaxprune.batches import Length
-from jaxprune.checkpoint import digest, model_digest
-from jaxprune.cost import checked_length, elements, matmul_flops, unit_costs
+from jaxprune.checkpoint import model_digest
+from jaxprune.cost import checked_length, elements, matmul_flops, unit_costs, weight_bytes
+from jaxprune.cost import memory as memory_of
 from jaxprune.gates import KINDS, UNITS, Gates, Params, Site, check_sharing, site_of, site_order, sites, widths
+from jaxprune.latency_table import LatencyTable, check_table
 from jaxprune.models import Model
 
 if TYPE_CHECKING:
@@ -30,28 +36,51 @@ if TYPE_CHECKING:
 Values: TypeAlias = Mapping[str, Any]  # site name -> [units] scores
 Normalise: TypeAlias = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
 
+SHARES = ("units", "parameters", "flops", "memory", "latency")  # budgets that are fractions of the whole
+AMOUNTS = ("memory_bytes", "latency_seconds")  # and those that are not
 SLACK = 1e-9  # of the total cost: 0.29 * 100 is 28.999999999999996 in binary and means 29
 
 
-class _Blocks(NamedTuple):
-    """The blocks of all sites, in site order and best first within a site."""
+class _Budget(NamedTuple):
+    """The one budget that was given."""
 
-    site: np.ndarray  # index of the site
-    units: np.ndarray  # units in the block
-    cost: np.ndarray
-    order: np.ndarray  # smaller is kept earlier; ties are kept in the order they stand here
-    forced: np.ndarray  # whether it is kept before all others
+    name: str  # the argument of `select`
+    value: float
+
+    @property
+    def kind(self) -> str:
+        """What is counted."""
+        return self.name.removesuffix("_bytes").removesuffix("_seconds")
+
+    def limit(self, total: float) -> float:
+        """What may stay, in the unit of `total`, which is the whole."""
+        return (self.value if self.name in AMOUNTS else self.value * total) + SLACK * total
+
+
+class _Ground(NamedTuple):
+    """What is selected from, after everything that does not fit was refused."""
+
+    places: tuple[Site, ...]
+    width: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, int]]  # groups that must keep as many units (heads, for channels); units
+    scores: Mapping[str, np.ndarray]
+    ranking: Mapping[str, np.ndarray]  # the units of every site, best first
+    multiple_of: Mapping[str, int]  # by kind
+    floor: Mapping[str, int]  # by kind
+    whole: frozenset[str]  # sites that keep all units
 
 
 class _Plan(NamedTuple):
-    """All that a selection depends on."""
+    """All that a selection by blocks depends on."""
 
-    budget: str
-    fraction: float
-    places: tuple[Site, ...]
-    width: Mapping[str, int]
-    blocks: _Blocks
-    ranking: Mapping[str, np.ndarray]  # the units of every site, best first
+    ground: _Ground
+    blocks: Blocks
+    fixed: float  # what stays in any case, beyond the blocks: embeddings, where bytes are counted
+
+    @property
+    def total(self) -> float:
+        """What all of the model costs."""
+        return self.fixed + float(np.cumsum(self.blocks.cost)[-1] if len(self.blocks.cost) else 0.0)
 
 
 def select(
@@ -62,7 +91,12 @@ def select(
     units: float | None = None,
     parameters: float | None = None,
     flops: float | None = None,
+    memory: float | None = None,
+    memory_bytes: float | None = None,
+    latency: float | None = None,
+    latency_seconds: float | None = None,
     length: Length | None = None,
+    table: LatencyTable | None = None,
     per_layer: bool = True,
     multiple_of: int | Mapping[str, int] | None = None,
     floor: int | Mapping[str, int] | None = None,
@@ -71,9 +105,16 @@ def select(
 ) -> Gates:
     """Keeps the units with the highest scores that fit a budget. Runs on the host.
 
-    The budget is a fraction, in (0, 1], of what all units of `params` cost together; exactly one of `units`,
-    `parameters` and `flops` must be given. What stays costs at most that, to 1e-9 of the whole. By `units` and without
-    `multiple_of`, exactly `floor(fraction * all units)` heads and neurons stay, whether `per_layer` or not.
+    Exactly one budget must be given. `units`, `parameters` and `flops` are fractions, in (0, 1], of what all units of
+    `params` cost together. `memory` and `latency` are fractions of what the whole model costs, embeddings included;
+    `memory_bytes` and `latency_seconds` say the same in bytes and in seconds. What stays costs at most that, to 1e-9 of
+    the whole; of latency that is what the table predicts. By `units` and without `multiple_of`, exactly
+    `floor(fraction * all units)` heads and neurons stay, whether `per_layer` or not.
+
+    By latency every site has one of the widths in `table`, perhaps 0: then the module is not computed. If all units
+    compete, the widths are those for which the scores that are kept add up to the most, scores below zero counting as
+    zero: a `knapsack`, with its bound on what is lost. A module may be wider at a larger budget and still keep less
+    than another one gains, so these selections are not nested.
 
     All units are heads and neurons; where the scores are of a module's channels or query channels, both of these
     instead of its heads. They cost together what the heads cost, so a budget of FLOPs is a fraction of the same whole.
@@ -85,11 +126,16 @@ def select(
         units: Fraction of the units that may stay.
         parameters: Fraction of the prunable parameters (weights and biases of units) that may stay.
         flops: Fraction of the FLOPs per example that may stay; see `jaxprune.cost.flops`.
+        memory: Fraction of the bytes of all parameters, in the types they have, that may stay.
+        memory_bytes: The same in bytes.
+        latency: Fraction of the time of a forward pass that may stay, by `table`.
+        latency_seconds: The same in seconds.
         length: Tokens per example, for `flops` (of a text-to-text model those read and those written); None is the mean
             length of the examples that were scored.
+        table: For a budget of latency, what `measure_latency_table` returned for `params` on this device.
         per_layer: Whether all sites keep about the same fraction of their units: the block after which its site has the
             smallest fraction comes first, ties in site order. If False, all units compete: the block with the highest
-            mean score per cost comes first, ties by site and then by unit.
+            mean score per cost comes first, ties by site and then by unit; by latency see above.
         multiple_of: Kept units of a site (channels: of a head) are a multiple of this, or all of them: one number, or
             one per kind such as `{"neurons": 8}`.
         floor: At least that many units of every site (channels: of every head) stay, or all it has; one number, or one
@@ -102,24 +148,24 @@ def select(
 
     Raises:
         ValueError: If there is not exactly one budget or it is out of range, the scores are not finite or belong to
-            another model, or are of a module's heads and of its channels, a setting names what does not exist, or the
-            budget cannot be reached because of what must stay; the error then names the smallest fraction that can.
+            another model, or are of a module's heads and of its channels, a setting names what does not exist, the
+            table is of another device, version or model, or the budget cannot be reached because of what must stay; the
+            error then names the smallest that can.
     """
-    plan = _plan(
-        model,
-        params,
-        scores,
+    budget = _only_budget(
         units=units,
         parameters=parameters,
         flops=flops,
-        length=length,
-        per_layer=per_layer,
-        multiple_of=multiple_of,
-        floor=floor,
-        protect=protect,
-        normalise=normalise,
+        memory=memory,
+        memory_bytes=memory_bytes,
+        latency=latency,
+        latency_seconds=latency_seconds,
     )
-    return _gates(plan)
+    rules = {"multiple_of": multiple_of, "floor": floor, "protect": protect, "normalise": normalise}
+    if budget.kind == "latency":
+        return _select_by_table(budget, model, params, scores, table, per_layer=per_layer, **rules)
+    plan = _plan(budget, model, params, scores, length=length, per_layer=per_layer, **rules)
+    return _gates_of_plan(budget, plan)
 
 
 def select_units(scores: Values, fraction: float) -> Gates:
@@ -132,14 +178,12 @@ def select_units(scores: Values, fraction: float) -> Gates:
     Returns:
         Site name to float32 gates, in the order of a model's sites.
     """
-    name, fraction = _only_budget({"units": fraction})
+    budget = _only_budget(units=fraction)
     places = tuple(sorted(map(site_of, scores), key=site_order))
     ranked = {site.name: np.asarray(scores[site.name], np.float64) for site in places}
-    width = {site: len(value) for site, value in ranked.items()}
-    multiple_of, floor = _by_kind("multiple_of", None, 1, 1, UNITS), _by_kind("floor", None, 0, 0, UNITS)
-    shapes = {site: (1, size) for site, size in width.items()}
-    cut = _cut(places, shapes, dict.fromkeys(width, 1.0), ranked, True, multiple_of, floor, ())
-    return _gates(_Plan(name, fraction, places, width, *cut))
+    shapes = {site: (1, len(value)) for site, value in ranked.items()}
+    ground = _ground(places, shapes, ranked)
+    return _gates_of_plan(budget, _Plan(ground, _blocks(ground, dict.fromkeys(shapes, 1.0), True), 0.0))
 
 
 def thresholds(model: Model, params: Params, scores: Scores | Values, **settings: Any) -> dict[str, np.ndarray]:
@@ -149,62 +193,29 @@ def thresholds(model: Model, params: Params, scores: Scores | Values, **settings
         model: The architecture.
         params: The parameters the scores were made with.
         scores: Higher means more needed.
-        **settings: The arguments of `select`. Of the budget only the kind counts, not the fraction.
+        **settings: The arguments of `select`. Of the budget only the kind counts, not how much it is.
 
     Returns:
         Site name to float64 fractions of the budget's kind, for all sites. Units of the same block have the same.
+
+    Raises:
+        ValueError: As `select`; also by latency, where a larger budget need not keep all that a smaller one does.
     """
-    plan = _plan(model, params, scores, **settings)
-    sequence, spent = _sequence(plan.blocks)
-    reached = np.empty(len(sequence))
-    reached[sequence] = spent / (spent[-1] if len(spent) and spent[-1] else 1.0)
+    names = (*SHARES, *AMOUNTS)
+    budget = _only_budget(**{name: settings.get(name) for name in names})
+    if budget.kind == "latency":
+        raise ValueError("units have no threshold by latency: give a budget of units, parameters, flops or memory.")
+    rules = {name: value for name, value in settings.items() if name not in (*names, "table")}
+    plan = _plan(budget, model, params, scores, **rules)
+    order, spent = sequence(plan.blocks)
+    reached = np.empty(len(order))
+    reached[order] = (plan.fixed + spent) / (plan.total or 1.0)
     found = {}
-    for index, site in enumerate(plan.places):
+    for index, site in enumerate(plan.ground.places):
         own = plan.blocks.site == index  # best first, as the units in the ranking
-        found[site.name] = np.empty(plan.width[site.name])
-        found[site.name][plan.ranking[site.name]] = np.repeat(reached[own], plan.blocks.units[own])
+        found[site.name] = np.empty(plan.ground.width[site.name])
+        found[site.name][plan.ground.ranking[site.name]] = np.repeat(reached[own], plan.blocks.units[own])
     return found
-
-
-def union(*gates: Mapping[str, Any]) -> Gates:
-    """Open where any of several tasks' gates are: what all of the tasks together need. Contains each of them.
-
-    Raises:
-        ValueError: If there are none, they are of other sites or numbers of units, or a gate is neither 0 nor 1.
-    """
-    return {name: jnp.asarray(np.maximum.reduce(own)) for name, own in _together(gates).items()}
-
-
-def intersection(*gates: Mapping[str, Any]) -> Gates:
-    """Open where all of several tasks' gates are: what each of the tasks needs. Contained in each of them.
-
-    Raises:
-        ValueError: If there are none, they are of other sites or numbers of units, or a gate is neither 0 nor 1.
-    """
-    return {name: jnp.asarray(np.minimum.reduce(own)) for name, own in _together(gates).items()}
-
-
-def _together(gates: tuple[Mapping[str, Any], ...]) -> dict[str, list[np.ndarray]]:
-    """Several gates, site by site."""
-    if not gates:
-        raise ValueError("give gates of at least one task.")
-    arrays = [{name: np.asarray(gate, np.float32) for name, gate in own.items()} for own in gates]
-    shapes = [{name: gate.shape for name, gate in own.items()} for own in arrays]
-    names = dict.fromkeys(name for own in arrays for name in own)
-    wrong = [
-        f"{name} has the shapes {', '.join(str(own.get(name, 'none')) for own in shapes)}"
-        for name in names
-        if len({own.get(name) for own in shapes}) > 1
-    ]
-    wrong += [
-        f"{name} holds {gate[~np.isin(gate, (0, 1))][0]}, expected 0 or 1"
-        for own in arrays
-        for name, gate in own.items()
-        if not np.isin(gate, (0, 1)).all()
-    ]
-    if wrong:
-        raise ValueError(f"these gates do not go together: {_some(wrong)}.")
-    return {name: [own[name] for own in arrays] for name in arrays[0]}
 
 
 def per_layer_l2(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -212,64 +223,51 @@ def per_layer_l2(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: value / (float(np.linalg.norm(value)) or 1.0) for name, value in scores.items()}
 
 
-def pruning_record(scores: Scores | Values, gates: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
-    """Says how a pruned model was made, for `save(..., pruning=...)`.
-
-    Args:
-        scores: The scores that were selected by.
-        gates: What `select` returned.
-        **settings: The arguments of `select`, such as `flops=0.5, length=128`, and what else is worth keeping.
-            Functions are recorded by name.
-
-    Returns:
-        A dict that JSON can hold: the settings, the header of the scores without the keys of single examples, digests
-        of scores, means and gates, and for every site the units it had, how many it keeps and which (`"0-3,7"`; a unit
-        with a fractional gate is kept).
-
-    Raises:
-        TypeError: If a setting cannot be written as JSON.
-    """
-    values, header = _parts(scores)
-    means = None if isinstance(scores, Mapping) else scores.means
-    arrays = {name: np.asarray(gate) for name, gate in gates.items()}
-    kept = {name: np.flatnonzero(gate) for name, gate in arrays.items()}
-    for name, value in values.items():  # a site without gates is open
-        kept.setdefault(name, np.arange(len(value)))
-    had = {name: len(arrays[name]) if name in arrays else len(values[name]) for name in kept}
-    return {
-        "settings": {name: _plain(value, name) for name, value in settings.items()},
-        "scores": {name: _plain(value, name) for name, value in header.items() if name != "rows"},
-        "digests": {
-            "scores": digest(dict(values)),
-            "means": digest(means) if means else None,  # what closed units are replaced by; None is zero
-            "gates": digest(arrays),
-        },
-        "units": {"had": sum(had.values()), "kept": sum(len(index) for index in kept.values())},
-        "sites": {
-            name: {"had": had[name], "kept": len(index), "which": _ranges(index)} for name, index in kept.items()
-        },
-    }
-
-
 def _plan(
+    budget: _Budget,
     model: Model,
     params: Params,
     scores: Scores | Values,
     *,
-    units: float | None = None,
-    parameters: float | None = None,
-    flops: float | None = None,
     length: Length | None = None,
     per_layer: bool = True,
+    **rules: Any,
+) -> _Plan:
+    """Puts the blocks of all sites in order; see `select`."""
+    _, header = parts_of(scores)
+    costs = site_costs(model, params, budget.kind, header.get("mean_length") if length is None else length)
+    ground = _checked_ground(model, params, scores, **rules)
+    blocks = _blocks(ground, costs, per_layer)
+    fixed = memory_of(params) - float(blocks.cost.sum()) if budget.kind == "memory" else 0.0
+    return _Plan(ground, blocks, fixed)
+
+
+def _blocks(ground: _Ground, costs: Mapping[str, float], per_layer: bool) -> Blocks:
+    return cut(
+        ground.places,
+        ground.shapes,
+        costs,
+        ground.scores,
+        ground.ranking,
+        per_layer=per_layer,
+        multiple_of=ground.multiple_of,
+        floor=ground.floor,
+        whole=ground.whole,
+    )
+
+
+def _checked_ground(
+    model: Model,
+    params: Params,
+    scores: Scores | Values,
+    *,
     multiple_of: int | Mapping[str, int] | None = None,
     floor: int | Mapping[str, int] | None = None,
     protect: Collection[int | str] = (),
     normalise: Normalise | None = None,
-) -> _Plan:
-    """Refuses what does not fit, and puts the blocks of all sites in order; see `select`."""
-    values, header = _parts(scores)
-    name, fraction = _only_budget({"units": units, "parameters": parameters, "flops": flops})
-    costs = site_costs(model, params, name, header.get("mean_length") if length is None else length)
+) -> _Ground:
+    """Refuses what does not fit; see `select`."""
+    values, header = parts_of(scores)
     places = _competing(model, params, values)
     every = widths(model.axes, params, KINDS)
     width = {site.name: every[site.name] for site in places}
@@ -277,36 +275,49 @@ def _plan(
     _refuse_other_model(model, params, header)
     if normalise is not None:
         ranked = _checked(normalise(dict(ranked)), width, "normalised scores", expected=ranked)
-    kinds = tuple(dict.fromkeys(site.kind for site in places))
     heads = {site.module: every[site.name] for site in sites(model.axes, params, ("heads",))}
-    blocks, ranking = _cut(
+    shapes = {site.name: (heads[site.module] if len(KINDS[site.kind]) > 1 else 1, width[site.name]) for site in places}
+    return _ground(places, shapes, ranked, multiple_of, floor, _protected(places, protect))
+
+
+def _ground(
+    places: tuple[Site, ...],
+    shapes: Mapping[str, tuple[int, int]],
+    scores: Mapping[str, np.ndarray],
+    multiple_of: int | Mapping[str, int] | None = None,
+    floor: int | Mapping[str, int] | None = None,
+    protected: Collection[str] = (),
+) -> _Ground:
+    kinds = tuple(dict.fromkeys(site.kind for site in places)) or UNITS
+    ranking = {name: best_first(scores.get(name, np.zeros(units)), groups) for name, (groups, units) in shapes.items()}
+    return _Ground(
         places,
-        {site.name: (heads[site.module] if len(KINDS[site.kind]) > 1 else 1, width[site.name]) for site in places},
-        costs,
-        ranked,
-        per_layer,
+        {name: units for name, (_, units) in shapes.items()},
+        shapes,
+        scores,
+        ranking,
         _by_kind("multiple_of", multiple_of, 1, 1, kinds),
         _by_kind("floor", floor, 0, 0, kinds),
-        _protected(places, protect),
+        frozenset({*protected, *(site.name for site in places if site.name not in scores)}),
     )
-    return _Plan(name, fraction, places, width, blocks, ranking)
 
 
-def _parts(scores: Scores | Values) -> tuple[Values, Mapping[str, Any]]:
+def parts_of(scores: Scores | Values) -> tuple[Values, Mapping[str, Any]]:
     """The scores by site, and what is known about them."""
     return (scores, {}) if isinstance(scores, Mapping) else (scores.values, scores.header)
 
 
-def _only_budget(budgets: Mapping[str, float | None]) -> tuple[str, float]:
+def _only_budget(**budgets: float | None) -> _Budget:
     given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:
         raise ValueError(f"give exactly one budget of {', '.join(budgets)}; got {', '.join(given) or 'none'}.")
     ((name, value),) = given.items()
+    rule = "above 0" if name in AMOUNTS else "in (0, 1]"
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise TypeError(f"{name} must be a number in (0, 1], got {value!r}.")
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must lie in (0, 1], got {value}.")
-    return name, float(value)
+        raise TypeError(f"{name} must be a number {rule}, got {value!r}.")
+    if not (0 < value < math.inf if name in AMOUNTS else 0 < value <= 1):
+        raise ValueError(f"{name} must lie {rule}, got {value}.")
+    return _Budget(name, float(value))
 
 
 def _competing(model: Model, params: Params, scored: Collection[str]) -> tuple[Site, ...]:
@@ -322,11 +333,13 @@ def _competing(model: Model, params: Params, scored: Collection[str]) -> tuple[S
 
 
 def site_costs(model: Model, params: Params, budget: str, length: Length | None) -> dict[str, float]:
-    """The cost of one unit at every site, of all kinds, for a budget of `units`, `parameters` or `flops`."""
+    """The cost of one unit at every site, of all kinds: `units`, `parameters`, `flops`, or bytes of `memory`."""
     if budget == "units":
         return dict.fromkeys(widths(model.axes, params, KINDS), 1.0)
     if budget == "parameters":
         return unit_costs(model, params, elements, KINDS)
+    if budget == "memory":
+        return unit_costs(model, params, weight_bytes(params), KINDS)
     if length is None:
         raise ValueError("a FLOPs budget needs length=, tokens per example: these scores do not say their mean length.")
     return unit_costs(model, params, matmul_flops(checked_length(model, length)), KINDS)
@@ -346,7 +359,7 @@ def _checked(
     ]
     wrong += [f"{name} holds NaN or infinity" for name, array in arrays.items() if not np.isfinite(array).all()]
     if wrong:
-        raise ValueError(f"the {what} cannot be used with these parameters: {_some(wrong)}. Score this model first.")
+        raise ValueError(f"the {what} cannot be used with these parameters: {some(wrong)}. Score this model first.")
     return arrays
 
 
@@ -387,107 +400,75 @@ def _protected(places: tuple[Site, ...], protect: Collection[int | str]) -> set[
     return set().union(*found.values())
 
 
-def _cut(
-    places: tuple[Site, ...],
-    shapes: Mapping[str, tuple[int, int]],
-    costs: Mapping[str, float],
-    scores: Mapping[str, np.ndarray],
-    per_layer: bool,
-    multiple_of: Mapping[str, int],
-    floor: Mapping[str, int],
-    protected: Collection[str],
-) -> tuple[_Blocks, dict[str, np.ndarray]]:
-    """Cuts every site into blocks; also the units of every site, best first.
-
-    A site's shape is the number of groups that must keep as many units (heads, for channels), and that of its units.
-    """
-    columns: list[tuple[np.ndarray, ...]] = []
-    ranking: dict[str, np.ndarray] = {}
-    for index, site in enumerate(places):
-        (groups, units), cost = shapes[site.name], costs[site.name]
-        score = scores.get(site.name, np.zeros(units))
-        ranking[site.name] = _best_first(score, groups)
-        if not units:
-            continue
-        starts = np.arange(0, units, groups * multiple_of[site.kind])
-        sizes = np.diff(starts, append=units)
-        if per_layer:
-            order = (starts + sizes) / units
-        else:
-            best_first = score[ranking[site.name]]
-            below = np.add.reduceat(best_first - np.repeat(best_first[starts], sizes), starts)
-            means = best_first[starts] + below / sizes  # this way the mean of equal scores is exactly that score
-            order = np.maximum.accumulate(-means / cost)  # rounding must not put a later block first
-        whole = site.name in protected or site.name not in scores
-        forced = np.full(len(starts), True) if whole else starts < groups * floor[site.kind]
-        columns.append((np.full(len(starts), index), sizes, sizes * cost, order, forced))
-    if not columns:
-        columns.append((np.zeros(0, int), np.zeros(0, int), np.zeros(0), np.zeros(0), np.zeros(0, bool)))
-    return _Blocks(*(np.concatenate(column) for column in zip(*columns, strict=True))), ranking
-
-
-def _best_first(scores: np.ndarray, groups: int) -> np.ndarray:
-    """The units, best first: the best of every group, then the second best of every group, and so on."""
-    if not scores.size:
-        return np.zeros(0, int)
-    own = scores.reshape(groups, -1)
-    order = np.argsort(-own, axis=1, kind="stable") + np.arange(groups)[:, None] * own.shape[1]
-    return order.T.reshape(-1)
-
-
-def _sequence(blocks: _Blocks) -> tuple[np.ndarray, np.ndarray]:
-    """The order in which blocks are kept, and what each and all before it cost."""
-    sequence = np.lexsort((np.arange(len(blocks.site)), blocks.order, ~blocks.forced))  # the last key is the first
-    return sequence, np.cumsum(blocks.cost[sequence])
-
-
-def _afford(blocks: _Blocks, places: int, name: str, fraction: float) -> np.ndarray:
-    """How many units every site keeps."""
-    sequence, spent = _sequence(blocks)
-    total = spent[-1] if len(spent) else 0.0
-    paid = int(np.searchsorted(spent, (fraction + SLACK) * total, side="right"))
-    must = int(blocks.forced.sum())
-    if paid < must:
-        smallest = math.ceil(1e4 * (spent[must - 1] / total - SLACK)) / 1e4
-        raise ValueError(
-            f"{name}={fraction} cannot be reached: the floor, protected layers and sites without scores keep more. "
-            f"The smallest reachable fraction is {smallest}."
-        )
-    kept = sequence[:paid]
-    return np.bincount(blocks.site[kept], weights=blocks.units[kept], minlength=places).astype(int)
-
-
-def _gates(plan: _Plan) -> Gates:
+def _gates_of_plan(budget: _Budget, plan: _Plan) -> Gates:
     """Gates that are open for the best units of every site, as many as the budget pays for."""
-    kept = _afford(plan.blocks, len(plan.places), plan.budget, plan.fraction)
+    _, spent = sequence(plan.blocks)
+    must = int(plan.blocks.forced.sum())
+    _refuse_unreachable(budget, plan.fixed + (float(spent[must - 1]) if must else 0.0), plan.total)
+    return _gates(plan.ground, prefix(plan.blocks, len(plan.ground.places), budget.limit(plan.total) - plan.fixed))
+
+
+def _select_by_table(
+    budget: _Budget,
+    model: Model,
+    params: Params,
+    scores: Scores | Values,
+    table: LatencyTable | None,
+    *,
+    per_layer: bool,
+    **rules: Any,
+) -> Gates:
+    """The widths of the table that a budget of latency pays for; see `select`."""
+    if table is None:
+        raise ValueError("a latency budget needs table=, which measure_latency_table makes for this model and device.")
+    check_table(table, model, params)
+    ground = _checked_ground(model, params, scores, **rules)
+    if other := sorted({site.kind for site in ground.places} - set(UNITS)):
+        raise ValueError(f"a latency budget needs scores of {' and '.join(UNITS)}, these are of {', '.join(other)}.")
+    choices = [_choices(ground, site, table) for site in ground.places]
+    total = table.predict(ground.width)
+    _refuse_unreachable(budget, table.fixed + math.fsum(float(own.costs[0]) for own in choices), total)
+    allocate = alike if per_layer else knapsack
+    return _gates(ground, allocate(choices, budget.limit(total) - table.fixed))
+
+
+def _choices(ground: _Ground, site: Site, table: LatencyTable) -> Choices:
+    """The widths that a site may have, and the scores that it then keeps."""
+    units, multiple, least = ground.width[site.name], ground.multiple_of[site.kind], ground.floor[site.kind]
+    best = np.maximum(ground.scores.get(site.name, np.zeros(units)), 0.0)[ground.ranking[site.name]]
+    kept = np.concatenate([[0.0], np.cumsum(best)])
+    cheapest: dict[int, float] = {}
+    for width, seconds in table.steps(site.name, units):
+        rounded = width if width == units else width - width % multiple
+        if width == units or (rounded >= least and site.name not in ground.whole):
+            cheapest.setdefault(rounded, seconds)
+    offered = np.array(list(cheapest), int)
+    return Choices(offered, np.array(list(cheapest.values())), kept[offered])
+
+
+def _refuse_unreachable(budget: _Budget, least: float, total: float) -> None:
+    """Refuses a budget below the least that has to stay."""
+    if least <= budget.limit(total):
+        return
+    share = math.ceil(1e4 * (least / total - SLACK)) / 1e4
+    others = "what is never pruned, " if budget.kind in ("memory", "latency") else ""
+    amount = {"memory": f"{math.ceil(least / 1e3) / 1e3} MB", "latency": f"{math.ceil(1e6 * least) / 1e3} ms"}
+    named = f", {amount[budget.kind]}" if others else ""
+    raise ValueError(
+        f"{budget.name}={budget.value:.6g} cannot be reached: {others}the floor, protected layers and sites without "
+        f"scores keep more. The smallest reachable fraction is {share}{named}."
+    )
+
+
+def _gates(ground: _Ground, kept: Sequence[int] | np.ndarray) -> Gates:
     gates = {}
-    for site, units_kept in zip(plan.places, kept, strict=True):
-        gate = np.zeros(plan.width[site.name], np.float32)
-        gate[plan.ranking[site.name][:units_kept]] = 1.0
+    for site, units in zip(ground.places, kept, strict=True):
+        gate = np.zeros(ground.width[site.name], np.float32)
+        gate[ground.ranking[site.name][:units]] = 1.0
         gates[site.name] = jnp.asarray(gate)
     return gates
 
 
-def _some(wrong: list[str]) -> str:
+def some(wrong: list[str]) -> str:
+    """What is wrong, in one line that is not too long."""
     return "; ".join(wrong[:6]) + (f" and {len(wrong) - 6} more" if len(wrong) > 6 else "")
-
-
-def _ranges(index: np.ndarray) -> str:
-    """Sorted whole numbers in short: `0-3,7`."""
-    runs = np.split(index, np.flatnonzero(np.diff(index) > 1) + 1) if len(index) else []
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-
-
-def _plain(value: Any, name: str) -> Any:
-    """A value as JSON can hold it."""
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, name) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item, name) for item in value]
-    if hasattr(value, "tolist"):  # numpy and jax
-        return np.asarray(value).tolist()
-    if callable(value):
-        return getattr(value, "__name__", type(value).__name__)
-    raise TypeError(f"{name} cannot be written as JSON: {value!r}.")

@@ -31,8 +31,9 @@ from jaxprune.files import file_stem, read_json, write_atomic
 from jaxprune.gates import KINDS, Gates, Params
 from jaxprune.models import Model
 from jaxprune.pictures import sweep_figure
+from jaxprune.provenance import pruning_record
 from jaxprune.scores import describe
-from jaxprune.selection import pruning_record, select
+from jaxprune.selection import select
 from jaxprune.tasks import Task
 from jaxprune.workflow import (
     Data,

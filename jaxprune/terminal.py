@@ -141,14 +141,14 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_TIME)
 
 
-def cache_folder() -> Path:
-    """Where compiled programs are kept, by kind of processor: those for one may not run on another."""
+def cache_folder(what: str = "compiled") -> Path:
+    """Where compiled programs are kept, or else, by kind of processor: those for one may not run on another."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
     kind = hashlib.sha256(features.encode()).hexdigest()[:8]
-    return Path(base) / "jaxprune" / "compiled" / f"{platform.machine()}-{kind}"
+    return Path(base) / "jaxprune" / what / f"{platform.machine()}-{kind}"
 
 
 def show(record: Mapping[str, Any], *tables: Any, as_json: bool) -> None:

@@ -21,9 +21,11 @@ from jaxprune.evaluation import fitting_head
 from jaxprune.files import file_stem
 from jaxprune.gates import Gates, Params
 from jaxprune.models import Model
+from jaxprune.planning import Tables, outcome, settle, timed
+from jaxprune.provenance import pruning_record
 from jaxprune.pruning import check_scope, measure_both, recovery_record, write_pruned
 from jaxprune.scores import Scores, check_same_model, load_scores
-from jaxprune.selection import Values, pruning_record, select, site_costs, thresholds
+from jaxprune.selection import Values, select, site_costs, some, thresholds
 from jaxprune.tasks import Task, remove_leaks
 from jaxprune.workflow import (
     Data,
@@ -72,7 +74,8 @@ def _in_order(
     """Keeps units in the order of their smallest or largest threshold, as many as the budget pays for."""
     rounding = {"multiple_of": None, "floor": settings.get("floor")}  # units are rounded once, in the end
     found = [thresholds(model, params, own, **{**settings, **rounding}) for own in scores]
-    (kind,) = (name for name in ("units", "parameters", "flops") if settings.get(name) is not None)
+    names = ("units", "parameters", "flops", "memory", "memory_bytes")
+    (kind,) = (name.removesuffix("_bytes") for name in names if settings.get(name) is not None)
     costs = site_costs(model, params, kind, settings.get("length"))
     merged = {  # divided by their costs, as units that compete are, these have the order that is wanted
         site: (1.0 - combine.reduce([own[site] for own in found])) * costs[site] for site in scores[0]
@@ -107,6 +110,47 @@ def mean_length(scores: Sequence[Scores]) -> Length:
     return np.mean([np.asarray(own.header["mean_length"], np.float64) for own in scores], axis=0).tolist()
 
 
+def union(*gates: Mapping[str, Any]) -> Gates:
+    """Open where any of several tasks' gates are: what all of the tasks together need. Contains each of them.
+
+    Raises:
+        ValueError: If there are none, they are of other sites or numbers of units, or a gate is neither 0 nor 1.
+    """
+    return {name: jnp.asarray(np.maximum.reduce(own)) for name, own in _same_sites(gates).items()}
+
+
+def intersection(*gates: Mapping[str, Any]) -> Gates:
+    """Open where all of several tasks' gates are: what each of the tasks needs. Contained in each of them.
+
+    Raises:
+        ValueError: If there are none, they are of other sites or numbers of units, or a gate is neither 0 nor 1.
+    """
+    return {name: jnp.asarray(np.minimum.reduce(own)) for name, own in _same_sites(gates).items()}
+
+
+def _same_sites(gates: tuple[Mapping[str, Any], ...]) -> dict[str, list[np.ndarray]]:
+    """Several gates, site by site."""
+    if not gates:
+        raise ValueError("give gates of at least one task.")
+    arrays = [{name: np.asarray(gate, np.float32) for name, gate in own.items()} for own in gates]
+    shapes = [{name: gate.shape for name, gate in own.items()} for own in arrays]
+    names = dict.fromkeys(name for own in arrays for name in own)
+    wrong = [
+        f"{name} has the shapes {', '.join(str(own.get(name, 'none')) for own in shapes)}"
+        for name in names
+        if len({own.get(name) for own in shapes}) > 1
+    ]
+    wrong += [
+        f"{name} holds {gate[~np.isin(gate, (0, 1))][0]}, expected 0 or 1"
+        for own in arrays
+        for name, gate in own.items()
+        if not np.isin(gate, (0, 1)).all()
+    ]
+    if wrong:
+        raise ValueError(f"these gates do not go together: {some(wrong)}.")
+    return {name: [own[name] for own in arrays] for name in arrays[0]}
+
+
 def prune_together(
     source: str,
     output: Path,
@@ -117,6 +161,7 @@ def prune_together(
     way: Way = pooled,
     recovering: Recovering | None = None,
     measuring: Measuring,
+    tables: Tables | None = None,
     overwrite: bool = False,
     watch: Watch,
 ) -> dict[str, Any]:
@@ -135,6 +180,7 @@ def prune_together(
         way: How several tasks become one selection: `pooled`, `kept_by_any` (union) or `kept_by_all` (intersection).
         recovering: How what is left is repaired; None: it stays as it was.
         measuring: What is measured.
+        tables: The latency tables, for a budget of latency; only `pooled` can have one.
         overwrite: Whether a folder that is there is replaced.
         watch: Shows the progress.
 
@@ -153,6 +199,8 @@ def prune_together(
         check_same_model(dict(zip(map(str, files), scores, strict=True)))
     for each in scores or [scored]:
         check_scope(each, selection)
+    if selection.by_latency and way is not pooled:
+        raise ValueError("a latency budget for several tasks needs pooled scores (--together pooled): it has no order.")
     model, params = load(source)
     try_selection(model, params, selection)
     loaded = _load_all(model, tasks, measuring.head)
@@ -165,9 +213,9 @@ def prune_together(
         scores = [score_once(model, params, task, scored, file, watch) for task, file in pairs]
     select(model, params, scores[0], units=1.0)  # refuses scores of another model
 
-    length = mean_length(scores) if selection.length is None else selection.length
+    length, table = settle(model, params, selection, tables, mean_length(scores), watch)
     settings = {**selection.arguments(), "length": length}
-    gates = way(model, params, [own.values for own in scores], **settings)
+    gates = way(model, params, [own.values for own in scores], **settings, table=table)
     means = mean_closed(scores)
     small = compact(model, params, gates, means)
     rows = {row for own in scores for row in own.header["rows"]}
@@ -175,7 +223,7 @@ def prune_together(
     if recovering is not None:
         small, repaired = repair(model, params, small, loaded, recovering, watch)
         rows |= set(repaired.rows)
-    found = measure_both(model, params, small, loaded, length, head, rows, measuring, watch)
+    found = measure_both(model, params, small, loaded, length, head, rows, timed(measuring, table), watch)
     pruning = pruning_record(Scores(scores[0].values, _header(scores), means), gates, **settings, together=way)
     pruning["digests"]["scores"] = [digest(dict(own.values)) for own in scores]
     if repaired is not None:
@@ -187,6 +235,7 @@ def prune_together(
         "recovery": pruning.get("recovery"),
         "together": pruning["settings"]["together"],
         "tasks": [_facts(model, file, own) for file, own in zip(files, scores, strict=True)],
+        **outcome(table, model, params, small, selection, found),
     }
     return write_pruned(output, model, small, pruning, record, found, overwrite=overwrite)
 

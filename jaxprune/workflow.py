@@ -18,7 +18,7 @@ import numpy as np
 from jaxprune.attribution import Criterion
 from jaxprune.batches import MAX_LENGTH, Length
 from jaxprune.checkpoint import check_destination, load, model_digest, save
-from jaxprune.cost import compare_latency, flops, parameters, prunable_parameters, usual_length
+from jaxprune.cost import checked_length, compare_latency, flops, memory, parameters, prunable_parameters, usual_length
 from jaxprune.evaluation import Evaluation, evaluate, fitting_head
 from jaxprune.fitting import Method
 from jaxprune.gates import KINDS, UNITS, Params, sites, widths
@@ -28,14 +28,14 @@ from jaxprune.recovery import Recovery, recover
 from jaxprune.report import evaluation_table
 from jaxprune.scores import Scores, describe, load_scores, save_scores
 from jaxprune.scoring import score
-from jaxprune.selection import Normalise, select
+from jaxprune.selection import AMOUNTS, SHARES, Normalise, select
 from jaxprune.splits import digest
 from jaxprune.tasks import Task, draw, load_task, remove_leaks, seed_words
 from jaxprune.tensors import FLOATS
 from jaxprune.training import Recipe, Step, finetune
 from jaxprune.weights import open_tensors
 
-RATIOS = ("units", "prunable_parameters", "parameters", "flops", "file_bytes")  # what remains after by before
+RATIOS = ("units", "prunable_parameters", "parameters", "memory", "flops", "file_bytes")  # what remains after by before
 FINETUNING = "finetuning.json"  # in the folder of a fine-tuned model: how it was made, and how well it did
 
 
@@ -101,6 +101,10 @@ class Selection:
     units: float | None = None
     parameters: float | None = None
     flops: float | None = None
+    memory: float | None = None
+    memory_bytes: float | None = None
+    latency: float | None = None
+    latency_seconds: float | None = None
     length: Length | None = None
     per_layer: bool = True
     multiple_of: int | Mapping[str, int] | None = None
@@ -111,6 +115,11 @@ class Selection:
     def arguments(self) -> dict[str, Any]:
         """All of it by name."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @property
+    def by_latency(self) -> bool:
+        """Whether a latency table is needed."""
+        return self.latency is not None or self.latency_seconds is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +257,7 @@ def costs(model: Model, params: Params, length: Length) -> dict[str, Any]:
         "units": sum(widths(model.axes, params).values()),
         "prunable_parameters": prunable_parameters(model, params),
         "parameters": parameters(params),
+        "memory": memory(params),
         "flops": flops(model, params, length),
         "length": length,
     }
@@ -277,8 +287,7 @@ def measure_latency(
     model: Model, params: Sequence[Params], length: Length, head: str, measuring: Measuring, watch: Watch
 ) -> list[list[tuple[Any, float]]]:
     """Latency and speed-up over the first, for each of `params` at each batch size, measured in turns."""
-    rounded = [max(1, min(math.ceil(own), model.max_length)) for own in np.atleast_1d(np.asarray(length))]
-    tokens = (rounded[0], rounded[1]) if model.writes_text else rounded[0]
+    tokens = whole_tokens(model, length)
     bar = watch.open("measuring latency")
     found: list[list[tuple[Any, float]]] = [[] for _ in params]
     for done, batch in enumerate(measuring.batches, 1):
@@ -288,6 +297,15 @@ def measure_latency(
             own.append(pair)
         bar(done, len(measuring.batches))
     return found
+
+
+def whole_tokens(model: Model, length: Length) -> int | tuple[int, int]:
+    """A mean length as tokens that can be run: rounded up, and no more than the model reads."""
+    rounded = [
+        max(1, min(math.ceil(own), model.max_length))
+        for own in np.atleast_1d(np.asarray(checked_length(model, length)))
+    ]
+    return (rounded[0], rounded[1]) if model.writes_text else rounded[0]
 
 
 def ratios(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
@@ -355,9 +373,11 @@ def kinds_of(model: Model, params: Params, scored: Any) -> tuple[str, ...]:
 
 
 def try_selection(model: Model, params: Params, selection: Selection, kinds: tuple[str, ...] = UNITS) -> None:
-    """Refuses wrong settings before any work is done."""
+    """Refuses wrong settings before any work is done. What latency can be reached, only its table will tell."""
     blank = {name: jnp.zeros(units) for name, units in widths(model.axes, params, kinds).items()}
     tried = {name: value for name, value in selection.arguments().items() if name != "normalise"}
+    if selection.by_latency and all(tried[name] is None for name in (*SHARES[:-1], AMOUNTS[0])):
+        tried |= {"latency": None, "latency_seconds": None, "units": 1.0}
     select(model, params, blank, **{**tried, "length": selection.length or usual_length(model)})
 
 

@@ -6,8 +6,12 @@ import importlib
 import json
 from typing import Any
 
+import numpy as np
 import pytest
+from hand_tables import hand_table
 from tiny import tiny_model
+
+from jaxprune.gates import widths
 
 
 @pytest.fixture
@@ -87,3 +91,19 @@ def test_times_of_different_numbers_are_refused(speed: Any, setting: Any, monkey
     theirs.gated.readout[0].weight.data *= 1.1
     with pytest.raises(ValueError, match="the numbers do not agree"):
         speed.gradient(setting)
+
+
+def test_budgets_of_latency_are_predicted_and_measured(monkeypatch: Any, capsys: Any):
+    budgets = importlib.import_module("latency_budget")
+    monkeypatch.setattr(budgets, "measure_latency_table", hand_table)
+    model, params = tiny_model()
+    random = np.random.default_rng(0)
+    scores = {name: random.random(units) for name, units in widths(model.axes, params).items()}
+    found = budgets.measure(model, params, scores, [0.8, 0.5], batch=1, length=8, repeats=2)
+    assert json.loads(json.dumps(found, allow_nan=False))
+    assert [(row["budget"], row["scope"]) for row in found["rows"]] == [
+        (budget, scope) for budget in (0.8, 0.5) for scope in ("same fraction", "competing")
+    ]
+    assert all(0 < row["predicted"] <= row["budget"] and row["measured"] > 0 for row in found["rows"])
+    budgets.show(found)
+    assert "same fraction" in capsys.readouterr().out

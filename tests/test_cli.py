@@ -20,12 +20,14 @@ import jax
 import numpy as np
 import pytest
 from commands import WORDS, Place, place, record_of, run
+from hand_tables import hand_table
 from tiny import tiny_batch, tiny_model
 
 from jaxprune import __version__, attribution, baselines, options
 from jaxprune.checkpoint import load, read_pruning, save
 from jaxprune.evaluation import evaluate
 from jaxprune.gates import widths
+from jaxprune.latency_table import write_table
 from jaxprune.objectives import predicted
 from jaxprune.scores import load_scores
 from jaxprune.scoring import score
@@ -36,7 +38,7 @@ from jaxprune.tensors import TensorFile
 __all__ = ["place"]  # a fixture
 
 FEW = ("--examples", 16, "--batch-size", 8, "--nodes", 2)
-QUICK = (*FEW, "--latency", "0")
+QUICK = (*FEW, "--measure", "0")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def test_score_says_what_comes_next(place, tmp_path):
 
 def test_prune_from_scores_and_on_the_way_give_the_same_model(place, scored, tmp_path):
     rows = ("--task", "mood", "--data", place.data)
-    one = record_of("prune", place.model, "--scores", scored, "--flops", 0.5, "-o", tmp_path / "a", "--latency", "0")
+    one = record_of("prune", place.model, "--scores", scored, "--flops", 0.5, "-o", tmp_path / "a", "--measure", "0")
     two = record_of("prune", place.model, *rows, *QUICK, "--flops", 0.5, "-o", tmp_path / "b")
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     assert "evaluation" not in one["before"]
@@ -94,7 +96,7 @@ def test_prune_from_scores_and_on_the_way_give_the_same_model(place, scored, tmp
 
 def test_the_record_of_prune_holds_ratios_and_speedups(place, tmp_path):
     out = tmp_path / "small"
-    rows = ("--task", "mood", "--data", place.data, "--limit", 20, "--latency", "2,3", "--length", 12)
+    rows = ("--task", "mood", "--data", place.data, "--limit", 20, "--measure", "2,3", "--length", 12)
     record = record_of("prune", place.model, *rows, *FEW, "--flops", 0.5, "-o", out)
     before, after = record["before"], record["after"]
     model, params = load(place.model)
@@ -115,7 +117,7 @@ def test_the_record_of_prune_holds_ratios_and_speedups(place, tmp_path):
 def test_prune_ends_with_a_table(place, scored, tmp_path):
     result = run(
         "prune", place.model, "--scores", scored, "--task", "mood", "--data", place.data, "--parameters", 0.4,
-        "-o", tmp_path / "small", "--latency", "2",
+        "-o", tmp_path / "small", "--measure", "2",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     for row in ("accuracy, %", "units: heads and neurons", "parameters of units", "parameters, all", "MFLOPs", "MB"):
@@ -158,7 +160,7 @@ def test_recovery_needs_rows(place, scored, tmp_path):
 
 def test_prune_writes_a_model_card(place, scored, tmp_path):
     out, rows = tmp_path / "small", ("--task", "mood", "--data", place.data, "--limit", 20)
-    arguments = ("prune", place.model, "--scores", scored, *rows, "--flops", 0.5, "-o", out, "--latency", "0")
+    arguments = ("prune", place.model, "--scores", scored, *rows, "--flops", 0.5, "-o", out, "--measure", "0")
     record = record_of(*arguments)
     card = (out / "README.md").read_text()
     value = 100 * record["after"]["evaluation"]["metrics"]["accuracy"]
@@ -177,7 +179,7 @@ def test_options_of_selection_arrive(place, scored, tmp_path):
     record = record_of(
         "prune", place.model, "--scores", scored, "--units", 0.8, "--global", "--multiple-of", "neurons=8",
         "--floor", "heads=2", "--protect", 0, "--protect", "1.attention.heads", "--normalise", "l2",
-        "--latency", "0", "-o", tmp_path / "small",
+        "--measure", "0", "-o", tmp_path / "small",
     )  # fmt: skip
     found = {name: value for name, value in record["selection"].items() if value is not None and name != "length"}
     assert found == {
@@ -401,7 +403,41 @@ BAD: dict[str, tuple[Sequence[Any], str]] = {
     "nothing to score": (("prune", "{model}", "--units", 0.5, "-o", "{new}"), "--task"),
     "folder exists": (("prune", "{model}", "--scores", "{scores}", "--units", 0.5, "-o", "{model}"), "exists already"),
     "foreign folder": ((*PRUNE[:-1], "{data}", "--units", 0.5, "--overwrite"), "not a folder that jaxprune saved"),
-    "bad latency": ((*PRUNE, "--units", 0.5, "--latency", "many"), "--latency takes whole numbers"),
+    "memory in no unit": ((*PRUNE, "--memory", "40XB"), "--memory takes a fraction .* B, kB, MB.*got '40XB'"),
+    "memory without a unit": ((*PRUNE, "--memory", "40"), r"--memory must lie above 0: a fraction in \(0, 1\].*'40'"),
+    "no memory": ((*PRUNE, "--memory", "1kB"), "memory_bytes=1000 cannot be reached: .*smallest reachable fraction is"),
+    "no latency": ((*PRUNE, "--latency", "0ms"), "--latency must lie above 0.*got '0ms'"),
+    "negative latency": ((*PRUNE, "--latency", "-1ms"), "--latency takes a fraction.*us; got '-1ms'"),
+    "latency of 1.5": ((*PRUNE, "--latency", "1.5"), r"--latency must lie above 0: a fraction in \(0, 1\]"),
+    "latency and units": ((*PRUNE, "--latency", "0.5", "--units", 0.5), "exactly one budget.*got units, latency"),
+    "table of another device": ((*PRUNE, "--latency", "0.5", "--latency-table", "{elsewhere}"), "on 'another device'"),
+    "no table": ((*PRUNE, "--latency", "0.5", "--latency-table", "{data}"), "no latency table"),
+    "damaged table": ((*PRUNE, "--latency", "0.5", "--latency-table", "{scores}"), "is no latency table"),
+    "table of another length": (
+        (*PRUNE, "--latency", "0.5", "--latency-table", "{table}", "--length", 9),
+        "is for 1 examples of 12 tokens, but 1 of 9 are asked for",
+    ),
+    "table of another batch": (
+        (*PRUNE, "--latency", "0.5", "--latency-table", "{table}", "--latency-batch", 2),
+        "is for 1 examples of 12 tokens, but 2 of 12 are asked for",
+    ),
+    "latency by scores of another model": (
+        ("prune", "{other}", *PRUNE[2:], "--latency", "0.5", "--latency-table", "{table}"),
+        "belong to another model",
+    ),
+    "no examples in a pass": ((*PRUNE, "--latency", "0.5", "--latency-batch", 0), "must be at least 1, got 0"),
+    "unreachable latency": (
+        (*PRUNE, "--latency", "1ms", "--latency-table", "{table}"),
+        r"latency_seconds=0\.001 cannot be reached: .*smallest reachable fraction is 0\.3087, 10\.0 ms",
+    ),
+    "plan without a budget": (("plan", "{model}", "--scores", "{scores}"), "exactly one budget"),
+    "plan with two": (
+        ("plan", "{model}", "--scores", "{scores}", "--memory", 0.9, "--latency", 0.5),
+        "exactly one budget.*got memory, latency",
+    ),
+    "plan without scores": (("plan", "{model}", "--flops", 0.5), "Missing option '--scores'"),
+    "plan of another model": (("plan", "{other}", "--scores", "{scores}", "--flops", 0.5), "belong to another model"),
+    "bad measure": ((*PRUNE, "--units", 0.5, "--measure", "many"), "--measure takes whole numbers"),
     "unknown split": (("evaluate", "{model}", "--task", "mood", "--data", "{data}", "--split", "dust"), "split 'dust'"),
     "rows of no task": (
         ("finetune", "{model}", "--task", "mood", "--data", "{data}", "--rows", "topic=8", "-o", "{new}"),
@@ -431,6 +467,8 @@ def names(place: Place, scored: Path) -> dict[str, Path]:
     (folder / "damaged.safetensors").write_bytes(scored.read_bytes()[:-8])
     model, _ = load(place.model)
     save(folder / "other", model, model.initialise(jax.random.key(5)))
+    table = hand_table(*load(place.model))
+    elsewhere = dataclasses.replace(table, conditions=dataclasses.replace(table.conditions, device="another device"))
     return {
         "model": place.model,
         "data": place.data,
@@ -438,6 +476,8 @@ def names(place: Place, scored: Path) -> dict[str, Path]:
         "broken": folder / "broken",
         "damaged": folder / "damaged.safetensors",
         "other": folder / "other",
+        "table": write_table(folder / "table.json", table),
+        "elsewhere": write_table(folder / "elsewhere.json", elsewhere),
         "new": folder / "new",
     }
 

@@ -10,11 +10,13 @@ import jax
 import numpy as np
 import pytest
 from commands import record_of, run, write_rows
+from hand_tables import hand_table
 from test_likelihood import ANSWERS
 from tiny import tiny_model
 
 from jaxprune.checkpoint import load, read_pruning, save
 from jaxprune.gates import widths
+from jaxprune.latency_table import write_table
 
 PROMPT = """\
 template: "mood : {sentence} ?"
@@ -48,7 +50,7 @@ def test_scored_pruned_inspected_and_asked_again(place: Path, tmp_path: Path):
     read, written = scored["mean_length"]
     assert 7 < read < 16 and 2 < written < 3
     record = record_of(
-        "prune", place / "model", "--scores", scores, *asked(place), "--flops", 0.5, "--latency", 2, "-o", small
+        "prune", place / "model", "--scores", scores, *asked(place), "--flops", 0.5, "--measure", 2, "-o", small
     )
     assert record["kept"]["flops"] <= 0.5 and record["before"]["length"] == [read, written]
     assert record["before"]["latency"][0]["length"] == [int(np.ceil(read)), 3]
@@ -57,6 +59,10 @@ def test_scored_pruned_inspected_and_asked_again(place: Path, tmp_path: Path):
     assert read_pruning(small)["settings"]["length"] == [read, written]
     card = (small / "README.md").read_text()
     assert "Prompt(" in card and "mood : {text} ?" in card and "task head" not in card
+    table = write_table(tmp_path / "table.json", hand_table(*load(place / "model"), length=(9, 3)))
+    planned = record_of("plan", place / "model", "--scores", scores, "--latency", 0.7, "--latency-table", table)
+    assert planned["latency"]["length"] == planned["before"]["length"] == [9, 3]
+    assert 0.5 < planned["latency"]["predicted"]["ratio"] <= 0.7 and len(planned["layers"]) == 6
     shown = record_of("inspect", small, "--scores", scores)
     assert [row["layer"] for row in shown["layers"]] == [
         "encoder 0",
@@ -80,7 +86,7 @@ def test_channels_are_pruned(place: Path, tmp_path: Path):
         *kinds,
         "--units",
         0.5,
-        "--latency",
+        "--measure",
         0,
         "--no-evaluate",
         "-o",
@@ -146,7 +152,7 @@ def test_a_prompt_that_cannot_be_used(place: Path, tmp_path: Path, content: str,
 
 
 def test_a_length_of_two_numbers(place: Path, tmp_path: Path):
-    data = (*asked(place), "--criterion", "magnitude", "--flops", 0.5, "--no-evaluate", "--latency", 0)
+    data = (*asked(place), "--criterion", "magnitude", "--flops", 0.5, "--no-evaluate", "--measure", 0)
     record = record_of("prune", place / "model", *data, "--length", "30,2", "-o", tmp_path / "a")
     assert record["selection"]["length"] == [30.0, 2.0]
     for length, message in (("30", "length must be two numbers"), ("a,b", "--length 'a,b' is no number of tokens")):

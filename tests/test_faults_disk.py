@@ -26,7 +26,7 @@ ROWS = ("--task", "mood", "--data", "{data}")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "score": ("score", "{model}", *ROWS, "--examples", "40", "--batch-size", "4", "--nodes", "2"),
     "finetune": ("finetune", "{model}", *ROWS, "--epochs", "1", "--batch-size", "32"),
-    "prune": ("prune", "{model}", *ROWS, "--examples", "16", "--nodes", "2", "--flops", "0.5", "--latency", "0"),
+    "prune": ("prune", "{model}", *ROWS, "--examples", "16", "--nodes", "2", "--flops", "0.5", "--measure", "0"),
 }
 ROOM = {"score": 1_500, "finetune": 20_000, "prune": 20_000}  # bytes; less than a file that the command writes
 BESIDE = {"score": {"out.partial"}, "finetune": {"out.state"}, "prune": {"out.scores.safetensors"}}

@@ -30,7 +30,7 @@ ROWS = ("--task", "mood", "--data", "{data}")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "score": ("score", "{model}", *ROWS, "--examples", "40", "--batch-size", "1", "--nodes", "8"),
     "finetune": ("finetune", "{model}", *ROWS, "--task", "topic", "--epochs", "4", "--batch-size", "4"),
-    "prune": ("prune", "{model}", *ROWS, "--examples", "40", "--batch-size", "1", "--flops", "0.5", "--latency", "0"),
+    "prune": ("prune", "{model}", *ROWS, "--examples", "40", "--batch-size", "1", "--flops", "0.5", "--measure", "0"),
     "sweep": (
         "sweep", "{model}", *ROWS, "--criterion", "integrated-gradients", "--criterion", "random",
         "--flops", "0.8,0.5", "--seeds", "2", "--examples", "16", "--nodes", "2",

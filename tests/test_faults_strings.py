@@ -74,7 +74,7 @@ def commands(place: Place, data: Path, task: str, out: Path, *more: str) -> list
     return [
         run("evaluate", place.model, *rows, "--limit", 8),
         run("score", place.model, *rows, *few, "-o", out / "scores"),
-        run("prune", place.model, *rows, *few, "--flops", 0.5, "--latency", 0, "--limit", 8, "-o", out / "small"),
+        run("prune", place.model, *rows, *few, "--flops", 0.5, "--measure", 0, "--limit", 8, "-o", out / "small"),
     ]
 
 

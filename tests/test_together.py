@@ -25,9 +25,19 @@ from jaxprune.checkpoint import load, read_pruning
 from jaxprune.evaluation import evaluate
 from jaxprune.gates import Gates, sites, widths
 from jaxprune.scores import Scores, load_scores, save_scores
-from jaxprune.selection import intersection, select, site_costs, thresholds, union
+from jaxprune.selection import select, site_costs, thresholds
 from jaxprune.tasks import load_task
-from jaxprune.together import Way, kept_by_all, kept_by_any, mean_closed, mean_length, mean_scores, pooled
+from jaxprune.together import (
+    Way,
+    intersection,
+    kept_by_all,
+    kept_by_any,
+    mean_closed,
+    mean_length,
+    mean_scores,
+    pooled,
+    union,
+)
 
 __all__ = ["place"]  # a fixture
 
@@ -35,7 +45,7 @@ WAYS = (pooled, kept_by_any, kept_by_all)
 BUDGETS = ("units", "parameters", "flops")
 LENGTH = 9
 FEW = ("--examples", 16, "--batch-size", 8, "--nodes", 2)
-QUICK = (*FEW, "--latency", "0")
+QUICK = (*FEW, "--measure", "0")
 BOTH = ("--task", "mood", "--task", "topic")
 
 
@@ -237,7 +247,7 @@ def test_a_model_for_two_tasks_can_be_inspected_with_the_scores_of_either(scored
 @pytest.mark.parametrize(("name", "way"), [("pooled", pooled), ("union", kept_by_any), ("intersection", kept_by_all)])
 def test_from_scores_as_the_library_does_it(place, scored, pruned, tmp_path, name, way):
     files = ("--scores", scored["mood"], "--scores", scored["topic"])
-    options = ("--together", name, "--flops", 0.5, "--latency", "0", "-o", tmp_path / "small")
+    options = ("--together", name, "--flops", 0.5, "--measure", "0", "-o", tmp_path / "small")
     record = record_of("prune", place.model, *files, *options)
     assert "evaluations" not in record["before"]
     model, params = load(place.model)
@@ -258,7 +268,7 @@ def units_of(text: str) -> list[int]:
 
 
 def test_one_score_file_may_be_tested_on_several_tasks(place, scored, tmp_path):
-    options = ("--scores", scored["mood"], "--units", 0.5, "--limit", 10, "--latency", "0")
+    options = ("--scores", scored["mood"], "--units", 0.5, "--limit", 10, "--measure", "0")
     record = record_of("prune", place.model, *options, *BOTH, "--data", place.data, "-o", tmp_path / "two")
     one = record_of("prune", place.model, *options, "--task", "mood", "--data", place.data, "-o", tmp_path / "one")
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
@@ -289,7 +299,7 @@ def test_rows_that_another_task_holds_out_are_not_scored(place, tmp_path):
 
 def test_an_interrupted_run_goes_on_after_the_scores_that_are_finished(place, tmp_path):
     settings = (*BOTH, "--data", place.data, "--examples", 40, "--batch-size", 1, "--path", "layer", "--units", 0.5)
-    arguments = ("prune", place.model, *settings, "--latency", "0", "--limit", 10, "-o")
+    arguments = ("prune", place.model, *settings, "--measure", "0", "--limit", 10, "-o")
     out = tmp_path / "small"
     mood, topic = (tmp_path / f"small.{name}.scores.safetensors" for name in ("mood", "topic"))
     process = subprocess.Popen(

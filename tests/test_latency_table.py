@@ -1,0 +1,204 @@
+"""Latency tables: rows rise, files are exact, and a table of another device, version or model is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hand_tables import FIXED, HEAD, NEURON, hand_table
+from tiny import random_gates, tiny_model
+
+from jaxprune import latency_table
+from jaxprune.compaction import compact
+from jaxprune.gates import narrow, sites, widths
+from jaxprune.latency_table import (
+    Row,
+    check_table,
+    conditions,
+    kept_table,
+    measure_latency_table,
+    read_table,
+    table_file,
+    write_table,
+)
+
+
+def row(*seconds: float) -> Row:
+    return Row(sites=("0.ffn.neurons",), widths=tuple(8 * i for i in range(len(seconds))), seconds=seconds)
+
+
+def test_rows_rise_by_hand():
+    assert row(0.0, 1.0, 3.0, 2.0, 4.0).rising().tolist() == [0.0, 1.0, 2.5, 2.5, 4.0]
+    assert row(0.0, 3.0, 2.0, 1.0).rising().tolist() == [0.0, 2.0, 2.0, 2.0]
+    assert row(0.0, -1.0, 2.0).rising().tolist() == [0.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rows_rise_and_keep_what_rises(seed):
+    random = np.random.default_rng(seed)
+    found = row(0.0, *random.random(12)).rising()
+    assert (np.diff(found) >= 0).all() and found[0] == 0.0
+    rising = (0.0, *np.cumsum(random.random(12)).tolist())
+    assert row(*rising).rising().tolist() == list(rising)
+
+
+def test_widths_that_are_no_quicker_than_a_wider_one_are_not_offered():
+    model, params = tiny_model()
+    table = hand_table(model, params, seconds=lambda kind, units: 1e-3 * (-(-units // 16)))  # steps of 16
+    assert table.steps("0.ffn.neurons", 32) == [(0, 0.0), (16, 1e-3), (32, 2e-3)]
+    assert table.steps("1.attention.heads", 4) == [(0, 0.0), (4, 1e-3)]
+    assert table.steps("0.ffn.neurons", 20)[-1] == (20, pytest.approx(1.5e-3))  # between those that were measured
+
+
+def test_a_prediction_is_the_sum_of_its_modules():
+    model, params = tiny_model()
+    table, width = hand_table(model, params), widths(model.axes, params)
+    assert table.predict(width) == pytest.approx(FIXED + 2 * (4 * HEAD + 32 * NEURON))
+    assert table.predict(dict.fromkeys(width, 0)) == FIXED
+    assert table.predict(width | {"0.ffn.neurons": 12}) == pytest.approx(FIXED + 8 * HEAD + 44 * NEURON)
+    with pytest.raises(ValueError, match=r"no row for 7\.ffn\.neurons"):
+        table.predict({"7.ffn.neurons": 1})
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    for model_type, length in (("bert", 12), ("t5", (12, 3))):
+        model, params = tiny_model(model_type)
+        table = hand_table(model, params, length=length)
+        assert read_table(write_table(tmp_path / "deep" / f"{model_type}.json", table)) == table
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content | {"format": 2}, "format 1"),
+        (lambda content: content | {"more": 1}, "missing or unknown: more"),
+        (lambda content: {name: value for name, value in content.items() if name != "fixed"}, "unknown: fixed"),
+        (lambda content: content | {"fixed": -1.0}, "fixed must be seconds from 0"),
+        (lambda content: content | {"fixed": "soon"}, "could not convert"),
+        (lambda content: content | {"rows": [content["rows"][0] | {"widths": [0, 2, 1, 3, 4]}]}, "rising widths"),
+        (lambda content: content | {"rows": [content["rows"][0] | {"seconds": [0.0]}]}, "seconds of each"),
+        (lambda content: content | {"rows": 5}, "not iterable"),
+        (lambda content: content | {"conditions": {}}, "length"),
+        (lambda content: [content], "an object of format 1"),
+    ],
+)
+def test_what_is_no_table_is_refused(tmp_path, change, message):
+    model, params = tiny_model()
+    file = write_table(tmp_path / "table.json", hand_table(model, params))
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(ValueError, match=f"is no latency table: .*{message}"):
+        read_table(file)
+    file.write_text("{")
+    with pytest.raises(ValueError, match="is no latency table"):
+        read_table(file)
+    with pytest.raises(FileNotFoundError, match="no latency table"):
+        read_table(tmp_path / "missing.json")
+
+
+def test_another_table_is_for_another_device_version_model_and_shape(monkeypatch):
+    model, params = tiny_model()
+    other, wider = tiny_model(neurons=40)
+    small = compact(model, params, random_gates(model, params))
+    half = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), params)
+
+    def key(model: Any = model, params: Any = params, batch: int = 1, length: Any = 12) -> str:
+        return conditions(model, params, batch=batch, length=length).key
+
+    keys = [key(), key(batch=2), key(length=13), key(other, wider), key(params=small), key(params=half)]
+    monkeypatch.setattr(latency_table, "device_label", lambda: "another device")
+    keys.append(key())
+    monkeypatch.undo()
+    monkeypatch.setattr(jax, "__version__", "0.0.1")
+    keys.append(key())
+    monkeypatch.undo()
+    monkeypatch.setenv("XLA_FLAGS", "--another")
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+    monkeypatch.undo()
+    other_values = jax.tree.map(lambda leaf: leaf + 1, params)
+    assert key(params=other_values) == keys[0]  # another fine-tuned copy takes as long
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("device", "another device", "measured on 'another device', this is"),
+        ("jax", "0.0.1", "measured with jax '0.0.1', this is"),
+        ("flags", "--fast", "measured with XLA_FLAGS '--fast', this is"),
+        ("model", "0" * 64, "measured for a model with the shapes '000000000000', this is"),
+    ],
+)
+def test_a_table_that_does_not_hold_here_is_refused(name, value, message):
+    model, params = tiny_model()
+    table = hand_table(model, params)
+    check_table(table, model, params)
+    with pytest.raises(ValueError, match=f"does not hold here: it was {message}"):
+        check_table(replace(table, conditions=replace(table.conditions, **{name: value})), model, params)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "t5"])
+def test_narrow_models_keep_the_first_units(model_type):
+    model, params = tiny_model(model_type)
+    every = sites(model.axes, params)
+    gates = {site.name: np.arange(widths(model.axes, params)[site.name]) < 3 for site in every}
+    for found, expected in zip(
+        jax.tree.leaves(narrow(model.axes, params, dict.fromkeys(every, 3))),
+        jax.tree.leaves(compact(model, params, {name: gate.astype(np.float32) for name, gate in gates.items()})),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "t5"])
+def test_a_model_is_measured_once(model_type, tmp_path, monkeypatch):
+    """Seconds are not tested, but what was run: every width of one module of each shape."""
+    monkeypatch.setattr(latency_table, "LEAST", 1)
+    monkeypatch.setattr(latency_table, "ENOUGH", 0.0)
+    model, params = tiny_model(model_type, neurons=24)
+    length, seen = (7, 3) if model_type == "t5" else 7, []
+    table = kept_table(
+        tmp_path, model, params, batch=2, length=length, progress=lambda done, total: seen.append((done, total))
+    )
+    assert seen[-1][0] == seen[-1][1]
+    shapes = {"bert": 2, "t5": 5}[model_type]  # of T5 attention, cross-attention and FFN of encoder and decoder
+    assert len(table.rows) == shapes
+    assert {name for own in table.rows for name in own.sites} == set(widths(model.axes, params))
+    for own in table.rows:
+        kind = own.sites[0].rpartition(".")[2]
+        assert own.widths == ((0, 1, 2, 3, 4) if kind == "heads" else (0, 8, 16, 24))
+        assert own.seconds[0] == 0.0 and np.isfinite(own.seconds).all()
+    assert table.fixed > 0 and len(table.wholes) == latency_table.WHOLES
+    assert table.conditions == conditions(model, params, batch=2, length=length)
+    assert read_table(table_file(tmp_path, table.conditions)) == table
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(latency_table, "measure_latency_table", never)
+    assert kept_table(tmp_path, model, params, batch=2, length=length) == table
+
+
+def test_a_pruned_model_can_be_measured(monkeypatch):
+    monkeypatch.setattr(latency_table, "LEAST", 1)
+    monkeypatch.setattr(latency_table, "ENOUGH", 0.0)
+    model, params = tiny_model(neurons=24)
+    gates = {"0.ffn.neurons": np.arange(24) < 13, "1.attention.heads": np.zeros(4)}
+    small = compact(model, params, {name: np.float32(gate) for name, gate in gates.items()})
+    table = measure_latency_table(model, small, length=5)
+    assert {own.sites: own.widths for own in table.rows} == {
+        ("0.attention.heads", "1.attention.heads"): (0, 1, 2, 3, 4),
+        ("1.ffn.neurons", "0.ffn.neurons"): (0, 8, 16, 24),  # the widest first
+    }
+    empty = compact(model, params, {name: np.zeros(n, np.float32) for name, n in widths(model.axes, params).items()})
+    with pytest.raises(ValueError, match="has no units"):
+        measure_latency_table(model, empty, length=5)
+
+
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"length": 0}, {"points": 0}, {"rounds": 0}])
+def test_what_cannot_be_measured_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least 1, got 0"):
+        measure_latency_table(*tiny_model(), **wrong)
