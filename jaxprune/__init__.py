@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from jaxprune.scores import Scores, load_scores, merge, save_scores
     from jaxprune.scoring import score
     from jaxprune.selection import pruning_record, select
+    from jaxprune.split_half import Stability, stability
     from jaxprune.tasks import Task, load_task
     from jaxprune.training import finetune
 
@@ -58,6 +59,7 @@ _SOURCES = {
     "Prompt": "prompts",
     "Random": "baselines",
     "Scores": "scores",
+    "Stability": "split_half",
     "Task": "tasks",
     "Taylor": "baselines",
     "TopLayers": "baselines",
@@ -88,6 +90,7 @@ _SOURCES = {
     "save_scores": "scores",
     "score": "scoring",
     "select": "selection",
+    "stability": "split_half",
 }
 
 __all__ = [
@@ -103,6 +106,7 @@ __all__ = [
     "Prompt",
     "Random",
     "Scores",
+    "Stability",
     "Task",
     "Taylor",
     "TopLayers",
@@ -134,6 +138,7 @@ __all__ = [
     "save_scores",
     "score",
     "select",
+    "stability",
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -75,6 +75,10 @@ def score(
     batches: BatchOptions,
     scoring: ScoringOptions,
     settings: CriterionOptions,
+    until_stable: Annotated[
+        float | None,
+        scoring("Stop when another run would rank units so similarly; --examples is the most.", metavar="0.95"),
+    ] = None,
     head: Head = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -84,12 +88,12 @@ def score(
     Example: [cyan]jaxprune score multi --task sst2 --data data -o sst2.safetensors[/cyan]
     """
     with terminal.working() as bars:
-        from jaxprune import report, workflow
+        from jaxprune import confidence, report, workflow
 
-        how = scoring.build(settings, head, batches)
+        how = replace(scoring.build(settings, head, batches), until_stable=until_stable)
         record = workflow.score_model(model, rows.of(task), output, how, overwrite=overwrite, watch=bars)
     lines = (f"Scores: {output}", f"Next:   jaxprune prune {model} --scores {output} --flops 0.5 -o smaller")
-    terminal.show(record, report.scores_table(record), *lines, as_json=as_json)
+    terminal.show(record, report.scores_table(record), *confidence.stability_tables(record), *lines, as_json=as_json)
 
 
 @app.command()
