@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from jaxprune.bundled import bundled_data, bundled_model, bundled_text_model
     from jaxprune.checkpoint import load, save
+    from jaxprune.checks import Check, Checking, check
     from jaxprune.compaction import compact
     from jaxprune.cost import flops, latency, parameters
     from jaxprune.evaluation import evaluate
@@ -48,6 +49,8 @@ __version__ = "0.1.0"
 # Public name -> the module it comes from; the imports above are the same list, for editors and type checkers.
 _SOURCES = {
     "Activation": "baselines",
+    "Check": "checks",
+    "Checking": "checks",
     "Fisher": "baselines",
     "Gradient": "baselines",
     "GradientActivation": "attribution",
@@ -67,6 +70,7 @@ _SOURCES = {
     "bundled_data": "bundled",
     "bundled_model": "bundled",
     "bundled_text_model": "bundled",
+    "check": "checks",
     "compact": "compaction",
     "evaluate": "evaluation",
     "finetune": "training",
@@ -95,6 +99,8 @@ _SOURCES = {
 
 __all__ = [
     "Activation",
+    "Check",
+    "Checking",
     "Fisher",
     "Gradient",
     "GradientActivation",
@@ -115,6 +121,7 @@ __all__ = [
     "bundled_data",
     "bundled_model",
     "bundled_text_model",
+    "check",
     "compact",
     "evaluate",
     "finetune",

@@ -266,6 +266,55 @@ def compare(
 
 @app.command()
 @terminal.grouped
+def check(
+    model: ModelName,
+    task: OneTask,
+    scores: Annotated[Path, option("The score file to check.", metavar="FILE")],
+    rows: RowOptions,
+    units: Annotated[int, measured("Units of each kind that are removed, one at a time.")] = 64,
+    examples: Annotated[int, measured("The most calibration rows on which they are removed.")] = 64,
+    orders: Annotated[int, measured("Random orders of deletion, 2 to 10.")] = 5,
+    split: Annotated[str, measured("Rows to test on while units are deleted.")] = "dev",
+    limit: Annotated[int, measured("The most of them.")] = 256,
+    seed: Annotated[int, measured("Of the sample of units and of the random orders.")] = 0,
+    batch_size: Annotated[int, measured("Examples in a batch.")] = 32,
+    chunk: Annotated[int, measured("Units closed together, for accelerators with room.")] = 1,
+    picture: Annotated[
+        Path | None, option("A picture to write, .png or .svg.", "--output", "-o", metavar="PICTURE")
+    ] = None,
+    dark: Dark = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Checks whether scores can be trusted: completeness, true removal of units, deletion against random orders.
+
+    Example: [cyan]jaxprune check multi --scores sst2.safetensors --task sst2 --data data[/cyan]
+
+    The exit code is 1 if a check fails, and 0 if none does.
+    """
+    with terminal.working() as bars:
+        from jaxprune import checks, confidence
+
+        checking = checks.Checking(
+            units=units,
+            examples=examples,
+            chunk=chunk,
+            orders=orders,
+            split=split,
+            limit=limit,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        how = {"picture": picture, "dark": dark, "overwrite": overwrite, "watch": bars}
+        record = checks.check_model(model, scores, rows.of(task), checking, **how)
+    lines = [f"Verdict: {record['verdict']}"] + ([] if picture is None else [f"Picture: {picture}"])
+    terminal.show(record, *confidence.check_tables(record), *lines, as_json=as_json)
+    if record["verdict"] == checks.FAIL:
+        raise typer.Exit(1)
+
+
+@app.command()
+@terminal.grouped
 def evaluate(
     model: ModelName,
     task: Tasks,

@@ -6,11 +6,13 @@ Nothing is measured here: records of plain values go in. Every table fits into 8
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import mean
 from textwrap import fill
 from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from jaxprune.report import Record
 
@@ -40,7 +42,7 @@ def stability_tables(record: Record) -> list[Table | str]:
         table.add_row("  chance", "", "", "", *(_two(value) for value in own["chance"]))
     one, other = found["halves"]
     note = (
-        f"between halves: Spearman's rank correlation within a site, of scores of {one} and of {other} of the examples; "
+        f"between halves: Spearman's rank correlation of the scores of {one} and of {other} examples within a site, "
         f"mean over the sites. second run: the same of all {one + other} and of as many others, estimated. kept at: "
         "units that both halves keep, of those that either keeps (Jaccard)."
     )
@@ -65,6 +67,54 @@ def _more(found: Mapping[str, Any]) -> str:
         return " The halves do not agree at all, so no number can be told."
     missing = found["needed"] - found["examples"]
     return f" About {missing:,} more are needed for {found['target']:g}." if missing > 0 else ""
+
+
+def check_tables(record: Record) -> list[Table | str]:
+    """The checks with their verdicts and rules, and the quality while units are deleted.
+
+    Args:
+        record: As from `check_model`.
+    """
+    table = _table(f"checks of {record['scores']}: {record['criterion']['name']}, {record['task']}")
+    table.add_column("check", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("beside", overflow="fold")
+    for own in record["checks"]:
+        style = {"pass": "green", "fail": "bold red"}.get(own["verdict"])
+        value = "" if own["value"] is None else f"{own['value']:.3g}"
+        table.add_row(own["name"], Text(own["verdict"], style=style or ""), value, _beside(own))
+    rules = dict.fromkeys(f"{own['name'].split()[0]}: {own['rule']}." for own in record["checks"])
+    facts = record["checks"][-1]["facts"]
+    curves = _table(f"{facts['metric']}, %, of {facts['examples']:,} {facts['split']} rows with units deleted")
+    curves.padding = (0, 1, 0, 0)
+    curves.add_column("deleted")
+    for fraction in facts["fractions"]:
+        curves.add_column(f"{100 * fraction:.0f} %", justify="right", no_wrap=True)
+    random = [own for name, own in facts["curves"].items() if name.startswith("random")]
+    shown = {name: facts["curves"][name] for name in ("lowest first", "highest first")}
+    shown[f"random, mean of {len(random)}"] = [mean(values) for values in zip(*random, strict=True)]
+    for name, values in shown.items():
+        curves.add_row(name, *(f"{100 * value:.1f}" for value in values))
+    return [table, *(fill(rule, 80, subsequent_indent="  ") for rule in rules), curves]
+
+
+def _beside(own: Record) -> str:
+    """What the value of a check is to be read beside."""
+    facts = own["facts"]
+    if not facts:
+        return ""
+    if "curves" in facts:
+        areas = facts["areas"]
+        return (
+            f"random {facts['random']:.3g} (up to {facts['random_reaches']:.3g}), highest first "
+            f"{areas['highest first']:.3g}, dense {facts['dense']:.3g}, chance {facts['chance']:.3g}"
+        )
+    if "interval" in facts:
+        interval = facts["interval"]
+        between = "" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}; "
+        return f"{between}{facts['units']} units of {facts['sites']} sites, {facts['examples']} examples"
+    return f"error {facts['error']:.2g} of {facts['size']:.2g}"
 
 
 def _table(title: str) -> Table:

@@ -54,6 +54,7 @@ ORDER = (
     "confidence",
     "pictures",
     "workflow",
+    "checks",
     "pruning",
     "sweep",
     "inspection",
