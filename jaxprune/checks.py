@@ -68,7 +68,7 @@ class Checking:
     examples: int = 64  # the most calibration rows on which they are removed
     chunk: int = 1  # units closed together, each in rows of its own; sets the memory, not the result
     orders: int = 5  # random orders of deletion, 2 to 10
-    fractions: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the units, deleted
+    fractions: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the units, deleted
     split: str = "dev"  # rows on which quality is measured while units are deleted
     limit: int | None = 256  # the most of them
     seed: int = 0  # of the sample of units, and of the random orders
@@ -465,7 +465,7 @@ def _named(setting: str, name: str | None, known: Sequence[Any]) -> Any:
     found = {name_of(function): function for function in known}
     if name is not None and name not in found:
         raise ValueError(
-            f"the scores were made with {setting} {name!r}, which is none of {', '.join(found)}: a function of your own "
-            "cannot be found by its name, so these scores cannot be checked."
+            f"the scores were made with {setting} {name!r}, which is none of {', '.join(found)}: a function of your "
+            "own cannot be found by its name, so these scores cannot be checked."
         )
     return None if name is None else found[name]

@@ -44,6 +44,7 @@ EPILOG = (
 )
 
 FRACTIONS = "0.7,0.5,0.3"
+DELETED = "0.1,0.3,0.5,0.7,0.9"
 BUDGETS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2"
 
 app = typer.Typer(
@@ -274,6 +275,7 @@ def check(
     units: Annotated[int, measured("Units of each kind that are removed, one at a time.")] = 64,
     examples: Annotated[int, measured("The most calibration rows on which they are removed.")] = 64,
     orders: Annotated[int, measured("Random orders of deletion, 2 to 10.")] = 5,
+    fractions: Annotated[str, measured("Of the units that are deleted.", metavar="A,B,...")] = DELETED,
     split: Annotated[str, measured("Rows to test on while units are deleted.")] = "dev",
     limit: Annotated[int, measured("The most of them.")] = 256,
     seed: Annotated[int, measured("Of the sample of units and of the random orders.")] = 0,
@@ -300,6 +302,7 @@ def check(
             examples=examples,
             chunk=chunk,
             orders=orders,
+            fractions=read_fractions("--fractions", fractions)[::-1],
             split=split,
             limit=limit,
             seed=seed,
