@@ -282,6 +282,8 @@ def test_scores_of_two_halves_combine_to_the_whole(model_and_params: tuple[Model
     for name, value in whole.header.items():
         if name == "completeness":
             assert value is None or merged.header[name] == pytest.approx(value, rel=1e-4, abs=1e-7)
+        elif name == "stability":
+            assert value is None or merged.header[name]["halves"] == value["halves"]
         elif name != "data":  # the digests of both parts
             assert (
                 merged.header[name] == pytest.approx(value)
