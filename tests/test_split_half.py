@@ -66,7 +66,7 @@ def close(found: Any, expected: Any) -> None:
 
 
 def test_spearman_and_brown_by_hand():
-    """Halves of 50 that correlate by 0.6: 2 * 0.6 / 1.6 = 0.75. For 0.9 it takes 0.9 * 0.25 / (0.75 * 0.1) = 3 times."""
+    """Halves of 50 that correlate by 0.6: 2 * 0.6 / 1.6 = 0.75. For 0.9: 0.9 * 0.25 / (0.75 * 0.1) = 3 times 100."""
     noise = noise_of(0.6, (50, 50))
     assert reliability(noise, 100) == pytest.approx(0.75)
     assert reliability(noise, 50) == pytest.approx(0.6)
