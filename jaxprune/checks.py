@@ -212,9 +212,9 @@ def deletion_check(
 ) -> Check:
     """Whether deleting the lowest scores first does less harm than random orders, and than the reversed order.
 
-    The same fraction of every site's units goes (of top layers: of all units together). The area of a curve is the mean
-    of the task's primary metric over the fractions. Random orders scatter; the area of another one would lie within
-    Student's t times their spread of their mean, with 95 % confidence.
+    The same fraction of the units goes at every site that has scores; of top layers, of all units together. The area of
+    a curve is the mean of the task's primary metric over the fractions. Random orders scatter; the area of another one
+    would lie within Student's t times their spread of their mean, with 95 % confidence.
 
     Args:
         model: The architecture.
@@ -257,9 +257,11 @@ def deletion_check(
         return found
 
     dense = quality(None)
+    sizes = {site: len(gate) for site, gate in select(model, params, values, units=1.0).items()}
+    share = sum(map(len, values.values())) / sum(sizes.values())  # of the units that have scores
     curves = {
         name: [
-            quality(select(model, params, own, units=1.0 - fraction, per_layer=per_layer)).primary[1]
+            quality(select(model, params, own, units=1.0 - share * fraction, per_layer=per_layer)).primary[1]
             for fraction in checking.fractions
         ]
         for name, own in orders.items()
