@@ -161,13 +161,15 @@ def _wrong_shapes(shapes: Mapping[str, tuple[int, ...]], header: Mapping[str, An
         odd = [site for site in {**expected, **found} if found.get(site) != expected.get(site)]
         wrong += [f"{extra}:{site} does not fit the scores of {site}" for site in odd]
         counts = header.get("halves")
-        if found and extra == "halves" and not (_are_counts(counts) and sum(counts) == header.get("examples")):
+        if found and extra == "halves" and not _are_counts(counts, header.get("examples")):
             wrong.append(f"halves in its header is {counts!r}, expected two numbers that add up to its examples")
     return wrong
 
 
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(count) is int and count >= 0 for count in value)
+def _are_counts(value: Any, total: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return all(type(count) is int and count >= 0 for count in value) and sum(value) == total
 
 
 def _read_header(text: str) -> tuple[list[str], dict[str, Any]]:
@@ -295,11 +297,11 @@ def _merged_header(a: Mapping[str, Any], b: Mapping[str, Any], counts: Sequence[
     if completeness is not None:
         pairs = {name: (completeness[name], b["completeness"][name]) for name in completeness if name != "relative"}
         completeness = with_relative({name: float(_weighted(pair, counts)) for name, pair in pairs.items()})
-    halves = [own.get("halves") for own in (a, b)]
+    halves = a.get("halves"), b.get("halves")
     kept = {name: value for name, value in a.items() if name != "until_stable"}
     return kept | {
         "format": max(a["format"], b["format"]),
-        "halves": None if None in halves else np.sum(halves, axis=0).tolist(),
+        "halves": None if halves[0] is None or halves[1] is None else np.add(*halves).tolist(),
         "examples": sum(counts),
         "keys": a["keys"] + [key for key in b["keys"] if key not in a["keys"]],
         "data": sorted({*a["data"], *b["data"]}),
