@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from jaxprune.bundled import bundled_data, bundled_model, bundled_text_model
     from jaxprune.checkpoint import load, save
+    from jaxprune.checks import Check, Checking, check
     from jaxprune.compaction import compact
     from jaxprune.cost import flops, latency, parameters
     from jaxprune.evaluation import evaluate
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from jaxprune.scores import Scores, load_scores, merge, save_scores
     from jaxprune.scoring import score
     from jaxprune.selection import select
+    from jaxprune.split_half import Stability, stability
     from jaxprune.tasks import Task, load_task
     from jaxprune.training import finetune
 
@@ -52,6 +54,8 @@ __version__ = "0.1.0"
 _SOURCES = {
     "Activation": "baselines",
     "BiasCompensation": "fitting",
+    "Check": "checks",
+    "Checking": "checks",
     "Fisher": "baselines",
     "Gradient": "baselines",
     "GradientActivation": "attribution",
@@ -66,6 +70,7 @@ _SOURCES = {
     "Reconstruction": "fitting",
     "Rescaling": "fitting",
     "Scores": "scores",
+    "Stability": "split_half",
     "Task": "tasks",
     "Taylor": "baselines",
     "TopLayers": "baselines",
@@ -73,6 +78,7 @@ _SOURCES = {
     "bundled_data": "bundled",
     "bundled_model": "bundled",
     "bundled_text_model": "bundled",
+    "check": "checks",
     "compact": "compaction",
     "evaluate": "evaluation",
     "finetune": "training",
@@ -99,11 +105,14 @@ _SOURCES = {
     "save_scores": "scores",
     "score": "scoring",
     "select": "selection",
+    "stability": "split_half",
 }
 
 __all__ = [
     "Activation",
     "BiasCompensation",
+    "Check",
+    "Checking",
     "Fisher",
     "Gradient",
     "GradientActivation",
@@ -118,6 +127,7 @@ __all__ = [
     "Reconstruction",
     "Rescaling",
     "Scores",
+    "Stability",
     "Task",
     "Taylor",
     "TopLayers",
@@ -126,6 +136,7 @@ __all__ = [
     "bundled_data",
     "bundled_model",
     "bundled_text_model",
+    "check",
     "compact",
     "evaluate",
     "finetune",
@@ -152,6 +163,7 @@ __all__ = [
     "save_scores",
     "score",
     "select",
+    "stability",
 ]
 
 

@@ -9,23 +9,18 @@ tokens of an example and over the examples.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from jaxprune.activations import Closed, magnitudes, site_statistics, token_mean, zero
 from jaxprune.attribution import (
     GradientActivation,
     Measured,
-    answers_of,
-    examples_of,
     key_or_default,
-    open_prefixes,
 )
 from jaxprune.cost import elements, unit_costs
 from jaxprune.gates import (
@@ -44,24 +39,20 @@ from jaxprune.gates import (
     unit_axes,
     widths,
 )
-from jaxprune.models import Model, advance, model_inputs, model_layers, repeat_rows
-from jaxprune.models.backward import Prefix, forward
+from jaxprune.models import Model
 from jaxprune.models.layers import TokenReduction, sum_tokens
 from jaxprune.objectives import (
     ExampleReduction,
     Labels,
     Objective,
     absolute,
-    find_targets,
     gold,
     log_probability,
     negative_squared_error,
-    objective_for,
     sampled,
     squared,
-    value_and_cotangent,
-    weigh,
 )
+from jaxprune.removal import Removal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,93 +224,12 @@ class LeaveOneOut:
         if self.chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {self.chunk}.")
 
-    def __call__(
-        self,
-        model: Model,
-        params: Params,
-        batch: Mapping[str, Any],
-        *,
-        head: str | None = None,
-        key: Array | None = None,
-        means: Gates | None = None,
-    ) -> Measured:
+    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **context: Any) -> Measured:
         """Scores a batch; see `Criterion`."""
-        chosen = model.head(head)
-        objective = objective_for(self.objective, chosen)
-        given = examples_of(batch, self.labels, chosen.regression)
-        if model.writes_text:
-            answers = answers_of(model, params, batch, self.labels, given, key)
-            found = [
-                self._losses(model, params, own.batch, objective, chosen.name, means, None, (own.target,))[0]
-                for own in answers
-            ]
-            return Measured(weigh(self.examples.each, found, tuple(own.weight for own in answers)), {})
-        batch = model_inputs(model, params, batch)
-        logits, _ = forward(model, params, batch, head=chosen.name)
-        targets, weights = find_targets(self.labels, logits, *given, key_or_default(key))
-        found = self._losses(model, params, batch, objective, chosen.name, means, logits, targets)
-        return Measured(weigh(self.examples.each, found, weights), {})
-
-    def _losses(
-        self,
-        model: Model,
-        params: Params,
-        batch: dict[str, Array],
-        objective: Objective,
-        head: str,
-        means: Gates | None,
-        logits: Array | None,
-        targets: tuple[Array, ...],
-    ) -> list[Gates]:
-        """What every target loses with each head; `logits` are those of the open model, None: not known yet."""
-        logits = forward(model, params, batch, head=head)[0] if logits is None else logits
-        ends = [value_and_cotangent(objective, logits, target)[0] for target in targets]
-        places = [site for site in sites(model.axes, params) if site.kind == "heads"]
-        prefixes = open_prefixes(model, params, batch, {site.layer_name for site in places})
-        units = widths(model.axes, params)
-        found: list[Gates] = [{} for _ in targets]
-        for site in places:
-            heads = units[site.name]
-            together = max(1, min(self.chunk, heads))
-            prefix = prefixes[site.layer_name]
-            rows, state, aims = repeat_rows((batch, prefix.hidden, targets), together)
-            lost: list[list[Array]] = [[] for _ in targets]
-            for first in range(0, heads, together):
-                gates = {site.name: _all_but(heads, together, np.int32(first), batch["input_ids"])}
-                logits = _finish(model, params, rows, Prefix(state, prefix.layer), gates, means, head)
-                for i, aim in enumerate(aims):
-                    lost[i].append(_lost(ends[i], value_and_cotangent(objective, logits, aim)[0]))
-            for i, parts in enumerate(lost):
-                empty = [jnp.zeros((ends[i].shape[0], 0), jnp.float32)]
-                found[i][site.name] = jnp.concatenate(parts or empty, axis=1)[:, :heads]
-        return found
-
-
-def _finish(
-    model: Model,
-    params: Params,
-    batch: dict[str, Array],
-    prefix: Prefix,
-    gates: Gates,
-    means: Gates | None,
-    head: str,
-) -> Float[Array, "b l"]:
-    """The logits, from a prefix on, without keeping anything for a backward pass."""
-    layers = model_layers(model, params)
-    state = advance(model, layers[prefix.layer :], batch, prefix.hidden, gates, means)
-    return forward(model, params, batch, head=head, prefix=Prefix(state, len(layers)))[0]
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _all_but(heads: int, together: int, first: Int[Array, ""], rows: Array) -> Float[Array, "bk n"]:
-    """For every row: gates with head `first` closed, then with the next one closed, and so on."""
-    closed = first + jnp.arange(together)[:, None] == jnp.arange(heads)
-    return jnp.tile(1.0 - closed.astype(jnp.float32), (rows.shape[0], 1))
-
-
-@jax.jit
-def _lost(end: Float[Array, " b"], closed: Float[Array, " bk"]) -> Float[Array, "b k"]:
-    return end[:, None] - closed.reshape(end.shape[0], -1)
+        units = widths(model.axes, params, ("heads",))
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        own = Removal(units={name: range(heads) for name, heads in units.items()}, **settings)
+        return own(model, params, batch, **context)
 
 
 def _gate_gradients(

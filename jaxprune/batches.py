@@ -60,11 +60,16 @@ class Encoded:
     @property
     def mean_length(self) -> Length:
         """Mean number of tokens of an example, without padding; of a text-to-text model that of its answer, too."""
-        own = float(self.lengths.mean())
+        return self.mean_length_of(len(self))
+
+    def mean_length_of(self, count: int) -> Length:
+        """The same of the first examples alone."""
+        own = float(self.lengths[:count].mean())
         if self.candidates is None:
             return own
         tokens = (self.candidates != IGNORED).sum(1)
-        known = self.labels[self.labels >= 0]
+        labels = self.labels[:count]
+        known = labels[labels >= 0]
         return [own, float(tokens[known].mean() if len(known) else tokens.mean())]
 
     def batch(self, rows: Sequence[int] | np.ndarray, length: int, batch_size: int) -> Batch:
@@ -297,7 +302,12 @@ def _plan(order: np.ndarray, padded: np.ndarray, batch_size: int) -> list[tuple[
 
 
 def pack(
-    encoded: Encoded, *, batch_size: int = 32, buckets: Sequence[int] = BUCKETS, shape_cost: int = SHAPE_COST
+    encoded: Encoded,
+    *,
+    batch_size: int = 32,
+    buckets: Sequence[int] = BUCKETS,
+    shape_cost: int = SHAPE_COST,
+    steps: Sequence[int] = (),
 ) -> Batches:
     """Arranges examples into batches in a fixed order, the longest first: what does not fit in memory fails at once.
 
@@ -306,9 +316,12 @@ def pack(
         batch_size: Rows of every batch.
         buckets: Lengths to choose from; `max_length` is always one.
         shape_cost: Padded tokens that one more shape must save. 0 uses every bucket.
+        steps: Numbers of examples, growing. The batches of the first so many come before those of the others, which all
+            have the same shapes.
     """
     padded = _shapes(encoded.lengths, buckets, encoded.max_length, shape_cost)
-    return Batches(encoded, _plan(np.arange(len(encoded)), padded, batch_size), batch_size)
+    parts = np.split(np.arange(len(encoded)), list(steps))
+    return Batches(encoded, [batch for rows in parts for batch in _plan(rows, padded, batch_size)], batch_size)
 
 
 def make_batches(

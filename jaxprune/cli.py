@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -45,6 +45,7 @@ EPILOG = (
 )
 
 FRACTIONS = "0.7,0.5,0.3"
+DELETED = "0.1,0.3,0.5,0.7,0.9"
 BUDGETS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2"
 
 app = typer.Typer(
@@ -76,6 +77,10 @@ def score(
     batches: BatchOptions,
     scoring: ScoringOptions,
     settings: CriterionOptions,
+    until_stable: Annotated[
+        float | None,
+        scoring("Stop when another run would rank units so similarly; --examples is the most.", metavar="0.95"),
+    ] = None,
     head: Head = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -85,12 +90,12 @@ def score(
     Example: [cyan]jaxprune score multi --task sst2 --data data -o sst2.safetensors[/cyan]
     """
     with terminal.working() as bars:
-        from jaxprune import report, workflow
+        from jaxprune import confidence, report, workflow
 
-        how = scoring.build(settings, head, batches)
+        how = replace(scoring.build(settings, head, batches), until_stable=until_stable)
         record = workflow.score_model(model, rows.of(task), output, how, overwrite=overwrite, watch=bars)
     lines = (f"Scores: {output}", f"Next:   jaxprune prune {model} --scores {output} --flops 0.5 -o smaller")
-    terminal.show(record, report.scores_table(record), *lines, as_json=as_json)
+    terminal.show(record, report.scores_table(record), *confidence.stability_tables(record), *lines, as_json=as_json)
 
 
 @app.command()
@@ -284,6 +289,57 @@ def compare(
         record = comparison.compare_scores(scores, fractions=kept, picture=picture, dark=dark, overwrite=overwrite)
     lines = [report.overlap_note(record)] + ([] if picture is None else [f"Picture: {picture}"])
     terminal.show(record, *report.overlap_tables(record), *lines, as_json=as_json)
+
+
+@app.command()
+@terminal.grouped
+def check(
+    model: ModelName,
+    task: OneTask,
+    scores: Annotated[Path, option("The score file to check.", metavar="FILE")],
+    rows: RowOptions,
+    units: Annotated[int, measured("Units of each kind that are removed, one at a time.")] = 64,
+    examples: Annotated[int, measured("The most calibration rows on which they are removed.")] = 64,
+    orders: Annotated[int, measured("Random orders of deletion, 2 to 10.")] = 5,
+    fractions: Annotated[str, measured("Of the units that are deleted.", metavar="A,B,...")] = DELETED,
+    split: Annotated[str, measured("Rows to test on while units are deleted.")] = "dev",
+    limit: Annotated[int, measured("The most of them.")] = 256,
+    seed: Annotated[int, measured("Of the sample of units and of the random orders.")] = 0,
+    batch_size: Annotated[int, measured("Examples in a batch.")] = 32,
+    chunk: Annotated[int, measured("Units closed together, for accelerators with room.")] = 1,
+    picture: Annotated[
+        Path | None, option("A picture to write, .png or .svg.", "--output", "-o", metavar="PICTURE")
+    ] = None,
+    dark: Dark = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Checks whether scores can be trusted: completeness, true removal of units, deletion against random orders.
+
+    Example: [cyan]jaxprune check multi --scores sst2.safetensors --task sst2 --data data[/cyan]
+
+    The exit code is 1 if a check fails, and 0 if none does.
+    """
+    with terminal.working() as bars:
+        from jaxprune import checks, confidence
+
+        checking = checks.Checking(
+            units=units,
+            examples=examples,
+            chunk=chunk,
+            orders=orders,
+            fractions=read_fractions("--fractions", fractions)[::-1],
+            split=split,
+            limit=limit,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        how = {"picture": picture, "dark": dark, "overwrite": overwrite, "watch": bars}
+        record = checks.check_model(model, scores, rows.of(task), checking, **how)
+    lines = [f"Verdict: {record['verdict']}"] + ([] if picture is None else [f"Picture: {picture}"])
+    terminal.show(record, *confidence.check_tables(record), *lines, as_json=as_json)
+    if record["verdict"] == checks.FAIL:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -236,7 +236,9 @@ class ScoringOptions:
     """How units are scored, and with which rows."""
 
     criterion: Annotated[str, choice("criterion", "How units are scored")] = "integrated-gradients"
-    examples: Annotated[int, scoring("Calibration rows to score with, stratified by label.")] = 128
+    examples: Annotated[int | None, scoring("Calibration rows to score with, stratified by label; 128 by default.")] = (
+        None
+    )
     seed: Annotated[int, scoring("Of the draw of the rows, and of criteria that draw.")] = 0
 
     def build(self, settings: CriterionOptions, head: str | None, batches: BatchOptions) -> Scoring:

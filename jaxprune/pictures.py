@@ -152,6 +152,42 @@ def sweep_figure(path: Path, rows: Sequence[Record], *, split: str, dark: bool =
     return _write(path, figure)
 
 
+def deletion_figure(path: Path, record: Record, *, dark: bool = False) -> Path:
+    """Writes a picture of the deletion check: quality over the units that are deleted, in three kinds of order.
+
+    Args:
+        path: The picture, `.png` or `.svg`.
+        record: As from `check_model`.
+        dark: Whether it is for a dark page.
+
+    Raises:
+        ValueError: If the ending names another format.
+    """
+    page, facts = DARK if dark else LIGHT, record["checks"][-1]["facts"]
+    figure = _figure(7.2, 4.8, page)
+    axes = _axes(figure.subplots(), page)
+    x = [0.0, *(100 * fraction for fraction in facts["fractions"])]
+    curves = {name: [100 * value for value in (facts["dense"], *own)] for name, own in facts["curves"].items()}
+    random = list(zip(*(own for name, own in curves.items() if name.startswith("random")), strict=True))
+    shown = {"lowest first": curves["lowest first"], "random": list(map(mean, random))}
+    shown["highest first"] = curves["highest first"]
+    for i, (name, values) in enumerate(shown.items()):
+        style = {"color": COLOURS[i], "linestyle": DASHES[i], "marker": MARKERS[i], "markeredgecolor": page.ink}
+        axes.plot(x, values, linewidth=1.8, markersize=6, markeredgewidth=0.6, label=name, **style)
+    axes.fill_between(x, list(map(min, random)), list(map(max, random)), color=COLOURS[1], alpha=0.22, linewidth=0)
+    axes.axhline(100 * facts["chance"], color=page.ink, linewidth=1.1, linestyle=(0, (5, 4)), label="chance")
+    axes.set_xlabel("units deleted, % of every site")
+    axes.set_ylabel(f"{facts['metric']}, %")
+    title = f"{_plain(record['task'])}, {facts['split']}, n = {facts['examples']:,}"
+    axes.set_title(title, fontsize=11, loc="left", color=page.ink)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=page.faint, linewidth=0.4, alpha=0.6)
+    legend = figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False, handlelength=3.5)
+    for text in legend.get_texts():
+        text.set_color(page.ink)
+    return _write(path, figure)
+
+
 def inspection_figure(path: Path, record: Record, units: Mapping[str, Sequence[Any]], *, dark: bool = False) -> Path:
     """Writes a picture of a model's units: per layer a cell for every head, and a strip for each other kind of units.
 

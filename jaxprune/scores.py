@@ -1,30 +1,34 @@
 """Scores as a file: one number per unit, how it was made, and from which rows. One scoring run serves every budget.
 
 A score file is a safetensors file: one float32 tensor per site under the site's name, `means:SITE` for what closed
-units are replaced by, and a JSON header under the metadata key `jaxprune_scores`.
+units are replaced by, `variance:SITE` and `halves:SITE` for how far the scores depend on the examples, and a JSON
+header under the metadata key `jaxprune_scores`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from jaxprune.files import write_atomic
 from jaxprune.gates import Gates
 from jaxprune.objectives import name_of
+from jaxprune.split_half import TARGET, stability
 from jaxprune.tensors import TensorFile, write_tensors
 
 METADATA = "jaxprune_scores"
 SMALL = 1e-3  # of the objective, such as a probability: below it a relative error means nothing
-_FORMAT = 1
-_MEANS = "means:"
+FORMAT = 2
+_FORMATS = (1, 2)  # what is read; 1 has neither variances nor halves
+_EXTRAS = ("means", "variance", "halves")  # tensors beside the scores, as `means:3.ffn.neurons`
 _SAME = ("criterion", "task", "split", "head", "model", "max_length")  # what merged scores must share
 _FIELDS: dict[str, tuple[type, ...]] = {  # the header and its types; readers of a file rely on them
     "format": (int,),
@@ -43,6 +47,13 @@ _FIELDS: dict[str, tuple[type, ...]] = {  # the header and its types; readers of
     "completeness": (dict, type(None)),  # of integrated gradients, in the unit of the objective
     "versions": (dict,),
 }
+_OPTIONAL: dict[str, tuple[type, ...]] = {
+    "halves": (list, type(None)),  # the examples in each half; None: the scores have no halves
+    "stability": (dict, type(None)),  # see `jaxprune.split_half`
+    "until_stable": (
+        dict,
+    ),  # the target of a run that stopped by itself, whether it was reached, and the most examples
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +63,8 @@ class Scores:
     values: Gates  # site name to [units] float32; selection leaves a missing site open
     header: Mapping[str, Any]  # how the scores were made
     means: Gates | None = None  # what closed units are replaced by: [units], of heads [heads, channels]; None is zero
+    variance: Gates | None = None  # of a unit's score over the examples, [units]; a score's own is this by their number
+    halves: Gates | None = None  # scores of two halves of the examples, [2, units]; None: not means over examples
 
 
 def describe(criterion: Any) -> dict[str, Any]:
@@ -81,6 +94,12 @@ def with_relative(completeness: Mapping[str, float]) -> dict[str, float | None]:
     return dict(completeness) | {"relative": completeness["error"] / size if size > SMALL else None}
 
 
+def with_stability(scores: Scores, target: float = TARGET) -> Scores:
+    """The scores with their stability in the header; None where they have no halves."""
+    found = stability(scores, target=target)
+    return replace(scores, header=dict(scores.header) | {"stability": None if found is None else found.to_json()})
+
+
 def save_scores(path: str | Path, scores: Scores) -> Path:
     """Writes scores to a file, atomically; an existing file is replaced.
 
@@ -88,7 +107,9 @@ def save_scores(path: str | Path, scores: Scores) -> Path:
         ValueError: If a score is NaN or infinite.
     """
     tensors = {name: np.asarray(value, np.float32) for name, value in scores.values.items()}
-    tensors |= {f"{_MEANS}{name}": np.asarray(value, np.float32) for name, value in (scores.means or {}).items()}
+    for extra in _EXTRAS:
+        own: Gates = getattr(scores, extra) or {}
+        tensors |= {f"{extra}:{name}": np.asarray(value, np.float32) for name, value in own.items()}
     text = json.dumps(dict(scores.header), sort_keys=True, allow_nan=False)
     return write_atomic(path, partial(write_tensors, tensors=tensors, metadata={METADATA: text}))
 
@@ -109,19 +130,46 @@ def load_scores(path: str | Path) -> Scores:
         wrong += [
             f"{name} is {entry.dtype}, expected F32" for name, entry in file.entries.items() if entry.dtype != "F32"
         ]
-        wrong += [
-            f"{name} has shape {list(entry.shape)}, expected one axis"
-            for name, entry in file.entries.items()
-            if not name.startswith(_MEANS) and len(entry.shape) != 1
-        ]
+        wrong += _wrong_shapes({name: entry.shape for name, entry in file.entries.items()}, header)
         if not wrong:
             arrays = {name: file.read(name) for name in sorted(file.entries)}
             wrong += [f"{name} holds NaN or infinity" for name, array in arrays.items() if not np.isfinite(array).all()]
+            wrong += [
+                f"{name} holds {array.min()}"
+                for name, array in arrays.items()
+                if name.startswith("variance:") and array.size and array.min() < 0
+            ]
         if wrong:
             raise ValueError(f"{path} cannot be used as scores: {'; '.join(wrong)}. Score again.")
-    values = {name: jnp.asarray(array) for name, array in arrays.items() if not name.startswith(_MEANS)}
-    means = {name.removeprefix(_MEANS): jnp.asarray(a) for name, a in arrays.items() if name.startswith(_MEANS)}
-    return Scores(values, header, means or None)
+    parts: dict[str, Gates] = {name: {} for name in ("", *_EXTRAS)}
+    for name, array in arrays.items():
+        extra, _, site = name.rpartition(":")
+        parts[extra][site] = jnp.asarray(array)
+    return Scores(parts[""], header, *(parts[extra] or None for extra in _EXTRAS))
+
+
+def _wrong_shapes(shapes: Mapping[str, tuple[int, ...]], header: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the tensors of a file, by their names and shapes."""
+    values = {name: shape for name, shape in shapes.items() if ":" not in name}
+    wrong = [f"{name} has shape {list(shape)}, expected one axis" for name, shape in values.items() if len(shape) != 1]
+    for name in shapes.keys() - values.keys():
+        if name.partition(":")[0] not in _EXTRAS:
+            wrong.append(f"{name} is neither scores nor one of {', '.join(f'{extra}:SITE' for extra in _EXTRAS)}")
+    for extra, rows in (("variance", ()), ("halves", (2,))):
+        found = {name.partition(":")[2]: shape for name, shape in shapes.items() if name.startswith(f"{extra}:")}
+        expected = {name: (*rows, *shape) for name, shape in values.items()} if found else {}
+        odd = [site for site in {**expected, **found} if found.get(site) != expected.get(site)]
+        wrong += [f"{extra}:{site} does not fit the scores of {site}" for site in odd]
+        counts = header.get("halves")
+        if found and extra == "halves" and not _are_counts(counts, header.get("examples")):
+            wrong.append(f"halves in its header is {counts!r}, expected two numbers that add up to its examples")
+    return wrong
+
+
+def _are_counts(value: Any, total: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return all(type(count) is int and count >= 0 for count in value) and sum(value) == total
 
 
 def _read_header(text: str) -> tuple[list[str], dict[str, Any]]:
@@ -132,12 +180,13 @@ def _read_header(text: str) -> tuple[list[str], dict[str, Any]]:
         return [f"its header is not JSON ({error})"], {}
     if not isinstance(header, dict):
         return ["its header is not a JSON object"], {}
-    if header.get("format") != _FORMAT:
-        return [f"its format is {header.get('format')!r}, this version of jaxprune reads {_FORMAT}"], {}
+    if header.get("format") not in _FORMATS:
+        known = " and ".join(map(str, _FORMATS))
+        return [f"its format is {header.get('format')!r}, this version of jaxprune reads {known}"], {}
     wrong = [f"its header has no {name!r}" for name in _FIELDS if name not in header]
     wrong += [
         f"{name} in its header is {header[name]!r}"
-        for name, kinds in _FIELDS.items()
+        for name, kinds in (_FIELDS | _OPTIONAL).items()
         if name in header and not isinstance(header[name], kinds)
     ]
     return wrong, header
@@ -146,8 +195,9 @@ def _read_header(text: str) -> tuple[list[str], dict[str, Any]]:
 def merge(a: Scores, b: Scores) -> Scores:
     """The scores of the examples of both, as if they had been scored at once.
 
-    Means are weighted by the numbers of examples; of scores that are the largest over the examples, the larger one
-    is taken.
+    Means are weighted by the numbers of examples, and so are those of the two halves; variances are those of all
+    examples, None if a file is too old to have any. Of scores that are the largest over the examples, the larger one is
+    taken.
 
     Raises:
         ValueError: If they differ in model, criterion, task, split, head, text length or closed values, share examples,
@@ -173,13 +223,48 @@ def merge(a: Scores, b: Scores) -> Scores:
     if a.header["largest"]:
         values = {name: jnp.maximum(value, b.values[name]) for name, value in a.values.items()}
     else:
-        values = {
-            name: jnp.asarray(
-                _weighted([np.asarray(value, np.float64), np.asarray(b.values[name], np.float64)], counts), jnp.float32
-            )
-            for name, value in a.values.items()
+        values = {name: _float32(_weighted(pair, counts)) for name, pair in _pairs(a.values, b.values).items()}
+    merged = Scores(values, _merged_header(a.header, b.header, counts), a.means, _merged_variance(a, b))
+    if a.halves is None or b.halves is None:
+        return with_stability(merged)
+    halves = {}
+    for name, pair in _pairs(a.halves, b.halves).items():
+        own = zip(*pair, a.header["halves"], b.header["halves"], strict=True)
+        halves[name] = _float32(np.stack([_weighted((x, y), (i, j)) if i + j else x for x, y, i, j in own]))
+    return with_stability(replace(merged, halves=halves))
+
+
+def _merged_variance(a: Scores, b: Scores) -> Gates | None:
+    """The variance over the examples of both, from their means and squared deviations (see `totals.add`)."""
+    counts = a.header["examples"], b.header["examples"]
+    found = [_deviations(own) for own in (a, b)]
+    if found[0] is None or found[1] is None:
+        return None
+    shift = counts[0] * counts[1] / sum(counts)
+    return {
+        name: _float32((found[0][name] + found[1][name] + shift * np.square(x - y)) / (sum(counts) - 1))
+        for name, (x, y) in _pairs(a.values, b.values).items()
+    }
+
+
+def _deviations(scores: Scores) -> dict[str, np.ndarray] | None:
+    """The sums of squared deviations from the mean, float64 `[units]`: 0 of one example; None if they are not known."""
+    if scores.variance is not None:
+        return {
+            name: (scores.header["examples"] - 1) * np.asarray(value, np.float64)
+            for name, value in scores.variance.items()
         }
-    return Scores(values, _merged_header(a.header, b.header, counts), a.means)
+    if scores.halves is not None and scores.header["examples"] == 1:
+        return {name: np.zeros(value.shape) for name, value in scores.values.items()}
+    return None
+
+
+def _pairs(a: Gates, b: Gates) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    return {name: (np.asarray(value, np.float64), np.asarray(b[name], np.float64)) for name, value in a.items()}
+
+
+def _float32(array: np.ndarray) -> Array:
+    return jnp.asarray(array, jnp.float32)
 
 
 def check_same_model(scores: Mapping[str, Scores]) -> None:
@@ -212,7 +297,11 @@ def _merged_header(a: Mapping[str, Any], b: Mapping[str, Any], counts: Sequence[
     if completeness is not None:
         pairs = {name: (completeness[name], b["completeness"][name]) for name in completeness if name != "relative"}
         completeness = with_relative({name: float(_weighted(pair, counts)) for name, pair in pairs.items()})
-    return dict(a) | {
+    halves = a.get("halves"), b.get("halves")
+    kept = {name: value for name, value in a.items() if name != "until_stable"}
+    return kept | {
+        "format": max(a["format"], b["format"]),
+        "halves": None if halves[0] is None or halves[1] is None else np.add(*halves).tolist(),
         "examples": sum(counts),
         "keys": a["keys"] + [key for key in b["keys"] if key not in a["keys"]],
         "data": sorted({*a["data"], *b["data"]}),

@@ -55,6 +55,11 @@ def row_key(example: Example) -> str:
     return _key(example.text) if example.pair is None else _key(example.text, example.pair)
 
 
+def half_of(example: Example) -> int:
+    """0 or 1, a bit of the hash of an example's text: its half does not depend on the other examples or their order."""
+    return int(row_key(example)[-1], 16) % 2
+
+
 def overlap(rows: Iterable[Example], others: Iterable[Example]) -> int:
     """How many of `rows` have a text that also occurs in `others`."""
     known = {row_key(example) for example in others}

@@ -27,7 +27,7 @@ from jaxprune.prompts import STYLES, fit, prompt_for, prompt_of, read_prompt
 from jaxprune.recovery import Recovery, recover
 from jaxprune.report import evaluation_table
 from jaxprune.scores import Scores, describe, load_scores, save_scores
-from jaxprune.scoring import score
+from jaxprune.scoring import EXAMPLES, score
 from jaxprune.selection import AMOUNTS, SHARES, Normalise, select
 from jaxprune.splits import digest
 from jaxprune.tasks import Task, draw, load_task, remove_leaks, seed_words
@@ -87,7 +87,8 @@ class Scoring:
     """How units are scored; see `score`."""
 
     criterion: Criterion
-    examples: int = 128
+    examples: int | None = None
+    until_stable: float | None = None
     seed: int = 0
     head: str | None = None
     batch_size: int = 32
@@ -389,6 +390,7 @@ def _score(model: Model, params: Params, task: Task, scoring: Scoring, output: P
         task,
         criterion=scoring.criterion,
         examples=scoring.examples,
+        until_stable=scoring.until_stable,
         key=scoring.seed,
         head=scoring.head,
         batch_size=scoring.batch_size,
@@ -402,7 +404,8 @@ def score_once(model: Model, params: Params, task: Task, scoring: Scoring, kept:
     """Scores and writes the file, unless it holds what would come out."""
     if kept.is_file():
         found, key = load_scores(kept), jax.random.key(scoring.seed)
-        rows = draw(task, scoring.examples, key) if scoring.criterion.examples is not None else ()
+        count = EXAMPLES if scoring.examples is None else scoring.examples
+        rows = draw(task, count, key) if scoring.criterion.examples is not None else ()
         wanted = {
             "criterion": describe(scoring.criterion),
             "task": task.name,

@@ -17,7 +17,8 @@ import pytest
 from commands import Place, place, record_of, run
 from tiny import tiny_model
 
-from jaxprune.comparison import chance, compare, compare_scores, grouped, jaccard, spearman
+from jaxprune.agreement import chance, jaccard, spearman
+from jaxprune.comparison import compare, compare_scores, grouped
 from jaxprune.gates import site_of, site_order, sites, widths
 from jaxprune.scores import Scores, load_scores, save_scores
 from jaxprune.selection import select, select_units

@@ -68,8 +68,12 @@ def test_scores_on_four_devices_equal_those_on_one(tmp_path: Path):
         assert one.values.keys() == four.values.keys()
         for site, value in one.values.items():
             np.testing.assert_allclose(four.values[site], value, rtol=1e-4, atol=1e-6)
+            assert one.variance is not None and four.variance is not None
+            np.testing.assert_allclose(four.variance[site], one.variance[site], rtol=1e-3, atol=1e-8)
+            assert one.halves is not None and four.halves is not None
+            np.testing.assert_allclose(four.halves[site], one.halves[site], rtol=1e-4, atol=1e-6)
         for site, mean in (one.means or {}).items():
             np.testing.assert_allclose((four.means or {})[site], mean, rtol=1e-5, atol=1e-6)
-        assert one.header["rows"] == four.header["rows"]
+        assert one.header["rows"] == four.header["rows"] and one.header["halves"] == four.header["halves"]
         for field, value in (one.header["completeness"] or {}).items():
             assert four.header["completeness"][field] == pytest.approx(value, rel=1e-4, abs=1e-6)

@@ -10,7 +10,7 @@ import pytest
 from jax import export
 from tiny import tiny_model
 
-from jaxprune import scoring
+from jaxprune import totals
 from jaxprune.activations import site_statistics, token_sum
 from jaxprune.attribution import GradientActivation, IntegratedGradients, layer
 from jaxprune.baselines import Fisher, Gradient, LeaveOneOut, Wanda
@@ -46,7 +46,7 @@ def test_a_batch_of_every_criterion_lowers(criterion: Any, layers: int, dtype: A
     def run(params: Any, batch: Any, weight: Any) -> Any:
         found = criterion(model, params, batch)
         largest = criterion.examples.largest
-        return scoring._add(largest, scoring._nothing(largest, found), found, weight)
+        return totals.add(largest, totals.nothing(largest, found), found, weight, weight)
 
     exported = export.export(jax.jit(run), platforms=("tpu", "cuda"))
     assert exported(params, batch, jax.ShapeDtypeStruct((4,), jnp.float32)).platforms == ("tpu", "cuda")

@@ -24,9 +24,10 @@ from jaxprune.gates import Params, widths
 from jaxprune.models import Model, TaskHead
 from jaxprune.objectives import every, margin, maximum, predicted
 from jaxprune.scores import METADATA, Scores, describe, load_scores, merge, save_scores, with_relative
-from jaxprune.scoring import PARTIAL, SAVE_EVERY, score, score_batches
+from jaxprune.scoring import SAVE_EVERY, score, score_batches
 from jaxprune.tasks import Example, Task, row_key
 from jaxprune.tensors import write_tensors
+from jaxprune.totals import PARTIAL
 
 WORDS = Path(__file__).parent / "data" / "words"
 VOCABULARY = [word for word in (WORDS / "vocab.txt").read_text().split() if word.isalpha()]
@@ -60,10 +61,13 @@ def scores(model_and_params: tuple[Model, Params], task: Task) -> Scores:
     return score(*model_and_params, task, criterion=IntegratedGradients(nodes=2), examples=12, batch_size=4)
 
 
+PARTS = ("values", "means", "variance", "halves")
+
+
 def equal(a: Scores, b: Scores) -> bool:
     return a.header == b.header and all(
         x.keys() == y.keys() and all(np.array_equal(np.asarray(x[name]), np.asarray(y[name])) for name in x)
-        for x, y in ((a.values, b.values), (a.means or {}, b.means or {}))
+        for x, y in ((getattr(a, part) or {}, getattr(b, part) or {}) for part in PARTS)
     )
 
 
@@ -224,7 +228,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path, scores: Scores):
     refuses("holds no scores: its metadata has no 'jaxprune_scores'", values, {"format": "pt"})
     refuses("its header is not JSON", values, {METADATA: "{"})
     refuses("its header is not a JSON object", values, {METADATA: "[]"})
-    refuses("its format is 9, this version of jaxprune reads 1", values, {METADATA: '{"format": 9}'})
+    refuses("its format is 9, this version of jaxprune reads 1 and 2", values, {METADATA: '{"format": 9}'})
     refuses("its header has no 'criterion'", values, {METADATA: '{"format": 1}'})
     changed = json.dumps(dict(scores.header) | {"rows": "none"})
     refuses("rows in its header is 'none'", values, {METADATA: changed})
@@ -278,6 +282,8 @@ def test_scores_of_two_halves_combine_to_the_whole(model_and_params: tuple[Model
     for name, value in whole.header.items():
         if name == "completeness":
             assert value is None or merged.header[name] == pytest.approx(value, rel=1e-4, abs=1e-7)
+        elif name == "stability":
+            assert value is None or merged.header[name]["halves"] == value["halves"]
         elif name != "data":  # the digests of both parts
             assert (
                 merged.header[name] == pytest.approx(value)
