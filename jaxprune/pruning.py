@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxprune.baselines import TopLayers
 from jaxprune.batches import Length
+from jaxprune.cards import model_card
 from jaxprune.checkpoint import load, save
 from jaxprune.compaction import compact
 from jaxprune.cost import file_size
@@ -17,7 +18,6 @@ from jaxprune.models import Model
 from jaxprune.planning import Tables, outcome, settle, timed
 from jaxprune.provenance import pruning_record
 from jaxprune.recovery import Recovery
-from jaxprune.report import model_card
 from jaxprune.scores import Scores, describe, load_scores
 from jaxprune.selection import select
 from jaxprune.tasks import Task

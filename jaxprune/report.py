@@ -5,9 +5,7 @@ Every table fits into 80 columns, and names its units.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import PurePath
 from statistics import mean, median
 from textwrap import fill
 from typing import Any
@@ -18,35 +16,10 @@ from rich.table import Table
 Record = Mapping[str, Any]
 
 BEFORE_AFTER = ("before", "after", "kept", "speed-up")
-LOADING = """import jaxprune as jp
-from jaxprune.evaluation import predict
-from jaxprune.tasks import Example
-
-model, params = jp.load("FOLDER")
-logits = predict(model, params, [Example(text="a text")], head={head})  # [examples, labels]"""
-PROMPTING = """import jaxprune as jp
-from jaxprune.evaluation import predict
-from jaxprune.prompts import Prompt
-from jaxprune.tasks import Example
-
-model, params = jp.load("FOLDER")
-prompt = Prompt(
-    template={template},
-    words={words},
-)
-likelihoods = predict(model, params, [Example({texts})], prompt=prompt)  # [examples, labels]"""
 COUNTS = {  # what a record counts -> its row in the table
     "units": "units: {kinds}",
     "prunable_parameters": "parameters of units",
     "parameters": "parameters, all",
-}
-
-
-WORDS = {  # kinds of units, in a sentence
-    "heads": "attention heads",
-    "neurons": "neurons",
-    "channels": "channels of values",
-    "query_channels": "channels of queries and keys",
 }
 
 
@@ -68,14 +41,14 @@ def scores_table(record: Record) -> Table:
     )
     if record.get("prompt"):
         table.add_row("prompt", record["prompt"]["template"])
-        table.add_row("  words", _plain(record["prompt"]["words"]))
+        table.add_row("  words", plain(record["prompt"]["words"]))
     examples = f"{record['examples']:,} of split {record['split']}" if record["examples"] else "none are read"
     table.add_row("examples", examples)
     if record["examples"]:
         table.add_row("mean length", length_text(record["mean_length"]))
     table.add_row("criterion", criterion.pop("name"))
     for name, value in criterion.items():
-        table.add_row(f"  {name}", _plain(value))
+        table.add_row(f"  {name}", plain(value))
     if record["completeness"]:
         table.add_row("completeness", _completeness(record["completeness"]))
     table.add_row("scores", f"{record['units']:,} units at {record['sites']} sites")
@@ -101,7 +74,7 @@ def before_after_sections(record: Record) -> list[list[tuple[str, ...]]]:
     sections = []
     for own, other in zip(*map(_evaluations, (before, after)), strict=True):
         sections.append(_evaluation_rows(own, other))
-    kinds = _listed([kind.replace("_", " ") for kind in record.get("kinds", ("heads", "neurons"))])
+    kinds = listed([kind.replace("_", " ") for kind in record.get("kinds", ("heads", "neurons"))])
     rows = [
         (title.format(kinds=kinds), f"{before[name]:,}", f"{after[name]:,}", _percent(kept.get(name)), "")
         for name, title in COUNTS.items()
@@ -200,86 +173,6 @@ def comparison_table(rows: Sequence[Record], variants: Sequence[str], chosen: st
         if row["task"] == chosen:
             table.add_section()
     return table
-
-
-def model_card(record: Record, *, on_hub: bool) -> str:
-    """The README of a pruned model, in Markdown with the front matter of the Hugging Face hub.
-
-    Args:
-        record: As from `prune_model` or `prune_together`. Whatever its names hold, they are shown as they are.
-        on_hub: Whether the source is a name on the hub, and not a folder.
-    """
-    from huggingface_hub import ModelCardData
-
-    source = record["source"] if on_hub else PurePath(record["source"]).name
-    tags = ["jax", "pruning", "structured-pruning", "model-compression"]
-    facts = ModelCardData(library_name="jaxprune", base_model=source if on_hub else None, tags=tags)
-    tasks = record.get("tasks", [record])
-    names = _listed([_code(own["task"]) for own in tasks])
-    needed = f"the task {names} needs least" if len(tasks) == 1 else f"the tasks {names} together need least"
-    rules = {name: value for name, value in record["selection"].items() if value not in (None, [])}
-    widths = [[_code(name), f"{had:,}", f"{kept:,}"] for name, (had, kept) in record["widths"].items()]
-    cells = [row for section in before_after_sections(record) for row in section]
-    owners = [f" of {_code(own['task'])}" if len(tasks) > 1 else "" for own in tasks]
-    options = [f" --task {_word(own['task'])}" for own in tasks]
-    what = _listed([WORDS[kind] for kind in record["kinds"]]).capitalize()
-    parts = [
-        f"---\n{facts.to_yaml()}\n---",
-        f"# {_code(source)}, pruned for {names}",
-        f"{what} that {needed} were cut out of {_code(source)} by jaxprune; nothing was trained. {_for_others(tasks)}",
-        "## How it was made",
-        "\n".join(
-            (
-                *(_how_scored(own, len(tasks) > 1) for own in tasks),
-                f"- Budget and selection: {_code(', '.join(f'{name} {_plain(it)}' for name, it in rules.items()))}.",
-                "- `pruning.json` has all settings, the versions, and which units stay.",
-            )
-        ),
-        "## Before and after",
-        _markdown(["", *BEFORE_AFTER], cells),
-        "\n".join(" ".join(note.split()) for note in before_after_notes(record)),
-        "## Units",
-        _markdown(["site", "before", "after"], widths),
-        "## How to load it",
-        f"```python\n{_loading(tasks[0])}\n```",
-        *(
-            f"Labels{of}, in the order of the logits: {', '.join(map(_code, own['labels']))}."
-            for own, of in zip(tasks, owners, strict=True)
-        ),
-        f"```bash\njaxprune inspect FOLDER\njaxprune evaluate FOLDER{''.join(options)}\n```",
-        "FOLDER is the folder of this file.",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _how_scored(task: Record, named: bool) -> str:
-    """The line of a card on how the scores of a task were made."""
-    criterion = dict(task["criterion"])
-    settings = ", ".join(
-        f"{name} {_plain(value)}" for name, value in criterion.items() if name != "name" and value is not None
-    )
-    examples = f"{task['examples']:,} calibration examples" if task["examples"] else "no example"
-    what = f"- Criterion for {_code(task['task'])}" if named else "- Criterion"
-    return f"{what}: {_code(criterion['name'])}{f' ({_code(settings)})' if settings else ''}, {examples}."
-
-
-def _for_others(tasks: Sequence[Record]) -> str:
-    """What to expect where the model is not asked for these tasks."""
-    one = len(tasks) == 1
-    if tasks[0]["prompt"] is not None:
-        what = "this task's prompt" if one else "the prompts of these tasks"
-        return f"It answers {what}; expect it to do worse with others."
-    heads = _listed(list(dict.fromkeys(_code(own["head"]) for own in tasks)))
-    which = f"head {heads} is for this task" if one else f"heads {heads} are for these tasks"
-    return f"The task {which}; the other task heads are still there, but expect them to do worse."
-
-
-def _loading(record: Record) -> str:
-    prompt = record["prompt"]
-    if prompt is None:
-        return LOADING.format(head=ascii(record["head"]))
-    texts = 'text="a text", pair="another one"' if "{pair}" in prompt["template"] else 'text="a text"'
-    return PROMPTING.format(template=ascii(prompt["template"]), words=ascii(tuple(prompt["words"])), texts=texts)
 
 
 def sweep_tables(record: Record) -> list[Table]:
@@ -426,40 +319,9 @@ def _evaluation_rows(before: Record, after: Record) -> list[tuple[str, ...]]:
     return rows
 
 
-def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table: numbers to the right."""
-    rule = ["---", *["---:"] * (len(headings) - 1)]
-    lines = [headings, rule, *([cell.strip() for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(_unbroken(cell) for cell in line)} |" for line in lines)
-
-
-def _unbroken(cell: str) -> str:
-    """A cell that neither ends its column nor its row, and holds no markup outside of code."""
-    flat = _printable(cell)
-    return flat.replace("|", r"\|") if flat.startswith("`") else re.sub(r"([\\`*_<>\[\]&$~|])", r"\\\1", flat)
-
-
-def _code(text: str) -> str:
-    """A name as Markdown code, whatever is in it."""
-    flat = _printable(text)
-    fence = "`" * (1 + max(map(len, re.findall("`+", flat)), default=0))
-    space = " " if flat[:1] in ("`", "") or flat.endswith("`") else ""
-    return f"{fence}{space}{flat}{space}{fence}"
-
-
-def _printable(text: str) -> str:
-    """Without line breaks, control characters and those that turn the direction of writing."""
-    return "".join(letter if letter.isprintable() else " " for letter in text).strip()
-
-
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """`a`, `b` and `c`."""
     return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
-
-
-def _word(name: str) -> str:
-    """A name that a shell takes as it is, or a placeholder."""
-    return name if re.fullmatch(r"\w[\w.-]*", name) else "TASK"
 
 
 def _of(counts: Sequence[int]) -> str:
@@ -484,7 +346,8 @@ def _completeness(found: Record) -> str:
     return f"error {found['error']:.2g} of {found['size']:.2g}{share}, means over the examples"
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """A setting in words."""
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return "default" if value is None else str(value)

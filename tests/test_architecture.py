@@ -56,6 +56,7 @@ ORDER = (
     "training",
     "pretraining",
     "report",
+    "cards",
     "forecast",
     "confidence",
     "pictures",

@@ -16,6 +16,7 @@ from markdown_it.token import Token
 from rich.console import Console
 
 from jaxprune import pictures, report
+from jaxprune.cards import model_card
 
 LATENCY = {"batch": 32, "length": 24, "median": 0.0614, "p95": 0.0702, "device": "2-core CPU", "speedup": 1.0}
 BEFORE = {
@@ -210,7 +211,7 @@ def cells(tokens: list[Token]) -> list[list[str]]:
 
 
 def test_a_model_card_says_what_was_cut_and_what_it_costs():
-    facts, tokens = rendered(report.model_card(CARD, on_hub=True))
+    facts, tokens = rendered(model_card(CARD, on_hub=True))
     assert facts["library_name"] == "jaxprune"
     assert facts["base_model"] == "owner/multi"
     rows = cells(tokens)
@@ -232,8 +233,8 @@ def test_names_do_not_break_a_model_card(field):
     if field == "task":
         record["before"] = BEFORE | {"evaluation": BEFORE["evaluation"] | {"task": HOSTILE, "metrics": {HOSTILE: 1.0}}}
         record["after"] = AFTER | {"evaluation": record["before"]["evaluation"]}
-    facts, tokens = rendered(report.model_card(record, on_hub=False))
-    plain_facts, plain = rendered(report.model_card(CARD | {"source": "folder"}, on_hub=False))
+    facts, tokens = rendered(model_card(record, on_hub=False))
+    plain_facts, plain = rendered(model_card(CARD | {"source": "folder"}, on_hub=False))
     assert facts == plain_facts and "base_model" not in facts and "license" not in facts
     shape = shape_of(tokens)
     if field == "task":  # one metric instead of two
@@ -249,7 +250,7 @@ def test_names_do_not_break_a_model_card(field):
 def test_the_card_of_a_text_to_text_model_asks_its_prompt():
     hostile = {"template": f'"""\n```\n{HOSTILE} {{text}} {{pair}}', "words": ["'''", HOSTILE]}
     for prompt in ({"template": "sst2 sentence: {text}", "words": ["negative", "positive"]}, hostile):
-        facts, tokens = rendered(report.model_card(CARD | {"prompt": prompt}, on_hub=True))
+        facts, tokens = rendered(model_card(CARD | {"prompt": prompt}, on_hub=True))
         code = next(token.content for token in tokens if token.info == "python")
         tree = ast.parse(code)
         call = next(
@@ -266,7 +267,7 @@ def shape_of(tokens: list[Token]) -> list[tuple[str, str, int]]:
 
 
 def test_a_folder_is_named_without_its_place():
-    card = report.model_card(CARD | {"source": "/home/me/secret/multi/"}, on_hub=False)
+    card = model_card(CARD | {"source": "/home/me/secret/multi/"}, on_hub=False)
     assert "`multi`" in card and "secret" not in card
 
 
