@@ -44,6 +44,7 @@ ORDER = (
     "scoring",
     "selection",
     "compaction",
+    "receipt",
     "fitting",
     "recovery",
     "training",
