@@ -44,6 +44,20 @@ class Method:
     recovery_examples: int = 256
     rival: Rival | None = None  # prunes and repairs in its own way: then only `examples` counts
 
+    @property
+    def draws(self) -> bool:
+        """Whether the seed changes anything."""
+        free = (self.rival, self.recovery) == (None, None)
+        return not free or self.criterion.examples is not None or isinstance(self.criterion, jp.Random)
+
+    def described(self, source: str | tuple[str, ...], budget: float, seed: int) -> list[Any]:
+        """All that a pruned model depends on, for JSON."""
+        if self.rival is not None:
+            return [self.rival.__name__, self.examples, source, budget, seed]
+        normalise = None if self.normalise is None else self.normalise.__name__
+        found = [describe(self.criterion), self.per_layer, normalise, self.examples, source, budget, seed]
+        return found if self.recovery is None else [*found, describe(self.recovery), self.recovery_examples]
+
 
 @dataclass
 class Bench:
@@ -157,12 +171,7 @@ class Bench:
         source = scored_on or task
         what = None
         if method is not None:
-            normalise = None if method.normalise is None else method.normalise.__name__
-            what = [describe(method.criterion), method.per_layer, normalise, method.examples, source, budget, seed]
-            if method.recovery is not None:
-                what += [describe(method.recovery), method.recovery_examples]
-            if method.rival is not None:
-                what = [method.rival.__name__, method.examples, source, budget, seed]
+            what = method.described(source, budget, seed)
         key = json.dumps([self.digest, self.rows, task, split, head, what], sort_keys=True)
         if key not in self.cells:
             params, gates, means, kept = self.params, None, None, 1.0
@@ -233,8 +242,7 @@ class Bench:
         self, method: Method, tasks: Iterable[str], split: str, budget: float, draws: int, **more: Any
     ) -> dict[str, list[Cell]]:
         """Cells by task, one per draw; one only where the draw changes nothing."""
-        reads = method.criterion.examples is not None or isinstance(method.criterion, jp.Random)
-        seeds = range(draws if reads else 1)
+        seeds = range(draws if method.draws else 1)
         return {
             task: [self.cell(task, split, method=method, budget=budget, seed=seed, **more) for seed in seeds]
             for task in tasks

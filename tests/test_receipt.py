@@ -39,7 +39,8 @@ def test_what_is_lost_is_the_difference_of_the_objectives(seed: int):
     found = _Lost(selected, 64, log_probability, gold)(model, params, batch)
     closed = jp.compact(model, params, selected)
     values = [
-        jax.nn.log_softmax(jnp.asarray(model.apply(own, batch).logits))[np.arange(6), batch["labels"]] for own in (params, closed)
+        jax.nn.log_softmax(jnp.asarray(model.apply(own, batch).logits))[np.arange(6), batch["labels"]]
+        for own in (params, closed)
     ]
     np.testing.assert_allclose(found.completeness["expected"], values[0] - values[1], atol=2e-5)
     np.testing.assert_allclose(found.completeness["found"], found.completeness["expected"], atol=1e-3)
