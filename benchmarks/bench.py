@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +28,10 @@ from jaxprune.tasks import draw
 EXAMPLES = 128  # calibration rows
 
 
+# (model, params, task, examples, fraction of the FLOPs, their length) -> smaller parameters
+Rival: TypeAlias = Callable[..., Any]
+
+
 @dataclass(frozen=True)
 class Method:
     """How units are chosen."""
@@ -36,6 +40,23 @@ class Method:
     per_layer: bool = True
     normalise: Callable[..., Any] | None = None
     examples: int = EXAMPLES
+    recovery: Any = None  # how what is left is repaired; None: it stays as it is
+    recovery_examples: int = 256
+    rival: Rival | None = None  # prunes and repairs in its own way: then only `examples` counts
+
+    @property
+    def draws(self) -> bool:
+        """Whether the seed changes anything."""
+        free = (self.rival, self.recovery) == (None, None)
+        return not free or self.criterion.examples is not None or isinstance(self.criterion, jp.Random)
+
+    def described(self, source: str | tuple[str, ...], budget: float, seed: int) -> list[Any]:
+        """All that a pruned model depends on, for JSON."""
+        if self.rival is not None:
+            return [self.rival.__name__, self.examples, source, budget, seed]
+        normalise = None if self.normalise is None else self.normalise.__name__
+        found = [describe(self.criterion), self.per_layer, normalise, self.examples, source, budget, seed]
+        return found if self.recovery is None else [*found, describe(self.recovery), self.recovery_examples]
 
 
 @dataclass
@@ -150,12 +171,13 @@ class Bench:
         source = scored_on or task
         what = None
         if method is not None:
-            normalise = None if method.normalise is None else method.normalise.__name__
-            what = [describe(method.criterion), method.per_layer, normalise, method.examples, source, budget, seed]
+            what = method.described(source, budget, seed)
         key = json.dumps([self.digest, self.rows, task, split, head, what], sort_keys=True)
         if key not in self.cells:
             params, gates, means, kept = self.params, None, None, 1.0
-            if method is not None:
+            if method is not None and (method.rival is not None or method.recovery is not None):
+                params, kept = self.repaired(method, source, budget, seed)
+            elif method is not None:
                 first = source if isinstance(source, str) else source[0]
                 scores = self.scores(first, method.criterion, method.examples, seed)
                 length = self.length(first)
@@ -189,6 +211,25 @@ class Bench:
                 )
         return self.cells[key]
 
+    def repaired(self, method: Method, source: str | tuple[str, ...], budget: float, seed: int) -> tuple[Any, float]:
+        """Smaller parameters after recovery, or a rival's, and the fraction of the FLOPs that they keep."""
+        if not isinstance(source, str):
+            raise TypeError(f"recovery is for the scores of one task, not {source}.")
+        task, length = self.task(source), self.length(source)
+        if method.rival is not None:
+            rows = draw(task, min(method.examples, len(task.rows("calibration"))), seed)
+            small = method.rival(self.model, self.params, task, rows, flops=budget, length=length)
+        else:
+            scores = self.scores(source, method.criterion, method.examples, seed)
+            how = {"per_layer": method.per_layer, "normalise": method.normalise}
+            gates = jp.select(self.model, self.params, scores, flops=budget, length=length, **how)
+            small = jp.compact(self.model, self.params, gates, scores.means)
+            count = min(method.recovery_examples, len(task.rows("calibration")))
+            small, _ = jp.recover(
+                self.model, self.params, small, task, method=method.recovery, examples=count, key=seed
+            )
+        return small, jp.flops(self.model, small, length) / jp.flops(self.model, self.params, length)
+
     def length(self, task: str) -> Length:
         """Tokens per calibration row: the same for all methods, so that a budget means the same to each."""
         if task not in self.lengths:
@@ -201,8 +242,7 @@ class Bench:
         self, method: Method, tasks: Iterable[str], split: str, budget: float, draws: int, **more: Any
     ) -> dict[str, list[Cell]]:
         """Cells by task, one per draw; one only where the draw changes nothing."""
-        reads = method.criterion.examples is not None or isinstance(method.criterion, jp.Random)
-        seeds = range(draws if reads else 1)
+        seeds = range(draws if method.draws else 1)
         return {
             task: [self.cell(task, split, method=method, budget=budget, seed=seed, **more) for seed in seeds]
             for task in tasks

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import RESULTS, best_first, percent, points, record, spread, table, within
+from tables_recovery import RECOVERY_TABLES
 from tables_text import TEXT_TABLES, paper_curves, paper_row
 from timing import wanted
 
@@ -364,6 +365,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "speed": speed,
     "speed-setting": speed_setting,
     **TEXT_TABLES,
+    **RECOVERY_TABLES,
 }
 
 

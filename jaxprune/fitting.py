@@ -164,9 +164,14 @@ def choose(fit: Moments, held: Moments, old: Fit, units: np.ndarray, method: Met
     Returns:
         The weights, made once more from all rows with what was chosen unless that is worse on the rows held out.
     """
+    basis = _directions(fit, old) if method.by_direction else None
+    if basis is not None:  # least squares is the same in any basis of the output; in this one a direction is a column
+        fit, held, old = _turned(fit, basis), _turned(held, basis), _in_basis(old, basis)
     candidates = {"none": old} | method(fit, old, units)
-    names, basis = list(candidates), _directions(fit, old) if method.by_direction else None
-    errors = np.stack([_errors(held, own, basis) for own in candidates.values()])  # [candidates, directions]
+    names = list(candidates)
+    errors = np.stack([_errors(held, own) for own in candidates.values()])  # [candidates, outputs]
+    if basis is None:
+        errors = errors.sum(1, keepdims=True)
     mean = held.outputs if old.bias is not None else np.zeros_like(held.outputs)
     spread = max(float(np.trace(held.targets) - mean @ mean / max(held.tokens, 1.0)), 1e-30)
     bar = np.zeros((len(names), 1))
@@ -176,48 +181,50 @@ def choose(fit: Moments, held: Moments, old: Fit, units: np.ndarray, method: Met
     chosen = Counter(names[i] for i in picked)
     best = None
     if set(chosen) != {"none"}:
-        best = _mixed([old, *method(fit.plus(held), old, units).values()], picked, basis)
-        if _errors(held, best, None).sum() > before:
-            best = _mixed(list(candidates.values()), picked, basis)
+        best = _mixed([old, *method(fit.plus(held), old, units).values()], picked)
+        if _errors(held, best).sum() > before:
+            best = _mixed(list(candidates.values()), picked)
+        best = best if basis is None else _in_basis(best, basis.T)
     return Choice(best, before / spread, after / spread, dict(chosen))
 
 
 def _directions(moments: Moments, old: Fit) -> Float[np.ndarray, "e e"]:
     """The directions of the output in which what is missing does not correlate: the columns."""
-    return np.linalg.eigh(_missing(moments, Fit(old.kernel, _mean_bias(moments, old.kernel, old.bias))))[1]
+    kernel, bias = old.kernel, _mean_bias(moments, old.kernel, old.bias)
+    cross = kernel.T @ moments.cross
+    missing = moments.targets - cross - cross.T + kernel.T @ (moments.gram @ kernel)
+    if bias is not None:
+        shift = np.outer(bias, moments.inputs @ kernel - moments.outputs)
+        missing += shift + shift.T + moments.tokens * np.outer(bias, bias)
+    return np.linalg.eigh(missing)[1]
 
 
-def _missing(moments: Moments, fit: Fit) -> Float[np.ndarray, "e e"]:
-    """The gram matrix of the errors."""
-    cross = fit.kernel.T @ moments.cross
-    found = moments.targets - cross - cross.T + fit.kernel.T @ moments.gram @ fit.kernel
+def _turned(moments: Moments, basis: np.ndarray) -> Moments:
+    """The moments of targets in another basis."""
+    targets = basis.T @ moments.targets @ basis
+    return moments._replace(cross=moments.cross @ basis, targets=targets, outputs=moments.outputs @ basis)
+
+
+def _in_basis(fit: Fit, basis: np.ndarray) -> Fit:
+    return Fit(fit.kernel @ basis, None if fit.bias is None else fit.bias @ basis)
+
+
+def _errors(moments: Moments, fit: Fit) -> Float[np.ndarray, " e"]:
+    """The squared error of every output, summed over tokens."""
+    found = np.diag(moments.targets) + (fit.kernel * (moments.gram @ fit.kernel - 2.0 * moments.cross)).sum(0)
     if fit.bias is not None:
-        shift = np.outer(fit.bias, fit.kernel.T @ moments.inputs - moments.outputs)
-        found += shift + shift.T + moments.tokens * np.outer(fit.bias, fit.bias)
-    return found
+        found = found + fit.bias * (2.0 * (moments.inputs @ fit.kernel - moments.outputs) + moments.tokens * fit.bias)
+    return np.maximum(found, 0.0)
 
 
-def _errors(moments: Moments, fit: Fit, basis: np.ndarray | None) -> Float[np.ndarray, " directions"]:
-    """The squared error, summed over tokens, in each direction of a basis; without one, in all of them together."""
-    missing = _missing(moments, fit)
-    if basis is None:
-        return np.maximum(np.trace(missing)[None], 0.0)
-    return np.maximum((basis * (missing @ basis)).sum(0), 0.0)
-
-
-def _mixed(candidates: Sequence[Fit], picked: np.ndarray, basis: np.ndarray | None) -> Fit:
-    """In each direction the candidate that was picked for it."""
-    if basis is None:
+def _mixed(candidates: Sequence[Fit], picked: np.ndarray) -> Fit:
+    """For each output the candidate that was picked for it, or one for all."""
+    if len(picked) == 1:
         return candidates[picked[0]]
-    kernel, bias = np.zeros_like(candidates[0].kernel), None
-    if candidates[0].bias is not None:
-        bias = np.zeros_like(candidates[0].bias)
-    for i in sorted(set(picked)):
-        onto = basis[:, picked == i] @ basis[:, picked == i].T
-        kernel += candidates[i].kernel @ onto
-        if bias is not None:
-            bias = bias + candidates[i].bias @ onto
-    return Fit(kernel, bias)
+    columns = np.arange(len(picked))
+    kernel = np.stack([own.kernel for own in candidates])[picked, :, columns].T
+    biases = [own.bias for own in candidates if own.bias is not None]
+    return Fit(kernel, np.stack(biases)[picked, columns] if biases else None)
 
 
 def _centred(moments: Moments, old: Fit) -> tuple[np.ndarray, np.ndarray]:

@@ -51,6 +51,7 @@ ORDER = (
     "selection",
     "provenance",
     "compaction",
+    "receipt",
     "fitting",
     "recovery",
     "training",

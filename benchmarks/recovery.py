@@ -1,0 +1,193 @@
+"""What closed-form recovery keeps: criteria x recovery x budgets, beside re-implementations of Kwon et al. and K-prune.
+
+    python benchmarks/recovery.py --model MODEL --data DATA --work WORK -o benchmarks/results/recovery.json
+
+Every scoring run and every tested model is kept in `WORK`; an interrupted run goes on where it was. Choices are made on
+dev, all other figures are those of test; the rules are in `evidence.py`. Recovery reads no labels.
+
+Parts, for `--only`:
+    choice     on dev: which method of recovery, and with how many examples
+    budgets    on test: criteria with and without recovery, and the rivals, from 0.8 to 0.2 of the FLOPs
+    claims     on test: several draws at 0.7, 0.5 and 0.3 of the FLOPs, and their intervals
+    cost       seconds of scoring, of recovery and of the rivals, in turns
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from accuracy import commit
+from bench import Bench, Method
+from evidence import Cell, compare, summary
+
+import jaxprune as jp
+from jaxprune.files import write_atomic
+from jaxprune.tasks import draw
+
+TASKS = ("sst2", "ag_news", "mrpc", "qnli", "trec", "banking77", "snips")
+BUDGETS = (0.8, 0.7, 0.5, 0.3, 0.2)  # of the FLOPs
+CLAIMED = (0.7, 0.5, 0.3)
+CHOSEN_AT = (0.5, 0.3)
+ROWS = 300  # of dev and of test, at most
+EXAMPLES = 256  # without labels, to recover with
+DRAWS = 3
+RECOVERY = jp.Reconstruction()
+CHOICES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "bias": {"recovery": jp.BiasCompensation()},
+    "rescale": {"recovery": jp.Rescaling()},
+    "reconstruct": {"recovery": RECOVERY},
+    "reconstruct, own output": {"recovery": jp.Reconstruction(drift=False)},
+    "reconstruct, 64 examples": {"recovery": RECOVERY, "recovery_examples": 64},
+    "reconstruct, 1024 examples": {"recovery": RECOVERY, "recovery_examples": 1024},
+}
+CRITERIA = {
+    "integrated gradients": Method(jp.IntegratedGradients()),
+    "Wanda": Method(jp.Wanda()),
+    "magnitude": Method(jp.Magnitude()),
+}
+
+
+def choice(bench: Bench) -> dict[str, Any]:
+    """Which recovery, on dev, for the default criterion."""
+    dense, chance = bench.dense(bench.able, "dev"), bench.chances(bench.able, "dev")
+    base, rows = CRITERIA["integrated gradients"], {}
+    for name, how in CHOICES.items():
+        if name == "bias" and bench.model.writes_text:
+            continue  # T5 has no biases
+        rows[name] = {
+            str(budget): summary(bench.cells_of(replace(base, **how), bench.able, "dev", budget, 1), dense, chance)
+            for budget in CHOSEN_AT
+        }
+    return {"rows": rows, "split": "dev", "draws": 1}
+
+
+def methods() -> dict[str, Method]:
+    """What is compared: every criterion as it is and repaired."""
+    repaired = {f"{name} + recovery": replace(own, recovery=RECOVERY) for name, own in CRITERIA.items()}
+    return CRITERIA | repaired
+
+
+def budgets(bench: Bench) -> dict[str, Any]:
+    """All methods at all budgets."""
+    dense, chance = bench.dense(bench.able, "test"), bench.chances(bench.able, "test")
+    rows = {
+        name: {str(b): summary(bench.cells_of(own, bench.able, "test", b, 1), dense, chance) for b in BUDGETS}
+        for name, own in methods().items()
+    }
+    return {"rows": rows, "draws": 1}
+
+
+def claims(bench: Bench) -> dict[str, Any]:
+    """What recovery adds, and what is lost of the dense model, with intervals."""
+    dense, chance = bench.dense(bench.able, "test"), bench.chances(bench.able, "test")
+    whole = {task: [cell] for task, cell in dense.items()}
+    found: dict[str, Any] = {}
+    for budget in CLAIMED:
+        cells: dict[str, Mapping[str, Sequence[Cell]]] = {
+            name: bench.cells_of(own, bench.able, "test", budget, DRAWS) for name, own in methods().items()
+        }
+        best = cells["integrated gradients + recovery"]
+        found[str(budget)] = {
+            "rows": {name: summary(own, dense, chance) for name, own in cells.items()},
+            "dense_minus_this": {name: compare(whole, own, dense, chance) for name, own in cells.items()},
+            "claims": {
+                f"integrated gradients + recovery - {name}": compare(best, own, dense, chance)
+                for name, own in cells.items()
+                if own is not best
+            },
+        }
+    return {"budgets": found, "draws": DRAWS}
+
+
+def cost(bench: Bench) -> dict[str, Any]:
+    """Seconds for one task, in turns, without the round that compiles."""
+    task, count, rounds = bench.task(bench.able[0]), 512, 3
+    count = min(count, len(task.rows("calibration")))
+    rows = draw(task, count, 0)
+    scores = bench.scores(task.name, jp.IntegratedGradients(), 128, 0)
+    gates = jp.select(bench.model, bench.params, scores, flops=0.5, length=bench.length(task.name))
+    small = jp.compact(bench.model, bench.params, gates, scores.means)
+    twenty = jp.IntegratedGradients(nodes=20)
+    work: dict[str, Callable[[], Any]] = {
+        "scoring, 20 nodes": lambda: jp.score(bench.model, bench.params, task, criterion=twenty, examples=rows).values,
+        "reconstruct": lambda: jp.recover(bench.model, bench.params, small, task, examples=rows)[0],
+        "rescale": lambda: jp.recover(bench.model, bench.params, small, task, method=jp.Rescaling(), examples=rows)[0],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(rounds + 1):
+        for name, run in work.items():
+            begun = time.perf_counter()
+            jax.block_until_ready(run())
+            if turn:
+                seconds[name].append(time.perf_counter() - begun)
+    unit = seconds["scoring, 20 nodes"]
+    return {
+        "task": task.name,
+        "examples": count,
+        "rounds": rounds,
+        "rows": {
+            name: {"seconds": float(np.median(own)), "of_scoring": float(np.median(np.divide(own, unit)))}
+            for name, own in seconds.items()
+        },
+    }
+
+
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "choice": choice,
+    "budgets": budgets,
+    "claims": claims,
+    "cost": cost,
+}
+
+
+def main() -> None:
+    """Runs what is asked for, in the order of `PARTS`."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder of a model that does all the tasks")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--work", type=Path, required=True, help="folder for what is kept between runs")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the record to write (JSON)")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="the tasks, by commas")
+    parser.add_argument("--rows", type=int, default=ROWS, help="rows of dev and test of each task, at most")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to run; the others are kept from the record")
+    arguments = parser.parse_args()
+    chosen = arguments.only.split(",")
+    if wrong := sorted(set(chosen) - set(PARTS)):
+        parser.error(f"--only knows {', '.join(PARTS)}, not {', '.join(wrong)}")
+    warnings.filterwarnings("ignore", message=".*more inputs than there are tokens")
+    bench = Bench(arguments.model, arguments.data, arguments.work, arguments.rows, tuple(arguments.tasks.split(",")))
+    found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    if found.get("model", bench.digest) != bench.digest:
+        parser.error(f"{arguments.output} is of another model: name another file")
+    for name, run in PARTS.items():
+        if name not in chosen:
+            continue
+        print(f"== {name}", file=sys.stderr, flush=True)
+        found |= {
+            name: run(bench) | {"at_most_rows": bench.rows, "commit": commit()},
+            "command": "python benchmarks/recovery.py --model MODEL --data DATA --work WORK -o OUTPUT "
+            f"--rows {bench.rows}",
+            "model": bench.digest,
+            "models": 1,
+            "tasks": bench.able,
+            "recovery_examples": EXAMPLES,
+            "device": jax.devices()[0].device_kind,
+            "versions": {package: version(package) for package in ("jaxprune", "jax", "flax", "numpy")},
+        }
+        write_atomic(arguments.output, (json.dumps(found, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()

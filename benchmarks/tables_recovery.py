@@ -1,0 +1,98 @@
+"""The tables of recovery: which method, at which budget, and beside whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pages import best_first, percent, points, record, spread, table, within
+
+OURS = "integrated gradients + recovery"
+
+
+def recovery() -> dict[str, Any]:
+    """The record of recovery.py."""
+    return record("recovery")
+
+
+def setting() -> str:
+    """How the figures were made."""
+    found = recovery()
+    parts = {name: own for name, own in found.items() if isinstance(own, dict) and "at_most_rows" in own}
+    rows = sorted({own["at_most_rows"] for own in parts.values()})
+    commits = dict.fromkeys(own["commit"][:10] for own in parts.values())
+    return (
+        f"{len(found['tasks'])} tasks ({', '.join(found['tasks'])}), {found['models']} fine-tuned model; at most "
+        f"{found['recovery_examples']} examples to recover with and {' and '.join(map(str, rows))} rows to test; "
+        f"{found['device']}, jax {found['versions']['jax']}; commit {', '.join(commits)}.\n"
+    )
+
+
+def choice() -> str:
+    """Which recovery, on dev."""
+    found = recovery()["choice"]["rows"]
+    budgets = list(next(iter(found.values())))
+    tasks = list(found["none"][budgets[-1]]["tasks"])
+    rows = [
+        [name, *(percent(own[b]["retained"]) for b in budgets)]
+        + [percent(own[budgets[-1]]["tasks"][task]["accuracy"]) for task in tasks]
+        for name, own in found.items()
+    ]
+    heading = [f"on dev; kept, %, at {float(b):g}" if not i else f"at {float(b):g}" for i, b in enumerate(budgets)]
+    return table(["recovery", *heading, *(f"{task}, at {float(budgets[-1]):g}" for task in tasks)], rows)
+
+
+def budgets() -> str:
+    """The primary metric at every budget."""
+    found = recovery()["budgets"]["rows"]
+    columns = list(next(iter(found.values())))
+    middle = columns[len(columns) // 2]
+    order = sorted(found, key=lambda name: -found[name][middle]["retained"])
+    rows = [[name, *(percent(found[name][b]["retained"]) for b in columns)] for name in order]
+    return table(["kept, %, at this share of the FLOPs", *(f"{float(b):g}" for b in columns)], rows)
+
+
+def accuracy() -> str:
+    """Accuracy by task at every claimed budget."""
+    found = recovery()["claims"]["budgets"]
+    tasks = list(next(iter(found.values()))["rows"][OURS]["tasks"])
+    rows = [
+        [f"{float(b):g}, {name}", percent(own["retained"]), *(spread(own["tasks"][task]) for task in tasks)]
+        for b, each in found.items()
+        for name, own in best_first(each["rows"])
+    ]
+    return table(["FLOPs, method", "kept, %", *tasks], rows)
+
+
+def lost() -> str:
+    """What is lost of the dense model."""
+    found = recovery()["claims"]["budgets"]
+    names = [name for name, _ in best_first(next(reversed(found.values()))["rows"])]
+    rows = [[name, *(within(own["dense_minus_this"][name], 1) for own in found.values())] for name in names]
+    return table(["dense minus this, points [95 %], at", *(f"{float(b):g}" for b in found)], rows)
+
+
+def claims() -> str:
+    """The default with recovery against everything else."""
+    found = recovery()["claims"]["budgets"]
+    names = list(next(iter(found.values()))["claims"])
+    rows = [[name, *(points(own["claims"][name]) for own in found.values())] for name in names]
+    return table(["difference, points [95 %], at", *(f"{float(b):g}" for b in found)], rows)
+
+
+def cost() -> str:
+    """What recovery costs."""
+    found = recovery()["cost"]
+    rows = [[name, f"{own['seconds']:.1f}", f"{own['of_scoring']:.2f}"] for name, own in found["rows"].items()]
+    return table([f"{found['examples']} examples of {found['task']}", "seconds", "of scoring"], rows)
+
+
+RECOVERY_TABLES: Mapping[str, Callable[[], str]] = {
+    "recovery-setting": setting,
+    "recovery-choice": choice,
+    "recovery-budgets": budgets,
+    "recovery-lost": lost,
+    "recovery-claims": claims,
+    "recovery-tasks": accuracy,
+    "recovery-cost": cost,
+}

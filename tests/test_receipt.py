@@ -1,0 +1,53 @@
+"""The receipt sums to what was lost, gives nothing to units that stay, and shares linear losses out exactly."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import random_gates, tiny_batch, tiny_model
+
+import jaxprune as jp
+from jaxprune.objectives import gold, log_probability
+from jaxprune.receipt import _Lost, receipt
+
+
+@pytest.mark.parametrize("model_type", ["bert", "t5"])
+def test_the_receipt_sums_to_the_score_lost(model_type: str):
+    model, params = jp.load(jp.bundled_model() if model_type == "bert" else jp.bundled_text_model())
+    task = jp.load_task("sst2", data=jp.bundled_data())
+    rows = task.rows("calibration")[:16]
+    scores = jp.score(model, params, task, criterion=jp.Magnitude(), examples=4)
+    gates = jp.select(model, params, scores, units=0.7)
+    found = receipt(model, params, task, gates, examples=rows, nodes=16, batch_size=8)
+    assert found.found == pytest.approx(sum(float(own.sum()) for own in found.units.values()), abs=1e-5)
+    assert abs(found.found - found.lost) <= found.error + 1e-6
+    assert found.error < 0.02
+    for sums in (found.modules(), found.layers()):
+        assert sum(sums.values()) == pytest.approx(found.found, abs=1e-5)
+    for name, gate in gates.items():
+        assert (found.units[name][np.asarray(gate) == 1.0] == 0.0).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_lost_is_the_difference_of_the_objectives(seed: int):
+    model, params = tiny_model()
+    gates, batch = random_gates(model, params, seed), tiny_batch(model, 6, 7, seed)
+    batch["labels"] = np.arange(6) % 3
+    selected = {name: jnp.asarray((np.asarray(gate) > 0).astype(np.float32)) for name, gate in gates.items()}
+    found = _Lost(selected, 64, log_probability, gold)(model, params, batch)
+    closed = jp.compact(model, params, selected)
+    values = [
+        jax.nn.log_softmax(jnp.asarray(model.apply(own, batch).logits))[np.arange(6), batch["labels"]]
+        for own in (params, closed)
+    ]
+    np.testing.assert_allclose(found.completeness["expected"], values[0] - values[1], atol=2e-5)
+    np.testing.assert_allclose(found.completeness["found"], found.completeness["expected"], atol=1e-3)
+
+
+def test_open_gates_have_no_receipt():
+    model, params = tiny_model()
+    task = jp.load_task("sst2", data=jp.bundled_data())
+    with pytest.raises(ValueError, match="nothing is lost"):
+        receipt(model, params, task, jp.open_gates(model, params), examples=4)
