@@ -109,7 +109,7 @@ def allowance(model: Model, params: Params, flops: float, length: Length) -> tup
 
 def open_masks(model: Model, params: Params) -> Masks:
     """Ones for all heads and neurons."""
-    return {name: np.asarray(gate) for name, gate in open_gates(model, params).items()}
+    return {name: np.array(gate) for name, gate in open_gates(model, params).items()}
 
 
 def reader_of(model: Model, params: Params, site: str) -> Float[np.ndarray, "units *channels e"]:
