@@ -21,7 +21,17 @@ from jaxprune.batches import Batch, Length, encode, pack
 from jaxprune.cost import checked_length, matmul_flops, unit_costs
 from jaxprune.evaluation import fitting_head
 from jaxprune.gates import UNITS, Params, Path, axes_of, flatten, open_gates, reads, sites, subtree, unflatten, widths
-from jaxprune.models import Layer, Model, block_compiled, enter, layer_entries, mask_of, model_inputs, model_layers
+from jaxprune.models import (
+    Layer,
+    Model,
+    State,
+    block_compiled,
+    enter,
+    layer_entries,
+    mask_of,
+    model_inputs,
+    model_layers,
+)
 from jaxprune.selection import SLACK
 from jaxprune.tasks import Example, Task
 
@@ -226,8 +236,8 @@ def _readers(model: Model, params: Params, layer: Layer) -> tuple[_Reader, ...]:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _targets(
-    model: Model, readers: tuple[_Reader, ...], params: Params, state: Array, mask: Array
-) -> tuple[Array, dict[str, Float[Array, "b t e"]]]:
+    model: Model, readers: tuple[_Reader, ...], params: Params, state: State, mask: Array
+) -> tuple[State, dict[str, Float[Array, "b t e"]]]:
     """What the layer returns, and the residual sum behind every module."""
     after, found = model.block(params, state, mask, kinds=UNITS, residuals=True)
     flat, sums = flatten(params), {}
@@ -262,7 +272,7 @@ def _sums(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _products(
-    model: Model, reader: _Reader, params: Params, state: Array, mask: Array, gates: Any, target: Float[Array, "b t e"]
+    model: Model, reader: _Reader, params: Params, state: State, mask: Array, gates: Any, target: Float[Array, "b t e"]
 ) -> tuple[Float[Array, "k k"], Float[Array, "k e"]]:
     """The products of a module's gated values with themselves, and with what is missing from its residual sum."""
     found = model.block(params, state, mask, gates, kinds=UNITS, residuals=True)[1]

@@ -39,7 +39,7 @@ from jaxtyping import Array, Float
 from jaxprune.batches import Length
 from jaxprune.compaction import compact
 from jaxprune.gates import Gates, Params
-from jaxprune.models import Model, enter, layer_entries, mask_of, model_inputs, model_layers
+from jaxprune.models import Model, State, enter, layer_entries, mask_of, model_inputs, model_layers
 from jaxprune.models.backward import Prefix, forward
 from jaxprune.tasks import Example, Task
 
@@ -234,7 +234,7 @@ def _divergence_slope(
 
 
 @partial(jax.jit, static_argnums=0)
-def _squares(model: Model, params: Params, state: Array, mask: Array, gates: Gates) -> tuple[Array, dict[str, Array]]:
+def _squares(model: Model, params: Params, state: State, mask: Array, gates: Gates) -> tuple[State, dict[str, Array]]:
     """What the layer returns, and the sum of every channel's and neuron's square over the tokens, by local name."""
     state, found = model.block(params, state, mask, gates, kinds=("channels", "neurons"))
     there = mask[..., None]

@@ -110,7 +110,7 @@ def batch_gradients(model: Model, params: Params, calibration: Calibration, size
             rows.setdefault(name, []).append(-np.asarray(value, np.float64)[there])  # a loss is minus an objective
     order = np.argsort(np.concatenate([batch["index"][batch["weight"] > 0] for batch in calibration.batches]))
     starts = np.arange(0, len(order), size)
-    counts = np.diff([*starts, len(order)])[:, None]
+    counts = np.diff(np.append(starts, len(order)))[:, None]
     return {
         name: np.add.reduceat(np.concatenate(rows[name])[order], starts) / counts for name in open_masks(model, params)
     }

@@ -12,6 +12,7 @@ import pytest
 from climb import Calibration, Sums, Visit, allowance, climb, open_masks
 from k_prune import above_threshold, k_prune, k_prune_batches, knowledge, tune
 from kwon import batch_gradients, importance, kwon, kwon_batches, rearrange, rescale, split, unit_scales
+from passes import logits_of
 from scipy.special import erf
 from tiny import tiny_batch, tiny_model
 
@@ -136,7 +137,7 @@ def test_the_numpy_model_is_the_model():
     batch = tiny_batch(model, 4, LENGTH)
     masks = {"0.attention.heads": np.array([0.5, 1.0]), "1.ffn.neurons": np.array([1, 0, 1, 1, 2, 1.0])}
     gates = {name: jnp.asarray(mask, jnp.float32) for name, mask in masks.items()}
-    expected = model.apply(params, batch, gates).logits
+    expected = logits_of(model, params, batch, gates)
     np.testing.assert_allclose(Run(params, batch, masks).logits, expected, atol=1e-5)
 
 
@@ -246,7 +247,7 @@ def test_k_prune_measures_knowledge_in_the_current_model():
     model, params = small_model()
     found = calibration(model, params, 0.5)
     rows, dense, seen = rows_of(found), Run(params, rows_of(found)), []
-    teacher = [np.asarray(model.apply(params, batch).logits) for batch in found.batches]
+    teacher = [np.asarray(logits_of(model, params, batch)) for batch in found.batches]
 
     def decide(visit: Visit) -> Any:
         measured = knowledge(model, visit, found, teacher, 2.0)
@@ -330,7 +331,7 @@ def test_k_prune_is_its_steps_in_numpy(flops: float):
     small = k_prune_batches(model, params, found, representational=0.01, ridge=1e-9)
     assert {name: int(mask.sum()) for name, mask in masks.items()} == widths(model.axes, small)
     expected = Run(unflatten(now), batch, masks).logits
-    np.testing.assert_allclose(model.apply(small, batch).logits, expected, atol=2e-3)
+    np.testing.assert_allclose(logits_of(model, small, batch), expected, atol=2e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
