@@ -252,7 +252,8 @@ def test_good_scores_pass_and_reversed_ones_fail(known: tuple[Model, Params, Tas
     assert found["removal of heads"].facts["units"] == 8  # all there are
     wrong = {own.name: own for own in check(*known, reverse(scores), checking=FEW)}
     assert [own.verdict for own in wrong.values()] == ["does not apply", "fail", "fail", "fail"], wrong
-    assert (wrong["removal of neurons"].value or 0) == pytest.approx(-(found["removal of neurons"].value or 0))
+    values = [own["removal of neurons"].value or 0 for own in (found, wrong)]
+    assert values[1] == pytest.approx(-values[0], abs=0.05)  # other units are sampled
     areas, turned = found["deletion"].facts["areas"], wrong["deletion"].facts["areas"]
     assert turned["lowest first"] == areas["highest first"] < areas["lowest first"] == turned["highest first"]
     assert {name: area for name, area in areas.items() if "random" in name} == {
