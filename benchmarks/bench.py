@@ -28,7 +28,7 @@ from jaxprune.tasks import draw
 EXAMPLES = 128  # calibration rows
 
 
-# (model, params, task, examples, fraction of the FLOPs, their length) -> smaller parameters
+# (model, params, task, *, rows, flops, length) -> smaller parameters
 Rival: TypeAlias = Callable[..., Any]
 
 
@@ -36,7 +36,7 @@ Rival: TypeAlias = Callable[..., Any]
 class Method:
     """How units are chosen."""
 
-    criterion: Any
+    criterion: Any = None  # None: a rival has its own
     per_layer: bool = True
     normalise: Callable[..., Any] | None = None
     examples: int = EXAMPLES
@@ -218,7 +218,7 @@ class Bench:
         task, length = self.task(source), self.length(source)
         if method.rival is not None:
             rows = draw(task, min(method.examples, len(task.rows("calibration"))), seed)
-            small = method.rival(self.model, self.params, task, rows, flops=budget, length=length)
+            small = method.rival(self.model, self.params, task, rows=rows, flops=budget, length=length)
         else:
             scores = self.scores(source, method.criterion, method.examples, seed)
             how = {"per_layer": method.per_layer, "normalise": method.normalise}

@@ -30,6 +30,7 @@ import numpy as np
 from accuracy import commit
 from bench import Bench, Method
 from evidence import Cell, compare, summary
+from rivals import k_prune, kwon
 
 import jaxprune as jp
 from jaxprune.files import write_atomic
@@ -57,6 +58,10 @@ CRITERIA = {
     "Wanda": Method(jp.Wanda()),
     "magnitude": Method(jp.Magnitude()),
 }
+RIVALS = {  # they read as many rows as recovery does, Kwon et al. their labels too
+    "Kwon et al., re-implemented": Method(rival=kwon, examples=EXAMPLES),
+    "K-prune, re-implemented": Method(rival=k_prune, examples=EXAMPLES),
+}
 
 
 def choice(bench: Bench) -> dict[str, Any]:
@@ -73,10 +78,10 @@ def choice(bench: Bench) -> dict[str, Any]:
     return {"rows": rows, "split": "dev", "draws": 1}
 
 
-def methods() -> dict[str, Method]:
-    """What is compared: every criterion as it is and repaired."""
+def methods(bench: Bench) -> dict[str, Method]:
+    """What is compared: every criterion as it is and repaired, and the rivals, which are for encoders."""
     repaired = {f"{name} + recovery": replace(own, recovery=RECOVERY) for name, own in CRITERIA.items()}
-    return CRITERIA | repaired
+    return CRITERIA | repaired | ({} if bench.model.writes_text else RIVALS)
 
 
 def budgets(bench: Bench) -> dict[str, Any]:
@@ -84,7 +89,7 @@ def budgets(bench: Bench) -> dict[str, Any]:
     dense, chance = bench.dense(bench.able, "test"), bench.chances(bench.able, "test")
     rows = {
         name: {str(b): summary(bench.cells_of(own, bench.able, "test", b, 1), dense, chance) for b in BUDGETS}
-        for name, own in methods().items()
+        for name, own in methods(bench).items()
     }
     return {"rows": rows, "draws": 1}
 
@@ -96,7 +101,7 @@ def claims(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for budget in CLAIMED:
         cells: dict[str, Mapping[str, Sequence[Cell]]] = {
-            name: bench.cells_of(own, bench.able, "test", budget, DRAWS) for name, own in methods().items()
+            name: bench.cells_of(own, bench.able, "test", budget, DRAWS) for name, own in methods(bench).items()
         }
         best = cells["integrated gradients + recovery"]
         found[str(budget)] = {
