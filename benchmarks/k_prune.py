@@ -168,7 +168,8 @@ def knowledge(
     slopes, squares = ({name: np.zeros(len(mask)) for name, mask in masks.items()} for _ in range(2))
     tokens = 0.0
     for batch, state, logits in zip(calibration.batches, visit.states, teacher, strict=True):
-        gates = {name: np.broadcast_to(mask, (len(batch["weight"]), len(mask))) for name, mask in masks.items()}
+        rows = len(batch["weight"])
+        gates = {name: jnp.asarray(np.tile(mask, (rows, 1))) for name, mask in masks.items()}
         start = Prefix(state, visit.layer)
         found, pull = forward(model, visit.params, batch, gates, head=calibration.head, prefix=start)
         for name, own in pull(_divergence_slope(found, logits, batch["weight"], temperature))[0].items():
