@@ -106,4 +106,4 @@ def test_budgets_of_latency_are_predicted_and_measured(monkeypatch: Any, capsys:
     ]
     assert all(0 < row["predicted"] <= row["budget"] and row["measured"] > 0 for row in found["rows"])
     budgets.show(found)
-    assert "same fraction" in capsys.readouterr().out
+    assert "competing" in capsys.readouterr().out
