@@ -92,7 +92,7 @@ def stability(scores: Scores, *, target: float = TARGET, fractions: Sequence[flo
             overall=spearman(joined[0], joined[1]),
             reliability=None if noise is None else reliability(noise, sum(counts)),
             needed=None if noise is None else needed(noise, target),
-            overlap=tuple(jaccard(*pair, list(own)) for pair in kept),
+            overlap=tuple(jaccard(pair[0], pair[1], list(own)) for pair in kept),
             chance=tuple(chance([(len(gate), int(gate.sum())) for gate in pair[0].values()]) for pair in kept),
         )
     known = [own.reliability for own in kinds.values() if own.reliability is not None]
