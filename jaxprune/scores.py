@@ -297,11 +297,11 @@ def _merged_header(a: Mapping[str, Any], b: Mapping[str, Any], counts: Sequence[
     if completeness is not None:
         pairs = {name: (completeness[name], b["completeness"][name]) for name in completeness if name != "relative"}
         completeness = with_relative({name: float(_weighted(pair, counts)) for name, pair in pairs.items()})
-    halves = [own["halves"] for own in (a, b) if own.get("halves") is not None]
+    one, other = a.get("halves"), b.get("halves")
     kept = {name: value for name, value in a.items() if name != "until_stable"}
     return kept | {
         "format": max(a["format"], b["format"]),
-        "halves": np.sum(halves, axis=0).tolist() if len(halves) == 2 else None,
+        "halves": None if one is None or other is None else np.add(one, other).tolist(),
         "examples": sum(counts),
         "keys": a["keys"] + [key for key in b["keys"] if key not in a["keys"]],
         "data": sorted({*a["data"], *b["data"]}),
