@@ -167,7 +167,7 @@ def test_modules_that_are_not_needed_go_entirely_and_the_function_stays(model_ty
     assert counts(gates) == others
     small, batch = compact(model, params, gates), tiny_batch(model)
     full, pruned = (
-        np.asarray(found.logits) for found in (model.apply(params, batch, gates), model.apply(small, batch))
+        np.asarray(model.apply(own, batch, gated).logits) for own, gated in ((params, gates), (small, None))
     )
     np.testing.assert_allclose(pruned, full, atol=2e-5 * float(np.abs(full).max()))
     assert min(counts(select(model, params, scores, **budget, floor=1)).values()) >= 1
