@@ -129,7 +129,7 @@ def test_prune_ends_with_a_table(place, scored, tmp_path):
 
 @pytest.mark.parametrize("method", ["bias", "rescale", "reconstruct"])
 def test_prune_recovers_what_it_cut(place, scored, tmp_path, method):
-    rows = ("--task", "mood", "--data", place.data, "--limit", 20, "--latency", "0", "--flops", 0.4)
+    rows = ("--task", "mood", "--data", place.data, "--limit", 20, "--measure", "0", "--flops", 0.4)
     arguments = ("prune", place.model, "--scores", scored, *rows)
     record = record_of(*arguments, "--recover", method, "--recover-examples", 24, "-o", tmp_path / "repaired")
     plain = record_of(*arguments, "-o", tmp_path / "plain")
@@ -143,7 +143,7 @@ def test_prune_recovers_what_it_cut(place, scored, tmp_path, method):
 
 
 def test_recovery_from_few_rows_warns(place, scored, tmp_path):
-    rows = ("--task", "mood", "--data", place.data, "--no-evaluate", "--latency", "0", "--flops", 0.9)
+    rows = ("--task", "mood", "--data", place.data, "--no-evaluate", "--measure", "0", "--flops", 0.9)
     how = ("--recover", "reconstruct", "--recover-examples", 4, "--max-length", 6)
     result = run("prune", place.model, "--scores", scored, *rows, *how, "-o", tmp_path / "small")
     assert result.exit_code == 0, result.stderr
