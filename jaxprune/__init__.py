@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from jaxprune.objectives import log_probability, margin, probability
     from jaxprune.prompts import Prompt, prompt_for, read_prompt
     from jaxprune.provenance import pruning_record
+    from jaxprune.receipt import Receipt, loss_receipt
     from jaxprune.recovery import recover, recover_batches
     from jaxprune.scores import Scores, load_scores, merge, save_scores
     from jaxprune.scoring import score
@@ -67,6 +68,7 @@ _SOURCES = {
     "Output": "models",
     "Prompt": "prompts",
     "Random": "baselines",
+    "Receipt": "receipt",
     "Reconstruction": "fitting",
     "Rescaling": "fitting",
     "Scores": "scores",
@@ -90,6 +92,7 @@ _SOURCES = {
     "load_scores": "scores",
     "load_task": "tasks",
     "log_probability": "objectives",
+    "loss_receipt": "receipt",
     "margin": "objectives",
     "measure_latency_table": "latency_table",
     "merge": "scores",
@@ -124,6 +127,7 @@ __all__ = [
     "Output",
     "Prompt",
     "Random",
+    "Receipt",
     "Reconstruction",
     "Rescaling",
     "Scores",
@@ -148,6 +152,7 @@ __all__ = [
     "load_scores",
     "load_task",
     "log_probability",
+    "loss_receipt",
     "margin",
     "measure_latency_table",
     "merge",

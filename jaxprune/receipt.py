@@ -105,7 +105,7 @@ class _Lost:
         return Measured(lost, sums)
 
 
-def receipt(
+def loss_receipt(
     model: Model,
     params: Params,
     task: Task,
