@@ -24,7 +24,7 @@ from jaxprune.fitting import Method
 from jaxprune.gates import KINDS, UNITS, Params, sites, widths
 from jaxprune.models import Model
 from jaxprune.prompts import STYLES, fit, prompt_for, prompt_of, read_prompt
-from jaxprune.recovery import Recovery, recover
+from jaxprune.recovery import HELD_OUT, Recovery, recover
 from jaxprune.report import evaluation_table
 from jaxprune.scores import Scores, describe, load_scores, save_scores
 from jaxprune.scoring import EXAMPLES, score
@@ -132,6 +132,14 @@ class Recovering:
     seed: int = 0
     batch_size: int = 32
     max_length: int | None = None
+
+    def __post_init__(self):
+        for name in ("examples", "batch_size"):
+            if getattr(self, name) < HELD_OUT:
+                raise ValueError(
+                    f"recovery needs {name} of at least {HELD_OUT}: one row of four chooses, the others fit; "
+                    f"got {getattr(self, name)}."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

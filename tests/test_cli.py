@@ -150,6 +150,14 @@ def test_recovery_from_few_rows_warns(place, scored, tmp_path):
     assert "Warning: " in result.stderr and "more inputs than there are tokens" in " ".join(result.stderr.split())
 
 
+@pytest.mark.parametrize(("option", "name"), [("--recover-examples", "examples"), ("--batch-size", "batch_size")])
+def test_recovery_refuses_too_few_rows_before_any_work(place, tmp_path, option, name):
+    how = ("--task", "mood", "--data", place.data, "--flops", 0.5, "--recover", "reconstruct", option, 3)
+    result = run("prune", place.model, *how, "-o", tmp_path / "small")
+    assert result.exit_code == 2 and f"recovery needs {name} of at least 4" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_recovery_needs_rows(place, scored, tmp_path):
     result = run(
         "prune", place.model, "--scores", scored, "--flops", 0.5, "--recover", "reconstruct", "-o", tmp_path / "small"
