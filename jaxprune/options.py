@@ -363,8 +363,10 @@ def read_amount(name: str, text: str | None, unit: str, factors: Mapping[str, fl
     if found is None or (found[3] and found[3] not in factors):
         raise ValueError(f"--{name} takes {words}; got {text!r}.")
     value = float(f"{found[1]}e{found[2] or 0}") * factors.get(found[3], 1.0)
-    if not 0 < value < float("inf") or (not found[3] and value > 1):
+    if not 0 < value < float("inf"):
         raise ValueError(f"--{name} must lie above 0: {words}; got {text!r}.")
+    if not found[3] and value > 1:
+        raise ValueError(f"--{name} {text!r} has no unit, and is no fraction: {words}.")
     return {f"{name}_{unit}" if found[3] else name: value}
 
 

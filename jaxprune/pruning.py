@@ -17,7 +17,7 @@ from jaxprune.gates import KINDS, Params
 from jaxprune.models import Model
 from jaxprune.planning import Tables, outcome, settle, timed
 from jaxprune.provenance import pruning_record
-from jaxprune.recovery import Recovery
+from jaxprune.recovery import Recovery, check_method
 from jaxprune.scores import Scores, describe, load_scores
 from jaxprune.selection import select
 from jaxprune.tasks import Task
@@ -69,6 +69,8 @@ def prune_model(
     check_scope(scored if scores is None else scores, selection)
     model, params = load(source)
     try_selection(model, params, selection, kinds_of(model, params, scored if scores is None else scores))
+    if recovering is not None:
+        check_method(model, params, recovering.method)
     task = None if data is None else data.load()
     if task is not None:
         fitting_head(model, task, measuring.head)

@@ -183,6 +183,20 @@ def recover_batches(
     return unflatten(flat), tuple(repairs)
 
 
+def check_method(model: Model, params: Params, method: Method) -> None:
+    """Refuses a method that this model cannot be repaired by, before any work is done.
+
+    Raises:
+        ValueError: If it needs a bias and there is none.
+    """
+    for layer in model_layers(model, params):
+        flat = flatten(layer.params)
+        for _, _, kernel in _readers(model, layer):
+            outputs, bias = flat[kernel].shape[-1], (*kernel[:-1], "bias") in flat
+            nothing = Fit(np.zeros((0, outputs)), np.zeros(outputs) if bias else None)
+            method(Moments.nothing(0, outputs), nothing, np.zeros(0, int))
+
+
 class _Reader(NamedTuple):
     """What reads the units of one module of a layer, by local names."""
 

@@ -24,6 +24,7 @@ from jaxprune.models import Model
 from jaxprune.planning import Tables, outcome, settle, timed
 from jaxprune.provenance import pruning_record
 from jaxprune.pruning import check_scope, measure_both, recovery_record, write_pruned
+from jaxprune.recovery import check_method
 from jaxprune.scores import Scores, check_same_model, load_scores
 from jaxprune.selection import Values, select, site_costs, some, thresholds
 from jaxprune.tasks import Task, remove_leaks
@@ -203,6 +204,8 @@ def prune_together(
         raise ValueError("a latency budget for several tasks needs pooled scores (--together pooled): it has no order.")
     model, params = load(source)
     try_selection(model, params, selection)
+    if recovering is not None:
+        check_method(model, params, recovering.method)
     loaded = _load_all(model, tasks, measuring.head)
     if isinstance(scored, Scoring):
         loaded, leaks = remove_leaks(loaded)

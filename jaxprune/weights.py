@@ -7,6 +7,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,7 +200,8 @@ def misfits(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, li
     }
 
 
-def _dense(model: Model) -> dict[ParamPath, jax.ShapeDtypeStruct]:
+@lru_cache(maxsize=8)
+def _dense(model: Model) -> Mapping[ParamPath, jax.ShapeDtypeStruct]:
     return flatten(jax.eval_shape(model.initialise, jax.random.key(0)))
 
 

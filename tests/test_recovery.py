@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jaxprune.compaction import compact
 from jaxprune.fitting import BiasCompensation, Fit, Moments, Reconstruction, Rescaling, choose
 from jaxprune.gates import flatten, unflatten
 from jaxprune.models import Model
-from jaxprune.recovery import recover_batches
+from jaxprune.recovery import check_method, recover_batches
 
 
 def batches_of(model: Model, count: int = 3, rows: int = 16, length: int = 9) -> list[dict[str, np.ndarray]]:
@@ -94,6 +95,15 @@ def test_a_model_without_biases_has_nowhere_to_put_a_mean():
     model, params = tiny_model("t5")
     with pytest.raises(ValueError, match="has no biases"):
         recover_batches(model, params, params, batches_of(model), method=BiasCompensation())
+
+
+def test_a_method_without_a_place_is_refused_before_any_work():
+    for model_type, refused in (("bert", False), ("t5", True)):
+        model, params = tiny_model(model_type)
+        for method in (Rescaling(), Reconstruction()):
+            check_method(model, params, method)
+        with pytest.raises(ValueError, match="has no biases") if refused else contextlib.nullcontext():
+            check_method(model, params, BiasCompensation())
 
 
 @pytest.mark.parametrize("model_type", ["bert", "t5"])

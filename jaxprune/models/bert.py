@@ -281,9 +281,10 @@ def readout(
 def initialise(config: EncoderConfig, key: Array) -> Params:
     """Random parameters of the whole model."""
     first, last, *rest = jax.random.split(key, 2 + config.layers)
+    block = lambda rngs: Block(config, rngs=rngs)  # noqa: E731  one for all layers
     params = {
         "embeddings": initialise_part(lambda rngs: Embeddings(config, rngs=rngs), first),
-        "layers": {i: initialise_part(lambda rngs: Block(config, rngs=rngs), k) for i, k in enumerate(rest)},
+        "layers": {i: initialise_part(block, k) for i, k in enumerate(rest)},
     }
     if config.task_heads:
         keys = jax.random.split(last, len(config.task_heads))

@@ -29,8 +29,15 @@ def describe(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
 
 
 def initialise(make: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params:
-    """Fresh arrays for a module, as a plain nested dict."""
+    """Fresh arrays for a module, as a plain nested dict. Layers that share one `make` are traced once."""
+    return (_traced_once if isinstance(key, jax.core.Tracer) else _initialise)(make, key)
+
+
+def _initialise(make: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params:
     return nnx.to_pure_dict(nnx.split(make(nnx.Rngs(key)))[1])
+
+
+_traced_once = jax.jit(_initialise, static_argnums=0)  # under a trace; by itself it would be compiled for each width
 
 
 def bind(part: Part, params: Params) -> Any:

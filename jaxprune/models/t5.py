@@ -365,10 +365,8 @@ def initialise(config: T5Config, key: Array) -> Params:
     }
     for stack in stacks(config):
         decoder = stack.name == "decoder"
-        layers = {
-            i: initialise_part(lambda rngs, decoder=decoder: Block(config, decoder, rngs=rngs), next(keys))
-            for i in range(stack.layers)
-        }
+        block = lambda rngs, decoder=decoder: Block(config, decoder, rngs=rngs)  # noqa: E731  one for all layers
+        layers = {i: initialise_part(block, next(keys)) for i in range(stack.layers)}
         table = layers[0]["attention"]["relative"]["embedding"]
         for own in layers.values():
             own["attention"]["relative"] = {"embedding": table + 0.0}  # arrays of their own: training donates them
