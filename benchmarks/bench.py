@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -53,7 +53,8 @@ class Method:
     def described(self, source: str | tuple[str, ...], budget: float, seed: int) -> list[Any]:
         """All that a pruned model depends on, for JSON."""
         if self.rival is not None:
-            return [self.rival.__name__, self.examples, source, budget, seed]
+            own = self.rival if isinstance(self.rival, partial) else partial(self.rival)
+            return [own.func.__name__, *own.keywords.items(), self.examples, source, budget, seed]
         normalise = None if self.normalise is None else self.normalise.__name__
         found = [describe(self.criterion), self.per_layer, normalise, self.examples, source, budget, seed]
         return found if self.recovery is None else [*found, describe(self.recovery), self.recovery_examples]

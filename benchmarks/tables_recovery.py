@@ -42,6 +42,18 @@ def choice() -> str:
     return table(["recovery", *heading, *(f"{task}, at {float(budgets[-1]):g}" for task in tasks)], rows)
 
 
+def rivals() -> str:
+    """K-prune's weight of what a module adds, on dev."""
+    found = recovery()["rivals"]
+    tasks = list(next(iter(found["rows"].values()))["tasks"])
+    rows = [
+        [weight, percent(own["retained"]), *(percent(own["tasks"][task]["accuracy"]) for task in tasks)]
+        for weight, own in found["rows"].items()
+    ]
+    heading = f"weight of representational knowledge; on dev, at {found['budget']:g}"
+    return table([heading, "kept, %", *tasks], rows)
+
+
 def budgets() -> str:
     """The primary metric at every budget."""
     found = recovery()["budgets"]["rows"]
@@ -90,6 +102,7 @@ def cost() -> str:
 RECOVERY_TABLES: Mapping[str, Callable[[], str]] = {
     "recovery-setting": setting,
     "recovery-choice": choice,
+    "recovery-rivals": rivals,
     "recovery-budgets": budgets,
     "recovery-lost": lost,
     "recovery-claims": claims,
