@@ -44,6 +44,7 @@ from jaxprune.objectives import (
     negative_squared_error,
     objective_for,
     predicted,
+    signed,
     value_and_cotangent,
     weigh,
 )
@@ -56,6 +57,7 @@ class Measured(NamedTuple):
 
     scores: Gates  # site name to [b, units]; a missing site has no score and stays open
     completeness: dict[str, Float[Array, " b"]]  # of integrated gradients: expected, found, error, size
+    signed: Mapping[str, Array] = {}  # attributions [b, units] with their signs, where the scores have lost them
 
 
 class Criterion(Protocol):
@@ -142,7 +144,7 @@ class GradientActivation:
         for own in questions(model, params, batch, self.labels, chosen.regression, key, run):
             found += [_slope(own.pull, objective, own.logits, target) for target in own.targets]
             weights += own.weights
-        return Measured(weigh(self.examples.each, found, weights), {})
+        return reduce(self.examples, found, weights, attributions=self.tokens is sum_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +190,7 @@ class IntegratedGradients:
     ) -> Measured:
         """Scores a batch; see `Criterion`."""
         found, completeness, weights = self.attributions(model, params, batch, head=head, key=key, means=means)
-        return Measured(weigh(self.examples.each, found, weights), _summary(completeness, weights))
+        return reduce(self.examples, found, weights, _summary(completeness, weights))
 
     def attributions(
         self,
@@ -359,6 +361,28 @@ def answers_of(
         inputs = model_inputs(model, params, teacher_forced(model, batch, target))
         found.append(Answer(inputs, without_end(target, model.config.end_id), weight))
     return found
+
+
+def reduce(
+    examples: ExampleReduction,
+    found: list[Gates],
+    weights: tuple[Array, ...],
+    completeness: Mapping[str, Array] | None = None,
+    *,
+    attributions: bool = True,
+) -> Measured:
+    """The scores of a batch, and beside them its attributions with their signs, if the scores lose them.
+
+    Args:
+        examples: How attributions become scores.
+        found: One entry per label: site name to `[b, units]`.
+        weights: One entry per label.
+        completeness: Of integrated gradients.
+        attributions: Whether `found` are attributions, which add up to a change of the objective.
+    """
+    kept = examples.each is signed.each and not examples.largest
+    own = weigh(signed.each, found, weights) if attributions and not kept else {}
+    return Measured(weigh(examples.each, found, weights), dict(completeness or {}), own)
 
 
 def examples_of(batch: Mapping[str, Any], labels: Labels, regression: bool) -> tuple[Array, Array]:

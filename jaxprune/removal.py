@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxprune.activations import Closed, zero
-from jaxprune.attribution import Measured, Question, open_prefixes, questions
+from jaxprune.attribution import Measured, Question, open_prefixes, questions, reduce
 from jaxprune.gates import KINDS, Gates, Params, sites, widths
 from jaxprune.models import Model, advance, model_layers, repeat_rows
 from jaxprune.models.backward import Prefix, forward
@@ -25,7 +25,6 @@ from jaxprune.objectives import (
     gold,
     objective_for,
     value_and_cotangent,
-    weigh,
 )
 
 
@@ -70,7 +69,7 @@ class Removal:
         for own in questions(model, params, batch, self.labels, chosen.regression, key, run):
             found += self._losses(model, params, own, objective, chosen.name, means)
             weights += own.weights
-        return Measured(weigh(self.examples.each, found, weights), {})
+        return reduce(self.examples, found, weights)
 
     def _check(self, model: Model, params: Params) -> None:
         have = widths(model.axes, params, KINDS)
