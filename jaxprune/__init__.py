@@ -38,10 +38,12 @@ if TYPE_CHECKING:
     from jaxprune.latency_table import LatencyTable, measure_latency_table
     from jaxprune.models import Model, Output
     from jaxprune.objectives import log_probability, margin, probability
+    from jaxprune.prediction import Prediction, predict_loss
     from jaxprune.prompts import Prompt, prompt_for, read_prompt
     from jaxprune.provenance import pruning_record
     from jaxprune.receipt import Receipt, loss_receipt
     from jaxprune.recovery import recover, recover_batches
+    from jaxprune.reselection import Reselection, reselect
     from jaxprune.scores import Scores, load_scores, merge, save_scores
     from jaxprune.scoring import score
     from jaxprune.selection import select
@@ -66,11 +68,13 @@ _SOURCES = {
     "Magnitude": "baselines",
     "Model": "models",
     "Output": "models",
+    "Prediction": "prediction",
     "Prompt": "prompts",
     "Random": "baselines",
     "Receipt": "receipt",
     "Reconstruction": "fitting",
     "Rescaling": "fitting",
+    "Reselection": "reselection",
     "Scores": "scores",
     "Stability": "split_half",
     "Task": "tasks",
@@ -98,12 +102,14 @@ _SOURCES = {
     "merge": "scores",
     "open_gates": "gates",
     "parameters": "cost",
+    "predict_loss": "prediction",
     "probability": "objectives",
     "prompt_for": "prompts",
     "pruning_record": "provenance",
     "read_prompt": "prompts",
     "recover": "recovery",
     "recover_batches": "recovery",
+    "reselect": "reselection",
     "save": "checkpoint",
     "save_scores": "scores",
     "score": "scoring",
@@ -125,11 +131,13 @@ __all__ = [
     "Magnitude",
     "Model",
     "Output",
+    "Prediction",
     "Prompt",
     "Random",
     "Receipt",
     "Reconstruction",
     "Rescaling",
+    "Reselection",
     "Scores",
     "Stability",
     "Task",
@@ -158,12 +166,14 @@ __all__ = [
     "merge",
     "open_gates",
     "parameters",
+    "predict_loss",
     "probability",
     "prompt_for",
     "pruning_record",
     "read_prompt",
     "recover",
     "recover_batches",
+    "reselect",
     "save",
     "save_scores",
     "score",

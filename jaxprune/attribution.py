@@ -7,7 +7,7 @@ objective gives the attributions of every example. Weights are not differentiate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -44,6 +44,7 @@ from jaxprune.objectives import (
     negative_squared_error,
     objective_for,
     predicted,
+    signed,
     value_and_cotangent,
     weigh,
 )
@@ -56,6 +57,7 @@ class Measured(NamedTuple):
 
     scores: Gates  # site name to [b, units]; a missing site has no score and stays open
     completeness: dict[str, Float[Array, " b"]]  # of integrated gradients: expected, found, error, size
+    signed: Mapping[str, Array] = {}  # attributions [b, units] with their signs, where the scores have lost them
 
 
 class Criterion(Protocol):
@@ -136,20 +138,13 @@ class GradientActivation:
         objective = objective_for(self.objective, chosen)
         if objective is negative_squared_error and self.labels is predicted:
             raise ValueError("the squared error has no gradient at the prediction itself: use labels=gold.")
-        given = examples_of(batch, self.labels, chosen.regression)
         _, gates = _open_rows(model, params, batch, self.kinds)
         run = partial(forward, model, params, gates=gates, head=chosen.name, means=means, tokens=self.tokens)
-        if model.writes_text:
-            found, answers = [], answers_of(model, params, batch, self.labels, given, key)
-            for answer in answers:
-                logits, pull = run(answer.batch)
-                found.append(_slope(pull, objective, logits, answer.target))
-            weights = tuple(answer.weight for answer in answers)
-        else:
-            logits, pull = run(batch)
-            targets, weights = find_targets(self.labels, logits, *given, key_or_default(key))
-            found = [_slope(pull, objective, logits, target) for target in targets]
-        return Measured(weigh(self.examples.each, found, weights), {})
+        found, weights = [], ()
+        for own in questions(model, params, batch, self.labels, chosen.regression, key, run):
+            found += [_slope(own.pull, objective, own.logits, target) for target in own.targets]
+            weights += own.weights
+        return reduce(self.examples, found, weights, attributions=self.tokens is sum_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +190,7 @@ class IntegratedGradients:
     ) -> Measured:
         """Scores a batch; see `Criterion`."""
         found, completeness, weights = self.attributions(model, params, batch, head=head, key=key, means=means)
-        return Measured(weigh(self.examples.each, found, weights), _summary(completeness, weights))
+        return reduce(self.examples, found, weights, _summary(completeness, weights))
 
     def attributions(
         self,
@@ -215,7 +210,6 @@ class IntegratedGradients:
         """
         chosen = model.head(head)
         objective = objective_for(self.objective, chosen)
-        given = examples_of(batch, self.labels, chosen.regression)
         ones, gates = _open_rows(model, params, batch, self.kinds)
         paths = self.path(sites(model.axes, params, self.kinds))
         paths = [path for path in paths if any(ones[site.name].size for site in path)]
@@ -225,20 +219,14 @@ class IntegratedGradients:
             check_sharing(model.axes, params, [site.name for site in path])
         scaled = [{site.name: ones[site.name] for site in path} for path in paths]
         along = partial(self._along, model, params, paths, scaled, objective, chosen.name, means)
-        if not model.writes_text:
-            batch = model_inputs(model, params, batch)
-            logits = forward(model, params, batch, head=chosen.name, means=means)[0]
-            targets, weights = find_targets(self.labels, logits, *given, key_or_default(key))
-            found, completeness = along(batch, logits, targets)
-        else:
-            found, completeness = [], [[] for _ in paths]
-            answers = answers_of(model, params, batch, self.labels, given, key)
-            for answer in answers:
-                logits = forward(model, params, answer.batch, head=chosen.name, means=means)[0]
-                own, parts = along(answer.batch, logits, (answer.target,))
-                found += own
-                completeness = [[*before, *part] for before, part in zip(completeness, parts, strict=True)]
-            weights = tuple(answer.weight for answer in answers)
+        run = partial(forward, model, params, head=chosen.name, means=means)
+        found, weights = [], ()
+        completeness: list[list[Completeness]] = [[] for _ in paths]
+        for own in questions(model, params, batch, self.labels, chosen.regression, key, run):
+            attributions, parts = along(own.batch, own.logits, own.targets)
+            found += attributions
+            weights += own.weights
+            completeness = [[*before, *part] for before, part in zip(completeness, parts, strict=True)]
         closed = {name: jnp.zeros_like(rows) for name, rows in gates.items()}
         return [closed | attribution for attribution in found], completeness, weights
 
@@ -301,6 +289,49 @@ class IntegratedGradients:
         return found, completeness
 
 
+class Question(NamedTuple):
+    """What a criterion asks the model: the objective of these targets, one value per example and target."""
+
+    batch: dict[str, Array]  # the model's inputs
+    logits: Array
+    pull: Pull  # back to the gates, if there are any
+    targets: tuple[Array, ...]  # labels [b]; of a text-to-text model one, the tokens [b, u] of an answer
+    weights: tuple[Float[Array, " b"], ...]  # what the attribution for each of the targets is multiplied by
+
+
+def questions(
+    model: Model,
+    params: Params,
+    batch: Mapping[str, Any],
+    labels: Labels,
+    regression: bool,
+    key: Array | None,
+    run: Callable[[dict[str, Array]], tuple[Array, Pull]],
+) -> Iterator[Question]:
+    """Asks for the targets that `labels` chooses: all at once of a task head, one answer after the other of a text.
+
+    Args:
+        model: The architecture.
+        params: Parameters.
+        batch: As for a criterion.
+        labels: For which labels.
+        regression: Whether they are numbers.
+        key: Randomness of the labels; None is that of seed 0.
+        run: The forward pass of open gates, whose logits may choose the labels.
+
+    Raises:
+        ValueError: If labels are needed and there are none.
+    """
+    given = examples_of(batch, labels, regression)
+    if model.writes_text:
+        for answer in answers_of(model, params, batch, labels, given, key):
+            yield Question(answer.batch, *run(answer.batch), (answer.target,), (answer.weight,))
+    else:
+        inputs = model_inputs(model, params, batch)
+        logits, pull = run(inputs)
+        yield Question(inputs, logits, pull, *find_targets(labels, logits, *given, key_or_default(key)))
+
+
 class Answer(NamedTuple):
     """An answer of a text-to-text model, one per example, whose objective is attributed."""
 
@@ -330,6 +361,28 @@ def answers_of(
         inputs = model_inputs(model, params, teacher_forced(model, batch, target))
         found.append(Answer(inputs, without_end(target, model.config.end_id), weight))
     return found
+
+
+def reduce(
+    examples: ExampleReduction,
+    found: list[Gates],
+    weights: tuple[Array, ...],
+    completeness: Mapping[str, Array] | None = None,
+    *,
+    attributions: bool = True,
+) -> Measured:
+    """The scores of a batch, and beside them its attributions with their signs, if the scores lose them.
+
+    Args:
+        examples: How attributions become scores.
+        found: One entry per label: site name to `[b, units]`.
+        weights: One entry per label.
+        completeness: Of integrated gradients.
+        attributions: Whether `found` are attributions, which add up to a change of the objective.
+    """
+    kept = examples.each is signed.each and not examples.largest
+    own = weigh(signed.each, found, weights) if attributions and not kept else {}
+    return Measured(weigh(examples.each, found, weights), dict(completeness or {}), own)
 
 
 def examples_of(batch: Mapping[str, Any], labels: Labels, regression: bool) -> tuple[Array, Array]:

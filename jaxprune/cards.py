@@ -6,7 +6,17 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
-from jaxprune.report import BEFORE_AFTER, Record, before_after_notes, before_after_sections, listed, plain
+from jaxprune.report import (
+    BEFORE_AFTER,
+    Record,
+    before_after_notes,
+    before_after_sections,
+    listed,
+    plain,
+    receipt_notes,
+    receipt_rows,
+    receipts_of,
+)
 
 LOADING = """import jaxprune as jp
 from jaxprune.evaluation import predict
@@ -69,6 +79,8 @@ def model_card(record: Record, *, on_hub: bool) -> str:
         "## Before and after",
         _markdown(["", *BEFORE_AFTER], cells),
         "\n".join(" ".join(note.split()) for note in before_after_notes(record)),
+        *(["## What was lost"] if receipts_of(record) else []),
+        *(part for own in receipts_of(record) for part in _lost(own)),
         "## Units",
         _markdown(["site", "before", "after"], widths),
         "## How to load it",
@@ -92,6 +104,14 @@ def _how_scored(task: Record, named: bool) -> str:
     examples = f"{task['examples']:,} calibration examples" if task["examples"] else "no example"
     what = f"- Criterion for {_code(task['task'])}" if named else "- Criterion"
     return f"{what}: {_code(criterion['name'])}{f' ({_code(settings)})' if settings else ''}, {examples}."
+
+
+def _lost(receipt: Record) -> tuple[str, ...]:
+    """What a pruning lost of one task, predicted and true."""
+    headings, *rows = receipt_rows(receipt)
+    what = f"Of {_code(receipt['objective'])} for {_code(receipt['task'])}, mean of {receipt['examples']:,} examples:"
+    notes = "\n".join(f"- {_unbroken(' '.join(note.split()))}" for note in receipt_notes(receipt))
+    return what, _markdown(headings, rows), notes
 
 
 def _for_others(tasks: Sequence[Record]) -> str:

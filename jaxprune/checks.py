@@ -21,29 +21,15 @@ from jaxprune.checkpoint import load
 from jaxprune.evaluation import evaluate
 from jaxprune.gates import Params
 from jaxprune.models import Model
-from jaxprune.objectives import (
-    absolute,
-    every,
-    gold,
-    log_probability,
-    margin,
-    maximum,
-    name_of,
-    negative_squared_error,
-    predicted,
-    probability,
-    sampled,
-    signed,
-    squared,
-)
+from jaxprune.objectives import gold
+from jaxprune.origin import origin_of, scored_rows
 from jaxprune.pictures import check_picture, deletion_figure
-from jaxprune.prompts import prompt_of
 from jaxprune.removal import Removal
 from jaxprune.scores import Scores, load_scores
 from jaxprune.scoring import score
 from jaxprune.selection import select
-from jaxprune.splits import Example, row_key
-from jaxprune.tasks import Task, draw
+from jaxprune.splits import Example
+from jaxprune.tasks import Task
 from jaxprune.workflow import Data, Watch, check_file
 
 PASS, FAIL, UNDECIDED, NOT_APPLICABLE = "pass", "fail", "undecided", "does not apply"
@@ -52,10 +38,6 @@ LEAST_CORRELATION = 0.2  # with removal; scores that are certainly below are no 
 FEWEST_UNITS = 4  # of a site, for a rank correlation with a margin of error
 DEVIATIONS = 1.96  # standard errors to either side: 95 % of a normal distribution
 T_VALUES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 97.5 %, 1 to 9 degrees of freedom
-OBJECTIVES = (probability, log_probability, margin, negative_squared_error)
-LABELS = (gold, predicted, sampled, every)
-REDUCTIONS = (absolute, signed, squared, maximum)
-LIKELIHOOD = ("Gradient", "Taylor", "Fisher")  # criteria that are of the log-likelihood
 
 Progress = Callable[[int, int, str], None]  # what is done, of how much, and which check it is
 
@@ -120,7 +102,8 @@ def check(
         ValueError: If the scores are of another model or task, its calibration rows are missing, or they were made with
             an objective or labels of the user's own.
     """
-    rows = _scored_rows(model, params, task, scores, checking)
+    most = checking.examples
+    rows = scored_rows(model, params, task, scores, limit=most, drawn=most, key=checking.seed)
     return [
         completeness_check(scores),
         *removal_checks(model, params, task, scores, rows, checking=checking, progress=progress),
@@ -415,59 +398,14 @@ def check_model(
     return record
 
 
-def _scored_rows(model: Model, params: Params, task: Task, scores: Scores, checking: Checking) -> tuple[Example, ...]:
-    """Some of the rows that were scored; for scores that read none, calibration rows.
-
-    Raises:
-        ValueError: If the scores do not belong to the model, the task or its rows.
-    """
-    select(model, params, scores, units=1.0)  # refuses scores of another model
-    header = scores.header
-    if header["task"] != task.name:
-        raise ValueError(f"the scores are of task {header['task']!r}, not of {task.name!r}: name the task they are of.")
-    prompt = prompt_of(model, task)
-    own = None if prompt is None else prompt.to_json()
-    if header["examples"] and header.get("prompt") != own:
-        raise ValueError(f"the scores were made with the prompt {header.get('prompt')}, this is {own}: use the same.")
-    split = header["split"] if header["split"] != "given" else "calibration"
-    rows = task.rows(split)
-    if not rows:
-        raise ValueError(f"{task.name!r} has no {split} rows: units are removed on the rows that were scored.")
-    if not header["examples"]:
-        return draw(task, min(checking.examples, len(rows)), checking.seed, split=split)
-    wanted = set(header["rows"])
-    known = {row_key(row): row for row in rows if row_key(row) in wanted}
-    if not known:
-        raise ValueError(
-            f"none of the {len(wanted)} rows that were scored is among the {len(rows)} {split} rows of {task.name!r}: "
-            "give the data that the scores were made with."
-        )
-    return tuple(known[key] for key in sorted(known)[: checking.examples])  # keys are hashes: any of the rows
-
-
 def _removal_of(model: Model, scores: Scores, units: Mapping[str, Sequence[int]], chunk: int) -> Removal:
     """What removal is to be compared with these scores: the same objective, labels, reduction and closed value."""
-    criterion = scores.header["criterion"]
-    objective = criterion.get("objective")
-    if criterion["name"] in LIKELIHOOD:
-        regression = model.head(scores.header["head"]).regression
-        objective = name_of(negative_squared_error if regression else log_probability)
+    origin = origin_of(model, scores)
     return Removal(
         units=units,
         chunk=chunk,
-        objective=_named("objective", objective, OBJECTIVES),
-        labels=_named("labels", criterion.get("labels"), LABELS) or gold,
-        examples=_named("examples", criterion.get("examples"), REDUCTIONS) or absolute,
+        objective=origin.objective,
+        labels=origin.labels or gold,
+        examples=origin.examples,
         closed=zero if scores.means is None else calibration_means,
     )
-
-
-def _named(setting: str, name: str | None, known: Sequence[Any]) -> Any:
-    """The function that a header names; None for none."""
-    found = {name_of(function): function for function in known}
-    if name is not None and name not in found:
-        raise ValueError(
-            f"the scores were made with {setting} {name!r}, which is none of {', '.join(found)}: a function of your "
-            "own cannot be found by its name, so these scores cannot be checked."
-        )
-    return None if name is None else found[name]

@@ -20,6 +20,7 @@ from jaxprune.options import (
     ModelName,
     OneTask,
     Overwrite,
+    ReceiptOptions,
     RecoveryOptions,
     RowOptions,
     ScoringOptions,
@@ -111,6 +112,7 @@ def prune(
     scoring: ScoringOptions,
     settings: CriterionOptions,
     recovery: RecoveryOptions,
+    receipts: ReceiptOptions,
     scores: Annotated[
         list[Path] | None, option("A score file, or one per task; without it --task is scored.", metavar="FILE")
     ] = None,
@@ -159,7 +161,7 @@ def prune(
         )
         chosen, data = selection.build(budget), [rows.of(name) for name in task]
         how = {"measuring": measuring, "tables": budget.tables(), "overwrite": overwrite, "watch": bars}
-        how["recovering"] = recovery.build(scoring.seed, batches)
+        how |= {"recovering": recovery.build(scoring.seed, batches), "accounting": receipts.build(batches)}
         scored = scores or scoring.build(settings, head, batches)
         if several:
             way = find("together", together or "pooled")
@@ -167,7 +169,10 @@ def prune(
         else:
             one = scored[0] if isinstance(scored, list) else scored
             record = pruning.prune_model(model, output, chosen, scored=one, data=data[0] if data else None, **how)
-    lines = [*report.before_after_notes(record), "", f"Model:  {output}"]
+    lines = [*report.before_after_notes(record)]
+    for own in report.receipts_of(record):
+        lines += [report.receipt_table(own), *report.receipt_notes(own)]
+    lines += ["", f"Model:  {output}"]
     if not scores:
         files = ", ".join(own["scores"] for own in record.get("tasks", [record]))
         lines.append(f"Scores: {files} (other budgets: --scores)")

@@ -7,7 +7,7 @@ from textwrap import fill
 from rich import box
 from rich.table import Table
 
-from jaxprune.report import Record, before_after_table, length_text
+from jaxprune.report import PREDICTED, Record, before_after_table, length_text, predicted_by, prediction_note
 
 
 def plan_tables(record: Record) -> list[Table]:
@@ -19,13 +19,18 @@ def plan_tables(record: Record) -> list[Table]:
         box=box.SIMPLE,
         pad_edge=False,
     )
-    for heading in ("layer", *(kind.replace("_", " ") for kind in record["kinds"]), "score kept"):
+    which = predicted_by(record["prediction"])
+    loss = [] if which is None else [f"loss {PREDICTED[which]}"]
+    for heading in ("layer", *(kind.replace("_", " ") for kind in record["kinds"]), "score kept", *loss):
         layers.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
     for row in record["layers"]:
         if row is record["layers"][-1]:
             layers.add_section()
         units = (f"{kept:,}" if kept == had else f"{kept:,}/{had:,}" for kept, had in map(row.get, record["kinds"]))
-        layers.add_row(row["layer"], *units, "" if row["score_kept"] is None else f"{100 * row['score_kept']:.1f} %")
+        kept = "" if row["score_kept"] is None else f"{100 * row['score_kept']:.1f} %"
+        own = record["prediction"] if row is record["layers"][-1] else record["prediction"]["layers"].get(row["layer"])
+        lost = [] if which is None else ["" if own is None else f"{own[which]:.4f}"]
+        layers.add_row(row["layer"], *units, kept, *lost)
     costs = before_after_table(record)
     if record["latency"] is not None:
         found = record["latency"]["predicted"]
@@ -38,7 +43,10 @@ def plan_tables(record: Record) -> list[Table]:
 
 def plan_notes(record: Record) -> list[str]:
     """What the figures of `plan_tables` mean, and the steps of the latency table."""
-    notes = ["x/y: x of the y units would stay. Score kept: of the sum of all scores above zero."]
+    notes = [
+        "x/y: x of the y units would stay. Score kept: of the sum of all scores above zero.",
+        prediction_note(record),
+    ]
     if record["latency"] is None:
         notes.append("There is no latency table of this model, batch and length yet: --latency measures one.")
     else:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 if TYPE_CHECKING:
+    from jaxprune.accounting import Accounting
     from jaxprune.attribution import Criterion
     from jaxprune.planning import Tables
     from jaxprune.workflow import Data, Recovering, Scoring, Selection
@@ -270,6 +271,26 @@ class RecoveryOptions:
             return None
         method = find("recover", self.recover)()
         return Recovering(method=method, examples=self.recover_examples, seed=seed, **asdict(batches))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReceiptOptions:
+    """What a selection loses, and whether units are selected again by it."""
+
+    receipt: Annotated[
+        bool, measured("What of the objective is lost on the scored rows, by layer, predicted and true.", "--receipt")
+    ] = False
+    receipt_rounds: Annotated[
+        int, kept("Select again, up to so often, by what was really lost, at the same budget; the best is kept.")
+    ] = 0
+
+    def build(self, batches: BatchOptions) -> Accounting | None:
+        """How the receipt is made; None: there is none."""
+        from jaxprune.accounting import Accounting
+
+        if not self.receipt and self.receipt_rounds == 0:
+            return None
+        return Accounting(rounds=self.receipt_rounds, batch_size=batches.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)

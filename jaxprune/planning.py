@@ -15,6 +15,8 @@ from jaxprune.compaction import compact
 from jaxprune.gates import KINDS, Params, sites, widths
 from jaxprune.latency_table import LatencyTable, check_table, conditions, kept_table, read_table, table_file
 from jaxprune.models import Model
+from jaxprune.origin import objective_name
+from jaxprune.prediction import predict_loss
 from jaxprune.provenance import pruning_record
 from jaxprune.scores import Scores, load_scores
 from jaxprune.selection import select
@@ -132,8 +134,8 @@ def plan_model(
         watch: Shows the progress.
 
     Returns:
-        Widths per site and layer, counts before and after, predicted latency, and the share of the scores that is kept,
-        scores below zero counting as zero.
+        Widths per site and layer, counts before and after, predicted latency and loss of the objective, and the share
+        of the scores that is kept, scores below zero counting as zero.
     """
     scores = load_scores(scored)
     model, params = load(source)
@@ -162,6 +164,8 @@ def plan_model(
         "widths": {name: [own["had"], own["kept"]] for name, own in pruning["sites"].items()},
         "layers": _layers(model, params, scores, gates),
         "latency": None if table is None else _predicted(table, model, params, small, selection),
+        "objective": objective_name(model, scores),
+        "prediction": predict_loss(scores, gates).to_json(),
     }
     record["score_kept"] = record["layers"][-1]["score_kept"]
     return record

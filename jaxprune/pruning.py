@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jaxprune.accounting import Accounting, account_for, check_accounting
 from jaxprune.baselines import TopLayers
 from jaxprune.batches import Length
 from jaxprune.cards import model_card
@@ -52,6 +54,7 @@ def prune_model(
     scored: Path | Scoring,
     data: Data | None = None,
     recovering: Recovering | None = None,
+    accounting: Accounting | None = None,
     measuring: Measuring,
     tables: Tables | None = None,
     overwrite: bool = False,
@@ -62,11 +65,15 @@ def prune_model(
     With `scored` a score file, nothing is scored; a tokenizer is needed only to evaluate. Otherwise `data` is scored,
     and the scores are kept beside the folder, as `OUTPUT.scores.safetensors`, for the same command after an
     interruption and for other budgets. A budget of latency goes by one of the `tables`, and is measured in the end.
+    With `accounting` the rows that were scored say what the selection loses, and perhaps lead to a better one.
     """
     check_folder(output, overwrite)
     kept = scored if isinstance(scored, Path) else output.with_name(f"{output.name}.scores.safetensors")
     scores = load_scores(scored) if isinstance(scored, Path) else None
     check_scope(scored if scores is None else scores, selection)
+    check_accounting(scored if scores is None else scores, accounting)
+    if accounting is not None and data is None:
+        raise ValueError("there is nothing to make a receipt with: name the task, or leave the receipt out.")
     model, params = load(source)
     try_selection(model, params, selection, kinds_of(model, params, scored if scores is None else scores))
     if recovering is not None:
@@ -84,23 +91,32 @@ def prune_model(
     if selection.by_latency:
         select(model, params, scores, units=1.0)  # refuses scores of another model before modules are measured
     length, table = settle(model, params, selection, tables, scores.header["mean_length"], watch)
-    gates = select(model, params, scores, **{**selection.arguments(), "length": length}, table=table)
+    choose = partial(select, model, params, **{**selection.arguments(), "length": length}, table=table)
+    account = None
+    if accounting is not None and task is not None:
+        account = account_for(model, params, task, scores, choose, accounting, watch=watch)
+    gates = choose(scores) if account is None else account.gates
     small = compact(model, params, gates, scores.means)
 
     tasks, rows, repaired = [] if task is None else [task], scores.header["rows"], None
     if recovering is not None:
         small, repaired = repair(model, params, small, tasks, recovering, watch)
         rows = sorted({*rows, *repaired.rows})
+    if account is not None:
+        rows = sorted({*rows, *account.rows})
     found = measure_both(model, params, small, tasks, length, head, rows, timed(measuring, table), watch)
     prompt = scores.header.get("prompt")
     pruning = pruning_record(scores, gates, **{**selection.arguments(), "length": length})
     if repaired is not None:
         pruning["recovery"] = recovery_record(repaired)
+    if account is not None:
+        pruning["receipt"] = account.record
     record = {
         "command": "prune",
         "source": source,
         "output": str(output),
         "recovery": pruning.get("recovery"),
+        "receipt": pruning.get("receipt"),
         "scores": str(kept),
         "task": scores.header["task"],
         "criterion": scores.header["criterion"],

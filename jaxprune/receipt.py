@@ -1,12 +1,14 @@
 """The receipt of a pruning: what of the objective was lost, and which removed unit it was lost with.
 
 Integrated gradients along the straight path from the gates that were selected to all gates open. What they give to the
-units that were closed sums to what the objective really lost, example by example, up to the quadrature.
+units that were closed sums to what the objective really lost, example by example, up to the quadrature. The same path
+says what the units that stay are worth to what is left.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,17 +16,30 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxprune.attribution import Measured, answers_of, examples_of, key_or_default
+from jaxprune.activations import calibration_means, zero
+from jaxprune.attribution import Measured, key_or_default, questions
 from jaxprune.batches import encode, pack
 from jaxprune.evaluation import fitting_head
 from jaxprune.gates import Gates, Params, check_gates
 from jaxprune.integration import gauss_legendre, quadrature
-from jaxprune.models import Model, model_inputs
+from jaxprune.models import Model
 from jaxprune.models.backward import forward
-from jaxprune.objectives import Labels, Objective, find_targets, gold, objective_for, signed, value_and_cotangent
+from jaxprune.objectives import (
+    ExampleReduction,
+    Labels,
+    Objective,
+    absolute,
+    gold,
+    objective_for,
+    signed,
+    value_and_cotangent,
+    weigh,
+)
 from jaxprune.prompts import prompt_of
 from jaxprune.scoring import score_batches
 from jaxprune.tasks import Example, Task, draw, row_key
+
+WORTH = "worth:"  # before a site's name: what all its units are worth along the path
 
 
 class Receipt(NamedTuple):
@@ -35,31 +50,61 @@ class Receipt(NamedTuple):
     found: float  # the sum of `units`
     error: float  # the mean over the examples of |found - lost|
     rows: tuple[str, ...]  # the keys of the examples
+    worth: Mapping[str, np.ndarray]  # [units], open ones too: mean f(slope along the path), as scores are reduced
 
     def modules(self) -> dict[str, float]:
         """Lost with each module: `"3.ffn"` to the sum of its units."""
-        found: dict[str, float] = {}
-        for site, values in self.units.items():
-            name = site.rpartition(".")[0]
-            found[name] = found.get(name, 0.0) + float(values.sum())
-        return found
+        return by_module(self.units)
 
     def layers(self) -> dict[str, float]:
         """Lost with each layer."""
-        found: dict[str, float] = {}
-        for site, values in self.units.items():
-            name = ".".join(site.split(".")[:-2])
-            found[name] = found.get(name, 0.0) + float(values.sum())
-        return found
+        return by_layer(self.units)
+
+
+def by_module(units: Mapping[str, Any]) -> dict[str, float]:
+    """Sums over the units of each module: `"3.ffn"`, `"decoder.3.cross"`."""
+    return _sums(units, 1)
+
+
+def by_layer(units: Mapping[str, Any]) -> dict[str, float]:
+    """Sums over the units of each layer: `"3"`, `"decoder.3"`."""
+    return _sums(units, 2)
+
+
+def _sums(units: Mapping[str, Any], parts: int) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for site, values in units.items():
+        name = ".".join(site.split(".")[:-parts])
+        found[name] = found.get(name, 0.0) + float(np.asarray(values).sum())
+    return found
 
 
 class _Lost:
-    """A criterion that attributes what selected gates lose, example by example, with its sign."""
+    """A criterion that attributes what selected gates lose, example by example, with its sign.
+
+    Under the site's name stands what was lost with its closed units, under `worth:SITE` the slopes of all its units,
+    reduced as scores are.
+    """
 
     examples = signed
 
-    def __init__(self, selected: Gates, nodes: int, objective: Objective | None, labels: Labels) -> None:
-        self.selected, self.objective, self.labels = selected, objective, labels
+    def __init__(
+        self,
+        selected: Gates,
+        nodes: int,
+        objective: Objective | None,
+        labels: Labels,
+        *,
+        reduction: ExampleReduction = absolute,
+        means: Gates | None = None,
+    ) -> None:
+        if reduction.largest:
+            raise ValueError(
+                f"reduction={reduction.name} is no mean over the examples, and a receipt is: use absolute, signed or "
+                "squared."
+            )
+        self.selected, self.objective, self.labels, self.reduction = selected, objective, labels, reduction
+        self.closed = calibration_means if means else zero
         self.points, self.weights = quadrature(gauss_legendre, nodes)
 
     def __call__(
@@ -75,34 +120,29 @@ class _Lost:
         """Attributes a batch; see `Criterion`."""
         chosen = model.head(head)
         objective = objective_for(self.objective, chosen)
-        given = examples_of(batch, self.labels, chosen.regression)
-        if model.writes_text:
-            parts = [
-                (answer.batch, (answer.target,), (answer.weight,))
-                for answer in answers_of(model, params, batch, self.labels, given, key)
-            ]
-        else:
-            inputs = model_inputs(model, params, batch)
-            logits = forward(model, params, inputs, head=chosen.name)[0]
-            parts = [(inputs, *find_targets(self.labels, logits, *given, key_or_default(key)))]
-        lost: Gates = {name: jnp.zeros(()) for name in self.selected}
-        expected = found = jnp.zeros(())
-        for inputs, targets, shares in parts:
-            gates = [_between(self.selected, alpha, inputs["input_ids"]) for alpha in (0.0, 1.0)]
-            ends = [forward(model, params, inputs, own, head=chosen.name, means=means)[0] for own in gates]
-            for target, share in zip(targets, shares, strict=True):
-                before, after = (value_and_cotangent(objective, logits, target)[0] for logits in ends)
+        run = partial(forward, model, params, head=chosen.name, means=means)
+        slopes: list[Gates] = []
+        shares: tuple[Array, ...] = ()
+        expected = jnp.zeros(())
+        for own in questions(model, params, batch, self.labels, chosen.regression, key, run):
+            rows = own.batch["input_ids"]
+            pruned = run(own.batch, _between(self.selected, 0.0, rows))[0]
+            for target, share in zip(own.targets, own.weights, strict=True):
+                after, before = (value_and_cotangent(objective, it, target)[0] for it in (own.logits, pruned))
                 expected = expected + share * (after - before)
+            totals: list[Gates] = [{name: jnp.zeros(()) for name in self.selected} for _ in own.targets]
             for point, weight in zip(self.points, self.weights, strict=True):
-                own = _between(self.selected, point, inputs["input_ids"])
-                logits, pull = forward(model, params, inputs, own, head=chosen.name, means=means)
-                for target, share in zip(targets, shares, strict=True):
-                    slopes = pull(value_and_cotangent(objective, logits, target)[1])[0]
-                    lost = _more(lost, slopes, self.selected, weight * share)
+                logits, pull = run(own.batch, _between(self.selected, point, rows))
+                for i, target in enumerate(own.targets):
+                    totals[i] = _more(totals[i], pull(value_and_cotangent(objective, logits, target)[1])[0], weight)
                 del logits, pull  # before the next node needs the memory
+            slopes += totals
+            shares += own.weights
+        lost = _closed_alone(weigh(signed.each, slopes, shares), self.selected)
         found = jnp.stack([value.sum(1) for value in lost.values()]).sum(0)
         sums = {"expected": expected, "found": found, "error": jnp.abs(found - expected), "size": jnp.abs(expected)}
-        return Measured(lost, sums)
+        worth = weigh(self.reduction.each, slopes, shares)
+        return Measured(lost | {f"{WORTH}{name}": value for name, value in worth.items()}, sums)
 
 
 def loss_receipt(
@@ -116,6 +156,7 @@ def loss_receipt(
     nodes: int = 16,
     objective: Objective | None = None,
     labels: Labels = gold,
+    reduction: ExampleReduction = absolute,
     means: Gates | None = None,
     head: str | None = None,
     batch_size: int = 32,
@@ -134,6 +175,7 @@ def loss_receipt(
         nodes: Quadrature nodes; each costs one forward and one backward pass.
         objective: What was to be kept; None is the probability, or the negative squared error in a regression.
         labels: For which labels.
+        reduction: How the examples become one number in `worth`: as in the scores that it is to be compared with.
         means: What closed units are replaced by; None is zero.
         head: The task head; by default the one of the task's name, else the only one.
         batch_size: Examples in a batch.
@@ -144,7 +186,8 @@ def loss_receipt(
         The receipt.
 
     Raises:
-        ValueError: If the gates do not fit the model, no unit is closed, or there are too few examples.
+        ValueError: If the gates do not fit the model, no unit is closed, there are too few examples, or the reduction
+            is no mean over them.
     """
     selected = {name: jnp.asarray(gate, jnp.float32) for name, gate in gates.items()}
     check_gates(model, params, selected)
@@ -158,7 +201,7 @@ def loss_receipt(
         model,
         params,
         pack(encoded, batch_size=batch_size),
-        _Lost(selected, nodes, objective, labels),
+        _Lost(selected, nodes, objective, labels, reduction=reduction, means=means),
         head=head,
         key=key,
         means=means,
@@ -167,8 +210,9 @@ def loss_receipt(
     if sums is None:
         raise ValueError("there are no examples to attribute.")
     expected, found, error = (float(sums[name] or 0.0) for name in ("expected", "found", "error"))
-    units = {name: np.asarray(value) for name, value in values.items()}
-    return Receipt(units, expected, found, error, tuple(sorted(map(row_key, rows))))
+    arrays = {name: np.asarray(value) for name, value in values.items()}
+    units, worth = ({name: arrays[f"{part}{name}"] for name in selected} for part in ("", WORTH))
+    return Receipt(units, expected, found, error, tuple(sorted(map(row_key, rows))), worth)
 
 
 @jax.jit
@@ -178,6 +222,12 @@ def _between(selected: Gates, alpha: Any, rows: Array) -> Gates:
 
 
 @jax.jit
-def _more(lost: Gates, slopes: Gates, selected: Gates, weight: Array) -> Gates:
-    """Adds the weighted slopes of one node, for the units that are closed."""
-    return {name: lost[name] + weight[:, None] * slopes[name] * (1.0 - selected[name]) for name in lost}
+def _more(total: Gates, slopes: Gates, weight: Any) -> Gates:
+    """Adds the weighted slopes of one node."""
+    return {name: total[name] + weight * slopes[name] for name in total}
+
+
+@jax.jit
+def _closed_alone(slopes: Gates, selected: Gates) -> Gates:
+    """Each slope times the way that its gate goes: 0 where it is open."""
+    return {name: slopes[name] * (1.0 - gate) for name, gate in selected.items()}

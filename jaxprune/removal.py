@@ -13,20 +13,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxprune.activations import Closed, zero
-from jaxprune.attribution import Measured, answers_of, examples_of, key_or_default, open_prefixes
+from jaxprune.attribution import Measured, Question, open_prefixes, questions, reduce
 from jaxprune.gates import KINDS, Gates, Params, sites, widths
-from jaxprune.models import Model, advance, model_inputs, model_layers, repeat_rows
+from jaxprune.models import Model, advance, model_layers, repeat_rows
 from jaxprune.models.backward import Prefix, forward
 from jaxprune.objectives import (
     ExampleReduction,
     Labels,
     Objective,
     absolute,
-    find_targets,
     gold,
     objective_for,
     value_and_cotangent,
-    weigh,
 )
 
 
@@ -66,19 +64,12 @@ class Removal:
         self._check(model, params)
         chosen = model.head(head)
         objective = objective_for(self.objective, chosen)
-        given = examples_of(batch, self.labels, chosen.regression)
-        if model.writes_text:
-            answers = answers_of(model, params, batch, self.labels, given, key)
-            found = [
-                self._losses(model, params, own.batch, objective, chosen.name, means, None, (own.target,))[0]
-                for own in answers
-            ]
-            return Measured(weigh(self.examples.each, found, tuple(own.weight for own in answers)), {})
-        batch = model_inputs(model, params, batch)
-        logits, _ = forward(model, params, batch, head=chosen.name)
-        targets, weights = find_targets(self.labels, logits, *given, key_or_default(key))
-        found = self._losses(model, params, batch, objective, chosen.name, means, logits, targets)
-        return Measured(weigh(self.examples.each, found, weights), {})
+        run = partial(forward, model, params, head=chosen.name)
+        found, weights = [], ()
+        for own in questions(model, params, batch, self.labels, chosen.regression, key, run):
+            found += self._losses(model, params, own, objective, chosen.name, means)
+            weights += own.weights
+        return reduce(self.examples, found, weights)
 
     def _check(self, model: Model, params: Params) -> None:
         have = widths(model.axes, params, KINDS)
@@ -89,19 +80,11 @@ class Removal:
                 raise ValueError(f"{name} has the units 0 to {have[name] - 1}, got {wrong[0]}.")
 
     def _losses(
-        self,
-        model: Model,
-        params: Params,
-        batch: dict[str, Array],
-        objective: Objective,
-        head: str,
-        means: Gates | None,
-        logits: Array | None,
-        targets: tuple[Array, ...],
+        self, model: Model, params: Params, asked: Question, objective: Objective, head: str, means: Gates | None
     ) -> list[Gates]:
-        """What every target loses with each unit; `logits` are those of the open model, None: not known yet."""
-        logits = forward(model, params, batch, head=head)[0] if logits is None else logits
-        ends = [value_and_cotangent(objective, logits, target)[0] for target in targets]
+        """What every target loses with each unit."""
+        batch, targets = asked.batch, asked.targets
+        ends = [value_and_cotangent(objective, asked.logits, target)[0] for target in targets]
         places = [site for site in sites(model.axes, params, KINDS) if site.name in self.units]
         prefixes = open_prefixes(model, params, batch, {site.layer_name for site in places})
         have = widths(model.axes, params, KINDS)

@@ -16,6 +16,7 @@ from rich.table import Table
 Record = Mapping[str, Any]
 
 BEFORE_AFTER = ("before", "after", "kept", "speed-up")
+PREDICTED = {"estimate": "predicted", "at_most": "at most"}  # what a prediction has -> its column
 COUNTS = {  # what a record counts -> its row in the table
     "units": "units: {kinds}",
     "prunable_parameters": "parameters of units",
@@ -120,6 +121,86 @@ def before_after_notes(record: Record) -> list[str]:
             f"{_percent(found['median_ratio'])} by medians."
         )
     return [fill(note, 80, subsequent_indent="  ") for note in notes]
+
+
+def receipts_of(record: Record) -> Sequence[Record]:
+    """The receipts of a pruning for one or several tasks, or none."""
+    return record.get("receipts") or [record["receipt"]] * (record.get("receipt") is not None)
+
+
+def receipt_table(receipt: Record) -> Table:
+    """What was predicted to be lost, and what was lost, layer by layer."""
+    table = _table(f"{receipt['task']}: {_loss(receipt)} lost, mean of {receipt['examples']:,} examples")
+    headings, *rows = receipt_rows(receipt)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
+    for row in rows:
+        if row is rows[-1]:
+            table.add_section()
+        table.add_row(*row)
+    return table
+
+
+def receipt_rows(receipt: Record) -> list[tuple[str, ...]]:
+    """The headings, a row per layer, and one of all: predicted if there is a prediction, and lost."""
+    found = receipt["prediction"]
+    which = predicted_by(found)
+    totals = {name: lost for name, lost in receipt["layers"].items()} | {"all": receipt["found"]}
+    rows = [("layer", "lost")] if which is None else [("layer", PREDICTED[which], "lost")]
+    for name, lost in totals.items():
+        own = found if name == "all" else found["layers"].get(name, {})
+        rows.append((name, _amount(lost)) if which is None else (name, _amount(own.get(which)), _amount(lost)))
+    return rows
+
+
+def receipt_notes(receipt: Record) -> list[str]:
+    """What the figures of a receipt mean, how exact they are, and what selecting again has changed."""
+    notes = [
+        prediction_note(receipt),
+        f"Lost: {_amount(receipt['lost'])} in all; the layers' shares, by {receipt['nodes']} nodes from the selected "
+        f"gates to open ones, miss an example's loss by {receipt['error']:.2g} (mean). Before any recovery.",
+    ]
+    if rounds := receipt["rounds"]:
+        steps = ", ".join(f"{_amount(own['lost'])} ({own['changed']:,})" for own in rounds[1:]) or "the same again"
+        chosen = "the first selection stays" if receipt["best"] == 0 else f"re-selection {receipt['best']} is kept"
+        notes.append(
+            f"Selected again at the same budget: lost {_amount(rounds[0]['lost'])}, then {steps} (units that changed "
+            f"places); {chosen}. The same rows choose and tell, so other rows may lose more."
+        )
+    return [fill(note, 80, subsequent_indent="  ") for note in notes]
+
+
+def prediction_note(record: Record) -> str:
+    """What a prediction is, or why there is none.
+
+    Args:
+        record: With `objective` and `prediction`, as a receipt has them.
+    """
+    found = record["prediction"]
+    which = predicted_by(found)
+    if which is None:
+        return f"No prediction of the loss: {found['meaning']}."
+    if which == "at_most":
+        text = f"At most: sums of sizes over the removed units, of {_loss(record)}; {found['meaning']}."
+    else:
+        text = f"Predicted: {_loss(record)}, summed over the removed units; {found['meaning']}."
+        text += "" if found["at_most"] is None else f" Without signs: {_amount(found['at_most'])}."
+    whole = found["everything"]
+    return text + ("" if whole is None else f" Without any scored unit {_amount(whole)} would be lost.")
+
+
+def predicted_by(prediction: Record) -> str | None:
+    """Which of its numbers a prediction is shown by: its estimate, else what bounds it; None if it has none."""
+    return next((name for name in PREDICTED if prediction[name] is not None), None)
+
+
+def _loss(record: Record) -> str:
+    return str(record["objective"]).replace("_", " ")
+
+
+def _amount(value: float | None) -> str:
+    """An amount of the objective."""
+    return "" if value is None else f"{value:.4f}"
 
 
 def _recovery(found: Record) -> str:

@@ -1,8 +1,8 @@
 """Scores as a file: one number per unit, how it was made, and from which rows. One scoring run serves every budget.
 
 A score file is a safetensors file: one float32 tensor per site under the site's name, `means:SITE` for what closed
-units are replaced by, `variance:SITE` and `halves:SITE` for how far the scores depend on the examples, and a JSON
-header under the metadata key `jaxprune_scores`.
+units are replaced by, `variance:SITE` and `halves:SITE` for how far the scores depend on the examples, `signed:SITE`
+for what the units' removal is predicted to lose, and a JSON header under the metadata key `jaxprune_scores`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from jaxprune.tensors import TensorFile, write_tensors
 
 METADATA = "jaxprune_scores"
 SMALL = 1e-3  # of the objective, such as a probability: below it a relative error means nothing
-FORMAT = 2
-_FORMATS = (1, 2)  # what is read; 1 has neither variances nor halves
-_EXTRAS = ("means", "variance", "halves")  # tensors beside the scores, as `means:3.ffn.neurons`
+FORMAT = 3
+_FORMATS = (1, 2, 3)  # what is read; 1 has neither variances nor halves, 2 no signed attributions
+_EXTRAS = ("means", "variance", "halves", "signed")  # tensors beside the scores, as `means:3.ffn.neurons`
 _SAME = ("criterion", "task", "split", "head", "model", "max_length")  # what merged scores must share
 _FIELDS: dict[str, tuple[type, ...]] = {  # the header and its types; readers of a file rely on them
     "format": (int,),
@@ -65,6 +65,7 @@ class Scores:
     means: Gates | None = None  # what closed units are replaced by: [units], of heads [heads, channels]; None is zero
     variance: Gates | None = None  # of a unit's score over the examples, [units]; a score's own is this by their number
     halves: Gates | None = None  # scores of two halves of the examples, [2, units]; None: not means over examples
+    signed: Gates | None = None  # mean attributions with their signs, [units]; None: they are the scores, or not known
 
 
 def describe(criterion: Any) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def _wrong_shapes(shapes: Mapping[str, tuple[int, ...]], header: Mapping[str, An
     for name in shapes.keys() - values.keys():
         if name.partition(":")[0] not in _EXTRAS:
             wrong.append(f"{name} is neither scores nor one of {', '.join(f'{extra}:SITE' for extra in _EXTRAS)}")
-    for extra, rows in (("variance", ()), ("halves", (2,))):
+    for extra, rows in (("variance", ()), ("halves", (2,)), ("signed", ())):
         found = {name.partition(":")[2]: shape for name, shape in shapes.items() if name.startswith(f"{extra}:")}
         expected = {name: (*rows, *shape) for name, shape in values.items()} if found else {}
         odd = [site for site in {**expected, **found} if found.get(site) != expected.get(site)]
@@ -181,7 +182,7 @@ def _read_header(text: str) -> tuple[list[str], dict[str, Any]]:
     if not isinstance(header, dict):
         return ["its header is not a JSON object"], {}
     if header.get("format") not in _FORMATS:
-        known = " and ".join(map(str, _FORMATS))
+        known = ", ".join(map(str, _FORMATS))
         return [f"its format is {header.get('format')!r}, this version of jaxprune reads {known}"], {}
     wrong = [f"its header has no {name!r}" for name in _FIELDS if name not in header]
     wrong += [
@@ -195,9 +196,9 @@ def _read_header(text: str) -> tuple[list[str], dict[str, Any]]:
 def merge(a: Scores, b: Scores) -> Scores:
     """The scores of the examples of both, as if they had been scored at once.
 
-    Means are weighted by the numbers of examples, and so are those of the two halves; variances are those of all
-    examples, None if a file is too old to have any. Of scores that are the largest over the examples, the larger one is
-    taken.
+    Means are weighted by the numbers of examples, and so are those of the two halves and signed attributions; variances
+    are those of all examples. What a file is too old to have is None. Of scores that are the largest over the examples,
+    the larger one is taken.
 
     Raises:
         ValueError: If they differ in model, criterion, task, split, head, text length or closed values, share examples,
@@ -224,7 +225,11 @@ def merge(a: Scores, b: Scores) -> Scores:
         values = {name: jnp.maximum(value, b.values[name]) for name, value in a.values.items()}
     else:
         values = {name: _float32(_weighted(pair, counts)) for name, pair in _pairs(a.values, b.values).items()}
-    merged = Scores(values, _merged_header(a.header, b.header, counts), a.means, _merged_variance(a, b))
+    signed = None
+    if a.signed is not None and b.signed is not None:
+        signed = {name: _float32(_weighted(pair, counts)) for name, pair in _pairs(a.signed, b.signed).items()}
+    header = _merged_header(a.header, b.header, counts)
+    merged = Scores(values, header, a.means, _merged_variance(a, b), signed=signed)
     if a.halves is None or b.halves is None:
         return with_stability(merged)
     halves = {}

@@ -33,7 +33,7 @@ from jaxprune.scores import FORMAT, Scores, describe, with_stability
 from jaxprune.split_half import TARGET, check_target, least_reliability
 from jaxprune.splits import Example, digest, half_of, row_key
 from jaxprune.tasks import Task, draw, seed_words
-from jaxprune.totals import Totals, TotalsFile, add, completeness_of, finish, halves_of, nothing, variance_of
+from jaxprune.totals import Totals, TotalsFile, add, completeness_of, finish, halves_of, nothing, signed_of, variance_of
 
 Devices: TypeAlias = Sequence[Any]  # such as jax.devices()
 
@@ -150,7 +150,7 @@ def score(
     header |= {"completeness": completeness_of(totals), "halves": None}
     if halves := halves_of(totals):
         header["halves"] = np.asarray(totals.counts).round().astype(int).tolist()
-    scores = Scores(values, header, means or None, variance_of(totals), halves)
+    scores = Scores(values, header, means or None, variance_of(totals), halves, signed_of(totals))
     return with_stability(scores, TARGET if until_stable is None else until_stable)
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.accounting import Account, Accounting, account_for
 from jaxprune.batches import Length
 from jaxprune.checkpoint import digest, load
 from jaxprune.compaction import compact
@@ -161,6 +162,7 @@ def prune_together(
     tasks: Sequence[Data],
     way: Way = pooled,
     recovering: Recovering | None = None,
+    accounting: Accounting | None = None,
     measuring: Measuring,
     tables: Tables | None = None,
     overwrite: bool = False,
@@ -180,6 +182,7 @@ def prune_together(
         tasks: What to score, if there are no score files, and what to test before and after.
         way: How several tasks become one selection: `pooled`, `kept_by_any` (union) or `kept_by_all` (intersection).
         recovering: How what is left is repaired; None: it stays as it was.
+        accounting: How the receipts of the tasks are made; None: there are none.
         measuring: What is measured.
         tables: The latency tables, for a budget of latency; only `pooled` can have one.
         overwrite: Whether a folder that is there is replaced.
@@ -192,6 +195,8 @@ def prune_together(
         ValueError: If two tasks or files are the same, or the scores are not of one model and the same sites.
     """
     check_folder(output, overwrite)
+    if accounting is not None and accounting.rounds:
+        raise ValueError("several tasks have several losses: units are selected again by the receipt of one task only.")
     files = [] if isinstance(scored, Scoring) else list(scored)
     if twice := [file for i, file in enumerate(files) if file.resolve() in [it.resolve() for it in files[:i]]]:
         raise ValueError(f"{twice[0]} is named twice: name files of different tasks.")
@@ -207,6 +212,8 @@ def prune_together(
     if recovering is not None:
         check_method(model, params, recovering.method)
     loaded = _load_all(model, tasks, measuring.head)
+    if accounting is not None:
+        _check_named(scores, loaded)
     if isinstance(scored, Scoring):
         loaded, leaks = remove_leaks(loaded)
         for (task, other), count in leaks.items():
@@ -221,7 +228,13 @@ def prune_together(
     gates = way(model, params, [own.values for own in scores], **settings, table=table)
     means = mean_closed(scores)
     small = compact(model, params, gates, means)
-    rows = {row for own in scores for row in own.header["rows"]}
+    accounts: list[Account] = []
+    if accounting is not None:
+        named = {task.name: task for task in loaded}
+        for own in scores:
+            how = {"gates": gates, "means": means, "watch": watch}
+            accounts.append(account_for(model, params, named[own.header["task"]], own, select, accounting, **how))
+    rows = {row for own in (*(it.header["rows"] for it in scores), *(it.rows for it in accounts)) for row in own}
     head, repaired = model.head(scores[0].header["head"]).name, None
     if recovering is not None:
         small, repaired = repair(model, params, small, loaded, recovering, watch)
@@ -231,11 +244,14 @@ def prune_together(
     pruning["digests"]["scores"] = [digest(dict(own.values)) for own in scores]
     if repaired is not None:
         pruning["recovery"] = recovery_record(repaired)
+    if accounts:
+        pruning["receipts"] = [own.record for own in accounts]
     record = {
         "command": "prune",
         "source": source,
         "output": str(output),
         "recovery": pruning.get("recovery"),
+        "receipts": pruning.get("receipts"),
         "together": pruning["settings"]["together"],
         "tasks": [_facts(model, file, own) for file, own in zip(files, scores, strict=True)],
         **outcome(table, model, params, small, selection, found),
@@ -253,6 +269,14 @@ def _load_all(model: Model, tasks: Sequence[Data], head: str | None) -> Sequence
     for task in loaded:
         fitting_head(model, task, head)
     return loaded
+
+
+def _check_named(scores: Sequence[Scores], tasks: Sequence[Task]) -> None:
+    """Refuses score files of tasks that have no rows here."""
+    missing = {own.header["task"] for own in scores} - {task.name for task in tasks}
+    if missing or not tasks:
+        what = f" of {', '.join(sorted(missing))}" if missing else ""
+        raise ValueError(f"there is nothing to make a receipt{what} with: name the tasks, or leave the receipt out.")
 
 
 def _header(scores: Sequence[Scores]) -> dict[str, Any]:

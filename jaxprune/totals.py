@@ -1,6 +1,6 @@
 """What a scoring run adds up on the device, batch by batch, and the file that keeps it while the run goes on.
 
-The totals have as many numbers as there are units, times five, however many examples there are. No example is looked at
+The totals have as many numbers as there are units, times six, however many examples there are. No example is looked at
 twice: the variance over the examples and the scores of their two halves come from the same pass.
 """
 
@@ -35,6 +35,7 @@ class Totals(NamedTuple):
     deviations: Gates  # [units]: sums of squared deviations from the mean
     halves: Gates  # [2, units]: the sums of each half
     counts: Float[Array, " halves"]  # examples in each half
+    signed: Mapping[str, Array] = {}  # [units]: sums of attributions with their signs
 
 
 def nothing(largest: bool, found: Measured) -> Totals:
@@ -49,6 +50,7 @@ def nothing(largest: bool, found: Measured) -> Totals:
         {name: jnp.zeros(count) for name, count in spread.items()},
         {name: jnp.zeros((2, count)) for name, count in spread.items()},
         jnp.zeros(2),
+        {name: jnp.zeros(value.shape[1]) for name, value in found.signed.items()},
     )
 
 
@@ -75,10 +77,11 @@ def add(
     shares = jnp.stack([1.0 - second, second]) * weight
     count, before = weight.sum(), totals.weight
 
-    def combine(total: Array, rows: Array) -> Array:
-        if largest:
-            return jnp.maximum(total, jnp.where(real, rows, -jnp.inf).max(0))
+    def sum_up(total: Array, rows: Array) -> Array:
         return total + jnp.where(real, weight[:, None] * rows, 0.0).sum(0)
+
+    def combine(total: Array, rows: Array) -> Array:
+        return jnp.maximum(total, jnp.where(real, rows, -jnp.inf).max(0)) if largest else sum_up(total, rows)
 
     def deviate(deviations: Array, total: Array, rows: Array) -> Array:
         mean = jnp.where(real, weight[:, None] * rows, 0.0).sum(0) / jnp.maximum(count, 1.0)
@@ -96,6 +99,7 @@ def add(
         {name: deviate(own, totals.scores[name], found.scores[name]) for name, own in totals.deviations.items()},
         {name: part(sums, found.scores[name]) for name, sums in totals.halves.items()},
         totals.counts + shares.sum(1),
+        {name: sum_up(total, found.signed[name]) for name, total in totals.signed.items()},
     )
 
 
@@ -129,6 +133,11 @@ def halves_of(totals: Totals) -> Gates | None:
     """The scores of each half of the examples, `[2, units]`; 0 of a half without examples. None of largest scores."""
     counts = jnp.maximum(totals.counts, 1.0)[:, None]
     return {name: sums / counts for name, sums in totals.halves.items()} or None
+
+
+def signed_of(totals: Totals) -> Gates | None:
+    """The mean attribution of every unit with its sign, `[units]`; None where scores are it, or are none."""
+    return {name: total / totals.weight for name, total in totals.signed.items()} or None
 
 
 def completeness_of(totals: Totals) -> dict[str, float | None] | None:

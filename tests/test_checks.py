@@ -290,7 +290,7 @@ def test_a_model_at_chance_shows_nothing(known: tuple[Model, Params, Task], scor
 def test_there_must_be_calibration_rows(known: tuple[Model, Params, Task], scores: Scores):
     model, params, task = known
     none = dataclasses.replace(task, splits=dict(task.splits) | {"calibration": ()})
-    with pytest.raises(ValueError, match="'topic' has no calibration rows: units are removed on the rows that were"):
+    with pytest.raises(ValueError, match="'topic' has no calibration rows: the rows that were scored are needed"):
         check(model, params, none, scores, checking=FEW)
 
 

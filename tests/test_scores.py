@@ -61,7 +61,7 @@ def scores(model_and_params: tuple[Model, Params], task: Task) -> Scores:
     return score(*model_and_params, task, criterion=IntegratedGradients(nodes=2), examples=12, batch_size=4)
 
 
-PARTS = ("values", "means", "variance", "halves")
+PARTS = ("values", "means", "variance", "halves", "signed")
 
 
 def equal(a: Scores, b: Scores) -> bool:
@@ -228,7 +228,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path, scores: Scores):
     refuses("holds no scores: its metadata has no 'jaxprune_scores'", values, {"format": "pt"})
     refuses("its header is not JSON", values, {METADATA: "{"})
     refuses("its header is not a JSON object", values, {METADATA: "[]"})
-    refuses("its format is 9, this version of jaxprune reads 1 and 2", values, {METADATA: '{"format": 9}'})
+    refuses("its format is 9, this version of jaxprune reads 1, 2, 3", values, {METADATA: '{"format": 9}'})
     refuses("its header has no 'criterion'", values, {METADATA: '{"format": 1}'})
     changed = json.dumps(dict(scores.header) | {"rows": "none"})
     refuses("rows in its header is 'none'", values, {METADATA: changed})

@@ -215,6 +215,7 @@ def test_how_examples_are_ordered_and_batched_changes_nothing(model_and_params: 
         assert other.header["halves"] == one.header["halves"]
         close(other.variance, one.variance)
         close(other.halves, one.halves)
+        close(other.signed, one.signed)
 
 
 def test_a_half_is_known_by_the_text_alone():
@@ -253,6 +254,7 @@ def test_files_of_the_first_format_load(tmp_path: Path, scores: Scores):
     )
     old = load_scores(path)
     assert old.header == header and old.variance is None and old.halves is None and stability(old) is None
+    assert old.signed is None
     other = dataclasses.replace(scores, header=dict(scores.header) | {"rows": ["0" * 16]})
     merged = merge(old, other)
     assert (merged.variance, merged.halves, merged.header["halves"], merged.header["stability"]) == (None,) * 4
@@ -262,7 +264,7 @@ def test_files_of_the_first_format_load(tmp_path: Path, scores: Scores):
 def test_what_does_not_belong_to_the_scores_is_refused(tmp_path: Path, scores: Scores):
     site = next(iter(scores.values))
     tensors = {name: np.asarray(value) for name, value in scores.values.items()}
-    for extra in ("variance", "halves"):
+    for extra in ("variance", "halves", "signed"):
         tensors |= {f"{extra}:{name}": np.asarray(value) for name, value in getattr(scores, extra).items()}
 
     def refuses(message: str, changes: dict[str, Any], **header: Any) -> None:
@@ -278,6 +280,7 @@ def test_what_does_not_belong_to_the_scores_is_refused(tmp_path: Path, scores: S
     refuses(f"variance:{site} does not fit", {f"variance:{site}": None})
     refuses("variance:9.ffn.neurons does not fit", {"variance:9.ffn.neurons": row})
     refuses(f"halves:{site} does not fit", {f"halves:{site}": row})
+    refuses(f"signed:{site} does not fit", {f"signed:{site}": None})
     refuses(f"variance:{site} holds -1", {f"variance:{site}": row * 0 - 1})
     refuses("halves in its header is None, expected two numbers that add up to its examples", {}, halves=None)
     refuses(r"halves in its header is \[1, 2\]", {}, halves=[1, 2])
@@ -297,6 +300,7 @@ def test_merged_parts_have_the_variance_and_halves_of_the_whole(
     merged = merge(*parts)
     close(merged.variance, whole.variance)
     close(merged.halves, whole.halves)
+    close(merged.signed, whole.signed)
     assert merged.header["halves"] == whole.header["halves"]
     found, expected = (own.header["stability"]["reliability"] for own in (merged, whole))
     assert found == pytest.approx(expected, abs=0.01)  # units that are nearly equal may swap ranks
@@ -322,7 +326,7 @@ def test_steps_equal_all_at_once(model_and_params: tuple[Model, Params], task: T
     found = score(*model_and_params, task, **how, until_stable=0.9999)
     whole = score(*model_and_params, task, **how, examples=100)
     assert found.header["until_stable"] == {"target": 0.9999, "reached": False, "most": 100}
-    for part in ("values", "variance", "halves"):
+    for part in ("values", "variance", "halves", "signed"):
         close(getattr(found, part), getattr(whole, part))
     for name in ("rows", "data", "halves", "examples"):
         assert found.header[name] == whole.header[name]

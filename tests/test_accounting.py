@@ -1,0 +1,146 @@
+"""`plan` predicts a loss, `prune --receipt` shows it beside the truth, and `--receipt-rounds` makes it smaller."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import Place, place, record_of, run
+
+import jaxprune as jp
+from jaxprune.accounting import Accounting, check_accounting
+from jaxprune.attribution import GradientActivation
+from jaxprune.baselines import Magnitude
+from jaxprune.checkpoint import load, read_pruning
+from jaxprune.models.layers import max_tokens
+from jaxprune.objectives import log_probability, maximum
+from jaxprune.scores import load_scores
+from jaxprune.selection import select
+from jaxprune.splits import row_key
+from jaxprune.tasks import load_task
+from jaxprune.workflow import Scoring
+
+__all__ = ["place"]  # a fixture
+
+CHEAP = ("--criterion", "gradient-activation", "--objective", "log-probability", "--examples", 16)
+QUICK = ("--units", 0.5, "--measure", 0, "--no-evaluate")
+
+
+@pytest.fixture(scope="module")
+def scored(place: Place) -> Path:
+    file = place.folder / "mood.safetensors"
+    assert run("score", place.model, "--task", "mood", "--data", place.data, *CHEAP, "-o", file).exit_code == 0
+    return file
+
+
+@pytest.fixture(scope="module")
+def pruned(place: Place, scored: Path) -> tuple[Path, dict[str, Any]]:
+    out = place.folder / "small"
+    rows = ("--task", "mood", "--data", place.data)
+    return out, record_of("prune", place.model, "--scores", scored, *rows, *QUICK, "--receipt", "-o", out)
+
+
+def test_a_plan_predicts_what_the_receipt_compares_with(place, scored, pruned):
+    planned = record_of("plan", place.model, "--scores", scored, "--units", 0.5)
+    found = pruned[1]["receipt"]
+    assert planned["prediction"] == found["prediction"]
+    assert planned["objective"] == found["objective"] == "log_probability"
+    scores = load_scores(scored)
+    assert scores.signed is not None
+    gates = select(*load(place.model), scores, units=0.5)
+    by_hand = sum(float(np.asarray(own) @ (1 - np.asarray(gates[name]))) for name, own in scores.signed.items())
+    assert found["prediction"]["estimate"] == pytest.approx(by_hand, abs=1e-6)
+    assert abs(by_hand) <= found["prediction"]["at_most"]
+    shown = run("plan", place.model, "--scores", scored, "--units", 0.5).stdout
+    assert re.search(rf"all .* {by_hand:.4f}\n", shown)
+    assert "loss predicted" in shown and "first order, at open gates" in " ".join(shown.split())
+
+
+def test_the_receipt_is_that_of_the_rows_that_were_scored(place, scored, pruned):
+    out, record = pruned
+    found = record["receipt"]
+    model, params = load(place.model)
+    task, scores = load_task("mood", data=place.data), load_scores(scored)
+    rows = [row for row in task.rows("calibration") if row_key(row) in scores.header["rows"]]
+    gates = select(model, params, scores, units=0.5)
+    true = jp.loss_receipt(model, params, task, gates, examples=rows, nodes=8, objective=log_probability)
+    assert (found["examples"], found["labels"], found["nodes"], found["rounds"]) == (16, "gold", 8, None)
+    for name in ("lost", "found", "error"):
+        assert found[name] == pytest.approx(getattr(true, name), abs=1e-5)
+    for name, own in (("layers", true.layers()), ("modules", true.modules())):
+        assert found[name] == pytest.approx(own, abs=1e-5)
+    assert sum(found["layers"].values()) == pytest.approx(found["found"], abs=1e-5)
+    assert read_pruning(out)["receipt"] == found
+    card = (out / "README.md").read_text()
+    assert f"| all | {found['prediction']['estimate']:.4f} | {found['found']:.4f} |" in card
+    assert card.count("## What was lost") == 1
+
+
+def test_selecting_again_never_loses_more_and_keeps_the_budget(place, scored, pruned, tmp_path):
+    rows = ("--task", "mood", "--data", place.data)
+    options = ("--scores", scored, *rows, *QUICK, "--receipt-rounds", 2, "-o", tmp_path / "again")
+    result = run("prune", place.model, *options)
+    assert result.exit_code == 0, result.stderr
+    first, found = pruned[1]["receipt"], read_pruning(tmp_path / "again")["receipt"]
+    losses = [own["lost"] for own in found["rounds"]]
+    assert losses[0] == pytest.approx(first["lost"], abs=1e-6)
+    assert found["lost"] == min(losses) == losses[found["best"]]
+    assert 1 <= len(losses) <= 3 and found["most_rounds"] == 2
+    assert read_pruning(tmp_path / "again")["units"] == read_pruning(pruned[0])["units"]
+    words = " ".join(result.stdout.split())
+    assert "Selected again at the same budget" in words and f"{found['lost']:.4f}" in words
+
+
+def test_several_tasks_have_a_receipt_each(place, tmp_path):
+    rows = ("--task", "mood", "--task", "topic", "--data", place.data)
+    options = (*rows, "--criterion", "magnitude", *QUICK, "--receipt")
+    result = run("prune", place.model, *options, "-o", tmp_path / "both")
+    assert result.exit_code == 0, result.stderr
+    found = read_pruning(tmp_path / "both")["receipts"]
+    assert [own["task"] for own in found] == ["mood", "topic"]
+    assert [own["objective"] for own in found] == ["probability", "probability"]
+    assert "No prediction of the loss: Magnitude attributes no objective to units." in " ".join(result.stdout.split())
+    assert (tmp_path / "both" / "README.md").read_text().count("## What was lost") == 1
+
+
+BAD = {
+    "no rows": (("--receipt",), "nothing to make a receipt with: name the task"),
+    "negative rounds": (("--receipt-rounds", -1, "--task", "mood"), "rounds of a receipt must be at least 0, got -1"),
+    "other task": (("--receipt", "--task", "topic"), "the scores are of task 'mood', not of 'topic'"),
+    "nothing removed": (("--receipt", "--task", "mood", "--units", 1), "all gates are open"),
+    "rounds of several": (
+        ("--receipt-rounds", 1, "--task", "mood", "--task", "topic"),
+        "of the receipt of one task only|by the receipt of one task only",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(place, scored, tmp_path, case):
+    options, message = BAD[case]
+    data = ("--data", place.data) if "--task" in options else ()
+    budget = QUICK[2:] if "--units" in options else QUICK
+    result = run("prune", place.model, "--scores", scored, *options, *data, *budget, "-o", tmp_path / "small")
+    assert result.exit_code == 2, (result.stdout, result.stderr)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("jaxprune: error: ")]
+    assert len(lines) == 1 and re.search(message, lines[0]), result.stderr
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (Magnitude(), "scores of Magnitude attribute no objective"),
+        (GradientActivation(tokens=max_tokens), "GradientActivation with tokens=max_tokens attribute no objective"),
+        (GradientActivation(examples=maximum), "largest of the examples cannot be merged"),
+    ],
+)
+def test_scores_that_no_receipt_can_be_merged_with_are_refused_before_any_work(criterion, message):
+    how = Scoring(criterion=criterion)
+    check_accounting(how, None)
+    check_accounting(how, Accounting())
+    with pytest.raises(ValueError, match=message):
+        check_accounting(how, Accounting(rounds=1))
