@@ -38,6 +38,7 @@ ORDER = (
     "evaluation",
     "cost",
     "latency_table",
+    "latency_target",
     "objectives",
     "integration",
     "activations",
