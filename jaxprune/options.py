@@ -387,7 +387,7 @@ def read_amount(name: str, text: str | None, unit: str, factors: Mapping[str, fl
     if not 0 < value < float("inf"):
         raise ValueError(f"--{name} must lie above 0: {words}; got {text!r}.")
     if not found[3] and value > 1:
-        raise ValueError(f"--{name} {text!r} has no unit, and is no fraction: {words}.")
+        raise ValueError(f"--{name} needs a unit: {words}; got {text!r}.")
     return {f"{name}_{unit}" if found[3] else name: value}
 
 

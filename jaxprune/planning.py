@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ import numpy as np
 from jaxprune.batches import Length
 from jaxprune.checkpoint import load
 from jaxprune.compaction import compact
-from jaxprune.gates import KINDS, Params, sites, widths
+from jaxprune.cost import compare_latency
+from jaxprune.gates import KINDS, Gates, Params, sites, widths
 from jaxprune.latency_table import LatencyTable, check_table, conditions, kept_table, read_table, table_file
+from jaxprune.latency_target import Met, meet
 from jaxprune.models import Model
 from jaxprune.origin import objective_name
 from jaxprune.prediction import predict_loss
 from jaxprune.provenance import pruning_record
 from jaxprune.scores import Scores, load_scores
-from jaxprune.selection import select
+from jaxprune.selection import Values, least_latency, select
 from jaxprune.workflow import (
     Measuring,
     Selection,
@@ -31,6 +34,8 @@ from jaxprune.workflow import (
     try_selection,
     whole_tokens,
 )
+
+TRIES = 4  # selections by a budget of latency that are measured at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +93,71 @@ def timed(measuring: Measuring, table: LatencyTable | None) -> Measuring:
     return replace(measuring, batches=(table.conditions.batch, *measuring.batches))
 
 
+def met(
+    choose: Callable[..., Gates],
+    table: LatencyTable | None,
+    model: Model,
+    params: Params,
+    scores: Scores | Values,
+    selection: Selection,
+    means: Gates | None,
+    head: str,
+    measuring: Measuring,
+    watch: Watch,
+) -> Met | None:
+    """Selections by a budget of latency that were measured, each beside the dense model; see `meet`.
+
+    Args:
+        choose: Selects by the budget that it is given, by its name in `select`.
+        table: The table; None: there is no such budget, and nothing to meet.
+        model: The architecture.
+        params: The dense parameters.
+        scores: Of the units; of several tasks any of them.
+        selection: The budget, and the rules of `select`.
+        means: What closed units are replaced by.
+        head: The task head.
+        measuring: How often passes are repeated.
+        watch: Shows the progress.
+    """
+    if table is None:
+        return None
+    name = "latency" if selection.latency is not None else "latency_seconds"
+    dense = table.predict(widths(model.axes, params)) if name == "latency" else 1.0
+    rules = {own: getattr(selection, own) for own in ("multiple_of", "floor", "protect", "normalise")}
+    least = least_latency(model, params, scores, table, **rules)
+    known, bar, count = table.conditions, watch.open("meeting the latency"), 0
+
+    def measure(gates: Gates) -> float:
+        nonlocal count
+        pairs = [(model, params), (model, compact(model, params, gates, means))]
+        batch, length = known.batch, known.length
+        found = compare_latency(pairs, batch=batch, length=length, head=head, repeats=measuring.repeats).latencies
+        count += 1
+        bar(count, TRIES, f"{found[1].least * 1e3:.2f} ms")
+        return found[1].least / (found[0].least if name == "latency" else 1.0)
+
+    # one thousandth more than the least: what it is divided and multiplied by must not make it unreachable
+    bounds = {"least": 1.001 * least / dense, "most": 1.0 if name == "latency" else math.inf}
+    found = meet(lambda budget: choose(**{name: budget}), measure, getattr(selection, name), **bounds, tries=TRIES)
+    bar(TRIES, TRIES)
+    return found
+
+
+def asked_of_table(selection: Selection, found: Met | None) -> Selection:
+    """The selection with the budget that its table was asked for in the nearest try."""
+    if found is None:
+        return selection
+    name = "latency" if selection.latency is not None else "latency_seconds"
+    return replace(selection, **{name: found.tries[found.best].asked})
+
+
 def outcome(
     table: LatencyTable | None,
     model: Model,
     params: Params,
     small: Params,
     selection: Selection,
+    tried: Met | None,
     found: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """For the record of a pruning, what its budget of latency was, what was predicted and what was measured.
@@ -104,9 +168,10 @@ def outcome(
         params: The parameters before.
         small: And after.
         selection: The budget.
+        tried: The selections that were measured on the way.
         found: What was measured `before` and `after`.
     """
-    if table is None:
+    if table is None or tried is None:
         return {}
     batch = table.conditions.batch
     before, after = (
@@ -118,7 +183,9 @@ def outcome(
         "ratio": after["least"] / before["least"],
         "median_ratio": 1.0 / after["speedup"],
     }
-    return {"latency_budget": _predicted(table, model, params, small, selection) | {"measured": measured}}
+    tries = [{"asked": own.asked, "measured": own.measured} for own in tried.tries]
+    more = {"measured": measured, "tries": tries, "best": tried.best}
+    return {"latency_budget": _predicted(table, model, params, small, selection) | more}
 
 
 def plan_model(

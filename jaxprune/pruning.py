@@ -17,7 +17,7 @@ from jaxprune.cost import file_size
 from jaxprune.evaluation import fitting_head
 from jaxprune.gates import KINDS, Params
 from jaxprune.models import Model
-from jaxprune.planning import Tables, outcome, settle, timed
+from jaxprune.planning import Tables, asked_of_table, met, outcome, settle, timed
 from jaxprune.provenance import pruning_record
 from jaxprune.recovery import Recovery, check_method
 from jaxprune.scores import Scores, describe, load_scores
@@ -91,7 +91,21 @@ def prune_model(
     if selection.by_latency:
         select(model, params, scores, units=1.0)  # refuses scores of another model before modules are measured
     length, table = settle(model, params, selection, tables, scores.header["mean_length"], watch)
-    choose = partial(select, model, params, **{**selection.arguments(), "length": length}, table=table)
+    by_table = {**selection.arguments(), "length": length, "table": table}
+    tried = met(
+        lambda **budget: select(model, params, scores, **{**by_table, **budget}),
+        table,
+        model,
+        params,
+        scores,
+        selection,
+        scores.means,
+        head,
+        measuring,
+        watch,
+    )
+    by_table |= asked_of_table(selection, tried).arguments() | {"length": length}
+    choose = partial(select, model, params, **by_table)
     account = None
     if accounting is not None and task is not None:
         account = account_for(model, params, task, scores, choose, accounting, watch=watch)
@@ -124,7 +138,7 @@ def prune_model(
         "labels": prompt["labels"] if prompt else list(model.head(head).labels),
         "prompt": prompt,
         "examples": scores.header["examples"],
-        **outcome(table, model, params, small, selection, found),
+        **outcome(table, model, params, small, selection, tried, found),
     }
     return write_pruned(output, model, small, pruning, record, found, overwrite=overwrite)
 

@@ -118,14 +118,16 @@ def before_after_notes(record: Record) -> list[str]:
             f"Latency budget, {shape}: {_asked(budget['asked'])} asked; "
             f"{_milliseconds(predicted['after'])} ms predicted, {_percent(predicted['ratio'])}; "
             f"{_milliseconds(found['after'])} ms measured, {_percent(found['ratio'])}, by the quickest pass of each, "
-            f"{_percent(found['median_ratio'])} by medians."
+            f"{_percent(found['median_ratio'])} by medians. On the way {len(budget['tries'])} selections were "
+            "measured, and the nearest was taken."
         )
     return [fill(note, 80, subsequent_indent="  ") for note in notes]
 
 
 def receipts_of(record: Record) -> Sequence[Record]:
     """The receipts of a pruning for one or several tasks, or none."""
-    return record.get("receipts") or [record["receipt"]] * (record.get("receipt") is not None)
+    one = record.get("receipt")
+    return record.get("receipts") or ([] if one is None else [one])
 
 
 def receipt_table(receipt: Record) -> Table:

@@ -432,6 +432,20 @@ def _select_by_table(
     return _gates(ground, allocate(choices, budget.limit(total) - table.fixed))
 
 
+def least_latency(model: Model, params: Params, scores: Scores | Values, table: LatencyTable, **rules: Any) -> float:
+    """The seconds of the narrowest widths that `select` may choose by a table.
+
+    Args:
+        model: The architecture.
+        params: The parameters.
+        scores: Of the units.
+        table: For a forward pass by widths.
+        **rules: `multiple_of`, `floor`, `protect` and `normalise`, as for `select`.
+    """
+    ground = _checked_ground(model, params, scores, **rules)
+    return table.fixed + math.fsum(float(_choices(ground, site, table).costs[0]) for site in ground.places)
+
+
 def _choices(ground: _Ground, site: Site, table: LatencyTable) -> Choices:
     """The widths that a site may have, and the scores that it then keeps."""
     units, multiple, least = ground.width[site.name], ground.multiple_of[site.kind], ground.floor[site.kind]

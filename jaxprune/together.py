@@ -22,7 +22,7 @@ from jaxprune.evaluation import fitting_head
 from jaxprune.files import file_stem
 from jaxprune.gates import Gates, Params
 from jaxprune.models import Model
-from jaxprune.planning import Tables, outcome, settle, timed
+from jaxprune.planning import Tables, asked_of_table, met, outcome, settle, timed
 from jaxprune.provenance import pruning_record
 from jaxprune.pruning import check_scope, measure_both, recovery_record, write_pruned
 from jaxprune.recovery import check_method
@@ -225,8 +225,22 @@ def prune_together(
 
     length, table = settle(model, params, selection, tables, mean_length(scores), watch)
     settings = {**selection.arguments(), "length": length}
-    gates = way(model, params, [own.values for own in scores], **settings, table=table)
-    means = mean_closed(scores)
+    means, head = mean_closed(scores), model.head(scores[0].header["head"]).name
+    each = [own.values for own in scores]
+    tried = met(
+        lambda **budget: way(model, params, each, **{**settings, **budget}, table=table),
+        table,
+        model,
+        params,
+        each[0],
+        selection,
+        means,
+        head,
+        measuring,
+        watch,
+    )
+    by_table = asked_of_table(selection, tried).arguments() | {"length": length}
+    gates = way(model, params, each, **by_table, table=table)
     small = compact(model, params, gates, means)
     accounts: list[Account] = []
     if accounting is not None:
@@ -235,7 +249,7 @@ def prune_together(
             how = {"gates": gates, "means": means, "watch": watch}
             accounts.append(account_for(model, params, named[own.header["task"]], own, select, accounting, **how))
     rows = {row for own in (*(it.header["rows"] for it in scores), *(it.rows for it in accounts)) for row in own}
-    head, repaired = model.head(scores[0].header["head"]).name, None
+    repaired = None
     if recovering is not None:
         small, repaired = repair(model, params, small, loaded, recovering, watch)
         rows |= set(repaired.rows)
@@ -254,7 +268,7 @@ def prune_together(
         "receipts": pruning.get("receipts"),
         "together": pruning["settings"]["together"],
         "tasks": [_facts(model, file, own) for file, own in zip(files, scores, strict=True)],
-        **outcome(table, model, params, small, selection, found),
+        **outcome(table, model, params, small, selection, tried, found),
     }
     return write_pruned(output, model, small, pruning, record, found, overwrite=overwrite)
 

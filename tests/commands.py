@@ -38,7 +38,7 @@ def run(*arguments: Any) -> Result:
 def record_of(*arguments: Any) -> dict[str, Any]:
     """The JSON object that a command prints, after making sure that it prints nothing else."""
     result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.stderr
+    assert result.exit_code == 0, (result.stderr, result.exception)
     assert result.stdout.count("\n") == 1
     return json.loads(result.stdout)
 
