@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from jaxprune.scores import Scores, load_scores, merge, save_scores
     from jaxprune.scoring import score
     from jaxprune.selection import select
+    from jaxprune.shared import TaskGates, add_gates, load_gates, save_shared
     from jaxprune.split_half import Stability, stability
     from jaxprune.tasks import Task, load_task
     from jaxprune.training import finetune
@@ -74,9 +75,11 @@ _SOURCES = {
     "Scores": "scores",
     "Stability": "split_half",
     "Task": "tasks",
+    "TaskGates": "shared",
     "Taylor": "baselines",
     "TopLayers": "baselines",
     "Wanda": "baselines",
+    "add_gates": "shared",
     "bundled_data": "bundled",
     "bundled_model": "bundled",
     "bundled_text_model": "bundled",
@@ -89,6 +92,7 @@ _SOURCES = {
     "integrate": "integration",
     "latency": "cost",
     "load": "checkpoint",
+    "load_gates": "shared",
     "load_scores": "scores",
     "load_task": "tasks",
     "log_probability": "objectives",
@@ -106,6 +110,7 @@ _SOURCES = {
     "recover_batches": "recovery",
     "save": "checkpoint",
     "save_scores": "scores",
+    "save_shared": "shared",
     "score": "scoring",
     "select": "selection",
     "stability": "split_half",
@@ -133,10 +138,12 @@ __all__ = [
     "Scores",
     "Stability",
     "Task",
+    "TaskGates",
     "Taylor",
     "TopLayers",
     "Wanda",
     "__version__",
+    "add_gates",
     "bundled_data",
     "bundled_model",
     "bundled_text_model",
@@ -149,6 +156,7 @@ __all__ = [
     "integrate",
     "latency",
     "load",
+    "load_gates",
     "load_scores",
     "load_task",
     "log_probability",
@@ -166,6 +174,7 @@ __all__ = [
     "recover_batches",
     "save",
     "save_scores",
+    "save_shared",
     "score",
     "select",
     "stability",
