@@ -82,7 +82,7 @@ def load(
 
     With `task` the parameters are those of one task of a shared folder, bit by bit what `compact` makes of the dense
     ones: `load(path, task=task)[1]` equals `compact(*load(path), gates, means)`. Units are cut away as the weights are
-    read, one module at a time: at most 1.3 times the bytes of the result are allocated, and one dense module.
+    read: at most 1.3 times the bytes of the result are allocated, and those of one dense module.
 
     Args:
         path_or_hub_id: A folder, or the name of a repository on the Hugging Face hub. As text, `"FOLDER#TASK"` names a

@@ -1,7 +1,7 @@
 """Reads a model's parameters from its files and compacts them on the way, so that the dense model never is in memory.
 
-The result has the bits that `compact` gives for the dense parameters. One module is read, cut and put on the device
-before the next one is read.
+The result has the bits that `compact` gives for the dense parameters. One array, or one module where means are folded
+in, is read, cut and put on the device before the next one is read.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def read_compacted(
 ) -> Params:
     """Reads the parameters without the units whose gate is 0.
 
-    Equals `compact(model, convert(parameters, dtype, folder), gates, means)`, bit by bit. Besides the result one dense
-    module is in memory at a time.
+    Equals `compact(model, convert(parameters, dtype, folder), gates, means)`, bit by bit. Besides the result at most
+    one dense module is in memory.
 
     Args:
         model: The architecture.
@@ -56,14 +56,23 @@ def read_compacted(
             gated.setdefault(site.module, []).append(site)
 
     def module(path: ParamPath) -> ParamPath:
-        """The gated module that a parameter belongs to; of any other parameter its own path."""
-        return next((path[:size] for size in range(len(path)) if path[:size] in gated), path)
+        """The gated module that a parameter belongs to; none is at the root."""
+        return next((path[:size] for size in range(len(path)) if path[:size] in gated), ())
 
-    flat: dict[ParamPath, jax.Array] = {}
-    for place, read in groupby(read_arrays(parameters, dtype, folder), lambda item: module(item[0])):
-        arrays = dict(read)
+    def together(path: ParamPath) -> ParamPath:
+        """What is the same for arrays that must be cut together: means go through a kernel into a bias."""
+        place = module(path)
+        return place if any(site.name in means for site in gated.get(place, ())) else path
+
+    def cut(arrays: dict[ParamPath, np.ndarray]) -> dict[ParamPath, np.ndarray]:
+        place = module(next(iter(arrays)))
         local = {path[len(place) :]: array for path, array in arrays.items()}
         for site in gated.get(place, ()):  # each cuts other arrays: there is one kind of unit per tensor
             arrays |= compact_site(model.axes, local, site, gates[site.name], means.get(site.name))
-        flat |= {path: jax.device_put(array) for path, array in arrays.items()}
+        return arrays
+
+    flat: dict[ParamPath, jax.Array] = {}
+    for _, read in groupby(read_arrays(parameters, dtype, folder), lambda item: together(item[0])):
+        for path, array in cut(dict(read)).items():  # no name here keeps a dense array alive
+            flat[path] = jax.device_put(array)
     return unflatten(flat)

@@ -1,4 +1,4 @@
-"""Damaged model folders, score files and gates of shared folders, drawn from a seed, and a worker that says what each of them does.
+"""Damaged models, score files and gates of tasks, drawn from a seed, and a worker that says what each of them does.
 
 Run as a script, it takes the cases of a campaign one by one under a limit on memory and processor time, and prints one
 JSON line before and after each. A case that crashes, hangs or asks for too much memory ends the process, and the last
@@ -15,6 +15,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ NUMBERS: tuple[Any, ...] = (
 )  # fmt: skip
 THINGS: tuple[Any, ...] = (None, True, False, "", "16", "bert", [], [16], {}, {"0": 1}, "\ud800", "\x00", "a" * 10_000)
 TOKENIZER = ("vocab.txt", "tokenizer_config.json")
+MEANS = {"0.ffn.neurons": np.arange(32, dtype=np.float32)}  # of one of the shared tasks
 PLACES = ("length", "header", "data", "cut", "shape", "offsets", "type", "name", "duplicate", "extra")
 
 
@@ -236,8 +238,15 @@ def make_shared(folder: Path) -> Path:
     """A whole shared folder with two tasks, one of them with means."""
     model, params = tiny_model(layers=1)
     gates = random_gates(model, params)
-    means = {"b": {"0.ffn.neurons": jnp.arange(32, dtype=jnp.float32)}}
-    return save_shared(folder / "shared", model, params, {"a": gates, "b": gates}, means=means)
+    return save_shared(folder / "shared", model, params, {"a": gates, "b": gates}, means={"b": MEANS})
+
+
+@cache
+def _digests_of_tasks() -> dict[str, str]:
+    """What compaction gives for them."""
+    model, params = tiny_model(layers=1)
+    gates = random_gates(model, params)
+    return {task: digest(compact(model, params, gates, means)) for task, means in (("a", None), ("b", MEANS))}
 
 
 def damage_gates(folder: Path, draw: random.Random) -> str:
@@ -247,14 +256,12 @@ def damage_gates(folder: Path, draw: random.Random) -> str:
 
 def outcome_of_gates(folder: Path, kind: str) -> str:
     """Loads the tasks of a damaged shared folder: "refused", "equal", or what is wrong with the answer."""
-    model, params = load(folder)
-    gates = random_gates(model, params)
-    for task, means in (("a", None), ("b", {"0.ffn.neurons": np.arange(32, dtype=np.float32)})):
+    for task, wanted in _digests_of_tasks().items():
         try:
             found = load(folder, task=task)[1]
         except (ValueError, FileNotFoundError) as error:
             return "refused" if str(folder) in str(error) else f"the error names no file: {error}"
-        if digest(found) != digest(compact(model, params, gates, means)):
+        if digest(found) != wanted:
             return f"wrong weights of {task}"
     return "equal"
 
