@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from jaxprune.scores import Scores, load_scores, merge, save_scores
     from jaxprune.scoring import score
     from jaxprune.selection import select
+    from jaxprune.shared import TaskGates, add_gates, load_gates, save_shared
     from jaxprune.split_half import Stability, stability
     from jaxprune.tasks import Task, load_task
     from jaxprune.training import finetune
@@ -78,9 +79,11 @@ _SOURCES = {
     "Scores": "scores",
     "Stability": "split_half",
     "Task": "tasks",
+    "TaskGates": "shared",
     "Taylor": "baselines",
     "TopLayers": "baselines",
     "Wanda": "baselines",
+    "add_gates": "shared",
     "bundled_data": "bundled",
     "bundled_model": "bundled",
     "bundled_text_model": "bundled",
@@ -93,6 +96,7 @@ _SOURCES = {
     "integrate": "integration",
     "latency": "cost",
     "load": "checkpoint",
+    "load_gates": "shared",
     "load_scores": "scores",
     "load_task": "tasks",
     "log_probability": "objectives",
@@ -112,6 +116,7 @@ _SOURCES = {
     "reselect": "reselection",
     "save": "checkpoint",
     "save_scores": "scores",
+    "save_shared": "shared",
     "score": "scoring",
     "select": "selection",
     "stability": "split_half",
@@ -141,10 +146,12 @@ __all__ = [
     "Scores",
     "Stability",
     "Task",
+    "TaskGates",
     "Taylor",
     "TopLayers",
     "Wanda",
     "__version__",
+    "add_gates",
     "bundled_data",
     "bundled_model",
     "bundled_text_model",
@@ -157,6 +164,7 @@ __all__ = [
     "integrate",
     "latency",
     "load",
+    "load_gates",
     "load_scores",
     "load_task",
     "log_probability",
@@ -176,6 +184,7 @@ __all__ = [
     "reselect",
     "save",
     "save_scores",
+    "save_shared",
     "score",
     "select",
     "stability",

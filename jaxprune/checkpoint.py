@@ -2,7 +2,8 @@
 
 A model is a folder. Our own holds `config.json` (the Hugging Face configuration plus a `jaxprune` section with the task
 heads), `model.safetensors` (one tensor per parameter, named by its path; the shapes are the widths), the tokenizer's
-files and, for a pruned model, `pruning.json`. Nothing is ever unpickled.
+files and, for a pruned model, `pruning.json`. A shared folder also holds `gates.safetensors`, the gates of many tasks:
+see `jaxprune.shared`. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -11,23 +12,28 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxprune.files import folder_for, interrupted, read_json
+from jaxprune.files import folder_for, interrupted, is_leftover, read_json
+from jaxprune.gate_file import GATES, GateFile, unpack
+from jaxprune.gate_file import read as read_gates
 from jaxprune.gates import Params, flatten, path_name, widths
+from jaxprune.gates import Path as ParamPath
 from jaxprune.models import Model, TaskHead, family
+from jaxprune.slicing import read_compacted, shapes_of
 from jaxprune.tensors import FLOATS, blocks, write_tensors
 from jaxprune.weights import (
     CONFIG,
     WEIGHTS,
+    Parameter,
     check_layers,
     convert,
     fit_hugging_face,
@@ -49,12 +55,24 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "spiece.model",
 )
-_DOWNLOADED = ("*.json", "model*.safetensors", *TOKENIZER_FILES)  # from the hub: never a pickle
+_DOWNLOADED = ("*.json", "model*.safetensors", GATES, *TOKENIZER_FILES)  # from the hub: never a pickle
 _FORMAT = 1  # of our own folder
 
 
+class Opened(NamedTuple):
+    """A model whose files are open and whose parameters are not read yet."""
+
+    model: Model
+    folder: Path
+    parameters: list[Parameter]
+
+
 def load(
-    path_or_hub_id: str | Path, *, dtype: DTypeLike | None = jnp.float32, revision: str | None = None
+    path_or_hub_id: str | Path,
+    *,
+    task: str | None = None,
+    dtype: DTypeLike | None = jnp.float32,
+    revision: str | None = None,
 ) -> tuple[Model, Params]:
     """Reads a model and its parameters.
 
@@ -62,8 +80,14 @@ def load(
     that `save` wrote. Every parameter is written once and every tensor is used or known to be no part of the model.
     The files are mapped and converted in slices: at most 1.3 times the parameters' bytes are allocated.
 
+    With `task` the parameters are those of one task of a shared folder, bit by bit what `compact` makes of the dense
+    ones: `load(path, task=task)[1]` equals `compact(*load(path), gates, means)`. Units are cut away as the weights are
+    read: at most 1.3 times the bytes of the result are allocated, and those of one dense module.
+
     Args:
-        path_or_hub_id: A folder, or the name of a repository on the Hugging Face hub.
+        path_or_hub_id: A folder, or the name of a repository on the Hugging Face hub. As text, `"FOLDER#TASK"` names a
+            task as well, unless there is a folder of this name.
+        task: A task of a shared folder (`save_shared`); None is the dense model.
         dtype: Type of the parameters: float32, bfloat16, float16, or None for the type of each tensor in the file.
             The default does not depend on the file, so half-precision files compute in full precision.
         revision: Branch, tag or commit on the hub.
@@ -72,13 +96,40 @@ def load(
         The model and its parameters.
 
     Raises:
-        FileNotFoundError: If there is no such folder or repository, or the folder has no weights that can be read.
+        FileNotFoundError: If there is no such folder or repository, the folder has no weights that can be read, or
+            it is asked for a task and is not a shared folder.
         ValueError: If the files are damaged, the configuration is not supported, or the two do not fit each other; the
-            error lists everything that is unknown, missing, or has a wrong shape, type or value.
+            error lists everything that is unknown, missing, or has a wrong shape, type or value. If there is no such
+            task, or the gates belong to other weights.
     """
     target = None if dtype is None else np.dtype(dtype)
     if target is not None and target not in FLOATS.values():
         raise ValueError(f"dtype must be float32, bfloat16, float16 or None, got {target}.")
+    if task is None:
+        path_or_hub_id, task = split_task(path_or_hub_id)
+    with opened(path_or_hub_id, revision) as found:
+        model, folder, parameters = found
+        if task is None:
+            return model, convert(parameters, target, folder)
+        file = read_gates(folder / GATES)
+        packed = file.task(task, folder / GATES)
+        try:
+            gates, means = unpack(model, shapes_of(parameters), packed)
+        except ValueError as error:
+            raise ValueError(f"the gates of {task!r} in {folder / GATES} do not fit the weights: {error}.") from error
+        check_belongs(file, found)
+        return model, read_compacted(model, parameters, gates, means or {}, target, folder)
+
+
+def split_task(name: str | Path) -> tuple[str | Path, str | None]:
+    """Splits `FOLDER#TASK`; None where no task is named. A folder that really has such a name is no task's."""
+    folder, mark, task = name.rpartition("#") if isinstance(name, str) else ("", "", "")
+    return (name, None) if not mark or Path(name).expanduser().is_dir() else (folder, task)
+
+
+@contextlib.contextmanager
+def opened(path_or_hub_id: str | Path, revision: str | None = None) -> Iterator[Opened]:
+    """The model of a folder or repository and where its parameters are, while the files are open; see `load`."""
     folder = _find(path_or_hub_id, revision)
     raw = read_json(folder / CONFIG)
     section = raw.pop("jaxprune", None)
@@ -92,7 +143,7 @@ def load(
         tensors = open_tensors(folder, files)
         check_layers(model, tensors, folder)
         fit = fit_hugging_face if section is None else fit_own
-        return model, convert(fit(model, tensors, folder), target, folder)
+        yield Opened(model, folder, fit(model, tensors, folder))
 
 
 def save(
@@ -157,19 +208,74 @@ def save(
 
 def digest(params: Params) -> str:
     """The SHA-256 of names, shapes, types and values: equal for equal parameters, on whatever device they are."""
+    return _digest((path, array.dtype, array.shape, blocks(array)) for path, array in flatten(params).items())
+
+
+def _digest(arrays: Iterable[tuple[ParamPath, np.dtype, tuple[int, ...], Iterable[np.ndarray]]]) -> str:
+    """The digest of arrays that come in blocks, which are taken as `dtype`."""
     found = hashlib.sha256()
-    for path, array in flatten(params).items():
-        found.update(json.dumps([path_name(path), str(array.dtype), list(array.shape)]).encode())
-        for block in blocks(array):
-            found.update(block.view(np.uint8).data)
+    for path, dtype, shape, parts in arrays:
+        found.update(json.dumps([path_name(path), str(dtype), list(shape)]).encode())
+        for part in parts:
+            found.update(part.astype(dtype, copy=False).reshape(-1).view(np.uint8).data)
     return found.hexdigest()
 
 
 def model_digest(model: Model, params: Params) -> str:
     """The SHA-256 of the configuration, the task heads and the parameters."""
+    return _model_digest(model, digest(params))
+
+
+def _model_digest(model: Model, weights: str) -> str:
     heads = [asdict(model.head(name)) for name in model.heads]
-    known = [json.loads(model.config.raw), heads, digest(params)]
+    known = [json.loads(model.config.raw), heads, weights]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def saved_digest(model: Model, params: Params, dtype: DTypeLike | None = None) -> str:
+    """The `model_digest` of what `load` will give for parameters that `save` writes with this `dtype`."""
+
+    def parts(array: Any) -> Iterator[np.ndarray]:
+        with np.errstate(over="ignore"):  # `save` refuses what is too large
+            yield from (block.astype(dtype or array.dtype) for block in blocks(array))
+
+    kind = np.dtype(np.float32)
+    flat = flatten(params).items()
+    return _model_digest(model, _digest((path, kind, array.shape, parts(array)) for path, array in flat))
+
+
+def opened_digest(found: Opened, dtype: np.dtype | None = FLOATS["F32"]) -> str:
+    """The `model_digest` of what `load` gives for a folder that `save` wrote, a slice of it in memory at a time.
+
+    Args:
+        found: The model and its open files.
+        dtype: The type of the parameters; None is each tensor's own.
+    """
+    weights = _digest(
+        (
+            own.path,
+            dtype or FLOATS[own.source.entry.dtype],
+            own.shape,
+            (block for _, block in own.source.file.slices(own.source.name)),
+        )
+        for own in found.parameters
+    )
+    return _model_digest(found.model, weights)
+
+
+def check_belongs(file: GateFile, found: Opened) -> None:
+    """Refuses gates of another model than the one in the folder; reads all weights once.
+
+    Raises:
+        ValueError: If they are.
+    """
+    if any(own.layout != "copy" for own in found.parameters):
+        raise ValueError(f"{found.folder} has gates, but not the weights of a folder that jaxprune saved.")
+    if file.model != (own := opened_digest(found)):
+        raise ValueError(
+            f"{found.folder / GATES} belongs to another model: its gates were made for {file.model[:12]}, the weights "
+            f"beside it are {own[:12]}. Share the tasks of these weights again."
+        )
 
 
 def read_pruning(path: str | Path) -> dict[str, Any]:
@@ -250,7 +356,8 @@ def check_destination(path: Path, overwrite: bool) -> None:
     section = read_json(path / CONFIG).get("jaxprune") if (path / CONFIG).is_file() else None
     if not isinstance(section, dict) or not (path / WEIGHTS).is_file():
         raise FileExistsError(f"{path} is not a folder that jaxprune saved: it is not replaced, choose another name.")
-    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in section.get("files", []))
+    known = section.get("files", [])
+    foreign = sorted(own.name for own in path.iterdir() if own.name not in known and not is_leftover(own.name, known))
     if foreign:
         raise FileExistsError(f"{path} also holds files that were not saved with the model: {foreign}: move them away.")
 

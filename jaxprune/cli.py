@@ -181,6 +181,38 @@ def prune(
 
 @app.command()
 @terminal.grouped
+def share(
+    model: ModelName,
+    scores: Annotated[list[Path], option("A score file of the model, one per task.", "--scores", metavar="FILE")],
+    budget: BudgetOptions,
+    selection: SelectionOptions,
+    output: Annotated[
+        Path | None,
+        option("The folder to write; without it the tasks are added to MODEL.", "--output", "-o", metavar="FOLDER"),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Puts many tasks into one folder: the weights once, and about a kilobyte of gates per task, each to the budget.
+
+    Examples: [cyan]jaxprune share multi --scores sst2.safetensors --scores qnli.safetensors --flops 0.5 -o all[/cyan]
+    [cyan]jaxprune share all --scores rte.safetensors --flops 0.3[/cyan] adds a task, the weights stay as they are.
+    [cyan]jaxprune evaluate all#sst2 --task sst2[/cyan] takes the model of one task, as every command does.
+
+    Gates say which units stay, no more: a model that is repaired (prune --recover) needs a folder of its own.
+    """
+    with terminal.working() as bars:
+        from jaxprune import report, sharing
+
+        how = {"tables": budget.tables(), "overwrite": overwrite, "watch": bars}
+        record = sharing.share_model(model, scores, selection.build(budget), output, **how)
+    folder, task = record["output"], record["tasks"][0]["task"]
+    lines = (report.share_note(record), "", f"Next: jaxprune inspect {folder}#{task}")
+    terminal.show(record, report.share_table(record), *lines, as_json=as_json)
+
+
+@app.command()
+@terminal.grouped
 def plan(
     model: ModelName,
     scores: Annotated[Path, option("A score file of the model.", "--scores", metavar="FILE")],

@@ -7,7 +7,7 @@ behind it. One axis table says which array has units along which axis.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -72,17 +72,45 @@ def compact(model: Model, params: Params, gates: Mapping[str, Any], means: Mappi
     _refuse([f"means of {name}: no kernel reads its units" for name in means if places[name].kind == "query_channels"])
     small = {path: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for path, leaf in flatten(params).items()}
     for name, gate in gates.items():
-        changed = _compact_site(
+        changed = compact_site(
             model.axes, flatten(subtree(params, places[name].module)), places[name], gate, means.get(name)
         )
         small |= {path: jnp.asarray(array) for path, array in changed.items()}
     return unflatten(small)
 
 
-def _compact_site(
+def check_biases(model: Model, params: Params, names: Collection[str]) -> None:
+    """Refuses means at sites with no bias for them to go into. Of the parameters only the paths are read.
+
+    Raises:
+        ValueError: Naming every such site.
+    """
+    wrong = []
+    for site in sites(model.axes, params, KINDS):
+        arrays = flatten(subtree(params, site.module)) if site.name in names else {}
+        for local in arrays:
+            path = (*site.module, *local)
+            axes = axes_of(model.axes, path)
+            if site.kind in axes and reads(axes, path) and (*local[:-1], "bias") not in arrays:
+                wrong.append(_homeless(site, path))
+    _refuse(wrong)
+
+
+def compact_site(
     table: AxisTable, arrays: Mapping[Path, Any], site: Site, gate: np.ndarray, mean: np.ndarray | None
 ) -> dict[Path, np.ndarray]:
-    """The arrays of one site's module that change, by full path."""
+    """The arrays of one site's module that change.
+
+    Args:
+        table: The family's axis table.
+        arrays: All arrays of the module, by their paths within it.
+        site: The site.
+        gate: Its gates, float32 `[units]`.
+        mean: What its closed units are replaced by; None is zero.
+
+    Returns:
+        New arrays by full path.
+    """
     changed: dict[Path, np.ndarray] = {}
     for local, leaf in arrays.items():
         path = (*site.module, *local)
@@ -95,7 +123,7 @@ def _compact_site(
         if mean is not None and reads(axes, path):
             bias = (*local[:-1], "bias")
             if bias not in arrays:
-                _refuse([f"means of {site.name} have nowhere to go: {path_name(path)} has no bias"])
+                _refuse([_homeless(site, path)])
             changed[(*site.module, *bias)] = _shift(merged, gate, mean, np.asarray(arrays[bias]), site.name)
         if takes_gate(axes, path, site.kind):
             after = [1] * (array.ndim - units.stop)
@@ -127,6 +155,10 @@ def _shift(kernel: np.ndarray, gate: np.ndarray, mean: np.ndarray, bias: np.ndar
     rows = (1.0 - gate.astype(np.float64)).reshape(-1, *[1] * (mean.ndim - 1)) * mean
     added = rows.reshape(-1) @ kernel.astype(np.float64).reshape(-1, kernel.shape[-1])
     return (bias.astype(np.float64) + added).astype(bias.dtype)
+
+
+def _homeless(site: Site, path: Path) -> str:
+    return f"means of {site.name} have nowhere to go: {path_name(path)} has no bias"
 
 
 def _refuse(wrong: list[str]) -> None:

@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -103,6 +103,19 @@ def folder_for(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         else:
             _move(fresh, target)
         _force_to_disk(target.parent)
+
+
+@contextlib.contextmanager
+def alone(file: str | Path) -> Iterator[None]:
+    """Waits until nobody else, in this process or another, is in such a block for the same file. Not on Windows."""
+    with _locked(Path(file)):
+        yield
+
+
+def is_leftover(name: str, of: Collection[str]) -> bool:
+    """Whether a killed process left a file of this name where it wrote one of some others."""
+    found = re.fullmatch(r"\.(.+)\.saving-[0-9a-f]{8}", name)
+    return found is not None and found[1] in of
 
 
 def interrupted(path: str | Path) -> Path | None:

@@ -153,8 +153,12 @@ def unit_axes(axes: tuple[str, ...], kind: str) -> slice:
 
 def merge_units(array: Any, axes: tuple[str, ...], kind: str) -> Any:
     """The array with one axis for the units of a kind, where it may have two: heads, then their channels."""
-    units, shape = unit_axes(axes, kind), array.shape
-    return array.reshape(*shape[: units.start], math.prod(shape[units]), *shape[units.stop :])
+    return array.reshape(_merged(array.shape, axes, kind))
+
+
+def _merged(shape: tuple[int, ...], axes: tuple[str, ...], kind: str) -> tuple[int, ...]:
+    units = unit_axes(axes, kind)
+    return *shape[: units.start], math.prod(shape[units]), *shape[units.stop :]
 
 
 def check_kinds(kinds: tuple[str, ...]) -> None:
@@ -347,6 +351,19 @@ def check_gates(model: Model, params: Params, gates: Mapping[str, Any], *, rows:
     check_sharing(model.axes, params, gates)
 
 
+def mean_shapes(table: AxisTable, params: Params) -> dict[str, tuple[int, ...]]:
+    """The shape of what closed units are replaced by, for every site whose units a kernel reads.
+
+    It is `[units]`, and `[heads, channels]` for heads. Of the parameters only the shapes are read.
+    """
+    flat = flatten(params)
+    return {
+        place.site.name: _merged(flat[place.reader].shape, axes_of(table, place.reader), place.site.kind)[:-1]
+        for place in _places(table, flat, KINDS)
+        if place.reader is not None
+    }
+
+
 def check_means(model: Model, params: Params, means: Mapping[str, Any]) -> None:
     """Refuses values for closed units that do not belong to these parameters.
 
@@ -360,17 +377,14 @@ def check_means(model: Model, params: Params, means: Mapping[str, Any]) -> None:
         ValueError: Naming every unknown site, every one whose units have no means, and every wrong shape.
     """
     _check_arrays("means", means)
-    places = {place.site.name: place for place in _places(model.axes, flatten(params), KINDS)}
+    places = [site.name for site in sites(model.axes, params, KINDS)]
+    expected = mean_shapes(model.axes, params)
     wrong = [f"{name} is not a site" for name in means if name not in places]
     for name, mean in means.items():
-        place = places.get(name)
-        if place is not None and place.reader is None:
+        if name in places and name not in expected:
             wrong.append(f"{name} has none: no kernel reads its units")
-        elif place is not None and place.reader is not None:
-            reader = subtree(params, place.reader)
-            expected = merge_units(reader, axes_of(model.axes, place.reader), place.site.kind).shape[:-1]
-            if mean.shape != expected:
-                wrong.append(f"{name} has shape {tuple(mean.shape)}, expected {expected}")
+        elif name in expected and mean.shape != expected[name]:
+            wrong.append(f"{name} has shape {tuple(mean.shape)}, expected {expected[name]}")
     if wrong:
         raise ValueError(f"means do not fit the parameters: {'; '.join(wrong)}. Sites: {_some(places)}.")
 

@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprune.batches import Length
-from jaxprune.checkpoint import load, read_pruning
+from jaxprune.checkpoint import load, read_pruning, split_task
 from jaxprune.cost import checked_length, elements, matmul_flops, parameters, unit_costs, usual_length
+from jaxprune.gate_file import GATES, read
 from jaxprune.gates import KINDS, UNITS, Params, Site, sites, widths
 from jaxprune.models import Model
 from jaxprune.pictures import check_picture, inspection_figure
 from jaxprune.scores import Scores, load_scores
 from jaxprune.selection import select
+from jaxprune.shared import task_record
 from jaxprune.workflow import check_file
 
 
@@ -39,7 +41,7 @@ def inspect_model(
     """Counts what a model has in every layer; needs neither a tokenizer nor data.
 
     Args:
-        source: The model, pruned or not.
+        source: The model, pruned or not; `FOLDER#TASK` is that of one task of a shared folder.
         scores: A score file of this model, or of the one that it was pruned from.
         picture: Where to draw it, `.png` or `.svg`.
         dark: Whether the picture is for a dark page.
@@ -58,7 +60,7 @@ def inspect_model(
         check_file(picture, overwrite)
     found = None if scores is None else load_scores(scores)
     model, params = load(source)
-    pruning = _pruning(model)
+    pruning = _pruning(source, model)
     recorded = {} if pruning is None else pruning.get("sites", {})
     named = {name.rpartition(".")[2] for name in (*recorded, *({} if found is None else found.values))}
     kinds = tuple(kind for kind in KINDS if kind in UNITS or kind in named)
@@ -90,6 +92,7 @@ def inspect_model(
         "source": source,
         "model_type": model.config.model_type,
         "heads": list(model.heads),
+        "tasks": _tasks(source, model),
         "parameters": parameters(params),
         "flops": flops,
         "length": length,
@@ -105,7 +108,16 @@ def inspect_model(
     return record
 
 
-def _pruning(model: Model) -> dict[str, Any] | None:
+def _tasks(source: str, model: Model) -> list[str]:
+    """The tasks whose gates stand beside the dense model."""
+    file = None if model.source is None or split_task(source)[1] is not None else model.source / GATES
+    return sorted(read(file).tasks) if file is not None and file.is_file() else []
+
+
+def _pruning(source: str, model: Model) -> dict[str, Any] | None:
+    task = split_task(source)[1]
+    if model.source is not None and task is not None:
+        return task_record(model.source, task)
     try:
         return None if model.source is None else read_pruning(model.source)
     except FileNotFoundError:

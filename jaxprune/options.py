@@ -131,7 +131,10 @@ kept = partial(option, panel="What stays")
 measured = partial(option, panel="What is measured")
 training = partial(option, panel="Training")
 
-ModelName: TypeAlias = Annotated[str, typer.Argument(help="A model folder, or a name on the Hugging Face hub.")]
+ModelName: TypeAlias = Annotated[
+    str,
+    typer.Argument(help="A model folder, or a name on the Hugging Face hub; FOLDER#TASK: a task of a shared one."),
+]
 OneTask: TypeAlias = Annotated[str, rows("A built-in task, a folder in --data, or your own file or folder.", "--task")]
 Tasks: TypeAlias = Annotated[
     list[str], rows("As often as there are tasks: a built-in one, or your own file.", "--task")

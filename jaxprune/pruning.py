@@ -11,7 +11,7 @@ from jaxprune.accounting import Accounting, account_for, check_accounting
 from jaxprune.baselines import TopLayers
 from jaxprune.batches import Length
 from jaxprune.cards import model_card
-from jaxprune.checkpoint import load, save
+from jaxprune.checkpoint import load, save, split_task
 from jaxprune.compaction import compact
 from jaxprune.cost import file_size
 from jaxprune.evaluation import fitting_head
@@ -202,6 +202,7 @@ def write_pruned(
         "widths": {name: [own["had"], own["kept"]] for name, own in pruning["sites"].items()},
         "versions": pruning["scores"]["versions"],
     }
+    on_hub = not Path(split_task(record["source"])[0]).expanduser().is_dir()
     save(
         output,
         model,
@@ -209,7 +210,7 @@ def write_pruned(
         pruning={**pruning, "results": found},
         overwrite=overwrite,
         dtype=stored_type(model),
-        extra={CARD: model_card(complete, on_hub=not Path(record["source"]).expanduser().is_dir()).encode()},
+        extra={CARD: model_card(complete, on_hub=on_hub).encode()},
     )
     for name, folder in (("before", model.source), ("after", output)):
         found[name]["file_bytes"] = None if folder is None else file_size(folder)

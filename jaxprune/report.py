@@ -326,11 +326,38 @@ def inspection_note(record: Record) -> str:
         f"Task heads: {', '.join(record['heads']) or 'none'}.",
         f"Parameters and FLOPs of heads and neurons, {length_text(record['length'])}.",
     ]
+    if record["tasks"]:
+        parts.append(f"Dense. Gates of {', '.join(record['tasks'])}: FOLDER#TASK is the model of one.")
     if record["pruned"] is not None:
         parts.append("x/y: x of the y units before pruning stay.")
     if record["scores"] is not None:
         parts.append("Scores: means over the units that stay, and shares of the sum of their sizes.")
     return fill(" ".join(parts), 80)
+
+
+def share_table(record: Record) -> Table:
+    """The tasks of a shared folder that were written: what each keeps, and what its gates take."""
+    table = _table(f"{record['output']}: {'added' if record['added'] else 'shared'}")
+    table.add_column("task", overflow="fold")
+    for heading in ("units kept", "", "FLOPs kept", "bytes of gates"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in record["tasks"]:
+        before, after, kept = row["before"], row["after"], row["kept"]
+        size = f"{row['gates_bytes']:,}" + (f" + {row['means_bytes']:,}" if row["means_bytes"] else "")
+        units = f"{after['units']:,}/{before['units']:,}"
+        table.add_row(row["task"], units, _percent(kept["units"]), _percent(kept.get("flops")), size)
+    return table
+
+
+def share_note(record: Record) -> str:
+    """What the figures of `share_table` mean, and how a task is asked for."""
+    means = " + means of closed units" if any(row["means_bytes"] for row in record["tasks"]) else ""
+    return fill(
+        f"Bytes: one bit per unit{means}; all of gates.safetensors, with how the gates were made, "
+        f"{record['gates_file_bytes']:,} bytes beside {record['weights_file_bytes'] / 1e6:,.2f} MB of weights. "
+        f"Tasks in the folder: {', '.join(record['all_tasks'])}.",
+        80,
+    )
 
 
 def overlap_tables(record: Record) -> list[Table]:

@@ -6,7 +6,7 @@ import contextlib
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -218,20 +218,31 @@ def refuse(what: str, **problems: list[str]) -> None:
 
 
 def convert(parameters: list[Parameter], dtype: np.dtype | None, folder: Path) -> Params:
+    """Reads the parameters onto the device, as `read_arrays` does, in the order of the files."""
+    ordered = sorted(parameters, key=lambda p: (p.source.file.path, p.source.entry.start))
+    flat = {path: jax.device_put(array) for path, array in read_arrays(ordered, dtype, folder)}
+    return unflatten({path: flat[path] for path, *_ in parameters})
+
+
+def read_arrays(
+    parameters: Iterable[Parameter], dtype: np.dtype | None, folder: Path
+) -> Iterator[tuple[ParamPath, np.ndarray]]:
     """Reads the parameters, one slice of one tensor at a time, into arrays that share no memory with the files.
 
     Args:
-        parameters: What to read.
+        parameters: What to read, in this order.
         dtype: The type of the arrays; None is each tensor's own.
         folder: For the error.
 
+    Yields:
+        The path and the array of each.
+
     Raises:
-        ValueError: Naming every tensor with a value that is NaN, infinite or too large for `dtype`.
+        ValueError: In the end, naming every tensor with a value that is NaN, infinite or too large for `dtype`.
     """
-    flat: dict[ParamPath, jax.Array] = {}
     problems: dict[str, list[str]] = {"NaN_or_infinite": [], f"too_large_for_{dtype}": []}
     not_finite, too_large = problems.values()
-    for path, source, shape, layout in sorted(parameters, key=lambda p: (p.source.file.path, p.source.entry.start)):
+    for path, source, shape, layout in parameters:
         kind = FLOATS[source.entry.dtype] if dtype is None else dtype
         array = _aligned(shape, kind)
         view = _LAYOUTS[layout](array)
@@ -244,9 +255,8 @@ def convert(parameters: list[Parameter], dtype: np.dtype | None, folder: Path) -
             view[rows] = converted
         if not fits:
             (too_large if finite else not_finite).append(source.name)
-        flat[path] = jax.device_put(array)
+        yield path, array
     refuse(f"the weights in {folder} cannot be used", **problems)
-    return unflatten({path: flat[path] for path, *_ in parameters})
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

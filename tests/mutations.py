@@ -1,4 +1,4 @@
-"""Damaged model folders and score files, drawn from a seed, and a worker that says what each of them does.
+"""Damaged models, score files and gates of tasks, drawn from a seed, and a worker that says what each of them does.
 
 Run as a script, it takes the cases of a campaign one by one under a limit on memory and processor time, and prints one
 JSON line before and after each. A case that crashes, hangs or asks for too much memory ends the process, and the last
@@ -15,6 +15,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 from checkpoints import safetensors_bytes, write_classifier
 from safetensors.numpy import load_file
-from tiny import tiny_model
+from tiny import random_gates, tiny_model
 
-from jaxprune.checkpoint import load, read_pruning, save
+from jaxprune.checkpoint import digest, load, read_pruning, save
+from jaxprune.compaction import compact
+from jaxprune.gate_file import GATES
+from jaxprune.gate_file import METADATA as METADATA_OF_GATES
 from jaxprune.gates import flatten, path_name
 from jaxprune.models import family
 from jaxprune.scores import METADATA, Scores, load_scores, save_scores
+from jaxprune.shared import save_shared
 
 MEMORY = 2**30  # bytes that a case may ask for beyond what the worker has
 SECONDS = 10  # of processor time that a case may take
@@ -37,6 +42,7 @@ NUMBERS: tuple[Any, ...] = (
 )  # fmt: skip
 THINGS: tuple[Any, ...] = (None, True, False, "", "16", "bert", [], [16], {}, {"0": 1}, "\ud800", "\x00", "a" * 10_000)
 TOKENIZER = ("vocab.txt", "tokenizer_config.json")
+MEANS = {"0.ffn.neurons": np.arange(32, dtype=np.float32)}  # of one of the shared tasks
 PLACES = ("length", "header", "data", "cut", "shape", "offsets", "type", "name", "duplicate", "extra")
 
 
@@ -199,20 +205,24 @@ def make_scores(folder: Path) -> Path:
 
 def damage_scores(file: Path, draw: random.Random) -> str:
     """Damages a score file, or the header in its metadata, and says what was done."""
+    return _damage_with_header(file, METADATA, draw)
+
+
+def _damage_with_header(file: Path, name: str, draw: random.Random) -> str:
     whole = file.read_bytes()
     if draw.random() < 0.6:
         what, content = damaged_tensors(whole, draw)
     else:
         text, data = split(whole)
         header = json.loads(text)
-        what, changed = damaged_json(header["__metadata__"][METADATA].encode(), draw)
-        header["__metadata__"][METADATA] = changed.decode(errors="replace")
+        what, changed = damaged_json(header["__metadata__"][name].encode(), draw)
+        header["__metadata__"][name] = changed.decode(errors="replace")
         what, content = f"header: {what}", safetensors_bytes(header, data)
     file.write_bytes(content)
     return what
 
 
-def outcome_of_scores(file: Path) -> str:
+def outcome_of_scores(file: Path, kind: str) -> str:
     """Loads a damaged score file: "refused", "equal", or what is wrong with the answer."""
     try:
         found = load_scores(file)
@@ -224,28 +234,61 @@ def outcome_of_scores(file: Path) -> str:
     return "equal" if equal else "wrong scores"
 
 
+def make_shared(folder: Path) -> Path:
+    """A whole shared folder with two tasks, one of them with means."""
+    model, params = tiny_model(layers=1)
+    gates = random_gates(model, params)
+    return save_shared(folder / "shared", model, params, {"a": gates, "b": gates}, means={"b": MEANS})
+
+
+@cache
+def _digests_of_tasks() -> dict[str, str]:
+    """What compaction gives for them."""
+    model, params = tiny_model(layers=1)
+    gates = random_gates(model, params)
+    return {task: digest(compact(model, params, gates, means)) for task, means in (("a", None), ("b", MEANS))}
+
+
+def damage_gates(folder: Path, draw: random.Random) -> str:
+    """Damages the gates of a shared folder, or their description, and says what was done."""
+    return _damage_with_header(folder / GATES, METADATA_OF_GATES, draw)
+
+
+def outcome_of_gates(folder: Path, kind: str) -> str:
+    """Loads the tasks of a damaged shared folder: "refused", "equal", or what is wrong with the answer."""
+    for task, wanted in _digests_of_tasks().items():
+        try:
+            found = load(folder, task=task)[1]
+        except (ValueError, FileNotFoundError) as error:
+            return "refused" if str(folder) in str(error) else f"the error names no file: {error}"
+        if digest(found) != wanted:
+            return f"wrong weights of {task}"
+    return "equal"
+
+
 def cases(folder: Path, campaign: str, seed: int, first: int, last: int) -> Iterator[tuple[int, str, str | None]]:
     """The cases of a campaign: (number, what was done, None), then (number, what was done, outcome)."""
-    whole = make_models(folder / "whole") if campaign == "models" else [make_scores(folder / "whole")]
+    make, damage, check = CAMPAIGNS[campaign]
+    whole = made if isinstance(made := make(folder / "whole"), list) else [made]
     for place in whole:  # once undamaged: compiles, and shows that the comparison holds
-        assert (outcome(place, "") if campaign == "models" else outcome_of_scores(place)) == "equal"
+        assert check(place, "") == "equal"
     yield -1, "", "ready"
     for number in range(first, last):
         draw = random.Random(f"{seed} {number}")
         source = whole[number % len(whole)]
         target = folder / f"case{number}{source.suffix}"
-        if campaign == "models":
-            shutil.copytree(source, target)
-            what = damage_model(target, draw)
-            yield number, what, None
-            yield number, what, _met(lambda target=target, what=what: outcome(target, what))
-            shutil.rmtree(target)
-        else:
-            shutil.copy(source, target)
-            what = damage_scores(target, draw)
-            yield number, what, None
-            yield number, what, _met(lambda target=target, what=what: outcome_of_scores(target))
-            target.unlink()
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+        what = damage(target, draw)
+        yield number, what, None
+        yield number, what, _met(lambda target=target, what=what: check(target, what))
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+
+
+CAMPAIGNS: dict[str, tuple[Callable[..., Any], Callable[..., str], Callable[..., str]]] = {
+    "models": (make_models, damage_model, outcome),
+    "scores": (make_scores, damage_scores, outcome_of_scores),
+    "gates": (make_shared, damage_gates, outcome_of_gates),
+}
 
 
 def _met(check: Callable[[], str]) -> str:

@@ -1,4 +1,7 @@
-"""Loading allocates at most 1.3 times the parameters' bytes, whatever the type in the file and the type asked for."""
+"""Loading allocates at most 1.3 times the parameters' bytes, whatever the type in the file and the type asked for.
+
+Of one task of a shared folder, those are the parameters that are left; one dense module comes on top.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +47,34 @@ print(sum(array.nbytes for array in jax.tree.leaves(params)), loaded, saved)
 """
 
 
+SHARE = """
+import sys
+import numpy as np
+import jaxprune as jp
+for source, out in zip(sys.argv[1::2], sys.argv[2::2]):
+    model, params = jp.load(source)
+    gates = {name: np.arange(gate.size) < gate.size / 8 for name, gate in jp.open_gates(model, params).items()}
+    jp.save_shared(out, model, params, {"task": gates}, dtype="float16")
+"""
+
+SLICE = """
+import sys
+from pathlib import Path
+import jax
+import jaxprune as jp
+
+def status(field):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+jp.load(sys.argv[1], task="task")
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+params = jax.block_until_ready(jp.load(sys.argv[2], task="task")[1])
+print(sum(array.nbytes for array in jax.tree.leaves(params)), status("VmHWM") - before)
+"""
+
+
 def write_big(folder: Path, config: dict[str, Any], dtype: str) -> None:
     """A checkpoint whose word embeddings are half of it and come last, so that a copy of them would show."""
     header, start = {}, 0
@@ -83,3 +114,21 @@ def test_loading_takes_at_most_1_3_times_the_parameters(tmp_path, stored, asked)
     assert size > 75e6
     assert loaded < 1.3 * size, f"loading took {loaded / size:.2f} times the parameters"
     assert saved < 0.3 * size, f"saving took {saved / size:.2f} times the parameters"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_one_task_takes_at_most_1_3_times_what_is_left_and_one_dense_module(tmp_path):
+    config = tiny_config("bert", layers=8, embed=512, attention_heads=8, neurons=2048, vocab=8000)
+    write_big(tmp_path / "big", config, "F16")
+    tiny = classifier_config("bert")
+    write_checkpoint(tmp_path / "tiny", tiny, classifier_tensors(tiny))
+    names = [str(tmp_path / name) for name in ("tiny", "shared tiny", "big", "shared big")]
+    subprocess.run([sys.executable, "-c", SHARE, *names], check=True)
+    run = subprocess.run([sys.executable, "-c", SLICE, *names[1::2]], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    left, loaded = map(int, run.stdout.split())
+    module = 4 * (2 * 512 * 2048 + 2048 + 3 * 512)  # bytes of an FFN and its norm
+    dense = left + 8 * 7 / 8 * 4 * (4 * 512 * 512 + 2 * 512 * 2048)
+    assert dense > 110e6 and left < 35e6
+    print(loaded / 1e6, left / 1e6, module / 1e6, dense / 1e6)
+    assert loaded < 1.3 * left + module, f"loading took {loaded / 1e6:.0f} MB for {left / 1e6:.0f} MB"

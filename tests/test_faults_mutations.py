@@ -20,7 +20,7 @@ from jaxprune.checkpoint import load
 from jaxprune.tensors import TensorFile
 
 SEED = 20260102
-CASES = {"models": 2000, "scores": 300}
+CASES = {"models": 2000, "scores": 300, "gates": 300}
 FEW = 20  # with the other tests
 
 
