@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from jaxprune.provenance import pruning_record
     from jaxprune.receipt import Receipt, loss_receipt
     from jaxprune.recovery import recover, recover_batches
+    from jaxprune.rounds import Round, prune_in_rounds
     from jaxprune.scores import Scores, load_scores, merge, save_scores
     from jaxprune.scoring import score
     from jaxprune.selection import select
@@ -71,6 +72,7 @@ _SOURCES = {
     "Receipt": "receipt",
     "Reconstruction": "fitting",
     "Rescaling": "fitting",
+    "Round": "rounds",
     "Scores": "scores",
     "Stability": "split_half",
     "Task": "tasks",
@@ -100,6 +102,7 @@ _SOURCES = {
     "parameters": "cost",
     "probability": "objectives",
     "prompt_for": "prompts",
+    "prune_in_rounds": "rounds",
     "pruning_record": "provenance",
     "read_prompt": "prompts",
     "recover": "recovery",
@@ -130,6 +133,7 @@ __all__ = [
     "Receipt",
     "Reconstruction",
     "Rescaling",
+    "Round",
     "Scores",
     "Stability",
     "Task",
@@ -160,6 +164,7 @@ __all__ = [
     "parameters",
     "probability",
     "prompt_for",
+    "prune_in_rounds",
     "pruning_record",
     "read_prompt",
     "recover",

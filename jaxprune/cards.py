@@ -66,6 +66,7 @@ def model_card(record: Record, *, on_hub: bool) -> str:
                 "- `pruning.json` has all settings, the versions, and which units stay.",
             )
         ),
+        *_rounds(record),
         "## Before and after",
         _markdown(["", *BEFORE_AFTER], cells),
         "\n".join(" ".join(note.split()) for note in before_after_notes(record)),
@@ -92,6 +93,15 @@ def _how_scored(task: Record, named: bool) -> str:
     examples = f"{task['examples']:,} calibration examples" if task["examples"] else "no example"
     what = f"- Criterion for {_code(task['task'])}" if named else "- Criterion"
     return f"{what}: {_code(criterion['name'])}{f' ({_code(settings)})' if settings else ''}, {examples}."
+
+
+def _rounds(record: Record) -> list[str]:
+    """The section of a card on the rounds, if there were several."""
+    rows = [
+        [str(own["round"]), plain(own["budget"]), f"{own['units']:,}", _code(own["scores"][:12])]
+        for own in record.get("rounds", ())
+    ]
+    return ["## Rounds", _markdown(["round", "budget", "units left", "digest of the scores"], rows)] if rows else []
 
 
 def _for_others(tasks: Sequence[Record]) -> str:

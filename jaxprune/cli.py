@@ -119,6 +119,9 @@ def prune(
         str | None,
         choice("together", "Several tasks: mean scores (default), or what any or all keep.", "What stays"),
     ] = None,
+    rounds: Annotated[
+        int, kept("Steps to the budget; before each, what is left is scored again.", "--rounds", metavar="N")
+    ] = 1,
     head: Head = None,
     evaluate: Annotated[bool, measured("Test before and after.", "--evaluate/--no-evaluate")] = True,
     limit: Annotated[int | None, measured("The most test examples.")] = None,
@@ -132,6 +135,7 @@ def prune(
     [cyan]jaxprune prune multi --scores sst2.safetensors --flops 0.5 -o small[/cyan] needs no data.
     [cyan]jaxprune prune multi --task sst2 --task mrpc --flops 0.5 -o small[/cyan] keeps what both need.
     [cyan]jaxprune prune multi --scores sst2.safetensors --latency 12ms -o small[/cyan] measures modules first.
+    [cyan]jaxprune prune multi --task sst2 --data data --flops 0.2 --rounds 3 -o small[/cyan] scores in each round.
     """
     with terminal.working() as bars:
         scores, task = scores or [], task or []
@@ -144,10 +148,16 @@ def prune(
             raise ValueError(f"{unused}: for testing, but there is no --task to test on.")
         if together is not None and len(scores or task) < 2:
             raise ValueError("--together is for several tasks: name more of them with --task, or of --scores.")
+        if rounds < 1:
+            raise ValueError(f"--rounds must be at least 1, got {rounds}.")
+        if rounds > 1 and (scores or several):
+            what = "score files are of the dense model alone" if scores else f"{len(task)} tasks are pruned for in one"
+            raise ValueError(f"--rounds {rounds} needs one --task to score in every round, and no --scores: {what}.")
         timed = measure.split(",")
         if not all(part.strip().isdigit() for part in timed):
             raise ValueError(f"--measure takes whole numbers, such as 1,32 (0: none), got {measure!r}.")
         from jaxprune import pruning, report, workflow
+        from jaxprune import rounds as in_rounds
         from jaxprune import together as several_tasks
 
         measuring = workflow.Measuring(
@@ -158,12 +168,19 @@ def prune(
             **asdict(batches),
         )
         chosen, data = selection.build(budget), [rows.of(name) for name in task]
-        how = {"measuring": measuring, "tables": budget.tables(), "overwrite": overwrite, "watch": bars}
-        how["recovering"] = recovery.build(scoring.seed, batches)
+        how = {"measuring": measuring, "overwrite": overwrite, "watch": bars}
+        how["recovering"] = recovery.build(scoring.seed, batches, rounds)
+        if rounds == 1:
+            how["tables"] = budget.tables()
         scored = scores or scoring.build(settings, head, batches)
         if several:
             way = find("together", together or "pooled")
             record = several_tasks.prune_together(model, output, chosen, scored=scored, tasks=data, way=way, **how)
+        elif rounds > 1:
+            made = scoring.build(settings, head, batches)
+            record = in_rounds.prune_model_in_rounds(
+                model, output, chosen, rounds=rounds, scoring=made, data=data[0], **how
+            )
         else:
             one = scored[0] if isinstance(scored, list) else scored
             record = pruning.prune_model(model, output, chosen, scored=one, data=data[0] if data else None, **how)

@@ -69,6 +69,7 @@ ORDER = (
     "inspection",
     "comparison",
     "together",
+    "rounds",
     "bundled",
     "demo",
     "terminal",
