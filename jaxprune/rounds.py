@@ -78,12 +78,15 @@ def prune_in_rounds(
 ) -> Iterator[Round]:
     """Prunes to a budget in rounds, in each of which what is left is scored again.
 
-    The last round meets the budget by the law of `select`: what stays is the most that does not cost more, and with
-    `per_layer` it has the widths that one round would give it. One round is `select` and `compact`. Without `repair`
-    and means of closed units, the parameters of every round are `compact(model, params, its gates)`, bit for bit.
+    The last round meets the budget by the law of `select`: what stays costs at most that, and is short of it by less
+    than the next block; with `per_layer` it has the widths that one round would give it. One round is `select` and
+    `compact`. What a round leaves is `compact(model, params, its gates)`, bit for bit, if nothing is repaired and
+    closed units are zero.
 
-        score = lambda small: jp.score(model, small, task, key=0)
-        *_, last = jp.prune_in_rounds(model, params, score, rounds=3, flops=0.3)
+    ```python
+    steps = jp.prune_in_rounds(model, params, lambda small: jp.score(model, small, task), rounds=3, flops=0.3)
+    *_, last = steps  # last.params, last.gates
+    ```
 
     Args:
         model: The architecture.
@@ -133,8 +136,7 @@ def select_left(model: Model, params: Params, scores: Scores | Values, left: Gat
         model: The architecture.
         params: The dense parameters.
         scores: Of the units that are left.
-        left: Gates of the units of the dense model that are left; at a site that is not named all are. None are closed
-            that `select` would have kept at a larger budget with the same rules.
+        left: What this returned at a larger budget, with the same rules; at a site that is not named all units are left.
         **selection: The arguments of `select`.
 
     Returns:
@@ -181,7 +183,8 @@ def _rounds(
     repair: Callable[[Params], tuple[Params, Recovery]] | None,
     after: Round | None,
 ) -> Iterator[Round]:
-    left, small, done = ({}, params, 0) if after is None else (after.gates, after.params, after.number)
+    left: Gates = {} if after is None else after.gates
+    small, done = (params, 0) if after is None else (after.params, after.number)
     for number, (budget, step) in enumerate(zip(budgets, steps, strict=True), 1):
         if number <= done:
             continue
@@ -222,7 +225,7 @@ def prune_model_in_rounds(
     check_scope(scoring, selection)
     model, params = load(source)
     try_selection(model, params, selection, kinds_of(model, params, scoring))
-    arguments = selection.arguments() | {"rounds": rounds}
+    arguments: dict[str, Any] = {**selection.arguments(), "rounds": rounds}
     prune_in_rounds(model, params, lambda _: {}, **arguments)  # refuses what cannot be done before any work
     task = data.load()
     fitting_head(model, task, measuring.head)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import Place, place, record_of, run, write_rows
 from test_likelihood import ANSWERS
 from test_selection import kept, random_scores
-from tiny import tiny_model
+from tiny import tiny_batch, tiny_model
 
 from jaxprune.attribution import GradientActivation
 from jaxprune.checkpoint import digest, load, model_digest, read_pruning, save
@@ -26,7 +27,7 @@ from jaxprune.gates import Params, flatten, open_gates, widths
 from jaxprune.models import Model
 from jaxprune.provenance import recorded_gates
 from jaxprune.rounds import geometric, prune_in_rounds, prune_model_in_rounds, units_left
-from jaxprune.scores import load_scores
+from jaxprune.scores import Scores, load_scores
 from jaxprune.selection import Values, per_layer_l2, select, site_costs
 from jaxprune.workflow import Data, Measuring, Recovering, Scoring, Selection
 
@@ -211,6 +212,28 @@ def test_every_round_is_repaired(dense):
     assert_same(found[1].params, quarter)  # halves are exact
 
 
+def test_units_are_replaced_by_the_means_of_the_round_in_which_they_went():
+    model, params = tiny_model()
+    random, means = np.random.default_rng(0), {}
+
+    def score(small: Params) -> Scores:
+        found = {name: random.standard_normal((n, 4) if "heads" in name else n) for name, n in sizes(small).items()}
+        own = {name: jnp.asarray(value, jnp.float32) for name, value in found.items()}
+        means[len(means)] = own
+        return Scores(random_scores(model, small, len(means)), {}, own)  # pyright: ignore[reportArgumentType]
+
+    def sizes(small: Params) -> dict[str, int]:
+        return widths(model.axes, small)
+
+    first, last = prune_in_rounds(model, params, score, rounds=2, units=0.4)
+    went = {name: np.array(value) for name, value in means[0].items()}  # of those that stay it does not matter
+    for name, value in means[1].items():
+        went[name][np.flatnonzero(first.gates[name])] = value
+    batch = tiny_batch(model)
+    wanted = model.apply(params, batch, last.gates, means=went).logits
+    np.testing.assert_allclose(model.apply(last.params, batch).logits, wanted, atol=1e-4)  # sums in another order
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -227,7 +250,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_scored(dense, setting
         raise AssertionError
 
     with pytest.raises(error, match=message):
-        prune_in_rounds(*dense, never, **settings)
+        prune_in_rounds(dense[0], dense[1], never, **settings)
 
 
 def test_scores_must_be_of_what_is_left(dense):
