@@ -136,7 +136,7 @@ def select_left(model: Model, params: Params, scores: Scores | Values, left: Gat
         model: The architecture.
         params: The dense parameters.
         scores: Of the units that are left.
-        left: What this returned at a larger budget, with the same rules; at a site that is not named all units are left.
+        left: What this returned at a larger budget, with the same rules. A site that is not named is whole.
         **selection: The arguments of `select`.
 
     Returns:
