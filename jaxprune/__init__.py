@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from jaxprune.receipt import Receipt, loss_receipt
     from jaxprune.recovery import recover, recover_batches
     from jaxprune.reselection import Reselection, reselect
+    from jaxprune.rounds import Round, prune_in_rounds
     from jaxprune.scores import Scores, load_scores, merge, save_scores
     from jaxprune.scoring import score
     from jaxprune.selection import select
@@ -76,6 +77,7 @@ _SOURCES = {
     "Reconstruction": "fitting",
     "Rescaling": "fitting",
     "Reselection": "reselection",
+    "Round": "rounds",
     "Scores": "scores",
     "Stability": "split_half",
     "Task": "tasks",
@@ -109,6 +111,7 @@ _SOURCES = {
     "predict_loss": "prediction",
     "probability": "objectives",
     "prompt_for": "prompts",
+    "prune_in_rounds": "rounds",
     "pruning_record": "provenance",
     "read_prompt": "prompts",
     "recover": "recovery",
@@ -143,6 +146,7 @@ __all__ = [
     "Reconstruction",
     "Rescaling",
     "Reselection",
+    "Round",
     "Scores",
     "Stability",
     "Task",
@@ -177,6 +181,7 @@ __all__ = [
     "predict_loss",
     "probability",
     "prompt_for",
+    "prune_in_rounds",
     "pruning_record",
     "read_prompt",
     "recover",

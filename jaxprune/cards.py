@@ -76,6 +76,7 @@ def model_card(record: Record, *, on_hub: bool) -> str:
                 "- `pruning.json` has all settings, the versions, and which units stay.",
             )
         ),
+        *_rounds(record),
         "## Before and after",
         _markdown(["", *BEFORE_AFTER], cells),
         "\n".join(" ".join(note.split()) for note in before_after_notes(record)),
@@ -112,6 +113,15 @@ def _lost(receipt: Record) -> tuple[str, ...]:
     what = f"Of {_code(receipt['objective'])} for {_code(receipt['task'])}, mean of {receipt['examples']:,} examples:"
     notes = "\n".join(f"- {_unbroken(' '.join(note.split()))}" for note in receipt_notes(receipt))
     return what, _markdown(headings, rows), notes
+
+
+def _rounds(record: Record) -> list[str]:
+    """The section of a card on the rounds, if there were several."""
+    rows = [
+        [str(own["round"]), plain(own["budget"]), f"{own['units']:,}", _code(own["scores"][:12])]
+        for own in record.get("rounds", ())
+    ]
+    return ["## Rounds", _markdown(["round", "budget", "units left", "digest of the scores"], rows)] if rows else []
 
 
 def _for_others(tasks: Sequence[Record]) -> str:

@@ -8,12 +8,11 @@ from typing import Annotated
 
 import typer
 
-from jaxprune import __version__, terminal
+from jaxprune import __version__, looking, terminal
 from jaxprune.options import (
     BatchOptions,
     BudgetOptions,
     CriterionOptions,
-    Dark,
     Folder,
     Head,
     Json,
@@ -33,7 +32,6 @@ from jaxprune.options import (
     measured,
     numbers,
     option,
-    read_fractions,
     rows,
     scoring,
     training,
@@ -44,10 +42,6 @@ EPILOG = (
     "line on stderr; JAXPRUNE_TRACEBACK=1 shows where it came from. Compiled programs and latency tables are kept in "
     "~/.cache/jaxprune; JAX_COMPILATION_CACHE_DIR names another folder for the programs."
 )
-
-FRACTIONS = "0.7,0.5,0.3"
-DELETED = "0.1,0.3,0.5,0.7,0.9"
-BUDGETS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2"
 
 app = typer.Typer(
     cls=terminal.Commands, add_completion=False, rich_markup_mode="rich", epilog=EPILOG, pretty_exceptions_enable=False
@@ -121,6 +115,9 @@ def prune(
         str | None,
         choice("together", "Several tasks: mean scores (default), or what any or all keep.", "What stays"),
     ] = None,
+    rounds: Annotated[
+        int, kept("Steps to the budget; before each, what is left is scored again.", "--rounds", metavar="N")
+    ] = 1,
     head: Head = None,
     evaluate: Annotated[bool, measured("Test before and after.", "--evaluate/--no-evaluate")] = True,
     limit: Annotated[int | None, measured("The most test examples.")] = None,
@@ -134,6 +131,7 @@ def prune(
     [cyan]jaxprune prune multi --scores sst2.safetensors --flops 0.5 -o small[/cyan] needs no data.
     [cyan]jaxprune prune multi --task sst2 --task mrpc --flops 0.5 -o small[/cyan] keeps what both need.
     [cyan]jaxprune prune multi --scores sst2.safetensors --latency 12ms -o small[/cyan] measures modules first.
+    [cyan]jaxprune prune multi --task sst2 --data data --flops 0.2 --rounds 3 -o small[/cyan] scores in each round.
     """
     with terminal.working() as bars:
         scores, task = scores or [], task or []
@@ -146,10 +144,16 @@ def prune(
             raise ValueError(f"{unused}: for testing, but there is no --task to test on.")
         if together is not None and len(scores or task) < 2:
             raise ValueError("--together is for several tasks: name more of them with --task, or of --scores.")
+        if rounds < 1:
+            raise ValueError(f"--rounds must be at least 1, got {rounds}.")
+        if rounds > 1 and (scores or several):
+            what = "score files are of the dense model alone" if scores else f"{len(task)} tasks are pruned for in one"
+            raise ValueError(f"--rounds {rounds} needs one --task to score in every round, and no --scores: {what}.")
         timed = measure.split(",")
         if not all(part.strip().isdigit() for part in timed):
             raise ValueError(f"--measure takes whole numbers, such as 1,32 (0: none), got {measure!r}.")
         from jaxprune import pruning, report, workflow
+        from jaxprune import rounds as in_rounds
         from jaxprune import together as several_tasks
 
         measuring = workflow.Measuring(
@@ -160,12 +164,21 @@ def prune(
             **asdict(batches),
         )
         chosen, data = selection.build(budget), [rows.of(name) for name in task]
-        how = {"measuring": measuring, "tables": budget.tables(), "overwrite": overwrite, "watch": bars}
-        how |= {"recovering": recovery.build(scoring.seed, batches), "accounting": receipts.build(batches)}
+        how = {"measuring": measuring, "overwrite": overwrite, "watch": bars}
+        how["recovering"] = recovery.build(scoring.seed, batches, rounds)
+        if rounds == 1:
+            how |= {"tables": budget.tables(), "accounting": receipts.build(batches)}
+        elif receipts.build(batches) is not None:
+            raise ValueError("--receipt is of one selection, --rounds makes several: leave one of them out.")
         scored = scores or scoring.build(settings, head, batches)
         if several:
             way = find("together", together or "pooled")
             record = several_tasks.prune_together(model, output, chosen, scored=scored, tasks=data, way=way, **how)
+        elif rounds > 1:
+            made = scoring.build(settings, head, batches)
+            record = in_rounds.prune_model_in_rounds(
+                model, output, chosen, rounds=rounds, scoring=made, data=data[0], **how
+            )
         else:
             one = scored[0] if isinstance(scored, list) else scored
             record = pruning.prune_model(model, output, chosen, scored=one, data=data[0] if data else None, **how)
@@ -233,177 +246,8 @@ def plan(
     terminal.show(record, *forecast.plan_tables(record), *forecast.plan_notes(record), as_json=as_json)
 
 
-@app.command()
-@terminal.grouped
-def sweep(
-    model: ModelName,
-    task: Tasks,
-    criterion: Annotated[list[str], choice("criterion", "As often as there are criteria")],
-    output: Annotated[Path, option("Folder for the results; a sweep in it goes on.", "--output", "-o")],
-    selection: SelectionOptions,
-    rows: RowOptions,
-    batches: BatchOptions,
-    settings: CriterionOptions,
-    flops: Annotated[str, kept("Fractions of the FLOPs that may stay.", metavar="A,B,...")] = BUDGETS,
-    seeds: Annotated[int, scoring("Draws of the calibration rows: seeds 0, 1 and so on.")] = 3,
-    examples: Annotated[int, scoring("Calibration rows to score with, stratified by label.")] = 128,
-    head: Head = None,
-    split: Annotated[str, measured("Rows to test on: dev to choose by, test to report.")] = "test",
-    limit: Annotated[int | None, measured("The most rows to test on.")] = None,
-    dark: Dark = False,
-    as_json: Json = False,
-) -> None:
-    """Compares criteria at many budgets, and draws quality over FLOPs; one scoring run serves all budgets.
-
-    Example: [cyan]jaxprune sweep multi --task sst2 --criterion integrated-gradients --criterion magnitude
-    --data data -o sweep[/cyan]
-
-    Choices belong to --split dev: what was chosen on test rows looks better there than it is.
-    """
-    with terminal.working() as bars:
-        from jaxprune import report, sweep, workflow
-
-        record = sweep.sweep_model(
-            model,
-            [rows.of(name) for name in task],
-            settings.build(*criterion),
-            output,
-            selection.build(BudgetOptions()),
-            budgets=read_fractions("--flops", flops),
-            seeds=seeds,
-            examples=examples,
-            split=split,
-            measuring=workflow.Measuring(head=head, limit=limit, **asdict(batches)),
-            dark=dark,
-            watch=bars,
-        )
-    files = (f"{title.capitalize() + ':':10}{', '.join(names)}" for title, names in record["files"].items())
-    terminal.show(record, *report.sweep_tables(record), report.sweep_note(record), "", *files, as_json=as_json)
-
-
-@app.command()
-def inspect(
-    model: ModelName,
-    scores: Annotated[Path | None, option("A score file of the model.", metavar="FILE")] = None,
-    picture: Annotated[
-        Path | None, option("A picture to write, .png or .svg.", "--output", "-o", metavar="PICTURE")
-    ] = None,
-    dark: Dark = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Shows what each layer has, had before pruning, and costs; with scores, where they are.
-
-    Example: [cyan]jaxprune inspect small -o small.png[/cyan]
-    """
-    with terminal.working():
-        from jaxprune import inspection, report
-
-        record = inspection.inspect_model(model, scores=scores, picture=picture, dark=dark, overwrite=overwrite)
-    lines = [report.inspection_note(record)] + ([] if picture is None else [f"Picture: {picture}"])
-    terminal.show(record, report.inspection_table(record), *lines, as_json=as_json)
-
-
-@app.command()
-def compare(
-    scores: Annotated[list[Path], typer.Argument(help="Score files of one model, one per task.", metavar="FILE...")],
-    fractions: Annotated[str, option("Fractions of the units that are kept.", metavar="A,B,...")] = FRACTIONS,
-    picture: Annotated[
-        Path | None, option("A heat map to write, .png or .svg.", "--output", "-o", metavar="PICTURE")
-    ] = None,
-    dark: Dark = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Shows how far tasks need the same heads and neurons: rank correlation and overlap, layer by layer.
-
-    Example: [cyan]jaxprune compare sst2.safetensors mrpc.safetensors -o overlap.png[/cyan]
-    """
-    with terminal.working():
-        from jaxprune import comparison, report
-
-        kept = read_fractions("--fractions", fractions)
-        record = comparison.compare_scores(scores, fractions=kept, picture=picture, dark=dark, overwrite=overwrite)
-    lines = [report.overlap_note(record)] + ([] if picture is None else [f"Picture: {picture}"])
-    terminal.show(record, *report.overlap_tables(record), *lines, as_json=as_json)
-
-
-@app.command()
-@terminal.grouped
-def check(
-    model: ModelName,
-    task: OneTask,
-    scores: Annotated[Path, option("The score file to check.", metavar="FILE")],
-    rows: RowOptions,
-    units: Annotated[int, measured("Units of each kind that are removed, one at a time.")] = 64,
-    examples: Annotated[int, measured("The most calibration rows on which they are removed.")] = 64,
-    orders: Annotated[int, measured("Random orders of deletion, 2 to 10.")] = 5,
-    fractions: Annotated[str, measured("Of the units that are deleted.", metavar="A,B,...")] = DELETED,
-    split: Annotated[str, measured("Rows to test on while units are deleted.")] = "dev",
-    limit: Annotated[int, measured("The most of them.")] = 256,
-    seed: Annotated[int, measured("Of the sample of units and of the random orders.")] = 0,
-    batch_size: Annotated[int, measured("Examples in a batch.")] = 32,
-    chunk: Annotated[int, measured("Units closed together, for accelerators with room.")] = 1,
-    picture: Annotated[
-        Path | None, option("A picture to write, .png or .svg.", "--output", "-o", metavar="PICTURE")
-    ] = None,
-    dark: Dark = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Checks whether scores can be trusted: completeness, true removal of units, deletion against random orders.
-
-    Example: [cyan]jaxprune check multi --scores sst2.safetensors --task sst2 --data data[/cyan]
-
-    The exit code is 1 if a check fails, and 0 if none does.
-    """
-    with terminal.working() as bars:
-        from jaxprune import checks, confidence
-
-        checking = checks.Checking(
-            units=units,
-            examples=examples,
-            chunk=chunk,
-            orders=orders,
-            fractions=read_fractions("--fractions", fractions)[::-1],
-            split=split,
-            limit=limit,
-            seed=seed,
-            batch_size=batch_size,
-        )
-        how = {"picture": picture, "dark": dark, "overwrite": overwrite, "watch": bars}
-        record = checks.check_model(model, scores, rows.of(task), checking, **how)
-    lines = [f"Verdict: {record['verdict']}"] + ([] if picture is None else [f"Picture: {picture}"])
-    terminal.show(record, *confidence.check_tables(record), *lines, as_json=as_json)
-    if record["verdict"] == checks.FAIL:
-        raise typer.Exit(1)
-
-
-@app.command()
-@terminal.grouped
-def evaluate(
-    model: ModelName,
-    task: Tasks,
-    rows: RowOptions,
-    batches: BatchOptions,
-    split: Annotated[str, rows("train, calibration, dev (for choices) or test (to report).")] = "test",
-    head: Head = None,
-    limit: Annotated[int | None, rows("The most examples of each task.")] = None,
-    generate: Annotated[bool, rows("Text-to-text models: they have to write the label's words.", "--generate")] = False,
-    as_json: Json = False,
-) -> None:
-    """Measures a model on one or several tasks.
-
-    Example: [cyan]jaxprune evaluate small --task sst2 --task mrpc --data data[/cyan]
-    """
-    with terminal.working() as bars:
-        from jaxprune import report, workflow
-
-        measuring = workflow.Measuring(head=head, limit=limit, **asdict(batches))
-        record = workflow.evaluate_model(
-            model, [rows.of(name) for name in task], split=split, generated=generate, measuring=measuring, watch=bars
-        )
-    terminal.show(record, report.evaluation_table(record["results"]), as_json=as_json)
+for command in (looking.sweep, looking.inspect, looking.compare, looking.check, looking.evaluate):
+    app.command()(command)
 
 
 @app.command()

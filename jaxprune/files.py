@@ -118,6 +118,17 @@ def is_leftover(name: str, of: Collection[str]) -> bool:
     return found is not None and found[1] in of
 
 
+def remove_folder(path: str | Path) -> None:
+    """Removes a folder, which is there whole or not at all, whatever happens in between; none may be there."""
+    target = Path(path).resolve()
+    if target.parent.is_dir():
+        _sweep(target)
+    if target.is_dir():
+        fresh = _hidden(target, "saving")  # what a crash leaves under this name is swept by the next one
+        os.rename(target, fresh)
+        _remove(fresh)
+
+
 def interrupted(path: str | Path) -> Path | None:
     """The complete old folder that a save which was interrupted between two renames left in place of `path`."""
     target = Path(path).resolve()

@@ -15,6 +15,7 @@ from jaxprune.gate_file import GATES, read
 from jaxprune.gates import KINDS, UNITS, Params, Site, sites, widths
 from jaxprune.models import Model
 from jaxprune.pictures import check_picture, inspection_figure
+from jaxprune.provenance import units_kept
 from jaxprune.scores import Scores, load_scores
 from jaxprune.selection import select
 from jaxprune.shared import task_record
@@ -137,7 +138,7 @@ def _units(
     found = []
     for site in sites(model.axes, params, kinds):
         own = recorded.get(site.name)
-        had, kept = (width[site.name], np.arange(width[site.name])) if own is None else _kept(site.name, own)
+        had, kept = (width[site.name], np.arange(width[site.name])) if own is None else units_kept(site.name, own)
         value = None if site.name not in values else np.asarray(values[site.name], np.float64)
         if len(kept) != width[site.name] or (before and value is not None and len(value) != had):
             raise ValueError(
@@ -152,19 +153,6 @@ def _made_with(pruning: Mapping[str, Any]) -> str | None:
     """The digest of the model that was pruned."""
     scores = pruning.get("scores")
     return scores.get("model") if isinstance(scores, Mapping) else None
-
-
-def _kept(name: str, own: Any) -> tuple[int, np.ndarray]:
-    """How many units a site had, and which of them stay: `{"had": 12, "which": "0-3,7"}`."""
-    try:
-        pairs = [part.split("-") for part in own["which"].split(",") if part]
-        kept = [unit for pair in pairs for unit in range(int(pair[0]), int(pair[-1]) + 1)]
-        fits = kept == sorted(set(kept)) and (not kept or kept[-1] < own["had"])
-    except (KeyError, TypeError, ValueError, AttributeError):
-        kept, fits = [], False
-    if not fits:
-        raise ValueError(f"pruning.json says of {name} {str(own)[:80]!r}: expected the units it had, and which stay.")
-    return int(own["had"]), np.asarray(kept, int)
 
 
 def _length(model: Model, pruning: Mapping[str, Any] | None, scores: Scores | None) -> Length:

@@ -265,15 +265,28 @@ class RecoveryOptions:
         str, choice("recover", "Repair in closed form, without labels; none by default.", "What stays")
     ] = "none"
     recover_examples: Annotated[int, kept("Calibration rows to repair with.")] = 256
+    recover_rounds: Annotated[
+        str | None, kept("With --rounds: repair after the last (default), or after each.", metavar="last|each")
+    ] = None
 
-    def build(self, seed: int, batches: BatchOptions) -> Recovering | None:
-        """How to repair; None: not at all."""
+    def build(self, seed: int, batches: BatchOptions, rounds: int = 1) -> Recovering | None:
+        """How to repair; None: not at all.
+
+        Raises:
+            ValueError: If `--recover-rounds` is none of its words, or there is nothing that it could be about.
+        """
         from jaxprune.workflow import Recovering
 
+        if self.recover_rounds not in (None, "last", "each"):
+            raise ValueError(f"--recover-rounds {self.recover_rounds!r} is none of last, each.")
+        if self.recover_rounds is not None and (rounds < 2 or self.recover == "none"):
+            raise ValueError("--recover-rounds is for --recover in several --rounds: give both, or leave it out.")
         if self.recover == "none":
             return None
-        method = find("recover", self.recover)()
-        return Recovering(method=method, examples=self.recover_examples, seed=seed, **asdict(batches))
+        method, every = find("recover", self.recover)(), self.recover_rounds == "each"
+        return Recovering(
+            method=method, examples=self.recover_examples, seed=seed, every_round=every, **asdict(batches)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

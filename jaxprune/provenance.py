@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.checkpoint import digest
+from jaxprune.gates import Gates
 from jaxprune.selection import Values, parts_of
 
 if TYPE_CHECKING:
@@ -51,6 +53,40 @@ def pruning_record(scores: Scores | Values, gates: Mapping[str, Any], **settings
             name: {"had": had[name], "kept": len(index), "which": _ranges(index)} for name, index in kept.items()
         },
     }
+
+
+def units_kept(name: str, site: Any) -> tuple[int, np.ndarray]:
+    """How many units a site of a record had, and which of them stay.
+
+    Args:
+        name: Of the site.
+        site: What `pruning_record` says of it: `{"had": 12, "which": "0-3,7"}`.
+
+    Raises:
+        ValueError: If it says something else.
+    """
+    try:
+        pairs = [part.split("-") for part in site["which"].split(",") if part]
+        kept = [unit for pair in pairs for unit in range(int(pair[0]), int(pair[-1]) + 1)]
+        fits = kept == sorted(set(kept)) and (not kept or kept[-1] < site["had"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        kept, fits = [], False
+    if not fits:
+        raise ValueError(f"pruning.json says of {name} {str(site)[:80]!r}: expected the units it had, and which stay.")
+    return int(site["had"]), np.asarray(kept, int)
+
+
+def recorded_gates(record: Mapping[str, Any]) -> Gates:
+    """The gates that `pruning_record` was made of, 1 where a unit stays and 0 elsewhere.
+
+    Raises:
+        ValueError: If the record does not say which units stay.
+    """
+    gates = {}
+    for name, site in record["sites"].items():
+        had, kept = units_kept(name, site)
+        gates[name] = jnp.asarray(np.isin(np.arange(had), kept).astype(np.float32))
+    return gates
 
 
 def _ranges(index: np.ndarray) -> str:

@@ -119,7 +119,6 @@ def prune_model(
     if account is not None:
         rows = sorted({*rows, *account.rows})
     found = measure_both(model, params, small, tasks, length, head, rows, timed(measuring, table), watch)
-    prompt = scores.header.get("prompt")
     pruning = pruning_record(scores, gates, **{**selection.arguments(), "length": length})
     if repaired is not None:
         pruning["recovery"] = recovery_record(repaired)
@@ -131,16 +130,25 @@ def prune_model(
         "output": str(output),
         "recovery": pruning.get("recovery"),
         "receipt": pruning.get("receipt"),
-        "scores": str(kept),
-        "task": scores.header["task"],
-        "criterion": scores.header["criterion"],
-        "head": head,
-        "labels": prompt["labels"] if prompt else list(model.head(head).labels),
-        "prompt": prompt,
-        "examples": scores.header["examples"],
+        **facts_of(model, kept, scores),
         **outcome(table, model, params, small, selection, tried, found),
     }
     return write_pruned(output, model, small, pruning, record, found, overwrite=overwrite)
+
+
+def facts_of(model: Model, file: Path, scores: Scores) -> dict[str, Any]:
+    """What the record and the model card say of a task and its scores."""
+    header, prompt = scores.header, scores.header.get("prompt")
+    head = model.head(header["head"])
+    return {
+        "scores": str(file),
+        "task": header["task"],
+        "criterion": header["criterion"],
+        "head": head.name,
+        "labels": prompt["labels"] if prompt else list(head.labels),
+        "prompt": prompt,
+        "examples": header["examples"],
+    }
 
 
 def recovery_record(found: Recovery) -> dict[str, Any]:

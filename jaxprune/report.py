@@ -109,6 +109,8 @@ def before_after_notes(record: Record) -> list[str]:
     if before.get("latency"):
         device = before["latency"][0]["device"]
         notes.append(f"Latency: median of passes in turns on {device}, no padding. Speed-ups: by FLOPs, and measured.")
+    if record.get("rounds"):
+        notes.append(_rounds(record))
     if record.get("recovery"):
         notes.append(_recovery(record["recovery"]))
     if budget := record.get("latency_budget"):
@@ -203,6 +205,15 @@ def _loss(record: Record) -> str:
 def _amount(value: float | None) -> str:
     """An amount of the objective."""
     return "" if value is None else f"{value:.4f}"
+
+
+def _rounds(record: Record) -> str:
+    """In how many rounds a model was pruned, what each left, and when it was repaired."""
+    rounds = record["rounds"]
+    left = listed([f"{own['units']:,}" for own in rounds])
+    when = "each" if rounds[-1]["recovery"] else "the last"
+    repaired = f", and repaired after {when}" if record.get("recovery") else ""
+    return f"{len(rounds)} rounds left {left} units; what was left was scored again before the next{repaired}."
 
 
 def _recovery(found: Record) -> str:

@@ -152,7 +152,7 @@ def select(
             table is of another device, version or model, or the budget cannot be reached because of what must stay; the
             error then names the smallest that can.
     """
-    budget = _only_budget(
+    budget = only_budget(
         units=units,
         parameters=parameters,
         flops=flops,
@@ -178,7 +178,7 @@ def select_units(scores: Values, fraction: float) -> Gates:
     Returns:
         Site name to float32 gates, in the order of a model's sites.
     """
-    budget = _only_budget(units=fraction)
+    budget = only_budget(units=fraction)
     places = tuple(sorted(map(site_of, scores), key=site_order))
     ranked = {site.name: np.asarray(scores[site.name], np.float64) for site in places}
     shapes = {site: (1, len(value)) for site, value in ranked.items()}
@@ -202,7 +202,7 @@ def thresholds(model: Model, params: Params, scores: Scores | Values, **settings
         ValueError: As `select`; also by latency, where a larger budget need not keep all that a smaller one does.
     """
     names = (*SHARES, *AMOUNTS)
-    budget = _only_budget(**{name: settings.get(name) for name in names})
+    budget = only_budget(**{name: settings.get(name) for name in names})
     if budget.kind == "latency":
         raise ValueError("units have no threshold by latency: give a budget of units, parameters, flops or memory.")
     rules = {name: value for name, value in settings.items() if name not in (*names, "table")}
@@ -307,7 +307,12 @@ def parts_of(scores: Scores | Values) -> tuple[Values, Mapping[str, Any]]:
     return (scores, {}) if isinstance(scores, Mapping) else (scores.values, scores.header)
 
 
-def _only_budget(**budgets: float | None) -> _Budget:
+def only_budget(**budgets: float | None) -> _Budget:
+    """The one budget that is not None.
+
+    Raises:
+        ValueError: If there is not exactly one, or it is out of range.
+    """
     given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:
         raise ValueError(f"give exactly one budget of {', '.join(budgets)}; got {', '.join(given) or 'none'}.")

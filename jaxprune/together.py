@@ -24,7 +24,7 @@ from jaxprune.gates import Gates, Params
 from jaxprune.models import Model
 from jaxprune.planning import Tables, asked_of_table, met, outcome, settle, timed
 from jaxprune.provenance import pruning_record
-from jaxprune.pruning import check_scope, measure_both, recovery_record, write_pruned
+from jaxprune.pruning import check_scope, facts_of, measure_both, recovery_record, write_pruned
 from jaxprune.recovery import check_method
 from jaxprune.scores import Scores, check_same_model, load_scores
 from jaxprune.selection import Values, select, site_costs, some, thresholds
@@ -267,7 +267,7 @@ def prune_together(
         "recovery": pruning.get("recovery"),
         "receipts": pruning.get("receipts"),
         "together": pruning["settings"]["together"],
-        "tasks": [_facts(model, file, own) for file, own in zip(files, scores, strict=True)],
+        "tasks": [facts_of(model, file, own) for file, own in zip(files, scores, strict=True)],
         **outcome(table, model, params, small, selection, tried, found),
     }
     return write_pruned(output, model, small, pruning, record, found, overwrite=overwrite)
@@ -297,18 +297,3 @@ def _header(scores: Sequence[Scores]) -> dict[str, Any]:
     """What `pruning.json` says of several scores."""
     headers = [{name: value for name, value in own.header.items() if name != "rows"} for own in scores]
     return {"model": headers[0]["model"], "versions": headers[0]["versions"], "tasks": headers}
-
-
-def _facts(model: Model, file: Path, scores: Scores) -> dict[str, Any]:
-    """What the record and the model card say of one task."""
-    header, prompt = scores.header, scores.header.get("prompt")
-    head = model.head(header["head"])
-    return {
-        "task": header["task"],
-        "scores": str(file),
-        "criterion": header["criterion"],
-        "head": head.name,
-        "labels": prompt["labels"] if prompt else list(head.labels),
-        "prompt": prompt,
-        "examples": header["examples"],
-    }

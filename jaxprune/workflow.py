@@ -132,6 +132,7 @@ class Recovering:
     seed: int = 0
     batch_size: int = 32
     max_length: int | None = None
+    every_round: bool = False  # where a model is pruned in rounds; else once, in the end
 
     def __post_init__(self):
         for name in ("examples", "batch_size"):

@@ -78,10 +78,12 @@ ORDER = (
     "comparison",
     "together",
     "sharing",
+    "rounds",
     "bundled",
     "demo",
     "terminal",
     "options",
+    "looking",
     "cli",
     "__main__",
 )

@@ -31,6 +31,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "score": ("score", "{model}", *ROWS, "--examples", "40", "--batch-size", "1", "--nodes", "8"),
     "finetune": ("finetune", "{model}", *ROWS, "--task", "topic", "--epochs", "4", "--batch-size", "4"),
     "prune": ("prune", "{model}", *ROWS, "--examples", "40", "--batch-size", "1", "--flops", "0.5", "--measure", "0"),
+    "rounds": (
+        "prune", "{model}", *ROWS, "--examples", "40", "--batch-size", "8", "--criterion", "gradient-activation",
+        "--flops", "0.4", "--measure", "0", "--rounds", "3", "--recover", "reconstruct", "--recover-rounds", "each",
+    ),
     "sweep": (
         "sweep", "{model}", *ROWS, "--criterion", "integrated-gradients", "--criterion", "random",
         "--flops", "0.8,0.5", "--seeds", "2", "--examples", "16", "--nodes", "2",
@@ -40,9 +44,13 @@ STATE = {  # what may lie beside the output until the command has ended, without
     "score": {".partial"},
     "finetune": {".state"},
     "prune": {".scores.safetensors", ".scores.safetensors.partial"},
+    "rounds": {
+        ".scores.safetensors", ".scores.safetensors.partial",
+        ".rounds", ".rounds.scores.safetensors", ".rounds.scores.safetensors.partial",
+    },
     "sweep": set(),
-}
-KEPT = {"prune": {".scores.safetensors"}}  # and what stays
+}  # fmt: skip
+KEPT = {"prune": {".scores.safetensors"}, "rounds": {".scores.safetensors"}}  # and what stays
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tiny import tiny_model
 
 from jaxprune import files
 from jaxprune.checkpoint import load, model_digest, save
-from jaxprune.files import folder_for, interrupted, write_atomic
+from jaxprune.files import folder_for, interrupted, remove_folder, write_atomic
 
 
 def names(folder: Path) -> list[str]:
@@ -224,6 +224,17 @@ def test_a_crash_between_two_renames_is_found_and_repaired(tmp_path):
         save(out, model, params)
     save(out, model, tiny_model(seed=1)[1], overwrite=True)
     assert names(tmp_path) == ["out"] and interrupted(out) is None
+
+
+def test_a_folder_is_removed_and_what_a_crash_left_of_it(tmp_path):
+    for name in ("out", ".out.saving-0123abcd", "outer"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    remove_folder(tmp_path / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["outer"]
+    remove_folder(tmp_path / "out")  # nothing is there
+    remove_folder(tmp_path / "none" / "out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["outer"]
 
 
 def test_only_what_a_dead_save_of_the_same_name_left_is_removed(tmp_path):
