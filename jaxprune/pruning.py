@@ -90,10 +90,10 @@ def prune_model(
         select(model, params, scores, units=1.0)  # refuses scores of another model before modules are measured
     length, table = settle(model, params, selection, tables, scores.header["mean_length"], watch)
     choose = partial(select, model, params, **{**selection.arguments(), "length": length}, table=table)
-    account = None
+    gates, account = choose(scores), None
     if accounting is not None and task is not None:
-        account = account_for(model, params, task, scores, choose, accounting, watch=watch)
-    gates = choose(scores) if account is None else account.gates
+        account = account_for(model, params, task, scores, gates, accounting, choose=choose, watch=watch)
+        gates = account.gates
     small = compact(model, params, gates, scores.means)
 
     tasks, rows, repaired = [] if task is None else [task], scores.header["rows"], None
