@@ -125,7 +125,7 @@ def before_after_notes(record: Record) -> list[str]:
 
 def receipts_of(record: Record) -> Sequence[Record]:
     """The receipts of a pruning for one or several tasks, or none."""
-    return record.get("receipts") or [record["receipt"]] * (record.get("receipt") is not None)
+    return record.get("receipts") or ([record["receipt"]] if record.get("receipt") else [])
 
 
 def receipt_table(receipt: Record) -> Table:
@@ -162,8 +162,9 @@ def receipt_notes(receipt: Record) -> list[str]:
     """What the figures of a receipt mean, how exact they are, and what selecting again has changed."""
     notes = [
         prediction_note(receipt),
-        f"Lost: by integrated gradients, {receipt['nodes']} nodes from the selected gates to open ones; the layers sum to "
-        f"{_amount(receipt['found'])}, and miss an example's loss by {receipt['error']:.2g} (mean). Before any recovery.",
+        f"Lost: by integrated gradients, {receipt['nodes']} nodes from the selected gates to open ones; the layers sum "
+        f"to {_amount(receipt['found'])}, and miss an example's loss by {receipt['error']:.2g} (mean). Before any "
+        "recovery.",
     ]
     if rounds := receipt["rounds"]:
         steps = ", ".join(f"{_amount(own['lost'])} ({own['changed']:,})" for own in rounds[1:]) or "the same again"
