@@ -5,7 +5,7 @@ Everything is asked for as the scores were: the same rows, objective, labels, he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from jaxprune.objectives import absolute, gold, name_of, predicted, squared
 from jaxprune.origin import objective_name, origin_of, scored_rows
 from jaxprune.prediction import MEANINGS, part_of_way, predict_loss
 from jaxprune.receipt import Receipt, loss_receipt
-from jaxprune.reselection import Reselection, reselect
+from jaxprune.reselection import Choose, Reselection, reselect
 from jaxprune.scores import Scores, describe
 from jaxprune.scoring import EXAMPLES
 from jaxprune.tasks import Task
@@ -73,10 +73,10 @@ def account_for(
     params: Params,
     task: Task,
     scores: Scores,
-    choose: Callable[[Any], Gates],
+    gates: Gates,
     accounting: Accounting,
     *,
-    gates: Gates | None = None,
+    choose: Choose | None = None,
     means: Gates | None = None,
     watch: Watch,
 ) -> Account:
@@ -87,9 +87,9 @@ def account_for(
         params: The dense parameters.
         task: The task that was scored.
         scores: Its scores.
-        choose: Selects by scores, at the budget.
+        gates: The selection.
         accounting: How the receipt is made.
-        gates: The selection, if it is not `choose(scores)`, as of several tasks; it is not selected again.
+        choose: How it was selected, by scores at a budget; None: nothing is selected again.
         means: What closed units are replaced by; None are those of the scores.
         watch: Shows the progress.
     """
@@ -116,11 +116,10 @@ def account_for(
         )
 
     found: Reselection | None = None
-    if gates is None and accounting.rounds:
+    if choose is not None and accounting.rounds:
         found = reselect(_whole_way(scores), choose, account, rounds=accounting.rounds)
         gates, receipt = found.gates, found.receipt
     else:
-        gates = choose(scores) if gates is None else gates
         receipt = account(gates)
     record = {
         "task": task.name,
@@ -136,7 +135,7 @@ def account_for(
         "prediction": predict_loss(scores, gates).to_json(),
         "rounds": None if found is None else [_round(own.receipt, own.changed) for own in found.rounds],
         "best": None if found is None else found.best,
-        "most_rounds": accounting.rounds,
+        "most_rounds": 0 if choose is None else accounting.rounds,
     }
     return Account(gates, record, receipt.rows)
 

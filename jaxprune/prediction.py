@@ -98,7 +98,8 @@ def predict_loss(scores: Scores, gates: Mapping[str, Any]) -> Prediction:
     if reduction == absolute.name:
         sizes = lost(scores.values)
     elif reduction == squared.name:  # the mean size is at most the root of the mean square
-        sizes = lost({name: np.sqrt(np.asarray(value, np.float64)) for name, value in scores.values.items()})
+        roots = {name: np.sqrt(np.maximum(np.asarray(own, np.float64), 0.0)) for name, own in scores.values.items()}
+        sizes = lost(roots)
     meaning = MEANINGS[criterion["name"]]
     if units is None:
         meaning += "; without signs, which this score file has not kept: score again for an estimate"
@@ -107,7 +108,10 @@ def predict_loss(scores: Scores, gates: Mapping[str, Any]) -> Prediction:
 
 def part_of_way(scores: Scores) -> float:
     """The part of the way from a closed to an open gate that attributions are of: less than 1 if a path starts late."""
-    return 1.0 - float(scores.header["criterion"].get("start", 0.0))
+    start = scores.header["criterion"].get("start", 0.0)
+    if not isinstance(start, int | float) or not 0 <= start < 1:
+        raise ValueError(f"start in the header of the scores must lie in [0, 1), got {start!r}: score again.")
+    return 1.0 - start
 
 
 def _everything(scores: Scores) -> float | None:

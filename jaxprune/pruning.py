@@ -106,10 +106,10 @@ def prune_model(
     )
     by_table |= asked_of_table(selection, tried).arguments() | {"length": length}
     choose = partial(select, model, params, **by_table)
-    account = None
+    gates, account = choose(scores), None
     if accounting is not None and task is not None:
-        account = account_for(model, params, task, scores, choose, accounting, watch=watch)
-    gates = choose(scores) if account is None else account.gates
+        account = account_for(model, params, task, scores, gates, accounting, choose=choose, watch=watch)
+        gates = account.gates
     small = compact(model, params, gates, scores.means)
 
     tasks, rows, repaired = [] if task is None else [task], scores.header["rows"], None

@@ -128,13 +128,14 @@ def before_after_notes(record: Record) -> list[str]:
 
 def receipts_of(record: Record) -> Sequence[Record]:
     """The receipts of a pruning for one or several tasks, or none."""
-    one = record.get("receipt")
-    return record.get("receipts") or ([] if one is None else [one])
+    return record.get("receipts") or ([record["receipt"]] if record.get("receipt") else [])
 
 
 def receipt_table(receipt: Record) -> Table:
     """What was predicted to be lost, and what was lost, layer by layer."""
-    table = _table(f"{receipt['task']}: {_loss(receipt)} lost, mean of {receipt['examples']:,} examples")
+    title = f"{receipt['task']}: {_loss(receipt)} lost, mean of {receipt['examples']:,} examples"
+    table = _table(title)
+    table.min_width = min(len(title) + 2, 80)
     headings, *rows = receipt_rows(receipt)
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
@@ -146,10 +147,13 @@ def receipt_table(receipt: Record) -> Table:
 
 
 def receipt_rows(receipt: Record) -> list[tuple[str, ...]]:
-    """The headings, a row per layer, and one of all: predicted if there is a prediction, and lost."""
+    """The headings, a row per layer, and one of all: predicted if there is a prediction, and lost.
+
+    The layers' losses sum to what the nodes found, the last row is what was lost.
+    """
     found = receipt["prediction"]
     which = predicted_by(found)
-    totals = {name: lost for name, lost in receipt["layers"].items()} | {"all": receipt["found"]}
+    totals = {name: lost for name, lost in receipt["layers"].items()} | {"all": receipt["lost"]}
     rows = [("layer", "lost")] if which is None else [("layer", PREDICTED[which], "lost")]
     for name, lost in totals.items():
         own = found if name == "all" else found["layers"].get(name, {})
@@ -161,8 +165,9 @@ def receipt_notes(receipt: Record) -> list[str]:
     """What the figures of a receipt mean, how exact they are, and what selecting again has changed."""
     notes = [
         prediction_note(receipt),
-        f"Lost: {_amount(receipt['lost'])} in all; the layers' shares, by {receipt['nodes']} nodes from the selected "
-        f"gates to open ones, miss an example's loss by {receipt['error']:.2g} (mean). Before any recovery.",
+        f"Lost: by integrated gradients, {receipt['nodes']} nodes from the selected gates to open ones; the layers sum "
+        f"to {_amount(receipt['found'])}, and miss an example's loss by {receipt['error']:.2g} (mean). Before any "
+        "recovery.",
     ]
     if rounds := receipt["rounds"]:
         steps = ", ".join(f"{_amount(own['lost'])} ({own['changed']:,})" for own in rounds[1:]) or "the same again"
@@ -188,9 +193,9 @@ def prediction_note(record: Record) -> str:
         text = f"At most: sums of sizes over the removed units, of {_loss(record)}; {found['meaning']}."
     else:
         text = f"Predicted: {_loss(record)}, summed over the removed units; {found['meaning']}."
-        text += "" if found["at_most"] is None else f" Without signs: {_amount(found['at_most'])}."
+        text += "" if found["at_most"] is None else f" Their sizes sum to {_amount(found['at_most'])}."
     whole = found["everything"]
-    return text + ("" if whole is None else f" Without any scored unit {_amount(whole)} would be lost.")
+    return text + ("" if whole is None else f" All scored units together lose {_amount(whole)}.")
 
 
 def predicted_by(prediction: Record) -> str | None:

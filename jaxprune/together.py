@@ -246,8 +246,8 @@ def prune_together(
     if accounting is not None:
         named = {task.name: task for task in loaded}
         for own in scores:
-            how = {"gates": gates, "means": means, "watch": watch}
-            accounts.append(account_for(model, params, named[own.header["task"]], own, select, accounting, **how))
+            task = named[own.header["task"]]
+            accounts.append(account_for(model, params, task, own, gates, accounting, means=means, watch=watch))
     rows = {row for own in (*(it.header["rows"] for it in scores), *(it.rows for it in accounts)) for row in own}
     repaired = None
     if recovering is not None:

@@ -9,8 +9,11 @@ import pytest
 from tiny import random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
-from jaxprune.objectives import gold, log_probability
-from jaxprune.receipt import _Lost
+from jaxprune.activations import calibration_means
+from jaxprune.gates import UNITS
+from jaxprune.objectives import gold, log_probability, maximum
+from jaxprune.receipt import WORTH, _Lost
+from jaxprune.scoring import score_batches
 
 
 @pytest.mark.parametrize("model_type", ["bert", "t5"])
@@ -44,6 +47,28 @@ def test_what_is_lost_is_the_difference_of_the_objectives(seed: int):
     ]
     np.testing.assert_allclose(found.completeness["expected"], values[0] - values[1], atol=2e-5)
     np.testing.assert_allclose(found.completeness["found"], found.completeness["expected"], atol=1e-3)
+    for name, gate in selected.items():  # one label, one target: the size of a closed unit's worth is that of its loss
+        np.testing.assert_array_equal(found.scores[f"{WORTH}{name}"] * (1 - gate), jnp.abs(found.scores[name]))
+        assert (np.asarray(found.scores[f"{WORTH}{name}"])[:, np.asarray(gate) == 1] > 0).any()
+
+
+def test_closed_units_may_be_replaced_by_means():
+    model, params = tiny_model()
+    selected, batch = random_gates(model, params, 3), tiny_batch(model, 6, 7, 3)
+    batch["labels"] = np.arange(6) % 3
+    means = calibration_means(model, params, [batch], UNITS)
+    criterion = _Lost(selected, 1, log_probability, gold, means=means)
+    _, sums, _ = score_batches(model, params, [batch], criterion, means=means)
+    values = [
+        jax.nn.log_softmax(jnp.asarray(model.apply(own, batch).logits))[np.arange(6), batch["labels"]].mean()
+        for own in (params, jp.compact(model, params, selected, means))
+    ]
+    assert sums is not None and sums["expected"] == pytest.approx(float(values[0] - values[1]), abs=2e-5)
+
+
+def test_the_largest_of_the_examples_is_no_receipt():
+    with pytest.raises(ValueError, match="reduction=maximum is no mean over the examples"):
+        _Lost({}, 1, None, gold, reduction=maximum)
 
 
 def test_open_gates_have_no_receipt():

@@ -85,6 +85,49 @@ def test_before_and_after_without_what_was_not_measured():
     assert len(report.before_after_notes({"before": short})) == 1
 
 
+PREDICTED = {
+    "estimate": 0.0512,
+    "at_most": 1.23,
+    "everything": 0.396,
+    "layers": {"0": {"estimate": 0.03, "at_most": 0.6}, "1": {"estimate": 0.0212, "at_most": 0.63}},
+    "meaning": "first order",
+}
+RECEIPT = {
+    "task": "sst2",
+    "objective": "log_probability",
+    "examples": 128,
+    "nodes": 8,
+    "lost": 0.0396,
+    "found": 0.0397,
+    "error": 0.0012,
+    "layers": {"0": 0.02, "1": 0.0197},
+    "prediction": PREDICTED,
+    "rounds": [{"lost": 0.05, "changed": 0}, {"lost": 0.0396, "changed": 848}],
+    "best": 1,
+}
+
+
+def test_a_receipt_shows_prediction_beside_truth():
+    lines = text(report.receipt_table(RECEIPT))
+    assert lines[0] == "sst2: log probability lost, mean of 128 examples"
+    assert "layer predicted lost" in lines
+    assert "0 0.0300 0.0200" in lines and "all 0.0512 0.0396" in lines
+    notes = " ".join(" ".join(report.receipt_notes(RECEIPT)).split())
+    for part in ("first order. Their sizes sum to 1.2300. All scored units together lose 0.3960.", "by 0.0012 (mean)"):
+        assert part in notes
+    assert "lost 0.0500, then 0.0396 (848) (units that changed places); re-selection 1 is kept" in notes
+
+
+def test_a_receipt_without_signs_and_without_a_prediction():
+    sizes = PREDICTED | {"estimate": None, "everything": None}
+    assert "all 1.2300 0.0396" in text(report.receipt_table(RECEIPT | {"prediction": sizes}))
+    none = sizes | {"at_most": None, "layers": {}, "meaning": "Magnitude attributes no objective to units"}
+    again = RECEIPT | {"prediction": none, "rounds": None, "best": None}
+    assert "layer lost" in (lines := text(report.receipt_table(again))) and "all 0.0396" in lines
+    assert report.receipt_notes(again)[0].startswith("No prediction of the loss: Magnitude")
+    assert len(report.receipt_notes(again)) == 2
+
+
 def test_nothing_left_has_no_speedup():
     empty = PRUNED | {"after": AFTER | {"flops": 0.0}, "speedup": {"theoretical": None, "measured": []}}
     assert "MFLOPs, 23.75 tokens 519.4 0.0 50.0 %" in text(report.before_after_table(empty))
@@ -224,6 +267,15 @@ def test_a_model_card_says_what_was_cut_and_what_it_costs():
     for word in ("128 calibration examples", "`nodes 8`", "`flops 0.5, per_layer True", "evaluate FOLDER --task sst2"):
         assert word in content
     ast.parse(next(token.content for token in tokens if token.info == "python"))
+
+
+def test_a_model_card_says_what_was_lost():
+    hostile = RECEIPT | {"task": HOSTILE, "objective": HOSTILE}
+    plain = shape_of(rendered(model_card(CARD | {"receipt": RECEIPT}, on_hub=True))[1])
+    _, tokens = rendered(model_card(CARD | {"receipts": [RECEIPT]}, on_hub=True))
+    assert ["all", "0.0512", "0.0396"] in cells(tokens) and shape_of(tokens) == plain
+    assert shape_of(rendered(model_card(CARD | {"receipt": hostile}, on_hub=True))[1]) == plain
+    assert len(rendered(model_card(CARD, on_hub=True))[1]) < len(tokens)
 
 
 @pytest.mark.parametrize("field", ["task", "head", "source", "labels", "criterion"])
