@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxprune.activations import calibration_means, zero
 from jaxprune.agreement import spearman
+from jaxprune.batches import within_reach
 from jaxprune.checkpoint import load
 from jaxprune.evaluation import evaluate
 from jaxprune.gates import Params
@@ -430,6 +431,7 @@ def _scored_rows(model: Model, params: Params, task: Task, scores: Scores, check
     if header["examples"] and header.get("prompt") != own:
         raise ValueError(f"the scores were made with the prompt {header.get('prompt')}, this is {own}: use the same.")
     split = header["split"] if header["split"] != "given" else "calibration"
+    task, _ = within_reach(model, task, split=split, max_length=header["max_length"])
     rows = task.rows(split)
     if not rows:
         raise ValueError(f"{task.name!r} has no {split} rows: units are removed on the rows that were scored.")

@@ -105,6 +105,7 @@ def prune_model(
         "head": head,
         "labels": prompt["labels"] if prompt else list(model.head(head).labels),
         "prompt": prompt,
+        "spans": model.head(head).spans,
         "examples": scores.header["examples"],
         **outcome(table, model, params, small, selection, found),
     }

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxprune.attribution import Measured, answers_of, examples_of, key_or_default
-from jaxprune.batches import encode, pack
+from jaxprune.batches import encode, pack, within_reach
 from jaxprune.evaluation import fitting_head
 from jaxprune.gates import Gates, Params, check_gates
 from jaxprune.integration import gauss_legendre, quadrature
@@ -152,6 +152,7 @@ def loss_receipt(
         raise ValueError("all gates are open: nothing is lost, so there is nothing to attribute.")
     key = jax.random.key(key) if isinstance(key, int) else key_or_default(key)
     head = fitting_head(model, task, head)
+    task, _ = within_reach(model, task, split="calibration", max_length=max_length)
     rows = tuple(examples) if isinstance(examples, Sequence) else draw(task, examples, key)
     encoded = encode(model, rows, max_length=max_length, prompt=prompt_of(model, task))
     values, sums, _ = score_batches(

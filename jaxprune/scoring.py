@@ -22,7 +22,7 @@ from jaxtyping import Array
 from jaxprune import __version__
 from jaxprune.activations import zero
 from jaxprune.attribution import Criterion, IntegratedGradients, key_or_default
-from jaxprune.batches import SHAPE_COST, encode, pack
+from jaxprune.batches import SHAPE_COST, encode, pack, within_reach
 from jaxprune.checkpoint import model_digest
 from jaxprune.evaluation import fitting_head
 from jaxprune.gates import UNITS, Gates, Params
@@ -62,6 +62,8 @@ def score(
 ) -> Scores:
     """Scores every unit of a model by how much a task needs it.
 
+    Of spans, rows are drawn from those whose answer is not cut off; the header counts the others (`cut_off`).
+
     Args:
         model: The architecture.
         params: Parameters.
@@ -96,10 +98,17 @@ def score(
     reads = criterion.examples is not None
     if until_stable is not None:
         _check_stable(criterion, until_stable)
+    prompt, cut_off = prompt_of(model, task), 0
+    if not isinstance(examples, Sequence):
+        task, cut_off = within_reach(model, task, split=split, max_length=max_length)
     rows, steps = _choose(task, examples, key, split, reads, until_stable is not None)
     _check_labels(criterion, model, head, len(task.labels), rows)
-    prompt = prompt_of(model, task)
     encoded = encode(model, rows, max_length=max_length, prompt=prompt)
+    if task.spans and getattr(criterion, "labels", None) is gold and (lost := int((encoded.labels < 0).any(1).sum())):
+        raise ValueError(
+            f"{lost} of {len(rows)} examples have no answer within {encoded.max_length} tokens: leave them out, raise "
+            "max_length, or use labels=predicted."
+        )
     settings: dict[str, Any] = {
         "format": FORMAT,
         "criterion": describe(criterion),
@@ -112,6 +121,7 @@ def score(
         "max_length": encoded.max_length,
         "versions": {"jaxprune": __version__, "jax": jax.__version__},
         "prompt": None if prompt is None else prompt.to_json(),
+        **({"cut_off": cut_off} if task.spans else {}),
     }
     devices = jax.local_devices() if devices is None else devices
     batch_size = -(-batch_size // len(devices)) * len(devices)
@@ -367,10 +377,12 @@ def _check_labels(criterion: Criterion, model: Model, head: str, labels: int, ro
     if getattr(criterion, "labels", None) is not gold:
         return
     chosen = model.head(head)
-    missing = sum(row.label is None for row in rows)
+    missing = sum(row.label is None and not row.answers for row in rows)
     if missing:
         raise ValueError(f"{missing} of {len(rows)} examples have no label: use labels=predicted, sampled or every.")
     count = labels if model.writes_text else len(chosen.labels)
-    wrong = [row.label for row in rows if not chosen.regression and row.label not in range(count)]
+    if chosen.spans or chosen.regression:
+        return
+    wrong = [row.label for row in rows if row.label not in range(count)]
     if wrong:
         raise ValueError(f"label {wrong[0]!r} is outside 0 to {count - 1}, the labels of head {head!r}.")

@@ -269,5 +269,6 @@ def _facts(model: Model, file: Path, scores: Scores) -> dict[str, Any]:
         "head": head.name,
         "labels": prompt["labels"] if prompt else list(head.labels),
         "prompt": prompt,
+        "spans": head.spans,
         "examples": header["examples"],
     }

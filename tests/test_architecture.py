@@ -20,6 +20,7 @@ PACKAGE = ROOT / "jaxprune"
 
 # From the ground up: a module imports only what stands above it in this list.
 ORDER = (
+    "answers",
     "gates",
     "agreement",
     "split_half",
@@ -34,6 +35,7 @@ ORDER = (
     "records",
     "tasks",
     "prompts",
+    "spans",
     "batches",
     "evaluation",
     "cost",
