@@ -403,6 +403,7 @@ def finetune(
     Example: [cyan]jaxprune finetune ENCODER --task sst2 --task mrpc --data data -o multi[/cyan]
 
     Rows that any of the tasks holds out are dropped from the training rows of all. The run is kept in OUTPUT.state.
+    Own files in SQuAD's format (question, context, answers) train a head that marks the answer in the context.
     """
     with terminal.working() as bars:
         from jaxprune import report, workflow

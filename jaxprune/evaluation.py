@@ -155,7 +155,7 @@ def predict(
         gates: Gates to apply; None is all open.
         means: What a closed unit is replaced by; a missing one is zero.
         batch_size: Examples in a batch.
-        max_length: Tokens to which a text is cut; by default 128, or what the model reads if that is less.
+        max_length: Tokens to which a text is cut; by default 128, of spans 384, or the most that the model reads.
         prompt: What a text-to-text model is asked, fitted to the task.
         progress: Called with the number of batches sent to the device, and of all.
 
@@ -320,7 +320,7 @@ def evaluate(
         means: What a closed unit is replaced by; a missing one is zero.
         batch_size: Examples in a batch.
         limit: The most examples; a stratified draw that is always the same. None: all.
-        max_length: Tokens to which a text is cut; by default 128, or what the model reads if that is less.
+        max_length: Tokens to which a text is cut; by default 128, of spans 384, or the most that the model reads.
         exclude: Keys (`jaxprune.tasks.row_key`) of examples that must not occur, such as those used for scoring.
         generated: Whether a text-to-text model has to write the words of the label by itself; otherwise the likeliest
             of the labels is what it predicts.

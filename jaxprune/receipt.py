@@ -137,7 +137,7 @@ def loss_receipt(
         means: What closed units are replaced by; None is zero.
         head: The task head; by default the one of the task's name, else the only one.
         batch_size: Examples in a batch.
-        max_length: Tokens to which a text is cut; by default 128, or what the model reads if that is less.
+        max_length: Tokens to which a text is cut; by default 128, of spans 384, or the most that the model reads.
         progress: Called with the number of batches that are finished, and of all.
 
     Returns:

@@ -77,7 +77,7 @@ def recover(
         examples: How many to draw of each task, or the examples of one.
         key: A seed or a `jax.random.key` for the draw; None is 0.
         batch_size: Examples in a batch.
-        max_length: Tokens to which a text is cut; by default 128, or what the model reads if that is less.
+        max_length: Tokens to which a text is cut; by default 128, of spans 384, or the most that the model reads.
         progress: Called with the layers done and all layers.
 
     Returns:

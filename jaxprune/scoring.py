@@ -78,7 +78,7 @@ def score(
         head: The task head; by default the one of the task's name, else the only one.
         split: Where to draw from.
         batch_size: Examples in a batch, rounded up to a multiple of the number of devices.
-        max_length: Tokens to which a text is cut; by default 128, or what the model reads if that is less.
+        max_length: Tokens to which a text is cut; by default 128, of spans 384, or the most that the model reads.
         devices: Devices to share every batch out over; by default all of this process.
         means: What closed units are replaced by, if `criterion.closed` is not `zero`; by default `criterion.closed`
             computes it from all of the examples, in a forward pass of its own.
