@@ -95,7 +95,7 @@ def account_for(
     """
     origin = origin_of(model, scores)
     rows = scored_rows(model, params, task, scores, drawn=EXAMPLES)
-    labels = origin.labels or (gold if all(row.label is not None for row in rows) else predicted)
+    labels = origin.labels or (gold if all(row.label is not None or row.answers for row in rows) else predicted)
 
     def account(selected: Gates) -> Receipt:
         return loss_receipt(

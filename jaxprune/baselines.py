@@ -20,7 +20,6 @@ from jaxprune.activations import Closed, magnitudes, site_statistics, token_mean
 from jaxprune.attribution import (
     GradientActivation,
     Measured,
-    key_or_default,
 )
 from jaxprune.cost import elements, unit_costs
 from jaxprune.gates import (
@@ -52,6 +51,7 @@ from jaxprune.objectives import (
     sampled,
     squared,
 )
+from jaxprune.questions import key_or_default
 from jaxprune.removal import Removal
 
 

@@ -9,20 +9,21 @@ no result: each has its `index`, and padding its weight of 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 
+from jaxprune import spans
 from jaxprune.likelihood import IGNORED
-from jaxprune.tasks import Example, seed_words
+from jaxprune.tasks import Example, Task, seed_words
 
 if TYPE_CHECKING:
     import jax
 
     from jaxprune.prompts import Prompt
 
-# input_ids, attention_mask, (token_type_ids), labels, weight, index; with a prompt also candidates
+# input_ids, attention_mask, (token_type_ids), labels, weight, index; with a prompt also candidates, of spans answerable
 Batch: TypeAlias = dict[str, np.ndarray]
 
 Length: TypeAlias = float | Sequence[float]  # tokens; of a text-to-text model those it reads and those it writes
@@ -43,11 +44,12 @@ class Encoded:
     input_ids: np.ndarray  # the tokens of all examples, end to end
     token_type_ids: np.ndarray | None  # their segments, if the tokenizer has any
     offsets: np.ndarray  # example i has the tokens offsets[i] to offsets[i + 1]
-    labels: np.ndarray  # int32, or float32 in a regression; -1 where there is none
+    labels: np.ndarray  # int32, or float32 in a regression; of spans [examples, 2] tokens; -1 where there is none
     max_length: int
     truncated: int  # how many examples were cut to max_length tokens
     padding: int  # index of the padding token
     candidates: np.ndarray | None = None  # [labels, tokens]: what a text-to-text model may answer, see `likelihood`
+    characters: np.ndarray | None = None  # of spans, [all tokens, 2]: where in its context a token is, see `spans`
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -77,20 +79,25 @@ class Encoded:
         ids = np.full((batch_size, length), self.padding, np.int32)
         mask = np.zeros((batch_size, length), np.int32)
         types = np.zeros((batch_size, length), np.int32)
+        answerable = np.zeros((batch_size, length), bool)
         for place, row in enumerate(rows):
             start, stop = self.offsets[row], self.offsets[row + 1]
             ids[place, : stop - start] = self.input_ids[start:stop]
             mask[place, : stop - start] = 1
             if self.token_type_ids is not None:
                 types[place, : stop - start] = self.token_type_ids[start:stop]
+            if self.characters is not None:
+                answerable[place, : stop - start] = np.diff(self.characters[start:stop])[:, 0] > 0
         fill = batch_size - len(rows)
         batch = {"input_ids": ids, "attention_mask": mask}
         if self.token_type_ids is not None:
             batch["token_type_ids"] = types
         if self.candidates is not None:
             batch["candidates"] = np.broadcast_to(self.candidates, (batch_size, *self.candidates.shape))
+        if self.characters is not None:
+            batch["answerable"] = answerable
         return batch | {
-            "labels": np.concatenate([self.labels[rows], np.zeros(fill, self.labels.dtype)]),
+            "labels": np.concatenate([self.labels[rows], np.zeros((fill, *self.labels.shape[1:]), self.labels.dtype)]),
             "weight": np.repeat(np.array([1, 0], np.float32), [len(rows), fill]),
             "index": np.concatenate([np.asarray(rows, np.int32), np.full(fill, -1, np.int32)]),
         }
@@ -130,11 +137,13 @@ def encode(
 ) -> Encoded:
     """Tokenises examples. A longer text is truncated (of a pair, the longer one first) and counted.
 
+    Of questions and their contexts the context is truncated, and a label is the first and the last token of the first
+    answer that is not cut off, or -1 and -1.
+
     Args:
         model_or_tokenizer: A model, or a Hugging Face tokenizer.
         examples: The examples.
-        max_length: The most tokens of an example, special ones included. By default 128, or what the model reads if
-            that is less.
+        max_length: The most tokens of an example, special ones included; None is `default_length`.
         prompt: What a text-to-text model is asked, fitted to the task. Its own words are never cut.
 
     Raises:
@@ -150,7 +159,10 @@ def encode(
         raise ValueError("the model answers in text: say with prompt= what it is asked, see jaxprune.prompts.")
     paired = _all_or_none([example.pair is not None for example in examples], "a second text")
     labelled = _all_or_none([example.label is not None for example in examples], "a label")
-    length = min(MAX_LENGTH, most) if max_length is None else max_length
+    answered = _all_or_none([example.answers is not None for example in examples], "any answers")
+    if answered and not paired:
+        raise ValueError("the examples have answers, but no second text: give the context that they are in.")
+    length = default_length(model_or_tokenizer, answered) if max_length is None else max_length
     special = tokenizer.num_special_tokens_to_add(pair=paired and prompt is None)
     if length > most:
         raise ValueError(
@@ -158,6 +170,20 @@ def encode(
         )
     if length <= special:
         raise ValueError(f"max_length must exceed the {special} special tokens of an example, got {length}.")
+    padding = tokenizer.pad_token_id or 0
+    segmented = "token_type_ids" in tokenizer.model_input_names
+    if answered:
+        rows = spans.tokenise(tokenizer, examples, length)
+        return Encoded(
+            input_ids=np.concatenate([row.ids for row in rows]),
+            token_type_ids=np.concatenate([row.types for row in rows]) if segmented else None,
+            offsets=np.cumsum([0, *(len(row.ids) for row in rows)]),
+            labels=np.array([row.target for row in rows], np.int32),
+            max_length=length,
+            truncated=sum(row.cut for row in rows),
+            padding=padding,
+            characters=np.concatenate([row.characters for row in rows]),
+        )
     if prompt is None:
         texts = [example.text for example in examples]
         pairs = [example.pair for example in examples] if paired else None
@@ -177,14 +203,36 @@ def encode(
     labels = [example.label for example in examples] if labelled else [-1] * len(examples)
     return Encoded(
         input_ids=np.concatenate(ids),
-        token_type_ids=np.concatenate(types) if "token_type_ids" in tokenizer.model_input_names else None,
+        token_type_ids=np.concatenate(types) if segmented else None,
         offsets=np.cumsum([0, *map(len, ids)]),
         labels=np.array(labels, np.float32 if floats else np.int32),
         max_length=length,
         truncated=len(long),
-        padding=tokenizer.pad_token_id or 0,
+        padding=padding,
         candidates=None if prompt is None else encode_words(model_or_tokenizer, prompt.words),
     )
+
+
+def default_length(model_or_tokenizer: Any, answers: bool) -> int:
+    """The most tokens of an example unless asked otherwise: 128, with answers in a context 384, or what can be read."""
+    tokenizer = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
+    most = getattr(model_or_tokenizer, "max_length", None) or tokenizer.model_max_length
+    return min(spans.MAX_LENGTH if answers else MAX_LENGTH, most)
+
+
+def within_reach(model_or_tokenizer: Any, task: Task, *, split: str, max_length: int | None = None) -> tuple[Task, int]:
+    """The task without the rows of a split whose answers are cut off, and how many these are; 0 without spans.
+
+    They are no examples to learn or to score from: their contexts hold no answer any more.
+    """
+    rows = task.rows(split)
+    if not task.spans or not rows:
+        return task, 0
+    cut = spans.cut_off(rows, encode(model_or_tokenizer, rows, max_length=max_length).labels)
+    kept = tuple(row for row, lost in zip(rows, cut, strict=True) if not lost)
+    if not kept:
+        raise ValueError(f"the answers of all {split} rows of {task.name!r} are cut off: raise max_length.")
+    return replace(task, splits={**task.splits, split: kept}), sum(cut)
 
 
 def encode_words(model_or_tokenizer: Any, words: Sequence[str]) -> np.ndarray:

@@ -24,6 +24,12 @@ from jaxprune.tasks import Example
 
 model, params = jp.load("FOLDER")
 logits = predict(model, params, [Example(text="a text")], head={head})  # [examples, labels]"""
+FINDING = """import jaxprune as jp
+from jaxprune.evaluation import find_answers
+from jaxprune.tasks import Example
+
+model, params = jp.load("FOLDER")
+texts = find_answers(model, params, [Example("a question", "its context", answers=())], head={head})"""
 PROMPTING = """import jaxprune as jp
 from jaxprune.evaluation import predict
 from jaxprune.prompts import Prompt
@@ -138,7 +144,7 @@ def _for_others(tasks: Sequence[Record]) -> str:
 def _loading(record: Record) -> str:
     prompt = record["prompt"]
     if prompt is None:
-        return LOADING.format(head=ascii(record["head"]))
+        return (FINDING if record.get("spans") else LOADING).format(head=ascii(record["head"]))
     texts = 'text="a text", pair="another one"' if "{pair}" in prompt["template"] else 'text="a text"'
     return PROMPTING.format(template=ascii(prompt["template"]), words=ascii(tuple(prompt["words"])), texts=texts)
 

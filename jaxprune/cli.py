@@ -272,6 +272,9 @@ def finetune(
     ] = None,
     seed: Annotated[int, training("Of the new heads, the order of the rows and dropout.")] = 0,
     dev_limit: Annotated[int, training("The most dev rows of a task to test on after an epoch.")] = 1000,
+    keep_heads: Annotated[
+        bool, training("Keep other task heads; the encoder changes under them.", "--keep-heads")
+    ] = False,
     half: Annotated[bool, training("Write the weights in half precision.", "--half")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -281,6 +284,7 @@ def finetune(
     Example: [cyan]jaxprune finetune ENCODER --task sst2 --task mrpc --data data -o multi[/cyan]
 
     Rows that any of the tasks holds out are dropped from the training rows of all. The run is kept in OUTPUT.state.
+    Own files in SQuAD's format (question, context, answers) train a head that marks the answer in the context.
     """
     with terminal.working() as bars:
         from jaxprune import report, workflow
@@ -302,6 +306,7 @@ def finetune(
             output,
             recipe,
             dev_limit=dev_limit,
+            keep_heads=keep_heads,
             dtype="float16" if half else None,
             overwrite=overwrite,
             watch=bars,

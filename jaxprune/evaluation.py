@@ -12,15 +12,17 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from jaxprune.answers import squad
 from jaxprune.batches import Batch, Encoded, encode, pack
 from jaxprune.gates import Gates, Params
 from jaxprune.generation import generate
 from jaxprune.likelihood import IGNORED, candidates_in, rank
-from jaxprune.models import INPUTS, Model
+from jaxprune.models import INPUTS, NOWHERE, Model
 from jaxprune.prompts import Prompt, prompt_of
+from jaxprune.spans import find_spans, text_of
 from jaxprune.tasks import Example, Task, draw, row_key
 
-Metric: TypeAlias = Callable[[np.ndarray, np.ndarray], dict[str, float]]
+Metric: TypeAlias = Callable[[Any, Any], dict[str, float]]  # (what is predicted, labels), an entry per example
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
@@ -83,13 +85,14 @@ def _pearson_spearman(predicted: np.ndarray, labels: np.ndarray) -> dict[str, fl
     return {"pearson_spearman": sum(found.values()) / 2} | found
 
 
-# GLUE's metrics by the name that a task gives; the first of each is the primary one. For MRPC and QQP that is accuracy:
-# always answering "equivalent" has an F1 of 81 on MRPC.
+# GLUE's metrics by the name that a task gives, and SQuAD's, of texts and answers; the first of each is the primary one.
+# For MRPC and QQP that is accuracy: always answering "equivalent" has an F1 of 81 on MRPC.
 METRICS: Mapping[str, Metric] = {
     "accuracy": lambda predicted, labels: {"accuracy": accuracy(predicted, labels)},
     "accuracy_f1": _accuracy_f1,
     "matthews": lambda p, labels: {"matthews": matthews(p, labels), "accuracy": accuracy(p, labels)},
     "pearson_spearman": _pearson_spearman,
+    "squad": squad,
 }
 
 
@@ -101,7 +104,8 @@ class Evaluation:
     split: str
     head: str
     metrics: Mapping[str, float]  # the primary one first; fractions, not percent
-    chance: float  # primary metric of always predicting the most frequent label (a constant, in a regression)
+    # primary metric of always predicting the most frequent label (a constant, in a regression); 0 of spans
+    chance: float
     n: int  # examples
     truncated: int = 0  # how many of them were cut to the maximal length
     generated: bool = False  # whether answers were generated, not chosen among the labels
@@ -140,7 +144,8 @@ def predict(
 ) -> np.ndarray:
     """The logits of examples, `[examples, labels]` in float32, in the order of the examples.
 
-    Of a text-to-text model they are the log-likelihoods of the labels' words.
+    Of a text-to-text model they are the log-likelihoods of the labels' words; of spans `[examples, 2, tokens]`, -1e9
+    where none may start or end.
 
     Args:
         model: The model.
@@ -150,7 +155,7 @@ def predict(
         gates: Gates to apply; None is all open.
         means: What a closed unit is replaced by; a missing one is zero.
         batch_size: Examples in a batch.
-        max_length: Tokens to which a text is cut; by default 128, or what the model reads if that is less.
+        max_length: Tokens to which a text is cut; by default 128, of spans 384, or the most that the model reads.
         prompt: What a text-to-text model is asked, fitted to the task.
         progress: Called with the number of batches sent to the device, and of all.
 
@@ -161,18 +166,75 @@ def predict(
         encoded = examples
     else:
         encoded = encode(model, examples, max_length=max_length, prompt=prompt)
+    longest = int(encoded.lengths.max())
 
     def run(batch: Batch) -> Any:
         inputs = {name: batch[name] for name in INPUTS if name in batch}
         if model.writes_text:
             return rank(model, params, inputs, candidates_in(batch), gates, means)
-        return model.apply(params, inputs, gates, head=head, means=means).logits
+        logits = model.apply(params, inputs, gates, head=head, means=means).logits
+        if not model.head(head).spans:
+            return logits
+        found = np.full((*np.shape(logits)[:2], longest), NOWHERE, np.float32)
+        found[..., : np.shape(logits)[2]] = np.asarray(logits)[..., :longest]
+        return found
 
     logits = _in_order(encoded, batch_size, run, progress).astype(np.float32)
-    broken = int((~np.isfinite(logits)).any(1).sum())
-    if broken:
-        raise ValueError(f"the logits of {broken} of {len(encoded)} examples are not finite: the model is broken.")
+    _refuse_broken(np.isfinite(logits).reshape(len(encoded), -1).all(1))
     return logits
+
+
+def _refuse_broken(finite: np.ndarray) -> None:
+    """Raises an error if some of the examples have no finite logits."""
+    if broken := int((~finite).sum()):
+        raise ValueError(f"the logits of {broken} of {len(finite)} examples are not finite: the model is broken.")
+
+
+def find_answers(
+    model: Model,
+    params: Params,
+    examples: Sequence[Example],
+    *,
+    encoded: Encoded | None = None,
+    head: str | None = None,
+    gates: Gates | None = None,
+    means: Gates | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """What the contexts of questions answer, word for word: the likeliest spans, of at most 30 tokens.
+
+    Args:
+        model: The model.
+        params: Its parameters, of any widths.
+        examples: The questions: `Example(question, context, answers=())`, or with the answers that are known.
+        encoded: What `encode` made of them; None: not done yet.
+        head: The task head, one for spans; None is the only one.
+        gates: Gates to apply; None is all open.
+        means: What a closed unit is replaced by; a missing one is zero.
+        batch_size: Examples in a batch.
+        max_length: Tokens after which a context is cut; by default 384, or what the model reads if that is less.
+        progress: Called with the number of batches sent to the device, and of all.
+
+    Raises:
+        ValueError: If the head is not for spans, the examples have no answers in the place of labels, or a logit is not
+            finite.
+    """
+    chosen = model.head(head)
+    encoded = encode(model, examples, max_length=max_length) if encoded is None else encoded
+    if not chosen.spans or encoded.characters is None:
+        what = "its examples have no answers" if chosen.spans else f"task head {chosen.name!r} is {chosen.kind}"
+        raise ValueError(f"answers are found by a head for spans, in examples with answers=() or known ones; {what}.")
+
+    def run(batch: Batch) -> Any:
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        return find_spans(model.apply(params, inputs, gates, head=head, means=means).logits)
+
+    spans = _in_order(encoded, batch_size, run, progress)
+    _refuse_broken(spans[:, 2] == 1)
+    characters = np.split(encoded.characters, encoded.offsets[1:-1])
+    return [text_of(*row) for row in zip(examples, characters, spans, strict=True)]
 
 
 def write_answers(
@@ -223,7 +285,7 @@ def _in_order(
             progress(done, len(batches))
     rows, index = np.concatenate(jax.device_get(found)), np.concatenate(indices)
     real = index >= 0
-    ordered = np.empty((len(encoded), rows.shape[1]), rows.dtype)
+    ordered = np.empty((len(encoded), *rows.shape[1:]), rows.dtype)
     ordered[index[real]] = rows[real]
     return ordered
 
@@ -246,6 +308,8 @@ def evaluate(
 ) -> Evaluation:
     """Measures a model on a split of a task.
 
+    Of spans: exact match and F1 of the likeliest one. An answer that is cut off counts as not found.
+
     Args:
         model: The model.
         params: Its parameters, of any widths.
@@ -256,7 +320,7 @@ def evaluate(
         means: What a closed unit is replaced by; a missing one is zero.
         batch_size: Examples in a batch.
         limit: The most examples; a stratified draw that is always the same. None: all.
-        max_length: Tokens to which a text is cut; by default 128, or what the model reads if that is less.
+        max_length: Tokens to which a text is cut; by default 128, of spans 384, or the most that the model reads.
         exclude: Keys (`jaxprune.tasks.row_key`) of examples that must not occur, such as those used for scoring.
         generated: Whether a text-to-text model has to write the words of the label by itself; otherwise the likeliest
             of the labels is what it predicts.
@@ -281,15 +345,21 @@ def evaluate(
         examples = draw(task, limit, 0, split=split)
     encoded = encode(model, examples, max_length=max_length, prompt=prompt_of(model, task))
     how: dict[str, Any] = {"gates": gates, "means": means, "batch_size": batch_size, "progress": progress}
-    if generated:
-        predicted = write_answers(model, params, encoded, **how)
+    labels: Any = encoded.labels
+    if task.spans:
+        labels = [example.answers for example in examples]
+        predicted: Any = find_answers(model, params, examples, encoded=encoded, head=head, **how)
+        constant: Any = [""] * len(labels)
     else:
-        logits = predict(model, params, encoded, head=head, **how)
-        predicted = logits[:, 0] if task.regression else logits.argmax(1)
-    metrics = METRICS[task.metric](predicted, encoded.labels)
-    values, counts = np.unique(encoded.labels, return_counts=True)
-    constant = np.full_like(encoded.labels, values[counts.argmax()])
-    chance = next(iter(METRICS[task.metric](constant, encoded.labels).values()))
+        if generated:
+            predicted = write_answers(model, params, encoded, **how)
+        else:
+            logits = predict(model, params, encoded, head=head, **how)
+            predicted = logits[:, 0] if task.regression else logits.argmax(1)
+        values, counts = np.unique(labels, return_counts=True)
+        constant = np.full_like(labels, values[counts.argmax()])
+    metrics = METRICS[task.metric](predicted, labels)
+    chance = next(iter(METRICS[task.metric](constant, labels).values()))
     return Evaluation(
         task=task.name,
         split=split,
@@ -313,11 +383,9 @@ def fitting_head(model: Model, task: Task, head: str | None = None) -> str:
     if prompt is not None:
         return model.head(head).name
     chosen = model.head(task.name if head is None and task.name in model.heads else head)
-    if chosen.regression != task.regression:
-        kinds = {True: "a regression", False: "a classification"}
-        raise ValueError(
-            f"the head {chosen.name!r} is {kinds[chosen.regression]}, but {task.name!r} is {kinds[task.regression]}."
-        )
+    kind = "a regression" if task.regression else "for spans" if task.spans else "a classification"
+    if chosen.kind != kind:
+        raise ValueError(f"the head {chosen.name!r} is {chosen.kind}, but {task.name!r} is {kind}.")
     if len(chosen.labels) != len(task.labels):
         raise ValueError(
             f"the head {chosen.name!r} has {len(chosen.labels)} labels, but {task.name!r} has {len(task.labels)}: "

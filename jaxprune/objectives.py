@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from jaxprune.gates import Gates
 from jaxprune.likelihood import IGNORED
 from jaxprune.models import TaskHead
+from jaxprune.spans import UNKNOWN, best_spans
 
 Objective: TypeAlias = Callable[[Array, Array], Array]  # (logits [b, l], target [b]) -> [b] float32
 
@@ -43,6 +44,18 @@ def negative_squared_error(logits: Float[Array, "b l"], target: Shaped[Array, " 
     return -jnp.square(logits[:, 0] - target)
 
 
+@dataclass(frozen=True)
+class OfSpan:
+    """The mean of an objective for the start and for the end of a span, each among all tokens; 0 if it is unknown."""
+
+    each: Objective
+
+    def __call__(self, logits: Float[Array, "b 2 t"], target: Int[Array, "b 2"]) -> Float[Array, " b"]:
+        """The mean of both ends; see `Objective`."""
+        ends = [self.each(logits[:, i], jnp.maximum(target[:, i], 0)) for i in range(2)]
+        return jnp.where(target[:, 0] == UNKNOWN, 0.0, (ends[0] + ends[1]) / 2)
+
+
 def _pick(values: Float[Array, "b l"], target: Shaped[Array, " b"]) -> Float[Array, " b"]:
     return jnp.take_along_axis(values, target[:, None], axis=1)[:, 0]
 
@@ -50,22 +63,23 @@ def _pick(values: Float[Array, "b l"], target: Shaped[Array, " b"]) -> Float[Arr
 def objective_for(objective: Objective | None, head: TaskHead) -> Objective:
     """The objective for a task head: None is `probability`, or `negative_squared_error` where the head is a regression.
 
+    Of spans it is the mean of their start and their end (`OfSpan`).
+
     Raises:
         ValueError: If an objective of one kind of head was given for the other.
     """
     if objective is None:
-        return negative_squared_error if head.regression else probability
-    kind = "a regression" if head.regression else "a classifier"
+        objective = negative_squared_error if head.regression else probability
     wrong = (probability, log_probability, margin) if head.regression else (negative_squared_error,)
     if objective in wrong:
-        raise ValueError(f"objective {name_of(objective)} does not fit task head {head.name!r}, which is {kind}.")
-    return objective
+        raise ValueError(f"objective {name_of(objective)} does not fit task head {head.name!r}, which is {head.kind}.")
+    return OfSpan(objective) if head.spans else objective
 
 
 class Targets(NamedTuple):
     """The labels whose objective is attributed, and how much each counts: one backward pass per row."""
 
-    labels: Shaped[Array, "y b"]  # int32, or float32 in a regression
+    labels: Shaped[Array, "y b"]  # int32, or float32 in a regression; of spans [y, b, 2]
     weights: Float[Array, "y b"]  # what the example's attribution for this label is multiplied by
 
 
@@ -80,11 +94,16 @@ def gold(logits: Float[Array, "b l"], labels: Shaped[Array, " b"], keys: Array) 
 
 def predicted(logits: Float[Array, "b l"], labels: Shaped[Array, " b"], keys: Array) -> Targets:
     """What the open model predicts: no labels are needed."""
+    if logits.ndim == 3:
+        return _one(best_spans(logits))
     return _one(logits[:, 0] if logits.shape[1] == 1 else jnp.argmax(logits, axis=1).astype(jnp.int32))
 
 
 def sampled(logits: Float[Array, "b l"], labels: Shaped[Array, " b"], keys: Array) -> Targets:
-    """A label drawn from the open model's distribution, as Fisher information asks for: no labels are needed."""
+    """A label drawn from the open model's distribution, as Fisher information asks for: no labels are needed.
+
+    Of spans the start and the end are drawn each by itself.
+    """
     _refuse_regression(logits, "sampled")
     return _one(jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32))
 
@@ -97,6 +116,8 @@ def every(logits: Float[Array, "b l"], labels: Shaped[Array, " b"], keys: Array)
     not differentiated. It costs one backward pass per label.
     """
     _refuse_regression(logits, "every")
+    if logits.ndim == 3:
+        raise ValueError("labels=every would take a backward pass for every span: use labels=predicted or sampled.")
     labels = jnp.broadcast_to(jnp.arange(logits.shape[1], dtype=jnp.int32)[:, None], logits.shape[::-1])
     return Targets(labels, jax.nn.softmax(logits, axis=1).T)
 
@@ -164,7 +185,8 @@ def value_and_cotangent(
 
     Of a text it is the sum over the target's tokens, each given those before it (Yang et al. 2023).
     """
-    value, pull = jax.vjp(lambda z: _of_text(objective, z, target) if z.ndim == 3 else objective(z, target), logits)
+    of_text = logits.ndim == 3 and not isinstance(objective, OfSpan)
+    value, pull = jax.vjp(lambda z: _of_text(objective, z, target) if of_text else objective(z, target), logits)
     return value, pull(jnp.ones_like(value))[0]
 
 

@@ -151,9 +151,11 @@ class RowOptions:
     """Where the rows of a task come from."""
 
     data: Annotated[Path | None, rows("Folder with TASK/train.jsonl and so on. Without it: the hub.")] = None
-    text: Annotated[str | None, rows("Own files: column of the text.", metavar="COLUMN")] = None
-    text_pair: Annotated[str | None, rows("Own files: column of the second text.", metavar="COLUMN")] = None
-    label: Annotated[str | None, rows("Own files: column of the label.", metavar="COLUMN")] = None
+    text: Annotated[str | None, rows("Own files: column of the text or the question.", metavar="COLUMN")] = None
+    text_pair: Annotated[str | None, rows("Own files: that of the second text or the context.", metavar="COLUMN")] = (
+        None
+    )
+    label: Annotated[str | None, rows("Own files: column of the label or the answers.", metavar="COLUMN")] = None
     label_names: Annotated[str | None, rows("Own files: names in the order of the task head.", metavar="A,B,...")] = (
         None
     )
@@ -183,7 +185,7 @@ class BatchOptions:
     """How texts are batched."""
 
     batch_size: Annotated[int, rows("Examples in a batch.")] = 32
-    max_length: Annotated[int | None, rows("Tokens to which texts are cut; 128 by default.")] = None
+    max_length: Annotated[int | None, rows("Tokens to which texts are cut; 128 by default, for spans 384.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxprune.batches import within_reach
 from jaxprune.gates import Params
 from jaxprune.models import Model
 from jaxprune.objectives import (
@@ -98,6 +99,7 @@ def scored_rows(
     if header["examples"] and header.get("prompt") != own:
         raise ValueError(f"the scores were made with the prompt {header.get('prompt')}, this is {own}: use the same.")
     split = header["split"] if header["split"] != "given" else "calibration"
+    task, _ = within_reach(model, task, split=split, max_length=header["max_length"])
     rows = task.rows(split)
     if not rows:
         raise ValueError(f"{task.name!r} has no {split} rows: the rows that were scored are needed.")

@@ -230,8 +230,9 @@ def fit(prompt: Prompt, task: Task) -> Prompt:
 
 
 def _refuse_regression(task: Task) -> None:
-    if task.regression:
-        raise ValueError(f"task {task.name!r} is a regression; a prompt needs a task with labels, one word for each.")
+    if task.regression or task.spans:
+        kind = "a regression" if task.regression else "for spans"
+        raise ValueError(f"task {task.name!r} is {kind}; a prompt needs a task with labels, one word for each.")
 
 
 def prompt_of(model: Model, task: Task) -> Prompt | None:

@@ -147,6 +147,7 @@ def facts_of(model: Model, file: Path, scores: Scores) -> dict[str, Any]:
         "head": head.name,
         "labels": prompt["labels"] if prompt else list(head.labels),
         "prompt": prompt,
+        "spans": head.spans,
         "examples": header["examples"],
     }
 

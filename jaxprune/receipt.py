@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxprune.activations import calibration_means, zero
-from jaxprune.attribution import Measured, key_or_default, questions
-from jaxprune.batches import encode, pack
+from jaxprune.attribution import Measured
+from jaxprune.batches import encode, pack, within_reach
 from jaxprune.evaluation import fitting_head
 from jaxprune.gates import Gates, Params, check_gates
 from jaxprune.integration import gauss_legendre, quadrature
@@ -36,6 +36,7 @@ from jaxprune.objectives import (
     weigh,
 )
 from jaxprune.prompts import prompt_of
+from jaxprune.questions import key_or_default, questions
 from jaxprune.scoring import score_batches
 from jaxprune.tasks import Example, Task, draw, row_key
 
@@ -179,7 +180,7 @@ def loss_receipt(
         means: What closed units are replaced by; None is zero.
         head: The task head; by default the one of the task's name, else the only one.
         batch_size: Examples in a batch.
-        max_length: Tokens to which a text is cut; by default 128, or what the model reads if that is less.
+        max_length: Tokens to which a text is cut; by default 128, of spans 384, or the most that the model reads.
         progress: Called with the number of batches that are finished, and of all.
 
     Returns:
@@ -195,6 +196,7 @@ def loss_receipt(
         raise ValueError("all gates are open: nothing is lost, so there is nothing to attribute.")
     key = jax.random.key(key) if isinstance(key, int) else key_or_default(key)
     head = fitting_head(model, task, head)
+    task, _ = within_reach(model, task, split="calibration", max_length=max_length)
     rows = tuple(examples) if isinstance(examples, Sequence) else draw(task, examples, key)
     encoded = encode(model, rows, max_length=max_length, prompt=prompt_of(model, task))
     values, sums, _ = score_batches(

@@ -16,6 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from jaxprune import answers
+from jaxprune.splits import Example
+
+PAIR = ("sentence1", "sentence2")
+HIDDEN = -1  # what the hub writes where a label is kept secret
 KINDS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 FILES = {  # split -> file names, without their ending
     "train": ("train",),
@@ -248,3 +253,70 @@ def _label_text(value: Any, where: str) -> str:
     text = str(value).strip()
     number = _number(text)
     return str(int(number)) if number is not None and number.is_integer() else text
+
+
+def text_columns(records: Mapping[str, Records], wanted: tuple[str, ...] | None, label: str) -> tuple[str, ...]:
+    """The text columns, after making sure that they and the label are in every file."""
+    first = next(iter(records.values()))
+    usual = (PAIR, ("sentence",), ("text",), answers.COLUMNS)
+    columns = wanted or next((c for c in usual if set(c) <= set(first.columns)), None)
+    if columns is None:
+        raise ValueError(f"{first.where} has the columns {list(first.columns)}: name the text with text=, text_pair=.")
+    for found in records.values():
+        for column in (*columns, label):
+            if column not in found.columns:
+                raise ValueError(f"{found.where} has no column {column!r}; it has {list(found.columns)}.")
+    return columns
+
+
+def is_hidden(records: Records, label: str) -> bool:
+    """Whether all labels are kept secret."""
+    return all(cells.get(label) in (HIDDEN, str(HIDDEN)) for _, cells in records.rows)
+
+
+def holds_answers(records: Mapping[str, Records], column: str) -> bool:
+    """Whether a column has answers in SQuAD's format; the first row tells."""
+    _, cells = next(iter(records.values())).rows[0]
+    return isinstance(cells.get(column), Mapping)
+
+
+def read_examples(
+    records: Records, columns: tuple[str, ...], label: str, codec: Labels | None, skip_empty: bool
+) -> tuple[list[Example], Counter[str]]:
+    """The examples of one file, and how many rows were left out, by reason.
+
+    Args:
+        records: The rows.
+        columns: Those of the text or the two texts.
+        label: That of the label, or of the answers.
+        codec: How labels are read; None: they are answers in SQuAD's format.
+        skip_empty: Whether rows without a text are left out: the hub's QQP has some.
+
+    Raises:
+        ValueError: If a row has no text or no label, or they are not what they should be.
+    """
+    examples, left_out = [], Counter[str]()
+    for number, cells in records.rows:
+        where = records.place(number)
+        missing = [column for column in (*columns, label) if column not in cells]
+        if missing:
+            raise ValueError(f"{where}: no column {missing[0]!r}; it has {list(cells)}.")
+        texts = [cells[column] for column in columns]
+        empty = [c for c, text in zip(columns, texts, strict=True) if text is None or not str(text).strip()]
+        if empty and skip_empty:
+            left_out["empty"] += 1
+            continue
+        if empty:
+            raise ValueError(f"{where}: {empty[0]!r} is empty.")
+        for column, text in zip(columns, texts, strict=True):
+            if not isinstance(text, str):
+                raise ValueError(f"{where}: {column!r} must be text, got {text!r}.")
+        if codec is not None:
+            examples.append(Example(texts[0], texts[1] if len(texts) == 2 else None, codec.read(cells[label], where)))
+            continue
+        given = answers.read_answers(cells[label], where)
+        if found := answers.standing(given, texts[1]):
+            examples.append(Example(texts[0], texts[1], answers=found))
+        else:
+            left_out["misplaced answer" if given else "no answer"] += 1
+    return examples, left_out

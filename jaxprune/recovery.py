@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxprune.attribution import key_or_default
 from jaxprune.batches import encode, pack
 from jaxprune.fitting import Fit, Method, Moments, Reconstruction, choose
 from jaxprune.gates import UNITS, Params, Path, axes_of, flatten, reads, unflatten
 from jaxprune.likelihood import answered
 from jaxprune.models import Layer, Mask, Model, State, block_compiled, enter, mask_of, model_layers, own_mask
 from jaxprune.prompts import prompt_of
+from jaxprune.questions import key_or_default
 from jaxprune.scores import describe
 from jaxprune.tasks import Example, Task, draw, row_key
 
@@ -77,7 +77,7 @@ def recover(
         examples: How many to draw of each task, or the examples of one.
         key: A seed or a `jax.random.key` for the draw; None is 0.
         batch_size: Examples in a batch.
-        max_length: Tokens to which a text is cut; by default 128, or what the model reads if that is less.
+        max_length: Tokens to which a text is cut; by default 128, of spans 384, or the most that the model reads.
         progress: Called with the layers done and all layers.
 
     Returns:

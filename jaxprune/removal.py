@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxprune.activations import Closed, zero
-from jaxprune.attribution import Measured, Question, open_prefixes, questions, reduce
+from jaxprune.attribution import Measured, open_prefixes, reduce
 from jaxprune.gates import KINDS, Gates, Params, sites, widths
 from jaxprune.models import Model, advance, model_layers, repeat_rows
 from jaxprune.models.backward import Prefix, forward
@@ -26,6 +26,7 @@ from jaxprune.objectives import (
     objective_for,
     value_and_cotangent,
 )
+from jaxprune.questions import Question, questions
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -21,14 +21,15 @@ from jaxtyping import Array
 
 from jaxprune import __version__
 from jaxprune.activations import zero
-from jaxprune.attribution import Criterion, IntegratedGradients, key_or_default
-from jaxprune.batches import SHAPE_COST, encode, pack
+from jaxprune.attribution import Criterion, IntegratedGradients
+from jaxprune.batches import SHAPE_COST, encode, pack, within_reach
 from jaxprune.checkpoint import model_digest
 from jaxprune.evaluation import fitting_head
 from jaxprune.gates import UNITS, Gates, Params
 from jaxprune.models import Model, encoder_inputs, model_inputs
 from jaxprune.objectives import gold
 from jaxprune.prompts import prompt_of
+from jaxprune.questions import key_or_default
 from jaxprune.scores import FORMAT, Scores, describe, with_stability
 from jaxprune.split_half import TARGET, check_target, least_reliability
 from jaxprune.splits import Example, digest, half_of, row_key
@@ -62,6 +63,8 @@ def score(
 ) -> Scores:
     """Scores every unit of a model by how much a task needs it.
 
+    Of spans, rows are drawn from those whose answer is not cut off; the header counts the others (`cut_off`).
+
     Args:
         model: The architecture.
         params: Parameters.
@@ -76,7 +79,7 @@ def score(
         head: The task head; by default the one of the task's name, else the only one.
         split: Where to draw from.
         batch_size: Examples in a batch, rounded up to a multiple of the number of devices.
-        max_length: Tokens to which a text is cut; by default 128, or what the model reads if that is less.
+        max_length: Tokens to which a text is cut; by default 128, of spans 384, or the most that the model reads.
         devices: Devices to share every batch out over; by default all of this process.
         means: What closed units are replaced by, if `criterion.closed` is not `zero`; by default `criterion.closed`
             computes it from all of the examples, in a forward pass of its own.
@@ -96,10 +99,17 @@ def score(
     reads = criterion.examples is not None
     if until_stable is not None:
         _check_stable(criterion, until_stable)
+    prompt, cut_off = prompt_of(model, task), 0
+    if not isinstance(examples, Sequence):
+        task, cut_off = within_reach(model, task, split=split, max_length=max_length)
     rows, steps = _choose(task, examples, key, split, reads, until_stable is not None)
     _check_labels(criterion, model, head, len(task.labels), rows)
-    prompt = prompt_of(model, task)
     encoded = encode(model, rows, max_length=max_length, prompt=prompt)
+    if task.spans and getattr(criterion, "labels", None) is gold and (lost := int((encoded.labels < 0).any(1).sum())):
+        raise ValueError(
+            f"{lost} of {len(rows)} examples have no answer within {encoded.max_length} tokens: leave them out, raise "
+            "max_length, or use labels=predicted."
+        )
     settings: dict[str, Any] = {
         "format": FORMAT,
         "criterion": describe(criterion),
@@ -112,6 +122,7 @@ def score(
         "max_length": encoded.max_length,
         "versions": {"jaxprune": __version__, "jax": jax.__version__},
         "prompt": None if prompt is None else prompt.to_json(),
+        **({"cut_off": cut_off} if task.spans else {}),
     }
     devices = jax.local_devices() if devices is None else devices
     batch_size = -(-batch_size // len(devices)) * len(devices)
@@ -367,10 +378,12 @@ def _check_labels(criterion: Criterion, model: Model, head: str, labels: int, ro
     if getattr(criterion, "labels", None) is not gold:
         return
     chosen = model.head(head)
-    missing = sum(row.label is None for row in rows)
+    missing = sum(row.label is None and not row.answers for row in rows)
     if missing:
         raise ValueError(f"{missing} of {len(rows)} examples have no label: use labels=predicted, sampled or every.")
     count = labels if model.writes_text else len(chosen.labels)
-    wrong = [row.label for row in rows if not chosen.regression and row.label not in range(count)]
+    if chosen.spans or chosen.regression:
+        return
+    wrong = [row.label for row in rows if row.label not in range(count)]
     if wrong:
         raise ValueError(f"label {wrong[0]!r} is outside 0 to {count - 1}, the labels of head {head!r}.")

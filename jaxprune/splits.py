@@ -14,7 +14,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from jaxprune.answers import Answer
+
+if TYPE_CHECKING:
+    import jax
 
 SPLITS = ("train", "calibration", "dev", "test")  # a text found in several of them stays in the last one
 MOST_ROWS = 2_048  # of a split that is cut from another one
@@ -22,11 +27,12 @@ MOST_ROWS = 2_048  # of a split that is cut from another one
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A text or a pair of texts with its label."""
+    """A text or a pair of texts with its label; or a question, its context and its answers."""
 
     text: str
     pair: str | None = None
     label: int | float | None = None  # an index into the task's labels; a float in a regression
+    answers: tuple[Answer, ...] | None = None  # of a question; () if they are not known
 
 
 class Row(NamedTuple):
@@ -67,9 +73,13 @@ def overlap(rows: Iterable[Example], others: Iterable[Example]) -> int:
 
 
 def digest(examples: Iterable[Example]) -> str:
-    """SHA-256 over the normalised texts and the labels; the order of the examples does not matter."""
-    rows = sorted(f"{normalise(e.text)}\x1f{normalise(e.pair or '')}\x1f{e.label}" for e in examples)
+    """SHA-256 over the normalised texts and the labels or answers; the order of the examples does not matter."""
+    rows = sorted(f"{normalise(e.text)}\x1f{normalise(e.pair or '')}\x1f{_target(e)}" for e in examples)
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+def _target(example: Example) -> str:
+    return str(example.label if example.answers is None else [tuple(answer) for answer in example.answers])
 
 
 def rows_of(examples: Iterable[Example], grouped: bool = False) -> list[Row]:
@@ -113,7 +123,7 @@ def choose(
     Returns:
         The rows in the order of their hash.
     """
-    ranked = sorted(rows, key=lambda row: (_rank(row.group, salt), row.key, str(row.example.label), row.example.text))
+    ranked = sorted(rows, key=lambda row: (_rank(row.group, salt), row.key, _target(row.example), row.example.text))
     if distinct:
         ranked = list({row.key: row for row in reversed(ranked)}.values())[::-1]
     if not stratified or len(ranked) <= count:
@@ -148,6 +158,24 @@ def _quotas(strata: Sequence[int], count: int, salt: str) -> Counter[int]:
     by_remainder = sorted(exact, key=lambda s: (quotas[s] - exact[s], _rank(str(s), salt)))
     quotas.update(by_remainder[: count - quotas.total()])
     return quotas
+
+
+def seed_words(key: int | jax.Array) -> tuple[int, ...]:
+    """The whole numbers that a seed, or a JAX random key, stands for.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If a seed is negative.
+    """
+    if isinstance(key, int) and not isinstance(key, bool):
+        if key < 0:
+            raise ValueError(f"a seed must be at least 0, got {key}.")
+        return (key,)
+    import jax
+
+    if not isinstance(key, jax.Array):
+        raise TypeError(f"expected a whole number or a jax.random.key, got {type(key).__name__}.")
+    return tuple(int(word) for word in jax.random.key_data(key).ravel())
 
 
 def _share(rows: int) -> int:

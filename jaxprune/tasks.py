@@ -14,9 +14,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxprune import splits
-from jaxprune.records import Labels, Records, kind_of, read, read_folder
-from jaxprune.splits import MOST_ROWS, SPLITS, Example, Row, overlap, row_key
+from jaxprune import answers, splits
+from jaxprune.records import (
+    HIDDEN,
+    PAIR,
+    Labels,
+    Records,
+    holds_answers,
+    is_hidden,
+    kind_of,
+    read,
+    read_examples,
+    read_folder,
+    text_columns,
+)
+from jaxprune.splits import MOST_ROWS, SPLITS, Example, Row, overlap, row_key, seed_words
 
 if TYPE_CHECKING:
     import jax
@@ -28,9 +40,6 @@ __all__ = [
     "row_key", "seed_words",
 ]  # fmt: skip
 
-PAIR = ("sentence1", "sentence2")
-HIDDEN = -1  # what the hub writes where a label is kept secret
-
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -38,9 +47,10 @@ class Task:
 
     name: str
     splits: Mapping[str, tuple[Example, ...]]  # train, calibration, dev, test
-    labels: tuple[str, ...]  # ("score",) in a regression
+    labels: tuple[str, ...]  # ("score",) in a regression, ("start", "end") of spans
     columns: tuple[str, ...] = ("sentence",)  # where the text, or the pair of texts, came from
     regression: bool = False
+    spans: bool = False  # whether the answer to a question is a part of its context
     metric: str = "accuracy"  # a key of `jaxprune.evaluation.METRICS`
     grouped: bool = False  # rows with the same second text are kept on one side
     source: str = ""  # where the rows came from, in words
@@ -82,8 +92,10 @@ class Source:
     hub_label: str = "label"
     hub_labels: tuple[str, ...] | None = None  # the hub's names, in the order of `labels`; None: the same names
     hub_validation: str = "validation"
+    pool: str = "train"  # the split that stands for train where there is none
     metric: str = "accuracy"
     regression: bool = False
+    spans: bool = False
     grouped: bool = False
     license: str = "research use, no formal licence"
 
@@ -91,6 +103,10 @@ class Source:
 GLUE = "nyu-mll/glue"
 POLARITY = ("negative", "positive")
 ENTAILMENT = ("entailment", "not_entailment")
+SPANS: Mapping[str, Any] = {
+    "columns": answers.COLUMNS, "hub_label": answers.COLUMN, "labels": answers.ENDS, "metric": "squad", "spans": True,
+    "grouped": True,
+}  # fmt: skip
 
 # fmt: off
 TASKS: Mapping[str, Source] = {
@@ -134,6 +150,16 @@ TASKS: Mapping[str, Source] = {
     "ag_news": Source(
         hub="fancyzhx/ag_news", folders=("ag_news",), labels=("World", "Sports", "Business", "Sci/Tech"),
         license="research and other non-commercial use",
+    ),
+    # a context serves several questions
+    "squad": Source(
+        hub="rajpurkar/squad", hub_columns=answers.COLUMNS, folders=("squad", "squad_v1_xquad_en"), **SPANS,
+        license="CC BY-SA 4.0",
+    ),
+    # there is nothing to train with but what was meant for validation; the main revision is a script
+    "mlqa": Source(
+        hub="facebook/mlqa", config="mlqa.en.en", revision="refs/convert/parquet", hub_columns=answers.COLUMNS,
+        folders=("mlqa", "mlqa_en_dev"), pool="validation", **SPANS, license="CC BY-SA 3.0",
     ),
     # the hub's copies have the labels in the other order, so they are read by name
     "subj": Source(hub="SetFit/subj", hub_label="label_text", folders=("subj",), labels=("subjective", "objective")),
@@ -216,16 +242,19 @@ def load_task(
 
     A cut takes a tenth of the texts (of a small set up to a quarter, until 256) and at most 2,048, stratified by label,
     by the hash of their text, whatever the order of the rows. A text that occurs in several splits stays in the last
-    of train, calibration, dev, test; `Task.dropped` counts the others. In QNLI and BoolQ the passage alone decides.
+    of train, calibration, dev, test; `Task.dropped` counts the others. In QNLI and BoolQ the passage alone decides, of
+    spans the context. Spans are data in SQuAD's format (see `jaxprune.answers`); rows without an answer, or whose
+    answers are not where they say, are left out and counted.
 
     Args:
         name: A built-in task (`TASKS`), the name of a folder in `data`, or the path of your own file or folder. A
             folder holds train, validation and test files; a single file is split by hash.
         data: Folder of data sets, each a folder with `{train,validation,test}.jsonl[.gz]` (or CSV, TSV, Parquet).
             Without it a built-in task comes from the Hugging Face hub.
-        text: Column of the text. By default `sentence`, `sentence1` or `text`.
-        text_pair: Column of the second text of a pair.
-        label: Column of the label; by default `label`. Names, or whole numbers; fractions make a regression.
+        text: Column of the text. By default `sentence`, `sentence1`, `text` or `question`.
+        text_pair: Column of the second text of a pair, or of the context.
+        label: Column of the label; by default `label`, else `answers`. Names, or whole numbers; fractions make a
+            regression, objects with `text` and `answer_start` answers.
         labels: Label names in the order of the model's logits. By default the built-in task's, or those found, sorted.
             Other names for a built-in task rename its labels, the same names in another order reorder them.
         seed: Chooses the rows of each cut. Use one seed for fine-tuning, scoring and testing.
@@ -245,21 +274,34 @@ def load_task(
         wanted = (text,) if text_pair is None else (text, text_pair)
     else:
         wanted = None if source is None else source.hub_columns if hub else source.columns
-    label = label or (source.hub_label if source is not None and hub else "label")
-    columns = _columns(records, wanted, label)
-    shown = {split: found for split, found in records.items() if not _is_hidden(found, label)}
+    if label is None and source is not None:
+        label = source.hub_label if hub or source.spans else "label"
+    elif label is None:
+        first = next(iter(records.values())).columns
+        label = answers.COLUMN if answers.COLUMN in first and "label" not in first else "label"
+    columns = text_columns(records, wanted, label)
+    shown = {split: found for split, found in records.items() if not is_hidden(found, label)}
     if not shown:
         raise ValueError(f"{title}: every label is {HIDDEN}, which means hidden; there is nothing to learn from.")
-    if source is not None:
+    spans = source.spans if source is not None else holds_answers(shown, label)
+    if spans and (labels is not None or len(columns) != 2):
+        raise ValueError(f"{title}: answers need a question, its context and no label names; got the texts {columns}.")
+    if spans:
+        codec = Labels.of(answers.ENDS)
+    elif source is not None:
         codec = Labels.of(source.labels, source.regression).renamed(labels or source.labels)
     else:
         codec = Labels.found(shown.values(), label) if labels is None else Labels.of(labels)
-    given = {split: _examples(found, columns, label, codec, skip_empty=hub) for split, found in shown.items()}
-    empty = sum(len(found.rows) for found in shown.values()) - sum(map(len, given.values()))
+    read_as = None if spans else codec
+    found = {split: read_examples(own, columns, label, read_as, skip_empty=hub) for split, own in shown.items()}
+    given = {split: examples for split, (examples, _) in found.items()}
+    left_out = sum((own for _, own in found.values()), Counter[str]())
     distinct = {example.label for examples in given.values() for example in examples}
-    if len(distinct) < 2:
+    if spans and not any(given.values()):
+        raise ValueError(f"{title}: no row has an answer that stands in its context; left out: {dict(left_out)}.")
+    if not spans and len(distinct) < 2:
         raise ValueError(f"{title}: every label is {next(iter(distinct), None)!r}; a task needs two different ones.")
-    grouped = source is not None and source.grouped and len(columns) == 2
+    grouped = spans or (source is not None and source.grouped and len(columns) == 2)
     try:
         divided, dropped = splits.divide(
             given, grouped=grouped, regression=codec.regression, seed=seed, max_calibration=max_calibration
@@ -272,11 +314,12 @@ def load_task(
         labels=codec.names,
         columns=columns,
         regression=codec.regression,
-        metric=_metric(source, codec),
+        spans=spans,
+        metric="squad" if spans else _metric(source, codec),
         grouped=grouped,
         source=origin,
         license=source.license if source is not None else "",
-        dropped=dropped | ({"empty": empty} if empty else {}),
+        dropped=dropped | dict(left_out),
     )
 
 
@@ -352,24 +395,6 @@ def draw(
     return tuple(row.example for row in chosen)
 
 
-def seed_words(key: int | jax.Array) -> tuple[int, ...]:
-    """The whole numbers that a seed, or a JAX random key, stands for.
-
-    Raises:
-        TypeError: If it is neither.
-        ValueError: If a seed is negative.
-    """
-    if isinstance(key, int) and not isinstance(key, bool):
-        if key < 0:
-            raise ValueError(f"a seed must be at least 0, got {key}.")
-        return (key,)
-    import jax
-
-    if not isinstance(key, jax.Array):
-        raise TypeError(f"expected a whole number or a jax.random.key, got {type(key).__name__}.")
-    return tuple(int(word) for word in jax.random.key_data(key).ravel())
-
-
 def from_hub(source: Source, found: Mapping[str, Any]) -> dict[str, Records]:
     """Turns what `datasets.load_dataset` returns into records, with class labels by name.
 
@@ -413,16 +438,16 @@ def _find(name: str, data: Path | None) -> tuple[str, Source | None, dict[str, R
     if data is not None and not data.is_dir():
         raise FileNotFoundError(f"the data folder {data} does not exist.")
     if name in TASKS and data is None:
-        return name, TASKS[name], _download(name, TASKS[name]), f"hub {TASKS[name].hub}"
+        return name, TASKS[name], _pooled(TASKS[name], _download(name, TASKS[name])), f"hub {TASKS[name].hub}"
     if name in TASKS and data is not None:
         folders = TASKS[name].folders
         folder = next((data / folder for folder in folders if (data / folder).is_dir()), None)
         if folder is None:
             raise FileNotFoundError(f"no folder for task {name!r} in {data}: looked for {', '.join(folders)}.")
-        return name, TASKS[name], read_folder(folder), f"folder {folder.name}"
+        return name, TASKS[name], _pooled(TASKS[name], read_folder(folder)), f"folder {folder.name}"
     if data is not None and (data / name).is_dir():
         source = next((source for source in TASKS.values() if name in source.folders), None)
-        return Path(name).name, source, read_folder(data / name), f"folder {Path(name).name}"
+        return Path(name).name, source, _pooled(source, read_folder(data / name)), f"folder {Path(name).name}"
     path = Path(name)
     if path.is_dir():
         return path.resolve().name, None, read_folder(path), f"folder {path.resolve().name}"
@@ -437,47 +462,16 @@ def _find(name: str, data: Path | None) -> tuple[str, Source | None, dict[str, R
     raise ValueError(f"unknown task {name!r}.{hint} Built in: {', '.join(sorted(TASKS))}.{more}")
 
 
+def _pooled(source: Source | None, records: dict[str, Records]) -> dict[str, Records]:
+    """The rows by split; those that stand for train where there are no others."""
+    if source is None or "train" in records or source.pool not in records:
+        return records
+    return {"train" if split == source.pool else split: own for split, own in records.items()}
+
+
 def _metric(source: Source | None, labels: Labels) -> str:
     if source is None:
         return "pearson_spearman" if labels.regression else "accuracy"
     # F1 is of the second class: with the labels in another order it would be of the wrong one
     moved = source.metric == "accuracy_f1" and labels.index[source.labels[1]] != 1
     return "accuracy" if moved else source.metric
-
-
-def _columns(records: Mapping[str, Records], wanted: tuple[str, ...] | None, label: str) -> tuple[str, ...]:
-    """The text columns, after making sure that they and the label are in every file."""
-    first = next(iter(records.values()))
-    columns = wanted or next((c for c in (PAIR, ("sentence",), ("text",)) if set(c) <= set(first.columns)), None)
-    if columns is None:
-        raise ValueError(f"{first.where} has the columns {list(first.columns)}: name the text with text=, text_pair=.")
-    for found in records.values():
-        for column in (*columns, label):
-            if column not in found.columns:
-                raise ValueError(f"{found.where} has no column {column!r}; it has {list(found.columns)}.")
-    return columns
-
-
-def _is_hidden(records: Records, label: str) -> bool:
-    return all(cells.get(label) in (HIDDEN, str(HIDDEN)) for _, cells in records.rows)
-
-
-def _examples(records: Records, columns: tuple[str, ...], label: str, codec: Labels, skip_empty: bool) -> list[Example]:
-    """The examples of one file. `skip_empty` is for the hub, where QQP has some questions without text."""
-    examples = []
-    for number, cells in records.rows:
-        where = records.place(number)
-        missing = [column for column in (*columns, label) if column not in cells]
-        if missing:
-            raise ValueError(f"{where}: no column {missing[0]!r}; it has {list(cells)}.")
-        texts = [cells[column] for column in columns]
-        empty = [c for c, text in zip(columns, texts, strict=True) if text is None or not str(text).strip()]
-        if empty and skip_empty:
-            continue
-        if empty:
-            raise ValueError(f"{where}: {empty[0]!r} is empty.")
-        for column, text in zip(columns, texts, strict=True):
-            if not isinstance(text, str):
-                raise ValueError(f"{where}: {column!r} must be text, got {text!r}.")
-        examples.append(Example(texts[0], texts[1] if len(texts) == 2 else None, codec.read(cells[label], where)))
-    return examples

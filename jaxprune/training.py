@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
-from jaxprune.batches import Batches, Encoded, encode, training_batches
+from jaxprune.batches import Batches, Encoded, encode, training_batches, within_reach
 from jaxprune.checkpoint import model_digest
 from jaxprune.evaluation import Evaluation, evaluate
 from jaxprune.files import write_atomic
@@ -53,7 +53,7 @@ class Recipe:
     weight_decay: float = 0.01  # decoupled; kernels and embeddings only
     optimizer: str = "adamw"  # or "adafactor", whose learning rate is relative to the size of each parameter
     clip: float = 1.0  # largest norm of the gradient over all parameters of a step
-    max_length: int | None = None  # tokens; None: 128, or what the model reads if that is less
+    max_length: int | None = None  # tokens; None: 128, for spans 384, or what the model reads if that is less
     rows: Mapping[str, int] | None = None  # rows of a task in an epoch, drawn anew or repeated; unnamed tasks: all once
     pooling: str = "mean"  # of the fresh heads: "first" or "mean"
     dense: str | None = None  # activation of a layer before their output
@@ -89,6 +89,7 @@ class Finetuned(NamedTuple):
     epochs: tuple[tuple[Evaluation, ...], ...]  # every epoch's evaluations on dev, in the order of the tasks
     best: int  # that epoch, counts from 1
     leaks: dict[tuple[str, str], int]  # (task, other): rows of task dropped because they are held out in other
+    cut_off: dict[str, int]  # by task for spans: train rows left out because their answer is cut off
 
 
 class TrainingState(NamedTuple):
@@ -120,13 +121,15 @@ def finetune(
     state: str | Path | None = None,
     save_every: int = 200,
     dev_limit: int | None = 1000,
+    keep_heads: bool = False,
     progress: Callable[[Step], None] | None = None,
     report: Callable[[int, Evaluation], None] | None = None,
 ) -> Finetuned:
     """Fine-tunes an encoder, or a text-to-text model, on several tasks at once.
 
-    Rows that are held out in any of the tasks are removed from all of them first. The same call with the same `state`
-    goes on where an interrupted one stopped, and ends with the same bits as one that was not interrupted.
+    Rows that are held out in any of the tasks are removed from all of them first; so are train rows for spans whose
+    answer is cut off. The same call with the same `state` goes on where an interrupted one stopped, and ends with the
+    same bits as one that was not interrupted.
 
     Args:
         model: The model; task heads that it has are replaced by fresh ones, one per task, named as the task.
@@ -137,6 +140,8 @@ def finetune(
             the caller can save the result before deleting it.
         save_every: Steps between two writings of the state.
         dev_limit: The most dev rows of each task to evaluate after an epoch.
+        keep_heads: Whether task heads of other names stay. They are not trained, but the encoder below them is: they
+            will do worse.
         progress: Called every ten steps.
         report: Called with the epoch, from 1, and each of its evaluations.
 
@@ -157,35 +162,26 @@ def finetune(
         for split in ("train", "dev"):
             if not task.rows(split):
                 raise ValueError(f"{task.name!r} has no {split} rows to fine-tune with.")
-    heads = (
-        ()
-        if model.writes_text
-        else tuple(
-            TaskHead(
-                name=task.name,
-                labels=task.labels,
-                regression=task.regression,
-                pooling=recipe.pooling,
-                dense=recipe.dense,
-            )
-            for task in cleaned
-        )
-    )
+    heads = () if model.writes_text else tuple(_head_for(task, recipe) for task in cleaned)
     encoder = {name: part for name, part in params.items() if name != "heads"}
-    trained = model.with_heads(heads)
+    kept = tuple(head for head in model.config.task_heads if keep_heads and head.name not in names)
+    old = {head.name: params["heads"][head.name] for head in kept}
+    trained = model.with_heads((*kept, *heads))
     run = {
         "recipe": asdict(recipe),
-        "model": model_digest(model.with_heads(()), encoder),
+        "model": model_digest(model.with_heads(kept), encoder | ({"heads": old} if old else {})),
         "tasks": {task.name: task.digest("train") for task in cleaned},
         "dev_limit": dev_limit,
     }
     unknown = sorted(set(recipe.rows or {}) - set(names))
     if unknown:
         raise ValueError(f"rows names {', '.join(unknown)}, which are not among the tasks {', '.join(names)}.")
-    encoded = {
-        task.name: encode(trained, task.rows("train"), max_length=recipe.max_length, prompt=prompt_of(trained, task))
-        for task in cleaned
-    }
+    encoded, cut_off = {}, {}
+    for task in cleaned:
+        prompt = prompt_of(trained, task)
+        own, cut = within_reach(trained, task, split="train", max_length=recipe.max_length)
+        encoded[task.name] = encode(trained, own.rows("train"), max_length=recipe.max_length, prompt=prompt)
+        cut_off |= {task.name: cut} if cut else {}
     plan = partial(_plan, encoded, recipe)
     per_epoch = len(plan(0)[1])
     steps = per_epoch * recipe.epochs
@@ -195,7 +191,7 @@ def finetune(
         drawn = {
             head.name: trained.initialise_head(head.name, jax.random.fold_in(key, i)) for i, head in enumerate(heads)
         }
-        fresh = encoder | {"heads": drawn}
+        fresh = encoder | {"heads": old | drawn}
     fresh = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), fresh)  # ours alone: steps donate it
     now = TrainingState.start(fresh, recipe.optimizer, [head.name for head in heads])
     file = None if state is None else Path(state)
@@ -225,7 +221,12 @@ def finetune(
         if file is not None:
             write_state(file, now, run, history)
     epochs = tuple(tuple(_evaluation(result) for result in results) for results in history)
-    return Finetuned(trained, now.best, epochs, _best(history), leaks)
+    return Finetuned(trained, now.best, epochs, _best(history), leaks, cut_off)
+
+
+def _head_for(task: Task, recipe: Recipe) -> TaskHead:
+    pooling = "none" if task.spans else recipe.pooling
+    return TaskHead(name=task.name, labels=task.labels, regression=task.regression, pooling=pooling, dense=recipe.dense)
 
 
 def run_steps(
@@ -391,13 +392,17 @@ def share_gradients(model: Model, grads: Params) -> Params:
 def _loss(
     regression: bool, logits: Float[Array, "b l"], labels: Array, weight: Float[Array, " b"]
 ) -> tuple[Array, Float[Array, "b l"]]:
-    """The mean loss of the rows that are not padding, and its gradient with respect to the logits."""
+    """The mean loss of the rows that are not padding, and its gradient with respect to the logits.
+
+    Of spans it is the mean of the losses of their start and their end.
+    """
 
     def mean_loss(logits: Array) -> Array:
         if regression:
             each = jnp.square(logits[:, 0] - labels)
         else:
             each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            each = each.reshape(each.shape[0], -1).mean(1)
         return (each * weight).sum() / weight.sum()
 
     return jax.value_and_grad(mean_loss)(logits)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.attribution import Criterion
-from jaxprune.batches import MAX_LENGTH, Length
+from jaxprune.batches import Length, default_length, within_reach
 from jaxprune.checkpoint import check_destination, load, model_digest, save
 from jaxprune.cost import checked_length, compare_latency, flops, memory, parameters, prunable_parameters, usual_length
 from jaxprune.evaluation import Evaluation, evaluate, fitting_head
@@ -207,6 +207,7 @@ def finetune_model(
     recipe: Recipe,
     *,
     dev_limit: int | None = 1000,
+    keep_heads: bool = False,
     dtype: str | None = None,
     overwrite: bool = False,
     watch: Watch,
@@ -234,8 +235,18 @@ def finetune_model(
             latest.clear()
 
     done = finetune(
-        model, params, cleaned, recipe=recipe, state=state, dev_limit=dev_limit, progress=progress, report=report
+        model,
+        params,
+        cleaned,
+        recipe=recipe,
+        state=state,
+        dev_limit=dev_limit,
+        keep_heads=keep_heads,
+        progress=progress,
+        report=report,
     )
+    for name, count in done.cut_off.items():
+        watch.say(f"{name}: {count:,} train rows left out, their answer is cut off; --max-length reaches further")
     record = {
         "command": "finetune",
         "source": source,
@@ -249,6 +260,7 @@ def finetune_model(
                 "source": task.source,
                 "license": task.license,
                 "rows": task.sizes,
+                **({"cut_off": done.cut_off.get(task.name, 0)} if task.spans else {}),
                 "digests": {split: task.digest(split) for split in task.splits},
             }
             for task in cleaned
@@ -414,7 +426,8 @@ def score_once(model: Model, params: Params, task: Task, scoring: Scoring, kept:
     if kept.is_file():
         found, key = load_scores(kept), jax.random.key(scoring.seed)
         count = EXAMPLES if scoring.examples is None else scoring.examples
-        rows = draw(task, count, key) if scoring.criterion.examples is not None else ()
+        own, _ = within_reach(model, task, split="calibration", max_length=scoring.max_length)
+        rows = draw(own, count, key) if scoring.criterion.examples is not None else ()
         wanted = {
             "criterion": describe(scoring.criterion),
             "task": task.name,
@@ -423,7 +436,7 @@ def score_once(model: Model, params: Params, task: Task, scoring: Scoring, kept:
             "keys": [list(seed_words(key))],
             "model": model_digest(model, params),
             "data": [digest(rows)] if rows else [],
-            "max_length": scoring.max_length or min(MAX_LENGTH, model.max_length),
+            "max_length": scoring.max_length or default_length(model, task.spans),
             "prompt": None if (prompt := prompt_of(model, task)) is None else prompt.to_json(),
         }
         if all(found.header.get(name) == value for name, value in wanted.items()):

@@ -40,6 +40,7 @@ def random_classifier(
     neurons: int = 19,
     layers: int = 2,
     seed: int = 0,
+    task: str = "SequenceClassification",
 ) -> Any:
     """A PyTorch classifier for inference, with weights large enough for every one of them to matter."""
     torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
@@ -54,7 +55,7 @@ def random_classifier(
         settings |= {"max_position_embeddings": POSITIONS + 2 * roberta, "layer_norm_eps": 1e-5 if roberta else 1e-12}
         settings |= {"type_vocab_size": 1 if roberta else SEGMENTS}
     config = transformers.AutoConfig.for_model(model_type, **settings)
-    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    model = getattr(transformers, f"AutoModelFor{task}").from_config(config).eval()
     random = np.random.default_rng(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -20,6 +20,7 @@ PACKAGE = ROOT / "jaxprune"
 
 # From the ground up: a module imports only what stands above it in this list.
 ORDER = (
+    "answers",
     "gates",
     "agreement",
     "split_half",
@@ -37,6 +38,7 @@ ORDER = (
     "records",
     "tasks",
     "prompts",
+    "spans",
     "batches",
     "evaluation",
     "cost",
@@ -45,6 +47,7 @@ ORDER = (
     "objectives",
     "integration",
     "activations",
+    "questions",
     "attribution",
     "removal",
     "baselines",

@@ -17,7 +17,7 @@ from test_generation import assert_greedy, writer, written
 from tiny import TEXT_TYPES, random_gates, tiny_batch, tiny_model
 
 from jaxprune.activations import calibration_means, site_statistics, token_mean
-from jaxprune.attribution import GradientActivation, IntegratedGradients, answers_of, examples_of, joint, layer
+from jaxprune.attribution import GradientActivation, IntegratedGradients, joint, layer
 from jaxprune.baselines import Activation, Fisher, Gradient, Magnitude, Random, Taylor, Wanda
 from jaxprune.checkpoint import load, save
 from jaxprune.compaction import compact
@@ -42,6 +42,7 @@ from jaxprune.models import Decoding, Masks, Model, TaskHead
 from jaxprune.models.backward import forward
 from jaxprune.models.layers import absolute_tokens, max_tokens
 from jaxprune.objectives import gold, log_probability, signed, value_and_cotangent
+from jaxprune.questions import answers_of, examples_of
 from jaxprune.scores import describe
 from jaxprune.scoring import score_batches
 from jaxprune.selection import select

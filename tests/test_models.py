@@ -260,7 +260,7 @@ def test_an_encoder_without_task_heads():
         ((TaskHead(name="1", labels=("x",)),), "letter first"),
         ((TaskHead(name="a", labels=()),), "has 0 labels"),
         ((TaskHead(name="a", labels=("x", "y"), regression=True),), "has 2 labels"),
-        ((TaskHead(name="a", labels=("x",), pooling="max"),), "pooling must be 'first' or 'mean', got 'max'"),
+        ((TaskHead(name="a", labels=("x",), pooling="max"),), "pooling must be 'first', 'mean' or 'none', got 'max'"),
         ((TaskHead(name="a", labels=("x",), dense="sine"),), "dense must be None or an activation, got 'sine'"),
     ],
 )

@@ -13,7 +13,7 @@ from jaxprune.prompts import PROMPTS, Prompt, fit, prompt_for, read_prompt
 from jaxprune.splits import Example
 from jaxprune.tasks import SPLITS, TASKS, Task, load_task
 
-CLASSIFICATION = [name for name, source in TASKS.items() if not source.regression]
+CLASSIFICATION = [name for name, source in TASKS.items() if not source.regression and not source.spans]
 HOSTILE = [
     "{pair}",
     "{{text}}",

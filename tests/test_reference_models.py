@@ -105,6 +105,19 @@ def test_a_regression_equals_hugging_face(model_type: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_starts_and_ends_of_spans_equal_hugging_face(model_type: str, tmp_path: Path):
+    theirs = random_classifier(model_type, labels=2, task="QuestionAnswering", **SIZES)
+    model, params = load(saved(tmp_path, theirs))
+    assert model.head().spans
+    for length in LENGTHS:
+        batch = random_batch(theirs, length)
+        found, expected = np.asarray(model.apply(params, batch).logits), run(theirs, batch)
+        tokens = batch["attention_mask"] > 0  # at padding they have logits, too
+        for ours, other in zip(found.swapaxes(0, 1), (expected.start_logits, expected.end_logits), strict=True):
+            assert_close(ours[tokens], other.numpy()[tokens])
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_sharded_and_half_precision_files_equal_hugging_face(model_type: str, tmp_path: Path, torch: Any):
     theirs = random_classifier(model_type)
     batch = random_batch(theirs, 7)

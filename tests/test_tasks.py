@@ -318,8 +318,10 @@ def test_the_table_names_what_is_built_in():
     glue = {"sst2", "mrpc", "rte", "qnli", "cola", "stsb", "mnli", "qqp", "wnli"}
     reviews = {"subj", "mr", "imdb", "yelp_polarity"}
     topics = {"ag_news", "boolq", "trec", "emotion", "banking77", "dbpedia_14", "snips"}
-    assert glue | reviews | topics == set(TASKS)
-    assert {name for name, source in TASKS.items() if source.grouped} == {"qnli", "boolq"}
+    spans = {"squad", "mlqa"}
+    assert glue | reviews | topics | spans == set(TASKS)
+    assert {name for name, source in TASKS.items() if source.spans} == spans
+    assert {name for name, source in TASKS.items() if source.grouped} == {"qnli", "boolq"} | spans
     for name, source in TASKS.items():
         assert len(set(source.labels)) == len(source.labels) >= (1 if source.regression else 2), name
         assert len(source.columns) == len(source.hub_columns) and source.folders[0] == name, name

@@ -34,6 +34,7 @@ from jaxprune.models.running import (
     mask_of,
     model_layers,
     readout_compiled,
+    readout_mask,
     repeat_rows,
     values_compiled,
 )
@@ -55,6 +56,7 @@ from jaxprune.models.tokenizer import read_tokenizer
 __all__ = [
     "INPUTS",
     "LANGUAGE",
+    "NOWHERE",
     "Cache",
     "Decoding",
     "KeysValues",
@@ -85,6 +87,7 @@ __all__ = [
     "own_mask",
     "part",
     "readout_compiled",
+    "readout_mask",
     "repeat_rows",
     "values_compiled",
 ]
@@ -92,13 +95,26 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class TaskHead:
-    """A classifier (or regressor) on the encoder."""
+    """A classifier (or regressor) on the encoder, or what marks the start and the end of a span."""
 
     name: str
-    labels: tuple[str, ...]  # one name per logit
+    labels: tuple[str, ...]  # one name per logit; ("start", "end") of spans
     regression: bool = False
-    pooling: str = "first"  # "first": the first token's vector; "mean": the mean over tokens
+    pooling: str = "first"  # "first": the first token's vector; "mean": the mean over tokens; "none": spans
     dense: str | None = None  # activation of the layer before the output; None: there is none
+
+    @property
+    def spans(self) -> bool:
+        """Whether every token has logits of its own, for a span's start and its end."""
+        return self.pooling == "none"
+
+    @property
+    def kind(self) -> str:
+        """What the head does, in words."""
+        return "a regression" if self.regression else "for spans" if self.spans else "a classification"
+
+
+NOWHERE = -1e9  # the logit of a token that no span may start or end at: finite, so that sums of logits are numbers
 
 
 # The task head of a text-to-text model: the next token, one logit per entry of the vocabulary.
@@ -108,7 +124,8 @@ LANGUAGE = TaskHead(name="language", labels=())
 class Output(NamedTuple):
     """What `Model.apply` returns; parts that were not asked for are None. An encoder's come before a decoder's."""
 
-    logits: Float[Array, "b l"] | Float[Array, "b t v"] | None  # None if the model has no task head
+    # None if the model has no task head; of spans [b, 2, t], starts before ends
+    logits: Float[Array, "b l"] | Float[Array, "b t v"] | None
     hidden: tuple[Float[Array, "b t d"], ...] | None = None  # of each stack: its embedding output, every layer's output
     sites: dict[str, Array] | None = None  # gated values [b, t, units]; those of heads [b, t, units, channels]
     scores: tuple[Float[Array, "b n t s"], ...] | None = None  # attention scores before mask and softmax
@@ -327,7 +344,10 @@ class Model:
     def readout(
         self, params: Params, hidden: State, mask: Mask, head: TaskHead, *, key: Array | None = None
     ) -> Float[Array, "b l"] | Float[Array, "b t v"]:
-        """The logits of one task head, in float32. `params` is what is at `readout_places`, often `heads.NAME`."""
+        """The logits of one task head, in float32. `params` is what is at `readout_places`, often `heads.NAME`.
+
+        Of spans `mask` says where they may start and end, see `readout_mask`; elsewhere the logits are `NOWHERE`.
+        """
         return self._family.readout(self.config, params, hidden, mask, head, key)
 
     def readout_places(self, head: TaskHead) -> Places:
@@ -352,7 +372,8 @@ class Model:
         Args:
             params: Parameters of any widths.
             batch: What a Hugging Face tokenizer returns, padded: `input_ids`, `attention_mask` and, for models that
-                know segments, `token_type_ids`, each `[b, t]`. Other keys are ignored.
+                know segments, `token_type_ids`, each `[b, t]`. For spans also `answerable` `[b, t]`: where they may
+                start and end; without it at all tokens but padding. Other keys are ignored.
             gates: Site name to gates `[units]`, or `[b, units]` for one row per example. None multiplies nothing.
             head: The task head; None is the only one.
             means: Site name to what a closed unit is replaced by; a missing one is zero.
@@ -393,7 +414,8 @@ class Model:
         if self.heads or self.writes_text or head is not None:
             chosen = self.head(head)
             own = part(params, self.readout_places(chosen))
-            logits = readout_compiled(self, chosen, own, state, mask_of(layers[-1], inputs), keys[-2])
+            mask = readout_mask(chosen, layers[-1], inputs)
+            logits = readout_compiled(self, chosen, own, state, mask, keys[-2])
         return Output(
             logits,
             hidden=tuple(states) if hidden else None,

@@ -33,6 +33,7 @@ from jaxprune.models import (
     model_inputs,
     model_layers,
     part,
+    readout_mask,
 )
 from jaxprune.models.layers import TokenReduction, sum_tokens
 
@@ -88,7 +89,7 @@ class Pull(NamedTuple):
 
         Args:
             cotangent: `[b, labels]` float32, the gradient of what is differentiated with respect to the logits; of a
-                text-to-text model `[b, tokens, vocab]`.
+                text-to-text model `[b, tokens, vocab]`, of spans `[b, 2, tokens]`.
 
         Returns:
             Site name to gate gradients, in the shape of the gates; and the gradients of the parameters in use, in their
@@ -188,7 +189,8 @@ def forward(
             steps.append(Step(layer.name, layer.path, differentiated, saved.restore(before)))
     places = model.readout_places(chosen)
     own = part(params, places)
-    logits, saved = _readout_forward(model, chosen, weights, own, state, mask_of(layers[-1], inputs), keys[-2])
+    mask = readout_mask(chosen, layers[-1], inputs)
+    logits, saved = _readout_forward(model, chosen, weights, own, state, mask, keys[-2])
     steps.append(Step(None, places, True, saved.restore((own, state))))
     return logits, Pull(weights, tuple(steps))
 

@@ -1,4 +1,4 @@
-"""The BERT family: `bert`, `roberta`, `xlm-roberta` and `distilbert` encoders with classification heads.
+"""The BERT family: `bert`, `roberta`, `xlm-roberta` and `distilbert` encoders with heads for labels and for spans.
 
 Devlin et al. 2019, Liu et al. 2019, Conneau et al. 2020, Sanh et al. 2019. They share post-norm blocks and differ in
 position indices, segment embeddings, the layer before the classifier and the names in their checkpoints.
@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from jaxprune.gates import Gates, Params, Path
-from jaxprune.models import Model, Places, Stack, State, TaskHead
+from jaxprune.models import NOWHERE, Model, Places, Stack, State, TaskHead
 from jaxprune.models.bert_config import EncoderConfig
 from jaxprune.models.bert_config import parse_config as parse_config
 from jaxprune.models.bert_config import with_heads as with_heads
@@ -162,7 +162,7 @@ class Block(nnx.Module):
 
 
 class Classifier(nnx.Module):
-    """A task head on the pooled hidden state."""
+    """A task head on the pooled hidden state, or for spans on that of every token."""
 
     def __init__(self, config: EncoderConfig, head: TaskHead, *, rngs: nnx.Rngs):
         d = config.embed
@@ -170,21 +170,24 @@ class Classifier(nnx.Module):
             self.dense = Affine((d, d), (d,), rngs=rngs)
         self.out = Affine((d, len(head.labels)), (len(head.labels),), rngs=rngs)
         self.activation = head.dense
-        self.mean = head.pooling == "mean"
-        self.rate = config.head_dropout
+        self.pooling = head.pooling
+        self.rate = 0.0 if head.spans else config.head_dropout  # BERT's own head for SQuAD drops nothing
 
     def __call__(
         self, hidden: Float[Array, "b t d"], mask: Bool[Array, "b t"], key: Array | None
-    ) -> Float[Array, "b l"]:
+    ) -> Float[Array, "b l"] | Float[Array, "b l t"]:
         hidden = hidden.astype(jnp.float32)
-        if self.mean:
+        if self.pooling == "none":
+            pooled = hidden
+        elif self.pooling == "mean":
             tokens = jnp.maximum(mask.sum(1, keepdims=True), 1).astype(jnp.float32)
             pooled = jnp.where(mask[..., None], hidden, 0.0).sum(1) / tokens
         else:
             pooled = hidden[:, 0]
         if self.activation is not None:
             pooled = ACTIVATIONS[self.activation](self.dense(pooled))
-        return self.out(dropout(pooled, self.rate, key))
+        logits = self.out(dropout(pooled, self.rate, key))
+        return jnp.where(mask[:, None], logits.swapaxes(1, 2), NOWHERE) if self.pooling == "none" else logits
 
 
 def _without_heads(config: EncoderConfig) -> EncoderConfig:
@@ -274,7 +277,7 @@ def block(
 def readout(
     config: EncoderConfig, params: Params, hidden: Array, mask: Array, head: TaskHead, key: Array | None
 ) -> Array:
-    """The logits `[b, l]`; see `Model.readout`."""
+    """The logits `[b, l]`, of spans `[b, 2, t]`; see `Model.readout`."""
     return bind(_classifier(_without_heads(config), head), params)(hidden, mask, key)
 
 
@@ -322,7 +325,7 @@ def checkpoint_names(config: EncoderConfig) -> dict[Path, tuple[str, str]]:
             names[*path, leaf] = (f"{name}.weight", weight)
             names[*path, "bias"] = (f"{name}.bias", bias)
     for head in config.task_heads:
-        dense, out = _HEAD_NAMES[config.model_type]
+        dense, out = _HEAD_NAMES["spans" if head.spans else config.model_type]
         for module, name in (("dense", dense), ("out", out)):
             if module == "out" or head.dense is not None:
                 names["heads", head.name, module, "kernel"] = (f"{name}.weight", "linear")
@@ -333,7 +336,7 @@ def checkpoint_names(config: EncoderConfig) -> dict[Path, tuple[str, str]]:
 def ignored_names(config: EncoderConfig) -> tuple[str, ...]:
     """Patterns of tensors that checkpoints carry and that are no part of the encoder and its task head."""
     always = ("embeddings.position_ids", "cls.*", "lm_head.*", "vocab_*")
-    pooler_is_ours = config.model_type == "bert" and bool(config.task_heads)
+    pooler_is_ours = config.model_type == "bert" and any(head.dense is not None for head in config.task_heads)
     return always if pooler_is_ours else (*always, "pooler.*")
 
 
@@ -362,4 +365,5 @@ _HEAD_NAMES = {  # the layer before the output, the output
     "roberta": ("classifier.dense", "classifier.out_proj"),
     "xlm-roberta": ("classifier.dense", "classifier.out_proj"),
     "distilbert": ("pre_classifier", "classifier"),
+    "spans": ("", "qa_outputs"),  # of all of them: there is no layer before the output
 }

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jaxprune.answers import ENDS
 from jaxprune.models import TaskHead
 from jaxprune.models.layers import ACTIVATIONS
 
@@ -51,7 +52,8 @@ def parse_config(raw: Mapping[str, Any], task_heads: tuple[TaskHead, ...] | None
 
     Args:
         raw: The content of `config.json`, without a `jaxprune` section.
-        task_heads: The heads; None reads the one of a `...ForSequenceClassification` model, if it is one.
+        task_heads: The heads; None reads the one of a `...ForSequenceClassification` or `...ForQuestionAnswering`
+            model, if it is one.
 
     Raises:
         ValueError: Listing every value that is missing or not supported.
@@ -166,6 +168,8 @@ def _is_count(value: Any) -> bool:
 
 def _head_of(raw: Mapping[str, Any]) -> tuple[tuple[TaskHead, ...], list[str]]:
     """The task head of a Hugging Face model, named "default", and what is wrong with its description."""
+    if "ForQuestionAnswering" in str(raw.get("architectures")):
+        return (TaskHead(name="default", labels=ENDS, pooling="none"),), []
     if "ForSequenceClassification" not in str(raw.get("architectures")):
         return (), []
     names, count = raw.get("id2label"), raw.get("num_labels", 2)
@@ -200,8 +204,12 @@ def with_heads(config: EncoderConfig, task_heads: tuple[TaskHead, ...]) -> Encod
             )
         if not head.labels or (head.regression and len(head.labels) != 1):
             raise ValueError(f"task head {head.name!r} has {len(head.labels)} labels.")
-        if head.pooling not in ("first", "mean"):
-            raise ValueError(f"task head {head.name!r}: pooling must be 'first' or 'mean', got {head.pooling!r}.")
+        if head.pooling not in ("first", "mean", "none"):
+            raise ValueError(
+                f"task head {head.name!r}: pooling must be 'first', 'mean' or 'none', got {head.pooling!r}."
+            )
+        if head.spans and (head.labels != ENDS or head.regression):
+            raise ValueError(f"task head {head.name!r} is for spans: its labels are {ENDS}, got {head.labels}.")
         if head.dense is not None and head.dense not in ACTIVATIONS:
             raise ValueError(f"task head {head.name!r}: dense must be None or an activation, got {head.dense!r}.")
     return replace(config, task_heads=tuple(task_heads))

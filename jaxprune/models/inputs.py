@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from jaxprune.models import Model
 
 # What a model reads from a batch, as Hugging Face calls it; other keys are ignored.
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
+INPUTS = (
+    "input_ids", "attention_mask", "token_type_ids", "answerable", "decoder_input_ids", "decoder_attention_mask",
+)  # fmt: skip
 
 
 class _Sequence(NamedTuple):
@@ -25,8 +27,8 @@ class _Sequence(NamedTuple):
     tables: Mapping[str, str]  # of those that are indices: the part of the embeddings that they look up
 
 
-_ENCODED = _Sequence(INPUTS[:3], {"input_ids": "word", "token_type_ids": "token_type"})
-_DECODED = _Sequence(INPUTS[3:], {"decoder_input_ids": "word"})
+_ENCODED = _Sequence(INPUTS[:4], {"input_ids": "word", "token_type_ids": "token_type"})
+_DECODED = _Sequence(INPUTS[4:], {"decoder_input_ids": "word"})
 
 
 def model_inputs(model: Model, params: Params, batch: Mapping[str, Any]) -> dict[str, Array]:

@@ -97,6 +97,11 @@ def mask_of(layer: Layer, inputs: Mapping[str, Array]) -> Mask:
     return inputs["attention_mask"]
 
 
+def readout_mask(head: TaskHead, layer: Layer, inputs: Mapping[str, Array]) -> Mask:
+    """The mask that a task head reads after the last layer; of spans, the tokens at which one may start or end."""
+    return inputs["answerable"] if head.spans and "answerable" in inputs else mask_of(layer, inputs)
+
+
 def check_intervention(
     model: Model, params: Params, inputs: Mapping[str, Array], gates: Gates | None, means: Gates | None
 ) -> None:
