@@ -104,6 +104,9 @@ def test_budgets_of_latency_are_predicted_and_measured(monkeypatch: Any, capsys:
     assert [(row["budget"], row["scope"]) for row in found["rows"]] == [
         (budget, scope) for budget in (0.8, 0.5) for scope in ("same fraction", "competing")
     ]
-    assert all(0 < row["predicted"] <= row["budget"] and row["measured"] > 0 for row in found["rows"])
+    for row in found["rows"]:
+        nearest = min(row["tries"], key=lambda own: abs(np.log(own[1] / row["budget"])))
+        assert 0 < row["predicted"] <= nearest[0] * (1 + 1e-9) and row["measured"] > 0
+        assert row["tries"][0] == [row["budget"], row["by_table"]] and len(row["tries"]) <= budgets.TRIES
     budgets.show(found)
     assert "competing" in capsys.readouterr().out
