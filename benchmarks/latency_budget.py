@@ -115,12 +115,12 @@ def _budget(
 def show(found: dict[str, Any]) -> None:
     """Prints a table of all budgets."""
     shown = Table(title="Fractions of the dense model's latency")
-    for column in ("budget", "scope", "by the table", "measured", "by medians", "tries", "empty modules", "select, s"):
-        shown.add_column(column, justify="left" if column == "scope" else "right")
+    for column in ("budget", "scope", "by the table", "measured", "by medians", "tries", "empty modules"):
+        shown.add_column(column, justify="left" if column == "scope" else "right", no_wrap=column == "scope")
     for row in found["rows"]:
         numbers = (f"{row[name]:.3f}" for name in ("by_table", "measured", "by_medians"))
         cells = (f"{row['budget']:g}", row["scope"], *numbers, str(len(row["tries"])), str(row["empty_modules"]))
-        shown.add_row(*cells, f"{row['select_seconds']:.2f}")
+        shown.add_row(*cells)
     Console().print(shown)
 
 
