@@ -142,7 +142,8 @@ def few() -> str:
     rows = []
     for per_class, each in found.items():
         kept = [f"{percent(each[name]['retained'])} ± {100 * _deviation(each[name]):.1f}" for name in names]
-        rows.append([per_class, *kept, within(each[names[0]]["all_minus_this"], 2)])
+        most = per_class == list(found)[-1]
+        rows.append([per_class, *kept, "–" if most else within(each[names[0]]["all_minus_this"], 2)])
     return table(["per class; kept, %, ± over draws", *names, f"all minus this, {names[0]}, points [95 %]"], rows)
 
 
