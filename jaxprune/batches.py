@@ -162,6 +162,8 @@ def encode(
     answered = _all_or_none([example.answers is not None for example in examples], "any answers")
     if answered and not paired:
         raise ValueError("the examples have answers, but no second text: give the context that they are in.")
+    if answered and prompt is not None:
+        raise ValueError("the examples have answers, and a prompt asks for labels: use a model with a head for spans.")
     length = default_length(model_or_tokenizer, answered) if max_length is None else max_length
     special = tokenizer.num_special_tokens_to_add(pair=paired and prompt is None)
     if length > most:

@@ -318,5 +318,5 @@ def read_examples(
         if found := answers.standing(given, texts[1]):
             examples.append(Example(texts[0], texts[1], answers=found))
         else:
-            left_out["misplaced answer" if given else "no answer"] += 1
+            left_out[answers.MISPLACED if given else answers.MISSING] += 1
     return examples, left_out

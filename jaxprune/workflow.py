@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.answers import MISPLACED, MISSING
 from jaxprune.attribution import Criterion
 from jaxprune.batches import Length, default_length, within_reach
 from jaxprune.checkpoint import check_destination, load, model_digest, save
@@ -156,13 +157,22 @@ class Measuring:
     repeats: int = 20
 
 
+def _load(data: Data, watch: Watch) -> Task:
+    """Reads the rows of a task, and says which answers could not be used."""
+    task = data.load()
+    for reason in (MISPLACED, MISSING):
+        if count := task.dropped.get(reason):
+            watch.say(f"{task.name}: {count:,} rows left out, {reason}")
+    return task
+
+
 def score_model(
     source: str, data: Data, output: Path, scoring: Scoring, *, overwrite: bool = False, watch: Watch
 ) -> dict[str, Any]:
     """Scores a model for a task and writes the score file; an interrupted run goes on where it was."""
     check_file(output, overwrite)
     model, params = load(source)
-    scores = _score(model, params, data.load(), scoring, output, watch)
+    scores = _score(model, params, _load(data, watch), scoring, output, watch)
     save_scores(output, scores)
     header = {name: value for name, value in scores.header.items() if name != "rows"}
     return {
@@ -189,7 +199,7 @@ def evaluate_model(
     model, params = load(source)
     if generated and not model.writes_text:
         raise ValueError(f"{source} has task heads and writes no text: leave --generate out.")
-    loaded = [data.load() for data in tasks]
+    loaded = [_load(data, watch) for data in tasks]
     for task in loaded:  # all of them before the first is measured
         task.rows(split)
         fitting_head(model, task, measuring.head)
@@ -219,7 +229,7 @@ def finetune_model(
     check_folder(output, overwrite)
     state = output.with_name(f"{output.name}.state")
     model, params = load(source)
-    cleaned, leaks = remove_leaks([data.load() for data in tasks])
+    cleaned, leaks = remove_leaks([_load(data, watch) for data in tasks])
     for (task, other), count in leaks.items():
         watch.say(f"{task}: {count:,} rows dropped, held out in {other}")
     bar = watch.open("fine-tuning")

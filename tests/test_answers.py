@@ -7,11 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
-from jaxprune.answers import Answer, exact_match, plain, read_answers, squad, standing, word_f1
+from jaxprune.answers import MISPLACED, MISSING, Answer, exact_match, plain, read_answers, squad, standing, word_f1
 from jaxprune.splits import SPLITS, Example, digest, row_key
-from jaxprune.tasks import draw, load_task, remove_leaks
+from jaxprune.tasks import TASKS, draw, from_hub, load_task, remove_leaks
 
 CONTEXT = "The dog was old. Its owner, a baker from York, was not."
 
@@ -119,10 +120,10 @@ def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path):
         {"question": "where?", "context": CONTEXT, "answers": {"text": ["x", "York"], "answer_start": [0, 41]}},
     ]
     task = load_task(write(tmp_path / "own.jsonl", content))
-    assert task.dropped["misplaced answer"] == 1 and task.dropped["no answer"] == 1
+    assert task.dropped[MISPLACED] == 1 and task.dropped[MISSING] == 1
     found = [example for split in SPLITS for example in task.rows(split) if example.pair == CONTEXT]
     assert found == [Example("where?", CONTEXT, answers=(Answer(41, "York"),))]
-    with pytest.raises(ValueError, match=r"none: no row has an answer that stands in its context; left out: {'mis"):
+    with pytest.raises(ValueError, match=r"none: no row has an answer that stands in its .*: {'no answer stands"):
         load_task(write(tmp_path / "none.jsonl", [row("who?", CONTEXT, "York", start=i) for i in range(20)]))
 
 
@@ -137,6 +138,18 @@ def test_built_in_tasks_find_their_folders(tmp_path: Path):
     write(tmp_path / "mlqa" / "train.jsonl", rows(30, name="train"))
     write(tmp_path / "mlqa" / "validation.jsonl", rows(10, name="held"))
     assert {own.pair and own.pair[:8] for own in load_task("mlqa", data=tmp_path).rows("test")} == {"The held"}
+
+
+def test_answers_on_the_hub_are_stored_alike(tmp_path: Path):
+    content = rows(2)
+    features = datasets.Features(
+        question=datasets.Value("string"), context=datasets.Value("string"),
+        answers=datasets.Sequence({"text": datasets.Value("string"), "answer_start": datasets.Value("int32")}),
+    )  # fmt: skip
+    columns = {name: [own[name] for own in content] for name in features}
+    stored = datasets.Dataset.from_dict(columns, features=features)
+    found = from_hub(TASKS["squad"], {"train": stored})["train"]
+    assert [cells for _, cells in found.rows] == content
 
 
 def test_a_context_that_another_task_holds_out_is_not_trained_on(tmp_path: Path):

@@ -143,7 +143,7 @@ def test_examples_that_cannot_be_questions_are_refused():
     slow = SimpleNamespace(
         model_max_length=64, pad_token_id=0, model_input_names=["input_ids"], num_special_tokens_to_add=lambda pair: 3
     )
-    with pytest.raises(ValueError, match="SimpleNamespace does not say where in a text its tokens stand: spans need"):
+    with pytest.raises(ValueError, match="SimpleNamespace does not say where its tokens stand: spans need"):
         encode(slow, [Example("who?", "a dog", answers=())])
 
 
