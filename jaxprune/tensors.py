@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
+BYTES = {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8)}
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 _BYTES |= {"I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8, "C64": 8}  # per element, of every type there is
 _MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
@@ -87,36 +88,43 @@ class TensorFile:
 
 
 def write_tensors(
-    file: BinaryIO, tensors: Mapping[str, Any], metadata: Mapping[str, str], *, dtype: np.dtype | None = None
+    file: BinaryIO,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    *,
+    dtype: np.dtype | None = None,
+    kinds: Mapping[str, np.dtype] = FLOATS,
 ) -> None:
-    """Writes float arrays as a safetensors file, block by block.
+    """Writes arrays as a safetensors file, block by block.
 
     Args:
         file: An open file.
-        tensors: Name to array, of float32, float16 or bfloat16. They are ordered by name within one item size.
+        tensors: Name to array. They are ordered by name within one item size.
         metadata: Strings for the header.
         dtype: The type to write; None is each array's own.
+        kinds: The types that arrays may have, by the names that the file has for them: `FLOATS`, `BYTES` or both.
 
     Raises:
         TypeError: If an array has another type.
         ValueError: If a value is NaN or infinite, or too large for `dtype`; it names every such tensor.
     """
-    known = {kind: name for name, kind in FLOATS.items()}
+    known = {kind: name for name, kind in kinds.items()}
     other = {name: str(array.dtype) for name, array in tensors.items() if array.dtype not in known}
     if other:
-        raise TypeError(f"only float32, float16 and bfloat16 can be saved, got {other}.")
-    kinds = {name: dtype or np.dtype(array.dtype) for name, array in tensors.items()}
-    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))  # every array is aligned to its items
+        *names, last = map(str, known)
+        raise TypeError(f"only {', '.join(names)} and {last} can be saved, got {other}.")
+    own = {name: dtype or np.dtype(array.dtype) for name, array in tensors.items()}
+    order = sorted(tensors, key=lambda name: (-own[name].itemsize, name))  # every array is aligned to its items
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
     for name in order:
-        stop = start + math.prod(tensors[name].shape) * kinds[name].itemsize
-        header[name] = {"dtype": known[kinds[name]], "shape": list(tensors[name].shape), "data_offsets": [start, stop]}
+        stop = start + math.prod(tensors[name].shape) * own[name].itemsize
+        header[name] = {"dtype": known[own[name]], "shape": list(tensors[name].shape), "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    bad = [name for name in order if not _write_array(file, tensors[name], kinds[name])]
+    bad = [name for name in order if not _write_array(file, tensors[name], own[name])]
     if bad:
         raise ValueError(f"cannot save NaN, infinity or values too large for the type: {', '.join(bad)}.")
 
