@@ -2,8 +2,8 @@
 
 A model is a folder. Our own holds `config.json` (the Hugging Face configuration plus a `jaxprune` section with the task
 heads), `model.safetensors` (one tensor per parameter, named by its path; the shapes are the widths), the tokenizer's
-files and, for a pruned model, `pruning.json`. Nothing is ever unpickled. What has many zeros can be stored without them:
-see `jaxprune.packing`.
+files and, for a pruned model, `pruning.json`. Nothing is ever unpickled. Zeros can be left out of it: see
+`jaxprune.packing`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Opens safetensors files in which some tensors are packed; they look as if they were not.
 
 What is packed is said in the header: under `"packed"` in the metadata, JSON with a version and a description of every
-packed tensor. None of it is trusted: a file is refused, with one error that lists everything, unless every part is there
-with the type and the length that its description asks for, and says where as many weights are as there are values.
+packed tensor. None of it is trusted: a file is refused, with one error that lists everything, unless every part is
+there with the type and the length that its description asks for, and as many weights have a place as have a value.
 """
 
 from __future__ import annotations
@@ -71,11 +71,12 @@ class PackedFile(TensorFile):
         kind, inner = FLOATS[packed.how.dtype], packed.how.shape[1:]
         width = math.prod(inner)
         step = max(1, _SLICE // max(1, width * kind.itemsize))
+        block = np.zeros(min(step * width, packed.how.size), kind)
         for start, places, values in runs(packed, step * width) if packed.how.size else ():
-            block = np.zeros(min(step * width, packed.how.size - start), kind)
+            block[:] = 0
             block[places] = values
-            rows = len(block) // width
-            yield slice(start // width, start // width + rows), block.reshape(rows, *inner)
+            rows = min(len(block), packed.how.size - start) // width
+            yield slice(start // width, start // width + rows), block[: rows * width].reshape(rows, *inner)
 
     def nonzeros(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """The values of a packed tensor, and where in the flat tensor they are."""

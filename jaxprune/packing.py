@@ -1,9 +1,9 @@
 """Packs sparse arrays: the weights that are not zero, and where they are; the way back gives the same bits.
 
-A packed array is up to three plain ones. `values` are the weights that are kept, in order. Where they are say `bits`, one
-bit per weight, or `deltas`, one byte per kept weight: how many zeros stand before it, 255 for a run of 255 zeros that
-goes on. The smaller of the two is taken; with neither, every weight has a value. `scales` are there if the values are
-int8: a weight is its value times the scale of its column, an output of the matrix.
+A packed array is up to three plain ones. `values` are the weights that are kept, in order. Where they are is said by
+`bits`, one bit per weight, or by `deltas`, one byte per kept weight: how many zeros stand before it, 255 for a run of
+255 zeros that goes on. The smaller of the two is taken; with neither, every weight has a value. `scales` are there if
+the values are int8: a weight is its value times the scale of its column, which is an output of the matrix.
 
 Zero is the bit pattern of +0 and nothing else: -0.0 is a value like any other. docs/packed_files.md has all of it.
 """
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.gates import AxisTable, Params, axes_of, flatten, path_name, unflatten
@@ -143,12 +142,13 @@ def runs(packed: Packed, step: int) -> Iterator[tuple[int, np.ndarray, np.ndarra
     how, parts = packed.how, packed.parts
     values = np.asarray(parts["values"]) if isinstance(parts["values"], Lazy) else parts["values"]
     scales = parts["scales"][:] if how.values == INT8 else None
+    repeated = None if scales is None else np.resize(scales, len(scales) + min(step, how.size))
     taken = 0
     for start, places in _places(how, parts, step):
         own = values[taken : taken + len(places)]
         taken += len(places)
-        if scales is not None:
-            own = own.astype(np.float32) * scales[(start + places) % len(scales)]
+        if scales is not None and repeated is not None:
+            own = own.astype(np.float32) * repeated[start % len(scales) :][places]
         yield start, places, own.astype(FLOATS[how.dtype], copy=False)
 
 
@@ -232,7 +232,7 @@ def rounded(params: Params, columns: Mapping[str, int]) -> Params:
 
 
 def densify(params: Params) -> Params:
-    """Gives the sparse matrices of `load(..., sparse=True)` their zeros back; inside a jit, that takes memory only there."""
+    """Makes the sparse arrays of `load(..., sparse=True)` dense; inside a jit, only that needs the memory."""
     import jax
     from jax.experimental.sparse import BCOO
 
@@ -259,16 +259,18 @@ def _stored(array: Any, kind: np.dtype, scales: np.ndarray | None) -> Iterator[t
         for block in _blocks(array, kind):
             yield block, block.view(f"u{kind.itemsize}") != 0  # -0.0 has a bit
         return
-    divisors, start = np.where(scales > 0, scales, np.float32(1)), 0
+    start, divisors = 0, np.where(scales > 0, scales, np.float32(1))
     for block in _blocks(array, FLOATS["F32"]):
-        own = divisors[np.arange(start, start + len(block)) % len(divisors)]
-        rounded = np.rint(block / own).astype(np.int8)
+        if not start:  # the first block is the longest
+            divisors = np.resize(divisors, len(scales) + len(block))
+        own = divisors[start % len(scales) :][: len(block)]
         start += len(block)
+        rounded = np.rint(block / own).astype(np.int8)
         yield rounded, rounded != 0
 
 
 def _deltas(bits: np.ndarray, size: int) -> np.ndarray:
-    """The deltas for bits: a byte per weight that is kept, and one per 255 zeros in a row, those at the end included."""
+    """Bits as deltas: a byte per weight that is kept, and one per 255 zeros in a row, those at the end included."""
     pieces, last = [], -1  # the last weight that was kept
     for first in range(0, len(bits), _CHUNK):
         kept = np.flatnonzero(np.unpackbits(bits[first : first + _CHUNK], bitorder="little")) + 8 * first
