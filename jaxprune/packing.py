@@ -161,7 +161,7 @@ def column_scales(array: Any, columns: int) -> np.ndarray:
         ValueError: If a weight is NaN or infinite, or 127 times the scale would be.
     """
     matrix = np.asarray(array).reshape(-1, columns).astype(np.float32, copy=False)
-    largest = np.maximum(matrix.max(0, initial=0.0), -matrix.min(0, initial=0.0))
+    largest = np.maximum(matrix.max(0, initial=0.0), np.float32(0) - matrix.min(0, initial=0.0))  # never -0.0
     scales = ((largest / np.float32(_LARGEST)).view(np.uint32) + np.uint32(0xFF)) & np.uint32(0xFFFFFF00)
     scales = scales.view(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
