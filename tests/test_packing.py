@@ -321,7 +321,7 @@ def test_a_packed_file_looks_like_a_plain_one(tmp_path):
             assert two.entries[name][:2] == entry[:2]
             assert two.read(name).tobytes() == one.read(name).tobytes()
         total = sum(map(two.stored_bytes, two.entries))
-    header, data = split((packed / "model.safetensors").read_bytes())
+    _, data = split((packed / "model.safetensors").read_bytes())
     assert total == len(data)
 
 
@@ -363,9 +363,9 @@ def test_sparse_parameters_of_another_type(tmp_path):
 
 def test_sparse_is_refused_where_nothing_is_packed_and_where_dense_is_needed(tmp_path):
     model, params = tiny_model()
-    with pytest.raises(ValueError, match="nothing in .*dense is packed: save it with packed='exact'"):
+    with pytest.raises(ValueError, match=r"nothing in .*dense is packed: save it with packed='exact'"):
         load(save(tmp_path / "dense", model, params), sparse=True)
-    with pytest.raises(ValueError, match="nothing in .*hf is packed"):
+    with pytest.raises(ValueError, match=r"nothing in .*hf is packed"):
         load(write_classifier(tmp_path / "hf"), sparse=True)
     save(tmp_path / "packed", model, sparsified(model, params, 0.05), packed="exact")
     _, sparse = load(tmp_path / "packed", sparse=True)

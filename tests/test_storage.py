@@ -48,7 +48,7 @@ def test_pack_and_unpack_keep_every_bit_and_every_file(sparse, tmp_path):
 def test_pack_rounds_to_int8_if_asked(sparse, tmp_path):
     record = record_of("pack", sparse, "-o", tmp_path / "out", "--values", "int8")
     assert record["values"] == "int8" and record["ratios"]["linear_maps"] > 16
-    model, found = load(tmp_path / "out")
+    _, found = load(tmp_path / "out")
     _, exact = load(sparse)
     assert digest(found) != digest(exact)
     assert read_pruning(tmp_path / "out")["seed"] == 3
