@@ -346,6 +346,32 @@ def latency_budget_setting() -> str:
     )
 
 
+def packing() -> str:
+    """How small packed files are, and how long they take to load."""
+    rows = []
+    for row in record("packing")["rows"]:
+        for name, own in row["ways"].items():
+            load = (
+                "{median:.2f} [{quartiles[0]:.2f}, {quartiles[1]:.2f}]".format(**own["load"]) if "load" in own else "–"
+            )
+            other = own["linear_maps_by_encoding"]
+            sizes = (own["ratios"]["linear_maps"], other["bits"], other["deltas"], own["ratios"]["file"])
+            rows.append([f"{100 * row['sparsity']:g} %, {name}", *(f"{size:.1f}" for size in sizes), load])
+    heading = ["zeros, values", "linear maps: times smaller", "as bits", "as deltas", "whole file", "load / dense load"]
+    return table(heading, rows)
+
+
+def packing_setting() -> str:
+    """What was packed, and where it was loaded."""
+    found = record("packing")
+    dense = found["rows"][0]["dense"]
+    return (
+        f"Folder {found['settings']['folder']} in float32: {dense['linear_maps'] / 1e6:.1f} MB of linear maps, "
+        f"{dense['file'] / 1e6:.1f} MB in all; {found['settings']['repeats']} rounds, {found['threads']} threads, "
+        f"{found['device']}, jax {found['versions']['jax']}. Commit {found['commit'][:10]}.\n"
+    )
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "headline": headline,
     "bundled": bundled,
@@ -360,6 +386,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "faults": faults,
     "latency-budget": latency_budget,
     "latency-budget-setting": latency_budget_setting,
+    "packing": packing,
+    "packing-setting": packing_setting,
     "nodes": nodes,
     "labels": labels,
     "few": few,

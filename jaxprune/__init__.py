@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from jaxprune.latency_table import LatencyTable, measure_latency_table
     from jaxprune.models import Model, Output
     from jaxprune.objectives import log_probability, margin, probability
+    from jaxprune.packing import densify
     from jaxprune.prediction import Prediction, predict_loss
     from jaxprune.prompts import Prompt, prompt_for, read_prompt
     from jaxprune.provenance import pruning_record
@@ -91,6 +92,7 @@ _SOURCES = {
     "bundled_text_model": "bundled",
     "check": "checks",
     "compact": "compaction",
+    "densify": "packing",
     "evaluate": "evaluation",
     "finetune": "training",
     "flops": "cost",
@@ -161,6 +163,7 @@ __all__ = [
     "bundled_text_model",
     "check",
     "compact",
+    "densify",
     "evaluate",
     "finetune",
     "flops",

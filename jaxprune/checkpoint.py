@@ -2,8 +2,8 @@
 
 A model is a folder. Our own holds `config.json` (the Hugging Face configuration plus a `jaxprune` section with the task
 heads), `model.safetensors` (one tensor per parameter, named by its path; the shapes are the widths), the tokenizer's
-files and, for a pruned model, `pruning.json`. A shared folder also holds `gates.safetensors`, the gates of many tasks:
-see `jaxprune.shared`. Nothing is ever unpickled.
+files and, for a pruned model, `pruning.json`. Zeros can be left out of the weights: see `jaxprune.packing`. A shared
+folder also holds `gates.safetensors`, the gates of many tasks: see `jaxprune.shared`. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,10 @@ from jaxprune.gate_file import read as read_gates
 from jaxprune.gates import Params, flatten, path_name, widths
 from jaxprune.gates import Path as ParamPath
 from jaxprune.models import Model, TaskHead, family
+from jaxprune.packed_file import METADATA, descriptions_text
+from jaxprune.packing import linear_maps, pack_tensors, rounded
 from jaxprune.slicing import read_compacted, shapes_of
-from jaxprune.tensors import FLOATS, blocks, write_tensors
+from jaxprune.tensors import BYTES, FLOATS, blocks, write_tensors
 from jaxprune.weights import (
     CONFIG,
     WEIGHTS,
@@ -73,6 +75,7 @@ def load(
     task: str | None = None,
     dtype: DTypeLike | None = jnp.float32,
     revision: str | None = None,
+    sparse: bool = False,
 ) -> tuple[Model, Params]:
     """Reads a model and its parameters.
 
@@ -91,6 +94,8 @@ def load(
         dtype: Type of the parameters: float32, bfloat16, float16, or None for the type of each tensor in the file.
             The default does not depend on the file, so half-precision files compute in full precision.
         revision: Branch, tag or commit on the hub.
+        sparse: Whether what `save` packed stays sparse: arrays of the same shapes of `jax.experimental.sparse.BCOO`,
+            for which memory is taken by kept weight. `densify` makes them dense again, also inside a jit.
 
     Returns:
         The model and its parameters.
@@ -110,7 +115,9 @@ def load(
     with opened(path_or_hub_id, revision) as found:
         model, folder, parameters = found
         if task is None:
-            return model, convert(parameters, target, folder)
+            return model, (read_sparse if sparse else convert)(parameters, target, folder)
+        if sparse:
+            raise ValueError(f"sparse=True is for the whole model, not for task {task!r}: leave one of them out.")
         file = read_gates(folder / GATES)
         packed = file.task(task, folder / GATES)
         try:
@@ -155,10 +162,11 @@ def save(
     overwrite: bool = False,
     dtype: DTypeLike | None = None,
     extra: Mapping[str, bytes] | None = None,
+    packed: Literal["exact", "int8"] | None = None,
 ) -> Path:
     """Writes a model folder. A crash leaves the folder that was there, or the new one.
 
-    `load(path, dtype=None)` gives back the same bits.
+    `load(path, dtype=None)` gives back the same bits, packed or not; `packed="int8"` rounds the layers' kernels.
 
     Args:
         path: The folder.
@@ -168,24 +176,35 @@ def save(
         overwrite: Whether a folder that `save` wrote may be replaced. No other folder ever is.
         dtype: Type in the file: float32, bfloat16, float16, or None for each array's own.
         extra: Other files of the folder, such as a model card.
+        packed: Leaves the zeros of sparse weights out of the file. "exact" keeps every bit of what is not zero; "int8"
+            also rounds the kernels of the layers, sparse or not, to one byte per weight and one scale per output: the
+            error is at most 1/253 of the output's largest weight. Tensors that would not become smaller stay as they
+            are.
 
     Returns:
         The path.
 
     Raises:
         FileExistsError: If something is there and may not be replaced.
+        TypeError: If the parameters are sparse: `densify` them first.
         ValueError: If the parameters are not this model's, or are not finite in the type in which they are saved.
     """
     path = Path(path)
+    if packed not in (None, "exact", "int8"):
+        raise ValueError(f"packed must be 'exact', 'int8' or None, got {packed!r}.")
     target = None if dtype is None else np.dtype(dtype)
     if target is not None and target not in FLOATS.values():
         raise ValueError(f"dtype must be float32, bfloat16, float16 or None, got {target}.")
     check_destination(interrupted(path) or path, overwrite)
+    sparse = [path_name(steps) for steps, array in flatten(params).items() if hasattr(array, "todense")]
+    if sparse:
+        raise TypeError(f"sparse parameters cannot be saved: {', '.join(sparse)}. Make them dense with jp.densify.")
     named = {path_name(steps): array for steps, array in flatten(params).items()}
     refuse("parameters do not fit the model", **misfits(model, {name: tuple(a.shape) for name, a in named.items()}))
+    columns = linear_maps(model.axes, params) if packed == "int8" else {}
     files = dict(extra or {}) | _tokenizer_files(model)
     if pruning is not None:
-        result = {"digest": model_digest(model, params), "widths": widths(model.axes, params)}
+        result = {"digest": model_digest(model, rounded(params, columns)), "widths": widths(model.axes, params)}
         files[PRUNING] = _json_bytes({**pruning, "pruned": result})
     for name in files:
         if name in (CONFIG, WEIGHTS, "", "..") or Path(name).name != name:
@@ -198,11 +217,15 @@ def save(
         "files": sorted({CONFIG, WEIGHTS, *files}),
     }
     files[CONFIG] = _json_bytes({**json.loads(model.config.raw), "jaxprune": section})
+    metadata = {"format": "jaxprune", "version": str(_FORMAT)}
+    if packed is not None:
+        named, described = pack_tensors(named, dtype=target, columns=columns)
+        metadata[METADATA], target = descriptions_text(described), None
     with folder_for(path, overwrite=overwrite) as folder:
         for name, content in files.items():
             (folder / name).write_bytes(content)
         with open(folder / WEIGHTS, "wb") as file:
-            write_tensors(file, named, {"format": "jaxprune", "version": str(_FORMAT)}, dtype=target)
+            write_tensors(file, named, metadata, dtype=target, kinds=FLOATS | BYTES)
     return path
 
 

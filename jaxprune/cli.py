@@ -251,6 +251,34 @@ for command in (looking.sweep, looking.inspect, looking.compare, looking.check, 
 
 
 @app.command()
+def pack(
+    model: ModelName,
+    output: Folder,
+    values: Annotated[str, option("Keep every bit, or round the layers to a byte.", metavar="exact|int8")] = "exact",
+    unpack: Annotated[bool, option("Write a dense file instead.", "--unpack")] = False,
+    half: Annotated[bool, option("Cast the weights to half precision first.", "--half")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Writes a sparse model without its zeros, and shows what that saves; every command reads it as before.
+
+    Examples: [cyan]jaxprune pack sparse -o packed[/cyan] keeps every bit.
+    [cyan]jaxprune pack packed --unpack -o dense[/cyan] gives them back, for programs that read dense files.
+    """
+    with terminal.working():
+        if values not in ("exact", "int8"):
+            raise ValueError(f"--values is exact or int8, got {values!r}.")
+        if unpack and values != "exact":
+            raise ValueError("--values says how to pack, but --unpack writes a dense file: give one of them.")
+        from jaxprune import report, storage
+
+        how = {"values": None if unpack else values, "dtype": "float16" if half else None, "overwrite": overwrite}
+        record = storage.pack_model(model, output, **how)
+    lines = (report.storage_note(record), f"Model: {output}")
+    terminal.show(record, report.storage_table(record), *lines, as_json=as_json)
+
+
+@app.command()
 @terminal.grouped
 def finetune(
     encoder: ModelName,

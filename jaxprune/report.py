@@ -445,6 +445,30 @@ def _evaluation_rows(before: Record, after: Record) -> list[tuple[str, ...]]:
     return rows
 
 
+def storage_table(record: Record) -> Table:
+    """The bytes of a model before and after it was packed."""
+    table = _table(f"{record['source']}: {plain(record['values']) if record['values'] else 'dense'}")
+    for heading in ("MB", "before", "after", "smaller"):
+        table.add_column(heading, justify="left" if heading == "MB" else "right", no_wrap=True)
+    for name, title in {"linear_maps": "linear maps of the layers", "file": "the whole file"}.items():
+        sizes = (f"{record[when][name] / 1e6:,.3f}" for when in ("before", "after"))
+        table.add_row(title, *sizes, _times(record["ratios"][name]))
+    return table
+
+
+def storage_note(record: Record) -> str:
+    """What the linear maps are, and how many of their weights are not zero."""
+    if record["density"] is None:
+        return "The model has no layers: nothing can be packed."
+    note = (
+        f"{_percent(record['density'])} of the {record['linear_weights']:,} weights in the linear maps (the kernels of "
+        "the layers) are not zero."
+    )
+    if record["values"] == "exact" and record["ratios"]["linear_maps"] <= 1:
+        note += " Without zeros nothing becomes smaller: --values int8 rounds to a byte per weight."
+    return fill(note, 80)
+
+
 def listed(names: Sequence[str]) -> str:
     """`a`, `b` and `c`."""
     return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
-BYTES = {"U8": np.dtype(np.uint8)}
+BYTES = {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8)}
 _READ = FLOATS | BYTES
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 _BYTES |= {"I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8, "C64": 8}  # per element, of every type there is

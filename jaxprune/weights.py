@@ -18,7 +18,8 @@ from jaxprune.files import read_json
 from jaxprune.gates import KINDS, Params, axes_of, flatten, path_name, unflatten
 from jaxprune.gates import Path as ParamPath
 from jaxprune.models import Model, family
-from jaxprune.tensors import FLOATS, Entry, TensorFile
+from jaxprune.packed_file import PackedFile
+from jaxprune.tensors import FLOATS, Entry
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _ALIGNMENT = 64  # bytes; JAX adopts host memory that is aligned so, and copies other memory
@@ -37,7 +38,7 @@ _LAYOUTS: dict[str, Callable[[Any], Any]] = {
 class Source(NamedTuple):
     """A tensor in an open file."""
 
-    file: TensorFile
+    file: PackedFile
     name: str
 
     @property
@@ -67,7 +68,7 @@ def open_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, Source]
         ValueError: If a file or the index is damaged, or they disagree.
     """
     if (folder / WEIGHTS).is_file():
-        file = files.enter_context(TensorFile(folder / WEIGHTS))
+        file = files.enter_context(PackedFile(folder / WEIGHTS))
         return {name: Source(file, name) for name in file.entries}
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(_no_weights(folder))
@@ -80,7 +81,7 @@ def open_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, Source]
     absent = sorted(name for name in set(index.values()) if not (folder / name).is_file())
     if absent:
         raise FileNotFoundError(f"{folder / INDEX} names files that are not there: {absent}. Download them again.")
-    shards = {name: files.enter_context(TensorFile(folder / name)) for name in sorted(set(index.values()))}
+    shards = {name: files.enter_context(PackedFile(folder / name)) for name in sorted(set(index.values()))}
     refuse(
         f"{folder / INDEX} and its files disagree",
         missing=[f"{name} in {shard}" for name, shard in index.items() if name not in shards[shard].entries],
@@ -257,6 +258,36 @@ def read_arrays(
             (too_large if finite else not_finite).append(source.name)
         yield path, array
     refuse(f"the weights in {folder} cannot be used", **problems)
+
+
+def read_sparse(parameters: list[Parameter], dtype: np.dtype | None, folder: Path) -> Params:
+    """Reads packed parameters into sparse arrays of JAX (`BCOO`) of the same shapes, and the others as `convert` does.
+
+    Args:
+        parameters: What to read.
+        dtype: The type of the arrays; None is each tensor's own.
+        folder: For the error.
+
+    Raises:
+        ValueError: If nothing is packed, or a value is NaN, infinite or too large for `dtype`; it names every tensor.
+    """
+    from jax.experimental.sparse import BCOO
+
+    packed = [own for own in parameters if own.source.name in own.source.file.packed]
+    if not packed:
+        raise ValueError(f"nothing in {folder} is packed: save it with packed='exact', or load it without sparse=True.")
+    flat = flatten(convert([own for own in parameters if own not in packed], dtype, folder))
+    wrong = []
+    for path, source, shape, _ in packed:
+        places, values = source.file.nonzeros(source.name)
+        with np.errstate(over="ignore"):  # found by the next line
+            values = values.astype(dtype or values.dtype, copy=False)
+        if not np.isfinite(values).all():
+            wrong.append(source.name)
+        where = np.stack(np.unravel_index(places, shape), axis=-1).astype(np.int32)
+        flat[path] = BCOO((values, where), shape=shape, indices_sorted=True, unique_indices=True)
+    refuse(f"the weights in {folder} cannot be used", NaN_or_infinite_or_too_large_for_the_type=wrong)
+    return unflatten({path: flat[path] for path, *_ in parameters})
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Damaged models, score files and gates of tasks, drawn from a seed, and a worker that says what each of them does.
+"""Damaged models, packed or not, score files and gates of tasks, drawn from a seed, and a worker that judges them.
 
 Run as a script, it takes the cases of a campaign one by one under a limit on memory and processor time, and prints one
 JSON line before and after each. A case that crashes, hangs or asks for too much memory ends the process, and the last
@@ -29,8 +29,9 @@ from jaxprune.checkpoint import digest, load, read_pruning, save
 from jaxprune.compaction import compact
 from jaxprune.gate_file import GATES
 from jaxprune.gate_file import METADATA as METADATA_OF_GATES
-from jaxprune.gates import flatten, path_name
+from jaxprune.gates import flatten, path_name, unflatten
 from jaxprune.models import family
+from jaxprune.packed_file import METADATA as PACKED
 from jaxprune.scores import METADATA, Scores, load_scores, save_scores
 from jaxprune.shared import save_shared
 
@@ -187,6 +188,59 @@ def outcome(folder: Path, kind: str) -> str:
     return f"wrong weights: {wrong}" if wrong else "equal"
 
 
+def make_packed(folder: Path) -> list[Path]:
+    """Folders with exact and with int8 values, each with deltas and with bits, whole; beside each what is in it."""
+    model, params = tiny_model(layers=1, embed=32, neurons=64)
+    random, flat = np.random.default_rng(0), flatten(params)
+    for path, array in flat.items():
+        if path[-1] == "kernel" and "layers" in path:
+            share = 0.5 if "ffn" in path else 0.05
+            flat[path] = np.where(random.random(array.shape) < share, np.asarray(array), np.float32(0))
+    found = [save(folder / values, model, unflatten(flat), packed=values) for values in ("exact", "int8")]
+    for whole in found:
+        np.savez(whole / "whole.npz", **{path_name(p): np.asarray(a) for p, a in flatten(load(whole)[1]).items()})
+    return found
+
+
+def damage_packed(folder: Path, draw: random.Random) -> str:
+    """Damages the file of a packed folder, or the descriptions in it, and says what was done."""
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    if draw.random() < 0.5:
+        what, content = damaged_tensors(whole, draw)
+        file.write_bytes(content)
+        return what
+    text, data = split(whole)
+    header = json.loads(text)
+    described = header["__metadata__"][PACKED]
+    if draw.random() < 0.3:
+        what, changed = damaged_json(described.encode(), draw)
+        described = changed.decode(errors="replace")
+    else:
+        content = json.loads(described)
+        what = draw.choice(("dtype", "shape", "values", "encoding", "count"))
+        fields = content["tensors"][draw.choice(sorted(content["tensors"]))]
+        near = {"shape": [[64, 32], [32, 65], [2048]], "count": [fields["count"] + 1]}.get(what, ["F16", "I8", "bits"])
+        fields[what] = draw.choice((*NUMBERS, *THINGS, *near))
+        described = json.dumps(content)
+    header["__metadata__"][PACKED] = described
+    file.write_bytes(safetensors_bytes(header, data))
+    return f"description: {what}"
+
+
+def outcome_of_packed(folder: Path, what: str) -> str:
+    """Loads a damaged packed folder: "refused", "equal", or what is wrong with the answer."""
+    try:
+        found = {path_name(path): np.asarray(array) for path, array in flatten(load(folder)[1]).items()}
+    except (ValueError, FileNotFoundError) as error:
+        return "refused" if str(folder) in str(error) else f"the error names no file: {error}"
+    if what == "bits of the data":  # other values are as good as those that were written
+        return "equal"
+    with np.load(folder / "whole.npz") as whole:
+        wrong = [name for name, array in found.items() if array.tobytes() != whole[name].tobytes()]
+    return f"wrong weights: {wrong}" if wrong else "equal"
+
+
 def make_scores(folder: Path) -> Path:
     """A whole score file."""
     generator = np.random.default_rng(0)
@@ -288,6 +342,7 @@ CAMPAIGNS: dict[str, tuple[Callable[..., Any], Callable[..., str], Callable[...,
     "models": (make_models, damage_model, outcome),
     "scores": (make_scores, damage_scores, outcome_of_scores),
     "gates": (make_shared, damage_gates, outcome_of_gates),
+    "packed": (make_packed, damage_packed, outcome_of_packed),
 }
 
 

@@ -110,3 +110,18 @@ def test_budgets_of_latency_are_predicted_and_measured(monkeypatch: Any, capsys:
         assert row["tries"][0] == [row["budget"], row["by_table"]] and len(row["tries"]) <= budgets.TRIES
     budgets.show(found)
     assert "competing" in capsys.readouterr().out
+
+
+def test_packed_files_are_smaller_in_every_way(capsys: Any):
+    packing = importlib.import_module("packing")
+    model, params = tiny_model(embed=32, neurons=64)
+    rows = packing.measure(model, params, [0.5, 0.95], repeats=1)
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    for row, encoding in zip(rows, ("bits", "deltas"), strict=True):
+        for own in row["ways"].values():
+            assert own["encodings"] == [encoding] and own["ratios"]["file"] > 1
+            assert own["ratios"]["linear_maps"] == pytest.approx(own["linear_maps_by_encoding"][encoding])
+            assert own["ratios"]["linear_maps"] == max(own["linear_maps_by_encoding"].values())
+        assert {name for name, own in row["ways"].items() if "load_processor" in own} == {"float32", "int8"}
+    packing.show({"rows": rows})
+    assert "bfloat16" in capsys.readouterr().out

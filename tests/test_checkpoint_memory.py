@@ -132,3 +132,37 @@ def test_loading_one_task_takes_at_most_1_3_times_what_is_left_and_one_dense_mod
     assert dense > 110e6 and left < 35e6
     print(loaded / 1e6, left / 1e6, module / 1e6, dense / 1e6)
     assert loaded < 1.3 * left + module, f"loading took {loaded / 1e6:.0f} MB for {left / 1e6:.0f} MB"
+
+
+PACK = """
+import sys
+import jax, numpy as np
+import jaxprune as jp
+
+big, out, share, packed = sys.argv[1:]
+model, params = jp.load(big)
+def thin(path, array):
+    few = np.arange(array.size).reshape(array.shape) % int(share) == 0
+    return np.where(few, array, np.float32(0)) if path[-1].key == "kernel" else array
+jp.save(out, model, jax.tree_util.tree_map_with_path(thin, params), packed=packed)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("share", "packed"), [(2, "exact"), (20, "int8")])
+def test_a_packed_file_takes_no_more_memory(tmp_path, share, packed):
+    config = tiny_config("bert", layers=6, embed=512, attention_heads=8, neurons=2048, vocab=10_000)
+    write_big(tmp_path / "big", config, "F32")
+    arguments = [str(tmp_path / name) for name in ("big", "packed")]
+    run = subprocess.run([sys.executable, "-c", PACK, *arguments, str(share), packed], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    tiny = classifier_config("bert")
+    write_checkpoint(tmp_path / "tiny", tiny, classifier_tensors(tiny))
+    script = MEASURE.replace("overwrite=True)", f"overwrite=True, packed={packed!r})")
+    command = [sys.executable, "-c", script, *(str(tmp_path / name) for name in ("tiny", "packed"))]
+    run = subprocess.run([*command, "float32", str(tmp_path / "out")], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    size, loaded, saved = map(int, run.stdout.split())
+    assert size > 75e6
+    assert loaded < 1.3 * size, f"loading took {loaded / size:.2f} times the parameters"
+    assert saved < 0.3 * size, f"saving took {saved / size:.2f} times the parameters"

@@ -1,4 +1,4 @@
-"""Damaged model folders and score files are refused with an error that names the file, or give what is in them."""
+"""Damaged models, packed files and score files are refused with an error that names the file, or read as they are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxprune.checkpoint import load
 from jaxprune.tensors import TensorFile
 
 SEED = 20260102
-CASES = {"models": 2000, "scores": 300, "gates": 300}
+CASES = {"models": 2000, "scores": 300, "gates": 300, "packed": 600}
 FEW = 20  # with the other tests
 
 
