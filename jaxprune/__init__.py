@@ -36,15 +36,21 @@ if TYPE_CHECKING:
     from jaxprune.generation import generate
     from jaxprune.integration import integrate
     from jaxprune.latency_table import LatencyTable, measure_latency_table
+    from jaxprune.matrices import linear_maps
     from jaxprune.models import Model, Output
     from jaxprune.objectives import log_probability, margin, probability
+    from jaxprune.patterns import NM, Block, Unstructured
     from jaxprune.prompts import Prompt, prompt_for, read_prompt
     from jaxprune.provenance import pruning_record
     from jaxprune.receipt import Receipt, loss_receipt
     from jaxprune.recovery import recover, recover_batches
+    from jaxprune.saliency import WeightFisher, WeightMagnitude, WeightMovement
+    from jaxprune.schedules import Schedule, cubic_schedule, linear_schedule, one_shot_schedule
     from jaxprune.scores import Scores, load_scores, merge, save_scores
     from jaxprune.scoring import score
     from jaxprune.selection import select
+    from jaxprune.sparse_training import sparsify
+    from jaxprune.sparsity import Sparsity, apply_masks, masks_of, one_shot, sparsity_of
     from jaxprune.split_half import Stability, stability
     from jaxprune.tasks import Task, load_task
     from jaxprune.training import finetune
@@ -55,6 +61,7 @@ __version__ = "0.1.0"
 _SOURCES = {
     "Activation": "baselines",
     "BiasCompensation": "fitting",
+    "Block": "patterns",
     "Check": "checks",
     "Checking": "checks",
     "Fisher": "baselines",
@@ -65,37 +72,51 @@ _SOURCES = {
     "LeaveOneOut": "baselines",
     "Magnitude": "baselines",
     "Model": "models",
+    "NM": "patterns",
     "Output": "models",
     "Prompt": "prompts",
     "Random": "baselines",
     "Receipt": "receipt",
     "Reconstruction": "fitting",
     "Rescaling": "fitting",
+    "Schedule": "schedules",
     "Scores": "scores",
+    "Sparsity": "sparsity",
     "Stability": "split_half",
     "Task": "tasks",
     "Taylor": "baselines",
     "TopLayers": "baselines",
+    "Unstructured": "patterns",
     "Wanda": "baselines",
+    "WeightFisher": "saliency",
+    "WeightMagnitude": "saliency",
+    "WeightMovement": "saliency",
+    "apply_masks": "sparsity",
     "bundled_data": "bundled",
     "bundled_model": "bundled",
     "bundled_text_model": "bundled",
     "check": "checks",
     "compact": "compaction",
+    "cubic_schedule": "schedules",
     "evaluate": "evaluation",
     "finetune": "training",
     "flops": "cost",
     "generate": "generation",
     "integrate": "integration",
     "latency": "cost",
+    "linear_maps": "matrices",
+    "linear_schedule": "schedules",
     "load": "checkpoint",
     "load_scores": "scores",
     "load_task": "tasks",
     "log_probability": "objectives",
     "loss_receipt": "receipt",
     "margin": "objectives",
+    "masks_of": "sparsity",
     "measure_latency_table": "latency_table",
     "merge": "scores",
+    "one_shot": "sparsity",
+    "one_shot_schedule": "schedules",
     "open_gates": "gates",
     "parameters": "cost",
     "probability": "objectives",
@@ -108,12 +129,16 @@ _SOURCES = {
     "save_scores": "scores",
     "score": "scoring",
     "select": "selection",
+    "sparsify": "sparse_training",
+    "sparsity_of": "sparsity",
     "stability": "split_half",
 }
 
 __all__ = [
+    "NM",
     "Activation",
     "BiasCompensation",
+    "Block",
     "Check",
     "Checking",
     "Fisher",
@@ -130,32 +155,45 @@ __all__ = [
     "Receipt",
     "Reconstruction",
     "Rescaling",
+    "Schedule",
     "Scores",
+    "Sparsity",
     "Stability",
     "Task",
     "Taylor",
     "TopLayers",
+    "Unstructured",
     "Wanda",
+    "WeightFisher",
+    "WeightMagnitude",
+    "WeightMovement",
     "__version__",
+    "apply_masks",
     "bundled_data",
     "bundled_model",
     "bundled_text_model",
     "check",
     "compact",
+    "cubic_schedule",
     "evaluate",
     "finetune",
     "flops",
     "generate",
     "integrate",
     "latency",
+    "linear_maps",
+    "linear_schedule",
     "load",
     "load_scores",
     "load_task",
     "log_probability",
     "loss_receipt",
     "margin",
+    "masks_of",
     "measure_latency_table",
     "merge",
+    "one_shot",
+    "one_shot_schedule",
     "open_gates",
     "parameters",
     "probability",
@@ -168,6 +206,8 @@ __all__ = [
     "save_scores",
     "score",
     "select",
+    "sparsify",
+    "sparsity_of",
     "stability",
 ]
 
