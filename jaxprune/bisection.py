@@ -25,11 +25,11 @@ def ordered_bits(scores: Float[Array, ...], alive: Bool[Array, ...]) -> UInt32[A
     Entries that are not alive come first (0), then those whose score is not a number (1), then minus infinity up to
     infinity. The two zeros are equal.
     """
-    scores = scores.astype(jnp.float32)
-    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0.0, scores), jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    rising = jnp.where(bits >= sign, ~bits, bits | sign)  # of two negative floats the larger has the smaller bits
-    return jnp.where(alive, jnp.where(jnp.isnan(scores), jnp.uint32(1), rising), jnp.uint32(0))
+    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
+    sign, infinity = jnp.uint32(1 << 31), jnp.uint32(0x7F800000)
+    # Of two negative floats the larger has the smaller bits; minus zero becomes zero
+    rising = jnp.where(bits > sign, ~bits, bits | sign)
+    return jnp.where(alive, jnp.where((bits & ~sign) > infinity, jnp.uint32(1), rising), jnp.uint32(0))
 
 
 def keep_best(
