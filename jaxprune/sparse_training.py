@@ -44,11 +44,11 @@ def sparsify(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that it prunes by a schedule while it trains.
 
-    After `optax.apply_updates`, at every step, exactly as many weights are 0.0 as the schedule says. A pruned weight
-    stays pruned, and counts for the optimizer as if it were not there: its gradient is 0 before the optimizer sees it
-    (so that clipping by the norm does not count it), and so is every entry of the optimizer's state that belongs to it,
-    in all parts of the state that have the structure and shapes of the parameters. Factored moments, as Adafactor's,
-    have other shapes and stay as they are.
+    At every step exactly as many weights are pruned as the schedule says, and after `optax.apply_updates` all of them
+    are 0.0, if they were finite. A pruned weight stays pruned, and counts for the optimizer as if it were not there:
+    its gradient is 0 before the optimizer sees it (so that clipping by the norm does not count it), and so is every
+    entry of the optimizer's state that belongs to it, in all parts of the state that have the structure and shapes of
+    the parameters. Factored moments, as Adafactor's, have other shapes and stay as they are.
 
     The weights are ranked as they stand before the update, with this step's gradient in the criterion's total; the
     zeros are part of the same update. Nothing may be chained after it: other updates would not be those zeros.

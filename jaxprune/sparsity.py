@@ -41,7 +41,14 @@ def masks_of(params: Any, prunable: Prunable) -> Masks:
     """
     leaves, structure = jax.tree.flatten(params)
     matrices = find_matrices(params, prunable)
-    return join_masks(structure, matrices, [leaf != 0 for leaf in pruned_leaves(leaves, matrices)])
+    return join_masks(structure, matrices, [_not_zero(leaf) for leaf in pruned_leaves(leaves, matrices)])
+
+
+def _not_zero(weight: Array) -> Bool[Array, ...]:
+    """By the bits without the sign, as a comparison of floats takes the smallest of them as zero on some devices."""
+    weight = jnp.asarray(weight)
+    unsigned = jnp.dtype(f"uint{8 * weight.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type(weight, unsigned) << jnp.ones((), unsigned) != 0
 
 
 def apply_masks(params: Any, masks: Masks) -> Any:

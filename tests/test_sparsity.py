@@ -296,7 +296,7 @@ def test_wrong_patterns_are_refused():
 
 
 def test_masks_and_counts():
-    params = {"kernel": jnp.asarray([[0.0, -0.0, 2.0], [np.nan, np.inf, 1e-30]]), "bias": jnp.zeros(4)}
+    params = {"kernel": jnp.asarray([[0.0, -0.0, 2.0], [np.nan, np.inf, 1e-45]]), "bias": jnp.zeros(4)}
     masks = jp.masks_of(params, kernels)
     assert isinstance(masks["bias"], optax.MaskedNode) and len(jax.tree.leaves(masks)) == 1
     assert masks["kernel"].tolist() == [[False, False, True], [True, True, True]]
