@@ -36,9 +36,11 @@ if TYPE_CHECKING:
     from jaxprune.generation import generate
     from jaxprune.integration import integrate
     from jaxprune.latency_table import LatencyTable, measure_latency_table
+    from jaxprune.matrices import linear_maps
     from jaxprune.models import Model, Output
     from jaxprune.objectives import log_probability, margin, probability
     from jaxprune.packing import densify
+    from jaxprune.patterns import NM, Block, Unstructured
     from jaxprune.prediction import Prediction, predict_loss
     from jaxprune.prompts import Prompt, prompt_for, read_prompt
     from jaxprune.provenance import pruning_record
@@ -46,10 +48,14 @@ if TYPE_CHECKING:
     from jaxprune.recovery import recover, recover_batches
     from jaxprune.reselection import Reselection, reselect
     from jaxprune.rounds import Round, prune_in_rounds
+    from jaxprune.saliency import WeightFisher, WeightMagnitude, WeightMovement
+    from jaxprune.schedules import Schedule, cubic_schedule, linear_schedule, one_shot_schedule
     from jaxprune.scores import Scores, load_scores, merge, save_scores
     from jaxprune.scoring import score
     from jaxprune.selection import select
     from jaxprune.shared import TaskGates, add_gates, load_gates, save_shared
+    from jaxprune.sparse_training import sparsify
+    from jaxprune.sparsity import Sparsity, apply_masks, masks_of, one_shot, sparsity_of
     from jaxprune.split_half import Stability, stability
     from jaxprune.tasks import Task, load_task
     from jaxprune.training import finetune
@@ -60,6 +66,7 @@ __version__ = "0.1.0"
 _SOURCES = {
     "Activation": "baselines",
     "BiasCompensation": "fitting",
+    "Block": "patterns",
     "Check": "checks",
     "Checking": "checks",
     "Fisher": "baselines",
@@ -70,6 +77,7 @@ _SOURCES = {
     "LeaveOneOut": "baselines",
     "Magnitude": "baselines",
     "Model": "models",
+    "NM": "patterns",
     "Output": "models",
     "Prediction": "prediction",
     "Prompt": "prompts",
@@ -79,19 +87,27 @@ _SOURCES = {
     "Rescaling": "fitting",
     "Reselection": "reselection",
     "Round": "rounds",
+    "Schedule": "schedules",
     "Scores": "scores",
+    "Sparsity": "sparsity",
     "Stability": "split_half",
     "Task": "tasks",
     "TaskGates": "shared",
     "Taylor": "baselines",
     "TopLayers": "baselines",
+    "Unstructured": "patterns",
     "Wanda": "baselines",
+    "WeightFisher": "saliency",
+    "WeightMagnitude": "saliency",
+    "WeightMovement": "saliency",
     "add_gates": "shared",
+    "apply_masks": "sparsity",
     "bundled_data": "bundled",
     "bundled_model": "bundled",
     "bundled_text_model": "bundled",
     "check": "checks",
     "compact": "compaction",
+    "cubic_schedule": "schedules",
     "densify": "packing",
     "evaluate": "evaluation",
     "finetune": "training",
@@ -99,6 +115,8 @@ _SOURCES = {
     "generate": "generation",
     "integrate": "integration",
     "latency": "cost",
+    "linear_maps": "matrices",
+    "linear_schedule": "schedules",
     "load": "checkpoint",
     "load_gates": "shared",
     "load_scores": "scores",
@@ -106,8 +124,11 @@ _SOURCES = {
     "log_probability": "objectives",
     "loss_receipt": "receipt",
     "margin": "objectives",
+    "masks_of": "sparsity",
     "measure_latency_table": "latency_table",
     "merge": "scores",
+    "one_shot": "sparsity",
+    "one_shot_schedule": "schedules",
     "open_gates": "gates",
     "parameters": "cost",
     "predict_loss": "prediction",
@@ -124,12 +145,16 @@ _SOURCES = {
     "save_shared": "shared",
     "score": "scoring",
     "select": "selection",
+    "sparsify": "sparse_training",
+    "sparsity_of": "sparsity",
     "stability": "split_half",
 }
 
 __all__ = [
+    "NM",
     "Activation",
     "BiasCompensation",
+    "Block",
     "Check",
     "Checking",
     "Fisher",
@@ -149,20 +174,28 @@ __all__ = [
     "Rescaling",
     "Reselection",
     "Round",
+    "Schedule",
     "Scores",
+    "Sparsity",
     "Stability",
     "Task",
     "TaskGates",
     "Taylor",
     "TopLayers",
+    "Unstructured",
     "Wanda",
+    "WeightFisher",
+    "WeightMagnitude",
+    "WeightMovement",
     "__version__",
     "add_gates",
+    "apply_masks",
     "bundled_data",
     "bundled_model",
     "bundled_text_model",
     "check",
     "compact",
+    "cubic_schedule",
     "densify",
     "evaluate",
     "finetune",
@@ -170,6 +203,8 @@ __all__ = [
     "generate",
     "integrate",
     "latency",
+    "linear_maps",
+    "linear_schedule",
     "load",
     "load_gates",
     "load_scores",
@@ -177,8 +212,11 @@ __all__ = [
     "log_probability",
     "loss_receipt",
     "margin",
+    "masks_of",
     "measure_latency_table",
     "merge",
+    "one_shot",
+    "one_shot_schedule",
     "open_gates",
     "parameters",
     "predict_loss",
@@ -195,6 +233,8 @@ __all__ = [
     "save_shared",
     "score",
     "select",
+    "sparsify",
+    "sparsity_of",
     "stability",
 ]
 
