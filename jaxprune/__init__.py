@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from jaxprune.checks import Check, Checking, check
     from jaxprune.compaction import compact
     from jaxprune.cost import flops, latency, parameters
+    from jaxprune.curriculum import Distillation, initialise_projection, surviving_heads
+    from jaxprune.distillation import distil_step, joint_loss, joint_loss_and_gradients, start_student
     from jaxprune.evaluation import evaluate
     from jaxprune.fitting import BiasCompensation, Reconstruction, Rescaling
     from jaxprune.gates import open_gates
@@ -57,6 +59,7 @@ _SOURCES = {
     "BiasCompensation": "fitting",
     "Check": "checks",
     "Checking": "checks",
+    "Distillation": "curriculum",
     "Fisher": "baselines",
     "Gradient": "baselines",
     "GradientActivation": "attribution",
@@ -82,11 +85,15 @@ _SOURCES = {
     "bundled_text_model": "bundled",
     "check": "checks",
     "compact": "compaction",
+    "distil_step": "distillation",
     "evaluate": "evaluation",
     "finetune": "training",
     "flops": "cost",
     "generate": "generation",
+    "initialise_projection": "curriculum",
     "integrate": "integration",
+    "joint_loss": "distillation",
+    "joint_loss_and_gradients": "distillation",
     "latency": "cost",
     "load": "checkpoint",
     "load_scores": "scores",
@@ -109,6 +116,8 @@ _SOURCES = {
     "score": "scoring",
     "select": "selection",
     "stability": "split_half",
+    "start_student": "distillation",
+    "surviving_heads": "curriculum",
 }
 
 __all__ = [
@@ -116,6 +125,7 @@ __all__ = [
     "BiasCompensation",
     "Check",
     "Checking",
+    "Distillation",
     "Fisher",
     "Gradient",
     "GradientActivation",
@@ -142,11 +152,15 @@ __all__ = [
     "bundled_text_model",
     "check",
     "compact",
+    "distil_step",
     "evaluate",
     "finetune",
     "flops",
     "generate",
+    "initialise_projection",
     "integrate",
+    "joint_loss",
+    "joint_loss_and_gradients",
     "latency",
     "load",
     "load_scores",
@@ -169,6 +183,8 @@ __all__ = [
     "score",
     "select",
     "stability",
+    "start_student",
+    "surviving_heads",
 ]
 
 

@@ -64,7 +64,9 @@ def last(student: int, teacher: int) -> tuple[int, ...]:
 
 def _check_depths(student: int, teacher: int) -> None:
     if student > teacher:
-        raise ValueError(f"the student has {student} layers, the teacher only {teacher}: write a layer map of your own.")
+        raise ValueError(
+            f"the student has {student} layers, the teacher only {teacher}: write a layer map of your own."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,9 +157,7 @@ def surviving_heads(record: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """
     if "sites" not in record:
         raise ValueError(f"a record of a pruning has 'sites', this one has {sorted(record)}.")
-    return {
-        name: tuple(_numbers(site["which"])) for name, site in record["sites"].items() if name.endswith(".heads")
-    }
+    return {name: tuple(_numbers(site["which"])) for name, site in record["sites"].items() if name.endswith(".heads")}
 
 
 def _numbers(ranges: str) -> Iterator[int]:

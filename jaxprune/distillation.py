@@ -114,13 +114,13 @@ def _pull(pullback: Any, cotangent: Any) -> Any:
     return pullback(cotangent)
 
 
-def start(student: Params, optimizer: optax.GradientTransformation) -> TrainingState:
+def start_student(student: Params, optimizer: optax.GradientTransformation) -> TrainingState:
     """The state before the first step: a copy of the parameters in float32, and the optimizer's state."""
     own = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), student)
     return TrainingState(own, {"student": optimizer.init(own)}, {}, 0)
 
 
-def distil(
+def distil_step(
     model: Model,
     teacher_model: Model,
     optimizer: optax.GradientTransformation,
@@ -141,7 +141,7 @@ def distil(
         optimizer: Any of optax, the whole of it: clipping, learning rate and weight decay included. It is given the
             parameters, so it may be one that prunes. Make it once: another object is compiled again.
         settings: What to learn.
-        now: What the step before returned, or `start`.
+        now: What the step before returned, or `start_student`.
         teacher: The teacher's parameters.
         batch: As for `joint_loss`.
         key: The student's dropout; None: there is none.

@@ -172,7 +172,9 @@ def check_heads(ours: TaskHead, theirs: TaskHead) -> TaskHead:
         ValueError: If the teacher's answers another question.
     """
     if (ours.labels, ours.regression) != (theirs.labels, theirs.regression):
-        what = [f"{head.name!r} ({', '.join(head.labels)}{', a regression' * head.regression})" for head in (ours, theirs)]
+        what = [
+            f"{head.name!r} ({', '.join(head.labels)}{', a regression' * head.regression})" for head in (ours, theirs)
+        ]
         raise ValueError(f"the student's task head is {what[0]}, the teacher's {what[1]}: labels and kind must agree.")
     return ours
 
