@@ -64,9 +64,7 @@ def last(student: int, teacher: int) -> tuple[int, ...]:
 
 def _check_depths(student: int, teacher: int) -> None:
     if student > teacher:
-        raise ValueError(
-            f"the student has {student} layers, the teacher only {teacher}: write a layer map of your own."
-        )
+        raise ValueError(f"the student has {student} layers, the teacher only {teacher}: write your own layer map.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +75,9 @@ class Distillation:
 
     With `real` entries those whose tokens, as query and as key, are not padding, and in examples of weight above 0:
 
-    - `attention`: sum over the layers of the mean squared error of the attention scores, scaled, before mask and
-      softmax, over the real entries of all heads; of a decoder only keys that its queries see.
+    - `attention`: the sum over the layers of the mean squared error of the attention scores, scaled, before mask and
+      softmax, over the real entries of all heads. A decoder's layers have two such terms, for their attention to
+      themselves, with no key after the query, and to the encoder.
     - `embeddings`: the same of the embedding output, over the real entries `[b, t, d]`.
     - `hidden`: the sum over the layers of the same of their outputs.
     - `logits`: the mean over the examples of `soft_cross_entropy`, in a regression of the squared error; of a

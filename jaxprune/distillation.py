@@ -1,8 +1,8 @@
 """Teaches a small or sparse model, the student, what a larger one, the teacher, computes on the way to its answer.
 
-The student learns the teacher's logits, and on the way its embedding output, the output of every layer and its attention
-scores before the softmax. The teacher runs in the same step, without dropout, and nothing of it is stored; its logits
-alone may come with the batch. What is learned with which weight says `jaxprune.curriculum`.
+The student learns the teacher's logits, and on the way its embedding output, the output of every layer and its
+attention scores before the softmax. The teacher runs in the same step, without dropout, and nothing of it is stored;
+its logits alone may come with the batch. A `Distillation` says what is learned, and with which weight.
 
 A step is a few compiled programs, one for all layers of equal shape. An outer `jax.jit` may trace it as one.
 """

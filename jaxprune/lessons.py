@@ -47,7 +47,7 @@ class Lesson(NamedTuple):
     """What the teacher has at one place."""
 
     values: Array  # its embedding output or the output of a layer, [b, t, d], or its logits
-    scores: dict[str, Float[Array, "b n t s"]] = {}  # of a layer: by local name, such as "attention.scores"
+    scores: Mapping[str, Float[Array, "b n t s"]] = {}  # of a layer: by local name, such as "attention.scores"
 
 
 class Moved(NamedTuple):
@@ -65,7 +65,7 @@ class Given(NamedTuple):
     counts: Mask  # the mask of its losses
     lesson: Lesson | None
     key: Array | None
-    heads: dict[str, Array] = {}  # by local name of the scores: which of the teacher's; a missing one is all
+    heads: Mapping[str, Array] = {}  # by local name of the scores: which of the teacher's; a missing one is all
     labels: Array | None = None
     temperature: float | Array = 1.0
 

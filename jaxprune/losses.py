@@ -1,7 +1,7 @@
 """How far a student is from its teacher: losses on plain arrays, over the entries that are not padding.
 
-A *mask* here is true where an entry counts. Means divide by the number of entries that count, so padding a batch further
-changes nothing. All sums are float32.
+A *mask* here is true where an entry counts. Means divide by the number of entries that count, so padding a batch
+further changes nothing. All sums are float32.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ def soft_cross_entropy(
 ) -> Float[Array, "*b"]:
     """The cross-entropy of the student's distribution under the teacher's, per example, in nats.
 
-    `-T^2 sum_l softmax(teacher / T)_l log softmax(student / T)_l`. It is smallest where the two distributions are equal;
-    its value there is `T^2` times the entropy of the teacher's. The factor `T^2` keeps the gradient's size when `T` grows.
+    `-T^2 sum_l softmax(teacher / T)_l log softmax(student / T)_l`. It is smallest where the two distributions are
+    equal: there it is `T^2` times the entropy of the teacher's. The factor `T^2` keeps the size of the gradient as `T`
+    grows.
 
     Args:
         student: Logits.
@@ -68,7 +69,7 @@ def label_loss(
 
 
 def mean_squared_error(
-    student: Float[Array, "..."], teacher: Float[Array, "..."], mask: Bool[Array, "..."]
+    student: Float[Array, "*shape"], teacher: Float[Array, "*shape"], mask: Bool[Array, ...]
 ) -> Float[Array, ""]:
     """The mean of `(student - teacher)^2` over the entries that the mask allows; 0 if it allows none.
 
@@ -88,13 +89,13 @@ def mean_squared_error(
     return mean_where(jnp.square(student.astype(jnp.float32) - teacher.astype(jnp.float32)), mask)
 
 
-def mean_where(values: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
+def mean_where(values: Float[Array, "*shape"], mask: Bool[Array, ...]) -> Float[Array, ""]:
     """The mean of the values that a mask allows, which broadcasts to their shape; 0 if it allows none.
 
     Values that it does not allow may be anything, infinite too, and get no gradient.
     """
     repeats = values.size // max(mask.size, 1)  # of every entry of the mask
-    count = mask.sum(dtype=jnp.float32) * repeats
+    count = mask.sum().astype(jnp.float32) * repeats
     return jnp.where(mask, values, 0.0).sum(dtype=jnp.float32) / jnp.maximum(count, 1.0)
 
 

@@ -194,6 +194,15 @@ def test_the_teacher_gets_no_gradient():
     assert not any(jnp.any(own) for own in jax.tree.leaves(slopes))
 
 
+def test_a_step_may_be_compiled_as_one_program():
+    model, params, teacher = pair(layers=1)
+    batch = batch_of(model)
+    expected = joint_loss_and_gradients(model, params, model, teacher, batch)
+    found = jax.jit(lambda *own: joint_loss_and_gradients(model, own[0], model, *own[1:]))(params, teacher, batch)
+    np.testing.assert_allclose(found[0][0], expected[0][0], rtol=1e-5)
+    assert_same(found[1], expected[1])
+
+
 def test_a_layer_map_of_one_to_one_is_the_default():
     model, params, teacher = pair()
     batch = batch_of(model)
