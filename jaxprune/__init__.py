@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from jaxprune.checks import Check, Checking, check
     from jaxprune.compaction import compact
     from jaxprune.cost import flops, latency, parameters
+    from jaxprune.curriculum import Distillation, initialise_projection, surviving_heads
+    from jaxprune.distillation import distil_step, joint_loss, joint_loss_and_gradients, start_student
     from jaxprune.evaluation import evaluate
     from jaxprune.fitting import BiasCompensation, Reconstruction, Rescaling
     from jaxprune.gates import open_gates
@@ -69,6 +71,7 @@ _SOURCES = {
     "Block": "patterns",
     "Check": "checks",
     "Checking": "checks",
+    "Distillation": "curriculum",
     "Fisher": "baselines",
     "Gradient": "baselines",
     "GradientActivation": "attribution",
@@ -109,11 +112,15 @@ _SOURCES = {
     "compact": "compaction",
     "cubic_schedule": "schedules",
     "densify": "packing",
+    "distil_step": "distillation",
     "evaluate": "evaluation",
     "finetune": "training",
     "flops": "cost",
     "generate": "generation",
+    "initialise_projection": "curriculum",
     "integrate": "integration",
+    "joint_loss": "distillation",
+    "joint_loss_and_gradients": "distillation",
     "latency": "cost",
     "linear_maps": "matrices",
     "linear_schedule": "schedules",
@@ -148,6 +155,8 @@ _SOURCES = {
     "sparsify": "sparse_training",
     "sparsity_of": "sparsity",
     "stability": "split_half",
+    "start_student": "distillation",
+    "surviving_heads": "curriculum",
 }
 
 __all__ = [
@@ -157,6 +166,7 @@ __all__ = [
     "Block",
     "Check",
     "Checking",
+    "Distillation",
     "Fisher",
     "Gradient",
     "GradientActivation",
@@ -197,11 +207,15 @@ __all__ = [
     "compact",
     "cubic_schedule",
     "densify",
+    "distil_step",
     "evaluate",
     "finetune",
     "flops",
     "generate",
+    "initialise_projection",
     "integrate",
+    "joint_loss",
+    "joint_loss_and_gradients",
     "latency",
     "linear_maps",
     "linear_schedule",
@@ -236,6 +250,8 @@ __all__ = [
     "sparsify",
     "sparsity_of",
     "stability",
+    "start_student",
+    "surviving_heads",
 ]
 
 

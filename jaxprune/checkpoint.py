@@ -42,6 +42,7 @@ from jaxprune.weights import (
     fit_own,
     misfits,
     open_tensors,
+    read_sparse,
     refuse,
 )
 

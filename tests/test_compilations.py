@@ -15,6 +15,7 @@ from tiny import tiny_batch, tiny_config, tiny_model
 from jaxprune.activations import calibration_means
 from jaxprune.attribution import GradientActivation, IntegratedGradients, layer
 from jaxprune.baselines import Fisher, LeaveOneOut, Wanda
+from jaxprune.distillation import joint_loss_and_gradients
 from jaxprune.gates import widths
 from jaxprune.models import (
     Model,
@@ -116,6 +117,20 @@ def test_a_deep_model_compiles_no_more_than_a_shallow_one(criterion: Any, compil
         criterion(model, params, batch)
         programs.append(compiled[0] - before)
     assert programs[0] > 0 and programs[1] <= 2 * programs[0], programs
+
+
+def test_a_deep_student_compiles_no_more_than_a_shallow_one(compiled: list[int]):
+    programs = []
+    for layers in (2, 6):
+        model, params = tiny_model(layers=layers)
+        batch, key = tiny_batch(model), jax.random.key(0)
+        jax.clear_caches()
+        before = compiled[0]
+        joint_loss_and_gradients(model, params, model, params, batch, key=key)
+        programs.append(compiled[0] - before)
+        joint_loss_and_gradients(model, params, model, params, batch, key=key)
+        assert compiled[0] - before == programs[-1]  # nor in the next step
+    assert programs[0] == programs[1] > 0
 
 
 def flops_of(function: Any, *args: Any) -> float:

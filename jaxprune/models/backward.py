@@ -104,13 +104,13 @@ class Pull(NamedTuple):
             if inner:
                 cotangent = found.pop(0)
             if self.weights:
-                for path, slope in _at(places, found.pop(0)).items():
+                for path, slope in gradients_at(places, found.pop(0)).items():
                     flat[path] = flat[path] + slope if path in flat else slope
         named = {name: slope for own in reversed(gates) for name, slope in own.items()}
         return named, unflatten({path: flat[path] for path in sorted(flat)}) if self.weights else None
 
 
-def _at(places: Places, grads: Params) -> dict[Path, Array]:
+def gradients_at(places: Places, grads: Params) -> dict[Path, Array]:
     """The gradients of the parameters at some places, by path."""
     if isinstance(places, tuple):
         return {(*places, *path): slope for path, slope in flatten(grads).items()}
