@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
+from jaxprune.receipt_report import receipt_notes, receipt_rows, receipts_of
 from jaxprune.report import (
     BEFORE_AFTER,
     Record,
@@ -13,9 +14,6 @@ from jaxprune.report import (
     before_after_sections,
     listed,
     plain,
-    receipt_notes,
-    receipt_rows,
-    receipts_of,
 )
 
 LOADING = """import jaxprune as jp

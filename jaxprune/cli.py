@@ -152,7 +152,7 @@ def prune(
         timed = measure.split(",")
         if not all(part.strip().isdigit() for part in timed):
             raise ValueError(f"--measure takes whole numbers, such as 1,32 (0: none), got {measure!r}.")
-        from jaxprune import pruning, report, workflow
+        from jaxprune import pruning, receipt_report, report, workflow
         from jaxprune import rounds as in_rounds
         from jaxprune import together as several_tasks
 
@@ -183,8 +183,8 @@ def prune(
             one = scored[0] if isinstance(scored, list) else scored
             record = pruning.prune_model(model, output, chosen, scored=one, data=data[0] if data else None, **how)
     lines = [*report.before_after_notes(record)]
-    for own in report.receipts_of(record):
-        lines += [report.receipt_table(own), *report.receipt_notes(own)]
+    for own in receipt_report.receipts_of(record):
+        lines += [receipt_report.receipt_table(own), *receipt_report.receipt_notes(own)]
     lines += ["", f"Model:  {output}"]
     if not scores:
         files = ", ".join(own["scores"] for own in record.get("tasks", [record]))

@@ -7,7 +7,8 @@ from textwrap import fill
 from rich import box
 from rich.table import Table
 
-from jaxprune.report import PREDICTED, Record, before_after_table, length_text, predicted_by, prediction_note
+from jaxprune.receipt_report import PREDICTED, predicted_by, prediction_note
+from jaxprune.report import Record, before_after_table, length_text
 
 
 def plan_tables(record: Record) -> list[Table]:

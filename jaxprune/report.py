@@ -16,7 +16,6 @@ from rich.table import Table
 Record = Mapping[str, Any]
 
 BEFORE_AFTER = ("before", "after", "kept", "speed-up")
-PREDICTED = {"estimate": "predicted", "at_most": "at most"}  # what a prediction has -> its column
 COUNTS = {  # what a record counts -> its row in the table
     "units": "units: {kinds}",
     "prunable_parameters": "parameters of units",
@@ -33,7 +32,7 @@ def length_text(length: float | Sequence[float]) -> str:
 def scores_table(record: Record) -> Table:
     """What was scored, and how."""
     criterion = dict(record["criterion"])
-    table = _table(f"scores of {record['source']}")
+    table = new_table(f"scores of {record['source']}")
     table.show_header = False
     table.add_column()
     table.add_column(overflow="fold")
@@ -58,7 +57,7 @@ def scores_table(record: Record) -> Table:
 
 def before_after_table(record: Record) -> Table:
     """A model before and after pruning: quality, counts, FLOPs, file size and latency, with ratios and speed-ups."""
-    table = _table(None)
+    table = new_table(None)
     table.add_column(no_wrap=True)
     for heading in BEFORE_AFTER:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -126,92 +125,6 @@ def before_after_notes(record: Record) -> list[str]:
     return [fill(note, 80, subsequent_indent="  ") for note in notes]
 
 
-def receipts_of(record: Record) -> Sequence[Record]:
-    """The receipts of a pruning for one or several tasks, or none."""
-    return record.get("receipts") or ([record["receipt"]] if record.get("receipt") else [])
-
-
-def receipt_table(receipt: Record) -> Table:
-    """What was predicted to be lost, and what was lost, layer by layer."""
-    title = f"{receipt['task']}: {_loss(receipt)} lost, mean of {receipt['examples']:,} examples"
-    table = _table(title)
-    table.min_width = min(len(title) + 2, 80)
-    headings, *rows = receipt_rows(receipt)
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
-    for row in rows:
-        if row is rows[-1]:
-            table.add_section()
-        table.add_row(*row)
-    return table
-
-
-def receipt_rows(receipt: Record) -> list[tuple[str, ...]]:
-    """The headings, a row per layer, and one of all: predicted if there is a prediction, and lost.
-
-    The layers' losses sum to what the nodes found, the last row is what was lost.
-    """
-    found = receipt["prediction"]
-    which = predicted_by(found)
-    totals = {name: lost for name, lost in receipt["layers"].items()} | {"all": receipt["lost"]}
-    rows = [("layer", "lost")] if which is None else [("layer", PREDICTED[which], "lost")]
-    for name, lost in totals.items():
-        own = found if name == "all" else found["layers"].get(name, {})
-        rows.append((name, _amount(lost)) if which is None else (name, _amount(own.get(which)), _amount(lost)))
-    return rows
-
-
-def receipt_notes(receipt: Record) -> list[str]:
-    """What the figures of a receipt mean, how exact they are, and what selecting again has changed."""
-    notes = [
-        prediction_note(receipt),
-        f"Lost: by integrated gradients, {receipt['nodes']} nodes from the selected gates to open ones; the layers sum "
-        f"to {_amount(receipt['found'])}, and miss an example's loss by {receipt['error']:.2g} (mean). Before any "
-        "recovery.",
-    ]
-    if rounds := receipt["rounds"]:
-        steps = ", ".join(f"{_amount(own['lost'])} ({own['changed']:,})" for own in rounds[1:]) or "the same again"
-        chosen = "the first selection stays" if receipt["best"] == 0 else f"re-selection {receipt['best']} is kept"
-        notes.append(
-            f"Selected again at the same budget: lost {_amount(rounds[0]['lost'])}, then {steps} (units that changed "
-            f"places); {chosen}. The same rows choose and tell, so other rows may lose more."
-        )
-    return [fill(note, 80, subsequent_indent="  ") for note in notes]
-
-
-def prediction_note(record: Record) -> str:
-    """What a prediction is, or why there is none.
-
-    Args:
-        record: With `objective` and `prediction`, as a receipt has them.
-    """
-    found = record["prediction"]
-    which = predicted_by(found)
-    if which is None:
-        return f"No prediction of the loss: {found['meaning']}."
-    if which == "at_most":
-        text = f"At most: sums of sizes over the removed units, of {_loss(record)}; {found['meaning']}."
-    else:
-        text = f"Predicted: {_loss(record)}, summed over the removed units; {found['meaning']}."
-        text += "" if found["at_most"] is None else f" Their sizes sum to {_amount(found['at_most'])}."
-    whole = found["everything"]
-    return text + ("" if whole is None else f" All scored units together lose {_amount(whole)}.")
-
-
-def predicted_by(prediction: Record) -> str | None:
-    """Which of its numbers a prediction is shown by: its estimate, else what bounds it; None if it has none."""
-    return next((name for name in PREDICTED if prediction[name] is not None), None)
-
-
-def _loss(record: Record) -> str:
-    return str(record["objective"]).replace("_", " ")
-
-
-def _amount(value: float | None) -> str:
-    """An amount of the objective."""
-    return "" if value is None else f"{value:.4f}"
-
-
 def _rounds(record: Record) -> str:
     """In how many rounds a model was pruned, what each left, and when it was repaired."""
     rounds = record["rounds"]
@@ -238,7 +151,7 @@ def _asked(budget: Record) -> str:
 
 def evaluation_table(results: Sequence[Record], title: str | None = None) -> Table:
     """How well a model does on one or several tasks, in percent."""
-    table = _table(title)
+    table = new_table(title)
     table.add_column("task")
     table.add_column("split")
     table.add_column("examples", justify="right")
@@ -260,7 +173,7 @@ def evaluation_table(results: Sequence[Record], title: str | None = None) -> Tab
 
 def comparison_table(rows: Sequence[Record], variants: Sequence[str], chosen: str) -> Table:
     """Primary metrics in percent: one row per task, one column per variant of the model."""
-    table = _table(None)
+    table = new_table(None)
     table.add_column("task")
     table.add_column("examples", justify="right")
     for name in (*variants, "chance"):
@@ -281,7 +194,7 @@ def sweep_tables(record: Record) -> list[Table]:
         rows = [row for row in record["rows"] if row["task"] == task]
         first = rows[0]
         dense, chance = f"dense {100 * first['dense']:.1f}", f"chance {100 * first['chance']:.1f}"
-        table = _table(f"{task}: {first['metric']}, %; {dense}, {chance}, n = {first['n']:,}")
+        table = new_table(f"{task}: {first['metric']}, %; {dense}, {chance}, n = {first['n']:,}")
         table.add_column("criterion")
         for heading in ("FLOPs kept", "units kept", "seeds", "mean", "least", "most"):
             table.add_column(heading, justify="right")
@@ -318,7 +231,7 @@ def by_budget(rows: Iterable[Record]) -> list[tuple[float, list[Record]]]:
 def inspection_table(record: Record) -> Table:
     """The layers of a model: units of those it had, what they cost, and with scores how these are spread."""
     scored = record["scores"] is not None
-    table = _table(f"{record['source']}: {record['model_type']}")
+    table = new_table(f"{record['source']}: {record['model_type']}")
     table.padding = (0, 1, 0, 0)
     table.add_column("layer", no_wrap=True)
     kinds: Sequence[str] = record["kinds"]
@@ -353,7 +266,7 @@ def inspection_note(record: Record) -> str:
 
 def share_table(record: Record) -> Table:
     """The tasks of a shared folder that were written: what each keeps, and what its gates take."""
-    table = _table(f"{record['output']}: {'added' if record['added'] else 'shared'}")
+    table = new_table(f"{record['output']}: {'added' if record['added'] else 'shared'}")
     table.add_column("task", overflow="fold")
     for heading in ("units kept", "", "FLOPs kept", "bytes of gates"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -385,7 +298,7 @@ def overlap_tables(record: Record) -> list[Table]:
     nothing = {"spearman": None, "overlap": [None] * len(record["fractions"])}
 
     def table(title: str, first: str) -> Table:
-        made = _table(title)
+        made = new_table(title)
         made.padding = (0, 1, 0, 0)
         made.add_column(first, overflow="fold")
         for kind in kinds:
@@ -427,7 +340,8 @@ def overlap_note(record: Record) -> str:
     )
 
 
-def _table(title: str | None) -> Table:
+def new_table(title: str | None) -> Table:
+    """An empty table, as all of them look."""
     return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False, padding=(0, 1))
 
 
@@ -447,7 +361,7 @@ def _evaluation_rows(before: Record, after: Record) -> list[tuple[str, ...]]:
 
 def storage_table(record: Record) -> Table:
     """The bytes of a model before and after it was packed."""
-    table = _table(f"{record['source']}: {plain(record['values']) if record['values'] else 'dense'}")
+    table = new_table(f"{record['source']}: {plain(record['values']) if record['values'] else 'dense'}")
     for heading in ("MB", "before", "after", "smaller"):
         table.add_column(heading, justify="left" if heading == "MB" else "right", no_wrap=True)
     for name, title in {"linear_maps": "linear maps of the layers", "file": "the whole file"}.items():

@@ -80,6 +80,7 @@ ORDER = (
     "distillation",
     "pretraining",
     "report",
+    "receipt_report",
     "cards",
     "forecast",
     "confidence",

@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from rich.console import Console
 
-from jaxprune import pictures, report
+from jaxprune import pictures, receipt_report, report
 from jaxprune.cards import model_card
 
 LATENCY = {"batch": 32, "length": 24, "median": 0.0614, "p95": 0.0702, "device": "2-core CPU", "speedup": 1.0}
@@ -108,11 +108,11 @@ RECEIPT = {
 
 
 def test_a_receipt_shows_prediction_beside_truth():
-    lines = text(report.receipt_table(RECEIPT))
+    lines = text(receipt_report.receipt_table(RECEIPT))
     assert lines[0] == "sst2: log probability lost, mean of 128 examples"
     assert "layer predicted lost" in lines
     assert "0 0.0300 0.0200" in lines and "all 0.0512 0.0396" in lines
-    notes = " ".join(" ".join(report.receipt_notes(RECEIPT)).split())
+    notes = " ".join(" ".join(receipt_report.receipt_notes(RECEIPT)).split())
     for part in ("first order. Their sizes sum to 1.2300. All scored units together lose 0.3960.", "by 0.0012 (mean)"):
         assert part in notes
     assert "lost 0.0500, then 0.0396 (848) (units that changed places); re-selection 1 is kept" in notes
@@ -120,12 +120,12 @@ def test_a_receipt_shows_prediction_beside_truth():
 
 def test_a_receipt_without_signs_and_without_a_prediction():
     sizes = PREDICTED | {"estimate": None, "everything": None}
-    assert "all 1.2300 0.0396" in text(report.receipt_table(RECEIPT | {"prediction": sizes}))
+    assert "all 1.2300 0.0396" in text(receipt_report.receipt_table(RECEIPT | {"prediction": sizes}))
     none = sizes | {"at_most": None, "layers": {}, "meaning": "Magnitude attributes no objective to units"}
     again = RECEIPT | {"prediction": none, "rounds": None, "best": None}
-    assert "layer lost" in (lines := text(report.receipt_table(again))) and "all 0.0396" in lines
-    assert report.receipt_notes(again)[0].startswith("No prediction of the loss: Magnitude")
-    assert len(report.receipt_notes(again)) == 2
+    assert "layer lost" in (lines := text(receipt_report.receipt_table(again))) and "all 0.0396" in lines
+    assert receipt_report.receipt_notes(again)[0].startswith("No prediction of the loss: Magnitude")
+    assert len(receipt_report.receipt_notes(again)) == 2
 
 
 def test_nothing_left_has_no_speedup():
@@ -204,6 +204,7 @@ INSPECTED = {
     "kinds": ["heads", "neurons"],
     "length": 18.5625,
     "pruned": {"flops": 0.4},
+    "tasks": [],
     "scores": "s.safetensors",
     "layers": [LAYER],
     "total": LAYER | {"layer": "all", "heads": [192, 384], "neurons": [49_152, 98_304], "parameters": 311_812_864},
