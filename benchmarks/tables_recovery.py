@@ -80,15 +80,17 @@ def lost() -> str:
     """What is lost of the dense model."""
     found = recovery()["claims"]["budgets"]
     names = [name for name, _ in best_first(next(reversed(found.values()))["rows"])]
-    rows = [[name, *(within(own["dense_minus_this"][name], 1) for own in found.values())] for name in names]
+    lost = [own["dense_minus_this"] for own in found.values()]
+    rows = [[name, *(within(own[name], 1) if name in own else "–" for own in lost)] for name in names]
     return table(["dense minus this, points [95 %], at", *(f"{float(b):g}" for b in found)], rows)
 
 
 def claims() -> str:
     """The default with recovery against everything else."""
     found = recovery()["claims"]["budgets"]
-    names = list(next(iter(found.values()))["claims"])
-    rows = [[name, *(points(own["claims"][name]) for own in found.values())] for name in names]
+    differences = [own["claims"] for own in found.values()]
+    names = list(dict.fromkeys(name for own in differences for name in own))
+    rows = [[name, *(points(own[name]) if name in own else "–" for own in differences)] for name in names]
     return table(["difference, points [95 %], at", *(f"{float(b):g}" for b in found)], rows)
 
 
