@@ -191,6 +191,13 @@ def test_every_module_opens_with_a_docstring():
     assert [file.name for file, tree in TREES.items() if not ast.get_docstring(tree)] == []
 
 
+def test_the_map_for_contributors_names_every_module_once():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = page[page.index("| for | modules |") :].split("\n\n")[0]
+    named = [name.rstrip("/") for name in re.findall(r"`(\w+/?)`", rows)]
+    assert sorted(named) == sorted(ORDER)
+
+
 def test_no_file_is_longer_than_500_lines():
     lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in FILES}
     assert {name: lines for name, lines in lengths.items() if lines > 500} == {}
