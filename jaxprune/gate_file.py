@@ -90,7 +90,9 @@ def pack(
     Raises:
         ValueError: If the gates or means do not fit the parameters, a gate is neither 0 nor 1, a mean is not finite, or
             there is no bias for it to go into.
+        TypeError: If the record cannot be written as JSON.
     """
+    json.dumps(record or {}, allow_nan=False)  # found here, where the task is known
     arrays = {name: np.asarray(gate, np.float32) for name, gate in gates.items()}
     replaced = {name: np.asarray(mean, np.float32) for name, mean in (means or {}).items()}
     check_gates(model, params, arrays)

@@ -69,6 +69,7 @@ def save_shared(
         FileExistsError: If something is there and may not be replaced.
         ValueError: If there is no task, or the name of one cannot be used; if gates or means do not fit the model, or
             cannot be shared; if a record is of another model, or of one that was repaired.
+        TypeError: If a record cannot be written as JSON.
     """
     saved = saved_digest(model, params, dtype)
     known = {saved, model_digest(model, params)} if records else ()
@@ -104,7 +105,7 @@ def add_gates(
         FileExistsError: If it has one of the tasks, which may not be replaced.
         ValueError: As `save_shared`; if the gates in the folder are damaged or belong to other weights.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     check_new(folder, gates, overwrite)
     with alone(folder / CONFIG), opened(folder) as found:
         file = check_new(folder, gates, overwrite)
@@ -208,8 +209,9 @@ def _packed(
         _check_record(task, record, bool(means.get(task)), known)
         try:
             tasks[task] = pack(model, params, own, means.get(task), brief(record))
-        except ValueError as error:
-            raise ValueError(f"task {task!r}: {error}") from error
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"task {task!r}: {error}") from error
     return tasks
 
 

@@ -71,8 +71,8 @@ def share_model(
             raise ValueError(f"{files[task]} and {file} are both of task {task!r}: name one score file per task.")
         files[task], scores[task] = file, own
     if output is None:
-        check_new(Path(source), scores, overwrite)
-        check_file(Path(source) / GATES, True)
+        check_new(Path(source).expanduser(), scores, overwrite)
+        check_file(Path(source).expanduser() / GATES, True)
     for own in scores.values():
         check_scope(own, selection)
     model, params = load(source)
@@ -92,7 +92,7 @@ def share_model(
         rows.append(_row(model, params, small, task, files[task], own, records[task], length))
     what: dict[str, Any] = {"means": {task: own.means for task, own in scores.items()}, "records": records}
     if output is None:
-        folder = add_gates(source, gates, overwrite=overwrite, **what)
+        folder = add_gates(Path(source).expanduser(), gates, overwrite=overwrite, **what)
     else:
         kind = stored_type(model)
         folder = save_shared(output, model, params, gates, overwrite=overwrite, dtype=kind, **what)
