@@ -214,7 +214,8 @@ def test_every_round_is_repaired(dense):
 
 def test_units_are_replaced_by_the_means_of_the_round_in_which_they_went():
     model, params = tiny_model()
-    random, means = np.random.default_rng(0), {}
+    random = np.random.default_rng(0)
+    means: dict[int, dict[str, Any]] = {}
 
     def score(small: Params) -> Scores:
         found = {name: random.standard_normal((n, 4) if "heads" in name else n) for name, n in sizes(small).items()}
@@ -230,8 +231,9 @@ def test_units_are_replaced_by_the_means_of_the_round_in_which_they_went():
     for name, value in means[1].items():
         went[name][np.flatnonzero(first.gates[name])] = value
     batch = tiny_batch(model)
-    wanted = model.apply(params, batch, last.gates, means=went).logits
-    np.testing.assert_allclose(model.apply(last.params, batch).logits, wanted, atol=1e-4)  # sums in another order
+    wanted = np.asarray(model.apply(params, batch, last.gates, means=went).logits)
+    found = np.asarray(model.apply(last.params, batch).logits)
+    np.testing.assert_allclose(found, wanted, atol=1e-4)  # sums in another order
 
 
 @pytest.mark.parametrize(
