@@ -351,14 +351,16 @@ def packing() -> str:
     rows = []
     for row in record("packing")["rows"]:
         for name, own in row["ways"].items():
-            load = (
-                "{median:.2f} [{quartiles[0]:.2f}, {quartiles[1]:.2f}]".format(**own["load"]) if "load" in own else "–"
-            )
+            loads = (_median_and_quartiles(own.get(name)) for name in ("load_processor", "load_clock"))
             other = own["linear_maps_by_encoding"]
             sizes = (own["ratios"]["linear_maps"], other["bits"], other["deltas"], own["ratios"]["file"])
-            rows.append([f"{100 * row['sparsity']:g} %, {name}", *(f"{size:.1f}" for size in sizes), load])
-    heading = ["zeros, values", "linear maps: times smaller", "as bits", "as deltas", "whole file", "load / dense load"]
-    return table(heading, rows)
+            rows.append([f"{100 * row['sparsity']:g} %, {name}", *(f"{size:.1f}" for size in sizes), *loads])
+    heading = ["zeros, values", "linear maps: times smaller", "as bits", "as deltas", "whole file"]
+    return table([*heading, "load / dense load, processor", "clock"], rows)
+
+
+def _median_and_quartiles(found: Mapping[str, Any] | None) -> str:
+    return "–" if found is None else "{median:.2f} [{quartiles[0]:.2f}, {quartiles[1]:.2f}]".format(**found)
 
 
 def packing_setting() -> str:
