@@ -399,7 +399,7 @@ def test_a_record_that_gates_do_not_tell_is_refused(tmp_path):
     path, model, params, gates = make(tmp_path)
     own = {"scores": {"model": model_digest(model, params)}, "digests": {"scores": "0", "means": None}}
     add_gates(path, {"fits": gates["mood"]}, records={"fits": own})
-    with pytest.raises(TypeError, match="^task 'new': .* not JSON"):
+    with pytest.raises(TypeError, match=r"^task 'new': .* not JSON"):
         add_gates(path, {"new": {}}, records={"new": {"a": {1}}})
     for record, message in (
         ({"seed": float("inf")}, "^task 'new': .* not JSON"),
