@@ -105,7 +105,14 @@ def sampled(logits: Float[Array, "b l"], labels: Shaped[Array, " b"], keys: Arra
     Of spans the start and the end are drawn each by itself.
     """
     _refuse_regression(logits, "sampled")
+    if logits.ndim == 3:
+        return _one(jnp.argmax(logits + jax.vmap(partial(_noise, logits.shape[2]))(keys), axis=2).astype(jnp.int32))
     return _one(jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32))
+
+
+def _noise(tokens: int, key: Array) -> Float[Array, "2 t"]:
+    """What turns the largest logit into a draw; that of a token does not depend on how many come after it."""
+    return jax.vmap(lambda i: jax.random.gumbel(jax.random.fold_in(key, i), (2,)))(jnp.arange(tokens)).T
 
 
 def every(logits: Float[Array, "b l"], labels: Shaped[Array, " b"], keys: Array) -> Targets:
