@@ -227,7 +227,7 @@ def test_units_are_replaced_by_the_means_of_the_round_in_which_they_went():
         return widths(model.axes, small)
 
     first, last = prune_in_rounds(model, params, score, rounds=2, units=0.4)
-    went = {name: np.array(value) for name, value in means[0].items()}  # of those that stay it does not matter
+    went: dict[str, Any] = {name: np.array(value) for name, value in means[0].items()}  # those that stay do not count
     for name, value in means[1].items():
         went[name][np.flatnonzero(first.gates[name])] = value
     batch = tiny_batch(model)
