@@ -226,7 +226,7 @@ def save(
         for name, content in files.items():
             (folder / name).write_bytes(content)
         with open(folder / WEIGHTS, "wb") as file:
-            write_tensors(file, named, metadata, dtype=target, kinds=FLOATS | BYTES)
+            write_tensors(file, named, metadata, dtype=target, kinds=FLOATS if packed is None else FLOATS | BYTES)
     return path
 
 
