@@ -119,7 +119,9 @@ def show(found: Mapping[str, Any]) -> None:
     """Prints a table of all sparsities."""
     shown = Table(title="Times smaller than dense float32, and time to load beside the dense file")
     for column in ("zeros", "values", "encoding", "linear maps", "bits", "deltas", "whole file", "load", "processor"):
-        shown.add_column(column, justify="left" if column in ("values", "encoding") else "right")
+        shown.add_column(
+            column, justify="left" if column in ("values", "encoding") else "right", no_wrap=column == "values"
+        )
     for row in found["rows"]:
         for name, own in row["ways"].items():
             ratios, other = own["ratios"], own["linear_maps_by_encoding"]
