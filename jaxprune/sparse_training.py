@@ -127,21 +127,21 @@ def sparsify(
         )
 
     def update(
-        grads: optax.Updates, state: SparsifyState, params: optax.Params | None = None, **extra: Any
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, SparsifyState]:
         if params is None:
             raise ValueError("sparsify ranks and zeroes weights: call update(grads, state, params).")
         found = find_matrices(params, prunable)
         leaves, structure = jax.tree.flatten(params)
-        weights, slopes = (pruned_leaves(own, found) for own in (leaves, structure.flatten_up_to(grads)))
+        weights, slopes = (pruned_leaves(own, found) for own in (leaves, structure.flatten_up_to(updates)))
         totals = tuple(add_step(criterion, *own) for own in zip(state.totals, weights, slopes, strict=False))
-        step = optax.safe_increment(state.step)
+        step = jnp.asarray(optax.safe_increment(state.step))
         keep = jnp.asarray(table(found))[schedule.done(step)]
         settings, before = (tuple(filter(None, found)), pattern, criterion), jax.tree.leaves(state.masks)
         after = join_masks(
             structure, found, _ranked(*settings, schedule.due(step), keep, before, weights, list(totals))
         )
-        updates, moved = optimizer.update(apply_masks(grads, after), state.inner, params, **extra)
+        updates, moved = optimizer.update(apply_masks(updates, after), state.inner, params, **extra)
         updates = jax.tree.map(
             lambda mask, update, weight: update if is_hole(mask) else _towards_zero(mask, update, weight),
             *(after, updates, params),

@@ -170,8 +170,8 @@ def choose(
     totals: Sequence[Float[Array, ...]],
 ) -> list[Bool[Array, ...]]:
     """The masks of the weights that stay, each a subset of the one before. `totals` is empty if there are none."""
-    totals = totals or [None] * len(weights)
-    scores = [criterion(w.astype(jnp.float32), total) for w, total in zip(weights, totals, strict=True)]
+    sums = totals or [None] * len(weights)
+    scores = [criterion(w.astype(jnp.float32), total) for w, total in zip(weights, sums, strict=True)]
     return pattern(matrices, scores, masks, keep)
 
 

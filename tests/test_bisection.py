@@ -59,9 +59,11 @@ def test_it_equals_a_stable_sort(kind, share):
 def test_together_it_equals_a_stable_sort_of_all(kind, keep):
     scores, alive = kinds_of_scores(kind), [np.ones(shape, bool) for shape in SHAPES]
     kept = found(scores, alive, np.int32(keep))
-    whole = by_sorting(*(np.concatenate([a.ravel() for a in arrays]) for arrays in (scores, alive)), keep)
+    flat, living = (np.concatenate([array.ravel() for array in arrays]) for arrays in (scores, alive))
     assert sum(int(own.sum()) for own in kept) == keep
-    np.testing.assert_array_equal(np.concatenate([np.asarray(own).ravel() for own in kept]), whole)
+    np.testing.assert_array_equal(
+        np.concatenate([np.asarray(own).ravel() for own in kept]), by_sorting(flat, living, keep)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,12 +78,12 @@ def test_fewer_are_a_subset_of_more(kind):
 
 
 def test_the_bits_are_in_the_order_of_the_floats():
-    rising = np.asarray([-np.inf, -3e38, -1.5, -1.0, -1e-45, 0.0, 1e-45, 1.0, 1.5, 3e38, np.inf], np.float32)
-    bits = ordered_bits(rising, np.ones(rising.shape, bool))
+    rising = jnp.asarray([-np.inf, -3e38, -1.5, -1.0, -1e-45, 0.0, 1e-45, 1.0, 1.5, 3e38, np.inf])
+    bits = ordered_bits(rising, jnp.ones(rising.shape, bool))
     assert (np.diff(np.asarray(bits).astype(np.int64)) > 0).all()
-    two = ordered_bits(np.asarray([0.0, -0.0], np.float32), np.ones(2, bool))
+    two = ordered_bits(jnp.asarray([0.0, -0.0]), jnp.ones(2, bool))
     assert two[0] == two[1]
-    last = ordered_bits(np.asarray([np.nan, -np.nan, -np.inf, -np.inf], np.float32), np.asarray([1, 1, 1, 0], bool))
+    last = ordered_bits(jnp.asarray([np.nan, -np.nan, -np.inf, -np.inf]), jnp.asarray([True, True, True, False]))
     assert last.tolist() == [1, 1, 0x007FFFFF, 0]
 
 

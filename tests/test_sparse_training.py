@@ -50,6 +50,10 @@ def batch(step: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(step).standard_normal((5, 9)), jnp.float32)
 
 
+def start(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    return optimizer.init(params)  # its type in optax is that of every state
+
+
 def trainer(
     optimizer: optax.GradientTransformation, *, compiled: bool = True, objective: Callable[..., jax.Array] = loss
 ) -> Callable[..., tuple[Any, Any]]:
@@ -72,7 +76,7 @@ def same(a: Any, b: Any) -> None:
 def test_pruned_weights_and_their_moments_stay_zero(name):
     params = mlp()
     optimizer = jp.sparsify(OPTIMIZERS[name](), schedule=SCHEDULE, prunable=kernels)
-    state = optimizer.init(params)
+    state = start(optimizer, params)
     step = trainer(optimizer)
     before = state.masks
     done = 0
@@ -96,7 +100,7 @@ def test_pruned_weights_and_their_moments_stay_zero(name):
 def test_counts_are_exact_whatever_the_ties(kind):
     params = mlp(kind)
     optimizer = jp.sparsify(optax.sgd(0.0), schedule=jp.linear_schedule(0.95, 5), prunable=kernels)
-    state = optimizer.init(params)
+    state = start(optimizer, params)
     step = trainer(optimizer)
     for number in range(1, 6):
         params, state = step(params, state, batch(number))
@@ -109,7 +113,7 @@ def test_the_masks_are_those_of_a_stable_sort():
     """Of the weights as they stand before the update."""
     params = mlp()
     optimizer = jp.sparsify(optax.sgd(0.1), schedule=jp.one_shot_schedule(0.6, 3), prunable=kernels)
-    state, step = optimizer.init(params), trainer(optimizer)
+    state, step = start(optimizer, params), trainer(optimizer)
     for number in range(1, 4):
         before = jax.tree.map(np.asarray, params)
         params, state = step(params, state, batch(number))
@@ -123,7 +127,7 @@ def test_before_the_first_pruning_it_is_the_optimizer_alone():
     inner = optax.adamw(1e-2)
     wrapped = jp.sparsify(inner, schedule=jp.one_shot_schedule(0.5, 100), prunable=kernels)
     plain, own = mlp(), mlp()
-    plain_state, own_state = inner.init(plain), wrapped.init(own)
+    plain_state, own_state = inner.init(plain), start(wrapped, own)
     alone, together = trainer(inner), trainer(wrapped)
     for number in range(3):
         plain, plain_state = alone(plain, plain_state, batch(number))
@@ -139,7 +143,7 @@ def test_a_pruned_weight_counts_for_the_optimizer_as_if_it_were_not_there():
     optimizer = jp.sparsify(inner, schedule=jp.one_shot_schedule(0.9, 100), prunable=kernels, masks=masks)
     alone = trainer(inner, objective=lambda params, x: loss(jp.apply_masks(params, masks), x))
     plain, plain_state = jax.tree.map(jnp.copy, pruned), inner.init(pruned)
-    own, state = jax.tree.map(jnp.copy, pruned), optimizer.init(pruned)
+    own, state = jax.tree.map(jnp.copy, pruned), start(optimizer, pruned)
     for number in range(3):
         plain, plain_state = alone(plain, plain_state, batch(number))
         own, state = trainer(optimizer)(own, state, batch(number))
@@ -152,7 +156,7 @@ def test_masks_hold_from_the_first_update_on():
     dense = mlp()
     _, masks = jp.one_shot(dense, 0.5, prunable=kernels)
     optimizer = jp.sparsify(optax.sgd(0.1), schedule=jp.one_shot_schedule(0.9, 9), prunable=kernels, masks=masks)
-    params, state = trainer(optimizer)(dense, optimizer.init(dense), batch(0))  # donates the masks of the state
+    params, state = trainer(optimizer)(dense, start(optimizer, dense), batch(0))  # donates the masks of the state
     assert jp.sparsity_of(params, kernels) == jp.sparsity_of(masks) == jp.sparsity_of(state.masks)
 
 
@@ -179,17 +183,17 @@ def test_interrupted_and_resumed_equals_uninterrupted_and_compiled_equals_eager(
             now = step(*now, batch(number))
         return now
 
-    whole = train((mlp(), optimizer.init(mlp())), range(8))
-    half = train((mlp(), optimizer.init(mlp())), range(3))
+    whole = train((mlp(), start(optimizer, mlp())), range(8))
+    half = train((mlp(), start(optimizer, mlp())), range(3))
     stored = [np.asarray(leaf) for leaf in jax.tree.leaves(half)]  # as a checkpoint keeps them
-    fresh = jax.eval_shape(lambda: (mlp(), optimizer.init(mlp())))
+    fresh = jax.eval_shape(lambda: (mlp(), start(optimizer, mlp())))
     loaded = jax.tree.unflatten(jax.tree.structure(fresh), [jnp.asarray(array) for array in stored])
     same(train(loaded, range(3, 8)), whole)
     # Of 96 and 72 weights, or of 16 and 12 blocks of 6: 13 and 10
     counts = {"Unstructured": [86, 65], "Block": [78, 60], "NM": [72, 54]}[type(pattern).__name__]
     assert [zeros for zeros, _ in jp.sparsity_of(whole[1].masks).arrays.values()] == counts
 
-    eager = mlp(), optimizer.init(mlp())
+    eager = mlp(), start(optimizer, mlp())
     for number in range(8):
         eager = trainer(optimizer, compiled=False)(*eager, batch(number))
     same(eager[1].masks, whole[1].masks)
@@ -201,7 +205,7 @@ def test_n_of_m_is_reached_in_steps():
         optax.sgd(0.1), schedule=jp.linear_schedule(0.5, 4), prunable=kernels, pattern=jp.NM(n=2, m=4)
     )
     params = mlp()
-    state, step, kept = optimizer.init(params), trainer(optimizer), []
+    state, step, kept = start(optimizer, params), trainer(optimizer), []
     for number in range(4):
         params, state = step(params, state, batch(number))
         groups = state.masks["in"]["kernel"].reshape(2, 4, 12).sum(1)
@@ -215,7 +219,7 @@ def test_movement_sums_over_the_steps():
         optax.sgd(0.5), schedule=jp.one_shot_schedule(0.5, 2), prunable=kernels, criterion=jp.WeightMovement()
     )
     params = {"kernel": jnp.asarray([[1.0, 1.0], [-1.0, 2.0]])}
-    state = optimizer.init(params)
+    state = start(optimizer, params)
     for _ in range(2):
         updates, state = optimizer.update({"kernel": jnp.asarray([[1.0, -1.0], [1.0, 0.5]])}, state, params)
         params = optax.apply_updates(params, updates)
@@ -227,7 +231,7 @@ def test_movement_sums_over_the_steps():
 def test_half_precision_weights_become_exactly_zero():
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), mlp())
     optimizer = jp.sparsify(optax.sgd(0.1, 0.9), schedule=jp.one_shot_schedule(0.5, 1), prunable=kernels)
-    state = optimizer.init(params)
+    state = start(optimizer, params)
     updates, state = jax.jit(optimizer.update)(jax.tree.map(jnp.ones_like, params), state, params)
     moved = optax.apply_updates(params, updates)
     assert jp.sparsity_of(moved, kernels) == jp.sparsity_of(state.masks)
@@ -237,7 +241,7 @@ def test_half_precision_weights_become_exactly_zero():
 def test_factored_moments_are_left():
     inner = optax.adafactor(1e-2, min_dim_size_to_factor=4)
     optimizer = jp.sparsify(inner, schedule=jp.one_shot_schedule(0.5, 1), prunable=kernels)
-    params, state = trainer(optimizer)(mlp(), optimizer.init(mlp()), batch(0))
+    params, state = trainer(optimizer)(mlp(), start(optimizer, mlp()), batch(0))
     assert jp.sparsity_of(params, kernels) == jp.sparsity_of(state.masks)
     shapes = {leaf.shape for leaf in jax.tree.leaves(state.inner)}
     assert {(8,), (12,), (6,)} <= shapes and (8, 12) not in shapes  # rows and columns
@@ -246,7 +250,7 @@ def test_factored_moments_are_left():
 def test_it_prunes_a_model_of_this_package():
     model, params = tiny_model(layers=1)
     optimizer = jp.sparsify(optax.sgd(0.1), schedule=jp.cubic_schedule(0.95, 2), prunable=jp.linear_maps(model))
-    state = optimizer.init(params)
+    state = start(optimizer, params)
 
     @jax.jit
     def step(params: Any, state: Any) -> tuple[Any, Any]:  # of weight decay alone
@@ -264,7 +268,7 @@ def test_ranking_is_behind_a_condition():
     """A step on which nothing is pruned searches for no threshold: all loops of the program are inside the branch."""
     optimizer = jp.sparsify(optax.sgd(0.1), schedule=SCHEDULE, prunable=kernels)
     params = mlp()
-    program = jax.make_jaxpr(optimizer.update)(params, optimizer.init(params), params)
+    program = jax.make_jaxpr(optimizer.update)(params, start(optimizer, params), params)
 
     def loops(jaxpr: Any, inside: bool = False) -> list[bool]:
         found = [inside for equation in jaxpr.eqns if equation.primitive.name == "while"]
@@ -282,7 +286,7 @@ def test_wrong_uses_are_refused():
     optimizer = jp.sparsify(optax.sgd(0.1), schedule=SCHEDULE, prunable=kernels)
     params = mlp()
     with pytest.raises(ValueError, match=r"call update\(grads, state, params\)"):
-        optimizer.update(params, optimizer.init(params))
+        optimizer.update(params, start(optimizer, params))
     with pytest.raises(ValueError, match=r"2 of 4 weights stay, a sparsity of 0.5, got 0.9"):
         jp.sparsify(optax.sgd(0.1), schedule=SCHEDULE, prunable=kernels, pattern=jp.NM())
     with pytest.raises(ValueError, match="the inputs of every matrix must be a multiple of 5"):
@@ -292,7 +296,7 @@ def test_wrong_uses_are_refused():
 
 def test_the_state_is_a_pytree_of_arrays():
     optimizer = jp.sparsify(optax.adam(1e-2), schedule=SCHEDULE, prunable=kernels, criterion=jp.WeightMovement())
-    state = optimizer.init(mlp())
+    state = start(optimizer, mlp())
     assert isinstance(state, SparsifyState)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
     assert jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(state)) is not None
