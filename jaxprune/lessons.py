@@ -62,7 +62,7 @@ class Given(NamedTuple):
     """What else it reads."""
 
     inputs: Any  # of embeddings the batch, else the mask
-    counts: Mask  # the mask of its losses
+    counts: Any  # the mask of its losses: as the layer's, or `[b]`, in a text-to-text model `[b, t]`, of the logits
     lesson: Lesson | None
     key: Array | None
     heads: Mapping[str, Array] = {}  # by local name of the scores: which of the teacher's; a missing one is all
