@@ -87,8 +87,9 @@ def test_surviving_heads_are_those_of_the_record():
         surviving_heads({})
 
 
-def test_heads_that_do_not_fit_are_refused():
-    assert head_index("x", 3, 3, {}) is None
+def test_heads_are_matched_or_refused():
+    assert head_index("x", 3, 3, {}) is head_index("x", 3, 3, {"x": (0, 1, 2)}) is None
+    assert np.asarray(head_index("x", 2, 3, {"x": (0, 2)})).tolist() == [0, 2]
     assert np.asarray(head_index("x", 0, 3, {"x": ()})).tolist() == []
     with pytest.raises(ValueError, match=r"x: the student has 2 heads, the teacher 3. .*attention=0"):
         head_index("x", 2, 3, {})
