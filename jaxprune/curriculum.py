@@ -182,7 +182,7 @@ def head_index(name: str, ours: int, theirs: int, heads: Mapping[str, Sequence[i
     index = np.asarray(heads[name], np.int32).reshape(-1)
     if len(index) != ours or (ours and not 0 <= index.min() <= index.max() < theirs):
         raise ValueError(f"{name}: heads must name {ours} of the teacher's {theirs} heads, got {list(heads[name])}.")
-    return index
+    return None if np.array_equal(index, np.arange(theirs)) else index
 
 
 def initialise_projection(model: Model, teacher_model: Model, key: Array) -> Params:

@@ -164,4 +164,5 @@ def _update(
 ) -> tuple[Params, optax.OptState]:
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer count
         updates, moments = optimizer.update(grads, moments, params)
-    return optax.apply_updates(params, updates), moments
+    moved: Any = optax.apply_updates(params, updates)
+    return moved, moments

@@ -62,7 +62,7 @@ class Given(NamedTuple):
     """What else it reads."""
 
     inputs: Any  # of embeddings the batch, else the mask
-    counts: Mask  # the mask of its losses
+    counts: Any  # the mask of its losses: as the layer's, or `[b]`, in a text-to-text model `[b, t]`, of the logits
     lesson: Lesson | None
     key: Array | None
     heads: Mapping[str, Array] = {}  # by local name of the scores: which of the teacher's; a missing one is all
@@ -103,7 +103,7 @@ def run(
 ) -> Run:
     """Runs both models; see `jaxprune.distillation.joint_loss`."""
     params, projection = without_projection(student), student.get(PROJECTION, {})
-    chosen = check_heads(model.head(head), teacher_model.head(head))
+    chosen = _check_heads(model.head(head), teacher_model.head(head))
     teacher_inputs = answered(teacher_model, teacher, batch)
     inputs = model_inputs(model, params, {**teacher_inputs, **batch})  # of the teacher's the answers alone are new
     counts = _counted(inputs, batch.get("weight"))
@@ -165,7 +165,7 @@ def run(
     return Run(total, parts, tuple(steps))
 
 
-def check_heads(ours: TaskHead, theirs: TaskHead) -> TaskHead:
+def _check_heads(ours: TaskHead, theirs: TaskHead) -> TaskHead:
     """The student's task head.
 
     Raises:
@@ -173,7 +173,7 @@ def check_heads(ours: TaskHead, theirs: TaskHead) -> TaskHead:
     """
     if (ours.labels, ours.regression) != (theirs.labels, theirs.regression):
         what = [
-            f"{head.name!r} ({', '.join(head.labels)}{', a regression' * head.regression})" for head in (ours, theirs)
+            f"{head.name!r} ({', '.join(head.labels)}{', regression' * head.regression})" for head in (ours, theirs)
         ]
         raise ValueError(f"the student's task head is {what[0]}, the teacher's {what[1]}: labels and kind must agree.")
     return ours

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import random_gates, tiny_model
@@ -74,7 +75,7 @@ def test_layers_are_matched_stack_by_stack():
 def test_surviving_heads_are_those_of_the_record():
     model, params = tiny_model()
     gates = random_gates(model, params, seed=3)
-    gates["1.attention.heads"] = np.zeros(4, np.float32)
+    gates["1.attention.heads"] = jnp.zeros(4)
     record = jp.pruning_record({name: np.ones(len(gate), np.float32) for name, gate in gates.items()}, gates)
     found = surviving_heads(record)
     assert found == {n: tuple(np.flatnonzero(g)) for n, g in gates.items() if n.endswith("heads")}
@@ -86,9 +87,10 @@ def test_surviving_heads_are_those_of_the_record():
         surviving_heads({})
 
 
-def test_heads_that_do_not_fit_are_refused():
-    assert head_index("x", 3, 3, {}) is None
-    assert head_index("x", 0, 3, {"x": ()}).tolist() == []
+def test_heads_are_matched_or_refused():
+    assert head_index("x", 3, 3, {}) is head_index("x", 3, 3, {"x": (0, 1, 2)}) is None
+    assert np.asarray(head_index("x", 2, 3, {"x": (0, 2)})).tolist() == [0, 2]
+    assert np.asarray(head_index("x", 0, 3, {"x": ()})).tolist() == []
     with pytest.raises(ValueError, match=r"x: the student has 2 heads, the teacher 3. .*attention=0"):
         head_index("x", 2, 3, {})
     for wrong in ((0,), (0, 3), (-1, 0)):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from passes import logits_of
 from tiny import lively, random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
@@ -80,8 +81,9 @@ def test_parts_equal_those_of_whole_forward_passes(model_type: str):
     hidden = [mean((a - b) ** 2, real[:, :, None]) for a, b in zip(ours.hidden, theirs.hidden, strict=True)]
     pairs = real[:, None, :, None] & real[:, None, None, :]
     attention = [mean((a - b) ** 2, pairs) for a, b in zip(ours.scores, theirs.scores, strict=True)]
-    soft = -4.0 * (jax.nn.softmax(theirs.logits / 2) * jax.nn.log_softmax(ours.logits / 2)).sum(-1)
-    hard = -jax.nn.log_softmax(ours.logits)[np.arange(2), batch["labels"][:2]]
+    logits, wanted = (logits_of(model, own, batch) for own in (params, teacher))
+    soft = -4.0 * (jax.nn.softmax(wanted / 2) * jax.nn.log_softmax(logits / 2)).sum(-1)
+    hard = -jax.nn.log_softmax(logits)[np.arange(2), batch["labels"][:2]]
     expected = {
         "attention": sum(attention),
         "embeddings": hidden[0],
@@ -116,8 +118,9 @@ def test_parts_of_a_text_to_text_model_equal_those_of_whole_forward_passes():
     ]
     tokens = [read, read, own, own, own]
     hidden = [mean((a - b) ** 2, m[..., None]) for m, a, b in zip(tokens, ours.hidden, theirs.hidden, strict=True)]
-    soft = -(jax.nn.softmax(theirs.logits) * jax.nn.log_softmax(ours.logits)).sum(-1)
-    hard = -np.take_along_axis(np.asarray(jax.nn.log_softmax(ours.logits)), np.maximum(targets, 0)[..., None], -1)
+    logits, wanted = (logits_of(model, own, forced) for own in (params, teacher))
+    soft = -(jax.nn.softmax(wanted) * jax.nn.log_softmax(logits)).sum(-1)
+    hard = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.maximum(targets, 0)[..., None], -1)
     expected = {
         "attention": sum(attention),
         "embeddings": hidden[0] + hidden[2],
@@ -179,8 +182,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
     model, _, teacher = pair()
     batch = batch_of(model)
     (_, parts), grads = joint_loss_and_gradients(model, teacher, model, teacher, batch, Distillation(temperature=3.0))
-    logits = model.apply(teacher, batch).logits
-    assert logits is not None
+    logits = logits_of(model, teacher, batch)
     entropy = -9.0 * (jax.nn.softmax(logits / 3) * jax.nn.log_softmax(logits / 3)).sum(-1).mean()
     np.testing.assert_allclose(parts.pop("logits"), entropy, rtol=1e-5)
     assert {name: float(part) for name, part in parts.items()} == pytest.approx(dict.fromkeys(parts, 0.0), abs=1e-9)
@@ -245,11 +247,10 @@ def test_a_regression_learns_from_its_hard_labels():
     model, params, teacher = pair(layers=1, heads=(head,))
     batch = batch_of(model) | {"labels": np.array([0.5, 1.5, 2.5], np.float32)}
     _, parts = joint_loss(model, params, model, teacher, batch)
-    logits = model.apply(params, batch).logits
-    assert set(parts) == {"attention", "embeddings", "hidden", "labels"} and logits is not None
+    logits, wanted = (logits_of(model, own, batch) for own in (params, teacher))
+    assert set(parts) == {"attention", "embeddings", "hidden", "labels"}
     np.testing.assert_allclose(parts["labels"], jnp.square(logits[:, 0] - batch["labels"]).mean(), rtol=1e-5)
     soft = Distillation(attention=0.0, embeddings=0.0, hidden=0.0)
-    wanted = model.apply(teacher, batch).logits
     found, _ = joint_loss(model, params, model, teacher, batch, soft)
     np.testing.assert_allclose(found, jnp.square(logits - wanted).mean(), rtol=1e-5)
 
@@ -258,7 +259,7 @@ def test_logits_may_come_with_the_batch():
     model, params, teacher = pair()
     batch, settings = batch_of(model), Distillation(attention=0.0, embeddings=0.0, hidden=0.0)
     expected = joint_loss(model, params, model, teacher, batch, settings)[0]
-    known = batch | {"teacher_logits": np.asarray(model.apply(teacher, batch).logits)}
+    known = batch | {"teacher_logits": np.asarray(logits_of(model, teacher, batch))}
     other = lively(model, params, 2)
     np.testing.assert_allclose(joint_loss(model, params, model, other, known, settings)[0], expected, rtol=1e-6)
     with pytest.raises(ValueError, match=r"logits have the shape \(3, 3\), the teacher's \(3, 2\)"):
@@ -301,8 +302,8 @@ def test_steps_reduce_the_loss_with_the_same_bits_each_time():
 
 
 def test_an_optimizer_may_prune():
-    def update(grads: Any, state: Any, params: Any = None) -> Any:
-        return jax.tree.map(lambda g, p: jnp.where(jnp.abs(p) < 0.1, -p, -0.01 * g), grads, params), state
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return jax.tree.map(lambda g, p: jnp.where(jnp.abs(p) < 0.1, -p, -0.01 * g), updates, params), state
 
     optimizer = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
     model, params, teacher = pair(layers=1)
