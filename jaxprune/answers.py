@@ -37,7 +37,9 @@ def read_answers(stored: Any, where: str) -> tuple[Answer, ...]:
     Raises:
         ValueError: If it is something else.
     """
-    texts, starts = (stored.get(name) for name in ("text", "answer_start")) if isinstance(stored, Mapping) else (0, 0)
+    cell: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
+    texts: Any = cell.get("text")
+    starts: Any = cell.get("answer_start")
     fits = isinstance(texts, list | tuple) and isinstance(starts, list | tuple) and len(texts) == len(starts)
     if not fits or not all(isinstance(text, str) for text in texts) or not all(map(_is_place, starts)):
         shown = repr(stored)

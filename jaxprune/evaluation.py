@@ -172,7 +172,7 @@ def predict(
         inputs = {name: batch[name] for name in INPUTS if name in batch}
         if model.writes_text:
             return rank(model, params, inputs, candidates_in(batch), gates, means)
-        logits = model.apply(params, inputs, gates, head=head, means=means).logits
+        logits: Any = model.apply(params, inputs, gates, head=head, means=means).logits
         if not model.head(head).spans:
             return logits
         found = np.full((*np.shape(logits)[:2], longest), NOWHERE, np.float32)
@@ -180,11 +180,11 @@ def predict(
         return found
 
     logits = _in_order(encoded, batch_size, run, progress).astype(np.float32)
-    _refuse_broken(np.isfinite(logits).reshape(len(encoded), -1).all(1))
+    _refuse_broken(np.asarray(np.isfinite(logits)).reshape(len(encoded), -1).all(axis=1))
     return logits
 
 
-def _refuse_broken(finite: np.ndarray) -> None:
+def _refuse_broken(finite: Any) -> None:
     """Raises an error if some of the examples have no finite logits."""
     if broken := int((~finite).sum()):
         raise ValueError(f"the logits of {broken} of {len(finite)} examples are not finite: the model is broken.")

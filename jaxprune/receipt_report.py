@@ -40,7 +40,7 @@ def receipt_rows(receipt: Record) -> list[tuple[str, ...]]:
     found = receipt["prediction"]
     which = predicted_by(found)
     totals = {name: lost for name, lost in receipt["layers"].items()} | {"all": receipt["lost"]}
-    rows = [("layer", "lost")] if which is None else [("layer", PREDICTED[which], "lost")]
+    rows: list[tuple[str, ...]] = [("layer", "lost")] if which is None else [("layer", PREDICTED[which], "lost")]
     for name, lost in totals.items():
         own = found if name == "all" else found["layers"].get(name, {})
         rows.append((name, _amount(lost)) if which is None else (name, _amount(own.get(which)), _amount(lost)))

@@ -285,7 +285,9 @@ def read_sparse(parameters: list[Parameter], dtype: np.dtype | None, folder: Pat
         if not np.isfinite(values).all():
             wrong.append(source.name)
         where = np.stack(np.unravel_index(places, shape), axis=-1).astype(np.int32)
-        flat[path] = BCOO((values, where), shape=shape, indices_sorted=True, unique_indices=True)
+        flat[path] = BCOO(
+            (jax.device_put(values), jax.device_put(where)), shape=shape, indices_sorted=True, unique_indices=True
+        )
     refuse(f"the weights in {folder} cannot be used", NaN_or_infinite_or_too_large_for_the_type=wrong)
     return unflatten({path: flat[path] for path, *_ in parameters})
 

@@ -198,7 +198,8 @@ def make_packed(folder: Path) -> list[Path]:
             flat[path] = np.where(random.random(array.shape) < share, np.asarray(array), np.float32(0))
     found = [save(folder / values, model, unflatten(flat), packed=values) for values in ("exact", "int8")]
     for whole in found:
-        np.savez(whole / "whole.npz", **{path_name(p): np.asarray(a) for p, a in flatten(load(whole)[1]).items()})
+        arrays: dict[str, Any] = {path_name(p): np.asarray(a) for p, a in flatten(load(whole)[1]).items()}
+        np.savez(whole / "whole.npz", **arrays)
     return found
 
 

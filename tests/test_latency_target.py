@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxprune.gates import Gates
 from jaxprune.latency_target import meet
 
 
-def gates_of(units: int):
-    return {"0.ffn.neurons": (np.arange(100) < units).astype(np.float32)}
+def gates_of(units: int) -> Gates:
+    return {"0.ffn.neurons": jnp.asarray(np.arange(100) < units, jnp.float32)}
 
 
-def choose(budget: float):
+def choose(budget: float) -> Gates:
     """A table that takes a unit for a hundredth of the dense model's time."""
     return gates_of(int(100 * budget + 1e-9))
 

@@ -346,7 +346,8 @@ def test_sparse_parameters_are_the_dense_ones(tmp_path, packed):
     np.testing.assert_allclose(x @ kernel, x @ kernel.todense(), atol=1e-5)
     batch = tiny_batch(model)
     logits = jax.jit(lambda sparse: again.apply(densify(sparse), batch).logits)(sparse)
-    np.testing.assert_allclose(logits, model.apply(dense, batch).logits, atol=1e-5)
+    expected: Any = model.apply(dense, batch).logits
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
 def test_sparse_parameters_of_another_type(tmp_path):
@@ -416,7 +417,7 @@ def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
     names: dict[str, Any] = {}
     exec(code, names)
     batch = tiny_batch(model)
-    expected = model.apply(load("packed")[1], batch).logits
+    expected: Any = model.apply(load("packed")[1], batch).logits
     np.testing.assert_allclose(names["logits"](names["sparse"], batch), expected, atol=1e-5)
 
 

@@ -41,7 +41,7 @@ def test_rounds_by_hand():
     Then unit 1 is worth 8: (3 + 0 + 8) / 3 = 3.7 against (4 + 4 + 0) / 3 = 2.7 for unit 0, which goes next. Then all of
     them are worth nothing, the order stays, and the round after it would be the same.
     """
-    accounts = {
+    accounts: dict[tuple[int, ...], Receipt] = {
         (2, 3): receipt(0.5, [4, 0, 9, 1]),
         (1, 3): receipt(0.2, [0, 8, 9, 1]),
         (0, 3): receipt(0.3, [0, 0, 0, 0]),

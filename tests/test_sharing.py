@@ -36,7 +36,9 @@ def write_scores(file: Path, model: Path, task: str, seed: int, kinds: Sequence[
     """A score file as from `score`, without the work."""
     own, params = load(model)
     random = np.random.default_rng(seed)
-    values = {name: random.random(units).astype(np.float32) for name, units in widths(own.axes, params, kinds).items()}
+    values: Any = {
+        name: random.random(units).astype(np.float32) for name, units in widths(own.axes, params, kinds).items()
+    }
     header = {
         "format": 2, "criterion": {"name": "Random"}, "task": task, "split": "calibration", "head": task,
         "examples": 0, "largest": False, "keys": [[0, seed]], "model": model_digest(own, params), "data": [],
@@ -117,7 +119,7 @@ def test_tasks_may_be_of_other_kinds_of_units_and_replace_closed_ones_by_means(p
     model, params = load(place.model)
     file = write_scores(tmp_path / "a", place.model, "cut", 5, ("channels", "query_channels", "neurons"))
     scores = load_scores(file)
-    means = {"1.ffn.neurons": np.arange(32, dtype=np.float32)}
+    means: Any = {"1.ffn.neurons": np.arange(32, dtype=np.float32)}
     save_scores(tmp_path / "b", Scores(scores.values, dict(scores.header) | {"task": "mean"}, means))
     record = record_of("share", copied, "--scores", file, "--scores", tmp_path / "b", "--units", 0.5)
     gates = select(model, params, scores, units=0.5)

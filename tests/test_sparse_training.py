@@ -218,8 +218,8 @@ def test_movement_sums_over_the_steps():
     optimizer = jp.sparsify(
         optax.sgd(0.5), schedule=jp.one_shot_schedule(0.5, 2), prunable=kernels, criterion=jp.WeightMovement()
     )
-    params = {"kernel": jnp.asarray([[1.0, 1.0], [-1.0, 2.0]])}
-    state = start(optimizer, params)
+    params: Any = {"kernel": jnp.asarray([[1.0, 1.0], [-1.0, 2.0]])}
+    state: Any = start(optimizer, params)
     for _ in range(2):
         updates, state = optimizer.update({"kernel": jnp.asarray([[1.0, -1.0], [1.0, 0.5]])}, state, params)
         params = optax.apply_updates(params, updates)

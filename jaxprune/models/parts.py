@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax.core import Tracer
 
 from jaxprune.gates import Params, Path, flatten, path_name
 
@@ -30,7 +31,7 @@ def describe(make: Callable[[nnx.Rngs], nnx.Module]) -> Part:
 
 def initialise(make: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params:
     """Fresh arrays for a module, as a plain nested dict. Layers that share one `make` are traced once."""
-    return (_traced_once if isinstance(key, jax.core.Tracer) else _initialise)(make, key)
+    return (_traced_once if isinstance(key, Tracer) else _initialise)(make, key)
 
 
 def _initialise(make: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Params:
