@@ -169,8 +169,11 @@ def _check_heads(ours: TaskHead, theirs: TaskHead) -> TaskHead:
     """The student's task head.
 
     Raises:
-        ValueError: If the teacher's answers another question.
+        ValueError: If the teacher's answers another question, or they are for spans.
     """
+    if ours.spans or theirs.spans:
+        name = (ours if ours.spans else theirs).name
+        raise ValueError(f"task head {name!r} is for spans, and losses are of labels: distil with another task head.")
     if (ours.labels, ours.regression) != (theirs.labels, theirs.regression):
         what = [
             f"{head.name!r} ({', '.join(head.labels)}{', regression' * head.regression})" for head in (ours, theirs)

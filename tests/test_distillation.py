@@ -312,6 +312,18 @@ def test_an_optimizer_may_prune():
         assert ((np.asarray(own) == 0) >= (np.abs(flatten(params)[path]) < 0.1)).all()
 
 
+def test_spans_are_refused():
+    model, params = tiny_model(layers=1)
+    spans = model.with_heads((TaskHead(name="find", labels=("start", "end"), pooling="none"),))
+    with pytest.raises(ValueError, match="'find' is for spans, and losses are of labels"):
+        joint_loss(spans, params, spans, params, tiny_batch(model))
+
+
+def test_a_projection_is_not_pruned():
+    model, _ = tiny_model(layers=1)
+    assert jp.linear_maps(model)(("projection", "embeddings"), np.zeros((4, 4))) == 0
+
+
 def test_what_does_not_match_is_refused():
     model, params, teacher = pair(layers=1)
     batch = batch_of(model)
