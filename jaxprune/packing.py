@@ -188,8 +188,12 @@ def pack_tensors(
         columns: Which tensors get int8 values, and how many columns they have.
 
     Raises:
+        TypeError: If an array has another type than float32, float16 or bfloat16.
         ValueError: Naming every tensor with a value that is NaN, infinite or too large for its type.
     """
+    other = {name: str(array.dtype) for name, array in tensors.items() if array.dtype not in FLOATS.values()}
+    if other:
+        raise TypeError(f"only float32, float16 and bfloat16 can be saved, got {other}.")
     stored: dict[str, Any] = {}
     described: dict[str, Description] = {}
     bad = []

@@ -700,8 +700,9 @@ def test_save_refuses_parameters_of_another_model(tmp_path):
         ValueError, match=r"unknown: layers.2.*missing: heads.task.*wrong shape: embeddings.norm.bias is"
     ):
         save(tmp_path / "out", model, wrong)
-    with pytest.raises(TypeError, match=r"only float32, float16 and bfloat16 can be saved, got .*int32"):
-        save(tmp_path / "out", model, cast(params, jnp.int32))
+    for packed in (None, "exact", "int8"):
+        with pytest.raises(TypeError, match=r"only float32, float16 and bfloat16 can be saved, got .*int32"):
+            save(tmp_path / "out", model, cast(params, jnp.int32), packed=packed)
     params["embeddings"]["norm"]["bias"] = params["embeddings"]["norm"]["bias"].at[2].set(jnp.nan)
     with pytest.raises(
         ValueError, match=r"cannot save NaN, infinity or values too large for the type: embeddings.norm.bias"
