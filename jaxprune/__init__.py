@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from jaxprune.sparsity import Sparsity, apply_masks, masks_of, one_shot, sparsity_of
     from jaxprune.split_half import Stability, stability
     from jaxprune.tasks import Task, load_task
+    from jaxprune.teaching import Exam, Taught, Teaching, Thinning, distil
     from jaxprune.training import finetune
 
 __version__ = "0.1.0"
@@ -72,6 +73,7 @@ _SOURCES = {
     "Check": "checks",
     "Checking": "checks",
     "Distillation": "curriculum",
+    "Exam": "teaching",
     "Fisher": "baselines",
     "Gradient": "baselines",
     "GradientActivation": "attribution",
@@ -96,7 +98,10 @@ _SOURCES = {
     "Stability": "split_half",
     "Task": "tasks",
     "TaskGates": "shared",
+    "Taught": "teaching",
     "Taylor": "baselines",
+    "Teaching": "teaching",
+    "Thinning": "teaching",
     "TopLayers": "baselines",
     "Unstructured": "patterns",
     "Wanda": "baselines",
@@ -112,6 +117,7 @@ _SOURCES = {
     "compact": "compaction",
     "cubic_schedule": "schedules",
     "densify": "packing",
+    "distil": "teaching",
     "distil_step": "distillation",
     "evaluate": "evaluation",
     "finetune": "training",
@@ -167,6 +173,7 @@ __all__ = [
     "Check",
     "Checking",
     "Distillation",
+    "Exam",
     "Fisher",
     "Gradient",
     "GradientActivation",
@@ -190,7 +197,10 @@ __all__ = [
     "Stability",
     "Task",
     "TaskGates",
+    "Taught",
     "Taylor",
+    "Teaching",
+    "Thinning",
     "TopLayers",
     "Unstructured",
     "Wanda",
@@ -207,6 +217,7 @@ __all__ = [
     "compact",
     "cubic_schedule",
     "densify",
+    "distil",
     "distil_step",
     "evaluate",
     "finetune",

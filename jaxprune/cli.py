@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from jaxprune import __version__, looking, terminal
+from jaxprune import __version__, learning, looking, terminal
 from jaxprune.options import (
     BatchOptions,
     BudgetOptions,
@@ -24,17 +24,14 @@ from jaxprune.options import (
     RowOptions,
     ScoringOptions,
     SelectionOptions,
-    Tasks,
     choice,
     find,
     given,
     kept,
     measured,
-    numbers,
     option,
     rows,
     scoring,
-    training,
 )
 
 EPILOG = (
@@ -246,7 +243,10 @@ def plan(
     terminal.show(record, *forecast.plan_tables(record), *forecast.plan_notes(record), as_json=as_json)
 
 
-for command in (looking.sweep, looking.inspect, looking.compare, looking.check, looking.evaluate):
+for command in (
+    *(looking.sweep, looking.inspect, looking.compare, looking.check, looking.evaluate),
+    *(learning.finetune, learning.sparsify, learning.distill),
+):
     app.command()(command)
 
 
@@ -276,72 +276,6 @@ def pack(
         record = storage.pack_model(model, output, **how)
     lines = (report.storage_note(record), f"Model: {output}")
     terminal.show(record, report.storage_table(record), *lines, as_json=as_json)
-
-
-@app.command()
-@terminal.grouped
-def finetune(
-    encoder: ModelName,
-    task: Tasks,
-    output: Folder,
-    rows: RowOptions,
-    batches: BatchOptions,
-    epochs: Annotated[int, training("Passes over the rows.")] = 3,
-    learning_rate: Annotated[float, training("At its peak.")] = 5e-5,
-    optimizer: Annotated[
-        str, training("Adafactor's rate is relative to each parameter.", metavar="adamw|adafactor")
-    ] = "adamw",
-    rows_of: Annotated[
-        list[str] | None, training("Rows of a task in an epoch; all by default.", "--rows", metavar="sst2=20000")
-    ] = None,
-    pooling: Annotated[str, training("Of the new task heads.", metavar="first|mean")] = "mean",
-    dense: Annotated[
-        str | None, training("A layer before their output, by its activation.", metavar="tanh|relu")
-    ] = None,
-    seed: Annotated[int, training("Of the new heads, the order of the rows and dropout.")] = 0,
-    dev_limit: Annotated[int, training("The most dev rows of a task to test on after an epoch.")] = 1000,
-    keep_heads: Annotated[
-        bool, training("Keep other task heads; the encoder changes under them.", "--keep-heads")
-    ] = False,
-    half: Annotated[bool, training("Write the weights in half precision.", "--half")] = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Fine-tunes one model on several tasks at once: an encoder with a task head each, or T5 with their prompts.
-
-    Example: [cyan]jaxprune finetune ENCODER --task sst2 --task mrpc --data data -o multi[/cyan]
-
-    Rows that any of the tasks holds out are dropped from the training rows of all. The run is kept in OUTPUT.state.
-    Own files in SQuAD's format (question, context, answers) train a head that marks the answer in the context.
-    """
-    with terminal.working() as bars:
-        from jaxprune import report, workflow
-        from jaxprune.training import Recipe
-
-        recipe = Recipe(
-            epochs=epochs,
-            learning_rate=learning_rate,
-            optimizer=optimizer,
-            rows=numbers("--rows", rows_of) or None,
-            pooling=pooling,
-            dense=dense,
-            seed=seed,
-            **asdict(batches),
-        )
-        record = workflow.finetune_model(
-            encoder,
-            [rows.of(name) for name in task],
-            output,
-            recipe,
-            dev_limit=dev_limit,
-            keep_heads=keep_heads,
-            dtype="float16" if half else None,
-            overwrite=overwrite,
-            watch=bars,
-        )
-    best = record["best_epoch"]
-    table = report.evaluation_table(record["epochs"][best - 1], f"epoch {best}, the best on dev")
-    terminal.show(record, table, f"Model: {output}", as_json=as_json)
 
 
 @app.command()

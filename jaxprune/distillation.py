@@ -24,7 +24,7 @@ from jaxprune.gates import Params, Path, flatten, unflatten
 from jaxprune.lessons import run
 from jaxprune.models import Model
 from jaxprune.models.backward import gradients_at
-from jaxprune.training import TrainingState, share_gradients
+from jaxprune.training_run import TrainingState, share_gradients
 
 Parts: TypeAlias = dict[str, Float[Array, ""]]  # name of a weight of `Distillation` -> that loss, before its weight
 

@@ -80,6 +80,17 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
         "reconstruct": "fitting:Reconstruction",
     },
     "normalise": {"l2": "selection:per_layer_l2"},
+    "layers": {"one-to-one": "curriculum:one_to_one", "uniform": "curriculum:uniform", "last": "curriculum:last"},
+    "schedule": {
+        "cubic": "schedules:cubic_schedule",
+        "linear": "schedules:linear_schedule",
+        "one-shot": "schedules:one_shot_schedule",
+    },
+    "weights": {
+        "magnitude": "saliency:WeightMagnitude",
+        "movement": "saliency:WeightMovement",
+        "fisher": "saliency:WeightFisher",
+    },
 }
 BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}

@@ -20,7 +20,8 @@ from jaxtyping import Array, Int
 from jaxprune.checkpoint import model_digest
 from jaxprune.gates import Params
 from jaxprune.models import Model
-from jaxprune.training import Step, TrainingState, read_state, run_steps, text_step, write_state
+from jaxprune.training import start_training, text_step
+from jaxprune.training_run import Step, TrainingState, read_state, run_steps, write_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,7 @@ def pretrain(
         "tokens": len(stream),
     }
     fresh = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)  # ours alone: steps donate it
-    now = TrainingState.start(fresh, "adafactor")
+    now = start_training(fresh, "adafactor")
     file = None if state is None else Path(state)
     if file is not None and file.exists():
         now, _ = read_state(file, now, run)

@@ -7,7 +7,6 @@ are functions of the seed and the step alone, so a run that was interrupted goes
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,19 +19,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as to_safetensors
 
 from jaxprune.batches import Batches, Encoded, encode, training_batches, within_reach
 from jaxprune.checkpoint import model_digest
 from jaxprune.evaluation import Evaluation, evaluate
-from jaxprune.files import write_atomic
-from jaxprune.gates import Params, flatten, path_name, unflatten
+from jaxprune.gates import Params
 from jaxprune.likelihood import IGNORED, candidates_in, candidates_of, teacher_forced
 from jaxprune.models import Model, TaskHead
 from jaxprune.models.backward import forward
 from jaxprune.prompts import prompt_of
 from jaxprune.tasks import Task, remove_leaks
+from jaxprune.training_run import (
+    Step,
+    TrainingState,
+    decayed,
+    read_state,
+    run_steps,
+    share_gradients,
+    write_state,
+)
 
 OPTIMIZERS: Mapping[str, Callable[[], optax.GradientTransformation]] = {
     "adamw": lambda: optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-6),
@@ -72,15 +77,6 @@ class Recipe:
             raise ValueError("learning_rate and clip must be positive, warmup in [0, 1], weight_decay at least 0.")
 
 
-class Step(NamedTuple):
-    """Where a run is."""
-
-    step: int  # steps done
-    steps: int  # of all epochs
-    epoch: int  # counts from 1
-    loss: float  # mean since the last report
-
-
 class Finetuned(NamedTuple):
     """What `finetune` returns."""
 
@@ -90,26 +86,6 @@ class Finetuned(NamedTuple):
     best: int  # that epoch, counts from 1
     leaks: dict[tuple[str, str], int]  # (task, other): rows of task dropped because they are held out in other
     cut_off: dict[str, int]  # by task for spans: train rows left out because their answer is cut off
-
-
-class TrainingState(NamedTuple):
-    """All that a run needs to go on."""
-
-    params: Params
-    moments: dict[str, optax.OptState]  # of "encoder" (a text-to-text model as a whole) and of every head
-    best: Params
-    done: int  # steps; in here so that an interruption finds the number and the arrays of the same step
-
-    @classmethod
-    def start(cls, params: Params, optimizer: str, heads: Sequence[str] = ()) -> TrainingState:
-        """The state before the first step."""
-        moments = {name: _optimizer(optimizer).init(_part(params, name)) for name in ("encoder", *heads)}
-        return cls(params, moments, {}, 0)
-
-    @property
-    def donated(self) -> bool:
-        """Whether an interruption fell into an update, which uses up the state before it."""
-        return any(array.is_deleted() for array in jax.tree.leaves((self.params, self.moments)))
 
 
 def finetune(
@@ -193,13 +169,13 @@ def finetune(
         }
         fresh = encoder | {"heads": old | drawn}
     fresh = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), fresh)  # ours alone: steps donate it
-    now = TrainingState.start(fresh, recipe.optimizer, [head.name for head in heads])
+    now = start_training(fresh, recipe.optimizer, [head.name for head in heads])
     file = None if state is None else Path(state)
     history: list[Any] = []
     if file is not None and file.exists():
         now, history = read_state(file, now, run)
-    while now.done < steps:
-        epoch = now.done // per_epoch
+    while len(history) < recipe.epochs:
+        epoch = len(history)
         batches, order = plan(epoch)
 
         def step(now: TrainingState, batches: Any = batches, order: Any = order) -> tuple[TrainingState, Array]:
@@ -229,51 +205,10 @@ def _head_for(task: Task, recipe: Recipe) -> TaskHead:
     return TaskHead(name=task.name, labels=task.labels, regression=task.regression, pooling=pooling, dense=recipe.dense)
 
 
-def run_steps(
-    step: Callable[[TrainingState], tuple[TrainingState, Array]],
-    now: TrainingState,
-    end: int,
-    steps: int,
-    epoch: int,
-    save: Callable[[TrainingState], None] | None,
-    save_every: int,
-    progress: Callable[[Step], None] | None,
-) -> TrainingState:
-    """Trains until `end` of `steps` are done, and saves on the way, but not at the end.
-
-    Args:
-        step: One step: the state after it, and its loss. It may use up the state before it.
-        now: Where the run is.
-        end: Steps done when this returns.
-        steps: Of the whole run.
-        epoch: For the progress.
-        save: Writes a state; None: nothing is written.
-        save_every: Steps between two writings.
-        progress: Called every ten steps.
-
-    Raises:
-        ValueError: If the loss is not finite.
-        KeyboardInterrupt: After the state was written; one that fell into an update finds it in the file.
-    """
-    losses: list[Array] = []
-    try:
-        while now.done < end:
-            now, loss = step(now)
-            losses.append(loss)
-            if now.done % 10 == 0:
-                mean = float(np.mean([float(loss) for loss in losses]))
-                losses.clear()
-                if not np.isfinite(mean):
-                    raise ValueError(f"the loss is {mean} at step {now.done}: lower the learning rate.")
-                if progress is not None:
-                    progress(Step(now.done, steps, epoch, mean))
-            if save is not None and now.done % save_every == 0 and now.done < end:
-                save(now)
-    except KeyboardInterrupt:
-        if save is not None and not now.donated:
-            save(now)
-        raise
-    return now
+def start_training(params: Params, optimizer: str, heads: Sequence[str] = ()) -> TrainingState:
+    """The state before the first step."""
+    moments = {name: _optimizer(optimizer).init(_part(params, name)) for name in ("encoder", *heads)}
+    return TrainingState(params, moments, {}, 0)
 
 
 def _plan(
@@ -379,15 +314,6 @@ def _moved(
     return now._replace(params=params, moments=now.moments | dict(zip(parts, moments, strict=True)), done=now.done + 1)
 
 
-def share_gradients(model: Model, grads: Params) -> Params:
-    """Gives parameters that are one in the original model the sum of their gradients, so that they stay equal."""
-    flat = flatten(grads)
-    for places in model.tied_places:
-        total = sum((flat[path] for path in places[1:]), flat[places[0]])
-        flat |= dict.fromkeys(places, total)
-    return unflatten(flat) if model.tied_places else grads
-
-
 @partial(jax.jit, static_argnums=0)
 def _loss(
     regression: bool, logits: Float[Array, "b l"], labels: Array, weight: Float[Array, " b"]
@@ -439,7 +365,9 @@ def _update(
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer count
             updates, own_moments = optimizer.update(own_grads, own_moments, own)
         updated.append(
-            jax.tree.map(lambda p, u: p - rate * (u + (weight_decay * p if p.ndim > 1 else 0.0)), own, updates)
+            jax.tree.map(
+                lambda p, u, decays: p - rate * (u + (weight_decay * p if decays else 0.0)), own, updates, decayed(own)
+            )
         )
         moved.append(own_moments)
     return tuple(updated), tuple(moved)
@@ -453,44 +381,3 @@ def _best(history: Sequence[Sequence[Mapping[str, Any]]]) -> int:
 
 def _evaluation(fields: Mapping[str, Any]) -> Evaluation:
     return Evaluation(**{name: value for name, value in fields.items() if name in Evaluation.__dataclass_fields__})
-
-
-def _arrays(now: TrainingState) -> dict[str, Any]:
-    found = {f"params.{path_name(path)}": a for path, a in flatten(now.params).items()}
-    found |= {f"best.{path_name(path)}": a for path, a in flatten(now.best).items()}
-    return found | {f"moments.{i}": a for i, a in enumerate(jax.tree.leaves(now.moments))}
-
-
-def write_state(file: Path, now: TrainingState, run: Mapping[str, Any], history: list[Any]) -> None:
-    """Writes a run in progress, atomically."""
-    header = {"jaxprune_training": json.dumps({"run": run, "done": now.done, "history": history}, sort_keys=True)}
-    arrays = {name: np.asarray(array) for name, array in _arrays(now).items()}
-    write_atomic(file, to_safetensors(arrays, header))
-
-
-def read_state(file: Path, now: TrainingState, run: Mapping[str, Any]) -> tuple[TrainingState, list[Any]]:
-    """Reads a run in progress: its state, in the structure of `now`, and the evaluations so far.
-
-    Raises:
-        ValueError: If the file is damaged, something else, or the state of another run.
-    """
-    try:
-        with safe_open(file, framework="numpy") as stored:
-            header = json.loads((stored.metadata() or {})["jaxprune_training"])
-            if header.get("run") != json.loads(json.dumps(run)):
-                known = header.get("run", {})
-                other = [part for part in run if known.get(part) != json.loads(json.dumps(run[part]))]
-                raise ValueError(
-                    f"{file} is the state of another run ({', '.join(other)} differ): remove it to start anew."
-                )
-            arrays = {name: jnp.array(stored.get_tensor(name)) for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, AttributeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is no state of a run ({error!r}): remove it to start anew.") from error
-
-    def take(prefix: str) -> Params:
-        named = {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
-        return unflatten({tuple(int(s) if s.isdigit() else s for s in name.split(".")): a for name, a in named.items()})
-
-    leaves, structure = jax.tree.flatten(now.moments)
-    moments = jax.tree.unflatten(structure, [arrays[f"moments.{i}"] for i in range(len(leaves))])
-    return TrainingState(take("params."), moments, take("best."), header["done"]), header["history"]

@@ -33,7 +33,8 @@ from jaxprune.selection import AMOUNTS, SHARES, Normalise, select
 from jaxprune.splits import digest
 from jaxprune.tasks import Task, draw, load_task, remove_leaks, seed_words
 from jaxprune.tensors import FLOATS
-from jaxprune.training import Recipe, Step, finetune
+from jaxprune.training import Recipe, finetune
+from jaxprune.training_run import Step
 from jaxprune.weights import open_tensors
 
 RATIOS = ("units", "prunable_parameters", "parameters", "memory", "flops", "file_bytes")  # what remains after by before
@@ -157,7 +158,7 @@ class Measuring:
     repeats: int = 20
 
 
-def _load(data: Data, watch: Watch) -> Task:
+def load_rows(data: Data, watch: Watch) -> Task:
     """Reads the rows of a task, and says which answers could not be used."""
     task = data.load()
     for reason in (MISPLACED, MISSING):
@@ -172,7 +173,7 @@ def score_model(
     """Scores a model for a task and writes the score file; an interrupted run goes on where it was."""
     check_file(output, overwrite)
     model, params = load(source)
-    scores = _score(model, params, _load(data, watch), scoring, output, watch)
+    scores = _score(model, params, load_rows(data, watch), scoring, output, watch)
     save_scores(output, scores)
     header = {name: value for name, value in scores.header.items() if name != "rows"}
     return {
@@ -199,7 +200,7 @@ def evaluate_model(
     model, params = load(source)
     if generated and not model.writes_text:
         raise ValueError(f"{source} has task heads and writes no text: leave --generate out.")
-    loaded = [_load(data, watch) for data in tasks]
+    loaded = [load_rows(data, watch) for data in tasks]
     for task in loaded:  # all of them before the first is measured
         task.rows(split)
         fitting_head(model, task, measuring.head)
@@ -229,7 +230,7 @@ def finetune_model(
     check_folder(output, overwrite)
     state = output.with_name(f"{output.name}.state")
     model, params = load(source)
-    cleaned, leaks = remove_leaks([_load(data, watch) for data in tasks])
+    cleaned, leaks = remove_leaks([load_rows(data, watch) for data in tasks])
     for (task, other), count in leaks.items():
         watch.say(f"{task}: {count:,} rows dropped, held out in {other}")
     bar = watch.open("fine-tuning")

@@ -26,7 +26,7 @@ from jaxprune.curriculum import (
 from jaxprune.distillation import distil_step, joint_loss, joint_loss_and_gradients, start_student
 from jaxprune.gates import Params, flatten
 from jaxprune.models import Model, TaskHead
-from jaxprune.training import share_gradients
+from jaxprune.training_run import share_gradients
 
 ALL = Distillation(attention=0.5, embeddings=2.0, hidden=3.0, logits=0.7, labels=1.3, temperature=2.0)
 

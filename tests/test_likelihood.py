@@ -40,7 +40,8 @@ from jaxprune.pretraining import Corruption, Pretraining, corrupt, pretrain
 from jaxprune.prompts import Prompt
 from jaxprune.scoring import score
 from jaxprune.tasks import Example, Task
-from jaxprune.training import Recipe, Step, finetune
+from jaxprune.training import Recipe, finetune
+from jaxprune.training_run import Step
 
 ANSWERS = Path(__file__).parent / "data" / "answers"
 PROMPT = Prompt(template="mood : {text} ?", words=("bad", "very good"))

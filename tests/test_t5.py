@@ -25,7 +25,7 @@ from jaxprune.models.t5 import bucket_of
 from jaxprune.objectives import log_probability, signed
 from jaxprune.scoring import score_batches
 from jaxprune.selection import select
-from jaxprune.training import share_gradients
+from jaxprune.training_run import share_gradients
 
 
 def logits(model: Model, params: Params, batch: Any, gates: Gates | None = None) -> np.ndarray:

@@ -23,7 +23,8 @@ from jaxprune.checkpoint import digest
 from jaxprune.gates import Params
 from jaxprune.models import Model
 from jaxprune.tasks import Example, Task
-from jaxprune.training import Finetuned, Recipe, Step, _plan, _rate, _update, finetune
+from jaxprune.training import Finetuned, Recipe, _plan, _rate, _update, finetune
+from jaxprune.training_run import Step
 
 DATA = Path(__file__).parent / "data"
 RECIPE = Recipe(epochs=2, batch_size=16, learning_rate=5e-3, warmup=0.1)
@@ -171,11 +172,16 @@ def test_an_update_is_one_of_adamw():
     random = np.random.default_rng(0)
     shapes = {"kernel": (3, 4), "bias": (4,)}
     params, grads = ({n: jnp.asarray(random.standard_normal(s), jnp.float32) for n, s in shapes.items()} for _ in "ab")
-    head, head_grads = {"out": jnp.ones((2, 2))}, {"out": jnp.full((2, 2), 0.3)}
+    # biases may have two axes, as those of attention: they are not decayed
+    head = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones((2, 3))}
+    head_grads = {"kernel": jnp.full((2, 2), 0.3), "bias": jnp.full((2, 3), -0.2)}
     reference = optax.chain(
         optax.clip_by_global_norm(recipe.clip),
         optax.adamw(
-            1e-2, eps=1e-6, weight_decay=recipe.weight_decay, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
+            1e-2,
+            eps=1e-6,
+            weight_decay=recipe.weight_decay,
+            mask=tuple({"kernel": True, "bias": False} for _ in "ab"),
         ),
     )
     both, state = (params, head), reference.init((params, head))

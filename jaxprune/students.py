@@ -1,0 +1,183 @@
+"""Trains a student and writes its folder: the steps behind `sparsify` and `distill`."""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxprune.checkpoint import PRUNING, load, model_digest, read_pruning, save
+from jaxprune.cost import file_size, parameters
+from jaxprune.curriculum import Distillation, surviving_heads
+from jaxprune.evaluation import fitting_head
+from jaxprune.gates import Params, widths
+from jaxprune.matrices import linear_maps
+from jaxprune.models import Model
+from jaxprune.scores import describe
+from jaxprune.sparsity import sparsity_of
+from jaxprune.student_report import exam_line
+from jaxprune.tasks import remove_leaks
+from jaxprune.teaching import Exam, Teaching, Thinning, distil
+from jaxprune.training_run import Step
+from jaxprune.workflow import Data, Measuring, Watch, check_folder, load_rows, measure
+
+DISTILLATION = "distillation.json"  # in the folder of a student: how it was taught, and how well it did
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schooling:
+    """How a student is taught, beside the recipe; see `distil`."""
+
+    settings: Callable[[bool], Distillation]  # of whether the task is a regression
+    thinning: Thinning | None = None
+    keep_zeros: bool = False
+    head: str | None = None
+    evaluate_every: int | None = None
+    dev_limit: int | None = 1000
+    save_every: int = 200
+
+
+def teach_model(
+    source: str,
+    teacher: str,
+    data: Data,
+    output: Path,
+    recipe: Teaching,
+    how: Schooling,
+    *,
+    measuring: Measuring,
+    dtype: str | None = None,
+    packed: Literal["exact", "int8"] | None = None,
+    overwrite: bool = False,
+    watch: Watch,
+) -> dict[str, Any]:
+    """Teaches a student, and writes its folder; an interrupted run goes on where it was.
+
+    The run is kept in `OUTPUT.state` until the folder is written. Teacher and student are tested in the end, if
+    `measuring` says so and the task has test rows.
+    """
+    check_folder(output, overwrite)
+    state = output.with_name(f"{output.name}.state")
+    model, student = load(source)
+    teacher_model, theirs = load(teacher)
+    task = load_rows(data, watch)
+    name = fitting_head(teacher_model, task, how.head)
+    bar = watch.open("teaching")
+
+    def progress(step: Step) -> None:
+        sparse = "" if how.thinning is None else f", {100 * _sparsity(how.thinning, step):.1f} % zero"
+        bar(step.step, step.steps, f"epoch {step.epoch}, loss {step.loss:.4f}{sparse}")
+
+    def report(exam: Exam) -> None:
+        watch.say(exam_line(exam._asdict() | {"evaluation": exam.evaluation.to_json()}))
+
+    settings = how.settings(task.regression)
+    done = distil(
+        model,
+        student,
+        teacher_model,
+        theirs,
+        task,
+        settings=settings,
+        recipe=recipe,
+        thinning=how.thinning,
+        keep_zeros=how.keep_zeros,
+        head=name,
+        heads=_heads(model, student, teacher_model, theirs),
+        state=state,
+        save_every=how.save_every,
+        evaluate_every=how.evaluate_every,
+        dev_limit=how.dev_limit,
+        progress=progress,
+        report=report,
+    )
+    if done.fresh_head:
+        watch.say(f"the student had no task head for {task.name}: it got a fresh one in the teacher's form")
+    if done.leaks:
+        watch.say(f"{task.name}: {done.leaks:,} train rows dropped, held out")
+    tested: dict[str, Any] = {"teacher": {}, "student": {}}
+    (clean,), _ = remove_leaks([task])
+    pairs = {"teacher": (teacher_model, theirs), "student": (done.model, done.params)}
+    for who, pair in pairs.items():
+        limits = {"dev": how.dev_limit, "test": measuring.limit}
+        for split in ("dev", "test") if measuring.evaluate and clean.rows("test") else ("dev",):
+            if who == "student" and split == "dev":
+                found = done.exams[done.best].evaluation
+            else:
+                bar = watch.open(f"testing the {who} on {split}")
+                own = Measuring(
+                    head=name, limit=limits[split], batch_size=measuring.batch_size, max_length=recipe.max_length
+                )
+                found = measure(*pair, clean, own, bar, split)
+            tested[who][split] = found.to_json()
+    record = {
+        "command": "distill" if how.thinning is None else "sparsify",
+        "source": source,
+        "teacher": teacher,
+        "output": str(output),
+        "task": task.name,
+        "head": name,
+        "recipe": asdict(recipe),
+        "settings": describe(settings),
+        "thinning": None if how.thinning is None else how.thinning.described(done.steps),
+        "keep_zeros": how.keep_zeros,
+        "steps": done.steps,
+        "exams": [exam._asdict() | {"evaluation": exam.evaluation.to_json()} for exam in done.exams],
+        "best": done.best,
+        "leaks": done.leaks,
+        "fresh_head": done.fresh_head,
+        "rows": task.sizes,
+        "digests": {split: task.digest(split) for split in task.splits},
+        "results": tested,
+        "weights": {"teacher": count_weights(teacher_model, theirs), "student": count_weights(done.model, done.params)},
+        "models": {
+            "student": model_digest(model, student),
+            "teacher": model_digest(teacher_model, theirs),
+            "result": model_digest(done.model, done.params),
+        },
+    }
+    extra = {DISTILLATION: (json.dumps(record, indent=1) + "\n").encode()}
+    pruning = _pruning(model)
+    own = {"pruning": pruning, "overwrite": overwrite, "dtype": dtype, "extra": extra, "packed": packed}
+    save(output, done.model, done.params, **own)
+    state.unlink(missing_ok=True)
+    return record | {"file_bytes": file_size(output)}
+
+
+def count_weights(model: Model, params: Params) -> dict[str, int]:
+    """How many weights there are, and how many are not zero: in the linear maps of the layers, and in the model."""
+    maps = sparsity_of(params, linear_maps(model))
+    every = sparsity_of(params)
+    return {
+        "linear_maps": maps.size,
+        "linear_maps_not_zero": maps.size - maps.zeros,
+        "parameters": parameters(params),
+        "parameters_not_zero": every.size - every.zeros,
+    }
+
+
+def _sparsity(thinning: Thinning, step: Step) -> float:
+    """The sparsity that the schedule asks for after a step."""
+    schedule = thinning.schedule(step.steps)
+    done = bisect.bisect_right(schedule.steps, step.step)
+    return schedule.sparsities[done - 1] if done else 0.0
+
+
+def _pruning(model: Model) -> dict[str, Any] | None:
+    """The record of the pruning that a student comes from, if there is one; `save` adds digest and widths anew."""
+    if model.source is None or not (Path(model.source) / PRUNING).is_file():
+        return None
+    return {name: value for name, value in read_pruning(model.source).items() if name != "pruned"}
+
+
+def _heads(model: Model, student: Params, teacher_model: Model, teacher: Params) -> Mapping[str, tuple[int, ...]]:
+    """Which of the teacher's heads a pruned student has, where it has fewer, by its record."""
+    record = _pruning(model)
+    if record is None or "sites" not in record:
+        return {}
+    ours, theirs = (widths(own.axes, p, ("heads",)) for own, p in ((model, student), (teacher_model, teacher)))
+    kept = surviving_heads(record)
+    return {site: which for site, which in kept.items() if site in theirs and ours[site] != theirs[site]}

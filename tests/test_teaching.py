@@ -1,0 +1,366 @@
+"""Students learn and become sparse, exactly and resumably, and what does not fit their teacher is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from commands import Place, place, record_of, run
+from test_likelihood import asked_moods, speaker
+from test_training import DATA, encoder, lengths, moods
+from tiny import tiny_model
+
+from jaxprune.checkpoint import digest, load, read_pruning, save
+from jaxprune.curriculum import Distillation, surviving_heads
+from jaxprune.gates import Params, flatten, widths
+from jaxprune.learning import read_pattern
+from jaxprune.matrices import linear_maps
+from jaxprune.models import Model, TaskHead
+from jaxprune.patterns import NM, Block, Unstructured
+from jaxprune.saliency import WeightMovement
+from jaxprune.schedules import Schedule, cubic_schedule, one_shot_schedule
+from jaxprune.sparsity import one_shot, sparsity_of
+from jaxprune.students import DISTILLATION
+from jaxprune.teaching import Taught, Teaching, Thinning, distil
+from jaxprune.training import Recipe, finetune
+from jaxprune.training_run import Step
+
+__all__ = ["place"]  # a fixture
+
+RECIPE = Teaching(steps=40, batch_size=16, learning_rate=5e-3)
+THINNING = Thinning(schedule=partial(cubic_schedule, 0.9, prunings=10))
+LABELS = Distillation(attention=0, embeddings=0, hidden=0, logits=0, labels=1)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> tuple[Model, Params]:
+    model, params = encoder()
+    done = finetune(
+        model, params, [moods()], recipe=Recipe(epochs=2, batch_size=16, learning_rate=5e-3, pooling="mean")
+    )
+    assert done.epochs[done.best - 1][0]["accuracy"] > 0.9
+    return done.model, done.params
+
+
+def dropping() -> tuple[Model, Params]:
+    """The pre-trained model, with dropout."""
+    model, params = encoder()
+    return replace(model, config=replace(model.config, hidden_dropout=0.1, attention_dropout=0.1)), params
+
+
+def teach(teacher: tuple[Model, Params], **how: Any) -> Taught:
+    model, params = how.pop("student", None) or dropping()
+    task = how.pop("task", None) or moods()
+    own = {"recipe": RECIPE, "thinning": THINNING, "evaluate_every": 10, **how}
+    return distil(model, params, teacher[0], teacher[1], task, **own)
+
+
+@pytest.fixture(scope="module")
+def whole(teacher) -> Taught:
+    return teach(teacher)
+
+
+def zeros(model: Model, params: Params) -> float:
+    return sparsity_of(params, linear_maps(model)).fraction
+
+
+def test_a_student_learns_while_it_becomes_sparse(teacher, whole: Taught):
+    exam = whole.exams[whole.best]
+    assert exam.evaluation["accuracy"] > exam.evaluation.chance + 0.2
+    assert set(exam.losses) == {"attention", "embeddings", "hidden", "logits"}
+    assert exam.losses["hidden"] < whole.exams[0].losses["hidden"]
+    assert whole.fresh_head and whole.model.heads == ("moods",) and whole.steps == 40
+    for name, (pruned, size) in sparsity_of(whole.params, linear_maps(whole.model)).arrays.items():
+        assert pruned == int(0.9 * size + 0.5), name
+
+
+def test_sparsity_is_that_of_the_schedule_at_every_exam(whole: Taught):
+    schedule = cubic_schedule(0.9, 40, prunings=10)
+    assert [exam.step for exam in whole.exams] == [10, 20, 30, 40]
+    sizes = [size for _, size in sparsity_of(whole.params, linear_maps(whole.model)).arrays.values()]
+    for exam in whole.exams:
+        asked = max(s for step, s in zip(schedule.steps, schedule.sparsities, strict=True) if step <= exam.step)
+        assert exam.sparsity == sum(int(np.floor(asked * size + 0.5)) for size in sizes) / sum(sizes)
+
+
+def test_only_what_is_as_sparse_as_asked_for_is_kept(teacher):
+    early = replace(THINNING, schedule=lambda steps: cubic_schedule(0.9, steps // 2, prunings=5))
+    done = teach(teacher, thinning=early)
+    values = [exam.evaluation["accuracy"] for exam in done.exams]
+    assert done.best == 1 + int(np.argmax(values[1:]))  # the exams at the steps 20, 30 and 40
+    assert zeros(done.model, done.params) == done.exams[-1].sparsity
+
+
+@pytest.mark.parametrize("when", [10, 20, 40])
+def test_interrupted_and_resumed_equals_uninterrupted(teacher, whole: Taught, tmp_path: Path, when: int):
+    def interrupt(step: Step) -> None:
+        if step.step == when:  # an exam is due here, and has not been taken
+            raise KeyboardInterrupt
+
+    state = tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        teach(teacher, state=state, progress=interrupt)
+    resumed = teach(teacher, state=state)
+    assert digest(resumed.params) == digest(whole.params)
+    assert resumed.exams == whole.exams and resumed.best == whole.best
+    assert digest(teach(teacher, state=state).params) == digest(whole.params)  # a finished run is not run again
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from test_teaching import load, teach
+def stop(step):
+    if step.step == 30:
+        os.kill(os.getpid(), signal.SIGKILL)
+teach(load({teacher!r}), state={state!r}, save_every=7, progress=stop)
+"""
+
+
+def test_killed_and_resumed_equals_uninterrupted(teacher, whole: Taught, tmp_path: Path):
+    state, folder = tmp_path / "state", save(tmp_path / "teacher", *teacher)
+    code = KILLED.format(tests=str(Path(__file__).parent), teacher=str(folder), state=str(state))
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert digest(teach(teacher, state=state, save_every=7).params) == digest(whole.params)
+
+
+def test_a_state_of_another_run_is_refused(teacher, tmp_path: Path):
+    def interrupt(step: Step) -> None:
+        raise KeyboardInterrupt
+
+    state = tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        teach(teacher, state=state, progress=interrupt)
+    before = state.read_bytes()
+    others: dict[str, dict[str, Any]] = {
+        "thinning": {"thinning": replace(THINNING, schedule=partial(cubic_schedule, 0.8))},
+        "recipe": {"recipe": replace(RECIPE, seed=1)},
+        "settings": {"settings": LABELS},
+        "evaluated": {"evaluate_every": 20},
+    }
+    for name, other in others.items():
+        with pytest.raises(ValueError, match=rf"another run \({name}.* differ\)"):
+            teach(teacher, state=state, **other)
+    assert state.read_bytes() == before
+
+
+def test_with_labels_alone_the_teacher_is_not_asked(teacher):
+    model, params = teacher
+    broken = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), params)
+    done = teach((model, broken), settings=LABELS, thinning=None)
+    assert done.exams[-1].losses.keys() == {"labels"} and done.exams[-1].sparsity is None
+    assert done.exams[done.best].evaluation["accuracy"] > 0.7
+
+
+def test_the_students_own_head_is_kept_if_it_has_the_labels(teacher):
+    model, params = teacher
+    extra = model.with_heads((TaskHead(name="other", labels=("a", "b")), *model.config.task_heads))
+    heads = {"other": extra.initialise_head("other", jax.random.key(7)), "moods": params["heads"]["moods"]}
+    quick = {"recipe": replace(RECIPE, steps=1, learning_rate=1e-9), "thinning": None}
+    done = teach(teacher, student=(extra, params | {"heads": heads}), **quick)
+    assert not done.fresh_head and done.model.heads == ("moods",) and set(done.params["heads"]) == {"moods"}
+    np.testing.assert_allclose(
+        done.params["heads"]["moods"]["out"]["kernel"], params["heads"]["moods"]["out"]["kernel"], atol=1e-7
+    )
+
+
+def test_zeros_stay_with_and_without_more_of_them(teacher):
+    model, params = teacher
+    sparse, _ = one_shot(params, 0.6, prunable=linear_maps(model))
+    quick = {"recipe": replace(RECIPE, steps=10), "student": (model, sparse), "keep_zeros": True}
+    before = zeros(model, sparse)
+    same = teach(teacher, thinning=None, **quick)
+    assert zeros(same.model, same.params) == before == same.exams[0].sparsity
+    more = teach(teacher, thinning=replace(THINNING, schedule=lambda steps: one_shot_schedule(0.9, 5)), **quick)
+    for old, new in zip(*(flatten(own).items() for own in (sparse, more.params)), strict=True):
+        if linear_maps(model)(old[0], old[1]):
+            assert not np.asarray(new[1])[np.asarray(old[1]) == 0].any()
+
+
+def test_a_student_of_another_width_learns_through_a_projection(teacher):
+    model, _ = tiny_model(layers=1, embed=16, neurons=32, heads=())
+    student = replace(model, source=DATA / "words"), model.initialise(jax.random.key(0))
+    settings = Distillation(attention=0.0, layers=lambda ours, theirs: (theirs - 1,))
+    done = teach(teacher, student=student, settings=settings, recipe=replace(RECIPE, steps=10))
+    assert "projection" not in done.params
+    fresh = done.model.initialise(jax.random.key(0))
+    assert {p: a.shape for p, a in flatten(done.params).items()} == {p: a.shape for p, a in flatten(fresh).items()}
+
+
+def test_a_text_to_text_student_learns():
+    model, params = speaker()
+    done = distil(model, params, model, params, asked_moods(), thinning=THINNING, recipe=replace(RECIPE, steps=10))
+    assert done.exams[0].sparsity == zeros(done.model, done.params) > 0.89
+
+
+def test_what_does_not_fit_is_refused(teacher):
+    other, _ = tiny_model(layers=2, embed=32, neurons=64, vocab=70, heads=())
+    stranger = replace(other, source=DATA / "words"), other.initialise(jax.random.key(0))
+    with pytest.raises(ValueError, match="must read the same tokens: their vocabularies have 70 and"):
+        teach(teacher, student=stranger)
+    with pytest.raises(ValueError, match="has 2 labels"):
+        three = replace(moods(), labels=("bad", "good", "so so"))
+        teach(teacher, task=three)
+    with pytest.raises(ValueError, match="is a classification"):
+        teach(teacher, task=lengths(moods()), head="moods")
+    longer = Thinning(schedule=lambda steps: Schedule(steps=(steps + 1,), sparsities=(0.5,)))
+    with pytest.raises(ValueError, match="prunes until step 41, the training has 40"):
+        teach(teacher, thinning=longer)
+    with pytest.raises(ValueError, match="no train rows"):
+        teach(teacher, task=replace(moods(), splits={**moods().splits, "train": ()}))
+    with pytest.raises(ValueError, match="must both be encoders"):
+        teach(teacher, student=speaker())
+    with pytest.raises(ValueError, match="the student has 1 layers, the teacher 2: choose a layer map"):
+        shallow, _ = tiny_model(layers=1, embed=32, neurons=64, heads=())
+        teach(teacher, student=(replace(shallow, source=DATA / "words"), shallow.initialise(jax.random.key(0))))
+    with pytest.raises(ValueError, match="max_length must be at most 64"):
+        teach(teacher, recipe=replace(RECIPE, max_length=65))
+    with pytest.raises(ValueError, match="evaluate_every must be at least 1"):
+        teach(teacher, evaluate_every=0)
+    settings: tuple[dict[str, Any], ...] = (
+        *({"epochs": 0}, {"steps": 0}, {"batch_size": 0}),
+        *({"learning_rate": 0.0}, {"clip": 0.0}, {"weight_decay": -1.0}),
+    )
+    for wrong in settings:
+        with pytest.raises(ValueError, match="must be"):
+            Teaching(**wrong)
+
+
+def test_held_out_rows_are_not_learned_from(teacher):
+    task = moods()
+    held = task.rows("dev")[:5]
+    leaking = replace(task, splits={**task.splits, "train": (*task.rows("train"), *held)})
+    done = teach(teacher, task=leaking, recipe=replace(RECIPE, steps=1), thinning=None)
+    assert done.leaks == 5
+
+
+# the commands
+
+
+@pytest.fixture(scope="module")
+def pretrained(place: Place) -> Path:
+    """The model without task heads, with other bits."""
+    model, _ = load(place.model)
+    bare = model.with_heads(())
+    return save(place.folder / "pretrained", bare, bare.initialise(jax.random.key(3)))
+
+
+FEW = ("--criterion", "gradient-activation", "--examples", 16)
+QUICK = ("--steps", 6, "--batch-size", 16, "--prunings", 3, "--learning-rate", 1e-3)
+
+
+def test_sparsify_writes_a_model_and_how_it_was_made(place: Place, pretrained: Path, tmp_path: Path):
+    out = tmp_path / "sparse"
+    rows = ("--teacher", place.model, "--task", "mood", "--data", place.data)
+    record = record_of("sparsify", pretrained, *rows, *QUICK, "-o", out, "--sparsity", 0.9)
+    model, params = load(out)
+    assert model.heads == ("mood",)
+    found = sparsity_of(params, linear_maps(model))
+    assert all(pruned == int(0.9 * size + 0.5) for pruned, size in found.arrays.values())
+    stored = json.loads((out / DISTILLATION).read_text())
+    assert stored == {name: value for name, value in record.items() if name != "file_bytes"}
+    weights = record["weights"]["student"]
+    assert weights["linear_maps"] - weights["linear_maps_not_zero"] == found.zeros
+    assert record["results"]["student"]["test"]["n"] == record["results"]["teacher"]["test"]["n"] == 60
+    assert record["fresh_head"] and record["steps"] == 6 and not out.with_name("sparse.state").exists()
+    shown = run("sparsify", pretrained, *rows, *QUICK, "-o", tmp_path / "again", "--pattern", "2:4", "--no-evaluate")
+    assert shown.exit_code == 0, shown.stderr
+    assert "teacher" in shown.stdout and "kept" in shown.stdout and max(map(len, shown.stdout.splitlines())) <= 80
+    assert "step 6: 50.0 % zero, dev accuracy" in shown.stderr
+
+
+def test_sparsify_goes_on_where_it_was_interrupted(place: Place, pretrained: Path, tmp_path: Path, monkeypatch):
+    rows = ("sparsify", pretrained, "--teacher", place.model, "--task", "mood", "--data", place.data)
+    how = (*rows, "--steps", 20, "--batch-size", 16, "--prunings", 5, "--no-evaluate", "--evaluate-every", 10)
+    assert run(*how, "-o", tmp_path / "whole").exit_code == 0
+
+    def interrupt(exam: Any) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxprune.students.exam_line", interrupt)
+        assert run(*how, "-o", tmp_path / "out").exit_code == 130
+    assert (tmp_path / "out.state").exists() and not (tmp_path / "out").exists()
+    assert run(*how, "-o", tmp_path / "out").exit_code == 0
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out"))
+    assert one == other and not (tmp_path / "out.state").exists()
+
+
+def test_distill_recovers_a_pruned_model_with_its_own_heads(place: Place, tmp_path: Path):
+    small, out = tmp_path / "small", tmp_path / "better"
+    rows = ("--task", "mood", "--data", place.data)
+    pruned = run("prune", place.model, *rows, *FEW, "--flops", 0.5, "-o", small, "--no-evaluate", "--measure", 0)
+    assert pruned.exit_code == 0, pruned.stderr
+    record = record_of("distill", small, "--teacher", place.model, *rows, *QUICK[:4], "-o", out)
+    model, params = load(out)
+    assert widths(model.axes, params) == widths(*((own := load(small))[0].axes, own[1]))
+    assert surviving_heads(read_pruning(out)) == surviving_heads(read_pruning(small))
+    assert record["command"] == "distill" and record["thinning"] is None
+    losses = [exam["losses"]["attention"] for exam in record["exams"]]
+    assert all(np.isfinite(losses))
+
+
+def test_a_packed_student_is_the_same(place: Place, pretrained: Path, tmp_path: Path):
+    rows = ("--teacher", place.model, "--task", "mood", "--data", place.data, *QUICK, "--no-evaluate")
+    for name, how in {"dense": (), "packed": ("--packed", "exact")}.items():
+        assert run("sparsify", pretrained, *rows, *how, "-o", tmp_path / name).exit_code == 0
+    (_, one), (_, other) = (load(tmp_path / name) for name in ("dense", "packed"))
+    assert digest(one) == digest(other)
+
+
+BAD: dict[str, tuple[tuple[Any, ...], str]] = {
+    "sparsity of 1": (("--sparsity", 1.0), r"--sparsity must lie in \[0, 1\)"),
+    "sparsity of the pattern": (("--pattern", "2:4", "--sparsity", 0.9), "2 of 4 weights stay, a sparsity of 0.5"),
+    "a pattern that does not divide": (("--pattern", "1:3", "--sparsity", 2 / 3), "multiple"),
+    "an unknown pattern": (("--pattern", "many"), "--pattern is any, N:M"),
+    "N above M": (("--pattern", "4:2"), "n must be at least 1 and less than m"),
+    "an end before the beginning": (("--prune-from", 0.5, "--prune-until", 0.2), "the first below the second"),
+    "a longer schedule than training": (("--prune-until", 1.5), "fractions of the training"),
+    "no prunings": (("--prunings", 0), "prunings must be at least 1"),
+    "an unknown loss": (("--losses", "words"), "--losses takes attention"),
+    "a loss twice": (("--losses", "logits,logits=2"), "each once"),
+    "no loss": (("--losses", "logits=0"), "one of them positive"),
+    "temperature": (("--temperature", 0), "temperature must be positive"),
+    "an unknown schedule": (("--schedule", "cube"), "Did you mean 'cubic'"),
+    "an unknown packing": (("--packed", "int4"), "--packed is exact or int8"),
+    "another head": (("--head", "sound"), "no task head 'sound'"),
+    "steps": (("--steps", 0), "steps must be at least 1"),
+    "other labels": (("--task", "topic", "--head", "mood"), "has 2 labels"),
+    "not finite": (("--learning-rate", 1e30, "--steps", 20), "lower the learning rate"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(place: Place, pretrained: Path, tmp_path: Path, case: str):
+    given, message = BAD[case]
+    rows = ("--teacher", place.model, "--task", "mood", "--data", place.data, "--batch-size", 16, "--steps", 4)
+    result = run("sparsify", pretrained, *rows, *given, "-o", tmp_path / "new")
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert result.stderr.count("jaxprune: error:") == 1
+    error = next(line for line in result.stderr.splitlines() if line.startswith("jaxprune: error:"))
+    assert re.search(message, error), error
+    assert not (tmp_path / "new").exists()
+
+
+def test_patterns_are_read():
+    assert read_pattern("any") == Unstructured()
+    assert read_pattern("2:4") == NM(n=2, m=4) and read_pattern("8x16") == Block(inputs=8, outputs=16)
+
+
+def test_other_criteria_are_described(teacher):
+    described = replace(THINNING, criterion=WeightMovement(), pattern=Block(inputs=4, outputs=4)).described(100)
+    assert described["criterion"]["name"] == "WeightMovement" and described["pattern"]["inputs"] == 4
+    json.dumps(described)
