@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxprune.attribution import GradientActivation, IntegratedGradients
+    from jaxprune.augmentation import Augmentation, augment
     from jaxprune.baselines import (
         Activation,
         Fisher,
@@ -68,6 +69,7 @@ __version__ = "0.1.0"
 # Public name -> the module it comes from; the imports above are the same list, for editors and type checkers.
 _SOURCES = {
     "Activation": "baselines",
+    "Augmentation": "augmentation",
     "BiasCompensation": "fitting",
     "Block": "patterns",
     "Check": "checks",
@@ -110,6 +112,7 @@ _SOURCES = {
     "WeightMovement": "saliency",
     "add_gates": "shared",
     "apply_masks": "sparsity",
+    "augment": "augmentation",
     "bundled_data": "bundled",
     "bundled_model": "bundled",
     "bundled_text_model": "bundled",
@@ -168,6 +171,7 @@ _SOURCES = {
 __all__ = [
     "NM",
     "Activation",
+    "Augmentation",
     "BiasCompensation",
     "Block",
     "Check",
@@ -210,6 +214,7 @@ __all__ = [
     "__version__",
     "add_gates",
     "apply_masks",
+    "augment",
     "bundled_data",
     "bundled_model",
     "bundled_text_model",

@@ -245,7 +245,7 @@ def plan(
 
 for command in (
     *(looking.sweep, looking.inspect, looking.compare, looking.check, looking.evaluate),
-    *(learning.finetune, learning.sparsify, learning.distill),
+    *(learning.finetune, learning.sparsify, learning.distill, learning.augment),
 ):
     app.command()(command)
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 taught = partial(option, panel="What is learned")
 zeroed = partial(option, panel="What becomes zero")
+exchanged = partial(option, panel="Copies")
 
 SPARSITY = 0.95  # of SparseBERT
 
@@ -364,3 +365,38 @@ def _show(record: dict[str, Any], output: Path, as_json: bool) -> None:
     tables = student_report.exams_table(record), student_report.student_table(record)
     lines = (student_report.student_note(record), f"Model: {output}")
     terminal.show(record, *tables, *lines, as_json=as_json)
+
+
+@terminal.grouped
+def augment(
+    model: ModelName,
+    task: OneTask,
+    output: Annotated[Path, option("The folder of data sets to write to.", "--output", "-o", metavar="FOLDER")],
+    rows: RowOptions,
+    copies: Annotated[int, exchanged("Of each train row.")] = 20,
+    probability: Annotated[float, exchanged("That a word is exchanged.")] = 0.4,
+    candidates: Annotated[int, exchanged("The most similar words that it may become.")] = 15,
+    frequent: Annotated[int, exchanged("Words that always stay: the most frequent ones.")] = 50,
+    seed: Annotated[int, exchanged("Of what becomes what.")] = 0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Writes more train rows: copies with words exchanged for others of a similar vector in the model.
+
+    Examples: [cyan]jaxprune augment PRETRAINED --task mrpc --data data -o more[/cyan] and then
+    [cyan]jaxprune sparsify PRETRAINED --teacher FINETUNED --task mrpc --data more -o sparse[/cyan]
+
+    Copies keep the label of their row, which may not be true any more: they are for students, who ask their teacher.
+    Dev, test and calibration rows are written as they are, and none of their texts is among the copies.
+    """
+    with terminal.working() as bars:
+        from jaxprune.augmentation import Augmentation, augment_model
+
+        settings = Augmentation(
+            copies=copies, probability=probability, candidates=candidates, frequent=frequent, seed=seed
+        )
+        record = augment_model(model, rows.of(task), output, settings, overwrite=overwrite, watch=bars)
+    from jaxprune import student_report
+
+    line = f"Data:   {output}, for --data; task {record['task']}"
+    terminal.show(record, student_report.augmentation_table(record), line, as_json=as_json)

@@ -70,6 +70,20 @@ def student_note(record: Record) -> str:
     return fill(note, 80, subsequent_indent="  ")
 
 
+def augmentation_table(record: Record) -> Table:
+    """How many rows there were and are, and the first row with its first copies."""
+    table = new_table(
+        f"{record['task']}: {record['train_rows']:,} train rows, {record['sizes']['train']:,} with copies"
+    )
+    table.show_header = False
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for number, example in enumerate(record["examples"]):
+        texts = [str(value) for name, value in example.items() if name != "label"]
+        table.add_row(f"copy {number}" if number else "a row", "\n".join(texts))
+    return table
+
+
 def _metrics(evaluation: Record) -> str:
     return ", ".join(f"{name} {100 * value:.1f} %" for name, value in evaluation["metrics"].items())
 

@@ -90,6 +90,7 @@ ORDER = (
     "workflow",
     "accounting",
     "storage",
+    "augmentation",
     "student_report",
     "students",
     "planning",
