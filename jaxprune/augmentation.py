@@ -25,7 +25,7 @@ from jaxprune.models import Model
 from jaxprune.records import PAIR
 from jaxprune.splits import Example, marks, row_key, rows_of
 from jaxprune.tasks import TASKS, Task, remove_leaks
-from jaxprune.workflow import Data, Watch, check_folder, load_rows
+from jaxprune.workflow import Data, Watch, check_file, load_rows
 
 WORD = re.compile(r"[^\W\d_]+")  # letters only
 RECORD = "augmentation.json"  # beside the rows: how they were made
@@ -163,7 +163,10 @@ def augment_model(
         if {name: earlier.get(name) for name in made} == made:
             watch.say(f"{folder}: of an earlier run with the same settings")
             return earlier
-    check_folder(folder, overwrite)
+    if folder.exists() and not (overwrite and known.is_file()):
+        hint = "choose another folder, or replace it with --overwrite" if known.is_file() else "it is not replaced"
+        raise FileExistsError(f"{folder} exists already, and was not made in this way: {hint}.")
+    check_file(known, overwrite)
     bar = watch.open(f"augmenting {task.name}")
     total = len(task.rows("train")) * (1 + settings.copies)
     sizes: dict[str, int] = {}

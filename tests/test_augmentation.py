@@ -137,6 +137,10 @@ def test_augment_writes_a_data_set(place: Place, tmp_path: Path):
     assert {file.name: file.read_bytes() for file in (more / "mood").iterdir()} == files
     assert run(*how, "--seed", 1, "--overwrite").exit_code == 0
     assert (more / "mood" / "train.jsonl").read_bytes() != files["train.jsonl"]
+    mine = tmp_path / "mine" / "mood"
+    mine.mkdir(parents=True)
+    refused = run(*how[:7], mine.parent, "--frequent", 2, "--overwrite")
+    assert refused.exit_code == 2 and "it is not replaced" in refused.stderr and not list(mine.iterdir())
     taught = run(
         *("sparsify", place.model, "--teacher", place.model, "--task", "mood", "--data", more),
         *("--steps", 2, "--no-evaluate", "-o", tmp_path / "sparse"),
