@@ -49,7 +49,7 @@ from jaxprune.training import Recipe, finetune
 TASKS = ("sst2", "cola")
 CONTESTED = (0.95, 0.9)
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.97)
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (3e-4, 1e-3)
 LABELS = jp.Distillation(attention=0.0, embeddings=0.0, hidden=0.0, logits=0.0, labels=1.0)
 PLAIN, AFTER, METHOD, FROM_TUNED = (
     "prune while fine-tuning",
@@ -72,6 +72,8 @@ class School:
     rate: float
     copies: int
     seeds: int
+    batch: int
+    prunings: int
     tasks: dict[str, jp.Task] = field(default_factory=dict)
     teachers: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
@@ -89,10 +91,10 @@ class School:
     def teacher(self, name: str) -> tuple[Any, Any]:
         """The start, fine-tuned on a task for about as many steps as a student has."""
         if name not in self.teachers:
-            folder = self.work / f"teacher-{name}-{self.steps}-{self.digest[:8]}"
+            folder = self.work / f"teacher-{name}-{self.steps}-{self.batch}-{self.digest[:8]}"
             if not folder.exists():
-                rows = 16 * self.steps  # two epochs
-                recipe = Recipe(epochs=2, learning_rate=1e-4, rows={name: rows})
+                rows = self.batch * self.steps // 2  # of each of two epochs
+                recipe = Recipe(epochs=2, batch_size=self.batch, learning_rate=1e-4, rows={name: rows})
                 state = folder.with_name(folder.name + ".state")
                 done = finetune(self.model, self.params, [self.task(name)], recipe=recipe, state=state)
                 jp.save(folder, done.model, done.params)
@@ -125,7 +127,7 @@ class School:
 
     def dense(self, name: str) -> dict[str, Any]:
         """The teacher."""
-        return self.kept(["teacher", name, self.steps], lambda _: self.examined(*self.teacher(name), name))
+        return self.kept(["teacher", name, self.steps, self.batch], lambda _: self.examined(*self.teacher(name), name))
 
     def student(
         self, name: str, order: str, sparsity: float, seed: int = 0, rate: float | None = None, steps: int | None = None
@@ -136,9 +138,10 @@ class School:
 
         def make(state: Path) -> dict[str, Any]:
             teacher, task = self.teacher(name), self.task(name)
-            recipe = Teaching(steps=steps, learning_rate=rate, seed=seed)
+            recipe = Teaching(steps=steps, batch_size=self.batch, learning_rate=rate, seed=seed)
+            cubic = partial(jp.cubic_schedule, prunings=self.prunings)
             start, how = (self.model, self.params), {"recipe": recipe, "evaluate_every": max(1, steps // 3)}
-            thinning = Thinning(schedule=partial(jp.cubic_schedule, sparsity))
+            thinning = Thinning(schedule=partial(cubic, sparsity))
             if order == PLAIN:
                 how["settings"] = LABELS
             elif order == FROM_TUNED:
@@ -146,7 +149,7 @@ class School:
             elif order == ONE_SHOT:
                 thinning = Thinning(schedule=lambda steps: jp.one_shot_schedule(sparsity, 1))
             elif order == RECOVERED:
-                thinning = Thinning(schedule=lambda steps: jp.cubic_schedule(sparsity, steps * 2 // 3))
+                thinning = Thinning(schedule=lambda steps: cubic(sparsity, steps * 2 // 3))
             elif order == AUGMENTED:
                 task = jp.augment(self.model, self.params, task, jp.Augmentation(copies=copies, seed=seed))
             elif order == AFTER:  # half of the steps each
@@ -160,7 +163,7 @@ class School:
             state.with_suffix(".first").unlink(missing_ok=True)
             return self.examined(done.model, done.params, name) | {"exams": exams, "best": done.best}
 
-        return self.kept([name, order, sparsity, seed, rate, steps, copies], make)
+        return self.kept([name, order, sparsity, seed, rate, steps, self.batch, self.prunings, copies], make)
 
     def cell(self, found: Mapping[str, Any]) -> Cell:
         """For the bootstrap."""
@@ -307,6 +310,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="the record to write (JSON)")
     parser.add_argument("--tasks", default=",".join(TASKS), help="the tasks, by commas; the first one is swept")
     parser.add_argument("--steps", type=int, default=300, help="of every student")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows of a step")
+    parser.add_argument("--prunings", type=int, default=100, help="of every student")
     parser.add_argument("--rate", type=float, help="the learning rate; by default that of `rates`")
     parser.add_argument("--copies", type=int, default=20, help="of a train row, with augmented data")
     parser.add_argument("--seeds", type=int, default=1, help="students of every kind")
@@ -318,7 +323,15 @@ def main() -> None:
     found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     rate = arguments.rate or found.get("rates", {}).get("best", RATES[0])
     school = School(
-        arguments.start, arguments.data, arguments.work, arguments.steps, rate, arguments.copies, arguments.seeds
+        arguments.start,
+        arguments.data,
+        arguments.work,
+        steps=arguments.steps,
+        rate=rate,
+        copies=arguments.copies,
+        seeds=arguments.seeds,
+        batch=arguments.batch_size,
+        prunings=arguments.prunings,
     )
     if found.get("start", school.digest) != school.digest:
         parser.error(f"{arguments.output} is of another model: name another file")
@@ -330,10 +343,13 @@ def main() -> None:
         found |= {
             name: made | {"commit": commit(), "rate": school.rate, "steps": made.get("steps", school.steps)},
             "command": "python benchmarks/sparsebert.py --start START --data DATA --work WORK -o OUTPUT "
-            f"--tasks {arguments.tasks} --steps {school.steps} --seeds {school.seeds}",
+            f"--tasks {arguments.tasks} --steps {school.steps} --batch-size {school.batch} --prunings {school.prunings} "
+            f"--seeds {school.seeds}",
             "start": school.digest,
             "tasks": names,
             "seeds": school.seeds,
+            "batch_size": school.batch,
+            "prunings": school.prunings,
             "device": jax.devices()[0].device_kind,
             "versions": {package: version(package) for package in ("jaxprune", "jax", "flax", "optax", "numpy")},
         }

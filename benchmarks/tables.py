@@ -16,6 +16,7 @@ from typing import Any
 
 from pages import RESULTS, best_first, percent, points, record, spread, table, within
 from tables_recovery import RECOVERY_TABLES
+from tables_sparse import SPARSE_TABLES
 from tables_text import TEXT_TABLES, paper_curves, paper_row
 from timing import wanted
 
@@ -399,6 +400,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "speed-setting": speed_setting,
     **TEXT_TABLES,
     **RECOVERY_TABLES,
+    **SPARSE_TABLES,
 }
 
 

@@ -9,7 +9,7 @@ import difflib
 import pkgutil
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -275,28 +275,32 @@ class RecoveryOptions:
     """How what is left is repaired."""
 
     recover: Annotated[
-        str, choice("recover", "Repair in closed form, without labels; none by default.", "What stays")
-    ] = "none"
+        str | None,
+        choice("recover", "Repair in closed form, without labels; reconstruct if there is a --task.", "What stays"),
+    ] = None
     recover_examples: Annotated[int, kept("Calibration rows to repair with.")] = 256
     recover_rounds: Annotated[
         str | None, kept("With --rounds: repair after the last (default), or after each.", metavar="last|each")
     ] = None
 
-    def build(self, seed: int, batches: BatchOptions, rounds: int = 1) -> Recovering | None:
-        """How to repair; None: not at all.
+    def build(self, seed: int, batches: BatchOptions, rounds: int = 1, *, with_rows: bool = True) -> Recovering | None:
+        """How to repair; None: not at all, which is the default without rows to repair with.
 
         Raises:
             ValueError: If `--recover-rounds` is none of its words, or there is nothing that it could be about.
         """
-        from jaxprune.workflow import Recovering
+        from jaxprune.workflow import HELD_OUT, Recovering
 
         if self.recover_rounds not in (None, "last", "each"):
             raise ValueError(f"--recover-rounds {self.recover_rounds!r} is none of last, each.")
-        if self.recover_rounds is not None and (rounds < 2 or self.recover == "none"):
+        chosen = self.recover or ("reconstruct" if with_rows else "none")
+        if self.recover_rounds is not None and (rounds < 2 or chosen == "none"):
             raise ValueError("--recover-rounds is for --recover in several --rounds: give both, or leave it out.")
-        if self.recover == "none":
+        if chosen == "none":
             return None
-        method, every = find("recover", self.recover)(), self.recover_rounds == "each"
+        if self.recover is None:  # a default refuses no batch size
+            batches = replace(batches, batch_size=max(batches.batch_size, HELD_OUT))
+        method, every = find("recover", chosen)(), self.recover_rounds == "each"
         return Recovering(
             method=method, examples=self.recover_examples, seed=seed, every_round=every, **asdict(batches)
         )

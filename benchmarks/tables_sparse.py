@@ -1,0 +1,141 @@
+"""The tables of sparse weights: pruning while distilling beside other orders, and what zeros do to the time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pages import percent, points, record, table
+
+METHOD = "prune while distilling"
+COUNTS = ("kept of the teacher, %", "weights of linear maps", "of all parameters")
+
+
+def sparsebert() -> dict[str, Any]:
+    """The record of sparsebert.py."""
+    return record("sparsebert")
+
+
+def setting() -> str:
+    """How the figures were made."""
+    found = sparsebert()
+    parts = {name: own for name, own in found.items() if isinstance(own, dict) and "rate" in own}
+    steps = sorted({own["steps"] for name, own in parts.items() if name != "rates"})
+    commits = dict.fromkeys(own["commit"][:10] for own in parts.values())
+    rates = dict.fromkeys(f"{own['rate']:g}" for name, own in parts.items() if name != "rates")
+    return (
+        f"Tasks: {', '.join(found['tasks'])}; {' and '.join(map(str, steps))} steps of {found['batch_size']} rows and {found['prunings']} prunings per student, "
+        f"learning rate {' and '.join(rates)}, {found['seeds']} student of each kind; {found['device']}, jax "
+        f"{found['versions']['jax']}; commit {', '.join(commits)}.\n"
+    )
+
+
+def rates() -> str:
+    """The learning rate, on dev."""
+    found = sparsebert()["rates"]
+    heading = f"learning rate; {found['steps']} steps of {found['task']}"
+    rows = [
+        [rate, percent(own["dev"]), *(f"{own['losses'][name]:.3g}" for name in ("attention", "hidden", "logits"))]
+        for rate, own in found["rows"].items()
+    ]
+    return table([heading, "dev, %", "loss: attention", "hidden", "logits"], rows)
+
+
+def _cells(own: Mapping[str, Any]) -> list[str]:
+    kept = f"{own['not_zero']:,} of {own['linear_maps']:,}"
+    whole = f"{own['parameters_not_zero'] / 1e6:.2f} of {own['parameters'] / 1e6:.2f} M"
+    return [percent(own["value"]), percent(own["kept"]), kept, whole]
+
+
+def orders() -> str:
+    """The orders of pruning and distilling, by task."""
+    rows = []
+    for sparsity, found in sparsebert()["orders"]["sparsities"].items():
+        for order, tasks in found["rows"].items():
+            for name, own in tasks.items():
+                zeros = f"{100 * float(sparsity):g} %"
+                rows.append([f"{zeros}, {order}", f"{name}, {own['metric']}", percent(own["teacher"]), *_cells(own)])
+    return table(["zeros, order", "task, metric", "teacher, %", "student, %", *COUNTS], rows)
+
+
+def claims() -> str:
+    """How much more of the accuracy above chance the method keeps than the other orders."""
+    rows = [
+        [f"{100 * float(sparsity):g} %, {METHOD} - {order}", points(own)]
+        + [points(each[order]) for each in found["by_task"].values()]
+        + ["–"] * (len(sparsebert()["tasks"]) - len(found["by_task"]))
+        for sparsity, found in sparsebert()["orders"]["sparsities"].items()
+        for order, own in found["claims"].items()
+    ]
+    return table(["zeros, difference, points [95 %]", "all", *sparsebert()["tasks"]], rows)
+
+
+def sparsities() -> str:
+    """The method at several sparsities."""
+    found = sparsebert()["sparsities"]
+    first = next(iter(found["rows"].values()))
+    heading = [f"zeros; {found['task']}, teacher {percent(first['teacher'])} %", "student, %", *COUNTS]
+    return table(heading, [[f"{100 * float(s):g} %", *_cells(own)] for s, own in found["rows"].items()])
+
+
+def variants() -> str:
+    """Changes of the method."""
+    found = sparsebert()["variants"]
+    first = next(iter(found["rows"].values()))
+    where = f"{found['task']}, {100 * found['sparsity']:g} % zeros, {first['metric']}"
+    heading = [f"{where}, teacher {percent(first['teacher'])} %", "student, %", *COUNTS]
+    return table(heading, [[name, *_cells(own)] for name, own in found["rows"].items()])
+
+
+def cost() -> str:
+    """What pruning adds to a step."""
+    found = sparsebert()["cost"]
+    ratio = found["ratio"]
+    rows, tokens = found["batch"]
+    times = "{median:.2f} [{low:.2f}, {high:.2f}]".format(**ratio)
+    return (
+        f"A step of {rows} x {tokens} tokens takes {times} times as long with pruning as without, one pruning in "
+        f"{found['steps_per_turn']} steps, {found['turns']} turns.\n"
+    )
+
+
+def compute() -> str:
+    """How much faster sparse products are than dense ones."""
+    found = record("sparse_compute")["rows"]
+    names = list(dict.fromkeys(name for row in found for name in row["ways"] if name != "dense"))
+    rows = [
+        [
+            f"{row['tokens']:,} tokens, {100 * row['sparsity']:g} %",
+            f"{1e3 * row['ways']['dense']['seconds']['median']:.2f}",
+        ]
+        + [_ratio(row["ways"].get(name)) for name in names]
+        for row in found
+    ]
+    return table(["zeros", "dense, ms", *(f"{name}: times as fast" for name in names)], rows)
+
+
+def _ratio(own: Mapping[str, Any] | None) -> str:
+    return "–" if own is None else f"{own['ratio']['median']:.2f}"
+
+
+def compute_setting() -> str:
+    """What was multiplied, and where."""
+    found = record("sparse_compute")
+    shape, versions = " x ".join(map(str, found["shape"])), found["versions"]
+    return (
+        f"{shape}, float32, {found['settings']['repeats']} rounds, {found['threads']} threads, {found['device']}, jax "
+        f"{versions['jax']}. Commit {found['commit'][:10]}.\n"
+    )
+
+
+SPARSE_TABLES: Mapping[str, Callable[[], str]] = {
+    "sparsebert-setting": setting,
+    "sparsebert-rates": rates,
+    "sparsebert-orders": orders,
+    "sparsebert-claims": claims,
+    "sparsebert-sparsities": sparsities,
+    "sparsebert-variants": variants,
+    "sparsebert-cost": cost,
+    "sparse-compute": compute,
+    "sparse-compute-setting": compute_setting,
+}
