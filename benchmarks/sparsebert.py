@@ -343,8 +343,8 @@ def main() -> None:
         found |= {
             name: made | {"commit": commit(), "rate": school.rate, "steps": made.get("steps", school.steps)},
             "command": "python benchmarks/sparsebert.py --start START --data DATA --work WORK -o OUTPUT "
-            f"--tasks {arguments.tasks} --steps {school.steps} --batch-size {school.batch} --prunings {school.prunings} "
-            f"--seeds {school.seeds}",
+            f"--tasks {arguments.tasks} --steps {school.steps} --batch-size {school.batch} "
+            f"--prunings {school.prunings} --seeds {school.seeds}",
             "start": school.digest,
             "tasks": names,
             "seeds": school.seeds,

@@ -24,9 +24,9 @@ def setting() -> str:
     commits = dict.fromkeys(own["commit"][:10] for own in parts.values())
     rates = dict.fromkeys(f"{own['rate']:g}" for name, own in parts.items() if name != "rates")
     return (
-        f"Tasks: {', '.join(found['tasks'])}; {' and '.join(map(str, steps))} steps of {found['batch_size']} rows and {found['prunings']} prunings per student, "
-        f"learning rate {' and '.join(rates)}, {found['seeds']} student of each kind; {found['device']}, jax "
-        f"{found['versions']['jax']}; commit {', '.join(commits)}.\n"
+        f"Tasks: {', '.join(found['tasks'])}; {' and '.join(map(str, steps))} steps of {found['batch_size']} rows and "
+        f"{found['prunings']} prunings per student, {found['seeds']} student of each kind, learning rate "
+        f"{' and '.join(rates)}; {found['device']}, jax {found['versions']['jax']}; commit {', '.join(commits)}.\n"
     )
 
 

@@ -162,7 +162,7 @@ def prune(
         )
         chosen, data = selection.build(budget), [rows.of(name) for name in task]
         how = {"measuring": measuring, "overwrite": overwrite, "watch": bars}
-        how["recovering"] = recovery.build(scoring.seed, batches, rounds, with_rows=bool(task))
+        how["recovering"] = recovery.build(scoring.seed, batches, rounds, scoring=not scores)
         if rounds == 1:
             how |= {"tables": budget.tables(), "accounting": receipts.build(batches)}
         elif receipts.build(batches) is not None:

@@ -276,15 +276,19 @@ class RecoveryOptions:
 
     recover: Annotated[
         str | None,
-        choice("recover", "Repair in closed form, without labels; reconstruct if there is a --task.", "What stays"),
+        choice(
+            "recover",
+            "Repair in closed form, without labels; reconstruct by default, with --scores none.",
+            "What stays",
+        ),
     ] = None
     recover_examples: Annotated[int, kept("Calibration rows to repair with.")] = 256
     recover_rounds: Annotated[
         str | None, kept("With --rounds: repair after the last (default), or after each.", metavar="last|each")
     ] = None
 
-    def build(self, seed: int, batches: BatchOptions, rounds: int = 1, *, with_rows: bool = True) -> Recovering | None:
-        """How to repair; None: not at all, which is the default without rows to repair with.
+    def build(self, seed: int, batches: BatchOptions, rounds: int = 1, *, scoring: bool = True) -> Recovering | None:
+        """How to repair; None: not at all, which is the default where nothing is scored: score files need no rows.
 
         Raises:
             ValueError: If `--recover-rounds` is none of its words, or there is nothing that it could be about.
@@ -293,7 +297,7 @@ class RecoveryOptions:
 
         if self.recover_rounds not in (None, "last", "each"):
             raise ValueError(f"--recover-rounds {self.recover_rounds!r} is none of last, each.")
-        chosen = self.recover or ("reconstruct" if with_rows else "none")
+        chosen = self.recover or ("reconstruct" if scoring else "none")
         if self.recover_rounds is not None and (rounds < 2 or chosen == "none"):
             raise ValueError("--recover-rounds is for --recover in several --rounds: give both, or leave it out.")
         if chosen == "none":

@@ -26,7 +26,7 @@ from jaxprune.workflow import Scoring
 __all__ = ["place"]  # a fixture
 
 CHEAP = ("--criterion", "gradient-activation", "--objective", "log-probability", "--examples", 16)
-QUICK = ("--units", 0.5, "--measure", 0, "--no-evaluate")
+QUICK = ("--units", 0.5, "--measure", 0, "--no-evaluate", "--recover", "none")
 
 
 @pytest.fixture(scope="module")

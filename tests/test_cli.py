@@ -38,7 +38,7 @@ from jaxprune.tensors import TensorFile
 __all__ = ["place"]  # a fixture
 
 FEW = ("--examples", 16, "--batch-size", 8, "--nodes", 2)
-QUICK = (*FEW, "--measure", "0")
+QUICK = (*FEW, "--measure", "0", "--recover", "none")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,9 @@ def test_score_says_what_comes_next(place, tmp_path):
 def test_prune_from_scores_and_on_the_way_give_the_same_model(place, scored, tmp_path):
     rows = ("--task", "mood", "--data", place.data)
     one = record_of("prune", place.model, "--scores", scored, "--flops", 0.5, "-o", tmp_path / "a", "--measure", "0")
-    two = record_of("prune", place.model, *rows, *QUICK, "--flops", 0.5, "-o", tmp_path / "b")
+    asked = (*rows, *QUICK, "--flops", 0.5)
+    two = record_of("prune", place.model, *asked, "-o", tmp_path / "b")
+    assert one["recovery"] is None and two["recovery"] is None
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     assert "evaluation" not in one["before"]
     assert one["widths"] == two["widths"]
@@ -132,7 +134,7 @@ def test_prune_recovers_what_it_cut(place, scored, tmp_path, method):
     rows = ("--task", "mood", "--data", place.data, "--limit", 20, "--measure", "0", "--flops", 0.4)
     arguments = ("prune", place.model, "--scores", scored, *rows)
     record = record_of(*arguments, "--recover", method, "--recover-examples", 24, "-o", tmp_path / "repaired")
-    plain = record_of(*arguments, "-o", tmp_path / "plain")
+    plain = record_of(*arguments, "--recover", "none", "-o", tmp_path / "plain")
     found = record["recovery"]
     assert plain["recovery"] is None and found["examples"] == 24
     assert all(own["after"] <= own["before"] for own in found["modules"].values())
@@ -140,6 +142,21 @@ def test_prune_recovers_what_it_cut(place, scored, tmp_path, method):
     assert weights(tmp_path / "repaired") != weights(tmp_path / "plain")
     assert read_pruning(tmp_path / "repaired")["recovery"] == found
     assert found["method"]["name"] in (tmp_path / "repaired" / "README.md").read_text()
+
+
+def test_a_model_that_is_scored_on_the_way_is_repaired(place, scored, tmp_path):
+    rows = ("--task", "mood", "--data", place.data, "--flops", 0.5, "--no-evaluate", "--measure", "0")
+    scoring = record_of("prune", place.model, *FEW, *rows, "-o", tmp_path / "a")
+    assert scoring["recovery"]["method"]["name"] == "Reconstruction"
+    asked = ("--recover", "reconstruct", *FEW[2:4])
+    by_file = record_of("prune", place.model, "--scores", scored, *rows, *asked, "-o", tmp_path / "b")
+    again = record_of("prune", place.model, *FEW, *rows, *asked[:2], "-o", tmp_path / "c")
+    assert by_file["recovery"] == scoring["recovery"] == again["recovery"]
+    plain = record_of("prune", place.model, "--scores", scored, *rows, "-o", tmp_path / "e")
+    assert plain["recovery"] is None  # a file needs no rows
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") == weights(tmp_path / "c")
+    one_by_one = run("prune", place.model, *FEW, *rows, "--batch-size", 1, "-o", tmp_path / "d")
+    assert one_by_one.exit_code == 0, one_by_one.stderr  # what is not asked for refuses no batch size
 
 
 def test_recovery_from_few_rows_warns(place, scored, tmp_path):

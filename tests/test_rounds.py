@@ -33,7 +33,7 @@ from jaxprune.workflow import Data, Measuring, Recovering, Scoring, Selection
 
 __all__ = ["place"]  # a fixture
 
-QUICK = ("--criterion", "magnitude", "--no-evaluate", "--measure", "0")
+QUICK = ("--criterion", "magnitude", "--no-evaluate", "--measure", "0", "--recover", "none")
 RULES: dict[str, dict[str, Any]] = {
     "plain": {},
     "multiples": {"multiple_of": {"neurons": 8}},
@@ -472,7 +472,10 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "latency": ((*TASK[:6], "--latency", 0.5, "-o", "{new}", "--rounds", 2), "a budget of latency is met in one round"),
     "repaired when": ((*TASK, "--rounds", 2, "--recover", "bias", "--recover-rounds", "never"), "none of last, each"),
     "repaired in one round": ((*TASK, "--recover", "bias", "--recover-rounds", "each"), "in several --rounds"),
-    "not repaired": ((*TASK, "--rounds", 2, "--recover-rounds", "each"), "--recover-rounds is for --recover"),
+    "not repaired": (
+        (*TASK, "--rounds", 2, "--recover", "none", "--recover-rounds", "each"),
+        "--recover-rounds is for --recover",
+    ),
 }
 
 

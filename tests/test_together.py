@@ -45,7 +45,7 @@ WAYS = (pooled, kept_by_any, kept_by_all)
 BUDGETS = ("units", "parameters", "flops")
 LENGTH = 9
 FEW = ("--examples", 16, "--batch-size", 8, "--nodes", 2)
-QUICK = (*FEW, "--measure", "0")
+QUICK = (*FEW, "--measure", "0", "--recover", "none")
 BOTH = ("--task", "mood", "--task", "topic")
 
 
