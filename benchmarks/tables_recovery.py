@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
 
 from pages import best_first, percent, points, record, spread, table, within
 
 OURS = "integrated gradients + recovery"
+CONTESTED = "0.3"  # where all methods were tested
 
 
-def recovery() -> dict[str, Any]:
-    """The record of recovery.py."""
-    return record("recovery")
+BERT, TEXT = "recovery", "recovery_text"  # the records of recovery.py
 
 
-def setting() -> str:
+def setting(name: str = BERT) -> str:
     """How the figures were made."""
-    found = recovery()
-    parts = {name: own for name, own in found.items() if isinstance(own, dict) and "at_most_rows" in own}
+    found = record(name)
+    parts = {part: own for part, own in found.items() if isinstance(own, dict) and "at_most_rows" in own}
     rows = sorted({own["at_most_rows"] for own in parts.values()})
     commits = dict.fromkeys(own["commit"][:10] for own in parts.values())
     return (
@@ -28,23 +27,23 @@ def setting() -> str:
     )
 
 
-def choice() -> str:
+def choice(name: str = BERT) -> str:
     """Which recovery, on dev."""
-    found = recovery()["choice"]["rows"]
+    found = record(name)["choice"]["rows"]
     budgets = list(next(iter(found.values())))
     tasks = list(found["none"][budgets[-1]]["tasks"])
     rows = [
-        [name, *(percent(own[b]["retained"]) for b in budgets)]
+        [how, *(percent(own[b]["retained"]) for b in budgets)]
         + [percent(own[budgets[-1]]["tasks"][task]["accuracy"]) for task in tasks]
-        for name, own in found.items()
+        for how, own in found.items()
     ]
     heading = [f"on dev; kept, %, at {float(b):g}" if not i else f"at {float(b):g}" for i, b in enumerate(budgets)]
     return table(["recovery", *heading, *(f"{task}, at {float(budgets[-1]):g}" for task in tasks)], rows)
 
 
-def rivals() -> str:
+def rivals(name: str = BERT) -> str:
     """K-prune's weight of what a module adds, on dev."""
-    found = recovery()["rivals"]
+    found = record(name)["rivals"]
     tasks = list(next(iter(found["rows"].values()))["tasks"])
     rows = [
         [weight, percent(own["retained"]), *(percent(own["tasks"][task]["accuracy"]) for task in tasks)]
@@ -54,19 +53,21 @@ def rivals() -> str:
     return table([heading, "kept, %", *tasks], rows)
 
 
-def budgets() -> str:
+def budgets(name: str = BERT) -> str:
     """The primary metric at every budget."""
-    found = recovery()["budgets"]["rows"]
-    columns = list(next(iter(found.values())))
-    middle = columns[len(columns) // 2]
-    order = sorted(found, key=lambda name: -found[name][middle]["retained"])
-    rows = [[name, *(percent(found[name][b]["retained"]) for b in columns)] for name in order]
+    found = record(name)["budgets"]["rows"]
+    columns = list(found[OURS])
+    order = sorted(found, key=lambda method: -found[method][CONTESTED]["retained"])
+    rows = [
+        [method, *(percent(found[method][b]["retained"]) if b in found[method] else "–" for b in columns)]
+        for method in order
+    ]
     return table(["kept, %, at this share of the FLOPs", *(f"{float(b):g}" for b in columns)], rows)
 
 
-def accuracy() -> str:
+def accuracy(name: str = BERT) -> str:
     """Accuracy by task at every claimed budget."""
-    found = recovery()["claims"]["budgets"]
+    found = record(name)["claims"]["budgets"]
     tasks = list(next(iter(found.values()))["rows"][OURS]["tasks"])
     rows = [
         [f"{float(b):g}, {name}", percent(own["retained"]), *(spread(own["tasks"][task]) for task in tasks)]
@@ -76,27 +77,27 @@ def accuracy() -> str:
     return table(["FLOPs, method", "kept, %", *tasks], rows)
 
 
-def lost() -> str:
+def lost(name: str = BERT) -> str:
     """What is lost of the dense model."""
-    found = recovery()["claims"]["budgets"]
+    found = record(name)["claims"]["budgets"]
     names = [name for name, _ in best_first(next(reversed(found.values()))["rows"])]
     lost = [own["dense_minus_this"] for own in found.values()]
     rows = [[name, *(within(own[name], 1) if name in own else "–" for own in lost)] for name in names]
     return table(["dense minus this, points [95 %], at", *(f"{float(b):g}" for b in found)], rows)
 
 
-def claims() -> str:
+def claims(name: str = BERT) -> str:
     """The default with recovery against everything else."""
-    found = recovery()["claims"]["budgets"]
+    found = record(name)["claims"]["budgets"]
     differences = [own["claims"] for own in found.values()]
     names = list(dict.fromkeys(name for own in differences for name in own))
     rows = [[name, *(points(own[name]) if name in own else "–" for own in differences)] for name in names]
     return table(["difference, points [95 %], at", *(f"{float(b):g}" for b in found)], rows)
 
 
-def cost() -> str:
+def cost(name: str = BERT) -> str:
     """What recovery costs."""
-    found = recovery()["cost"]
+    found = record(name)["cost"]
     rows = [[name, f"{own['seconds']:.1f}", f"{own['of_scoring']:.2f}"] for name, own in found["rows"].items()]
     return table([f"{found['examples']} examples of {found['task']}", "seconds", "of scoring"], rows)
 
@@ -110,4 +111,9 @@ RECOVERY_TABLES: Mapping[str, Callable[[], str]] = {
     "recovery-claims": claims,
     "recovery-tasks": accuracy,
     "recovery-cost": cost,
+    "recovery-text-setting": partial(setting, TEXT),
+    "recovery-text-choice": partial(choice, TEXT),
+    "recovery-text-lost": partial(lost, TEXT),
+    "recovery-text-claims": partial(claims, TEXT),
+    "recovery-text-tasks": partial(accuracy, TEXT),
 }

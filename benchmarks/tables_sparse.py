@@ -59,7 +59,7 @@ def orders() -> str:
 
 
 def claims() -> str:
-    """How much more of the accuracy above chance the method keeps than the other orders."""
+    """How much more accurate the method is than the other orders."""
     rows = [
         [f"{100 * float(sparsity):g} %, {METHOD} - {order}", points(own)]
         + [points(each[order]) for each in found["by_task"].values()]
@@ -67,7 +67,7 @@ def claims() -> str:
         for sparsity, found in sparsebert()["orders"]["sparsities"].items()
         for order, own in found["claims"].items()
     ]
-    return table(["zeros, difference, points [95 %]", "all", *sparsebert()["tasks"]], rows)
+    return table(["zeros, difference, points of accuracy [95 %]", "all", *sparsebert()["tasks"]], rows)
 
 
 def sparsities() -> str:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib
 import json
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from commands import make_place
 from hand_tables import hand_table
 from tiny import tiny_model
 
+import jaxprune as jp
+from jaxprune.checkpoint import load, save
 from jaxprune.gates import widths
 
 
@@ -125,3 +130,45 @@ def test_packed_files_are_smaller_in_every_way(capsys: Any):
         assert {name for name, own in row["ways"].items() if "load_processor" in own} == {"float32", "int8"}
     packing.show({"rows": rows})
     assert "deltas" in capsys.readouterr().out
+
+
+def test_sparse_products_are_those_of_dense_weights(capsys: Any):
+    """Every way is compared with the dense product before it is timed, the Pallas kernel interpreted."""
+    benchmark = importlib.import_module("sparse_compute")
+    rows = benchmark.measure([0.5, 0.9], [32], shape=(64, 96), repeats=1)
+    assert [row["sparsity"] for row in rows] == [0.5, 0.9] and "2:4" in rows[0]["ways"]
+    assert all(own["ratio"]["median"] > 0 for row in rows for own in row["ways"].values())
+    assert rows[0]["ways"]["2:4"]["zeros"] == 0.5
+    benchmark.show({"shape": [64, 96], "device": "cpu", "rows": rows})
+    assert "BCSR" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="differs from the dense product"):
+        benchmark.check("a way", np.ones((2, 2)), np.full((2, 2), 1.1))
+
+
+@pytest.mark.reference  # it needs no PyTorch, but trains more students than the other target has time for
+def test_orders_of_pruning_and_distilling_are_compared(tmp_path: Any, monkeypatch: Any):
+    benchmark, tables = importlib.import_module("sparsebert"), importlib.import_module("tables_sparse")
+    place = make_place(tmp_path)
+    model, _ = load(place.model)
+    start = save(tmp_path / "start", model.with_heads(()), model.with_heads(()).initialise(jax.random.key(3)))
+    monkeypatch.setattr(benchmark, "CONTESTED", (0.8,))
+    monkeypatch.setattr(benchmark, "SPARSITIES", (0.5, 0.8))
+    monkeypatch.setattr(benchmark, "RATES", (1e-3,))
+    monkeypatch.setattr(jp, "Augmentation", partial(jp.Augmentation, frequent=1))
+    out = tmp_path / "record.json"
+    arguments = ["--start", start, "--data", place.data, "--work", tmp_path / "work", "-o", out, "--tasks", "mood"]
+    settings = ["--steps", 6, "--batch-size", 8, "--prunings", 2, "--copies", 2]
+    monkeypatch.setattr("sys.argv", ["sparsebert.py", *map(str, [*arguments, *settings])])
+    benchmark.main()
+    record = json.loads(out.read_text())
+    orders = record["orders"]["sparsities"]["0.8"]
+    assert set(orders["rows"]) == set(benchmark.ORDERS) and set(orders["claims"]) < set(benchmark.ORDERS)
+    for own in orders["rows"].values():
+        assert own["mood"]["not_zero"] == pytest.approx(0.2 * own["mood"]["linear_maps"], abs=12)
+    monkeypatch.setattr(tables, "record", lambda _: record)
+    for name, make in tables.SPARSE_TABLES.items():
+        if not name.startswith("sparse-compute"):
+            assert make().endswith("\n")
+    before = (tmp_path / "work").stat().st_mtime
+    benchmark.main()  # everything is there already
+    assert json.loads(out.read_text())["orders"] == record["orders"] and (tmp_path / "work").stat().st_mtime == before
