@@ -202,7 +202,8 @@ def rates(school: School, names: list[str], record: Mapping[str, Any]) -> dict[s
         found = school.student(names[0], METHOD, CONTESTED[0], rate=rate, steps=steps)
         best = found["exams"][found["best"]]["evaluation"]
         rows[f"{rate:g}"] = {"dev": best["metrics"][best["primary"]], "losses": found["exams"][found["best"]]["losses"]}
-    return {"rows": rows, "steps": steps, "task": names[0], "best": float(max(rows, key=lambda r: rows[r]["dev"]))}
+    best = max(rows, key=lambda rate: (rows[rate]["dev"], -sum(rows[rate]["losses"].values())))  # ties by the losses
+    return {"rows": rows, "steps": steps, "task": names[0], "best": float(best)}
 
 
 def orders(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
