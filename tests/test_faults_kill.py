@@ -35,6 +35,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "prune", "{model}", *ROWS, "--examples", "40", "--batch-size", "8", "--criterion", "gradient-activation",
         "--flops", "0.4", "--measure", "0", "--rounds", "3", "--recover", "reconstruct", "--recover-rounds", "each",
     ),
+    "sparsify": (
+        "sparsify", "{model}", "--teacher", "{model}", *ROWS, "--steps", "60", "--batch-size", "8", "--prunings", "20",
+        "--evaluate-every", "10",
+    ),
     "sweep": (
         "sweep", "{model}", *ROWS, "--criterion", "integrated-gradients", "--criterion", "random",
         "--flops", "0.8,0.5", "--seeds", "2", "--examples", "16", "--nodes", "2",
@@ -48,6 +52,7 @@ STATE = {  # what may lie beside the output until the command has ended, without
         ".scores.safetensors", ".scores.safetensors.partial",
         ".rounds", ".rounds.scores.safetensors", ".rounds.scores.safetensors.partial",
     },
+    "sparsify": {".state"},
     "sweep": set(),
 }  # fmt: skip
 KEPT = {"prune": {".scores.safetensors"}, "rounds": {".scores.safetensors"}}  # and what stays
