@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pages import RESULTS, best_first, percent, points, record, spread, table, within
-from tables_recovery import RECOVERY_TABLES
-from tables_sparse import SPARSE_TABLES
+from tables_recovery import RECOVERY_TABLES, recovery_row, text_recovery_row
+from tables_sparse import SPARSE_TABLES, sparse_row
 from tables_text import TEXT_TABLES, paper_curves, paper_row
 from timing import wanted
 
@@ -249,9 +249,8 @@ def bundled() -> str:
 def headline() -> str:
     """The claims of the README, each with the command that makes it and the record it is read from."""
     heading = ["what", "result", "command", "record"]
-    rows = [
-        row for made in (_pruned_row, _demo_row, _accuracy_row, paper_row, _speed_row) if (row := _unless_missing(made))
-    ]
+    makers = (_pruned_row, _demo_row, _accuracy_row, recovery_row, paper_row, text_recovery_row, sparse_row, _speed_row)
+    rows = [row for made in makers if (row := _unless_missing(made))]
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, ["---"] * 4, *rows)) + "\n"
 
 

@@ -102,6 +102,29 @@ def cost(name: str = BERT) -> str:
     return table([f"{found['examples']} examples of {found['task']}", "seconds", "of scoring"], rows)
 
 
+def _row(name: str, what: str) -> list[str]:
+    found = record(name)
+    rows = found["claims"]["budgets"][CONTESTED]["rows"]
+    kept = ", ".join(f"{method} {percent(own['retained'])}" for method, own in best_first(rows))
+    return [
+        f"{len(found['tasks'])} tasks of {what}, {100 * float(CONTESTED):g} % of the FLOPs, repaired in closed form "
+        "without labels: accuracy above chance that is kept",
+        f"{kept} %",
+        "`python benchmarks/recovery.py …`",
+        f"[{name}](benchmarks/results/{name}.json)",
+    ]
+
+
+def recovery_row() -> list[str]:
+    """The headline of the BERT."""
+    return _row(BERT, "the BERT")
+
+
+def text_recovery_row() -> list[str]:
+    """The headline of the T5."""
+    return _row(TEXT, "the T5")
+
+
 RECOVERY_TABLES: Mapping[str, Callable[[], str]] = {
     "recovery-setting": setting,
     "recovery-choice": choice,

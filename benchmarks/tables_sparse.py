@@ -128,6 +128,20 @@ def compute_setting() -> str:
     )
 
 
+def sparse_row() -> list[str]:
+    """The headline of pruning while distilling."""
+    found = sparsebert()["sparsities"]
+    rows = found["rows"]
+    teacher = next(iter(rows.values()))["teacher"]
+    values = ", ".join(f"{percent(own['value'])} at {100 * float(s):g} % zeros" for s, own in rows.items())
+    return [
+        f"{found['task']}: a student pruned while it learns from its teacher, {found['steps']} steps only",
+        f"teacher {percent(teacher)}, student {values}",
+        "`python benchmarks/sparsebert.py …`",
+        "[sparsebert](benchmarks/results/sparsebert.json)",
+    ]
+
+
 SPARSE_TABLES: Mapping[str, Callable[[], str]] = {
     "sparsebert-setting": setting,
     "sparsebert-rates": rates,

@@ -12,14 +12,18 @@ from jaxprune.batches import Length
 from jaxprune.checkpoint import load, read_pruning, split_task
 from jaxprune.cost import checked_length, elements, matmul_flops, parameters, unit_costs, usual_length
 from jaxprune.gate_file import GATES, read
-from jaxprune.gates import KINDS, UNITS, Params, Site, sites, widths
+from jaxprune.gates import KINDS, UNITS, Params, Site, flatten, sites, widths
+from jaxprune.matrices import linear_maps
 from jaxprune.models import Model
 from jaxprune.pictures import check_picture, inspection_figure
 from jaxprune.provenance import units_kept
 from jaxprune.scores import Scores, load_scores
 from jaxprune.selection import select
 from jaxprune.shared import task_record
+from jaxprune.sparsity import sparsity_of
 from jaxprune.workflow import check_file
+
+STRAY = 1e-3  # a smaller share of zeros is no sparsity
 
 
 class _Units(NamedTuple):
@@ -51,7 +55,8 @@ def inspect_model(
     Returns:
         Per layer and in total: heads and neurons as `[those that stay, those it had]`, and channels where the scores or
         the record of the pruning name some (`kinds`); the parameters of heads and neurons, their share of the FLOPs of
-        all layers; with scores the means by kind and the share of all scores, by size.
+        all layers; of a sparse model the share of zeros in the linear maps (`zeros`, else None); with scores the means
+        by kind and the share of all scores, by size.
 
     Raises:
         ValueError: If the scores belong to another model, or the record of a pruned model does not fit its weights.
@@ -88,6 +93,7 @@ def inspect_model(
 
     stacks = list(dict.fromkeys((own.site.stack, own.site.layer) for own in units))
     layers = [[own for own in units if (own.site.stack, own.site.layer) == place] for place in stacks]
+    zeros = _zeros(model, params)
     record = {
         "command": "inspect",
         "source": source,
@@ -100,8 +106,11 @@ def inspect_model(
         "pruned": None if pruning is None else pruning.get("settings"),
         "scores": None if scores is None else str(scores),
         "kinds": list(kinds),
-        "layers": [row(f"{stack} {layer}".strip(), own) for (stack, layer), own in zip(stacks, layers, strict=True)],
-        "total": row("all", units),
+        "layers": [
+            row(name := f"{stack} {layer}".strip(), own) | {"zeros": zeros.get(name)}
+            for (stack, layer), own in zip(stacks, layers, strict=True)
+        ],
+        "total": row("all", units) | {"zeros": zeros.get("all")},
     }
     if picture is not None:
         inspection_figure(picture, record, {kind: _ranks(layers, kind) for kind in kinds}, dark=dark)
@@ -180,3 +189,19 @@ def _ranks(layers: Sequence[Sequence[_Units]], kind: str) -> list[np.ndarray]:
             strip[each.kept] = 1.0 if places is None else places / max(len(ordered) - 1, 1)
         found.append(np.concatenate(strips) if strips else np.zeros(0))
     return found
+
+
+def _zeros(model: Model, params: Params) -> dict[str, float]:
+    """The share of zeros in the linear maps of each layer, and of all; nothing if there is no more than a stray one."""
+    maps = linear_maps(model)
+    if not any(maps(path, array) for path, array in flatten(params).items()):
+        return {}  # it has no layers
+    found = sparsity_of(params, maps)
+    if found.fraction < STRAY:
+        return {}
+    counts: dict[str, list[int]] = {}
+    for name, own in found.arrays.items():
+        stack, _, rest = name.rpartition("layers.")
+        for place in (f"{stack.strip('.')} {rest.split('.')[0]}".strip(), "all"):
+            counts[place] = [a + b for a, b in zip(counts.get(place, [0, 0]), own, strict=True)]
+    return {place: zeros / size for place, (zeros, size) in counts.items() if size}

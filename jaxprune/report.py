@@ -237,12 +237,19 @@ def inspection_table(record: Record) -> Table:
     kinds: Sequence[str] = record["kinds"]
     words = [kind.replace("_", "\n") for kind in kinds]
     of_scores = (*(f"score of\n{word}" for word in words), "scores\n%")
-    for heading in (*words, "parameters", "FLOPs\n%", *of_scores * scored):
+    sparse = record["total"].get("zeros") is not None
+    for heading in (*words, "parameters", *["zeros\n%"] * sparse, "FLOPs\n%", *of_scores * scored):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in (*record["layers"], record["total"]):
         if layer is record["total"]:
             table.add_section()
-        cells = [*(_of(layer[kind]) for kind in kinds), f"{layer['parameters']:,}", _share(layer["flops_share"])]
+        zeros = [_share(layer["zeros"])] * sparse
+        cells = [
+            *(_of(layer[kind]) for kind in kinds),
+            f"{layer['parameters']:,}",
+            *zeros,
+            _share(layer["flops_share"]),
+        ]
         if scored:
             cells += [*(_small(layer["mean_scores"][kind]) for kind in kinds), _share(layer["score_share"])]
         table.add_row(str(layer["layer"]), *cells)
@@ -255,6 +262,8 @@ def inspection_note(record: Record) -> str:
         f"Task heads: {', '.join(record['heads']) or 'none'}.",
         f"Parameters and FLOPs of heads and neurons, {length_text(record['length'])}.",
     ]
+    if record["total"].get("zeros") is not None:
+        parts.append("Zeros: in the kernels of attention and FFN; they are counted as parameters and FLOPs.")
     if record["tasks"]:
         parts.append(f"Dense. Gates of {', '.join(record['tasks'])}: FOLDER#TASK is the model of one.")
     if record["pruned"] is not None:

@@ -622,7 +622,10 @@ def test_help_tells_the_true_defaults():
     assert baselines.Fisher().labels is options.find("labels", "sampled")
 
 
-@pytest.mark.parametrize("name", ["score", "prune", "sweep", "inspect", "compare", "evaluate", "finetune", "demo"])
+@pytest.mark.parametrize(
+    "name",
+    ["score", "prune", "sweep", "inspect", "compare", "evaluate", "finetune", "sparsify", "distill", "augment", "demo"],
+)
 def test_every_command_has_an_example(name):
     result = run(name, "--help")
     assert result.exit_code == 0

@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import Place, place, record_of, run
+from tiny import tiny_model
 
-from jaxprune.checkpoint import load
+from jaxprune.checkpoint import load, save
 from jaxprune.gates import widths
 from jaxprune.inspection import inspect_model
+from jaxprune.matrices import linear_maps
 from jaxprune.scores import load_scores
+from jaxprune.sparsity import one_shot
 from jaxprune.workflow import costs
 
 __all__ = ["place"]  # a fixture
@@ -111,6 +114,19 @@ def test_pictures(small, scored, tmp_path, ending, dark):
     without = run("inspect", small, "-o", out, "--overwrite", *dark)
     assert without.exit_code == 0, without.stderr
     assert again.read_bytes() != out.read_bytes()
+
+
+@pytest.mark.parametrize("model_type", ["bert", "t5"])
+def test_a_sparse_model_shows_its_zeros(tmp_path, model_type):
+    model, params = tiny_model(model_type)
+    sparse, _ = one_shot(params, 0.75, prunable=linear_maps(model))
+    save(tmp_path / "sparse", model, sparse)
+    record = record_of("inspect", tmp_path / "sparse")
+    assert [row["zeros"] for row in (*record["layers"], record["total"])] == [0.75] * (len(record["layers"]) + 1)
+    shown = run("inspect", tmp_path / "sparse").stdout
+    assert shown.count("75.0") == len(record["layers"]) + 1 and max(map(len, shown.splitlines())) <= 80
+    save(tmp_path / "dense", model, params)
+    assert {row["zeros"] for row in record_of("inspect", tmp_path / "dense")["layers"]} == {None}
 
 
 def test_bad_input(place, small, tmp_path):
