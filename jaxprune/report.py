@@ -243,7 +243,7 @@ def inspection_table(record: Record) -> Table:
     for layer in (*record["layers"], record["total"]):
         if layer is record["total"]:
             table.add_section()
-        zeros = [_share(layer["zeros"])] * sparse
+        zeros = [_share(layer.get("zeros"))] * sparse
         cells = [
             *(_of(layer[kind]) for kind in kinds),
             f"{layer['parameters']:,}",
