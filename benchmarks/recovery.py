@@ -64,7 +64,7 @@ CRITERIA = {
     "magnitude": Method(jp.Magnitude()),
 }
 OURS = "integrated gradients + recovery"
-REPAIRED = (OURS, "Wanda + recovery")  # in `budgets`
+REPAIRED = (OURS,)  # in `budgets`
 KWON, K_PRUNE = "Kwon et al., re-implemented", "K-prune, re-implemented"
 
 
