@@ -151,7 +151,7 @@ def claims(bench: Bench, record: Mapping[str, Any]) -> dict[str, Any]:
 
 def cost(bench: Bench, record: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds for one task, in turns, without the round that compiles."""
-    task, count, rounds = bench.task(bench.able[0]), 512, 3
+    task, count, rounds = bench.task(bench.able[0]), 512, 2
     count = min(count, len(task.rows("calibration")))
     rows = draw(task, count, 0)
     scores = bench.scores(task.name, jp.IntegratedGradients(), 128, 0)

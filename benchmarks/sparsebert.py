@@ -250,16 +250,15 @@ def variants(school: School, names: list[str], record: Mapping[str, Any]) -> dic
 
 def cost(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds of a step of distillation with and without pruning, in turns; every hundredth step of a run prunes."""
-    name, turns, prunings = names[0], 5, 100
+    name, turns, block, prunings = names[0], 3, 10, 100
     teacher_model, teacher = school.teacher(name)
     rows = encode(school.model, school.task(name).rows("train")[:64])
     batch = training_batches(rows, batch_size=32, key=0, epoch=0)[0]
     student = school.params | {"heads": teacher["heads"]}
     model, settings = school.model.with_heads(teacher_model.config.task_heads), jp.Distillation.sparse_bert()
     plain = Teaching().optimizer
-    schedule = jp.cubic_schedule(0.95, 20 * prunings)  # as many steps from one pruning to the next as in a short run
+    schedule = jp.cubic_schedule(0.95, block * prunings)  # one pruning in each turn
     sparse = sparsify(plain, schedule=schedule, prunable=jp.linear_maps(model))
-    block = 20  # steps: one pruning in each
     states = {"plain": start_student(student, plain), "pruned": start_student(student, sparse)}
     optimizers = {"plain": plain, "pruned": sparse}
     seconds: dict[str, list[float]] = {way: [] for way in states}
