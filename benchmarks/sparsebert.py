@@ -47,7 +47,7 @@ from jaxprune.teaching import Teaching, Thinning, distil
 from jaxprune.training import Recipe, finetune
 
 TASKS = ("sst2", "cola")
-CONTESTED = (0.95, 0.9)
+CONTESTED = (0.95, 0.9)  # where all orders are compared, the first one on all tasks
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.97)
 RATES = (3e-4, 1e-3)
 LABELS = jp.Distillation(attention=0.0, embeddings=0.0, hidden=0.0, logits=0.0, labels=1.0)
@@ -74,6 +74,8 @@ class School:
     seeds: int
     batch: int
     prunings: int
+    contested: tuple[float, ...] = CONTESTED
+    sparsities: tuple[float, ...] = SPARSITIES
     tasks: dict[str, jp.Task] = field(default_factory=dict)
     teachers: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
@@ -199,7 +201,7 @@ def rates(school: School, names: list[str], record: Mapping[str, Any]) -> dict[s
     steps = school.steps // 3
     rows = {}
     for rate in RATES:
-        found = school.student(names[0], METHOD, CONTESTED[0], rate=rate, steps=steps)
+        found = school.student(names[0], METHOD, school.contested[0], rate=rate, steps=steps)
         best = found["exams"][found["best"]]["evaluation"]
         rows[f"{rate:g}"] = {"dev": best["metrics"][best["primary"]], "losses": found["exams"][found["best"]]["losses"]}
     best = max(rows, key=lambda rate: (rows[rate]["dev"], -sum(rows[rate]["losses"].values())))  # ties by the losses
@@ -209,8 +211,8 @@ def rates(school: School, names: list[str], record: Mapping[str, Any]) -> dict[s
 def orders(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
     """The orders at equal steps, and how much more accurate the method is, with intervals over rows and seeds."""
     found: dict[str, Any] = {}
-    for sparsity in CONTESTED:
-        tasks = names if sparsity == CONTESTED[0] else names[:1]
+    for sparsity in school.contested:
+        tasks = names if sparsity == school.contested[0] else names[:1]
         rows = {order: {name: summary(school, name, order, sparsity) for name in tasks} for order in ORDERS}
         # differences of accuracy as it is: what a short training leaves may be near chance, also of the teacher
         right = {name: Cell(np.ones_like(school.cell(school.dense(name)).hits), 1.0) for name in tasks}
@@ -237,15 +239,16 @@ def orders(school: School, names: list[str], record: Mapping[str, Any]) -> dict[
 
 def sparsities(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
     """The method at several sparsities, on the first task."""
-    return {"task": names[0], "rows": {str(s): summary(school, names[0], METHOD, s) for s in SPARSITIES}}
+    return {"task": names[0], "rows": {str(s): summary(school, names[0], METHOD, s) for s in school.sparsities}}
 
 
 def variants(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
     """Changes of the method, at the highest contested sparsity, on the last task."""
     rows = {
-        order: summary(school, names[-1], order, CONTESTED[0]) for order in (METHOD, ONE_SHOT, RECOVERED, AUGMENTED)
+        order: summary(school, names[-1], order, school.contested[0])
+        for order in (METHOD, ONE_SHOT, RECOVERED, AUGMENTED)
     }
-    return {"task": names[-1], "rows": rows, "copies": school.copies, "sparsity": CONTESTED[0]}
+    return {"task": names[-1], "rows": rows, "copies": school.copies, "sparsity": school.contested[0]}
 
 
 def cost(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,6 +290,10 @@ def cost(school: School, names: list[str], record: Mapping[str, Any]) -> dict[st
     }
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
+
+
 PARTS: dict[str, Callable[[School, list[str], Mapping[str, Any]], dict[str, Any]]] = {
     "rates": rates,
     "orders": orders,
@@ -310,6 +317,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="the learning rate; by default that of `rates`")
     parser.add_argument("--copies", type=int, default=20, help="of a train row, with augmented data")
     parser.add_argument("--seeds", type=int, default=1, help="students of every kind")
+    parser.add_argument("--contested", default=",".join(map(str, CONTESTED)), help="where all orders are compared")
+    parser.add_argument("--sparsities", default=",".join(map(str, SPARSITIES)), help="of the method alone")
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run; the others are kept from the record")
     arguments = parser.parse_args()
     chosen, names = arguments.only.split(","), arguments.tasks.split(",")
@@ -327,6 +336,8 @@ def main() -> None:
         seeds=arguments.seeds,
         batch=arguments.batch_size,
         prunings=arguments.prunings,
+        contested=_numbers(arguments.contested),
+        sparsities=_numbers(arguments.sparsities),
     )
     if found.get("start", school.digest) != school.digest:
         parser.error(f"{arguments.output} is of another model: name another file")
@@ -339,7 +350,8 @@ def main() -> None:
             name: made | {"commit": commit(), "rate": school.rate, "steps": made.get("steps", school.steps)},
             "command": "python benchmarks/sparsebert.py --start START --data DATA --work WORK -o OUTPUT "
             f"--tasks {arguments.tasks} --steps {school.steps} --batch-size {school.batch} "
-            f"--prunings {school.prunings} --seeds {school.seeds}",
+            f"--prunings {school.prunings} --seeds {school.seeds} --contested {arguments.contested} "
+            f"--sparsities {arguments.sparsities}",
             "start": school.digest,
             "tasks": names,
             "seeds": school.seeds,

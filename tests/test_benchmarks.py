@@ -151,13 +151,12 @@ def test_orders_of_pruning_and_distilling_are_compared(tmp_path: Any, monkeypatc
     place = make_place(tmp_path)
     model, _ = load(place.model)
     start = save(tmp_path / "start", model.with_heads(()), model.with_heads(()).initialise(jax.random.key(3)))
-    monkeypatch.setattr(benchmark, "CONTESTED", (0.8,))
-    monkeypatch.setattr(benchmark, "SPARSITIES", (0.5, 0.8))
     monkeypatch.setattr(benchmark, "RATES", (1e-3,))
     monkeypatch.setattr(jp, "Augmentation", partial(jp.Augmentation, frequent=1))
     out = tmp_path / "record.json"
     arguments = ["--start", start, "--data", place.data, "--work", tmp_path / "work", "-o", out, "--tasks", "mood"]
     settings = ["--steps", 6, "--batch-size", 8, "--prunings", 2, "--copies", 2]
+    settings += ["--contested", 0.8, "--sparsities", "0.5,0.8"]
     monkeypatch.setattr("sys.argv", ["sparsebert.py", *map(str, [*arguments, *settings])])
     benchmark.main()
     record = json.loads(out.read_text())
