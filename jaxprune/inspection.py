@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprune.batches import Length
-from jaxprune.checkpoint import load, read_pruning, split_task
+from jaxprune.checkpoint import load, split_task
 from jaxprune.cost import checked_length, elements, matmul_flops, parameters, unit_costs, usual_length
 from jaxprune.gate_file import GATES, read
 from jaxprune.gates import KINDS, UNITS, Params, Site, flatten, sites, widths
@@ -19,7 +19,7 @@ from jaxprune.pictures import check_picture, inspection_figure
 from jaxprune.provenance import units_kept
 from jaxprune.scores import Scores, load_scores
 from jaxprune.selection import select
-from jaxprune.shared import task_record
+from jaxprune.shared import pruning_of
 from jaxprune.sparsity import sparsity_of
 from jaxprune.workflow import check_file
 
@@ -66,7 +66,7 @@ def inspect_model(
         check_file(picture, overwrite)
     found = None if scores is None else load_scores(scores)
     model, params = load(source)
-    pruning = _pruning(source, model)
+    pruning = pruning_of(source, model)
     recorded = {} if pruning is None else pruning.get("sites", {})
     named = {name.rpartition(".")[2] for name in (*recorded, *({} if found is None else found.values))}
     kinds = tuple(kind for kind in KINDS if kind in UNITS or kind in named)
@@ -122,16 +122,6 @@ def _tasks(source: str, model: Model) -> list[str]:
     """The tasks whose gates stand beside the dense model."""
     file = None if model.source is None or split_task(source)[1] is not None else model.source / GATES
     return sorted(read(file).tasks) if file is not None and file.is_file() else []
-
-
-def _pruning(source: str, model: Model) -> dict[str, Any] | None:
-    task = split_task(source)[1]
-    if model.source is not None and task is not None:
-        return task_record(model.source, task)
-    try:
-        return None if model.source is None else read_pruning(model.source)
-    except FileNotFoundError:
-        return None
 
 
 def _units(

@@ -16,7 +16,16 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxprune.checkpoint import check_belongs, model_digest, opened, opened_digest, save, saved_digest
+from jaxprune.checkpoint import (
+    check_belongs,
+    model_digest,
+    opened,
+    opened_digest,
+    read_pruning,
+    save,
+    saved_digest,
+    split_task,
+)
 from jaxprune.files import alone, write_atomic
 from jaxprune.gate_file import GATES, GateFile, PackedGates, check_name, pack, read, to_bytes, unpack
 from jaxprune.gates import Gates, Params
@@ -169,6 +178,17 @@ def task_record(path: str | Path, task: str) -> dict[str, Any]:
     settings, scores = (dict(part) if isinstance(part, Mapping) else {} for part in parts.values())
     made_with = {"model": own.model}
     return {"settings": settings, "scores": scores | made_with, "units": units["units"], "sites": units["sites"]}
+
+
+def pruning_of(source: str, model: Model) -> dict[str, Any] | None:
+    """What is recorded of the pruning of a model that was loaded from `source`, a task of a shared folder or not."""
+    task = split_task(source)[1]
+    if model.source is not None and task is not None:
+        return task_record(model.source, task)
+    try:
+        return None if model.source is None else read_pruning(model.source)
+    except FileNotFoundError:
+        return None
 
 
 def brief(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxprune.checkpoint import PRUNING, load, model_digest, read_pruning, save
+from jaxprune.checkpoint import load, model_digest, save
 from jaxprune.cost import file_size, parameters
 from jaxprune.curriculum import Distillation, surviving_heads
 from jaxprune.evaluation import fitting_head
@@ -17,6 +17,7 @@ from jaxprune.gates import Params, widths
 from jaxprune.matrices import linear_maps
 from jaxprune.models import Model
 from jaxprune.scores import describe
+from jaxprune.shared import pruning_of
 from jaxprune.sparsity import sparsity_of
 from jaxprune.student_report import exam_line
 from jaxprune.tasks import remove_leaks
@@ -64,7 +65,7 @@ def teach_model(
     model, student = load(source)
     teacher_model, theirs = load(teacher)
     task = load_rows(data, watch)
-    name = fitting_head(teacher_model, task, how.head)
+    name, pruning = fitting_head(teacher_model, task, how.head), pruning_of(source, model)
     bar = watch.open("teaching")
 
     def progress(step: Step) -> None:
@@ -86,7 +87,7 @@ def teach_model(
         thinning=how.thinning,
         keep_zeros=how.keep_zeros,
         head=name,
-        heads=_heads(model, student, teacher_model, theirs),
+        heads=_heads(pruning, model, student, teacher_model, theirs),
         state=state,
         save_every=how.save_every,
         evaluate_every=how.evaluate_every,
@@ -140,7 +141,8 @@ def teach_model(
         },
     }
     extra = {DISTILLATION: (json.dumps(record, indent=1) + "\n").encode()}
-    pruning = _pruning(model)
+    if pruning is not None:
+        pruning = {part: own for part, own in pruning.items() if part != "pruned"}  # `save` says that anew
     own = {"pruning": pruning, "overwrite": overwrite, "dtype": dtype, "extra": extra, "packed": packed}
     save(output, done.model, done.params, **own)
     state.unlink(missing_ok=True)
@@ -166,18 +168,15 @@ def _sparsity(thinning: Thinning, step: Step) -> float:
     return schedule.sparsities[done - 1] if done else 0.0
 
 
-def _pruning(model: Model) -> dict[str, Any] | None:
-    """The record of the pruning that a student comes from, if there is one; `save` adds digest and widths anew."""
-    if model.source is None or not (Path(model.source) / PRUNING).is_file():
-        return None
-    return {name: value for name, value in read_pruning(model.source).items() if name != "pruned"}
-
-
-def _heads(model: Model, student: Params, teacher_model: Model, teacher: Params) -> Mapping[str, tuple[int, ...]]:
-    """Which of the teacher's heads a pruned student has, where it has fewer, by its record."""
-    record = _pruning(model)
+def _heads(
+    record: Mapping[str, Any] | None, model: Model, student: Params, teacher_model: Model, teacher: Params
+) -> Mapping[str, tuple[int, ...]]:
+    """Which of the teacher's heads a pruned student has, by its record, where it has fewer and was cut from as many."""
     if record is None or "sites" not in record:
         return {}
     ours, theirs = (widths(own.axes, p, ("heads",)) for own, p in ((model, student), (teacher_model, teacher)))
-    kept = surviving_heads(record)
-    return {site: which for site, which in kept.items() if site in theirs and ours[site] != theirs[site]}
+    return {
+        site: which
+        for site, which in surviving_heads(record).items()
+        if ours.get(site) != theirs.get(site) == record["sites"][site]["had"]
+    }

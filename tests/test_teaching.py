@@ -313,6 +313,30 @@ def test_distill_recovers_a_pruned_model_with_its_own_heads(place: Place, tmp_pa
     assert all(np.isfinite(losses))
 
 
+def test_distill_takes_the_model_of_one_task(place: Place, tmp_path: Path):
+    """The gates of a shared folder say which heads are left."""
+    scores, shared = tmp_path / "s.safetensors", tmp_path / "shared"
+    rows = ("--task", "mood", "--data", place.data)
+    assert run("score", place.model, *rows, "--criterion", "magnitude", "-o", scores).exit_code == 0
+    assert run("share", place.model, "--scores", scores, "--flops", 0.5, "-o", shared).exit_code == 0
+    out = tmp_path / "better"
+    record = record_of("distill", f"{shared}#mood", "--teacher", place.model, *rows, *QUICK[:4], "-o", out)
+    assert np.isfinite(record["exams"][0]["losses"]["attention"])
+    assert {name for name, site in read_pruning(out)["sites"].items() if site["kept"] < site["had"]}
+
+
+def test_heads_of_unknown_origin_are_refused(place: Place, tmp_path: Path):
+    """A model that was pruned twice says what stays of its second pruning, not of the teacher's heads."""
+    rows = ("--task", "mood", "--data", place.data)
+    quick = ("--criterion", "magnitude", "--no-evaluate", "--measure", 0, "--recover", "none")
+    for source, budget, out in ((place.model, 0.6, "one"), (tmp_path / "one", 0.5, "two")):
+        assert run("prune", source, *rows, *quick, "--units", budget, "-o", tmp_path / out).exit_code == 0
+    how = ("distill", tmp_path / "two", "--teacher", place.model, *rows, *QUICK[:4], "-o", tmp_path / "new")
+    refused = run(*how)
+    assert refused.exit_code == 2 and "Say which are left" in refused.stderr and not (tmp_path / "new").exists()
+    assert run(*how, "--losses", "hidden,logits").exit_code == 0
+
+
 def test_a_packed_student_is_the_same(place: Place, pretrained: Path, tmp_path: Path):
     rows = ("--teacher", place.model, "--task", "mood", "--data", place.data, *QUICK, "--no-evaluate")
     for name, how in {"dense": (), "packed": ("--packed", "exact")}.items():
