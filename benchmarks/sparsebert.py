@@ -76,6 +76,7 @@ class School:
     prunings: int
     contested: tuple[float, ...] = CONTESTED
     sparsities: tuple[float, ...] = SPARSITIES
+    orders: tuple[str, ...] = ORDERS
     tasks: dict[str, jp.Task] = field(default_factory=dict)
     teachers: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
@@ -213,7 +214,7 @@ def orders(school: School, names: list[str], record: Mapping[str, Any]) -> dict[
     found: dict[str, Any] = {}
     for sparsity in school.contested:
         tasks = names if sparsity == school.contested[0] else names[:1]
-        rows = {order: {name: summary(school, name, order, sparsity) for name in tasks} for order in ORDERS}
+        rows = {order: {name: summary(school, name, order, sparsity) for name in tasks} for order in school.orders}
         # differences of accuracy as it is: what a short training leaves may be near chance, also of the teacher
         right = {name: Cell(np.ones_like(school.cell(school.dense(name)).hits), 1.0) for name in tasks}
         nothing = dict.fromkeys(tasks, 0.0)
@@ -222,13 +223,15 @@ def orders(school: School, names: list[str], record: Mapping[str, Any]) -> dict[
                 name: [school.cell(school.student(name, order, sparsity, seed)) for seed in range(school.seeds)]
                 for name in tasks
             }
-            for order in ORDERS
+            for order in school.orders
         }
-        claims = {order: compare(cells[METHOD], cells[order], right, nothing) for order in ORDERS if order != METHOD}
+        claims = {
+            order: compare(cells[METHOD], cells[order], right, nothing) for order in school.orders if order != METHOD
+        }
         by_task = {
             name: {
                 order: compare({name: cells[METHOD][name]}, {name: cells[order][name]}, right, nothing)
-                for order in ORDERS
+                for order in school.orders
                 if order != METHOD
             }
             for name in tasks
@@ -319,9 +322,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="students of every kind")
     parser.add_argument("--contested", default=",".join(map(str, CONTESTED)), help="where all orders are compared")
     parser.add_argument("--sparsities", default=",".join(map(str, SPARSITIES)), help="of the method alone")
+    parser.add_argument("--orders", default=";".join(ORDERS), help="which are compared, by semicolons")
     parser.add_argument("--only", default=",".join(PARTS), help="parts to run; the others are kept from the record")
     arguments = parser.parse_args()
     chosen, names = arguments.only.split(","), arguments.tasks.split(",")
+    if wrong := sorted(set(arguments.orders.split(";")) - set(ORDERS)):
+        parser.error(f"--orders knows {'; '.join(ORDERS)}, not {'; '.join(wrong)}")
     if wrong := sorted(set(chosen) - set(PARTS)):
         parser.error(f"--only knows {', '.join(PARTS)}, not {', '.join(wrong)}")
     found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
@@ -338,6 +344,7 @@ def main() -> None:
         prunings=arguments.prunings,
         contested=_numbers(arguments.contested),
         sparsities=_numbers(arguments.sparsities),
+        orders=tuple(arguments.orders.split(";")),
     )
     if found.get("start", school.digest) != school.digest:
         parser.error(f"{arguments.output} is of another model: name another file")
