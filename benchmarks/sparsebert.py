@@ -162,7 +162,7 @@ class School:
                 start = taught.model, taught.params
                 how |= {"settings": LABELS, "recipe": replace(recipe, steps=steps - steps // 2)}
             done = distil(*start, *teacher, task, thinning=thinning, state=state, **how)
-            exams = [exam._asdict() | {"evaluation": exam.evaluation.to_json()} for exam in done.exams]
+            exams = [exam.to_json() for exam in done.exams]
             state.with_suffix(".first").unlink(missing_ok=True)
             return self.examined(done.model, done.params, name) | {"exams": exams, "best": done.best}
 

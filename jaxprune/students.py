@@ -73,7 +73,7 @@ def teach_model(
         bar(step.step, step.steps, f"epoch {step.epoch}, loss {step.loss:.4f}{sparse}")
 
     def report(exam: Exam) -> None:
-        watch.say(exam_line(exam._asdict() | {"evaluation": exam.evaluation.to_json()}))
+        watch.say(exam_line(exam.to_json()))
 
     settings = how.settings(task.regression)
     done = distil(
@@ -126,7 +126,7 @@ def teach_model(
         "thinning": None if how.thinning is None else how.thinning.described(done.steps),
         "keep_zeros": how.keep_zeros,
         "steps": done.steps,
-        "exams": [exam._asdict() | {"evaluation": exam.evaluation.to_json()} for exam in done.exams],
+        "exams": [exam.to_json() for exam in done.exams],
         "best": done.best,
         "leaks": done.leaks,
         "fresh_head": done.fresh_head,

@@ -102,6 +102,10 @@ class Exam(NamedTuple):
     losses: dict[str, float]  # of one batch of dev rows, without dropout, by the names of `Distillation`
     evaluation: Evaluation
 
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values, ready for `json.dumps`."""
+        return self._asdict() | {"evaluation": self.evaluation.to_json()}
+
 
 class Taught(NamedTuple):
     """What `distil` returns."""
@@ -229,7 +233,7 @@ def distil(
             and now.done not in [own["step"] for own in history]
         ):
             exam = examine(now)
-            history.append(exam._asdict() | {"evaluation": exam.evaluation.to_json()})
+            history.append(exam.to_json())
             if _best(history, last) == len(history) - 1:
                 now = now._replace(best=jax.tree.map(jnp.copy, without_projection(now.params)))
             if file is not None:
