@@ -8,7 +8,7 @@ learning rate is chosen on dev, all other figures are those of test. The publish
 MRPC, of augmented data) than a processor has time for; the record says how many it had: `--steps`.
 
 Parts, for `--only`:
-    rates       on dev: the learning rate, for the method at the highest contested sparsity
+    rates       on dev: the learning rate of every order, at the highest contested sparsity
     orders      prune while fine-tuning; distil, then prune; prune while distilling, from pre-trained and fine-tuned
     sparsities  the method from 50 to 97 %
     variants    one-shot, with recovery after the last pruning, with augmented data
@@ -26,14 +26,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from accuracy import commit
 from evidence import Cell, compare
+from parts import asked, begun, each, keep
 
 import jaxprune as jp
 from jaxprune.batches import encode, training_batches
@@ -49,7 +48,7 @@ from jaxprune.training import Recipe, finetune
 TASKS = ("sst2", "cola")
 CONTESTED = (0.95, 0.9)  # where all orders are compared, the first one on all tasks
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.97)
-RATES = (3e-4, 1e-3)
+RATES = (1e-3, 3e-4, 1e-4)  # tried in turn, until one is worse than that before
 LABELS = jp.Distillation(attention=0.0, embeddings=0.0, hidden=0.0, logits=0.0, labels=1.0)
 PLAIN, AFTER, METHOD, FROM_TUNED = (
     "prune while fine-tuning",
@@ -69,7 +68,7 @@ class School:
     data: Path
     work: Path
     steps: int
-    rate: float
+    rates: dict[str, float]
     copies: int
     seeds: int
     batch: int
@@ -133,10 +132,10 @@ class School:
         return self.kept(["teacher", name, self.steps, self.batch], lambda _: self.examined(*self.teacher(name), name))
 
     def student(
-        self, name: str, order: str, sparsity: float, seed: int = 0, rate: float | None = None, steps: int | None = None
+        self, name: str, order: str, sparsity: float, seed: int = 0, rate: float | None = None
     ) -> dict[str, Any]:
-        """A student that was taught in one of the orders."""
-        rate, steps = rate or self.rate, steps or self.steps
+        """A student that was taught in one of the orders; a variant of the method has the method's learning rate."""
+        rate, steps = rate or self.rates.get(order, self.rates[METHOD]), self.steps
         copies = self.copies if order == AUGMENTED else 0
 
         def make(state: Path) -> dict[str, Any]:
@@ -198,15 +197,21 @@ def summary(school: School, name: str, order: str, sparsity: float) -> dict[str,
 
 
 def rates(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
-    """The learning rate, on dev, by the method on the first task with a third of the steps."""
-    steps = school.steps // 3
-    rows = {}
-    for rate in RATES:
-        found = school.student(names[0], METHOD, school.contested[0], rate=rate, steps=steps)
-        best = found["exams"][found["best"]]["evaluation"]
-        rows[f"{rate:g}"] = {"dev": best["metrics"][best["primary"]], "losses": found["exams"][found["best"]]["losses"]}
-    best = max(rows, key=lambda rate: (rows[rate]["dev"], -sum(rows[rate]["losses"].values())))  # ties by the losses
-    return {"rows": rows, "steps": steps, "task": names[0], "best": float(best)}
+    """The learning rate of every order, on dev of the first task; ties by the losses."""
+    rows: dict[str, dict[str, Any]] = {}
+    best: dict[str, float] = {}
+    for order in school.orders:
+        rows[order] = {}
+        for rate in RATES:
+            found = school.student(names[0], order, school.contested[0], rate=rate)
+            exam = found["exams"][found["best"]]
+            dev = exam["evaluation"]["metrics"][exam["evaluation"]["primary"]]
+            rows[order][f"{rate:g}"] = {"dev": dev, "loss": sum(exam["losses"].values())}
+            top = max(rows[order], key=lambda rate: (rows[order][rate]["dev"], -rows[order][rate]["loss"]))
+            best[order] = float(top)
+            if best[order] != rate:
+                break
+    return {"rows": rows, "task": names[0], "sparsity": school.contested[0], "best": best}
 
 
 def orders(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
@@ -312,32 +317,30 @@ def main() -> None:
     parser.add_argument("--start", type=Path, required=True, help="folder of a pre-trained encoder")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is kept between runs")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the record to write (JSON)")
     parser.add_argument("--tasks", default=",".join(TASKS), help="the tasks, by commas; the first one is swept")
     parser.add_argument("--steps", type=int, default=300, help="of every student")
     parser.add_argument("--batch-size", type=int, default=32, help="rows of a step")
     parser.add_argument("--prunings", type=int, default=100, help="of every student")
-    parser.add_argument("--rate", type=float, help="the learning rate; by default that of `rates`")
+    parser.add_argument("--rate", type=float, help="the learning rate of all orders; by default those of `rates`")
     parser.add_argument("--copies", type=int, default=20, help="of a train row, with augmented data")
     parser.add_argument("--seeds", type=int, default=1, help="students of every kind")
     parser.add_argument("--contested", default=",".join(map(str, CONTESTED)), help="where all orders are compared")
     parser.add_argument("--sparsities", default=",".join(map(str, SPARSITIES)), help="of the method alone")
     parser.add_argument("--orders", default=";".join(ORDERS), help="which are compared, by semicolons")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts to run; the others are kept from the record")
-    arguments = parser.parse_args()
-    chosen, names = arguments.only.split(","), arguments.tasks.split(",")
+    arguments, chosen = asked(parser, PARTS)
+    names = arguments.tasks.split(",")
     if wrong := sorted(set(arguments.orders.split(";")) - set(ORDERS)):
         parser.error(f"--orders knows {'; '.join(ORDERS)}, not {'; '.join(wrong)}")
-    if wrong := sorted(set(chosen) - set(PARTS)):
-        parser.error(f"--only knows {', '.join(PARTS)}, not {', '.join(wrong)}")
-    found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    rate = arguments.rate or found.get("rates", {}).get("best", RATES[0])
+    known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    rate = dict.fromkeys(ORDERS, arguments.rate or RATES[0])
+    if arguments.rate is None:
+        rate |= known.get("rates", {}).get("best", {})
     school = School(
         arguments.start,
         arguments.data,
         arguments.work,
         steps=arguments.steps,
-        rate=rate,
+        rates=rate,
         copies=arguments.copies,
         seeds=arguments.seeds,
         batch=arguments.batch_size,
@@ -346,30 +349,29 @@ def main() -> None:
         sparsities=_numbers(arguments.sparsities),
         orders=tuple(arguments.orders.split(";")),
     )
-    if found.get("start", school.digest) != school.digest:
-        parser.error(f"{arguments.output} is of another model: name another file")
-    for name, run in PARTS.items():
-        if name not in chosen:
-            continue
-        print(f"== {name}", file=sys.stderr, flush=True)
-        made = run(school, names, found)
-        found |= {
-            name: made | {"commit": commit(), "rate": school.rate, "steps": made.get("steps", school.steps)},
-            "command": "python benchmarks/sparsebert.py --start START --data DATA --work WORK -o OUTPUT "
-            f"--tasks {arguments.tasks} --steps {school.steps} --batch-size {school.batch} "
-            f"--prunings {school.prunings} --seeds {school.seeds} --contested {arguments.contested} "
-            f"--sparsities {arguments.sparsities}",
-            "start": school.digest,
-            "tasks": names,
-            "seeds": school.seeds,
-            "batch_size": school.batch,
-            "prunings": school.prunings,
-            "device": jax.devices()[0].device_kind,
-            "versions": {package: version(package) for package in ("jaxprune", "jax", "flax", "optax", "numpy")},
-        }
+    found = begun(parser, arguments.output, school.digest, "start")
+    for name in each(chosen):
+        own = PARTS[name](school, names, found) | {"steps": school.steps}
         if name == "rates" and arguments.rate is None:
-            school.rate = made["best"]
-        write_atomic(arguments.output, (json.dumps(found, indent=1) + "\n").encode())
+            school.rates |= own["best"]
+        keep(
+            arguments.output,
+            found,
+            name,
+            own | {"learning_rates": school.rates},
+            {
+                "command": "python benchmarks/sparsebert.py --start START --data DATA --work WORK -o OUTPUT "
+                f"--tasks {arguments.tasks} --steps {school.steps} --batch-size {school.batch} "
+                f"--prunings {school.prunings} --seeds {school.seeds} --contested {arguments.contested} "
+                f"--sparsities {arguments.sparsities}",
+                "start": school.digest,
+                "tasks": names,
+                "seeds": school.seeds,
+                "batch_size": school.batch,
+                "prunings": school.prunings,
+                "packages": ["optax"],
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -19,26 +19,26 @@ def sparsebert() -> dict[str, Any]:
 def setting() -> str:
     """How the figures were made."""
     found = sparsebert()
-    parts = {name: own for name, own in found.items() if isinstance(own, dict) and "rate" in own}
-    steps = sorted({own["steps"] for name, own in parts.items() if name != "rates"})
+    parts = {name: own for name, own in found.items() if isinstance(own, dict) and "steps" in own}
+    steps = sorted({own["steps"] for own in parts.values()})
     commits = dict.fromkeys(own["commit"][:10] for own in parts.values())
-    rates = dict.fromkeys(f"{own['rate']:g}" for name, own in parts.items() if name != "rates")
     return (
         f"Tasks: {', '.join(found['tasks'])}; {' and '.join(map(str, steps))} steps of {found['batch_size']} rows and "
-        f"{found['prunings']} prunings per student, {found['seeds']} student of each kind, learning rate "
-        f"{' and '.join(rates)}; {found['device']}, jax {found['versions']['jax']}; commit {', '.join(commits)}.\n"
+        f"{found['prunings']} prunings per student, {found['seeds']} of each kind; {found['device']}, jax "
+        f"{found['versions']['jax']}; commit {', '.join(commits)}.\n"
     )
 
 
 def rates() -> str:
-    """The learning rate, on dev."""
+    """The learning rate of every order, on dev."""
     found = sparsebert()["rates"]
-    heading = f"learning rate; {found['steps']} steps of {found['task']}"
+    tried = dict.fromkeys(rate for rows in found["rows"].values() for rate in rows)
     rows = [
-        [rate, percent(own["dev"]), *(f"{own['losses'][name]:.3g}" for name in ("attention", "hidden", "logits"))]
-        for rate, own in found["rows"].items()
+        [order, *(percent(own[rate]["dev"]) if rate in own else "–" for rate in tried), f"{found['best'][order]:g}"]
+        for order, own in found["rows"].items()
     ]
-    return table([heading, "dev, %", "loss: attention", "hidden", "logits"], rows)
+    heading = f"{found['task']}, {100 * found['sparsity']:g} % zeros; on dev, %, with a learning rate of"
+    return table([heading, *tried, "taken"], rows)
 
 
 def _cells(own: Mapping[str, Any]) -> list[str]:

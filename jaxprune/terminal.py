@@ -126,6 +126,10 @@ def _listening(bars: Bars) -> Iterator[None]:
     signal.signal(signal.SIGINT, stop)
     try:
         yield
+    except Exception as error:  # C code that called Python's, as NumPy's does, makes a SystemError of an interruption
+        if bars.interrupted:
+            raise KeyboardInterrupt from error
+        raise
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -83,7 +83,7 @@ def run_steps(
                     progress(Step(now.done, steps, epoch, mean))
             if save is not None and now.done % save_every == 0 and now.done < end:
                 save(now)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemError):  # C code that called Python's may make the second of the first
         if save is not None and not now.donated:
             save(now)
         raise

@@ -161,7 +161,8 @@ def test_orders_of_pruning_and_distilling_are_compared(tmp_path: Any, monkeypatc
     benchmark.main()
     record = json.loads(out.read_text())
     orders = record["orders"]["sparsities"]["0.8"]
-    assert set(orders["rows"]) == set(benchmark.ORDERS) and set(orders["claims"]) < set(benchmark.ORDERS)
+    assert set(record["rates"]["best"]) == set(orders["rows"]) == set(benchmark.ORDERS)
+    assert set(orders["claims"]) < set(benchmark.ORDERS)
     for own in orders["rows"].values():
         assert own["mood"]["not_zero"] == pytest.approx(0.2 * own["mood"]["linear_maps"], abs=12)
     monkeypatch.setattr(tables, "record", lambda _: record)

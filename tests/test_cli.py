@@ -350,6 +350,19 @@ def test_ctrl_c_is_not_lost_in_a_callback_that_swallows_it():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_ctrl_c_is_one_whatever_a_library_makes_of_it():
+    from jaxprune.terminal import working
+
+    with pytest.raises(KeyboardInterrupt) as raised, working():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:  # as C code does whose callback was interrupted
+            raise SystemError("returned a result with an exception set") from error
+    assert isinstance(raised.value.__cause__, SystemError)
+    with pytest.raises(SystemError, match="of its own"), working():
+        raise SystemError("of its own")
+
+
 def test_prune_does_not_score_twice(place, tmp_path):
     out, kept = tmp_path / "small", tmp_path / "small.scores.safetensors"
     arguments = ("prune", place.model, "--task", "mood", "--data", place.data, *QUICK, "--units", 0.5, "-o", out)
