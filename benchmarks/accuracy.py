@@ -11,23 +11,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from bench import EXAMPLES, Bench, Method
 from evidence import compare, retained, summary
+from parts import asked, begun, each, keep
 
 import jaxprune as jp
 from jaxprune import activations, attribution, objectives
-from jaxprune.files import write_atomic
 from jaxprune.selection import per_layer_l2
 
 TASKS = ("sst2", "ag_news", "mrpc", "qnli", "trec", "banking77", "snips")
@@ -263,30 +258,16 @@ def matrix(bench: Bench, draws: int = 3) -> dict[str, Any]:
     }
 
 
-def commit() -> str:
-    """The commit that this was run with."""
-    here = Path(__file__).parent
-    found = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
 def main() -> None:
     """Runs what is asked for, in the order of `PARTS`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of a model with a head for every task")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is kept between runs")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the record to write (JSON)")
     parser.add_argument("--rows", type=int, help=f"rows of each split, at most ({ROWS}; {MORE_ROWS} for the claims)")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts to run; the others are kept from the record")
-    arguments = parser.parse_args()
-    chosen = arguments.only.split(",")
-    if wrong := sorted(set(chosen) - set(PARTS)):
-        parser.error(f"--only knows {', '.join(PARTS)}, not {', '.join(wrong)}")
+    arguments, chosen = asked(parser, PARTS)
     bench = Bench(arguments.model, arguments.data, arguments.work, arguments.rows or ROWS, TASKS)
-    found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    if found.get("model", bench.digest) != bench.digest:
-        parser.error(f"{arguments.output} is of another model: name another file")
+    found = begun(parser, arguments.output, bench.digest)
     run: dict[str, Callable[[Bench], dict[str, Any]]] = {
         "main": main_part,
         "labels": labels,
@@ -298,23 +279,18 @@ def main() -> None:
         "few": few,
         "nodes": nodes,
     }
-    for part in PARTS:
-        if part in chosen:
-            print(f"== {part}", file=sys.stderr, flush=True)
-            rows = arguments.rows or (MORE_ROWS if part in CLAIMS else ROWS)
-            own = run[part](bench.with_rows(rows))
-            found[part] = own | {"at_most_rows": rows, "commit": commit()}
-            found |= {
-                "command": "python benchmarks/accuracy.py --model MODEL --data DATA --work WORK -o OUTPUT",
-                "model": bench.digest,
-                "models": 1,
-                "examples": EXAMPLES,
-                "draws": DRAWS,
-                "endpoint": ENDPOINT,
-                "device": jax.devices()[0].device_kind,
-                "versions": {name: version(name) for name in ("jaxprune", "jax", "flax", "numpy")},
-            }
-            write_atomic(arguments.output, (json.dumps(found, indent=1) + "\n").encode())
+    facts = {
+        "command": "python benchmarks/accuracy.py --model MODEL --data DATA --work WORK -o OUTPUT",
+        "model": bench.digest,
+        "models": 1,
+        "examples": EXAMPLES,
+        "draws": DRAWS,
+        "endpoint": ENDPOINT,
+    }
+    for part in each(chosen):
+        rows = arguments.rows or (MORE_ROWS if part in CLAIMS else ROWS)
+        own = run[part](bench.with_rows(rows)) | {"at_most_rows": rows}
+        keep(arguments.output, found, part, own, facts)
 
 
 if __name__ == "__main__":

@@ -21,26 +21,24 @@ Parts, for `--only`:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from accuracy import ATTRIBUTION, CRITERIA, UNSEEN, commit
+from accuracy import ATTRIBUTION, CRITERIA, UNSEEN
 from bench import Bench, Method
 from evidence import Cell, compare, summary
+from parts import asked, begun, each, keep
 from timing import growth, peak_of_child
 
 import jaxprune as jp
 from jaxprune import objectives
-from jaxprune.files import write_atomic
 from jaxprune.selection import per_layer_l2
 
 TASKS = ("sst2", "ag_news", "mrpc", "rte", "qnli", "subj", "trec", "dbpedia_14", "snips")
@@ -277,27 +275,17 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a model that does all the tasks")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is kept between runs")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the record to write (JSON)")
     parser.add_argument("--tasks", default=",".join(TASKS), help="the tasks, by commas")
     parser.add_argument("--rows", type=int, default=ROWS, help="test rows of each task, at most")
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="attribution examples of each task, at most")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts to run; the others are kept from the record")
-    arguments = parser.parse_args()
-    chosen, tasks = arguments.only.split(","), tuple(arguments.tasks.split(","))
-    if wrong := sorted(set(chosen) - set(PARTS)):
-        parser.error(f"--only knows {', '.join(PARTS)}, not {', '.join(wrong)}")
+    arguments, chosen = asked(parser, PARTS)
+    tasks = tuple(arguments.tasks.split(","))
     bench = Bench(arguments.model, arguments.data, arguments.work, arguments.rows, tasks)
-    found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    if found.get("model", bench.digest) != bench.digest:
-        parser.error(f"{arguments.output} is of another model: name another file")
+    found = begun(parser, arguments.output, bench.digest)
     paper = Paper(bench, arguments.examples, {} if "scopes" in chosen else found)
-    for name, run in PARTS.items():
-        if name not in chosen:
-            continue
-        print(f"== {name}", file=sys.stderr, flush=True)
-        own = run(paper) | {"at_most_rows": bench.rows, "at_most_examples": paper.examples, "commit": commit()}
-        found |= {
-            name: own,
+    for name in each(chosen):
+        own = PARTS[name](paper) | {"at_most_rows": bench.rows, "at_most_examples": paper.examples}
+        facts = {
             "command": "python benchmarks/attribution_paper.py --model MODEL --data DATA --work WORK -o OUTPUT "
             f"--rows {bench.rows} --examples {paper.examples}",
             "model": bench.digest,
@@ -305,10 +293,8 @@ def main() -> None:
             "tasks": _tasks(paper, tasks),
             "draws": DRAWS,
             "endpoint": ENDPOINT,
-            "device": jax.devices()[0].device_kind,
-            "versions": {package: version(package) for package in ("jaxprune", "jax", "flax", "numpy")},
         }
-        write_atomic(arguments.output, (json.dumps(found, indent=1) + "\n").encode())
+        keep(arguments.output, found, name, own, facts)
 
 
 def _tasks(paper: Paper, tasks: Sequence[str]) -> dict[str, Any]:

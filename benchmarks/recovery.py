@@ -16,26 +16,22 @@ Parts, for `--only`:
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from accuracy import commit
 from bench import Bench, Method
 from evidence import Cell, compare, summary
+from parts import asked, begun, each, keep
 from rivals import k_prune, kwon
 
 import jaxprune as jp
-from jaxprune.files import write_atomic
 from jaxprune.tasks import draw
 
 TASKS = ("sst2", "ag_news", "mrpc", "qnli", "trec", "banking77", "snips")
@@ -197,35 +193,23 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a model that does all the tasks")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is kept between runs")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the record to write (JSON)")
     parser.add_argument("--tasks", default=",".join(TASKS), help="the tasks, by commas")
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of dev and test of each task, at most")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts to run; the others are kept from the record")
-    arguments = parser.parse_args()
-    chosen = arguments.only.split(",")
-    if wrong := sorted(set(chosen) - set(PARTS)):
-        parser.error(f"--only knows {', '.join(PARTS)}, not {', '.join(wrong)}")
+    arguments, chosen = asked(parser, PARTS)
     warnings.filterwarnings("ignore", message=".*more inputs than there are tokens")
     bench = Bench(arguments.model, arguments.data, arguments.work, arguments.rows, tuple(arguments.tasks.split(",")))
-    found = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    if found.get("model", bench.digest) != bench.digest:
-        parser.error(f"{arguments.output} is of another model: name another file")
-    for name, run in PARTS.items():
-        if name not in chosen:
-            continue
-        print(f"== {name}", file=sys.stderr, flush=True)
-        found |= {
-            name: run(bench, found) | {"at_most_rows": bench.rows, "commit": commit()},
+    found = begun(parser, arguments.output, bench.digest)
+    for name in each(chosen):
+        own = PARTS[name](bench, found) | {"at_most_rows": bench.rows}
+        facts = {
             "command": "python benchmarks/recovery.py --model MODEL --data DATA --work WORK -o OUTPUT "
             f"--rows {bench.rows}",
             "model": bench.digest,
             "models": 1,
             "tasks": bench.able,
             "recovery_examples": EXAMPLES,
-            "device": jax.devices()[0].device_kind,
-            "versions": {package: version(package) for package in ("jaxprune", "jax", "flax", "numpy")},
         }
-        write_atomic(arguments.output, (json.dumps(found, indent=1) + "\n").encode())
+        keep(arguments.output, found, name, own, facts)
 
 
 if __name__ == "__main__":

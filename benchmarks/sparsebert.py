@@ -332,7 +332,7 @@ def main() -> None:
     if wrong := sorted(set(arguments.orders.split(";")) - set(ORDERS)):
         parser.error(f"--orders knows {'; '.join(ORDERS)}, not {'; '.join(wrong)}")
     known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    rate = dict.fromkeys(ORDERS, arguments.rate or RATES[0])
+    rate: dict[str, float] = dict.fromkeys(ORDERS, arguments.rate or RATES[0])
     if arguments.rate is None:
         rate |= known.get("rates", {}).get("best", {})
     school = School(
@@ -351,7 +351,7 @@ def main() -> None:
     )
     found = begun(parser, arguments.output, school.digest, "start")
     for name in each(chosen):
-        own = PARTS[name](school, names, found) | {"steps": school.steps}
+        own: dict[str, Any] = PARTS[name](school, names, found) | {"steps": school.steps}
         if name == "rates" and arguments.rate is None:
             school.rates |= own["best"]
         keep(

@@ -125,6 +125,35 @@ def text_recovery_row() -> list[str]:
     return _row(TEXT, "the T5")
 
 
+def spans_setting() -> str:
+    """How the figures of spans were made, and what the dense model does."""
+    found = record("spans")
+    own, dense = found["budgets"], found["dense"]
+    tested = "; ".join(
+        f"{split}: F1 {each['f1']:.1f}, exact match {each['exact_match']:.1f}"
+        for split, each in dense.items()
+        if split in ("dev", "test")
+    )
+    counted = "counts in means over tasks" if dense["enough"] else "too little to count in means over tasks"
+    return (
+        f"Dense, {tested}: {counted}. {dense['rows']['train']:,} rows to train, {dense['rows']['test']:,} to test; "
+        f"{own['draws']} draws of at most {own['scored']} rows to score and {own['recovered']} to recover with; "
+        f"{found['device']}, jax {found['versions']['jax']}; commit {own['commit'][:10]}.\n"
+    )
+
+
+def spans() -> str:
+    """F1 and exact match of answers as spans at every budget, by draw."""
+    found = record("spans")["budgets"]["rows"]
+    columns = list(next(iter(found.values())))
+    rows = [
+        [f"{way}, {title}", *(" and ".join(f"{value:.1f}" for value in own[b][metric]) for b in columns)]
+        for metric, title in (("f1", "F1"), ("exact_match", "exact match"))
+        for way, own in found.items()
+    ]
+    return table(["test, %, at this share of the FLOPs", *(f"{float(b):g}" for b in columns)], rows)
+
+
 RECOVERY_TABLES: Mapping[str, Callable[[], str]] = {
     "recovery-setting": setting,
     "recovery-choice": choice,
@@ -134,6 +163,8 @@ RECOVERY_TABLES: Mapping[str, Callable[[], str]] = {
     "recovery-claims": claims,
     "recovery-tasks": accuracy,
     "recovery-cost": cost,
+    "spans-setting": spans_setting,
+    "spans": spans,
     "recovery-text-setting": partial(setting, TEXT),
     "recovery-text-choice": partial(choice, TEXT),
     "recovery-text-lost": partial(lost, TEXT),

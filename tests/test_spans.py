@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -536,3 +537,20 @@ def test_nothing_of_a_batch_of_labels_changes():
     model, _ = spans_model()
     [batch] = make_batches(model, [Example("the dog", "a cat", 1)], batch_size=2)
     assert "answerable" not in batch and batch["labels"].shape == (2,)
+
+
+@pytest.mark.reference  # it needs no PyTorch, but compiles more than the other target has time for
+def test_the_benchmark_trains_once_and_prunes_to_all_budgets(place: Path, tmp_path: Path, monkeypatch: Any):
+    benchmark, tables = importlib.import_module("spans"), importlib.import_module("tables_recovery")
+    out, work = tmp_path / "record.json", tmp_path / "work"
+    arguments = ["--start", place / "model", "--data", place / "data", "--work", work, "-o", out, "--epochs", 1]
+    monkeypatch.setattr("sys.argv", ["spans.py", *map(str, [*arguments, "--max-length", 32])])
+    monkeypatch.setattr(benchmark, "BUDGETS", (0.8, 0.5))
+    benchmark.main()
+    record = json.loads(out.read_text())
+    assert record["dense"]["rows"]["train"] > 100 and not list(work.glob("*.state"))
+    for rows in record["budgets"]["rows"].values():
+        for budget, own in rows.items():
+            assert own["flops"] <= float(budget) and len(own["f1"]) == benchmark.DRAWS
+    monkeypatch.setattr(tables, "record", lambda _: record)
+    assert all(f"{way}, F1" in tables.spans() for way in benchmark.WAYS) and "Dense, dev" in tables.spans_setting()
