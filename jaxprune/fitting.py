@@ -12,7 +12,6 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float
-from scipy.linalg import cho_factor, cho_solve
 
 ROUNDING = 1e-6  # of the spread of what is fitted: a smaller gain is none
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)  # of the mean square of the inputs
@@ -247,4 +246,6 @@ def _solve(gram: np.ndarray, right: np.ndarray, ridge: float) -> np.ndarray:
     size = float(np.trace(gram)) / len(gram)
     if size <= 0.0:
         return np.zeros_like(right)
+    from scipy.linalg import cho_factor, cho_solve  # slow to import, and most commands fit nothing
+
     return cho_solve(cho_factor(gram + ridge * size * np.eye(len(gram)), lower=True), right)

@@ -126,10 +126,17 @@ def axes_of(table: AxisTable, path: Path) -> tuple[str, ...]:
 
 
 def _pattern_of(table: AxisTable, path: Path) -> str:
-    for pattern in table:
-        if _matches(pattern, path):
-            return pattern
-    raise ValueError(f"no axis names for parameter {path_name(path)!r}: the family's axis table has no such pattern.")
+    found = _first_match(tuple(table), path)
+    if found is None:
+        raise ValueError(
+            f"no axis names for parameter {path_name(path)!r}: the family's axis table has no such pattern."
+        )
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _first_match(patterns: tuple[str, ...], path: Path) -> str | None:
+    return next((pattern for pattern in patterns if _matches(pattern, path)), None)
 
 
 def reads(axes: tuple[str, ...], path: Path) -> bool:
