@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pages import RESULTS, best_first, percent, points, record, spread, table, within
-from tables_recovery import RECOVERY_TABLES, recovery_row, text_recovery_row
+from tables_recovery import RECOVERY_TABLES, recovery_curves, recovery_row, text_recovery_row
 from tables_sparse import SPARSE_TABLES, sparse_row
 from tables_text import TEXT_TABLES, paper_curves, paper_row
 from timing import wanted
@@ -455,12 +456,14 @@ def main() -> None:
     """Writes all pages and pictures."""
     for page in PAGES:
         page.write_text(render(page.read_text()))
-    for name, part, curves in (
-        ("accuracy", "curves", accuracy_curves),
-        ("attribution_paper", "curves", paper_curves),
+    for name, part, curves, endings in (
+        ("accuracy", "curves", accuracy_curves, FORMATS),
+        ("attribution_paper", "curves", paper_curves, FORMATS),
+        ("recovery", "budgets", recovery_curves, ("png",)),
+        ("recovery_text", "budgets", partial(recovery_curves, "recovery_text"), ("png",)),
     ):
         if (RESULTS / f"{name}.json").exists() and part in record(name):
-            for ending in FORMATS:
+            for ending in endings:
                 draw_curves(RESULTS / f"{name}.{ending}", *curves())
                 draw_curves(RESULTS / f"{name}_dark.{ending}", *curves(), dark=True)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from pages import best_first, percent, points, record, spread, table, within
 
@@ -63,6 +64,15 @@ def budgets(name: str = BERT) -> str:
         for method in order
     ]
     return table(["kept, %, at this share of the FLOPs", *(f"{float(b):g}" for b in columns)], rows)
+
+
+def recovery_curves(name: str = BERT) -> tuple[Mapping[str, Any], Sequence[int]]:
+    """The curves of what was tested at every budget, the best at the lowest first, and the rows of every task."""
+    found = record(name)["budgets"]
+    lines = {method: own for method, own in found["rows"].items() if len(own) > 1}
+    lowest = min(lines[OURS], key=float)
+    order = sorted(lines, key=lambda method: -lines[method][lowest]["retained"])
+    return {method: lines[method] for method in order}, [found["at_most_rows"]] * len(record(name)["tasks"])
 
 
 def accuracy(name: str = BERT) -> str:
