@@ -1,4 +1,4 @@
-"""The card of a pruned model: its README in Markdown, with what was cut, and how well it does."""
+"""The card of a model that was pruned or taught: its README in Markdown, with what was done, and how well it does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from jaxprune.report import (
     listed,
     plain,
 )
+from jaxprune.student_report import LOSSES, STUDENT, student_note, student_sections
 
+CARD = "README.md"  # in the folder of a model
 LOADING = """import jaxprune as jp
 from jaxprune.evaluation import predict
 from jaxprune.tasks import Example
@@ -65,8 +67,6 @@ def model_card(record: Record, *, on_hub: bool) -> str:
     rules = {name: value for name, value in record["selection"].items() if value not in (None, [])}
     widths = [[_code(name), f"{had:,}", f"{kept:,}"] for name, (had, kept) in record["widths"].items()]
     cells = [row for section in before_after_sections(record) for row in section]
-    owners = [f" of {_code(own['task'])}" if len(tasks) > 1 else "" for own in tasks]
-    options = [f" --task {_word(own['task'])}" for own in tasks]
     what = listed([WORDS[kind] for kind in record["kinds"]]).capitalize()
     parts = [
         f"---\n{facts.to_yaml()}\n---",
@@ -88,6 +88,58 @@ def model_card(record: Record, *, on_hub: bool) -> str:
         *(part for own in receipts_of(record) for part in _lost(own)),
         "## Units",
         _markdown(["site", "before", "after"], widths),
+        *_use(tasks),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def student_card(record: Record, *, on_hub: bool) -> str:
+    """The README of a student that a teacher taught, in Markdown with the front matter of the Hugging Face hub.
+
+    Args:
+        record: As from `teach_model`. Whatever its names hold, they are shown as they are.
+        on_hub: Whether the student's source is a name on the hub, and not a folder.
+    """
+    from huggingface_hub import ModelCardData
+
+    source = record["source"] if on_hub else PurePath(record["source"]).name
+    teacher, thinning, task = PurePath(record["teacher"]).name, record["thinning"], record["task"]
+    tags = ["jax", "knowledge-distillation", *(["pruning", "sparse"] if thinning else []), "model-compression"]
+    facts = ModelCardData(library_name="jaxprune", base_model=source if on_hub else None, tags=tags)
+    losses = [f"{name} {plain(it)}" for name, it in record["settings"].items() if name in LOSSES and it]
+    exam = record["exams"][record["best"]]
+    how = [
+        f"- Student: {_code(source)}; teacher: {_code(teacher)}; {record['rows']['train']:,} train rows.",
+        f"- {record['steps']:,} steps of {record['recipe']['batch_size']} rows, learning rate "
+        f"{record['recipe']['learning_rate']:g}; losses and their weights: {_code(', '.join(losses))}.",
+    ]
+    what = f"jaxprune taught it to do as its teacher, {_code(teacher)}, does."
+    if thinning is not None:
+        what = f"{100 * exam['sparsity']:.1f} % of the weights of its linear maps are zero. {what}"
+        how.append(
+            f"- Criterion: {_code(thinning['criterion']['name'])}, pattern {_code(thinning['pattern']['name'])}, "
+            f"{len(thinning['steps']):,} prunings until step {thinning['steps'][-1]:,}."
+        )
+    how.append("- `distillation.json` has all settings, and every evaluation on the way.")
+    parts = [
+        f"---\n{facts.to_yaml()}\n---",
+        f"# {_code(source)}, {'sparse' if thinning else 'distilled'} for {_code(task)}",
+        f"{what} {_for_others([record])}" if record["prompt"] or len(record["heads"]) > 1 else what,
+        "## How it was made",
+        "\n".join(how),
+        "## Teacher and student",
+        _markdown(["", *STUDENT], [row for section in student_sections(record) for row in section]),
+        _unbroken(" ".join(student_note(record).split())),
+        *_use([record]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _use(tasks: Sequence[Record]) -> list[str]:
+    """The section of a card on how to load the model, and what the logits of its tasks are."""
+    owners = [f" of {_code(own['task'])}" if len(tasks) > 1 else "" for own in tasks]
+    options = [f" --task {_word(own['task'])}" for own in tasks]
+    return [
         "## How to load it",
         f"```python\n{_loading(tasks[0])}\n```",
         *(
@@ -97,7 +149,6 @@ def model_card(record: Record, *, on_hub: bool) -> str:
         f"```bash\njaxprune inspect FOLDER\njaxprune evaluate FOLDER{''.join(options)}\n```",
         "FOLDER is the folder of this file.",
     ]
-    return "\n\n".join(parts) + "\n"
 
 
 def _how_scored(task: Record, named: bool) -> str:

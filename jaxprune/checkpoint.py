@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from jaxprune.files import folder_for, interrupted, is_leftover, read_json
 from jaxprune.gate_file import GATES, GateFile, unpack
 from jaxprune.gate_file import read as read_gates
-from jaxprune.gates import Params, flatten, path_name, widths
+from jaxprune.gates import Params, flatten, path_name, unflatten, widths
 from jaxprune.gates import Path as ParamPath
 from jaxprune.models import Model, TaskHead, family
 from jaxprune.packed_file import METADATA, descriptions_text
@@ -228,6 +228,26 @@ def save(
         with open(folder / WEIGHTS, "wb") as file:
             write_tensors(file, named, metadata, dtype=target, kinds=FLOATS if packed is None else FLOATS | BYTES)
     return path
+
+
+def as_loaded(
+    model: Model,
+    params: Params,
+    *,
+    dtype: DTypeLike | None = None,
+    packed: Literal["exact", "int8"] | None = None,
+) -> Params:
+    """The parameters that `load` gives, in float32, for those that `save` writes with these arguments.
+
+    They are `params` themselves where nothing is rounded.
+    """
+    columns = linear_maps(model.axes, params) if packed == "int8" else {}
+    kinds = {np.dtype(dtype or array.dtype) for array in flatten(params).values()}
+    if not columns and kinds == {np.dtype(np.float32)}:
+        return params
+    with np.errstate(over="ignore"):  # `save` refuses what is too large
+        flat = flatten(rounded(params, columns, None if dtype is None else np.dtype(dtype)))
+        return unflatten({path: jnp.asarray(np.asarray(array), jnp.float32) for path, array in flat.items()})
 
 
 def digest(params: Params) -> str:

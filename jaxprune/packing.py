@@ -221,17 +221,24 @@ def pack_if_smaller(array: Any, kind: np.dtype, columns: int | None) -> Packed |
     return packed if packed.nbytes + _DESCRIPTION < packed.how.size * kind.itemsize else None
 
 
-def rounded(params: Params, columns: Mapping[str, int]) -> Params:
-    """What is read again if these tensors get int8 values; each is made when it is used."""
+def rounded(params: Params, columns: Mapping[str, int], dtype: np.dtype | None = None) -> Params:
+    """What is read again if these tensors get int8 values, and all are stored in a type; each is made when it is used.
 
-    def unpacked(array: Any, own: int) -> np.ndarray:
-        packed = pack_if_smaller(array, np.dtype(array.dtype), own)
-        return np.asarray(array) if packed is None else unpack(packed)
+    Args:
+        params: The parameters.
+        columns: Which tensors get int8 values, and how many columns they have.
+        dtype: The type of the file, and of what is made; None is each array's own.
+    """
+
+    def unpacked(array: Any, kind: np.dtype, own: int | None) -> np.ndarray:
+        packed = pack_if_smaller(array, kind, own) if own else None
+        return _cast(array, kind) if packed is None else unpack(packed)
 
     flat = flatten(params)
     for path, array in flat.items():
-        if own := columns.get(path_name(path)):
-            flat[path] = Lazy(np.dtype(array.dtype), tuple(array.shape), partial(unpacked, array, own))
+        kind, own = dtype or np.dtype(array.dtype), columns.get(path_name(path))
+        if own or kind != array.dtype:
+            flat[path] = Lazy(kind, tuple(array.shape), partial(unpacked, array, kind, own))
     return unflatten(flat)
 
 

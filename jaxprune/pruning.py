@@ -10,7 +10,7 @@ from typing import Any
 from jaxprune.accounting import Accounting, account_for, check_accounting
 from jaxprune.baselines import TopLayers
 from jaxprune.batches import Length
-from jaxprune.cards import model_card
+from jaxprune.cards import CARD, model_card
 from jaxprune.checkpoint import load, save, split_task
 from jaxprune.compaction import compact
 from jaxprune.cost import file_size
@@ -42,8 +42,6 @@ from jaxprune.workflow import (
     stored_type,
     try_selection,
 )
-
-CARD = "README.md"  # in the folder of a pruned model: what was cut, and how well it does
 
 
 def prune_model(

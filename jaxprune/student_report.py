@@ -16,6 +16,8 @@ LOSSES = {  # a loss of `Distillation` in words
     "labels": "labels",
 }
 
+STUDENT = ("teacher", "student", "kept")  # columns
+
 
 def exam_line(exam: Record) -> str:
     """One evaluation on dev, in a line."""
@@ -42,22 +44,31 @@ def exams_table(record: Record) -> Table:
 def student_table(record: Record) -> Table:
     """The teacher beside the student: quality on dev and test, weights and how many of them are not zero."""
     table = new_table(f"{record['task']}: {record['steps']:,} steps")
-    for heading in ("", "teacher", "student", "kept"):
+    for heading in ("", *STUDENT):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for section in student_sections(record):
+        for row in section:
+            table.add_row(*row)
+        table.add_section()
+    return table
+
+
+def student_sections(record: Record) -> list[list[list[str]]]:
+    """The rows of `student_table`: quality, then weights."""
+    quality, weights = [], []
     teacher, student = (record["results"][who] for who in ("teacher", "student"))
     for split, own in teacher.items():
-        table.add_row(f"{split}, {own['n']:,} examples", "", "", "")
+        quality.append([f"{split}, {own['n']:,} examples", "", "", ""])
         for name, value in own["metrics"].items():
             other = student[split]["metrics"][name]
             kept = f"{100 * other / value:.1f} %" if value > 0 else ""
-            table.add_row(f"  {name}, %", f"{100 * value:.1f}", f"{100 * other:.1f}", kept)
-    table.add_section()
+            quality.append([f"  {name}, %", f"{100 * value:.1f}", f"{100 * other:.1f}", kept])
     before, after = (record["weights"][who] for who in ("teacher", "student"))
     for name, title in {"linear_maps": "weights of linear maps", "parameters": "all parameters"}.items():
-        table.add_row(title, f"{before[name]:,}", f"{after[name]:,}", _share(after[name], before[name]))
+        weights.append([title, f"{before[name]:,}", f"{after[name]:,}", _share(after[name], before[name])])
         left = f"{name}_not_zero"
-        table.add_row("  not zero", f"{before[left]:,}", f"{after[left]:,}", _share(after[left], before[left]))
-    return table
+        weights.append(["  not zero", f"{before[left]:,}", f"{after[left]:,}", _share(after[left], before[left])])
+    return [quality, weights]
 
 
 def student_note(record: Record) -> str:
@@ -66,7 +77,15 @@ def student_note(record: Record) -> str:
     note = f"Kept: the parameters after step {exam['step']:,}, the best on dev"
     if record["thinning"] is not None:
         note += f" of those after the last pruning, at step {record['thinning']['steps'][-1]:,}"
-    note += ". Linear maps: the kernels of attention and FFN. Zeros take no room in a packed file (jaxprune pack)."
+    note += ". Linear maps: the kernels of attention and FFN. "
+    stored = record["stored"]
+    if stored["packed"] is None:
+        note += "Zeros take no room in a packed file (jaxprune pack)."
+    else:
+        note += "Zeros take no room in the file."
+    rounded = [*(["int8"] if stored["packed"] == "int8" else []), *({stored["dtype"]} - {"float32"})]
+    if rounded:
+        note += f" The student's figures are those after rounding to {' and '.join(rounded)}."
     return fill(note, 80, subsequent_indent="  ")
 
 

@@ -5,22 +5,24 @@ from __future__ import annotations
 import bisect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxprune.checkpoint import load, model_digest, save
+from jaxprune.cards import CARD, student_card
+from jaxprune.checkpoint import as_loaded, load, model_digest, save
 from jaxprune.cost import file_size, parameters
 from jaxprune.curriculum import Distillation, surviving_heads
-from jaxprune.evaluation import fitting_head
+from jaxprune.evaluation import Evaluation, fitting_head
 from jaxprune.gates import Params, widths
 from jaxprune.matrices import linear_maps
 from jaxprune.models import Model
+from jaxprune.prompts import prompt_of
 from jaxprune.scores import describe
-from jaxprune.shared import pruning_of
+from jaxprune.shared import pruning_of, split_task
 from jaxprune.sparsity import sparsity_of
 from jaxprune.student_report import exam_line
-from jaxprune.tasks import remove_leaks
+from jaxprune.tasks import Task, remove_leaks
 from jaxprune.teaching import Exam, Teaching, Thinning, distil
 from jaxprune.training_run import Step
 from jaxprune.workflow import Data, Measuring, Watch, check_folder, load_rows, measure
@@ -58,7 +60,7 @@ def teach_model(
     """Teaches a student, and writes its folder; an interrupted run goes on where it was.
 
     The run is kept in `OUTPUT.state` until the folder is written. Teacher and student are tested in the end, if
-    `measuring` says so and the task has test rows.
+    `measuring` says so and the task has test rows; the student as it is written, rounded if it is.
     """
     check_folder(output, overwrite)
     state = output.with_name(f"{output.name}.state")
@@ -99,21 +101,11 @@ def teach_model(
         watch.say(f"the student had no task head for {task.name}: it got a fresh one in the teacher's form")
     if done.leaks:
         watch.say(f"{task.name}: {done.leaks:,} train rows dropped, held out")
-    tested: dict[str, Any] = {"teacher": {}, "student": {}}
-    (clean,), _ = remove_leaks([task])
-    pairs = {"teacher": (teacher_model, theirs), "student": (done.model, done.params)}
-    for who, pair in pairs.items():
-        limits = {"dev": how.dev_limit, "test": measuring.limit}
-        for split in ("dev", "test") if measuring.evaluate and clean.rows("test") else ("dev",):
-            if who == "student" and split == "dev":
-                found = done.exams[done.best].evaluation
-            else:
-                bar = watch.open(f"testing the {who} on {split}")
-                own = Measuring(
-                    head=name, limit=limits[split], batch_size=measuring.batch_size, max_length=recipe.max_length
-                )
-                found = measure(*pair, clean, own, bar, split)
-            tested[who][split] = found.to_json()
+    written = as_loaded(done.model, done.params, dtype=dtype, packed=packed)
+    asked = replace(measuring, head=name, max_length=recipe.max_length)
+    pairs = {"teacher": (teacher_model, theirs), "student": (done.model, written)}
+    known = {"student": done.exams[done.best].evaluation} if written is done.params else {}
+    prompt = prompt_of(done.model, task)
     record = {
         "command": "distill" if how.thinning is None else "sparsify",
         "source": source,
@@ -121,10 +113,14 @@ def teach_model(
         "output": str(output),
         "task": task.name,
         "head": name,
+        "heads": list(done.model.heads),
+        "labels": list(task.labels),
+        "prompt": None if prompt is None else prompt.to_json(),
         "recipe": asdict(recipe),
         "settings": describe(settings),
         "thinning": None if how.thinning is None else how.thinning.described(done.steps),
         "keep_zeros": how.keep_zeros,
+        "stored": {"dtype": dtype or "float32", "packed": packed},
         "steps": done.steps,
         "exams": [exam.to_json() for exam in done.exams],
         "best": done.best,
@@ -132,21 +128,48 @@ def teach_model(
         "fresh_head": done.fresh_head,
         "rows": task.sizes,
         "digests": {split: task.digest(split) for split in task.splits},
-        "results": tested,
-        "weights": {"teacher": count_weights(teacher_model, theirs), "student": count_weights(done.model, done.params)},
+        "results": _tested(pairs, task, asked, how.dev_limit, known, watch),
+        "weights": {who: count_weights(*pair) for who, pair in pairs.items()},
         "models": {
             "student": model_digest(model, student),
             "teacher": model_digest(teacher_model, theirs),
-            "result": model_digest(done.model, done.params),
+            "result": model_digest(done.model, written),
         },
     }
-    extra = {DISTILLATION: (json.dumps(record, indent=1) + "\n").encode()}
+    on_hub = not Path(split_task(source)[0]).expanduser().is_dir()
+    extra = {
+        DISTILLATION: (json.dumps(record, indent=1) + "\n").encode(),
+        CARD: student_card(record, on_hub=on_hub).encode(),
+    }
     if pruning is not None:
         pruning = {part: own for part, own in pruning.items() if part != "pruned"}  # `save` says that anew
     own = {"pruning": pruning, "overwrite": overwrite, "dtype": dtype, "extra": extra, "packed": packed}
     save(output, done.model, done.params, **own)
     state.unlink(missing_ok=True)
     return record | {"file_bytes": file_size(output)}
+
+
+def _tested(
+    pairs: Mapping[str, tuple[Model, Params]],
+    task: Task,
+    measuring: Measuring,
+    dev_limit: int | None,
+    known: Mapping[str, Evaluation],
+    watch: Watch,
+) -> dict[str, dict[str, Any]]:
+    """Every model on dev, where it is not `known` already, and on test, if that is asked for and there are rows."""
+    (clean,), _ = remove_leaks([task])
+    limits = {"dev": dev_limit, "test": measuring.limit}
+    found: dict[str, dict[str, Any]] = {who: {} for who in pairs}
+    for who, pair in pairs.items():
+        for split in ("dev", "test") if measuring.evaluate and clean.rows("test") else ("dev",):
+            if split == "dev" and who in known:
+                own = known[who]
+            else:
+                bar = watch.open(f"testing the {who} on {split}")
+                own = measure(*pair, clean, replace(measuring, limit=limits[split]), bar, split)
+            found[who][split] = own.to_json()
+    return found
 
 
 def count_weights(model: Model, params: Params) -> dict[str, int]:

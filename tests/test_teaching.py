@@ -22,7 +22,7 @@ from test_likelihood import asked_moods, speaker
 from test_training import DATA, encoder, lengths, moods
 from tiny import tiny_model
 
-from jaxprune.checkpoint import digest, load, read_pruning, save
+from jaxprune.checkpoint import digest, load, model_digest, read_pruning, save
 from jaxprune.curriculum import Distillation, surviving_heads
 from jaxprune.gates import Params, flatten, widths
 from jaxprune.learning import read_pattern
@@ -338,12 +338,47 @@ def test_heads_of_unknown_origin_are_refused(place: Place, tmp_path: Path):
     assert run(*how, "--losses", "hidden,logits").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [(("--packed", "int8"), "int8"), (("--half",), "float16"), (("--packed", "int8", "--half"), "int8 and")],
+)
+def test_figures_and_digest_are_those_of_the_rounded_student(
+    place: Place, pretrained: Path, tmp_path: Path, how: tuple[str, ...], words: str
+):
+    rows = ("--task", "mood", "--data", place.data)
+    out = tmp_path / "small"
+    record = record_of("sparsify", pretrained, "--teacher", place.model, *rows, *QUICK, *how, "-o", out)
+    model, params = load(out)
+    assert record["models"]["result"] == model_digest(model, params)
+    [tested] = record_of("evaluate", out, *rows)["results"]
+    assert record["results"]["student"]["test"] == {**tested, "head": "mood"}
+    card = (out / "README.md").read_text()
+    assert f"figures are those after rounding to {words}" in card
+
+
+def test_a_student_has_a_card(place: Place, pretrained: Path, tmp_path: Path):
+    rows = ("--teacher", place.model, "--task", "mood", "--data", place.data, *QUICK)
+    record = record_of("sparsify", pretrained, *rows, "-o", tmp_path / "sparse", "--sparsity", 0.8)
+    card = (tmp_path / "sparse" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: jaxprune\n") and "# `pretrained`, sparse for `mood`" in card
+    zeros = 100 * record["exams"][record["best"]]["sparsity"]
+    assert f"{zeros:.1f} % of the weights of its linear maps are zero" in card and str(tmp_path) not in card
+    assert "other task heads" not in card and abs(zeros - 80) < 0.5
+    accuracy = 100 * record["results"]["student"]["test"]["metrics"]["accuracy"]
+    assert f"| {accuracy:.1f} |" in card and "Labels, in the order of the logits: `bad`, `good`." in card
+    example = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0]
+    scope: dict[str, Any] = {}
+    exec(example.replace("FOLDER", str(tmp_path / "sparse")), scope)
+    assert scope["logits"].shape == (1, 2)
+
+
 def test_a_packed_student_is_the_same(place: Place, pretrained: Path, tmp_path: Path):
     rows = ("--teacher", place.model, "--task", "mood", "--data", place.data, *QUICK, "--no-evaluate")
     for name, how in {"dense": (), "packed": ("--packed", "exact")}.items():
         assert run("sparsify", pretrained, *rows, *how, "-o", tmp_path / name).exit_code == 0
     (_, one), (_, other) = (load(tmp_path / name) for name in ("dense", "packed"))
     assert digest(one) == digest(other)
+    assert "after rounding" not in (tmp_path / "packed" / "README.md").read_text()
 
 
 BAD: dict[str, tuple[tuple[Any, ...], str]] = {
