@@ -22,7 +22,8 @@ from evidence import compare, retained, summary
 from parts import asked, begun, each, keep
 
 import jaxprune as jp
-from jaxprune import activations, attribution, objectives
+from jaxprune import attribution
+from jaxprune.criteria import activations, objectives
 from jaxprune.selection import per_layer_l2
 
 TASKS = ("sst2", "ag_news", "mrpc", "qnli", "trec", "banking77", "snips")

@@ -38,7 +38,7 @@ from parts import asked, begun, each, keep
 from timing import growth, peak_of_child
 
 import jaxprune as jp
-from jaxprune import objectives
+from jaxprune.criteria import objectives
 from jaxprune.selection import per_layer_l2
 
 TASKS = ("sst2", "ag_news", "mrpc", "rte", "qnli", "subj", "trec", "dbpedia_14", "snips")

@@ -18,10 +18,10 @@ import numpy as np
 from evidence import Cell, summary
 
 import jaxprune as jp
-from jaxprune.batches import Length, encode
 from jaxprune.checkpoint import model_digest
+from jaxprune.data.batches import Length, encode
+from jaxprune.data.prompts import prompt_of
 from jaxprune.evaluation import fitting_head, predict
-from jaxprune.prompts import prompt_of
 from jaxprune.scores import describe
 from jaxprune.tasks import draw
 

@@ -24,8 +24,8 @@ import numpy as np
 from timing import say
 
 import jaxprune as jp
+from jaxprune.learning.pretraining import Pretraining, pretrain
 from jaxprune.models import Model, family
-from jaxprune.pretraining import Pretraining, pretrain
 from jaxprune.tasks import Example, Task, load_task, remove_leaks, row_key
 from jaxprune.training import Recipe
 

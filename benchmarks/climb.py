@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.linalg import eigh
 
-from jaxprune.batches import Batch, Length, encode, pack
 from jaxprune.cost import checked_length, matmul_flops, unit_costs
+from jaxprune.data.batches import Batch, Length, encode, pack
 from jaxprune.evaluation import fitting_head
 from jaxprune.gates import UNITS, Params, Path, axes_of, flatten, open_gates, reads, sites, subtree, unflatten, widths
 from jaxprune.models import (

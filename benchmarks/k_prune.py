@@ -36,8 +36,8 @@ from climb import (
 )
 from jaxtyping import Array, Float
 
-from jaxprune.batches import Length
 from jaxprune.compaction import compact
+from jaxprune.data.batches import Length
 from jaxprune.gates import Gates, Params
 from jaxprune.models import Model, State, enter, layer_entries, mask_of, model_inputs, model_layers
 from jaxprune.models.backward import Prefix, forward

@@ -32,11 +32,11 @@ from climb import (
 from jaxtyping import Float
 
 from jaxprune.attribution import GradientActivation
-from jaxprune.batches import Length
 from jaxprune.compaction import compact
+from jaxprune.criteria.objectives import log_probability, negative_squared_error, signed
+from jaxprune.data.batches import Length
 from jaxprune.gates import Params
 from jaxprune.models import Model
-from jaxprune.objectives import log_probability, negative_squared_error, signed
 from jaxprune.tasks import Example, Task
 
 FISHER_BATCH = 32  # rows whose mean loss is differentiated together (Kwon et al.)

@@ -25,13 +25,13 @@ from speed import SIZES, environment, random_model
 from timing import Setting, say
 
 import jaxprune as jp
+from jaxprune.budgets.latency_table import LatencyTable, Tokens, measure_latency_table
+from jaxprune.budgets.latency_target import meet
+from jaxprune.commands.planning import TRIES
 from jaxprune.cost import LatencyComparison, compare_latency
-from jaxprune.files import write_atomic
+from jaxprune.formats.files import write_atomic
 from jaxprune.gates import Gates, Params, widths
-from jaxprune.latency_table import LatencyTable, Tokens, measure_latency_table
-from jaxprune.latency_target import meet
 from jaxprune.models import Model
-from jaxprune.planning import TRIES
 from jaxprune.selection import least_latency
 
 SCOPES = {"same fraction": True, "competing": False}  # name -> `per_layer`

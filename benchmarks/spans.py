@@ -24,8 +24,8 @@ from typing import Any
 from parts import asked, begun, each, keep
 
 import jaxprune as jp
-from jaxprune.batches import encode
 from jaxprune.checkpoint import model_digest
+from jaxprune.data.batches import encode
 from jaxprune.evaluation import evaluate
 from jaxprune.tasks import draw, remove_leaks
 from jaxprune.training import Recipe, Step, finetune

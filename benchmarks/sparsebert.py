@@ -35,14 +35,14 @@ from evidence import Cell, compare
 from parts import asked, begun, each, keep
 
 import jaxprune as jp
-from jaxprune.batches import encode, training_batches
 from jaxprune.checkpoint import model_digest
+from jaxprune.commands.students import count_weights
+from jaxprune.data.batches import encode, training_batches
 from jaxprune.distillation import distil_step, start_student
 from jaxprune.evaluation import evaluate, predict
-from jaxprune.files import write_atomic
-from jaxprune.sparse_training import sparsify
-from jaxprune.students import count_weights
-from jaxprune.teaching import Teaching, Thinning, distil
+from jaxprune.formats.files import write_atomic
+from jaxprune.learning.teaching import Teaching, Thinning, distil
+from jaxprune.sparse.sparse_training import sparsify
 from jaxprune.training import Recipe, finetune
 
 TASKS = ("sst2", "cola")

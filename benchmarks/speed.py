@@ -65,11 +65,11 @@ from timing import (
 import jaxprune as jp
 from jaxprune.attribution import layer
 from jaxprune.cost import compare_latency, flops
-from jaxprune.files import write_atomic
+from jaxprune.criteria.integration import gauss_legendre, quadrature
+from jaxprune.criteria.objectives import signed
+from jaxprune.formats.files import write_atomic
 from jaxprune.gates import Params, widths
-from jaxprune.integration import gauss_legendre, quadrature
 from jaxprune.models import Model, TaskHead, family
-from jaxprune.objectives import signed
 
 VERSIONS = ("jaxprune", "jax", "jaxlib", "flax", "numpy", "transformers", *PEERS)
 SIZES = {

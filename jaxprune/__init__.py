@@ -14,8 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxprune.attribution import GradientActivation, IntegratedGradients
-    from jaxprune.augmentation import Augmentation, augment
-    from jaxprune.baselines import (
+    from jaxprune.budgets.latency_table import LatencyTable, measure_latency_table
+    from jaxprune.budgets.provenance import pruning_record
+    from jaxprune.bundled import bundled_data, bundled_model, bundled_text_model
+    from jaxprune.checkpoint import load, save
+    from jaxprune.commands.augmentation import Augmentation, augment
+    from jaxprune.commands.rounds import Round, prune_in_rounds
+    from jaxprune.compaction import compact
+    from jaxprune.cost import flops, latency, parameters
+    from jaxprune.criteria.baselines import (
         Activation,
         Fisher,
         Gradient,
@@ -26,146 +33,139 @@ if TYPE_CHECKING:
         TopLayers,
         Wanda,
     )
-    from jaxprune.bundled import bundled_data, bundled_model, bundled_text_model
-    from jaxprune.checkpoint import load, save
-    from jaxprune.checks import Check, Checking, check
-    from jaxprune.compaction import compact
-    from jaxprune.cost import flops, latency, parameters
-    from jaxprune.curriculum import Distillation, initialise_projection, surviving_heads
+    from jaxprune.criteria.integration import integrate
+    from jaxprune.criteria.objectives import log_probability, margin, probability
+    from jaxprune.data.prompts import Prompt, prompt_for, read_prompt
     from jaxprune.distillation import distil_step, joint_loss, joint_loss_and_gradients, start_student
     from jaxprune.evaluation import evaluate
-    from jaxprune.fitting import BiasCompensation, Reconstruction, Rescaling
+    from jaxprune.formats.packing import densify
     from jaxprune.gates import open_gates
     from jaxprune.generation import generate
-    from jaxprune.integration import integrate
-    from jaxprune.latency_table import LatencyTable, measure_latency_table
-    from jaxprune.matrices import linear_maps
+    from jaxprune.learning.curriculum import Distillation, initialise_projection, surviving_heads
+    from jaxprune.learning.teaching import Exam, Taught, Teaching, Thinning, distil
     from jaxprune.models import Model, Output
-    from jaxprune.objectives import log_probability, margin, probability
-    from jaxprune.packing import densify
-    from jaxprune.patterns import NM, Block, Unstructured
-    from jaxprune.prediction import Prediction, predict_loss
-    from jaxprune.prompts import Prompt, prompt_for, read_prompt
-    from jaxprune.provenance import pruning_record
-    from jaxprune.receipt import Receipt, loss_receipt
     from jaxprune.recovery import recover, recover_batches
-    from jaxprune.reselection import Reselection, reselect
-    from jaxprune.rounds import Round, prune_in_rounds
-    from jaxprune.saliency import WeightFisher, WeightMagnitude, WeightMovement
-    from jaxprune.schedules import Schedule, cubic_schedule, linear_schedule, one_shot_schedule
+    from jaxprune.repair.fitting import BiasCompensation, Reconstruction, Rescaling
+    from jaxprune.repair.prediction import Prediction, predict_loss
+    from jaxprune.repair.receipt import Receipt, loss_receipt
+    from jaxprune.repair.reselection import Reselection, reselect
     from jaxprune.scores import Scores, load_scores, merge, save_scores
     from jaxprune.scoring import score
     from jaxprune.selection import select
     from jaxprune.shared import TaskGates, add_gates, load_gates, save_shared
-    from jaxprune.sparse_training import sparsify
+    from jaxprune.sparse.matrices import linear_maps
+    from jaxprune.sparse.patterns import NM, Block, Unstructured
+    from jaxprune.sparse.saliency import WeightFisher, WeightMagnitude, WeightMovement
+    from jaxprune.sparse.schedules import Schedule, cubic_schedule, linear_schedule, one_shot_schedule
+    from jaxprune.sparse.sparse_training import sparsify
     from jaxprune.sparsity import Sparsity, apply_masks, masks_of, one_shot, sparsity_of
-    from jaxprune.split_half import Stability, stability
     from jaxprune.tasks import Task, load_task
-    from jaxprune.teaching import Exam, Taught, Teaching, Thinning, distil
     from jaxprune.training import finetune
+    from jaxprune.trust.checks import Check, Checking, check
+    from jaxprune.trust.split_half import Stability, stability
 
 __version__ = "0.1.0"
 
 # Public name -> the module it comes from; the imports above are the same list, for editors and type checkers.
 _SOURCES = {
-    "Activation": "baselines",
-    "Augmentation": "augmentation",
-    "BiasCompensation": "fitting",
-    "Block": "patterns",
-    "Check": "checks",
-    "Checking": "checks",
-    "Distillation": "curriculum",
-    "Exam": "teaching",
-    "Fisher": "baselines",
-    "Gradient": "baselines",
+    "Activation": "criteria.baselines",
+    "Augmentation": "commands.augmentation",
+    "BiasCompensation": "repair.fitting",
+    "Block": "sparse.patterns",
+    "Check": "trust.checks",
+    "Checking": "trust.checks",
+    "Distillation": "learning.curriculum",
+    "Exam": "learning.teaching",
+    "Fisher": "criteria.baselines",
+    "Gradient": "criteria.baselines",
     "GradientActivation": "attribution",
     "IntegratedGradients": "attribution",
-    "LatencyTable": "latency_table",
-    "LeaveOneOut": "baselines",
-    "Magnitude": "baselines",
+    "LatencyTable": "budgets.latency_table",
+    "LeaveOneOut": "criteria.baselines",
+    "Magnitude": "criteria.baselines",
     "Model": "models",
-    "NM": "patterns",
+    "NM": "sparse.patterns",
     "Output": "models",
-    "Prediction": "prediction",
-    "Prompt": "prompts",
-    "Random": "baselines",
-    "Receipt": "receipt",
-    "Reconstruction": "fitting",
-    "Rescaling": "fitting",
-    "Reselection": "reselection",
-    "Round": "rounds",
-    "Schedule": "schedules",
+    "Prediction": "repair.prediction",
+    "Prompt": "data.prompts",
+    "Random": "criteria.baselines",
+    "Receipt": "repair.receipt",
+    "Reconstruction": "repair.fitting",
+    "Rescaling": "repair.fitting",
+    "Reselection": "repair.reselection",
+    "Round": "commands.rounds",
+    "Schedule": "sparse.schedules",
     "Scores": "scores",
     "Sparsity": "sparsity",
-    "Stability": "split_half",
+    "Stability": "trust.split_half",
     "Task": "tasks",
     "TaskGates": "shared",
-    "Taught": "teaching",
-    "Taylor": "baselines",
-    "Teaching": "teaching",
-    "Thinning": "teaching",
-    "TopLayers": "baselines",
-    "Unstructured": "patterns",
-    "Wanda": "baselines",
-    "WeightFisher": "saliency",
-    "WeightMagnitude": "saliency",
-    "WeightMovement": "saliency",
+    "Taught": "learning.teaching",
+    "Taylor": "criteria.baselines",
+    "Teaching": "learning.teaching",
+    "Thinning": "learning.teaching",
+    "TopLayers": "criteria.baselines",
+    "Unstructured": "sparse.patterns",
+    "Wanda": "criteria.baselines",
+    "WeightFisher": "sparse.saliency",
+    "WeightMagnitude": "sparse.saliency",
+    "WeightMovement": "sparse.saliency",
     "add_gates": "shared",
     "apply_masks": "sparsity",
-    "augment": "augmentation",
+    "augment": "commands.augmentation",
     "bundled_data": "bundled",
     "bundled_model": "bundled",
     "bundled_text_model": "bundled",
-    "check": "checks",
+    "check": "trust.checks",
     "compact": "compaction",
-    "cubic_schedule": "schedules",
-    "densify": "packing",
-    "distil": "teaching",
+    "cubic_schedule": "sparse.schedules",
+    "densify": "formats.packing",
+    "distil": "learning.teaching",
     "distil_step": "distillation",
     "evaluate": "evaluation",
     "finetune": "training",
     "flops": "cost",
     "generate": "generation",
-    "initialise_projection": "curriculum",
-    "integrate": "integration",
+    "initialise_projection": "learning.curriculum",
+    "integrate": "criteria.integration",
     "joint_loss": "distillation",
     "joint_loss_and_gradients": "distillation",
     "latency": "cost",
-    "linear_maps": "matrices",
-    "linear_schedule": "schedules",
+    "linear_maps": "sparse.matrices",
+    "linear_schedule": "sparse.schedules",
     "load": "checkpoint",
     "load_gates": "shared",
     "load_scores": "scores",
     "load_task": "tasks",
-    "log_probability": "objectives",
-    "loss_receipt": "receipt",
-    "margin": "objectives",
+    "log_probability": "criteria.objectives",
+    "loss_receipt": "repair.receipt",
+    "margin": "criteria.objectives",
     "masks_of": "sparsity",
-    "measure_latency_table": "latency_table",
+    "measure_latency_table": "budgets.latency_table",
     "merge": "scores",
     "one_shot": "sparsity",
-    "one_shot_schedule": "schedules",
+    "one_shot_schedule": "sparse.schedules",
     "open_gates": "gates",
     "parameters": "cost",
-    "predict_loss": "prediction",
-    "probability": "objectives",
-    "prompt_for": "prompts",
-    "prune_in_rounds": "rounds",
-    "pruning_record": "provenance",
-    "read_prompt": "prompts",
+    "predict_loss": "repair.prediction",
+    "probability": "criteria.objectives",
+    "prompt_for": "data.prompts",
+    "prune_in_rounds": "commands.rounds",
+    "pruning_record": "budgets.provenance",
+    "read_prompt": "data.prompts",
     "recover": "recovery",
     "recover_batches": "recovery",
-    "reselect": "reselection",
+    "reselect": "repair.reselection",
     "save": "checkpoint",
     "save_scores": "scores",
     "save_shared": "shared",
     "score": "scoring",
     "select": "selection",
-    "sparsify": "sparse_training",
+    "sparsify": "sparse.sparse_training",
     "sparsity_of": "sparsity",
-    "stability": "split_half",
+    "stability": "trust.split_half",
     "start_student": "distillation",
-    "surviving_heads": "curriculum",
+    "surviving_heads": "learning.curriculum",
 }
 
 __all__ = [

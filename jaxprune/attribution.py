@@ -17,21 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxprune.activations import Closed, zero
-from jaxprune.gates import UNITS, Gates, Params, Site, check_kinds, check_sharing, open_gates, sites, without
-from jaxprune.integration import Completeness, Rule, gauss_legendre, quadrature
-from jaxprune.models import (
-    Model,
-    block_compiled,
-    enter,
-    mask_of,
-    model_layers,
-    repeat_rows,
-    values_compiled,
-)
-from jaxprune.models.backward import Prefix, Pull, forward
-from jaxprune.models.layers import TokenReduction, sum_tokens
-from jaxprune.objectives import (
+from jaxprune.criteria.activations import Closed, zero
+from jaxprune.criteria.integration import Completeness, Rule, gauss_legendre, quadrature
+from jaxprune.criteria.objectives import (
     ExampleReduction,
     Labels,
     Objective,
@@ -45,7 +33,19 @@ from jaxprune.objectives import (
     value_and_cotangent,
     weigh,
 )
-from jaxprune.questions import questions
+from jaxprune.criteria.questions import questions
+from jaxprune.gates import UNITS, Gates, Params, Site, check_kinds, check_sharing, open_gates, sites, without
+from jaxprune.models import (
+    Model,
+    block_compiled,
+    enter,
+    mask_of,
+    model_layers,
+    repeat_rows,
+    values_compiled,
+)
+from jaxprune.models.backward import Prefix, Pull, forward
+from jaxprune.models.layers import TokenReduction, sum_tokens
 
 Path: TypeAlias = Callable[[Sequence[Site]], tuple[tuple[Site, ...], ...]]  # sites that are scaled together, each once
 

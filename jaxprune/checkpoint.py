@@ -2,8 +2,8 @@
 
 A model is a folder. Our own holds `config.json` (the Hugging Face configuration plus a `jaxprune` section with the task
 heads), `model.safetensors` (one tensor per parameter, named by its path; the shapes are the widths), the tokenizer's
-files and, for a pruned model, `pruning.json`. Zeros can be left out of the weights: see `jaxprune.packing`. A shared
-folder also holds `gates.safetensors`, the gates of many tasks: see `jaxprune.shared`. Nothing is ever unpickled.
+files and, for a pruned model, `pruning.json`. Zeros can be left out of the weights: see `jaxprune.formats.packing`. A
+shared folder also holds `gates.safetensors`, the gates of many tasks: see `jaxprune.shared`. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -22,17 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxprune.files import folder_for, interrupted, is_leftover, read_json
-from jaxprune.gate_file import GATES, GateFile, unpack
-from jaxprune.gate_file import read as read_gates
-from jaxprune.gates import Params, flatten, path_name, unflatten, widths
-from jaxprune.gates import Path as ParamPath
-from jaxprune.models import Model, TaskHead, family
-from jaxprune.packed_file import METADATA, descriptions_text
-from jaxprune.packing import linear_maps, pack_tensors, rounded
-from jaxprune.slicing import read_compacted, shapes_of
-from jaxprune.tensors import BYTES, FLOATS, blocks, write_tensors
-from jaxprune.weights import (
+from jaxprune.formats.files import folder_for, interrupted, is_leftover, read_json
+from jaxprune.formats.gate_file import GATES, GateFile, unpack
+from jaxprune.formats.gate_file import read as read_gates
+from jaxprune.formats.packed_file import METADATA, descriptions_text
+from jaxprune.formats.packing import linear_maps, pack_tensors, rounded
+from jaxprune.formats.slicing import read_compacted, shapes_of
+from jaxprune.formats.tensors import BYTES, FLOATS, blocks, write_tensors
+from jaxprune.formats.weights import (
     CONFIG,
     WEIGHTS,
     Parameter,
@@ -45,6 +42,9 @@ from jaxprune.weights import (
     read_sparse,
     refuse,
 )
+from jaxprune.gates import Params, flatten, path_name, unflatten, widths
+from jaxprune.gates import Path as ParamPath
+from jaxprune.models import Model, TaskHead, family
 
 PRUNING = "pruning.json"
 TOKENIZER_FILES = (

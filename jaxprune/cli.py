@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from jaxprune import __version__, learning, looking, terminal
-from jaxprune.options import (
+from jaxprune import __version__
+from jaxprune.commands import learning, looking, terminal
+from jaxprune.commands.options import (
     BatchOptions,
     BudgetOptions,
     CriterionOptions,
@@ -82,7 +83,8 @@ def score(
     Example: [cyan]jaxprune score multi --task sst2 --data data -o sst2.safetensors[/cyan]
     """
     with terminal.working() as bars:
-        from jaxprune import confidence, report, workflow
+        from jaxprune.commands import workflow
+        from jaxprune.showing import confidence, report
 
         how = replace(scoring.build(settings, head, batches), until_stable=until_stable)
         record = workflow.score_model(model, rows.of(task), output, how, overwrite=overwrite, watch=bars)
@@ -149,9 +151,10 @@ def prune(
         timed = measure.split(",")
         if not all(part.strip().isdigit() for part in timed):
             raise ValueError(f"--measure takes whole numbers, such as 1,32 (0: none), got {measure!r}.")
-        from jaxprune import pruning, receipt_report, report, workflow
-        from jaxprune import rounds as in_rounds
-        from jaxprune import together as several_tasks
+        from jaxprune.commands import pruning, workflow
+        from jaxprune.commands import rounds as in_rounds
+        from jaxprune.commands import together as several_tasks
+        from jaxprune.showing import receipt_report, report
 
         measuring = workflow.Measuring(
             evaluate=evaluate,
@@ -212,7 +215,8 @@ def share(
     Gates say which units stay, no more: a model that is repaired (prune --recover) needs a folder of its own.
     """
     with terminal.working() as bars:
-        from jaxprune import report, sharing
+        from jaxprune.commands import sharing
+        from jaxprune.showing import report
 
         how = {"tables": budget.tables(), "overwrite": overwrite, "watch": bars}
         record = sharing.share_model(model, scores, selection.build(budget), output, **how)
@@ -237,7 +241,8 @@ def plan(
     For a latency, the modules are measured on this device unless that was done before; the table is kept.
     """
     with terminal.working() as bars:
-        from jaxprune import forecast, planning
+        from jaxprune.commands import planning
+        from jaxprune.showing import forecast
 
         record = planning.plan_model(model, scores, selection.build(budget), tables=budget.tables(), watch=bars)
     terminal.show(record, *forecast.plan_tables(record), *forecast.plan_notes(record), as_json=as_json)
@@ -270,7 +275,8 @@ def pack(
             raise ValueError(f"--values is exact or int8, got {values!r}.")
         if unpack and values != "exact":
             raise ValueError("--values says how to pack, but --unpack writes a dense file: give one of them.")
-        from jaxprune import report, storage
+        from jaxprune.commands import storage
+        from jaxprune.showing import report
 
         how = {"values": None if unpack else values, "dtype": "float16" if half else None, "overwrite": overwrite}
         record = storage.pack_model(model, output, **how)
@@ -292,7 +298,8 @@ def demo(
     Example: [cyan]jaxprune demo --task snips[/cyan]
     """
     with terminal.working() as bars:
-        from jaxprune import demo, report
+        from jaxprune.commands import demo
+        from jaxprune.showing import report
 
         record = demo.demo(output, chosen=task, source=model, data=data, watch=bars)
     tables = (

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.batches import Length
+from jaxprune.data.batches import Length
 from jaxprune.gates import UNITS, Params, axes_of, flatten, sites, subtree, unit_axes, widths
 from jaxprune.gates import Path as ParameterPath
 from jaxprune.models import Model

@@ -19,12 +19,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from jaxprune.curriculum import PROJECTION, Distillation
 from jaxprune.gates import Params, Path, flatten, unflatten
-from jaxprune.lessons import run
+from jaxprune.learning.curriculum import PROJECTION, Distillation
+from jaxprune.learning.lessons import run
+from jaxprune.learning.training_run import TrainingState, share_gradients
 from jaxprune.models import Model
 from jaxprune.models.backward import gradients_at
-from jaxprune.training_run import TrainingState, share_gradients
 
 Parts: TypeAlias = dict[str, Float[Array, ""]]  # name of a weight of `Distillation` -> that loss, before its weight
 

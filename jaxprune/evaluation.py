@@ -12,14 +12,14 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from jaxprune.answers import squad
-from jaxprune.batches import Batch, Encoded, encode, pack
+from jaxprune.data.answers import squad
+from jaxprune.data.batches import Batch, Encoded, encode, pack
+from jaxprune.data.prompts import Prompt, prompt_of
+from jaxprune.data.spans import find_spans, text_of
 from jaxprune.gates import Gates, Params
 from jaxprune.generation import generate
 from jaxprune.likelihood import IGNORED, candidates_in, rank
 from jaxprune.models import INPUTS, NOWHERE, Model
-from jaxprune.prompts import Prompt, prompt_of
-from jaxprune.spans import find_spans, text_of
 from jaxprune.tasks import Example, Task, draw, row_key
 
 Metric: TypeAlias = Callable[[Any, Any], dict[str, float]]  # (what is predicted, labels), an entry per example

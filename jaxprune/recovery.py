@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxprune.batches import encode, pack
-from jaxprune.fitting import Fit, Method, Moments, Reconstruction, choose
+from jaxprune.criteria.questions import key_or_default
+from jaxprune.data.batches import encode, pack
+from jaxprune.data.prompts import prompt_of
 from jaxprune.gates import UNITS, Params, Path, axes_of, flatten, reads, unflatten
 from jaxprune.likelihood import answered
 from jaxprune.models import Layer, Mask, Model, State, block_compiled, enter, mask_of, model_layers, own_mask
-from jaxprune.prompts import prompt_of
-from jaxprune.questions import key_or_default
+from jaxprune.repair.fitting import Fit, Method, Moments, Reconstruction, choose
 from jaxprune.scores import describe
 from jaxprune.tasks import Example, Task, draw, row_key
 

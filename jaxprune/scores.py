@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxprune.files import write_atomic
+from jaxprune.criteria.objectives import name_of
+from jaxprune.formats.files import write_atomic
+from jaxprune.formats.tensors import TensorFile, write_tensors
 from jaxprune.gates import Gates
-from jaxprune.objectives import name_of
-from jaxprune.split_half import TARGET, stability
-from jaxprune.tensors import TensorFile, write_tensors
+from jaxprune.trust.split_half import TARGET, stability
 
 METADATA = "jaxprune_scores"
 SMALL = 1e-3  # of the objective, such as a probability: below it a relative error means nothing
@@ -49,7 +49,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {  # the header and its types; readers of
 }
 _OPTIONAL: dict[str, tuple[type, ...]] = {
     "halves": (list, type(None)),  # the examples in each half; None: the scores have no halves
-    "stability": (dict, type(None)),  # see `jaxprune.split_half`
+    "stability": (dict, type(None)),  # see `jaxprune.trust.split_half`
     "until_stable": (
         dict,
     ),  # the target of a run that stopped by itself, whether it was reached, and the most examples

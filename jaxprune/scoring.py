@@ -20,21 +20,31 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jaxprune import __version__
-from jaxprune.activations import zero
 from jaxprune.attribution import Criterion, IntegratedGradients
-from jaxprune.batches import SHAPE_COST, encode, pack, within_reach
 from jaxprune.checkpoint import model_digest
+from jaxprune.criteria.activations import zero
+from jaxprune.criteria.objectives import gold
+from jaxprune.criteria.questions import key_or_default
+from jaxprune.criteria.totals import (
+    Totals,
+    TotalsFile,
+    add,
+    completeness_of,
+    finish,
+    halves_of,
+    nothing,
+    signed_of,
+    variance_of,
+)
+from jaxprune.data.batches import SHAPE_COST, encode, pack, within_reach
+from jaxprune.data.prompts import prompt_of
+from jaxprune.data.splits import Example, digest, half_of, row_key
 from jaxprune.evaluation import fitting_head
 from jaxprune.gates import UNITS, Gates, Params
 from jaxprune.models import Model, encoder_inputs, model_inputs
-from jaxprune.objectives import gold
-from jaxprune.prompts import prompt_of
-from jaxprune.questions import key_or_default
 from jaxprune.scores import FORMAT, Scores, describe, with_stability
-from jaxprune.split_half import TARGET, check_target, least_reliability
-from jaxprune.splits import Example, digest, half_of, row_key
 from jaxprune.tasks import Task, draw, seed_words
-from jaxprune.totals import Totals, TotalsFile, add, completeness_of, finish, halves_of, nothing, signed_of, variance_of
+from jaxprune.trust.split_half import TARGET, check_target, least_reliability
 
 Devices: TypeAlias = Sequence[Any]  # such as jax.devices()
 
@@ -73,8 +83,8 @@ def score(
         examples: How many to draw from the split, stratified by label; or the examples themselves. None is 128, with
             `until_stable` all of the split.
         until_stable: Score 32 of the examples, then 64, 128 and so on, those that are scored never again, and stop as
-            soon as the estimated rank correlation with another run (see `jaxprune.split_half`) reaches this, in (0, 1).
-            It is looked at several times, and a first time above the target is a little too good on average.
+            soon as the estimated rank correlation with another run (see `jaxprune.trust.split_half`) reaches this, in
+            (0, 1). It is looked at several times, and a first time above the target is a little too good on average.
         key: A seed or a `jax.random.key`, for the draw and for criteria that draw; None is 0.
         head: The task head; by default the one of the task's name, else the only one.
         split: Where to draw from.

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.allocation import Blocks, Choices, alike, best_first, cut, knapsack, prefix, sequence
-from jaxprune.batches import Length
+from jaxprune.budgets.allocation import Blocks, Choices, alike, best_first, cut, knapsack, prefix, sequence
+from jaxprune.budgets.latency_table import LatencyTable, check_table
 from jaxprune.checkpoint import model_digest
 from jaxprune.cost import checked_length, elements, matmul_flops, unit_costs, weight_bytes
 from jaxprune.cost import memory as memory_of
+from jaxprune.data.batches import Length
 from jaxprune.gates import KINDS, UNITS, Gates, Params, Site, check_sharing, site_of, site_order, sites, widths
-from jaxprune.latency_table import LatencyTable, check_table
 from jaxprune.models import Model
 
 if TYPE_CHECKING:

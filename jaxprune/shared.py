@@ -1,7 +1,8 @@
 """One folder for many tasks: the dense weights once, and about a kilobyte of gates per task.
 
-A shared folder is an ordinary model folder with `gates.safetensors` beside the weights (see `jaxprune.gate_file`).
-`load(path)` gives the dense model, `load(path, task="sst2")` that of a task, cut out as the weights are read.
+A shared folder is an ordinary model folder with `gates.safetensors` beside the weights, see
+`jaxprune.formats.gate_file`. `load(path)` gives the dense model, `load(path, task="sst2")` that of a task, cut out as
+the weights are read.
 
 Only what gates can say is shared: which units are closed, and what closed ones are replaced by. A model whose weights
 were changed after pruning, by recovery or training, needs a folder of its own (`save`).
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxprune.budgets.provenance import pruning_record
 from jaxprune.checkpoint import (
     check_belongs,
     model_digest,
@@ -26,13 +28,12 @@ from jaxprune.checkpoint import (
     saved_digest,
     split_task,
 )
-from jaxprune.files import alone, write_atomic
-from jaxprune.gate_file import GATES, GateFile, PackedGates, check_name, pack, read, to_bytes, unpack
+from jaxprune.formats.files import alone, write_atomic
+from jaxprune.formats.gate_file import GATES, GateFile, PackedGates, check_name, pack, read, to_bytes, unpack
+from jaxprune.formats.slicing import shapes_of
+from jaxprune.formats.weights import CONFIG
 from jaxprune.gates import Gates, Params
 from jaxprune.models import Model
-from jaxprune.provenance import pruning_record
-from jaxprune.slicing import shapes_of
-from jaxprune.weights import CONFIG
 
 _SCORES = ("criterion", "task", "split", "head", "prompt", "examples", "keys")  # kept of a score file's header
 

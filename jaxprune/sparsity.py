@@ -3,7 +3,7 @@
 A *mask* is a boolean array in the shape of a parameter, True where the weight stays; *sparsity* is the fraction of
 weights that are zero. (Gates multiply whole units; a mask knows single weights.) Masks are a pytree in the structure of
 the parameters, with `optax.MaskedNode()`, which has no leaves, where a parameter is not pruned. What is pruned is said
-by `prunable`, see `jaxprune.matrices`.
+by `prunable`, see `jaxprune.sparse.matrices`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.matrices import Matrix, Prunable, find_matrices, leaf_name, pruned_leaves
-from jaxprune.patterns import Pattern, Unstructured
-from jaxprune.saliency import WeightCriterion, WeightMagnitude, add_step
-from jaxprune.schedules import check_sparsity
+from jaxprune.sparse.matrices import Matrix, Prunable, find_matrices, leaf_name, pruned_leaves
+from jaxprune.sparse.patterns import Pattern, Unstructured
+from jaxprune.sparse.saliency import WeightCriterion, WeightMagnitude, add_step
+from jaxprune.sparse.schedules import check_sparsity
 
 Masks: TypeAlias = Any  # the structure of the parameters: boolean arrays, and MaskedNode() for what is not pruned
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxprune import answers, splits
-from jaxprune.records import (
+from jaxprune.data import answers, splits
+from jaxprune.data.records import (
     HIDDEN,
     PAIR,
     Labels,
@@ -28,12 +28,12 @@ from jaxprune.records import (
     read_folder,
     text_columns,
 )
-from jaxprune.splits import MOST_ROWS, SPLITS, Example, Row, overlap, row_key, seed_words
+from jaxprune.data.splits import MOST_ROWS, SPLITS, Example, Row, overlap, row_key, seed_words
 
 if TYPE_CHECKING:
     import jax
 
-    from jaxprune.prompts import Prompt
+    from jaxprune.data.prompts import Prompt
 
 __all__ = [
     "SPLITS", "TASKS", "Example", "Source", "Task", "draw", "from_hub", "load_task", "overlap", "remove_leaks",
@@ -243,7 +243,7 @@ def load_task(
     A cut takes a tenth of the texts (of a small set up to a quarter, until 256) and at most 2,048, stratified by label,
     by the hash of their text, whatever the order of the rows. A text that occurs in several splits stays in the last
     of train, calibration, dev, test; `Task.dropped` counts the others. In QNLI and BoolQ the passage alone decides, of
-    spans the context. Spans are data in SQuAD's format (see `jaxprune.answers`); rows without an answer, or whose
+    spans the context. Spans are data in SQuAD's format (see `jaxprune.data.answers`); rows without an answer, or whose
     answers are not where they say, are left out and counted.
 
     Args:

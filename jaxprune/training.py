@@ -20,16 +20,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxprune.batches import Batches, Encoded, encode, training_batches, within_reach
 from jaxprune.checkpoint import model_digest
+from jaxprune.data.batches import Batches, Encoded, encode, training_batches, within_reach
+from jaxprune.data.prompts import prompt_of
 from jaxprune.evaluation import Evaluation, evaluate
 from jaxprune.gates import Params
-from jaxprune.likelihood import IGNORED, candidates_in, candidates_of, teacher_forced
-from jaxprune.models import Model, TaskHead
-from jaxprune.models.backward import forward
-from jaxprune.prompts import prompt_of
-from jaxprune.tasks import Task, remove_leaks
-from jaxprune.training_run import (
+from jaxprune.learning.training_run import (
     Step,
     TrainingState,
     decayed,
@@ -38,6 +34,10 @@ from jaxprune.training_run import (
     share_gradients,
     write_state,
 )
+from jaxprune.likelihood import IGNORED, candidates_in, candidates_of, teacher_forced
+from jaxprune.models import Model, TaskHead
+from jaxprune.models.backward import forward
+from jaxprune.tasks import Task, remove_leaks
 
 OPTIMIZERS: Mapping[str, Callable[[], optax.GradientTransformation]] = {
     "adamw": lambda: optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-6),

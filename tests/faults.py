@@ -126,7 +126,10 @@ def _serve() -> None:
     import transformers
     import transformers.models.bert  # its parts are imported when they are asked for
 
-    from jaxprune import attribution, baselines, report, workflow  # noqa: F401
+    from jaxprune import attribution  # noqa: F401
+    from jaxprune.commands import workflow  # noqa: F401
+    from jaxprune.criteria import baselines  # noqa: F401
+    from jaxprune.showing import report  # noqa: F401
 
     transformers.AutoTokenizer  # noqa: B018
     for line in sys.stdin:

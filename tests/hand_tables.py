@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from jaxprune.budgets.latency_table import LatencyTable, Row, conditions
 from jaxprune.gates import Params, sites, widths
-from jaxprune.latency_table import LatencyTable, Row, conditions
 from jaxprune.models import Model
 
 HEAD, NEURON, FIXED = 2e-3, 1e-4, 1e-2  # seconds

@@ -27,11 +27,11 @@ from tiny import random_gates, tiny_model
 
 from jaxprune.checkpoint import digest, load, read_pruning, save
 from jaxprune.compaction import compact
-from jaxprune.gate_file import GATES
-from jaxprune.gate_file import METADATA as METADATA_OF_GATES
+from jaxprune.formats.gate_file import GATES
+from jaxprune.formats.gate_file import METADATA as METADATA_OF_GATES
+from jaxprune.formats.packed_file import METADATA as PACKED
 from jaxprune.gates import flatten, path_name, unflatten
 from jaxprune.models import family
-from jaxprune.packed_file import METADATA as PACKED
 from jaxprune.scores import METADATA, Scores, load_scores, save_scores
 from jaxprune.shared import save_shared
 

@@ -11,17 +11,17 @@ import pytest
 from commands import Place, place, record_of, run
 
 import jaxprune as jp
-from jaxprune.accounting import Accounting, check_accounting
 from jaxprune.attribution import GradientActivation
-from jaxprune.baselines import Magnitude
 from jaxprune.checkpoint import load, read_pruning
+from jaxprune.commands.accounting import Accounting, check_accounting
+from jaxprune.commands.workflow import Scoring
+from jaxprune.criteria.baselines import Magnitude
+from jaxprune.criteria.objectives import log_probability, maximum
+from jaxprune.data.splits import row_key
 from jaxprune.models.layers import max_tokens
-from jaxprune.objectives import log_probability, maximum
 from jaxprune.scores import load_scores
 from jaxprune.selection import select
-from jaxprune.splits import row_key
 from jaxprune.tasks import load_task
-from jaxprune.workflow import Scoring
 
 __all__ = ["place"]  # a fixture
 

@@ -12,13 +12,10 @@ import pytest
 from passes import logits_of, sites_of, token_slopes
 from tiny import MODEL_TYPES, lively, tiny_batch, tiny_model
 
-from jaxprune.activations import calibration_means
 from jaxprune.attribution import GradientActivation, IntegratedGradients, joint, layer
-from jaxprune.gates import UNITS, Gates, Params, axes_of, flatten, open_gates, sites, unflatten
-from jaxprune.integration import gauss_legendre, integrate, quadrature, riemann, trapezoid
-from jaxprune.models import Model, TaskHead, bert
-from jaxprune.models.layers import absolute_tokens, contribution, max_tokens, squared_tokens, sum_tokens
-from jaxprune.objectives import (
+from jaxprune.criteria.activations import calibration_means
+from jaxprune.criteria.integration import gauss_legendre, integrate, quadrature, riemann, trapezoid
+from jaxprune.criteria.objectives import (
     absolute,
     every,
     gold,
@@ -32,6 +29,9 @@ from jaxprune.objectives import (
     signed,
     squared,
 )
+from jaxprune.gates import UNITS, Gates, Params, axes_of, flatten, open_gates, sites, unflatten
+from jaxprune.models import Model, TaskHead, bert
+from jaxprune.models.layers import absolute_tokens, contribution, max_tokens, squared_tokens, sum_tokens
 from jaxprune.scoring import score_batches
 
 SMOOTH = (TaskHead(name="task", labels=("no", "maybe", "yes"), dense="tanh"),)  # DistilBERT's has a kink, its ReLU

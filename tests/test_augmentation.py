@@ -13,10 +13,10 @@ from commands import Place, place, record_of, run
 from test_likelihood import speaker
 from test_training import encoder, moods
 
-from jaxprune.augmentation import RECORD, Augmentation, augment, augment_model, copies_of, word_candidates
+from jaxprune.commands.augmentation import RECORD, Augmentation, augment, augment_model, copies_of, word_candidates
+from jaxprune.data.splits import Example, marks, row_key, rows_of
 from jaxprune.gates import Params
 from jaxprune.models import Model
-from jaxprune.splits import Example, marks, row_key, rows_of
 from jaxprune.tasks import Task, load_task
 
 __all__ = ["place"]  # a fixture
@@ -152,7 +152,7 @@ def test_an_interrupted_augmentation_leaves_nothing(place: Place, tmp_path: Path
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxprune.augmentation._shown", stop)
+    monkeypatch.setattr("jaxprune.commands.augmentation._shown", stop)
     more = tmp_path / "more"
     result = run("augment", place.model, "--task", "mood", "--data", place.data, "-o", more, "--frequent", 2)
     assert result.exit_code == 130 and not (more / "mood").exists()

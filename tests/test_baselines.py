@@ -11,8 +11,9 @@ import pytest
 from passes import logits_of, sites_of, token_slopes
 from tiny import tiny_batch, tiny_model
 
-from jaxprune.activations import calibration_means
-from jaxprune.baselines import (
+from jaxprune.cost import elements, matmul_flops, unit_costs
+from jaxprune.criteria.activations import calibration_means
+from jaxprune.criteria.baselines import (
     Activation,
     Fisher,
     Gradient,
@@ -23,10 +24,9 @@ from jaxprune.baselines import (
     TopLayers,
     Wanda,
 )
-from jaxprune.cost import elements, matmul_flops, unit_costs
+from jaxprune.criteria.objectives import every, gold, log_probability, predicted, probability, signed
 from jaxprune.gates import Gates, Params, open_gates, sites, subtree, widths
 from jaxprune.models import Model, TaskHead
-from jaxprune.objectives import every, gold, log_probability, predicted, probability, signed
 from jaxprune.scoring import score_batches
 
 ROWS = 4

@@ -12,7 +12,7 @@ import pytest
 from tiny import tiny_model
 from transformers import AutoTokenizer
 
-from jaxprune.batches import BUCKETS, Batch, Encoded, encode, make_batches, pack, training_batches
+from jaxprune.data.batches import BUCKETS, Batch, Encoded, encode, make_batches, pack, training_batches
 from jaxprune.tasks import Example
 
 WORDS = Path(__file__).parent / "data" / "words"

@@ -16,12 +16,14 @@ from test_cost import dot_flops
 from test_generation import assert_greedy, writer, written
 from tiny import TEXT_TYPES, random_gates, tiny_batch, tiny_model
 
-from jaxprune.activations import calibration_means, site_statistics, token_mean
 from jaxprune.attribution import GradientActivation, IntegratedGradients, joint, layer
-from jaxprune.baselines import Activation, Fisher, Gradient, Magnitude, Random, Taylor, Wanda
 from jaxprune.checkpoint import load, save
 from jaxprune.compaction import compact
 from jaxprune.cost import elements, flops, matmul_flops, parameters, unit_costs
+from jaxprune.criteria.activations import calibration_means, site_statistics, token_mean
+from jaxprune.criteria.baselines import Activation, Fisher, Gradient, Magnitude, Random, Taylor, Wanda
+from jaxprune.criteria.objectives import gold, log_probability, signed, value_and_cotangent
+from jaxprune.criteria.questions import answers_of, examples_of
 from jaxprune.gates import (
     KINDS,
     Gates,
@@ -41,8 +43,6 @@ from jaxprune.gates import (
 from jaxprune.models import Decoding, Masks, Model, TaskHead
 from jaxprune.models.backward import forward
 from jaxprune.models.layers import absolute_tokens, max_tokens
-from jaxprune.objectives import gold, log_probability, signed, value_and_cotangent
-from jaxprune.questions import answers_of, examples_of
 from jaxprune.scores import describe
 from jaxprune.scoring import score_batches
 from jaxprune.selection import select

@@ -19,11 +19,19 @@ from test_cli_text import place as text_place
 from test_compilations import compiled
 from tiny import tiny_batch, tiny_model
 
-from jaxprune.activations import calibration_means
 from jaxprune.attribution import GradientActivation, IntegratedGradients
-from jaxprune.baselines import LeaveOneOut, Magnitude, TopLayers
 from jaxprune.checkpoint import load, save
-from jaxprune.checks import (
+from jaxprune.criteria.activations import calibration_means
+from jaxprune.criteria.baselines import LeaveOneOut, Magnitude, TopLayers
+from jaxprune.criteria.objectives import every, probability, signed
+from jaxprune.criteria.removal import Removal
+from jaxprune.evaluation import predict
+from jaxprune.gates import Params, flatten, open_gates, unflatten
+from jaxprune.models import Model
+from jaxprune.scores import Scores, load_scores, save_scores
+from jaxprune.scoring import score, score_batches
+from jaxprune.tasks import Example, Task, load_task
+from jaxprune.trust.checks import (
     Checking,
     check,
     completeness_check,
@@ -31,14 +39,6 @@ from jaxprune.checks import (
     judge_deletion,
     sample_units,
 )
-from jaxprune.evaluation import predict
-from jaxprune.gates import Params, flatten, open_gates, unflatten
-from jaxprune.models import Model
-from jaxprune.objectives import every, probability, signed
-from jaxprune.removal import Removal
-from jaxprune.scores import Scores, load_scores, save_scores
-from jaxprune.scoring import score, score_batches
-from jaxprune.tasks import Example, Task, load_task
 
 __all__ = ["compiled", "text_place"]  # fixtures
 

@@ -14,9 +14,9 @@ from hand_tables import hand_table
 from test_likelihood import ANSWERS
 from tiny import tiny_model
 
+from jaxprune.budgets.latency_table import write_table
 from jaxprune.checkpoint import load, read_pruning, save
 from jaxprune.gates import widths
-from jaxprune.latency_table import write_table
 
 PROMPT = """\
 template: "mood : {sentence} ?"

@@ -17,11 +17,11 @@ import pytest
 from commands import Place, place, record_of, run
 from tiny import tiny_model
 
-from jaxprune.agreement import chance, jaccard, spearman
-from jaxprune.comparison import compare, compare_scores, grouped
+from jaxprune.commands.comparison import compare, compare_scores, grouped
 from jaxprune.gates import site_of, site_order, sites, widths
 from jaxprune.scores import Scores, load_scores, save_scores
 from jaxprune.selection import select, select_units
+from jaxprune.trust.agreement import chance, jaccard, spearman
 
 __all__ = ["place"]  # a fixture
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from tiny import tiny_batch, tiny_config, tiny_model
 
-from jaxprune.activations import calibration_means
 from jaxprune.attribution import GradientActivation, IntegratedGradients, layer
-from jaxprune.baselines import Fisher, LeaveOneOut, Wanda
+from jaxprune.criteria.activations import calibration_means
+from jaxprune.criteria.baselines import Fisher, LeaveOneOut, Wanda
+from jaxprune.criteria.objectives import every
 from jaxprune.distillation import joint_loss_and_gradients
 from jaxprune.gates import widths
 from jaxprune.models import (
@@ -32,7 +33,6 @@ from jaxprune.models import (
     values_compiled,
 )
 from jaxprune.models.layers import max_tokens, sum_tokens
-from jaxprune.objectives import every
 from jaxprune.scoring import score_batches
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # one event per program

@@ -10,7 +10,7 @@ import pytest
 from commands import TASKS, Place, place, record_of, run, write_rows
 
 from jaxprune.checkpoint import load
-from jaxprune.demo import OTHER_ROWS, VARIANTS, explain, next_steps
+from jaxprune.commands.demo import OTHER_ROWS, VARIANTS, explain, next_steps
 from jaxprune.evaluation import evaluate
 from jaxprune.scores import load_scores
 from jaxprune.tasks import load_task

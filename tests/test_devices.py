@@ -22,11 +22,11 @@ from test_likelihood import ANSWERS
 from test_scores import HEADS, WORDS, texts
 from tiny import tiny_model
 
-from jaxprune.activations import calibration_means
+from jaxprune.criteria.activations import calibration_means
 from jaxprune.attribution import GradientActivation, IntegratedGradients
-from jaxprune.baselines import LeaveOneOut
-from jaxprune.objectives import every, margin, sampled
-from jaxprune.prompts import Prompt
+from jaxprune.criteria.baselines import LeaveOneOut
+from jaxprune.criteria.objectives import every, margin, sampled
+from jaxprune.data.prompts import Prompt
 from jaxprune.scores import save_scores
 from jaxprune.scoring import score
 from jaxprune.tasks import Task

@@ -15,7 +15,9 @@ from tiny import lively, random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
 from jaxprune.checkpoint import digest
-from jaxprune.curriculum import (
+from jaxprune.distillation import distil_step, joint_loss, joint_loss_and_gradients, start_student
+from jaxprune.gates import Params, flatten
+from jaxprune.learning.curriculum import (
     Distillation,
     initialise_projection,
     last,
@@ -23,10 +25,8 @@ from jaxprune.curriculum import (
     uniform,
     without_projection,
 )
-from jaxprune.distillation import distil_step, joint_loss, joint_loss_and_gradients, start_student
-from jaxprune.gates import Params, flatten
+from jaxprune.learning.training_run import share_gradients
 from jaxprune.models import Model, TaskHead
-from jaxprune.training_run import share_gradients
 
 ALL = Distillation(attention=0.5, embeddings=2.0, hidden=3.0, logits=0.7, labels=1.3, temperature=2.0)
 

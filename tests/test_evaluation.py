@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny import random_gates, tiny_model
 
-from jaxprune.batches import encode, make_batches, pack
+from jaxprune.data.batches import encode, make_batches, pack
 from jaxprune.evaluation import (
     METRICS,
     Evaluation,

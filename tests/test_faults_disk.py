@@ -16,7 +16,7 @@ from faults import Server, record
 from tiny import tiny_model
 
 from jaxprune.checkpoint import load, model_digest, save
-from jaxprune.files import write_atomic
+from jaxprune.formats.files import write_atomic
 
 __all__ = ["place"]  # a fixture
 

@@ -19,8 +19,8 @@ from commands import Place, place
 from faults import Server, record
 
 from jaxprune.checkpoint import load
+from jaxprune.formats.tensors import TensorFile
 from jaxprune.scores import load_scores
-from jaxprune.tensors import TensorFile
 
 __all__ = ["place"]  # a fixture
 

@@ -17,7 +17,7 @@ from faults import record
 from mutations import cases
 
 from jaxprune.checkpoint import load
-from jaxprune.tensors import TensorFile
+from jaxprune.formats.tensors import TensorFile
 
 SEED = 20260102
 CASES = {"models": 2000, "scores": 300, "gates": 300, "packed": 600}

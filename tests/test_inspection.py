@@ -16,12 +16,12 @@ from commands import Place, place, record_of, run
 from tiny import tiny_model
 
 from jaxprune.checkpoint import load, save
+from jaxprune.commands.inspection import inspect_model
+from jaxprune.commands.workflow import costs
 from jaxprune.gates import widths
-from jaxprune.inspection import inspect_model
-from jaxprune.matrices import linear_maps
 from jaxprune.scores import load_scores
+from jaxprune.sparse.matrices import linear_maps
 from jaxprune.sparsity import one_shot
-from jaxprune.workflow import costs
 
 __all__ = ["place"]  # a fixture
 

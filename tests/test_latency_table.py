@@ -12,10 +12,8 @@ import pytest
 from hand_tables import FIXED, HEAD, NEURON, hand_table
 from tiny import random_gates, tiny_model
 
-from jaxprune import latency_table
-from jaxprune.compaction import compact
-from jaxprune.gates import narrow, sites, widths
-from jaxprune.latency_table import (
+from jaxprune.budgets import latency_table
+from jaxprune.budgets.latency_table import (
     Row,
     check_table,
     conditions,
@@ -25,6 +23,8 @@ from jaxprune.latency_table import (
     table_file,
     write_table,
 )
+from jaxprune.compaction import compact
+from jaxprune.gates import narrow, sites, widths
 
 
 def row(*seconds: float) -> Row:

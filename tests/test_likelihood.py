@@ -17,15 +17,9 @@ from tiny import TEXT_TYPES, tiny_model
 
 from jaxprune import likelihood
 from jaxprune.attribution import GradientActivation, IntegratedGradients, layer
-from jaxprune.baselines import Activation, Fisher, LeaveOneOut, Taylor, Wanda
-from jaxprune.batches import encode, encode_words, pack
 from jaxprune.checkpoint import digest
-from jaxprune.evaluation import evaluate, predict
-from jaxprune.gates import Params, open_gates
-from jaxprune.likelihood import IGNORED, answered, candidates_of, rank, teacher_forced, without_end
-from jaxprune.models import Model
-from jaxprune.models.layers import max_tokens
-from jaxprune.objectives import (
+from jaxprune.criteria.baselines import Activation, Fisher, LeaveOneOut, Taylor, Wanda
+from jaxprune.criteria.objectives import (
     every,
     gold,
     log_probability,
@@ -36,12 +30,18 @@ from jaxprune.objectives import (
     signed,
     value_and_cotangent,
 )
-from jaxprune.pretraining import Corruption, Pretraining, corrupt, pretrain
-from jaxprune.prompts import Prompt
+from jaxprune.data.batches import encode, encode_words, pack
+from jaxprune.data.prompts import Prompt
+from jaxprune.evaluation import evaluate, predict
+from jaxprune.gates import Params, open_gates
+from jaxprune.learning.pretraining import Corruption, Pretraining, corrupt, pretrain
+from jaxprune.learning.training_run import Step
+from jaxprune.likelihood import IGNORED, answered, candidates_of, rank, teacher_forced, without_end
+from jaxprune.models import Model
+from jaxprune.models.layers import max_tokens
 from jaxprune.scoring import score
 from jaxprune.tasks import Example, Task
 from jaxprune.training import Recipe, finetune
-from jaxprune.training_run import Step
 
 ANSWERS = Path(__file__).parent / "data" / "answers"
 PROMPT = Prompt(template="mood : {text} ?", words=("bad", "very good"))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.losses import (
+from jaxprune.learning.losses import (
     hidden_mask,
     kl_divergence,
     label_loss,

@@ -10,12 +10,13 @@ import pytest
 from commands import Place, place, record_of, run
 from hand_tables import FIXED, HEAD, NEURON, hand_table
 
-from jaxprune import latency_table, terminal
+from jaxprune.budgets import latency_table
+from jaxprune.budgets.latency_table import LatencyTable, conditions, read_table, table_file, write_table
 from jaxprune.checkpoint import load, read_pruning
+from jaxprune.commands import terminal
+from jaxprune.commands.options import BYTES, SECONDS, read_amount
 from jaxprune.cost import flops, memory, parameters
 from jaxprune.gates import widths
-from jaxprune.latency_table import LatencyTable, conditions, read_table, table_file, write_table
-from jaxprune.options import BYTES, SECONDS, read_amount
 from jaxprune.scores import load_scores
 from jaxprune.selection import select
 

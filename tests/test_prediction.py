@@ -10,12 +10,12 @@ import pytest
 from tiny import random_gates, tiny_batch, tiny_model
 
 from jaxprune.attribution import GradientActivation, IntegratedGradients, layer
-from jaxprune.baselines import Fisher, Gradient, Magnitude, Taylor
+from jaxprune.criteria.baselines import Fisher, Gradient, Magnitude, Taylor
+from jaxprune.criteria.objectives import absolute, gold, log_probability, margin, maximum, signed, squared
 from jaxprune.gates import Gates, open_gates
 from jaxprune.models import Model
-from jaxprune.objectives import absolute, gold, log_probability, margin, maximum, signed, squared
-from jaxprune.prediction import predict_loss
-from jaxprune.receipt import _Lost
+from jaxprune.repair.prediction import predict_loss
+from jaxprune.repair.receipt import _Lost
 from jaxprune.scores import Scores, describe
 
 HEADS, NEURONS = "0.attention.heads", "1.ffn.neurons"

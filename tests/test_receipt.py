@@ -9,10 +9,10 @@ import pytest
 from tiny import random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
-from jaxprune.activations import calibration_means
+from jaxprune.criteria.activations import calibration_means
+from jaxprune.criteria.objectives import gold, log_probability, maximum
 from jaxprune.gates import UNITS
-from jaxprune.objectives import gold, log_probability, maximum
-from jaxprune.receipt import WORTH, _Lost
+from jaxprune.repair.receipt import WORTH, _Lost
 from jaxprune.scoring import score_batches
 
 

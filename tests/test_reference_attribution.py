@@ -12,11 +12,11 @@ import pytest
 
 from jaxprune.attribution import GradientActivation, IntegratedGradients, joint, layer
 from jaxprune.checkpoint import load
+from jaxprune.criteria.integration import gauss_legendre, riemann, trapezoid
+from jaxprune.criteria.objectives import log_probability, probability, signed
 from jaxprune.gates import Params, sites, widths
-from jaxprune.integration import gauss_legendre, riemann, trapezoid
 from jaxprune.models import Model
 from jaxprune.models.layers import absolute_tokens, max_tokens, squared_tokens
-from jaxprune.objectives import log_probability, probability, signed
 
 pytestmark = pytest.mark.reference
 torch = pytest.importorskip("torch")

@@ -10,10 +10,10 @@ import pytest
 from tiny import tiny_batch, tiny_model
 
 from jaxprune.attribution import GradientActivation
+from jaxprune.criteria.objectives import gold, log_probability
 from jaxprune.gates import Gates
-from jaxprune.objectives import gold, log_probability
-from jaxprune.receipt import WORTH, Receipt, _Lost
-from jaxprune.reselection import reselect
+from jaxprune.repair.receipt import WORTH, Receipt, _Lost
+from jaxprune.repair.reselection import reselect
 from jaxprune.scoring import score_batches
 from jaxprune.selection import select
 

@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 from tiny import tiny_model
 
-from jaxprune.activations import calibration_means
 from jaxprune.attribution import GradientActivation, IntegratedGradients, layer
-from jaxprune.baselines import Activation, Fisher, LeaveOneOut, Magnitude, Random
 from jaxprune.checkpoint import model_digest
-from jaxprune.files import write_atomic
+from jaxprune.criteria.activations import calibration_means
+from jaxprune.criteria.baselines import Activation, Fisher, LeaveOneOut, Magnitude, Random
+from jaxprune.criteria.objectives import every, margin, maximum, predicted
+from jaxprune.criteria.totals import PARTIAL
+from jaxprune.formats.files import write_atomic
+from jaxprune.formats.tensors import write_tensors
 from jaxprune.gates import Params, widths
 from jaxprune.models import Model, TaskHead
-from jaxprune.objectives import every, margin, maximum, predicted
 from jaxprune.scores import METADATA, Scores, describe, load_scores, merge, save_scores, with_relative
 from jaxprune.scoring import SAVE_EVERY, score, score_batches
 from jaxprune.tasks import Example, Task, row_key
-from jaxprune.tensors import write_tensors
-from jaxprune.totals import PARTIAL
 
 WORDS = Path(__file__).parent / "data" / "words"
 VOCABULARY = [word for word in (WORDS / "vocab.txt").read_text().split() if word.isalpha()]

@@ -23,13 +23,13 @@ from safetensors import safe_open
 from test_checkpoint import assert_same, cast
 from tiny import random_gates, tiny_batch, tiny_model
 
+from jaxprune.budgets.provenance import pruning_record
 from jaxprune.bundled import bundled_model
 from jaxprune.checkpoint import load, model_digest, opened, opened_digest, save, saved_digest
 from jaxprune.compaction import compact
-from jaxprune.gate_file import GATES, METADATA
+from jaxprune.formats.gate_file import GATES, METADATA
 from jaxprune.gates import Gates, Params, mean_shapes, open_gates, widths
 from jaxprune.models import Model
-from jaxprune.provenance import pruning_record
 from jaxprune.selection import select
 from jaxprune.shared import add_gates, load_gates, save_shared
 

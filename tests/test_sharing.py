@@ -16,12 +16,12 @@ from hand_tables import hand_table
 from test_checkpoint import assert_same
 from tiny import tiny_model
 
+from jaxprune.budgets.latency_table import write_table
 from jaxprune.checkpoint import load, model_digest, save
 from jaxprune.compaction import compact
 from jaxprune.evaluation import evaluate
-from jaxprune.gate_file import GATES
+from jaxprune.formats.gate_file import GATES
 from jaxprune.gates import widths
-from jaxprune.latency_table import write_table
 from jaxprune.scores import Scores, load_scores, save_scores
 from jaxprune.selection import select
 from jaxprune.shared import load_gates

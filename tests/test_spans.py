@@ -18,18 +18,11 @@ from commands import record_of, run
 from passes import logits_of, sites_of, token_slopes
 from tiny import MODEL_TYPES, random_gates, tiny_batch, tiny_config, tiny_model
 
-from jaxprune import baselines
-from jaxprune.answers import ENDS, Answer, squad
 from jaxprune.attribution import GradientActivation, IntegratedGradients
-from jaxprune.batches import encode, make_batches, within_reach
 from jaxprune.checkpoint import load, model_digest, save
-from jaxprune.checks import Checking, check
 from jaxprune.compaction import compact
-from jaxprune.evaluation import evaluate, find_answers, fitting_head, predict
-from jaxprune.gates import Params, open_gates
-from jaxprune.models import NOWHERE, Model, TaskHead
-from jaxprune.models.layers import contribution
-from jaxprune.objectives import (
+from jaxprune.criteria import baselines
+from jaxprune.criteria.objectives import (
     OfSpan,
     every,
     find_targets,
@@ -44,15 +37,22 @@ from jaxprune.objectives import (
     signed,
     value_and_cotangent,
 )
-from jaxprune.prompts import prompt_for
-from jaxprune.receipt import loss_receipt
+from jaxprune.data.answers import ENDS, Answer, squad
+from jaxprune.data.batches import encode, make_batches, within_reach
+from jaxprune.data.prompts import prompt_for
+from jaxprune.data.spans import LONGEST, best_spans, text_of
+from jaxprune.data.splits import Example
+from jaxprune.evaluation import evaluate, find_answers, fitting_head, predict
+from jaxprune.gates import Params, open_gates
+from jaxprune.models import NOWHERE, Model, TaskHead
+from jaxprune.models.layers import contribution
 from jaxprune.recovery import recover
+from jaxprune.repair.receipt import loss_receipt
 from jaxprune.scoring import score
 from jaxprune.selection import select
-from jaxprune.spans import LONGEST, best_spans, text_of
-from jaxprune.splits import Example
 from jaxprune.tasks import Task
 from jaxprune.training import Recipe, finetune
+from jaxprune.trust.checks import Checking, check
 
 WORDS = Path(__file__).parent / "data" / "words"
 SPANS = TaskHead(name="find", labels=ENDS, pooling="none")
@@ -128,7 +128,7 @@ def test_the_context_alone_is_cut():
 
 
 def test_a_long_question_is_cut(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("jaxprune.spans.QUESTION", 4)
+    monkeypatch.setattr("jaxprune.data.spans.QUESTION", 4)
     row = example("good good good good good good", "the dog is old", "old")
     encoded = encode(spans_model()[0], [row, replace(row, text="good")], max_length=4 + 3 + 4)  # 3 special ones
     assert encoded.lengths.tolist() == [11, 8] and encoded.truncated == 1

@@ -13,8 +13,8 @@ from tiny import tiny_model
 
 import jaxprune as jp
 from jaxprune.gates import flatten, path_name
-from jaxprune.matrices import Matrix, find_matrices
-from jaxprune.patterns import pruned_of
+from jaxprune.sparse.matrices import Matrix, find_matrices
+from jaxprune.sparse.patterns import pruned_of
 
 
 def kernels(path: tuple[Any, ...], array: Any) -> bool:

@@ -17,19 +17,19 @@ from test_scores import HEADS, WORDS, Interrupted, equal, texts
 from tiny import tiny_model
 
 from jaxprune.attribution import GradientActivation, IntegratedGradients, Measured
-from jaxprune.baselines import Activation, Fisher, Magnitude
-from jaxprune.batches import make_batches
-from jaxprune.files import write_atomic
+from jaxprune.criteria.baselines import Activation, Fisher, Magnitude
+from jaxprune.criteria.objectives import maximum, signed
+from jaxprune.criteria.totals import add, halves_of, nothing, variance_of
+from jaxprune.data.batches import make_batches
+from jaxprune.data.splits import half_of
+from jaxprune.formats.files import write_atomic
+from jaxprune.formats.tensors import write_tensors
 from jaxprune.gates import Params
 from jaxprune.models import Model
-from jaxprune.objectives import maximum, signed
 from jaxprune.scores import METADATA, Scores, load_scores, merge, save_scores
 from jaxprune.scoring import FIRST, _choose, score
-from jaxprune.split_half import least_reliability, needed, noise_of, reliability, stability
-from jaxprune.splits import half_of
 from jaxprune.tasks import Example, Task, draw
-from jaxprune.tensors import write_tensors
-from jaxprune.totals import add, halves_of, nothing, variance_of
+from jaxprune.trust.split_half import least_reliability, needed, noise_of, reliability, stability
 
 __all__ = ["compiled", "place"]  # fixtures
 
@@ -387,8 +387,8 @@ def test_a_stable_run_that_goes_on_equals_an_uninterrupted_one(
 
 
 def test_a_damaged_file_of_totals_is_refused(model_and_params: tuple[Model, Params], task: Task, tmp_path: Path):
-    from jaxprune.tensors import TensorFile
-    from jaxprune.totals import PARTIAL
+    from jaxprune.criteria.totals import PARTIAL
+    from jaxprune.formats.tensors import TensorFile
 
     path = tmp_path / "partial.safetensors"
     settings: Any = {"criterion": Activation(), "examples": 40, "batch_size": 8, "resume": path}

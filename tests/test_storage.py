@@ -13,8 +13,8 @@ from test_packing import sparsified
 from tiny import tiny_model
 
 from jaxprune.checkpoint import digest, load, read_pruning, save
+from jaxprune.formats.packing import linear_maps
 from jaxprune.gates import flatten, path_name
-from jaxprune.packing import linear_maps
 
 KEPT = {"README.md": b"# card\n", "vocab.txt": b"[PAD]\n"}
 

@@ -18,14 +18,14 @@ from jaxprune.attribution import IntegratedGradients, joint, layer
 from jaxprune.checkpoint import digest, load, save
 from jaxprune.compaction import compact
 from jaxprune.cost import compare_latency, flops, latency
+from jaxprune.criteria.objectives import log_probability, signed
 from jaxprune.gates import Gates, Params, flatten, open_gates, sites, subtree, unflatten, widths
+from jaxprune.learning.training_run import share_gradients
 from jaxprune.models import Decoding, Masks, Model, family
 from jaxprune.models.backward import Prefix, forward
 from jaxprune.models.t5 import bucket_of
-from jaxprune.objectives import log_probability, signed
 from jaxprune.scoring import score_batches
 from jaxprune.selection import select
-from jaxprune.training_run import share_gradients
 
 
 def logits(model: Model, params: Params, batch: Any, gates: Gates | None = None) -> np.ndarray:

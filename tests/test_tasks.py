@@ -18,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from jaxprune.splits import choose, divide, normalise, rows_of
+from jaxprune.data.splits import choose, divide, normalise, rows_of
 from jaxprune.tasks import (
     SPLITS,
     TASKS,

@@ -23,19 +23,19 @@ from test_training import DATA, encoder, lengths, moods
 from tiny import tiny_model
 
 from jaxprune.checkpoint import digest, load, model_digest, read_pruning, save
-from jaxprune.curriculum import Distillation, surviving_heads
+from jaxprune.commands.learning import read_pattern
+from jaxprune.commands.students import DISTILLATION
 from jaxprune.gates import Params, flatten, widths
-from jaxprune.learning import read_pattern
-from jaxprune.matrices import linear_maps
+from jaxprune.learning.curriculum import Distillation, surviving_heads
+from jaxprune.learning.teaching import Taught, Teaching, Thinning, distil
+from jaxprune.learning.training_run import Step
 from jaxprune.models import Model, TaskHead
-from jaxprune.patterns import NM, Block, Unstructured
-from jaxprune.saliency import WeightMovement
-from jaxprune.schedules import Schedule, cubic_schedule, one_shot_schedule
+from jaxprune.sparse.matrices import linear_maps
+from jaxprune.sparse.patterns import NM, Block, Unstructured
+from jaxprune.sparse.saliency import WeightMovement
+from jaxprune.sparse.schedules import Schedule, cubic_schedule, one_shot_schedule
 from jaxprune.sparsity import one_shot, sparsity_of
-from jaxprune.students import DISTILLATION
-from jaxprune.teaching import Taught, Teaching, Thinning, distil
 from jaxprune.training import Recipe, finetune
-from jaxprune.training_run import Step
 
 __all__ = ["place"]  # a fixture
 
@@ -292,7 +292,7 @@ def test_sparsify_goes_on_where_it_was_interrupted(place: Place, pretrained: Pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("jaxprune.students.exam_line", interrupt)
+        patch.setattr("jaxprune.commands.students.exam_line", interrupt)
         assert run(*how, "-o", tmp_path / "out").exit_code == 130
     assert (tmp_path / "out.state").exists() and not (tmp_path / "out").exists()
     assert run(*how, "-o", tmp_path / "out").exit_code == 0

@@ -22,12 +22,7 @@ from commands import Place, place, record_of, run
 from tiny import tiny_model
 
 from jaxprune.checkpoint import load, read_pruning
-from jaxprune.evaluation import evaluate
-from jaxprune.gates import Gates, sites, widths
-from jaxprune.scores import Scores, load_scores, save_scores
-from jaxprune.selection import select, site_costs, thresholds
-from jaxprune.tasks import load_task
-from jaxprune.together import (
+from jaxprune.commands.together import (
     Way,
     intersection,
     kept_by_all,
@@ -38,6 +33,11 @@ from jaxprune.together import (
     pooled,
     union,
 )
+from jaxprune.evaluation import evaluate
+from jaxprune.gates import Gates, sites, widths
+from jaxprune.scores import Scores, load_scores, save_scores
+from jaxprune.selection import select, site_costs, thresholds
+from jaxprune.tasks import load_task
 
 __all__ = ["place"]  # a fixture
 

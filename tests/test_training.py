@@ -18,13 +18,13 @@ import optax
 import pytest
 from tiny import tiny_model
 
-from jaxprune.batches import encode
 from jaxprune.checkpoint import digest
+from jaxprune.data.batches import encode
 from jaxprune.gates import Params
+from jaxprune.learning.training_run import Step
 from jaxprune.models import Model
 from jaxprune.tasks import Example, Task
 from jaxprune.training import Finetuned, Recipe, _plan, _rate, _update, finetune
-from jaxprune.training_run import Step
 
 DATA = Path(__file__).parent / "data"
 RECIPE = Recipe(epochs=2, batch_size=16, learning_rate=5e-3, warmup=0.1)
@@ -87,7 +87,9 @@ def test_same_seed_same_bits(whole: Finetuned):
 
 
 @pytest.mark.parametrize(("when", "what"), [(10, KeyboardInterrupt), (30, SystemError)])
-def test_interrupted_and_resumed_equals_uninterrupted(whole: Finetuned, tmp_path: Path, when: int, what: type):
+def test_interrupted_and_resumed_equals_uninterrupted(
+    whole: Finetuned, tmp_path: Path, when: int, what: type[BaseException]
+):
     def interrupt(step: Step) -> None:
         if step.step == when:
             raise what

@@ -1,0 +1,1 @@
+"""What a budget means: knapsacks over modules, latency measured on this device, and the record of a choice."""

@@ -1,0 +1,1 @@
+"""What a criterion is made of: objectives, paths and nodes, activations, sums over examples; and the baselines."""

@@ -1,0 +1,1 @@
+"""Examples: columns to texts, splits that share none, prompts, answers as spans, and batches."""

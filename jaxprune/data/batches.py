@@ -1,0 +1,417 @@
+"""Texts to batches: tokenised once, ahead of the device, then padded to few fixed shapes.
+
+`encode` turns examples into token indices. `make_batches` and `training_batches` arrange them into *batches*: plain
+dicts of NumPy arrays that all have `batch_size` rows and one of a few lengths, so that few programs are compiled. A row
+that only fills up the last batch is all padding: attention mask 0, weight 0, index -1. How examples are batched changes
+no result: each has its `index`, and padding its weight of 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
+
+import numpy as np
+
+from jaxprune.data import spans
+from jaxprune.likelihood import IGNORED
+from jaxprune.tasks import Example, Task, seed_words
+
+if TYPE_CHECKING:
+    import jax
+
+    from jaxprune.data.prompts import Prompt
+
+# input_ids, attention_mask, (token_type_ids), labels, weight, index; with a prompt also candidates, of spans answerable
+Batch: TypeAlias = dict[str, np.ndarray]
+
+Length: TypeAlias = float | Sequence[float]  # tokens; of a text-to-text model those it reads and those it writes
+
+MAX_ANSWER = 32  # tokens of a label's words, end of sequence included
+MAX_LENGTH = 128  # tokens, unless asked otherwise: what GLUE is usually run with
+# Beyond 32 tokens less than a third of a row is padding, and 10 shapes serve every text. BERT reads at most 512 tokens.
+BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# Padded tokens that cost as much as compiling one more shape: 0.7 s at 12,000 tokens/s, a forward pass of MiniLM-L6 on
+# two CPU cores. A shape that saves less padding is merged into the next longer one.
+SHAPE_COST = 8_192
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Tokenised examples, of which batches are made as often as needed."""
+
+    input_ids: np.ndarray  # the tokens of all examples, end to end
+    token_type_ids: np.ndarray | None  # their segments, if the tokenizer has any
+    offsets: np.ndarray  # example i has the tokens offsets[i] to offsets[i + 1]
+    labels: np.ndarray  # int32, or float32 in a regression; of spans [examples, 2] tokens; -1 where there is none
+    max_length: int
+    truncated: int  # how many examples were cut to max_length tokens
+    padding: int  # index of the padding token
+    candidates: np.ndarray | None = None  # [labels, tokens]: what a text-to-text model may answer, see `likelihood`
+    characters: np.ndarray | None = None  # of spans, [all tokens, 2]: where in its context a token is, see `spans`
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, without padding."""
+        return np.diff(self.offsets)
+
+    @property
+    def mean_length(self) -> Length:
+        """Mean number of tokens of an example, without padding; of a text-to-text model that of its answer, too."""
+        return self.mean_length_of(len(self))
+
+    def mean_length_of(self, count: int) -> Length:
+        """The same of the first examples alone."""
+        own = float(self.lengths[:count].mean())
+        if self.candidates is None:
+            return own
+        tokens = (self.candidates != IGNORED).sum(1)
+        labels = self.labels[:count]
+        known = labels[labels >= 0]
+        return [own, float(tokens[known].mean() if len(known) else tokens.mean())]
+
+    def batch(self, rows: Sequence[int] | np.ndarray, length: int, batch_size: int) -> Batch:
+        """Puts examples into one batch of `batch_size` rows and `length` tokens."""
+        ids = np.full((batch_size, length), self.padding, np.int32)
+        mask = np.zeros((batch_size, length), np.int32)
+        types = np.zeros((batch_size, length), np.int32)
+        answerable = np.zeros((batch_size, length), bool)
+        for place, row in enumerate(rows):
+            start, stop = self.offsets[row], self.offsets[row + 1]
+            ids[place, : stop - start] = self.input_ids[start:stop]
+            mask[place, : stop - start] = 1
+            if self.token_type_ids is not None:
+                types[place, : stop - start] = self.token_type_ids[start:stop]
+            if self.characters is not None:
+                answerable[place, : stop - start] = np.diff(self.characters[start:stop])[:, 0] > 0
+        fill = batch_size - len(rows)
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if self.token_type_ids is not None:
+            batch["token_type_ids"] = types
+        if self.candidates is not None:
+            batch["candidates"] = np.broadcast_to(self.candidates, (batch_size, *self.candidates.shape))
+        if self.characters is not None:
+            batch["answerable"] = answerable
+        return batch | {
+            "labels": np.concatenate([self.labels[rows], np.zeros((fill, *self.labels.shape[1:]), self.labels.dtype)]),
+            "weight": np.repeat(np.array([1, 0], np.float32), [len(rows), fill]),
+            "index": np.concatenate([np.asarray(rows, np.int32), np.full(fill, -1, np.int32)]),
+        }
+
+
+class Batches(Sequence[Batch]):
+    """Batches that are put together when they are asked for."""
+
+    def __init__(self, encoded: Encoded, plan: list[tuple[np.ndarray, int]], batch_size: int) -> None:
+        self.encoded, self.plan, self.batch_size = encoded, plan, batch_size
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Batches: ...
+    def __getitem__(self, index: int | slice) -> Batch | Batches:
+        if isinstance(index, slice):
+            return Batches(self.encoded, self.plan[index], self.batch_size)
+        rows, length = self.plan[index]
+        return self.encoded.batch(rows, length, self.batch_size)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """The different shapes (rows, tokens), by length."""
+        return tuple((self.batch_size, length) for length in sorted({length for _, length in self.plan}))
+
+
+def encode(
+    model_or_tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    max_length: int | None = None,
+    prompt: Prompt | None = None,
+) -> Encoded:
+    """Tokenises examples. A longer text is truncated (of a pair, the longer one first) and counted.
+
+    Of questions and their contexts the context is truncated, and a label is the first and the last token of the first
+    answer that is not cut off, or -1 and -1.
+
+    Args:
+        model_or_tokenizer: A model, or a Hugging Face tokenizer.
+        examples: The examples.
+        max_length: The most tokens of an example, special ones included; None is `default_length`.
+        prompt: What a text-to-text model is asked, fitted to the task. Its own words are never cut.
+
+    Raises:
+        ValueError: If there is no example, if only some have a label or a second text, or if the model has fewer
+            positions than `max_length`; if a text-to-text model has no prompt, a word of the prompt no tokens of its
+            own, or the tokenizer is not the model's.
+    """
+    tokenizer = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
+    most = getattr(model_or_tokenizer, "max_length", None) or tokenizer.model_max_length
+    if not examples:
+        raise ValueError("there are no examples to tokenise.")
+    if prompt is None and getattr(model_or_tokenizer, "writes_text", False):
+        raise ValueError("the model answers in text: say with prompt= what it is asked, see jaxprune.data.prompts.")
+    paired = _all_or_none([example.pair is not None for example in examples], "a second text")
+    labelled = _all_or_none([example.label is not None for example in examples], "a label")
+    answered = _all_or_none([example.answers is not None for example in examples], "any answers")
+    if answered and not paired:
+        raise ValueError("the examples have answers, but no second text: give the context that they are in.")
+    if answered and prompt is not None:
+        raise ValueError("the examples have answers, and a prompt asks for labels: use a model with a head for spans.")
+    length = default_length(model_or_tokenizer, answered) if max_length is None else max_length
+    special = tokenizer.num_special_tokens_to_add(pair=paired and prompt is None)
+    if length > most:
+        raise ValueError(
+            f"max_length is {length}, but the model has only {most} positions; longer texts are cut anyway."
+        )
+    if length <= special:
+        raise ValueError(f"max_length must exceed the {special} special tokens of an example, got {length}.")
+    padding = tokenizer.pad_token_id or 0
+    segmented = "token_type_ids" in tokenizer.model_input_names
+    if answered:
+        rows = spans.tokenise(tokenizer, examples, length)
+        return Encoded(
+            input_ids=np.concatenate([row.ids for row in rows]),
+            token_type_ids=np.concatenate([row.types for row in rows]) if segmented else None,
+            offsets=np.cumsum([0, *(len(row.ids) for row in rows)]),
+            labels=np.array([row.target for row in rows], np.int32),
+            max_length=length,
+            truncated=sum(row.cut for row in rows),
+            padding=padding,
+            characters=np.concatenate([row.characters for row in rows]),
+        )
+    if prompt is None:
+        texts = [example.text for example in examples]
+        pairs = [example.pair for example in examples] if paired else None
+    else:
+        texts, pairs = [prompt.render(example) for example in examples], None
+    ids, types = _tokenise(tokenizer, texts, pairs)
+    long = [row for row, tokens in enumerate(ids) if len(tokens) > length]
+    if long and prompt is not None:
+        for row in long:
+            ids[row] = _cut(tokenizer, prompt, examples[row], length)
+            types[row] = np.zeros_like(ids[row])
+    elif long:
+        some = [texts[row] for row in long], None if pairs is None else [pairs[row] for row in long]
+        for row, tokens, segments in zip(long, *_tokenise(tokenizer, *some, length), strict=True):
+            ids[row], types[row] = tokens, segments
+    floats = any(isinstance(example.label, float) for example in examples)
+    labels = [example.label for example in examples] if labelled else [-1] * len(examples)
+    return Encoded(
+        input_ids=np.concatenate(ids),
+        token_type_ids=np.concatenate(types) if segmented else None,
+        offsets=np.cumsum([0, *map(len, ids)]),
+        labels=np.array(labels, np.float32 if floats else np.int32),
+        max_length=length,
+        truncated=len(long),
+        padding=padding,
+        candidates=None if prompt is None else encode_words(model_or_tokenizer, prompt.words),
+    )
+
+
+def default_length(model_or_tokenizer: Any, answers: bool) -> int:
+    """The most tokens of an example unless asked otherwise: 128, with answers in a context 384, or what can be read."""
+    tokenizer = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
+    most = getattr(model_or_tokenizer, "max_length", None) or tokenizer.model_max_length
+    return min(spans.MAX_LENGTH if answers else MAX_LENGTH, most)
+
+
+def within_reach(model_or_tokenizer: Any, task: Task, *, split: str, max_length: int | None = None) -> tuple[Task, int]:
+    """The task without the rows of a split whose answers are cut off, and how many these are; 0 without spans.
+
+    They are no examples to learn or to score from: their contexts hold no answer any more.
+    """
+    rows = task.rows(split)
+    if not task.spans or not rows:
+        return task, 0
+    cut = spans.cut_off(rows, encode(model_or_tokenizer, rows, max_length=max_length).labels)
+    kept = tuple(row for row, lost in zip(rows, cut, strict=True) if not lost)
+    if not kept:
+        raise ValueError(f"the answers of all {split} rows of {task.name!r} are cut off: raise max_length.")
+    return replace(task, splits={**task.splits, split: kept}), sum(cut)
+
+
+def encode_words(model_or_tokenizer: Any, words: Sequence[str]) -> np.ndarray:
+    """The tokens of the words that a text-to-text model may answer, `[labels, tokens]`, each with its end of sequence.
+
+    Raises:
+        ValueError: If there are no words, one has no tokens or unknown ones, is longer than 32 tokens, or two have the
+            same tokens; or if the tokenizer's special tokens are not those of the model.
+    """
+    tokenizer = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
+    end = tokenizer.eos_token_id
+    config = getattr(model_or_tokenizer, "config", None)
+    if config is not None and (end, tokenizer.pad_token_id) != (config.end_id, config.pad_id):
+        raise ValueError(
+            f"the tokenizer ends a text with {end} and pads with {tokenizer.pad_token_id}, the model with "
+            f"{config.end_id} and {config.pad_id}: is this its tokenizer?"
+        )
+    if config is not None and len(tokenizer) > config.vocab:
+        raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens, the model {config.vocab:,}: is this its own?")
+    if not words:
+        raise ValueError("the prompt has no words to answer with: give one per label.")
+    found: dict[tuple[int, ...], str] = {}
+    for word in words:
+        tokens = tuple(tokenizer(word, add_special_tokens=False)["input_ids"])
+        if not tokens:
+            raise ValueError(f"the word {word!r} has no tokens: choose another one for its label.")
+        if tokenizer.unk_token_id in tokens:
+            raise ValueError(f"the word {word!r} has characters that the tokenizer does not know: choose another one.")
+        if len(tokens) >= MAX_ANSWER:
+            raise ValueError(f"the word {word[:40]!r} has {len(tokens)} tokens, at most {MAX_ANSWER - 1} are possible.")
+        if tokens in found:
+            raise ValueError(f"the words {found[tokens]!r} and {word!r} have the same tokens: choose others.")
+        found[tokens] = word
+    candidates = np.full((len(found), max(map(len, found)) + 1), IGNORED, np.int32)
+    for row, tokens in zip(candidates, found, strict=True):
+        row[: len(tokens) + 1] = (*tokens, end)
+    return candidates
+
+
+def _cut(tokenizer: Any, prompt: Prompt, example: Example, length: int) -> np.ndarray:
+    """The tokens of a prompt with its longer text cut at the end until all of it fits."""
+    texts = [example.text] if example.pair is None else [example.text, example.pair]
+    while True:
+        shortened = Example(texts[0], texts[1] if len(texts) == 2 else None)
+        (tokens,), _ = _tokenise(tokenizer, [prompt.render(shortened)], None)
+        excess = len(tokens) - length
+        if excess <= 0:
+            return tokens
+        sizes = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        longest = int(np.argmax(sizes))
+        if not sizes[longest]:
+            raise ValueError(f"the prompt alone has {len(tokens)} tokens, max_length is {length}: make that longer.")
+        text = texts[longest]
+        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        kept = max(0, len(spans) - excess)
+        texts[longest] = text[: min(spans[kept][0], len(text) - 1)]  # always shorter, whatever the tokenizer says
+
+
+def _all_or_none(have: list[bool], what: str) -> bool:
+    if any(have) and not all(have):
+        raise ValueError(
+            f"example {have.index(False)} has no {what.split(maxsplit=1)[1]}, but others have; give all or none."
+        )
+    return have[0]
+
+
+def _tokenise(
+    tokenizer: Any, texts: list[str], pairs: list[Any] | None, max_length: int | None = None
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Token indices and segments of each text. Without `max_length` nothing is cut, whatever the tokenizer says."""
+    found = tokenizer(
+        texts,
+        pairs,
+        padding=False,
+        truncation=max_length is not None,
+        max_length=max_length,
+        return_token_type_ids=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    ids, types = found["input_ids"], found["token_type_ids"]
+    return [np.array(row, np.int32) for row in ids], [np.array(row, np.int32) for row in types]
+
+
+def _shapes(lengths: np.ndarray, buckets: Sequence[int], max_length: int, shape_cost: int) -> np.ndarray:
+    """The length to which each row is padded: those buckets for which padding and compiling together cost least."""
+    steps = np.array(sorted({bucket for bucket in buckets if 0 < bucket < max_length} | {max_length}))
+    own = np.searchsorted(steps, lengths)  # the shortest bucket that holds the row
+    last = int(own.max())
+    rows = np.concatenate([[0], np.cumsum(np.bincount(own, minlength=last + 1))])
+    # cheapest[j]: cost of all rows that fit in fewer than j buckets, the last of them being used; dynamic programming
+    cheapest, before = [0.0], [0]
+    for j in range(1, last + 2):
+        costs = [cheapest[i] + float((rows[j] - rows[i]) * steps[j - 1]) + shape_cost for i in range(j)]
+        before.append(int(np.argmin(costs)))
+        cheapest.append(min(costs))
+    used, j = [], last + 1
+    while j > 0:
+        used.append(int(steps[j - 1]))
+        j = before[j]
+    kept = np.array(used[::-1])
+    return kept[np.searchsorted(kept, lengths)]
+
+
+def _plan(order: np.ndarray, padded: np.ndarray, batch_size: int) -> list[tuple[np.ndarray, int]]:
+    """Cuts the rows, longest shape first, into batches; only the last one is incomplete.
+
+    A batch that the rows of one shape do not fill takes rows of the next shorter one.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    order = order[np.argsort(-padded[order], kind="stable")]
+    cuts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return [(rows, int(padded[rows[0]])) for rows in cuts]
+
+
+def pack(
+    encoded: Encoded,
+    *,
+    batch_size: int = 32,
+    buckets: Sequence[int] = BUCKETS,
+    shape_cost: int = SHAPE_COST,
+    steps: Sequence[int] = (),
+) -> Batches:
+    """Arranges examples into batches in a fixed order, the longest first: what does not fit in memory fails at once.
+
+    Args:
+        encoded: The examples.
+        batch_size: Rows of every batch.
+        buckets: Lengths to choose from; `max_length` is always one.
+        shape_cost: Padded tokens that one more shape must save. 0 uses every bucket.
+        steps: Numbers of examples, growing. The batches of the first so many come before those of the others, which all
+            have the same shapes.
+    """
+    padded = _shapes(encoded.lengths, buckets, encoded.max_length, shape_cost)
+    parts = np.split(np.arange(len(encoded)), list(steps))
+    return Batches(encoded, [batch for rows in parts for batch in _plan(rows, padded, batch_size)], batch_size)
+
+
+def make_batches(
+    model_or_tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    buckets: Sequence[int] = BUCKETS,
+    shape_cost: int = SHAPE_COST,
+    prompt: Prompt | None = None,
+) -> list[Batch]:
+    """`encode`, then `pack`: the batches of some examples, all at once."""
+    encoded = encode(model_or_tokenizer, examples, max_length=max_length, prompt=prompt)
+    return list(pack(encoded, batch_size=batch_size, buckets=buckets, shape_cost=shape_cost))
+
+
+def training_batches(
+    encoded: Encoded,
+    *,
+    batch_size: int,
+    key: int | jax.Array,
+    epoch: int,
+    buckets: Sequence[int] = BUCKETS,
+    shape_cost: int = SHAPE_COST,
+) -> Batches:
+    """The batches of one epoch: rows shuffled within their shape, then the batches shuffled.
+
+    A function of its arguments alone, so an interrupted epoch can go on where it stopped. All epochs have the same
+    shapes.
+
+    Args:
+        encoded: The examples.
+        batch_size: Rows of every batch.
+        key: A seed or a `jax.random.key`.
+        epoch: Counts from 0; each has another order.
+        buckets: Lengths to choose from; `max_length` is always one.
+        shape_cost: Padded tokens that one more shape must save.
+    """
+    generator = np.random.default_rng([epoch, *seed_words(key)])
+    padded = _shapes(encoded.lengths, buckets, encoded.max_length, shape_cost)
+    plan = _plan(generator.permutation(len(encoded)), padded, batch_size)
+    return Batches(encoded, [plan[i] for i in generator.permutation(len(plan))], batch_size)

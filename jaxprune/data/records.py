@@ -1,0 +1,322 @@
+"""Reads rows of text and their labels from JSON lines, CSV, TSV and Parquet files.
+
+Whatever is wrong with a file is one `ValueError` with the file, the line and what was expected there.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from jaxprune.data import answers
+from jaxprune.data.splits import Example
+
+PAIR = ("sentence1", "sentence2")
+HIDDEN = -1  # what the hub writes where a label is kept secret
+KINDS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+FILES = {  # split -> file names, without their ending
+    "train": ("train",),
+    "validation": ("validation", "valid", "dev"),
+    "test": ("test",),
+    "calibration": ("calibration",),
+}
+
+
+@dataclass(frozen=True)
+class Records:
+    """The rows of one split, as they are stored."""
+
+    where: str  # the file or the hub's split, for messages
+    columns: tuple[str, ...]
+    rows: list[tuple[int, Mapping[str, Any]]]  # line or row number; column -> value
+    unit: str = "line"  # what the number counts
+
+    def place(self, number: int) -> str:
+        """Names a row in a message."""
+        return f"{self.where}, {self.unit} {number}"
+
+
+def kind_of(path: Path) -> str:
+    """The ending by which a file is read; empty if it is none of those known."""
+    return next((kind for kind in sorted(KINDS, key=len, reverse=True) if path.name.endswith(kind)), "")
+
+
+def read(path: Path) -> Records:
+    """Reads one file.
+
+    Raises:
+        ValueError: If the file is empty, broken, not UTF-8 or of an unknown kind.
+    """
+    kind = kind_of(path).removesuffix(".gz")
+    if not kind:
+        raise ValueError(f"{path} is none of {', '.join(KINDS)}.")
+    if kind == ".jsonl":
+        records = _read_jsonl(path)
+    elif kind == ".parquet":
+        records = _read_parquet(path)
+    else:
+        records = _read_csv(path, "," if kind == ".csv" else "\t")
+    if not records.rows:
+        raise ValueError(f"{path} has no rows.")
+    return records
+
+
+def read_folder(folder: Path) -> dict[str, Records]:
+    """Reads the train, validation, test and calibration files of a folder, those of them it has.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If one of them is broken, or there are two for one split.
+    """
+    found: dict[str, Records] = {}
+    for split, names in FILES.items():
+        paths = [folder / f"{name}{kind}" for name in names for kind in KINDS if (folder / f"{name}{kind}").is_file()]
+        if len(paths) > 1:
+            raise ValueError(f"{folder} has {' and '.join(path.name for path in paths)}: keep one of them.")
+        if paths:
+            found[split] = read(paths[0])
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} has no train.jsonl, validation.jsonl or test.jsonl (or .jsonl.gz, .csv, ...)."
+        )
+    return found
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path, "rt", encoding="utf-8-sig", newline="") as file:
+                yield from file
+        else:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                yield from file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason}): convert it first.") from error
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}.") from error
+
+
+def _refuse_twice(columns: Sequence[str], where: str) -> None:
+    for column, count in Counter(columns).items():
+        if count > 1:
+            raise ValueError(f"{where}: column {column!r} occurs {count} times; rename or remove one.")
+
+
+def _refuse_surrogates(cells: Mapping[str, Any], where: str) -> None:
+    try:
+        json.dumps(cells, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: half of a character (such as \\ud800) is no text: remove it.") from error
+
+
+def _read_jsonl(path: Path) -> Records:
+    rows: list[tuple[int, Mapping[str, Any]]] = []
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+
+        def row(cells: list[tuple[str, Any]], where: str = where) -> dict[str, Any]:
+            _refuse_twice([name for name, _ in cells], where)
+            return dict(cells)
+
+        try:
+            cells = json.loads(line, object_pairs_hook=row)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: broken JSON, {error.msg} at character {error.pos + 1}.") from error
+        except RecursionError as error:
+            raise ValueError(f"{where}: broken JSON, nested too deeply.") from error
+        if not isinstance(cells, dict):
+            raise ValueError(f'{where}: expected an object such as {{"sentence": "...", "label": 0}}.')
+        if "\\u" in line:
+            _refuse_surrogates(cells, where)
+        rows.append((number, cells))
+    return Records(str(path), tuple(rows[0][1]) if rows else (), rows)
+
+
+def _read_csv(path: Path, separator: str) -> Records:
+    reader = csv.reader(_lines(path), delimiter=separator, strict=True)
+    rows: list[tuple[int, Mapping[str, Any]]] = []
+    try:
+        header = next(reader, [])
+        _refuse_twice(header, str(path))
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {len(cells)} cells under {len(header)} column names."
+                )
+            if cells:
+                rows.append((reader.line_num, dict(zip(header, cells, strict=True))))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: broken CSV, {error}.") from error
+    return Records(str(path), tuple(header), rows)
+
+
+def _read_parquet(path: Path) -> Records:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        columns = pyarrow.parquet.read_schema(path).names
+        _refuse_twice(columns, str(path))
+        rows = cast(list[Mapping[str, Any]], pyarrow.parquet.read_table(path).to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+    return Records(str(path), tuple(columns), list(enumerate(rows, 1)), "row")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """How stored labels are read."""
+
+    names: tuple[str, ...]  # ("score",) in a regression
+    regression: bool = False
+    index: Mapping[str, int] = field(default_factory=dict)  # a stored label, as text -> its index
+
+    @staticmethod
+    def of(names: Sequence[str], regression: bool = False) -> Labels:
+        """Labels that are stored by name, or by their place among the names.
+
+        Raises:
+            ValueError: If there is no name, or one twice.
+        """
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"label names must be given and differ, got {list(names)}.")
+        places = {str(place): place for place in range(len(names))}
+        return Labels(tuple(names), regression, places | {name: place for place, name in enumerate(names)})
+
+    @staticmethod
+    def found(records: Iterable[Records], column: str) -> Labels:
+        """The labels in the data, sorted (whole numbers as numbers); fractions make a regression."""
+        found = {_label_text(cells.get(column), r.place(number)) for r in records for number, cells in r.rows}
+        numbers = [_number(text) for text in found]
+        if None in numbers:
+            names = sorted(found)
+        elif all(number is not None and number.is_integer() for number in numbers):
+            names = sorted(found, key=int)
+        else:
+            return Labels(("score",), True)
+        return Labels(tuple(names), False, {name: place for place, name in enumerate(names)})
+
+    def renamed(self, names: Sequence[str]) -> Labels:
+        """The same stored labels under other names; the same names in another order reorder the classes.
+
+        Raises:
+            ValueError: If there are more or fewer names, or two are the same.
+        """
+        if len(set(names)) != len(self.names) or len(names) != len(self.names):
+            count = len(self.names)
+            raise ValueError(f"expected {count} different label names, for {', '.join(self.names)}; got {list(names)}.")
+        place = {name.casefold(): i for i, name in enumerate(names)}
+        old = [name.casefold() for name in self.names]
+        new = [place[name] for name in old] if set(place) == set(old) else range(len(old))
+        return Labels(tuple(names), self.regression, {text: new[i] for text, i in self.index.items()})
+
+    def read(self, value: Any, where: str) -> int | float:
+        """A stored label as an index, or as a float in a regression.
+
+        Raises:
+            ValueError: If the label is missing or not one of these.
+        """
+        text = _label_text(value, where)
+        if self.regression:
+            number = _number(text)
+            if number is None:
+                raise ValueError(f"{where}: the label {value!r} is not a finite number, and this is a regression.")
+            return number
+        if text not in self.index:
+            some = ", ".join(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
+            last = len(self.names) - 1
+            raise ValueError(f"{where}: the label {value!r} is none of {some}, nor one of the places 0 to {last}.")
+        return self.index[text]
+
+
+def _number(text: str) -> float | None:
+    number = float(text) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text) else math.nan
+    return number if math.isfinite(number) else None
+
+
+def _label_text(value: Any, where: str) -> str:
+    """A stored label as text; a whole number reads the same whether it was 1, 1.0 or "1"."""
+    if value is None or str(value).strip().lower() in ("", "nan"):
+        raise ValueError(f"{where}: the label is missing (empty or NaN).")
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(f"{where}: a label must be text or a number, got {type(value).__name__}.")
+    text = str(value).strip()
+    number = _number(text)
+    return str(int(number)) if number is not None and number.is_integer() else text
+
+
+def text_columns(records: Mapping[str, Records], wanted: tuple[str, ...] | None, label: str) -> tuple[str, ...]:
+    """The text columns, after making sure that they and the label are in every file."""
+    first = next(iter(records.values()))
+    usual = (PAIR, ("sentence",), ("text",), answers.COLUMNS)
+    columns = wanted or next((c for c in usual if set(c) <= set(first.columns)), None)
+    if columns is None:
+        raise ValueError(f"{first.where} has the columns {list(first.columns)}: name the text with text=, text_pair=.")
+    for found in records.values():
+        for column in (*columns, label):
+            if column not in found.columns:
+                raise ValueError(f"{found.where} has no column {column!r}; it has {list(found.columns)}.")
+    return columns
+
+
+def is_hidden(records: Records, label: str) -> bool:
+    """Whether all labels are kept secret."""
+    return all(cells.get(label) in (HIDDEN, str(HIDDEN)) for _, cells in records.rows)
+
+
+def holds_answers(records: Mapping[str, Records], column: str) -> bool:
+    """Whether a column has answers in SQuAD's format; the first row tells."""
+    _, cells = next(iter(records.values())).rows[0]
+    return isinstance(cells.get(column), Mapping)
+
+
+def read_examples(
+    records: Records, columns: tuple[str, ...], label: str, codec: Labels | None, skip_empty: bool
+) -> tuple[list[Example], Counter[str]]:
+    """The examples of one file, and how many rows were left out, by reason.
+
+    Args:
+        records: The rows.
+        columns: Those of the text or the two texts.
+        label: That of the label, or of the answers.
+        codec: How labels are read; None: they are answers in SQuAD's format.
+        skip_empty: Whether rows without a text are left out: the hub's QQP has some.
+
+    Raises:
+        ValueError: If a row has no text or no label, or they are not what they should be.
+    """
+    examples, left_out = [], Counter[str]()
+    for number, cells in records.rows:
+        where = records.place(number)
+        missing = [column for column in (*columns, label) if column not in cells]
+        if missing:
+            raise ValueError(f"{where}: no column {missing[0]!r}; it has {list(cells)}.")
+        texts = [cells[column] for column in columns]
+        empty = [c for c, text in zip(columns, texts, strict=True) if text is None or not str(text).strip()]
+        if empty and skip_empty:
+            left_out["empty"] += 1
+            continue
+        if empty:
+            raise ValueError(f"{where}: {empty[0]!r} is empty.")
+        for column, text in zip(columns, texts, strict=True):
+            if not isinstance(text, str):
+                raise ValueError(f"{where}: {column!r} must be text, got {text!r}.")
+        if codec is not None:
+            examples.append(Example(texts[0], texts[1] if len(texts) == 2 else None, codec.read(cells[label], where)))
+            continue
+        given = answers.read_answers(cells[label], where)
+        if found := answers.standing(given, texts[1]):
+            examples.append(Example(texts[0], texts[1], answers=found))
+        else:
+            left_out[answers.MISPLACED if given else answers.MISSING] += 1
+    return examples, left_out

@@ -1,0 +1,1 @@
+"""Zeros among weights: how many when, which ones, in which pattern, and an optimizer that keeps them."""
