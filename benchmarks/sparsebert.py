@@ -23,7 +23,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,8 @@ from jaxprune.training import Recipe, finetune
 TASKS = ("sst2", "cola")
 CONTESTED = (0.95, 0.9)  # where all orders are compared, the first one on all tasks
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.97)
-RATES = (1e-3, 3e-4, 1e-4)  # tried in turn, until one is worse than that before
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+FIRST = 1e-3  # the rate that is tried first; then its neighbours, on and on towards where dev gets better
 LABELS = jp.Distillation(attention=0.0, embeddings=0.0, hidden=0.0, logits=0.0, labels=1.0)
 PLAIN, AFTER, METHOD, FROM_TUNED = (
     "prune while fine-tuning",
@@ -201,17 +202,32 @@ def rates(school: School, names: list[str], record: Mapping[str, Any]) -> dict[s
     rows: dict[str, dict[str, Any]] = {}
     best: dict[str, float] = {}
     for order in school.orders:
-        rows[order] = {}
-        for rate in RATES:
+
+        def on_dev(rate: float, order: str = order) -> tuple[float, float]:
             found = school.student(names[0], order, school.contested[0], rate=rate)
             exam = found["exams"][found["best"]]
-            dev = exam["evaluation"]["metrics"][exam["evaluation"]["primary"]]
-            rows[order][f"{rate:g}"] = {"dev": dev, "loss": sum(exam["losses"].values())}
-            top = max(rows[order], key=lambda rate: (rows[order][rate]["dev"], -rows[order][rate]["loss"]))
-            best[order] = float(top)
-            if best[order] != rate:
-                break
+            return exam["evaluation"]["metrics"][exam["evaluation"]["primary"]], -sum(exam["losses"].values())
+
+        tried = climb(RATES, FIRST, on_dev)
+        rows[order] = {f"{rate:g}": {"dev": dev, "loss": -loss} for rate, (dev, loss) in sorted(tried.items())}
+        best[order] = max(tried, key=lambda rate: tried[rate])
     return {"rows": rows, "task": names[0], "sparsity": school.contested[0], "best": best}
+
+
+def climb(choices: Sequence[float], first: float, value: Callable[[float], Any]) -> dict[float, Any]:
+    """The values of the first choice and of its neighbours, downwards or else upwards, until one is no better."""
+    tried = {first: value(first)}
+    start = list(choices).index(first)
+    for way in (choices[:start][::-1], choices[start + 1 :]):
+        top = tried[first]
+        for choice in way:
+            tried[choice] = value(choice)
+            if tried[choice] <= top:
+                break
+            top = tried[choice]
+        if top > tried[first]:
+            break
+    return tried
 
 
 def orders(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
@@ -332,7 +348,7 @@ def main() -> None:
     if wrong := sorted(set(arguments.orders.split(";")) - set(ORDERS)):
         parser.error(f"--orders knows {'; '.join(ORDERS)}, not {'; '.join(wrong)}")
     known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    rate: dict[str, float] = dict.fromkeys(ORDERS, arguments.rate or RATES[0])
+    rate: dict[str, float] = dict.fromkeys(ORDERS, arguments.rate or FIRST)
     if arguments.rate is None:
         rate |= known.get("rates", {}).get("best", {})
     school = School(

@@ -32,7 +32,7 @@ def setting() -> str:
 def rates() -> str:
     """The learning rate of every order, on dev."""
     found = sparsebert()["rates"]
-    tried = dict.fromkeys(rate for rows in found["rows"].values() for rate in rows)
+    tried = sorted({rate for rows in found["rows"].values() for rate in rows}, key=float)
     rows = [
         [order, *(percent(own[rate]["dev"]) if rate in own else "–" for rate in tried), f"{found['best'][order]:g}"]
         for order, own in found["rows"].items()

@@ -145,6 +145,16 @@ def test_sparse_products_are_those_of_dense_weights(capsys: Any):
         benchmark.check("a way", np.ones((2, 2)), np.full((2, 2), 1.1))
 
 
+@pytest.mark.parametrize(
+    ("best", "tried"), [(0, {0, 1, 2}), (1, {0, 1, 2}), (2, {1, 2, 3}), (3, {1, 2, 3, 4}), (4, {1, 2, 3, 4})]
+)
+def test_a_learning_rate_is_found_from_neighbour_to_neighbour(best: int, tried: set[int]):
+    benchmark = importlib.import_module("sparsebert")
+    choices = (0, 1, 2, 3, 4)
+    found = benchmark.climb(choices, 2, lambda choice: -abs(choice - best))
+    assert set(found) == tried and max(found, key=lambda choice: found[choice]) == best
+
+
 @pytest.mark.reference  # it needs no PyTorch, but trains more students than the other target has time for
 def test_orders_of_pruning_and_distilling_are_compared(tmp_path: Any, monkeypatch: Any):
     benchmark, tables = importlib.import_module("sparsebert"), importlib.import_module("tables_sparse")
@@ -152,6 +162,7 @@ def test_orders_of_pruning_and_distilling_are_compared(tmp_path: Any, monkeypatc
     model, _ = load(place.model)
     start = save(tmp_path / "start", model.with_heads(()), model.with_heads(()).initialise(jax.random.key(3)))
     monkeypatch.setattr(benchmark, "RATES", (1e-3,))
+    monkeypatch.setattr(benchmark, "FIRST", 1e-3)
     monkeypatch.setattr(jp, "Augmentation", partial(jp.Augmentation, frequent=1))
     out = tmp_path / "record.json"
     arguments = ["--start", start, "--data", place.data, "--work", tmp_path / "work", "-o", out, "--tasks", "mood"]
