@@ -77,6 +77,16 @@ def test_scored_pruned_inspected_and_asked_again(place: Path, tmp_path: Path):
     assert found["metrics"]["accuracy"] <= 0.6  # random weights hardly ever write a word and then end
 
 
+def test_a_student_learns_by_the_prompt_and_says_so(place: Path, tmp_path: Path):
+    out = tmp_path / "sparse"
+    how = ("--steps", 2, "--batch-size", 8, "--prunings", 1, "--sparsity", 0.5, "--limit", 10, "--dev-limit", 10)
+    record = record_of("sparsify", place / "model", "--teacher", place / "model", *asked(place), *how, "-o", out)
+    assert record["prompt"]["words"] == ["bad", "very good"] and record["heads"] == []
+    card = (out / "README.md").read_text()
+    assert "Prompt(" in card and "mood : {text} ?" in card and "task head" not in card
+    assert record_of("evaluate", out, *asked(place), "--limit", 10)["results"][0]["n"] == 10
+
+
 def test_channels_are_pruned(place: Path, tmp_path: Path):
     kinds = ("--kinds", "channels,query_channels,neurons", "--criterion", "magnitude")
     record = record_of(
