@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,15 @@ def each(chosen: Iterable[str]) -> Iterator[str]:
         yield name
 
 
-def keep(file: Path, found: dict[str, Any], name: str, own: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+def keep(
+    file: Path,
+    found: dict[str, Any],
+    name: str,
+    own: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    *,
+    packages: Sequence[str] = PACKAGES,
+) -> None:
     """Writes a part into the record, with the commit, and the facts of the whole benchmark, with device and versions.
 
     Args:
@@ -53,12 +61,12 @@ def keep(file: Path, found: dict[str, Any], name: str, own: Mapping[str, Any], f
         found: What it holds; changed.
         name: Of the part.
         own: What was found.
-        facts: Of the whole benchmark; `packages` names more whose version counts.
+        facts: Of the whole benchmark.
+        packages: Whose versions count.
     """
-    packages = (*PACKAGES, *facts.get("packages", ()))
-    found[name] = {**own, "commit": commit()}
-    found |= {key: value for key, value in facts.items() if key != "packages"}
     found |= {
+        name: {**own, "commit": commit()},
+        **facts,
         "device": jax.devices()[0].device_kind,
         "versions": {package: version(package) for package in packages},
     }

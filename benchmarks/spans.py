@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from parts import asked, begun, each, keep
+from parts import PACKAGES, asked, begun, each, keep
 
 import jaxprune as jp
 from jaxprune.checkpoint import model_digest
@@ -165,9 +165,8 @@ def main() -> None:
             f"--max-length {recipe.max_length}",
             "model": setting.digest,
             "models": 1,
-            "packages": ["optax"],
         }
-        keep(arguments.output, found, name, PARTS[name](setting), facts)
+        keep(arguments.output, found, name, PARTS[name](setting), facts, packages=(*PACKAGES, "optax"))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import numpy as np
 from evidence import Cell, compare
-from parts import asked, begun, each, keep
+from parts import PACKAGES, asked, begun, each, keep
 
 import jaxprune as jp
 from jaxprune.checkpoint import model_digest
@@ -370,24 +370,19 @@ def main() -> None:
         own: dict[str, Any] = PARTS[name](school, names, found) | {"steps": school.steps}
         if name == "rates" and arguments.rate is None:
             school.rates |= own["best"]
-        keep(
-            arguments.output,
-            found,
-            name,
-            own | {"learning_rates": school.rates},
-            {
-                "command": "python benchmarks/sparsebert.py --start START --data DATA --work WORK -o OUTPUT "
-                f"--tasks {arguments.tasks} --steps {school.steps} --batch-size {school.batch} "
-                f"--prunings {school.prunings} --seeds {school.seeds} --contested {arguments.contested} "
-                f"--sparsities {arguments.sparsities}",
-                "start": school.digest,
-                "tasks": names,
-                "seeds": school.seeds,
-                "batch_size": school.batch,
-                "prunings": school.prunings,
-                "packages": ["optax"],
-            },
-        )
+        facts = {
+            "command": "python benchmarks/sparsebert.py --start START --data DATA --work WORK -o OUTPUT "
+            f"--tasks {arguments.tasks} --steps {school.steps} --batch-size {school.batch} "
+            f"--prunings {school.prunings} --seeds {school.seeds} --contested {arguments.contested} "
+            f"--sparsities {arguments.sparsities}",
+            "start": school.digest,
+            "tasks": names,
+            "seeds": school.seeds,
+            "batch_size": school.batch,
+            "prunings": school.prunings,
+        }
+        own |= {"learning_rates": school.rates}
+        keep(arguments.output, found, name, own, facts, packages=(*PACKAGES, "optax"))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ from tiny import tiny_batch, tiny_model
 
 import jaxprune as jp
 from jaxprune.bundled import bundled_data, bundled_model
+from jaxprune.data.batches import encode
 from jaxprune.gates import flatten, unflatten, widths
 from jaxprune.models import Model, TaskHead
-from jaxprune.tasks import Example
+from jaxprune.tasks import Example, draw
 
 LENGTH = 7
 SITES = ("0.attention.heads", "0.ffn.neurons", "1.attention.heads", "1.ffn.neurons")  # as they run
@@ -359,8 +360,8 @@ def test_both_run_on_the_rows_of_a_task():
     head = TaskHead(name="sst2", labels=task.labels)
     model, params = tiny_model(vocab=12_000, heads=(head,))
     model = replace(model, source=bundled_model())
-    rows = jp.tasks.draw(task, 12, 0)
-    length = jp.batches.encode(model, rows).mean_length
+    rows = draw(task, 12, 0)
+    length = encode(model, rows).mean_length
     for method in (kwon, k_prune):
         found = method(model, params, task, rows=rows, flops=0.5, batch_size=12)
         assert jp.flops(model, found, length) <= 0.5 * jp.flops(model, params, length)
