@@ -31,7 +31,6 @@ from jaxprune.tasks import draw, remove_leaks
 from jaxprune.training import Recipe, Step, finetune
 
 BUDGETS = (0.8, 0.7, 0.5, 0.3, 0.2)  # of the FLOPs
-DRAWS = 2
 SCORED, RECOVERED = 128, 256  # examples, at most
 ENOUGH = 40.0  # F1, in percent: a model below is left out of means over tasks
 WAYS: Mapping[str, Any] = {
@@ -48,6 +47,7 @@ class Setting:
     data: Path
     work: Path
     recipe: Recipe
+    draws: int
 
     def __post_init__(self):
         self.model, self.params = jp.load(self.start)
@@ -112,7 +112,7 @@ def budgets(setting: Setting) -> dict[str, Any]:
     task, length = setting.task, setting.recipe.max_length
     calibration = task.rows("calibration")
     rows: dict[str, dict[str, Any]] = {name: {} for name in WAYS}
-    for seed in range(DRAWS):
+    for seed in range(setting.draws):
         chosen = draw(task, min(SCORED, len(calibration)), seed)
         scores = jp.score(
             model, params, task, criterion=jp.IntegratedGradients(), examples=chosen, key=seed, max_length=length
@@ -133,7 +133,7 @@ def budgets(setting: Setting) -> dict[str, Any]:
                     own[metric].append(value)
                 own["flops"] = jp.flops(model, made, tokens) / jp.flops(model, params, tokens)
                 print(f"{budget:g}, draw {seed}, {name}: F1 {own['f1'][-1]:.1f}", file=sys.stderr, flush=True)
-    return {"rows": rows, "draws": DRAWS, "scored": SCORED, "recovered": RECOVERED}
+    return {"rows": rows, "draws": setting.draws, "scored": SCORED, "recovered": RECOVERED}
 
 
 PARTS = {"dense": dense, "budgets": budgets}
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--max-length", type=int, default=384, help="tokens of question and context")
+    parser.add_argument("--draws", type=int, default=2, help="of the calibration rows")
     arguments, chosen = asked(parser, PARTS)
     recipe = Recipe(
         epochs=arguments.epochs,
@@ -156,13 +157,13 @@ def main() -> None:
         learning_rate=arguments.learning_rate,
         max_length=arguments.max_length,
     )
-    setting = Setting(arguments.start, arguments.data, arguments.work, recipe)
+    setting = Setting(arguments.start, arguments.data, arguments.work, recipe, arguments.draws)
     found = begun(parser, arguments.output, setting.digest)
     for name in each(chosen):
         facts = {
             "command": "python benchmarks/spans.py --start START --data DATA --work WORK -o OUTPUT "
             f"--epochs {recipe.epochs} --batch-size {recipe.batch_size} --learning-rate {recipe.learning_rate:g} "
-            f"--max-length {recipe.max_length}",
+            f"--max-length {recipe.max_length} --draws {setting.draws}",
             "model": setting.digest,
             "models": 1,
         }

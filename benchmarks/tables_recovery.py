@@ -147,7 +147,7 @@ def spans_setting() -> str:
     counted = "counts in means over tasks" if dense["enough"] else "too little to count in means over tasks"
     return (
         f"Dense, {tested}: {counted}. {dense['rows']['train']:,} rows to train, {dense['rows']['test']:,} to test; "
-        f"{own['draws']} draws of at most {own['scored']} rows to score and {own['recovered']} to recover with; "
+        f"draws: {own['draws']}, of at most {own['scored']} rows to score and {own['recovered']} to recover with; "
         f"{found['device']}, jax {found['versions']['jax']}; commit {own['commit'][:10]}.\n"
     )
 
