@@ -25,7 +25,7 @@ from parts import PACKAGES, asked, begun, each, keep
 
 import jaxprune as jp
 from jaxprune.checkpoint import model_digest
-from jaxprune.data.batches import encode
+from jaxprune.data.batches import encode, within_reach
 from jaxprune.evaluation import evaluate
 from jaxprune.tasks import draw, remove_leaks
 from jaxprune.training import Recipe, Step, finetune
@@ -109,7 +109,8 @@ def dense(setting: Setting) -> dict[str, Any]:
 def budgets(setting: Setting) -> dict[str, Any]:
     """What is left at every budget, by draw."""
     model, params = setting.tuned
-    task, length = setting.task, setting.recipe.max_length
+    length = setting.recipe.max_length
+    task, _ = within_reach(model, setting.task, split="calibration", max_length=length)  # cut-off answers
     calibration = task.rows("calibration")
     rows: dict[str, dict[str, Any]] = {name: {} for name in WAYS}
     for seed in range(setting.draws):
@@ -133,7 +134,7 @@ def budgets(setting: Setting) -> dict[str, Any]:
                     own[metric].append(value)
                 own["flops"] = jp.flops(model, made, tokens) / jp.flops(model, params, tokens)
                 print(f"{budget:g}, draw {seed}, {name}: F1 {own['f1'][-1]:.1f}", file=sys.stderr, flush=True)
-    return {"rows": rows, "draws": setting.draws, "scored": SCORED, "recovered": RECOVERED}
+    return {"rows": rows, "draws": setting.draws, "scored": SCORED, "recovered": min(RECOVERED, len(calibration))}
 
 
 PARTS = {"dense": dense, "budgets": budgets}
