@@ -347,16 +347,12 @@ def main() -> None:
     names = arguments.tasks.split(",")
     if wrong := sorted(set(arguments.orders.split(";")) - set(ORDERS)):
         parser.error(f"--orders knows {'; '.join(ORDERS)}, not {'; '.join(wrong)}")
-    known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-    rate: dict[str, float] = dict.fromkeys(ORDERS, arguments.rate or FIRST)
-    if arguments.rate is None:
-        rate |= known.get("rates", {}).get("best", {})
     school = School(
         arguments.start,
         arguments.data,
         arguments.work,
         steps=arguments.steps,
-        rates=rate,
+        rates=dict.fromkeys(ORDERS, arguments.rate or FIRST),
         copies=arguments.copies,
         seeds=arguments.seeds,
         batch=arguments.batch_size,
@@ -366,6 +362,8 @@ def main() -> None:
         orders=tuple(arguments.orders.split(";")),
     )
     found = begun(parser, arguments.output, school.digest, "start")
+    if arguments.rate is None and "rates" in found:
+        school.rates |= found["rates"]["best"]
     for name in each(chosen):
         own: dict[str, Any] = PARTS[name](school, names, found) | {"steps": school.steps}
         if name == "rates" and arguments.rate is None:

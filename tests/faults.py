@@ -116,7 +116,7 @@ def _child(arguments: list[str], log: str, limits: Mapping[str, Any]) -> int:
         cli.main()
     except SystemExit as end:
         return int(end.code or 0)
-    except BaseException:
+    except BaseException:  # whatever it is, the parent counts it as a crash and shows it: a forked child must end here
         traceback.print_exc()
         return 1
     return 0
