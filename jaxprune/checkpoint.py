@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,6 +28,7 @@ from jaxprune.formats.gate_file import read as read_gates
 from jaxprune.formats.packed_file import METADATA, descriptions_text
 from jaxprune.formats.packing import linear_maps, pack_tensors, rounded
 from jaxprune.formats.slicing import read_compacted, shapes_of
+from jaxprune.formats.stamps import recall, remember, stamp_of
 from jaxprune.formats.tensors import BYTES, FLOATS, blocks, write_tensors
 from jaxprune.formats.weights import (
     CONFIG,
@@ -39,6 +40,7 @@ from jaxprune.formats.weights import (
     fit_own,
     misfits,
     open_tensors,
+    read_arrays,
     read_sparse,
     refuse,
 )
@@ -60,6 +62,14 @@ TOKENIZER_FILES = (
 )
 _DOWNLOADED = ("*.json", "model*.safetensors", GATES, *TOKENIZER_FILES)  # from the hub: never a pickle
 _FORMAT = 1  # of our own folder
+
+
+class Outline(NamedTuple):
+    """A model whose parameters were read, and none of them kept."""
+
+    model: Model
+    shapes: Params  # `jax.ShapeDtypeStruct` in the place of the arrays
+    digest: str  # its `model_digest`
 
 
 class Opened(NamedTuple):
@@ -127,6 +137,53 @@ def load(
             raise ValueError(f"the gates of {task!r} in {folder / GATES} do not fit the weights: {error}.") from error
         check_belongs(file, found)
         return model, read_compacted(model, parameters, gates, means or {}, target, folder)
+
+
+def outline(path_or_hub_id: str | Path, *, revision: str | None = None, memory: Path | None = None) -> Outline:
+    """Reads a model as `load` does, and keeps its shapes and its digest.
+
+    It is for what needs no values. One array after the other is in memory, or none where the digest is remembered.
+
+    Args:
+        path_or_hub_id: As for `load`; a task of a shared folder is loaded.
+        revision: Branch, tag or commit on the hub.
+        memory: Folder where digests are remembered by their files' stamps; None: all weights are read.
+
+    Raises:
+        FileNotFoundError: As `load`.
+        ValueError: As `load`.
+    """
+    name, task = split_task(path_or_hub_id)
+    if task is not None:
+        model, params = load(name, task=task, revision=revision)
+        shapes = {path: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in flatten(params).items()}
+        return Outline(model, unflatten(shapes), model_digest(model, params))
+    with opened(name, revision) as found:
+        files, shapes = _files(found), shapes_of(found.parameters)
+        stamp = stamp_of(files) if memory else None
+        if memory is None or (digest := recall(memory, stamp)) is None:
+            own = {parameter.path: parameter for parameter in found.parameters}
+            arrays = read_arrays((own[path] for path in flatten(shapes)), FLOATS["F32"], found.folder)
+            weights = _digest((path, array.dtype, array.shape, blocks(array)) for path, array in arrays)
+            digest = _model_digest(found.model, weights)
+        if memory is not None:
+            remember(memory, stamp, files, digest)
+        return Outline(found.model, shapes, digest)
+
+
+def digest_keeper(path_or_hub_id: str | Path, memory: Path) -> Callable[[str], None]:
+    """Made before a model is loaded, takes its `model_digest` afterwards: the next `outline` need not compute it."""
+    name, task = split_task(path_or_hub_id)
+    if task is not None:
+        return lambda digest: None
+    with opened(name) as found:
+        files = _files(found)
+    stamp = stamp_of(files)
+    return lambda digest: remember(memory, stamp, files, digest)
+
+
+def _files(found: Opened) -> set[Path]:
+    return {found.folder / CONFIG, *(own.source.file.path for own in found.parameters)}
 
 
 def split_task(name: str | Path) -> tuple[str | Path, str | None]:

@@ -37,8 +37,8 @@ from jaxprune.commands.options import (
 
 EPILOG = (
     "Long commands go on where they were interrupted: run the same one again. Bad input ends with exit code 2 and one "
-    "line on stderr; JAXPRUNE_TRACEBACK=1 shows where it came from. Compiled programs and latency tables are kept in "
-    "~/.cache/jaxprune; JAX_COMPILATION_CACHE_DIR names another folder for the programs."
+    "line on stderr; JAXPRUNE_TRACEBACK=1 shows where it came from. Compiled programs, latency tables and models' "
+    "digests are kept in ~/.cache/jaxprune; JAX_COMPILATION_CACHE_DIR names another folder for the programs."
 )
 
 app = typer.Typer(
@@ -87,7 +87,8 @@ def score(
         from jaxprune.showing import confidence, report
 
         how = replace(scoring.build(settings, head, batches), until_stable=until_stable)
-        record = workflow.score_model(model, rows.of(task), output, how, overwrite=overwrite, watch=bars)
+        memory = terminal.digests_folder()
+        record = workflow.score_model(model, rows.of(task), output, how, overwrite=overwrite, memory=memory, watch=bars)
     lines = (f"Scores: {output}", f"Next:   jaxprune prune {model} --scores {output} --flops 0.5 -o smaller")
     terminal.show(record, report.scores_table(record), *confidence.stability_tables(record), *lines, as_json=as_json)
 
@@ -244,7 +245,8 @@ def plan(
         from jaxprune.commands import planning
         from jaxprune.showing import forecast
 
-        record = planning.plan_model(model, scores, selection.build(budget), tables=budget.tables(), watch=bars)
+        chosen, memory = selection.build(budget), terminal.digests_folder()
+        record = planning.plan_model(model, scores, chosen, tables=budget.tables(), memory=memory, watch=bars)
     terminal.show(record, *forecast.plan_tables(record), *forecast.plan_notes(record), as_json=as_json)
 
 

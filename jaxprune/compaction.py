@@ -79,6 +79,30 @@ def compact(model: Model, params: Params, gates: Mapping[str, Any], means: Mappi
     return unflatten(small)
 
 
+def compacted_shapes(model: Model, params: Params, gates: Mapping[str, Any]) -> Params:
+    """The shapes and types (`jax.ShapeDtypeStruct`) of what `compact` gives. Of the parameters only theirs are read.
+
+    Args:
+        model: The architecture.
+        params: Parameters of any widths, or their shapes.
+        gates: Site name to gates `[units]`, as for `compact`.
+
+    Raises:
+        ValueError: If the gates do not fit the parameters.
+    """
+    check_gates(model, params, gates)
+    small = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+    for site in sites(model.axes, params, KINDS):
+        for local in flatten(subtree(params, site.module)) if site.name in gates else ():
+            path = (*site.module, *local)
+            axes = axes_of(model.axes, path)
+            if site.kind in axes:
+                units, shape = unit_axes(axes, site.kind), small[path]
+                kept = _kept(np.asarray(gates[site.name], np.float32), shape[units])
+                small[path] = (*shape[: units.start], *kept.shape, *shape[units.stop :])
+    return unflatten({path: jax.ShapeDtypeStruct(small[path], leaf.dtype) for path, leaf in flatten(params).items()})
+
+
 def check_biases(model: Model, params: Params, names: Collection[str]) -> None:
     """Refuses means at sites with no bias for them to go into. Of the parameters only the paths are read.
 

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -121,7 +122,7 @@ def select(
 
     Args:
         model: The architecture.
-        params: The parameters the scores were made with.
+        params: The parameters the scores were made with; or their shapes, which cannot tell scores of other weights.
         scores: Higher means more needed. Units of sites that have no scores stay, and count as kept.
         units: Fraction of the units that may stay.
         parameters: Fraction of the prunable parameters (weights and biases of units) that may stay.
@@ -272,7 +273,8 @@ def _checked_ground(
     every = widths(model.axes, params, KINDS)
     width = {site.name: every[site.name] for site in places}
     ranked = _checked(values, width, "scores")
-    _refuse_other_model(model, params, header)
+    if header.get("model") and not all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        check_scored(scores, model_digest(model, params))
     if normalise is not None:
         ranked = _checked(normalise(dict(ranked)), width, "normalised scores", expected=ranked)
     heads = {site.module: every[site.name] for site in sites(model.axes, params, ("heads",))}
@@ -368,11 +370,15 @@ def _checked(
     return arrays
 
 
-def _refuse_other_model(model: Model, params: Params, header: Mapping[str, Any]) -> None:
-    made_with = header.get("model")
-    if made_with and made_with != (own := model_digest(model, params)):
+def check_scored(scores: Scores | Values, digest: str) -> None:
+    """Refuses scores of another model than the one of this digest.
+
+    Raises:
+        ValueError: If they know that they are.
+    """
+    if (made_with := parts_of(scores)[1].get("model", digest)) and made_with != digest:
         raise ValueError(
-            f"these scores belong to another model: they were made with {made_with[:12]}, this is {own[:12]} "
+            f"these scores belong to another model: they were made with {made_with[:12]}, this is {digest[:12]} "
             "(other weights, another type of them, or other task heads). Score this model first."
         )
 

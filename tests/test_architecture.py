@@ -30,6 +30,7 @@ ORDER = (
     "likelihood",
     "generation",
     "formats.files",
+    "formats.stamps",
     "formats.tensors",
     "formats.packing",
     "formats.packed_file",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import MODEL_TYPES, random_gates, tiny_batch, tiny_model
 
-from jaxprune.compaction import compact
+from jaxprune.compaction import compact, compacted_shapes
 from jaxprune.gates import Gates, flatten, open_gates, subtree, unflatten, widths
 from jaxprune.models import Model
 
@@ -102,6 +102,28 @@ def test_a_compacted_model_can_be_compacted_again(seed):
     means = random_means(model, once, seed)
     twice = compact(model, once, gates, means)
     assert_same_logits(logits(model, twice, batch), logits(model, once, batch, gates, means=means))
+
+
+@pytest.mark.parametrize("kind", ["units", "channels"])
+@pytest.mark.parametrize("model_type", (*MODEL_TYPES, "t5"))
+def test_shapes_are_known_before_anything_is_cut(model_type, kind):
+    model, params = tiny_model(model_type)
+    kinds = ("heads", "neurons") if kind == "units" else ("channels", "query_channels", "neurons")
+    sizes = widths(model.axes, params, kinds)
+    gates = {name: gate_of(name, units) for name, units in sizes.items()}
+    shapes = compacted_shapes(model, jax.eval_shape(lambda: params), gates)
+    small = compact(model, params, gates)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), small
+    )
+    with pytest.raises(ValueError, match="gates do not fit"):
+        compacted_shapes(model, params, {"3.ffn.nothing": np.ones(4)})
+
+
+def gate_of(name: str, units: int) -> np.ndarray:
+    """Random gates, and of one site none that is open."""
+    random = np.random.default_rng(len(name) + units)
+    return np.float32(random.random(units) < 0.5) * float(not name.endswith("0.ffn.neurons"))
 
 
 def test_two_compactions_equal_one():

@@ -13,7 +13,7 @@ import numpy as np
 from jaxprune.budgets.latency_table import LatencyTable, check_table, conditions, kept_table, read_table, table_file
 from jaxprune.budgets.latency_target import Met, meet
 from jaxprune.budgets.provenance import pruning_record
-from jaxprune.checkpoint import load
+from jaxprune.checkpoint import load, outline
 from jaxprune.commands.workflow import (
     Measuring,
     Selection,
@@ -25,14 +25,14 @@ from jaxprune.commands.workflow import (
     try_selection,
     whole_tokens,
 )
-from jaxprune.compaction import compact
+from jaxprune.compaction import compact, compacted_shapes
 from jaxprune.cost import compare_latency
 from jaxprune.data.batches import Length
 from jaxprune.gates import KINDS, Gates, Params, sites, widths
 from jaxprune.models import Model
 from jaxprune.repair.prediction import predict_loss
 from jaxprune.scores import Scores, load_scores
-from jaxprune.selection import Values, least_latency, select
+from jaxprune.selection import Values, check_scored, least_latency, select
 from jaxprune.trust.origin import objective_name
 
 TRIES = 4  # selections by a budget of latency that are measured at most
@@ -189,15 +189,24 @@ def outcome(
 
 
 def plan_model(
-    source: str, scored: Path, selection: Selection, *, tables: Tables | None = None, watch: Watch
+    source: str,
+    scored: Path,
+    selection: Selection,
+    *,
+    tables: Tables | None = None,
+    memory: Path | None = None,
+    watch: Watch,
 ) -> dict[str, Any]:
-    """What `prune_model` would leave of a model. Nothing is written but a latency table that had to be measured.
+    """What `prune_model` would leave of a model. Of the model only shapes are used, but for a latency to be measured.
+
+    Nothing is written but the latency table then, and what is remembered.
 
     Args:
         source: The model.
         scored: Its score file.
         selection: The budget, and how it is selected.
         tables: Where latency tables are. For other budgets the latency is predicted if there is a table already.
+        memory: Folder where the digests of models are remembered, see `outline`.
         watch: Shows the progress.
 
     Returns:
@@ -205,14 +214,16 @@ def plan_model(
         of the scores that is kept, scores below zero counting as zero.
     """
     scores = load_scores(scored)
-    model, params = load(source)
+    model, params, digest = outline(source, memory=memory)
     try_selection(model, params, selection, kinds_of(model, params, scores))
+    check_scored(scores, digest)
     if selection.by_latency:
-        select(model, params, scores, units=1.0)  # refuses scores of another model before modules are measured
+        select(model, params, scores, units=1.0)  # refuses scores that do not fit before modules are measured
+        model, params = load(source)
     length, table = settle(model, params, selection, tables, scores.header["mean_length"], watch)
     arguments = {**selection.arguments(), "length": length}
     gates = select(model, params, scores, **arguments, table=table)
-    small = compact(model, params, gates)
+    small = compacted_shapes(model, params, gates)
     table = table or _known(model, params, length, tables)
     pruning = pruning_record(scores, gates, **arguments)
     before, after = costs(model, params, length), costs(model, small, length)

@@ -146,13 +146,19 @@ def keep_compiled_programs() -> None:
 
 
 def cache_folder(what: str = "compiled") -> Path:
-    """Where compiled programs are kept, or else, by kind of processor: those for one may not run on another."""
+    """Where compiled programs are kept, or what else, by kind of processor: those for one may not run on another."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
     kind = hashlib.sha256(features.encode()).hexdigest()[:8]
     return Path(base) / "jaxprune" / what / f"{platform.machine()}-{kind}"
+
+
+def digests_folder() -> Path | None:
+    """Where digests of models are remembered; None for a user without a home."""
+    folder = cache_folder("digests")
+    return folder if folder.is_absolute() else None
 
 
 def show(record: Mapping[str, Any], *tables: Any, as_json: bool) -> None:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.attribution import Criterion
-from jaxprune.checkpoint import check_destination, load, model_digest, save
+from jaxprune.checkpoint import check_destination, digest_keeper, load, model_digest, save
 from jaxprune.cost import checked_length, compare_latency, flops, memory, parameters, prunable_parameters, usual_length
 from jaxprune.data.answers import MISPLACED, MISSING
 from jaxprune.data.batches import Length, default_length, within_reach
@@ -168,13 +167,26 @@ def load_rows(data: Data, watch: Watch) -> Task:
 
 
 def score_model(
-    source: str, data: Data, output: Path, scoring: Scoring, *, overwrite: bool = False, watch: Watch
+    source: str,
+    data: Data,
+    output: Path,
+    scoring: Scoring,
+    *,
+    overwrite: bool = False,
+    memory: Path | None = None,
+    watch: Watch,
 ) -> dict[str, Any]:
-    """Scores a model for a task and writes the score file; an interrupted run goes on where it was."""
+    """Scores a model for a task and writes the score file; an interrupted run goes on where it was.
+
+    In the folder `memory` the model's digest is remembered, so that budgets can be tried without reading all weights.
+    """
     check_file(output, overwrite)
+    known = None if memory is None else digest_keeper(source, memory)
     model, params = load(source)
     scores = _score(model, params, load_rows(data, watch), scoring, output, watch)
     save_scores(output, scores)
+    if known is not None:
+        known(scores.header["model"])
     header = {name: value for name, value in scores.header.items() if name != "rows"}
     return {
         "command": "score",
@@ -407,7 +419,7 @@ def kinds_of(model: Model, params: Params, scored: Any) -> tuple[str, ...]:
 
 def try_selection(model: Model, params: Params, selection: Selection, kinds: tuple[str, ...] = UNITS) -> None:
     """Refuses wrong settings before any work is done. What latency can be reached, only its table will tell."""
-    blank = {name: jnp.zeros(units) for name, units in widths(model.axes, params, kinds).items()}
+    blank = {name: np.zeros(units) for name, units in widths(model.axes, params, kinds).items()}
     tried = {name: value for name, value in selection.arguments().items() if name != "normalise"}
     if selection.by_latency and all(tried[name] is None for name in (*SHARES[:-1], AMOUNTS[0])):
         tried |= {"latency": None, "latency_seconds": None, "units": 1.0}

@@ -1,0 +1,139 @@
+"""What is remembered of files, and when it is forgotten; and models of which nothing but shapes and digest is kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from checkpoints import write_classifier
+from commands import Place, place, record_of, run
+from tiny import tiny_model
+
+from jaxprune import checkpoint
+from jaxprune.checkpoint import load, model_digest, outline, save
+from jaxprune.commands import terminal
+from jaxprune.formats import stamps
+from jaxprune.formats.stamps import recall, remember, stamp_of
+from jaxprune.gates import flatten
+from jaxprune.scores import load_scores
+from jaxprune.selection import select
+
+__all__ = ["place"]  # a fixture
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for digests, which takes those of files that were just written."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(stamps, "SETTLED", -1.0)
+    folder = terminal.digests_folder()
+    assert folder is not None
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(place: Place) -> Path:
+    file = place.folder / "mood.safetensors"
+    rows = ("--task", "mood", "--data", place.data, "--criterion", "taylor", "--examples", 16)
+    assert run("score", place.model, *rows, "-o", file).exit_code == 0
+    return file
+
+
+def test_a_stamp_is_another_one_after_any_change(memory, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"abc")
+    two.write_bytes(b"de")
+    files, before = {one, two}, stamp_of({one, two})
+    remember(memory, before, files, "digest")
+    assert stamp_of([two, one]) == before and recall(memory, before) == "digest"
+    times = one.stat()
+    one.write_bytes(b"abd")
+    os.utime(one, ns=(times.st_atime_ns, times.st_mtime_ns))  # the same place, size and time of writing
+    assert stamp_of(files) != before and recall(memory, stamp_of(files)) is None
+    remember(memory, before, files, "stale")  # the files changed while they were read
+    assert recall(memory, before) == "digest"
+
+
+def test_what_changed_just_now_is_not_remembered(memory, tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_bytes(b"abc")
+    monkeypatch.setattr(stamps, "SETTLED", 60.0)
+    assert stamp_of([file]) is None
+    remember(memory, None, [file], "digest")
+    assert recall(memory, None) is None and not memory.exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"digest": 3}', "null"])
+def test_a_damaged_memory_is_as_good_as_none(memory, content):
+    memory.mkdir(parents=True)
+    (memory / "stamp.json").write_text(content)
+    assert recall(memory, "stamp") is None
+
+
+def test_a_folder_that_cannot_be_written_to_changes_nothing(memory, tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"abc")
+    memory.parent.parent.mkdir(parents=True)
+    memory.parent.write_text("a file where a folder should be")
+    remember(memory, stamp_of([file]), [file], "digest")
+    assert recall(memory, stamp_of([file])) is None
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_an_outline_has_the_digest_and_the_shapes_of_what_load_gives(tmp_path, half):
+    model, params = tiny_model()
+    folder = save(tmp_path / "model", model, params, dtype=np.float16 if half else None)
+    loaded, dense = load(folder)
+    found = outline(folder)
+    assert found.model == loaded and found.digest == model_digest(loaded, dense)
+    wanted = {path: (array.shape, array.dtype) for path, array in flatten(dense).items()}
+    assert {path: (own.shape, own.dtype) for path, own in flatten(found.shapes).items()} == wanted
+
+
+def test_an_outline_of_a_hugging_face_folder(tmp_path):
+    folder = write_classifier(tmp_path / "model")
+    assert outline(folder).digest == model_digest(*load(folder))
+
+
+def test_weights_are_read_once_for_all_plans(place, scored, memory, monkeypatch):
+    asked = ("plan", place.model, "--scores", scored, "--flops", 0.5)
+    first = record_of(*asked)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "read_arrays", lambda *_: pytest.fail("the weights are read again"))
+        assert record_of(*asked) == first
+    (kept,) = memory.iterdir()
+    kept.unlink()
+    assert record_of(*asked) == first and kept.is_file()
+
+
+def test_scoring_remembers_for_the_first_plan(place, memory, tmp_path, monkeypatch):
+    rows = ("--task", "mood", "--data", place.data, "--criterion", "magnitude")
+    assert run("score", place.model, *rows, "-o", tmp_path / "scores").exit_code == 0
+    monkeypatch.setattr(checkpoint, "read_arrays", lambda *_: pytest.fail("the weights are read again"))
+    assert record_of("plan", place.model, "--scores", tmp_path / "scores", "--flops", 0.5)["command"] == "plan"
+
+
+def test_a_plan_notices_that_the_weights_have_changed(place, scored, memory, tmp_path):
+    model, params = load(place.model)
+    folder = save(tmp_path / "model", model, params)
+    asked = ("plan", folder, "--scores", scored, "--flops", 0.5)
+    assert run(*asked).exit_code == 0
+    file = folder / "model.safetensors"
+    times, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    result = run(*asked)
+    assert result.exit_code == 2 and "belong to another model" in result.stderr
+
+
+def test_shapes_are_enough_to_select(place, scored):
+    scores = load_scores(scored)
+    model, params = load(place.model)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    found = select(model, shapes, scores, flops=0.5)
+    wanted = select(model, params, scores, flops=0.5)
+    assert found.keys() == wanted.keys() and all((found[name] == wanted[name]).all() for name in wanted)
