@@ -347,6 +347,29 @@ def latency_budget_setting() -> str:
     )
 
 
+def plans() -> str:
+    """How long a plan takes."""
+    found = record("planning")["plans"]
+    rows = [
+        [
+            name,
+            *(f"{own[what]['median']:.1f} [{', '.join(f'{q:.1f}' for q in own[what]['quartiles'])}]" for what in own),
+            f"{own['clock']['most']:.1f}",
+        ]
+        for name, own in found["rows"].items()
+    ]
+    return table(["plan of BERT-base, seconds", "clock, median [quartiles]", "processor", "the longest"], rows)
+
+
+def plans_setting() -> str:
+    """Where plans were timed."""
+    found = record("planning")
+    return (
+        f"{found['plans']['repeats']} rounds; {found['device']}, {found['cores']} cores, jax "
+        f"{found['versions']['jax']}; commit {found['plans']['commit'][:10]}.\n"
+    )
+
+
 def packing() -> str:
     """How small packed files are, and how long they take to load."""
     rows = []
@@ -389,6 +412,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "faults": faults,
     "latency-budget": latency_budget,
     "latency-budget-setting": latency_budget_setting,
+    "plans": plans,
+    "plans-setting": plans_setting,
     "packing": packing,
     "packing-setting": packing_setting,
     "nodes": nodes,

@@ -117,6 +117,23 @@ def test_budgets_of_latency_are_predicted_and_measured(monkeypatch: Any, capsys:
     assert "competing" in capsys.readouterr().out
 
 
+def test_plans_are_timed_with_the_model_remembered_and_without(monkeypatch: Any, tmp_path: Any):
+    planning = importlib.import_module("planning")
+    monkeypatch.setattr(planning, "prepare", lambda folder: (folder / "model", folder / "scores"))
+    remembered = []
+
+    def plan(model: Any, scores: Any, budget: tuple[str, ...], cache: Any) -> tuple[float, float]:
+        remembered.append(cache.exists())
+        cache.mkdir(exist_ok=True)
+        return 3.0 if remembered[-1] else 5.0, 2.0
+
+    monkeypatch.setattr(planning, "plan", plan)
+    monkeypatch.setattr(planning.stamps, "SETTLED", -1.0)
+    found = planning.measure(tmp_path, repeats=2)
+    assert remembered == 3 * [False, *len(planning.BUDGETS) * [True]]
+    assert [own["clock"]["most"] for own in found.values()] == [5.0, *len(planning.BUDGETS) * [3.0]]
+
+
 def test_packed_files_are_smaller_in_every_way(capsys: Any):
     packing = importlib.import_module("packing")
     model, params = tiny_model(embed=32, neurons=64)
