@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from jaxprune.budgets.provenance import pruning_record
     from jaxprune.bundled import bundled_data, bundled_model, bundled_text_model
     from jaxprune.checkpoint import load, save
-    from jaxprune.commands.augmentation import Augmentation, augment
-    from jaxprune.commands.rounds import Round, prune_in_rounds
     from jaxprune.compaction import compact
     from jaxprune.cost import flops, latency, parameters
     from jaxprune.criteria.baselines import (
@@ -35,6 +33,7 @@ if TYPE_CHECKING:
     )
     from jaxprune.criteria.integration import integrate
     from jaxprune.criteria.objectives import log_probability, margin, probability
+    from jaxprune.data.augmentation import Augmentation, augment
     from jaxprune.data.prompts import Prompt, prompt_for, read_prompt
     from jaxprune.distillation import distil_step, joint_loss, joint_loss_and_gradients, start_student
     from jaxprune.evaluation import evaluate
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from jaxprune.repair.prediction import Prediction, predict_loss
     from jaxprune.repair.receipt import Receipt, loss_receipt
     from jaxprune.repair.reselection import Reselection, reselect
+    from jaxprune.rounds import Round, prune_in_rounds
     from jaxprune.scores import Scores, load_scores, merge, save_scores
     from jaxprune.scoring import score
     from jaxprune.selection import select
@@ -69,7 +69,7 @@ __version__ = "0.1.0"
 # Public name -> the module it comes from; the imports above are the same list, for editors and type checkers.
 _SOURCES = {
     "Activation": "criteria.baselines",
-    "Augmentation": "commands.augmentation",
+    "Augmentation": "data.augmentation",
     "BiasCompensation": "repair.fitting",
     "Block": "sparse.patterns",
     "Check": "trust.checks",
@@ -93,7 +93,7 @@ _SOURCES = {
     "Reconstruction": "repair.fitting",
     "Rescaling": "repair.fitting",
     "Reselection": "repair.reselection",
-    "Round": "commands.rounds",
+    "Round": "rounds",
     "Schedule": "sparse.schedules",
     "Scores": "scores",
     "Sparsity": "sparsity",
@@ -112,7 +112,7 @@ _SOURCES = {
     "WeightMovement": "sparse.saliency",
     "add_gates": "shared",
     "apply_masks": "sparsity",
-    "augment": "commands.augmentation",
+    "augment": "data.augmentation",
     "bundled_data": "bundled",
     "bundled_model": "bundled",
     "bundled_text_model": "bundled",
@@ -150,7 +150,7 @@ _SOURCES = {
     "predict_loss": "repair.prediction",
     "probability": "criteria.objectives",
     "prompt_for": "data.prompts",
-    "prune_in_rounds": "commands.rounds",
+    "prune_in_rounds": "rounds",
     "pruning_record": "budgets.provenance",
     "read_prompt": "data.prompts",
     "recover": "recovery",

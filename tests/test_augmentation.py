@@ -13,7 +13,8 @@ from commands import Place, place, record_of, run
 from test_likelihood import speaker
 from test_training import encoder, moods
 
-from jaxprune.commands.augmentation import RECORD, Augmentation, augment, augment_model, copies_of, word_candidates
+from jaxprune.commands.augmentation import RECORD, augment_model
+from jaxprune.data.augmentation import Augmentation, augment, copies_of, word_candidates
 from jaxprune.data.splits import Example, marks, row_key, rows_of
 from jaxprune.gates import Params
 from jaxprune.models import Model

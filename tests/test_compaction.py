@@ -109,8 +109,9 @@ def test_a_compacted_model_can_be_compacted_again(seed):
 def test_shapes_are_known_before_anything_is_cut(model_type, kind):
     model, params = tiny_model(model_type)
     kinds = ("heads", "neurons") if kind == "units" else ("channels", "query_channels", "neurons")
-    sizes = widths(model.axes, params, kinds)
-    gates = {name: gate_of(name, units) for name, units in sizes.items()}
+    gates = random_gates(model, params, kinds=kinds)
+    empty = next(name for name in gates if name.endswith("0.ffn.neurons"))
+    gates[empty] = 0.0 * gates[empty]
     shapes = compacted_shapes(model, jax.eval_shape(lambda: params), gates)
     small = compact(model, params, gates)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes) == jax.tree.map(
@@ -118,12 +119,6 @@ def test_shapes_are_known_before_anything_is_cut(model_type, kind):
     )
     with pytest.raises(ValueError, match="gates do not fit"):
         compacted_shapes(model, params, {"3.ffn.nothing": np.ones(4)})
-
-
-def gate_of(name: str, units: int) -> np.ndarray:
-    """Random gates, and of one site none that is open."""
-    random = np.random.default_rng(len(name) + units)
-    return np.float32(random.random(units) < 0.5) * float(not name.endswith("0.ffn.neurons"))
 
 
 def test_two_compactions_equal_one():

@@ -21,13 +21,14 @@ from tiny import tiny_batch, tiny_model
 from jaxprune.attribution import GradientActivation
 from jaxprune.budgets.provenance import recorded_gates
 from jaxprune.checkpoint import digest, load, model_digest, read_pruning, save
-from jaxprune.commands.rounds import geometric, prune_in_rounds, prune_model_in_rounds, units_left
+from jaxprune.commands.rounds import prune_model_in_rounds
 from jaxprune.commands.workflow import Data, Measuring, Recovering, Scoring, Selection
 from jaxprune.compaction import compact
 from jaxprune.cost import memory
 from jaxprune.gates import Params, flatten, open_gates, widths
 from jaxprune.models import Model
 from jaxprune.repair.fitting import Reconstruction
+from jaxprune.rounds import geometric, prune_in_rounds, units_left
 from jaxprune.scores import Scores, load_scores
 from jaxprune.selection import Values, per_layer_l2, select, site_costs
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from tiny import random_gates, tiny_model
 
+from jaxprune.budgets.pooling import intersection, union
 from jaxprune.budgets.provenance import pruning_record
 from jaxprune.checkpoint import model_digest
-from jaxprune.commands.together import intersection, union
 from jaxprune.compaction import compact
 from jaxprune.cost import elements, flops, matmul_flops, prunable_parameters, unit_costs
 from jaxprune.gates import Gates, Params, open_gates, sites, widths

@@ -21,9 +21,7 @@ import pytest
 from commands import Place, place, record_of, run
 from tiny import tiny_model
 
-from jaxprune.checkpoint import load, read_pruning
-from jaxprune.commands.together import (
-    Way,
+from jaxprune.budgets.pooling import (
     intersection,
     kept_by_all,
     kept_by_any,
@@ -33,6 +31,8 @@ from jaxprune.commands.together import (
     pooled,
     union,
 )
+from jaxprune.checkpoint import load, read_pruning
+from jaxprune.commands.together import Way
 from jaxprune.evaluation import evaluate
 from jaxprune.gates import Gates, sites, widths
 from jaxprune.scores import Scores, load_scores, save_scores

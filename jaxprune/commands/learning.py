@@ -391,7 +391,8 @@ def augment(
     Dev, test and calibration rows are written as they are, and none of their texts is among the copies.
     """
     with terminal.working() as bars:
-        from jaxprune.commands.augmentation import Augmentation, augment_model
+        from jaxprune.commands.augmentation import augment_model
+        from jaxprune.data.augmentation import Augmentation
 
         settings = Augmentation(
             copies=copies, probability=probability, candidates=candidates, frequent=frequent, seed=seed

@@ -69,9 +69,9 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
     },
     "closed": {"zero": "criteria.activations:zero", "mean": "criteria.activations:calibration_means"},
     "together": {
-        "pooled": "commands.together:pooled",
-        "union": "commands.together:kept_by_any",
-        "intersection": "commands.together:kept_by_all",
+        "pooled": "budgets.pooling:pooled",
+        "union": "budgets.pooling:kept_by_any",
+        "intersection": "budgets.pooling:kept_by_all",
     },
     "recover": {
         "none": "repair.fitting:Untouched",

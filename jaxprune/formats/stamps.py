@@ -21,7 +21,8 @@ SETTLED = 2.0  # seconds: what changed just now may change again and keep its ti
 
 def stamp_of(files: Iterable[Path]) -> str | None:
     """The stamp of files; None if one of them changed just now, or its time is not to be trusted."""
-    known, now = [[__version__]], time.time()  # another version may compute something else
+    known: list[object] = [__version__]  # another version may compute something else
+    now = time.time()
     for file in sorted({file.resolve() for file in files}):
         found = file.stat()
         if max(found.st_mtime, found.st_ctime) > now - SETTLED:
