@@ -11,16 +11,20 @@ Parts, for `--only`:
     claims     on test: several draws at 0.7, 0.5 and 0.3 of the FLOPs, and their intervals
     budgets    on test: criteria with and without recovery, and the rivals, from 0.8 to 0.2 of the FLOPs
     cost       seconds of scoring, of recovery and of the rivals, in turns
+    memory     what recovery takes of the host's memory, each in a process of its own
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ from parts import asked, begun, each, keep
 from rivals import k_prune, kwon
 
 import jaxprune as jp
+from jaxprune.cost import memory as memory_of
 from jaxprune.tasks import draw
 
 TASKS = ("sst2", "ag_news", "mrpc", "qnli", "trec", "banking77", "snips")
@@ -176,12 +181,39 @@ def cost(bench: Bench, record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def memory(bench: Bench, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The peak of a process above what it had before: of scoring and of recovery, with few examples and with many."""
+    name, rows = bench.able[0], {}
+    for count in (128, 512):
+        for what in ("scoring", "reconstruct"):
+            asked = (bench.source, bench.data, name, min(count, len(bench.task(name).rows("calibration"))), what)
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                rows[f"{what}, {asked[3]} examples"] = pool.submit(_peak, *asked).result()
+    return {"task": name, "rows": rows, "parameters": memory_of(bench.params)}
+
+
+def _peak(source: Path, data: Path, name: str, count: int, what: str) -> int:
+    """Bytes that a process took at most, above what it had with the dense and the pruned model in memory."""
+    model, params = jp.load(source)
+    task = jp.load_task(name, data=data)
+    rows = draw(task, count, 0)
+    scores = jp.score(model, params, task, criterion=jp.Magnitude(), examples=rows[:8])
+    small = jp.compact(model, params, jp.select(model, params, scores, flops=0.5))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if what == "scoring":
+        jax.block_until_ready(jp.score(model, params, task, criterion=jp.IntegratedGradients(), examples=rows).values)
+    else:
+        jax.block_until_ready(jp.recover(model, params, small, task, examples=rows)[0])
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
 PARTS: dict[str, Callable[[Bench, Mapping[str, Any]], dict[str, Any]]] = {
     "choice": choice,
     "rivals": rivals,
     "claims": claims,
     "budgets": budgets,
     "cost": cost,
+    "memory": memory,
 }
 
 

@@ -112,6 +112,14 @@ def cost(name: str = BERT) -> str:
     return table([f"{found['examples']} examples of {found['task']}", "seconds", "of scoring"], rows)
 
 
+def memory(name: str = BERT) -> str:
+    """What recovery takes of the memory."""
+    found = record(name)["memory"]
+    rows = [[what, f"{taken / 1e6:,.0f}"] for what, taken in found["rows"].items()]
+    heading = f"{found['task']}; parameters of {found['parameters'] / 1e6:,.0f} MB"
+    return table([heading, "peak above that before, MB"], rows)
+
+
 def _row(name: str, what: str) -> list[str]:
     found = record(name)
     rows = found["claims"]["budgets"][CONTESTED]["rows"]
@@ -173,6 +181,7 @@ RECOVERY_TABLES: Mapping[str, Callable[[], str]] = {
     "recovery-claims": claims,
     "recovery-tasks": accuracy,
     "recovery-cost": cost,
+    "recovery-memory": memory,
     "spans-setting": spans_setting,
     "spans": spans,
     "recovery-text-setting": partial(setting, TEXT),
