@@ -24,7 +24,7 @@ def setting() -> str:
     commits = dict.fromkeys(own["commit"][:10] for own in parts.values())
     return (
         f"Tasks: {', '.join(found['tasks'])}; {' and '.join(map(str, steps))} steps of {found['batch_size']} rows and "
-        f"{found['prunings']} prunings per student, {found['seeds']} of each kind; {found['device']}, jax "
+        f"{found['prunings']} prunings per student; {found['device']}, jax "
         f"{found['versions']['jax']}; commit {', '.join(commits)}.\n"
     )
 
@@ -42,9 +42,10 @@ def rates() -> str:
 
 
 def _cells(own: Mapping[str, Any]) -> list[str]:
-    kept = f"{own['not_zero']:,} of {own['linear_maps']:,}"
+    values, kept = sorted(own["values"]), f"{own['not_zero']:,} of {own['linear_maps']:,}"
+    spread = f", {len(values)} from {percent(values[0])} to {percent(values[-1])}" if len(values) > 1 else ""
     whole = f"{own['parameters_not_zero'] / 1e6:.2f} of {own['parameters'] / 1e6:.2f} M"
-    return [percent(own["value"]), percent(own["kept"]), kept, whole]
+    return [percent(own["value"]) + spread, percent(own["kept"]), kept, whole]
 
 
 def orders() -> str:
@@ -62,8 +63,7 @@ def claims() -> str:
     """How much more accurate the method is than the other orders."""
     rows = [
         [f"{100 * float(sparsity):g} %, {METHOD} - {order}", points(own)]
-        + [points(each[order]) for each in found["by_task"].values()]
-        + ["–"] * (len(sparsebert()["tasks"]) - len(found["by_task"]))
+        + [points(found["by_task"][task][order]) if task in found["by_task"] else "–" for task in sparsebert()["tasks"]]
         for sparsity, found in sparsebert()["orders"]["sparsities"].items()
         for order, own in found["claims"].items()
     ]

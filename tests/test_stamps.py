@@ -82,10 +82,9 @@ def test_a_folder_that_cannot_be_written_to_changes_nothing(memory, tmp_path):
     assert recall(memory, stamp_of([file])) is None
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_an_outline_has_the_digest_and_the_shapes_of_what_load_gives(tmp_path, half):
-    model, params = tiny_model()
-    folder = save(tmp_path / "model", model, params, dtype=np.float16 if half else None)
+@pytest.mark.parametrize("how", [{}, {"dtype": np.float16}, {"packed": "exact"}, {"packed": "int8"}])
+def test_an_outline_has_the_digest_and_the_shapes_of_what_load_gives(tmp_path, how):
+    folder = save(tmp_path / "model", *tiny_model(), **how)
     loaded, dense = load(folder)
     found = outline(folder)
     assert found.model == loaded and found.digest == model_digest(loaded, dense)
