@@ -30,6 +30,8 @@ from jaxprune.learning.curriculum import Distillation, surviving_heads
 from jaxprune.learning.teaching import Taught, Teaching, Thinning, distil
 from jaxprune.learning.training_run import Step
 from jaxprune.models import Model, TaskHead
+from jaxprune.showing.cards import CARD, LEARNED
+from jaxprune.showing.pictures import teaching_picture
 from jaxprune.sparse.matrices import linear_maps
 from jaxprune.sparse.patterns import NM, Block, Unstructured
 from jaxprune.sparse.saliency import WeightMovement
@@ -272,6 +274,7 @@ def test_sparsify_writes_a_model_and_how_it_was_made(place: Place, pretrained: P
     assert all(pruned == int(0.9 * size + 0.5) for pruned, size in found.arrays.values())
     stored = json.loads((out / DISTILLATION).read_text())
     assert stored == {name: value for name, value in record.items() if name != "file_bytes"}
+    assert (out / LEARNED).read_bytes() == teaching_picture(record) and LEARNED in (out / CARD).read_text()
     weights = record["weights"]["student"]
     assert weights["linear_maps"] - weights["linear_maps_not_zero"] == found.zeros
     assert record["results"]["student"]["test"]["n"] == record["results"]["teacher"]["test"]["n"] == 60
@@ -312,6 +315,9 @@ def test_distill_recovers_a_pruned_model_with_its_own_heads(place: Place, tmp_pa
     assert record["command"] == "distill" and record["thinning"] is None
     losses = [exam["losses"]["attention"] for exam in record["exams"]]
     assert all(np.isfinite(losses))
+    assert (out / LEARNED).read_bytes() == teaching_picture(record) != teaching_picture(record, dark=True)
+    record["exams"][0]["losses"]["attention"] = 0.0  # not on a logarithmic scale
+    assert (out / LEARNED).read_bytes() != teaching_picture(record)
 
 
 def test_distill_takes_the_model_of_one_task(place: Place, tmp_path: Path):

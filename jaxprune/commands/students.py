@@ -21,7 +21,8 @@ from jaxprune.learning.training_run import Step
 from jaxprune.models import Model
 from jaxprune.scores import describe
 from jaxprune.shared import pruning_of, split_task
-from jaxprune.showing.cards import CARD, student_card
+from jaxprune.showing.cards import CARD, LEARNED, student_card
+from jaxprune.showing.pictures import teaching_picture
 from jaxprune.showing.student_report import exam_line
 from jaxprune.sparse.matrices import linear_maps
 from jaxprune.sparsity import sparsity_of
@@ -140,6 +141,7 @@ def teach_model(
     extra = {
         DISTILLATION: (json.dumps(record, indent=1) + "\n").encode(),
         CARD: student_card(record, on_hub=on_hub).encode(),
+        LEARNED: teaching_picture(record),
     }
     if pruning is not None:
         pruning = {part: own for part, own in pruning.items() if part != "pruned"}  # `save` says that anew

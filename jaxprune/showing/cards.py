@@ -18,6 +18,7 @@ from jaxprune.showing.report import (
 from jaxprune.showing.student_report import LOSSES, STUDENT, student_note, student_sections
 
 CARD = "README.md"  # in the folder of a model
+LEARNED = "training.png"  # in that of a student: how it learned
 LOADING = """import jaxprune as jp
 from jaxprune.evaluation import predict
 from jaxprune.tasks import Example
@@ -127,6 +128,7 @@ def student_card(record: Record, *, on_hub: bool) -> str:
         f"{what} {_for_others([record])}" if record["prompt"] or len(record["heads"]) > 1 else what,
         "## How it was made",
         "\n".join(how),
+        f"![dev metric, zeros and losses over the steps]({LEARNED})",
         "## Teacher and student",
         _markdown(["", *STUDENT], [row for section in student_sections(record) for row in section]),
         _unbroken(" ".join(student_note(record).split())),

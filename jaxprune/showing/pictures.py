@@ -321,6 +321,52 @@ def overlap_figure(path: Path, record: Record, *, dark: bool = False) -> Path:
     return _write(path, figure)
 
 
+def teaching_picture(record: Record, *, dark: bool = False) -> bytes:
+    """A picture, as PNG, of how a student learned: its metric on dev, its zeros and its losses, over the steps.
+
+    Args:
+        record: As from `teach_model`.
+        dark: Whether it is for a dark page.
+    """
+    page, exams, primary = DARK if dark else LIGHT, record["exams"], record["exams"][0]["evaluation"]["primary"]
+    steps, best = [exam["step"] for exam in exams], exams[record["best"]]
+    sparse = best["sparsity"] is not None
+    figure = _figure(7.2, 4.6 + 1.6 * sparse, page)
+    panels = [_axes(axes, page) for axes in figure.subplots(2 + sparse, 1, sharex=True)]
+    metric, losses = panels[0], panels[-1]
+    style = {"linewidth": 1.8, "markersize": 6, "markeredgecolor": page.ink, "markeredgewidth": 0.6}
+    values = [100 * exam["evaluation"]["metrics"][primary] for exam in exams]
+    metric.plot(steps, values, "o-", color=COLOURS[0], label="student", **style)
+    taken = {"color": "none", "markeredgecolor": page.ink, "markeredgewidth": 1.6}
+    metric.plot(best["step"], values[record["best"]], "o", markersize=13, label="the one that is kept", **taken)
+    teacher = 100 * record["results"]["teacher"]["dev"]["metrics"][primary]
+    metric.axhline(teacher, color=page.ink, linewidth=1.1, label="teacher")
+    metric.set_ylabel(f"{primary} on dev, %")
+    if sparse:
+        zeros = [100 * exam["sparsity"] for exam in exams]
+        panels[1].plot(steps, zeros, "s-", color=COLOURS[1], **style)
+        panels[1].set_ylabel("zeros, %")
+        panels[1].set_ylim(0, 104)
+    for i, name in enumerate(exams[0]["losses"]):
+        own = [exam["losses"][name] for exam in exams]
+        look = {"color": COLOURS[i + 2], "linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[i + 2]}
+        losses.plot(steps, own, label=name, **look, **style)
+    if all(value > 0 for exam in exams for value in exam["losses"].values()):
+        losses.set_yscale("log")
+    losses.set_ylabel("losses on dev")
+    losses.set_xlabel("step")
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=page.faint, linewidth=0.4, alpha=0.6)
+    for axes in (metric, losses):
+        legend = axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=3)
+        for text in legend.get_texts():
+            text.set_color(page.ink)
+    rows = exams[0]["evaluation"]["n"]
+    metric.set_title(f"{_plain(record['task'])}, dev, n = {rows:,}", fontsize=11, loc="left", color=page.ink)
+    return _drawn(figure, "png")
+
+
 def _heat_map(
     axes: Any,
     table: Sequence[Sequence[float | None]],
@@ -382,14 +428,19 @@ def check_picture(path: Path) -> None:
 
 
 def _write(path: Path, figure: Any) -> Path:
-    """Saves a figure in one step; the same figure gives the same bytes."""
+    """Saves a figure in one step."""
+    check_picture(path)
+    return write_atomic(path, _drawn(figure, path.suffix.lower().lstrip(".")))
+
+
+def _drawn(figure: Any, kind: str) -> bytes:
+    """The figure as a file; the same figure gives the same bytes."""
     import matplotlib as mpl
 
-    check_picture(path)
-    kind, content = path.suffix.lower().lstrip("."), io.BytesIO()
+    content = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "jaxprune"}):
         figure.savefig(content, format=kind, metadata={"Date": None} if kind == "svg" else None)
-    return write_atomic(path, content.getvalue())
+    return content.getvalue()
 
 
 def _plain(text: str) -> str:
