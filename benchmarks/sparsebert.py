@@ -78,12 +78,14 @@ class School:
     sparsities: tuple[float, ...] = SPARSITIES
     orders: tuple[str, ...] = ORDERS
     first: str = TASKS[0]
+    teacher_steps: int = 0  # of the teacher's fine-tuning; 0: as many as of a student
     tasks: dict[str, jp.Task] = field(default_factory=dict)
     teachers: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def __post_init__(self):
         self.model, self.params = jp.load(self.start)
         self.digest = model_digest(self.model, self.params)
+        self.teacher_steps = self.teacher_steps or self.steps
         (self.work / "students").mkdir(parents=True, exist_ok=True)
 
     def task(self, name: str) -> jp.Task:
@@ -93,12 +95,13 @@ class School:
         return self.tasks[name]
 
     def teacher(self, name: str) -> tuple[Any, Any]:
-        """The start, fine-tuned on a task for about as many steps as a student has."""
+        """The start, fine-tuned on a task."""
         if name not in self.teachers:
-            folder = self.work / f"teacher-{name}-{self.steps}-{self.batch}-{self.digest[:8]}"
+            folder = self.work / f"teacher-{name}-{self.teacher_steps}-{self.batch}-{self.digest[:8]}"
             if not folder.exists():
-                rows = self.batch * self.steps // 2  # of each of two epochs
-                recipe = Recipe(epochs=2, batch_size=self.batch, learning_rate=1e-4, rows={name: rows})
+                most, rows = len(self.task(name).rows("train")), self.batch * self.teacher_steps
+                epochs = max(2, -(-rows // most))
+                recipe = Recipe(epochs=epochs, batch_size=self.batch, learning_rate=1e-4, rows={name: rows // epochs})
                 state = folder.with_name(folder.name + ".state")
                 done = finetune(self.model, self.params, [self.task(name)], recipe=recipe, state=state)
                 jp.save(folder, done.model, done.params)
@@ -131,7 +134,9 @@ class School:
 
     def dense(self, name: str) -> dict[str, Any]:
         """The teacher."""
-        return self.kept(["teacher", name, self.steps, self.batch], lambda _: self.examined(*self.teacher(name), name))
+        return self.kept(
+            ["teacher", name, self.teacher_steps, self.batch], lambda _: self.examined(*self.teacher(name), name)
+        )
 
     def student(
         self, name: str, order: str, sparsity: float, seed: int = 0, rate: float | None = None
@@ -167,7 +172,8 @@ class School:
             state.with_suffix(".first").unlink(missing_ok=True)
             return self.examined(done.model, done.params, name) | {"exams": exams, "best": done.best}
 
-        return self.kept([name, order, sparsity, seed, rate, steps, self.batch, self.prunings, copies], make)
+        key = [name, order, sparsity, seed, rate, steps, self.batch, self.prunings, copies]
+        return self.kept([*key, *([self.teacher_steps] if self.teacher_steps != steps else [])], make)
 
     def students(self, name: str, order: str, sparsity: float) -> list[dict[str, Any]]:
         """The students of a kind: several where the orders are compared most closely, else one."""
@@ -338,6 +344,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for what is kept between runs")
     parser.add_argument("--tasks", default=",".join(TASKS), help="the tasks, by commas; the first one is swept")
     parser.add_argument("--steps", type=int, default=300, help="of every student")
+    parser.add_argument("--teacher-steps", type=int, help="of every teacher; by default as many")
     parser.add_argument("--batch-size", type=int, default=32, help="rows of a step")
     parser.add_argument("--prunings", type=int, default=100, help="of every student")
     parser.add_argument("--rate", type=float, help="the learning rate of all orders; by default those of `rates`")
@@ -366,6 +373,7 @@ def main() -> None:
         sparsities=_numbers(arguments.sparsities),
         orders=tuple(arguments.orders.split(";")),
         first=names[0],
+        teacher_steps=arguments.teacher_steps or arguments.steps,
     )
     found = begun(parser, arguments.output, school.digest, "start")
     if arguments.rate is None and "rates" in found:
@@ -376,12 +384,13 @@ def main() -> None:
             school.rates |= own["best"]
         facts = {
             "command": "python benchmarks/sparsebert.py --start START --data DATA --work WORK -o OUTPUT "
-            f"--tasks {arguments.tasks} --steps {school.steps} --batch-size {school.batch} "
-            f"--prunings {school.prunings} --seeds {school.seeds} --contested {arguments.contested} "
-            f"--sparsities {arguments.sparsities}",
+            f"--tasks {arguments.tasks} --steps {school.steps} --teacher-steps {school.teacher_steps} "
+            f"--batch-size {school.batch} --prunings {school.prunings} --seeds {school.seeds} "
+            f"--contested {arguments.contested} --sparsities {arguments.sparsities}",
             "start": school.digest,
             "tasks": names,
             "seeds": school.seeds,
+            "teacher_steps": school.teacher_steps,
             "batch_size": school.batch,
             "prunings": school.prunings,
         }

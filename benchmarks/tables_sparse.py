@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from pages import percent, points, record, table
@@ -11,27 +12,30 @@ METHOD, PLAIN = "prune while distilling", "prune while fine-tuning"
 COUNTS = ("kept of the teacher, %", "weights of linear maps", "of all parameters")
 
 
-def sparsebert() -> dict[str, Any]:
-    """The record of sparsebert.py."""
-    return record("sparsebert")
+MAIN, LONG, TASKS = "sparsebert", "sparsebert_long", "sparsebert_tasks"  # the records of sparsebert.py
 
 
-def setting() -> str:
+def setting(name: str = MAIN) -> str:
     """How the figures were made."""
-    found = sparsebert()
+    found = record(name)
     parts = {name: own for name, own in found.items() if isinstance(own, dict) and "steps" in own}
     steps = sorted({own["steps"] for own in parts.values()})
     commits = dict.fromkeys(own["commit"][:10] for own in parts.values())
     return (
         f"Tasks: {', '.join(found['tasks'])}; {' and '.join(map(str, steps))} steps of {found['batch_size']} rows and "
-        f"{found['prunings']} prunings per student; {found['device']}, jax "
+        f"{found['prunings']} prunings per student; {_teachers(found)}{found['device']}, jax "
         f"{found['versions']['jax']}; commit {', '.join(commits)}.\n"
     )
 
 
-def rates() -> str:
+def _teachers(found: Mapping[str, Any]) -> str:
+    steps = found.get("teacher_steps")
+    return f"teachers of {steps:,} steps; " if steps else ""
+
+
+def rates(name: str = MAIN) -> str:
     """The learning rate of every order, on dev."""
-    found = sparsebert()["rates"]
+    found = record(name)["rates"]
     tried = sorted({rate for rows in found["rows"].values() for rate in rows}, key=float)
     rows = [
         [order, *(percent(own[rate]["dev"]) if rate in own else "–" for rate in tried), f"{found['best'][order]:g}"]
@@ -48,48 +52,48 @@ def _cells(own: Mapping[str, Any]) -> list[str]:
     return [percent(own["value"]) + spread, percent(own["kept"]), kept, whole]
 
 
-def orders() -> str:
+def orders(name: str = MAIN) -> str:
     """The orders of pruning and distilling, by task."""
     rows = []
-    for sparsity, found in sparsebert()["orders"]["sparsities"].items():
+    for sparsity, found in record(name)["orders"]["sparsities"].items():
         for order, tasks in found["rows"].items():
-            for name, own in tasks.items():
+            for task, own in tasks.items():
                 zeros = f"{100 * float(sparsity):g} %"
-                rows.append([f"{zeros}, {order}", f"{name}, {own['metric']}", percent(own["teacher"]), *_cells(own)])
+                rows.append([f"{zeros}, {order}", f"{task}, {own['metric']}", percent(own["teacher"]), *_cells(own)])
     return table(["zeros, order", "task, metric", "teacher, %", "student, %", *COUNTS], rows)
 
 
-def claims() -> str:
+def claims(name: str = MAIN) -> str:
     """How much more accurate the method is than the other orders."""
     rows = [
         [f"{100 * float(sparsity):g} %, {METHOD} - {order}", points(own)]
-        + [points(found["by_task"][task][order]) if task in found["by_task"] else "–" for task in sparsebert()["tasks"]]
-        for sparsity, found in sparsebert()["orders"]["sparsities"].items()
+        + [points(found["by_task"][task][order]) if task in found["by_task"] else "–" for task in record(name)["tasks"]]
+        for sparsity, found in record(name)["orders"]["sparsities"].items()
         for order, own in found["claims"].items()
     ]
-    return table(["zeros, difference, points of accuracy [95 %]", "all", *sparsebert()["tasks"]], rows)
+    return table(["zeros, difference, points of accuracy [95 %]", "all", *record(name)["tasks"]], rows)
 
 
-def sparsities() -> str:
+def sparsities(name: str = MAIN) -> str:
     """The method at several sparsities."""
-    found = sparsebert()["sparsities"]
+    found = record(name)["sparsities"]
     first = next(iter(found["rows"].values()))
     heading = [f"zeros; {found['task']}, teacher {percent(first['teacher'])} %", "student, %", *COUNTS]
     return table(heading, [[f"{100 * float(s):g} %", *_cells(own)] for s, own in found["rows"].items()])
 
 
-def variants() -> str:
+def variants(name: str = MAIN) -> str:
     """Changes of the method."""
-    found = sparsebert()["variants"]
+    found = record(name)["variants"]
     first = next(iter(found["rows"].values()))
     where = f"{found['task']}, {100 * found['sparsity']:g} % zeros, {first['metric']}"
     heading = [f"{where}, teacher {percent(first['teacher'])} %", "student, %", *COUNTS]
     return table(heading, [[name, *_cells(own)] for name, own in found["rows"].items()])
 
 
-def cost() -> str:
+def cost(name: str = MAIN) -> str:
     """What pruning adds to a step."""
-    found = sparsebert()["cost"]
+    found = record(name)["cost"]
     ratio = found["ratio"]
     rows, tokens = found["batch"]
     times = "{median:.2f} [{low:.2f}, {high:.2f}]".format(**ratio)
@@ -128,14 +132,14 @@ def compute_setting() -> str:
     )
 
 
-def sparse_row() -> list[str]:
+def sparse_row(name: str = MAIN) -> list[str]:
     """The headline of pruning while distilling."""
-    found = sparsebert()["sparsities"]
+    found = record(name)["sparsities"]
     rows = found["rows"]
     teacher = next(iter(rows.values()))["teacher"]
     values = ", ".join(f"{percent(own['value'])} at {100 * float(s):g} % zeros" for s, own in rows.items())
-    if "orders" in sparsebert():  # the way to beat, where it has most to lose
-        compared = sparsebert()["orders"]["sparsities"]
+    if "orders" in record(name):  # the way to beat, where it has most to lose
+        compared = record(name)["orders"]["sparsities"]
         most = max(compared, key=float)
         plain = compared[most]["rows"][PLAIN][found["task"]]
         values += f"; pruned while it is fine-tuned {percent(plain['value'])} at {100 * float(most):g} %"
@@ -155,6 +159,11 @@ SPARSE_TABLES: Mapping[str, Callable[[], str]] = {
     "sparsebert-sparsities": sparsities,
     "sparsebert-variants": variants,
     "sparsebert-cost": cost,
+    "sparsebert-long-setting": partial(setting, LONG),
+    "sparsebert-long": partial(sparsities, LONG),
+    "sparsebert-tasks-setting": partial(setting, TASKS),
+    "sparsebert-tasks": partial(orders, TASKS),
+    "sparsebert-tasks-claims": partial(claims, TASKS),
     "sparse-compute": compute,
     "sparse-compute-setting": compute_setting,
 }
