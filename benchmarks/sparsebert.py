@@ -78,6 +78,7 @@ class School:
     sparsities: tuple[float, ...] = SPARSITIES
     orders: tuple[str, ...] = ORDERS
     first: str = TASKS[0]
+    decay: bool = False  # whether the learning rate falls to 0
     teacher_steps: int = 0  # of the teacher's fine-tuning; 0: as many as of a student
     tasks: dict[str, jp.Task] = field(default_factory=dict)
     teachers: dict[str, tuple[Any, Any]] = field(default_factory=dict)
@@ -147,7 +148,7 @@ class School:
 
         def make(state: Path) -> dict[str, Any]:
             teacher, task = self.teacher(name), self.task(name)
-            recipe = Teaching(steps=steps, batch_size=self.batch, learning_rate=rate, seed=seed)
+            recipe = Teaching(steps=steps, batch_size=self.batch, learning_rate=rate, decay=self.decay, seed=seed)
             cubic = partial(jp.cubic_schedule, prunings=self.prunings)
             start, how = (self.model, self.params), {"recipe": recipe, "evaluate_every": max(1, steps // 3)}
             thinning = Thinning(schedule=partial(cubic, sparsity))
@@ -173,7 +174,8 @@ class School:
             return self.examined(done.model, done.params, name) | {"exams": exams, "best": done.best}
 
         key = [name, order, sparsity, seed, rate, steps, self.batch, self.prunings, copies]
-        return self.kept([*key, *([self.teacher_steps] if self.teacher_steps != steps else [])], make)
+        key += [self.teacher_steps] if self.teacher_steps != steps else []
+        return self.kept([*key, *(["decay"] if self.decay else [])], make)
 
     def students(self, name: str, order: str, sparsity: float) -> list[dict[str, Any]]:
         """The students of a kind: several where the orders are compared most closely, else one."""
@@ -292,7 +294,7 @@ def cost(school: School, names: list[str], record: Mapping[str, Any]) -> dict[st
     batch = training_batches(rows, batch_size=32, key=0, epoch=0)[0]
     student = school.params | {"heads": teacher["heads"]}
     model, settings = school.model.with_heads(teacher_model.config.task_heads), jp.Distillation.sparse_bert()
-    plain = Teaching().optimizer
+    plain = Teaching().optimizer(block * prunings)
     schedule = jp.cubic_schedule(0.95, block * prunings)  # one pruning in each turn
     sparse = sparsify(plain, schedule=schedule, prunable=jp.linear_maps(model))
     states = {"plain": start_student(student, plain), "pruned": start_student(student, sparse)}
@@ -344,6 +346,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for what is kept between runs")
     parser.add_argument("--tasks", default=",".join(TASKS), help="the tasks, by commas; the first one is swept")
     parser.add_argument("--steps", type=int, default=300, help="of every student")
+    parser.add_argument("--decay", action="store_true", help="let the learning rate fall linearly to 0")
     parser.add_argument("--teacher-steps", type=int, help="of every teacher; by default as many")
     parser.add_argument("--batch-size", type=int, default=32, help="rows of a step")
     parser.add_argument("--prunings", type=int, default=100, help="of every student")
@@ -373,6 +376,7 @@ def main() -> None:
         sparsities=_numbers(arguments.sparsities),
         orders=tuple(arguments.orders.split(";")),
         first=names[0],
+        decay=arguments.decay,
         teacher_steps=arguments.teacher_steps or arguments.steps,
     )
     found = begun(parser, arguments.output, school.digest, "start")
@@ -386,10 +390,11 @@ def main() -> None:
             "command": "python benchmarks/sparsebert.py --start START --data DATA --work WORK -o OUTPUT "
             f"--tasks {arguments.tasks} --steps {school.steps} --teacher-steps {school.teacher_steps} "
             f"--batch-size {school.batch} --prunings {school.prunings} --seeds {school.seeds} "
-            f"--contested {arguments.contested} --sparsities {arguments.sparsities}",
+            f"--contested {arguments.contested} --sparsities {arguments.sparsities}" + " --decay" * school.decay,
             "start": school.digest,
             "tasks": names,
             "seeds": school.seeds,
+            "decay": school.decay,
             "teacher_steps": school.teacher_steps,
             "batch_size": school.batch,
             "prunings": school.prunings,

@@ -105,6 +105,33 @@ def test_only_what_is_as_sparse_as_asked_for_is_kept(teacher):
     assert zeros(done.model, done.params) == done.exams[-1].sparsity
 
 
+def test_the_rate_falls_to_nothing_or_stays():
+    params = {"weight": jnp.ones(3)}
+    for decay in (False, True):
+        optimizer = Teaching(learning_rate=0.1, decay=decay, weight_decay=0.0, clip=1e9).optimizer(8)
+        state, sizes = optimizer.init(params), []
+        for _ in range(8):  # the same gradient, so that Adam's step is the rate
+            with jax.numpy_dtype_promotion("standard"):  # optax promotes
+                update, state = optimizer.update({"weight": jnp.full(3, 0.5)}, state, params)
+            sizes.append(-float(update["weight"][0]))
+        rates = 0.1 * (1 - np.arange(8) / 8) if decay else np.full(8, 0.1)
+        np.testing.assert_allclose(sizes, rates, rtol=1e-4)
+
+
+def test_a_falling_rate_is_resumed_where_it_was(teacher, whole: Taught, tmp_path: Path):
+    falling = replace(RECIPE, decay=True)
+    done = teach(teacher, recipe=falling)
+
+    def interrupt(step: Step) -> None:
+        if step.step >= 20:
+            raise KeyboardInterrupt
+
+    state = tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        teach(teacher, recipe=falling, state=state, progress=interrupt)
+    assert digest(teach(teacher, recipe=falling, state=state).params) == digest(done.params) != digest(whole.params)
+
+
 @pytest.mark.parametrize("when", [10, 20, 40])
 def test_interrupted_and_resumed_equals_uninterrupted(teacher, whole: Taught, tmp_path: Path, when: int):
     def interrupt(step: Step) -> None:

@@ -47,6 +47,7 @@ class TeachingOptions:
     epochs: Annotated[int, training("Passes over the rows.")] = 5
     steps: Annotated[int | None, training("Instead of passes.")] = None
     learning_rate: Annotated[float, training("Of every step.")] = 3e-5
+    decay: Annotated[bool, training("Let the learning rate fall linearly to 0.", "--decay")] = False
     dropout: Annotated[bool, training("Whether the student has it.", "--dropout/--no-dropout")] = True
     seed: Annotated[int, training("Of a new task head, the order of the rows and dropout.")] = 0
     evaluate_every: Annotated[
@@ -68,6 +69,7 @@ class TeachingOptions:
             epochs=self.epochs,
             steps=self.steps,
             learning_rate=self.learning_rate,
+            decay=self.decay,
             dropout=self.dropout,
             seed=self.seed,
             **asdict(batches),

@@ -1,6 +1,6 @@
 """Teaches a student for whole epochs, and prunes it on the way if it is asked to; resumable to the same bits.
 
-This is the loop around `jaxprune.distillation.distil_step`: rows in batches, AdamW at a constant rate, the metric on
+This is the loop around `jaxprune.distillation.distil_step`: rows in batches, AdamW, the metric on
 dev every so many steps, and the best parameters that are as sparse as they are to be. The order of the rows and the
 dropout are functions of the seed and the step alone.
 """
@@ -42,12 +42,13 @@ COMPARED = 64  # rows on which the tokens of student and teacher are compared
 
 @dataclass(frozen=True, kw_only=True)
 class Teaching:
-    """How a student is trained: AdamW at a constant rate, with the settings of SparseBERT."""
+    """How a student is trained: AdamW at a constant rate, or a falling one, with the settings of SparseBERT."""
 
     epochs: int = 5
     steps: int | None = None  # instead of epochs
     batch_size: int = 32
     learning_rate: float = 3e-5  # per step
+    decay: bool = False  # whether it falls linearly, to 0 after the last step; SparseBERT's stays
     weight_decay: float = 0.01  # decoupled; kernels and embeddings only
     clip: float = 1.0  # largest norm of the gradient over all parameters
     dropout: bool = True  # the student's; the teacher never has any
@@ -61,10 +62,10 @@ class Teaching:
         if not self.learning_rate > 0 or self.weight_decay < 0 or not self.clip > 0:
             raise ValueError("learning_rate and clip must be positive, weight_decay at least 0.")
 
-    @property
-    def optimizer(self) -> optax.GradientTransformation:
-        """The optimizer, without pruning."""
-        adam = optax.adamw(self.learning_rate, b1=0.9, b2=0.999, eps=1e-6, weight_decay=self.weight_decay, mask=decayed)
+    def optimizer(self, steps: int) -> optax.GradientTransformation:
+        """The optimizer of a run of so many steps, without pruning."""
+        rate = optax.linear_schedule(self.learning_rate, 0.0, steps) if self.decay else self.learning_rate
+        adam = optax.adamw(rate, b1=0.9, b2=0.999, eps=1e-6, weight_decay=self.weight_decay, mask=decayed)
         return optax.chain(optax.clip_by_global_norm(self.clip), adam)
 
 
@@ -302,13 +303,13 @@ def _optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer, once for the whole run: another object would be compiled again."""
     if thinning is None and not keep_zeros:
-        return recipe.optimizer
+        return recipe.optimizer(steps)
     masks = masks_of(params, linear_maps(model)) if keep_zeros else None
     how: dict[str, Any] = {"prunable": linear_maps(model), "masks": masks}
     if thinning is None:  # nothing more is pruned
-        return sparsify(recipe.optimizer, schedule=Schedule(steps=(1,), sparsities=(0.0,)), **how)
+        return sparsify(recipe.optimizer(steps), schedule=Schedule(steps=(1,), sparsities=(0.0,)), **how)
     how |= {"criterion": thinning.criterion, "pattern": thinning.pattern, "together": thinning.together}
-    return sparsify(recipe.optimizer, schedule=thinning.schedule(steps), **how)
+    return sparsify(recipe.optimizer(steps), schedule=thinning.schedule(steps), **how)
 
 
 def _best(history: Sequence[Mapping[str, Any]], last: int) -> int:
