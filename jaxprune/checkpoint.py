@@ -160,14 +160,15 @@ def outline(path_or_hub_id: str | Path, *, revision: str | None = None, memory: 
         return Outline(model, unflatten(shapes), model_digest(model, params))
     with opened(name, revision) as found:
         files, shapes = _files(found), shapes_of(found.parameters)
-        stamp = stamp_of(files) if memory else None
-        if memory is None or (digest := recall(memory, stamp)) is None:
+        stamp = None if memory is None else stamp_of(files)
+        digest = None if memory is None else recall(memory, stamp)
+        if digest is None:
             own = {parameter.path: parameter for parameter in found.parameters}
             arrays = read_arrays((own[path] for path in flatten(shapes)), FLOATS["F32"], found.folder)
             weights = _digest((path, array.dtype, array.shape, blocks(array)) for path, array in arrays)
             digest = _model_digest(found.model, weights)
-        if memory is not None:
-            remember(memory, stamp, files, digest)
+            if memory is not None:
+                remember(memory, stamp, files, digest)
         return Outline(found.model, shapes, digest)
 
 
