@@ -186,6 +186,7 @@ RECOVERY_TABLES: Mapping[str, Callable[[], str]] = {
     "spans": spans,
     "recovery-text-setting": partial(setting, TEXT),
     "recovery-text-choice": partial(choice, TEXT),
+    "recovery-text-budgets": partial(budgets, TEXT),
     "recovery-text-lost": partial(lost, TEXT),
     "recovery-text-claims": partial(claims, TEXT),
     "recovery-text-tasks": partial(accuracy, TEXT),
