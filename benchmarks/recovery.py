@@ -103,11 +103,12 @@ def methods(bench: Bench, record: Mapping[str, Any]) -> dict[str, Method]:
 
     The rivals read as many rows as recovery does, Kwon et al. their labels, too.
     """
-    repaired = {f"{name} + recovery": replace(own, recovery=RECOVERY) for name, own in CRITERIA.items()}
+    plain = {name: CRITERIA[name] for name in record["criteria"]}
+    repaired = {f"{name} + recovery": replace(own, recovery=RECOVERY) for name, own in plain.items()}
     if bench.model.writes_text:
-        return CRITERIA | repaired
+        return plain | repaired
     weight = record["rivals"]["best"] if "rivals" in record else REPRESENTATIONAL[0]
-    return CRITERIA | repaired | {KWON: Method(rival=kwon, examples=EXAMPLES), K_PRUNE: _k_prune(weight)}
+    return plain | repaired | {KWON: Method(rival=kwon, examples=EXAMPLES), K_PRUNE: _k_prune(weight)}
 
 
 def budgets(bench: Bench, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,15 +226,18 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for what is kept between runs")
     parser.add_argument("--tasks", default=",".join(TASKS), help="the tasks, by commas")
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of dev and test of each task, at most")
+    parser.add_argument("--criteria", default=",".join(CRITERIA), help="those of `budgets` and `claims`, by commas")
     arguments, chosen = asked(parser, PARTS)
+    if wrong := sorted(set(arguments.criteria.split(",")) - set(CRITERIA)):
+        parser.error(f"--criteria knows {', '.join(CRITERIA)}, not {', '.join(wrong)}")
     warnings.filterwarnings("ignore", message=".*more inputs than there are tokens")
     bench = Bench(arguments.model, arguments.data, arguments.work, arguments.rows, tuple(arguments.tasks.split(",")))
-    found = begun(parser, arguments.output, bench.digest)
+    found = begun(parser, arguments.output, bench.digest) | {"criteria": arguments.criteria.split(",")}
     for name in each(chosen):
         own = PARTS[name](bench, found) | {"at_most_rows": bench.rows}
         facts = {
             "command": "python benchmarks/recovery.py --model MODEL --data DATA --work WORK -o OUTPUT "
-            f"--rows {bench.rows}",
+            f"--rows {bench.rows} --criteria '{arguments.criteria}'",
             "model": bench.digest,
             "models": 1,
             "tasks": bench.able,
