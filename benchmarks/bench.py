@@ -39,6 +39,7 @@ class Method:
     criterion: Any = None  # None: a rival has its own
     per_layer: bool = True
     normalise: Callable[..., Any] | None = None
+    floor: int | None = None  # heads that every attention keeps at least
     examples: int = EXAMPLES
     recovery: Any = None  # how what is left is repaired; None: it stays as it is
     recovery_examples: int = 256
@@ -57,7 +58,14 @@ class Method:
             return [own.func.__name__, *own.keywords.items(), self.examples, source, budget, seed]
         normalise = None if self.normalise is None else self.normalise.__name__
         found = [describe(self.criterion), self.per_layer, normalise, self.examples, source, budget, seed]
-        return found if self.recovery is None else [*found, describe(self.recovery), self.recovery_examples]
+        found += [] if self.recovery is None else [describe(self.recovery), self.recovery_examples]
+        return found if self.floor is None else [*found, {"floor": self.floor}]
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """The arguments of `select` that are not the budget."""
+        floor = None if self.floor is None else {"heads": self.floor}
+        return {"per_layer": self.per_layer, "normalise": self.normalise, "floor": floor}
 
 
 @dataclass
@@ -183,15 +191,7 @@ class Bench:
                 scores = self.scores(first, method.criterion, method.examples, seed)
                 length = self.length(first)
                 values = scores if isinstance(source, str) else self.pooled(source, method, seed)
-                gates = jp.select(
-                    self.model,
-                    self.params,
-                    values,
-                    flops=budget,
-                    length=length,
-                    per_layer=method.per_layer,
-                    normalise=method.normalise,
-                )
+                gates = jp.select(self.model, self.params, values, flops=budget, length=length, **method.rules)
                 small = jp.compact(self.model, self.params, gates, scores.means)
                 kept = jp.flops(self.model, small, length) / jp.flops(self.model, self.params, length)
                 means = scores.means
@@ -222,8 +222,7 @@ class Bench:
             small = method.rival(self.model, self.params, task, rows=rows, flops=budget, length=length)
         else:
             scores = self.scores(source, method.criterion, method.examples, seed)
-            how = {"per_layer": method.per_layer, "normalise": method.normalise}
-            gates = jp.select(self.model, self.params, scores, flops=budget, length=length, **how)
+            gates = jp.select(self.model, self.params, scores, flops=budget, length=length, **method.rules)
             small = jp.compact(self.model, self.params, gates, scores.means)
             count = min(method.recovery_examples, len(task.rows("calibration")))
             small, _ = jp.recover(

@@ -10,6 +10,7 @@ Parts, for `--only`:
     rivals     on dev: the weight of K-prune's representational knowledge, which its rows do not carry over
     claims     on test: several draws at 0.7, 0.5 and 0.3 of the FLOPs, and their intervals
     budgets    on test: criteria with and without recovery, and the rivals, from 0.8 to 0.2 of the FLOPs
+    floor      on test: the smallest budget with a head kept in every attention
     cost       seconds of scoring, of recovery and of the rivals, in turns
     memory     what recovery takes of the host's memory, each in a process of its own
 """
@@ -125,6 +126,22 @@ def budgets(bench: Bench, record: Mapping[str, Any]) -> dict[str, Any]:
     return {"rows": rows, "draws": 1}
 
 
+def floor(bench: Bench, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a head in every attention changes where the same share of everything would leave some without one."""
+    dense, chance = bench.dense(bench.able, "test"), bench.chances(bench.able, "test")
+    kept = {
+        f"{name}{', a head kept' if least else ''}": replace(own, floor=least)
+        for name, own in methods(bench, record).items()
+        if own.recovery is not None and name.startswith("integrated gradients")
+        for least in (None, 1)
+    }
+    rows = {
+        name: summary(bench.cells_of(own, bench.able, "test", BUDGETS[-1], 1), dense, chance)
+        for name, own in kept.items()
+    }
+    return {"rows": rows, "budget": BUDGETS[-1], "draws": 1}
+
+
 def claims(bench: Bench, record: Mapping[str, Any]) -> dict[str, Any]:
     """What recovery adds, and what is lost of the dense model, with intervals."""
     dense, chance = bench.dense(bench.able, "test"), bench.chances(bench.able, "test")
@@ -213,6 +230,7 @@ PARTS: dict[str, Callable[[Bench, Mapping[str, Any]], dict[str, Any]]] = {
     "rivals": rivals,
     "claims": claims,
     "budgets": budgets,
+    "floor": floor,
     "cost": cost,
     "memory": memory,
 }

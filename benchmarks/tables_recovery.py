@@ -112,6 +112,17 @@ def cost(name: str = BERT) -> str:
     return table([f"{found['examples']} examples of {found['task']}", "seconds", "of scoring"], rows)
 
 
+def floor(name: str = BERT) -> str:
+    """The smallest budget with and without a head in every attention."""
+    found = record(name)["floor"]
+    tasks = list(next(iter(found["rows"].values()))["tasks"])
+    rows = [
+        [method, percent(own["retained"]), *(percent(own["tasks"][task]["accuracy"]) for task in tasks)]
+        for method, own in found["rows"].items()
+    ]
+    return table([f"at {found['budget']:g} of the FLOPs", "kept, %", *tasks], rows)
+
+
 def memory(name: str = BERT) -> str:
     """What recovery takes of the memory."""
     found = record(name)["memory"]
@@ -187,6 +198,7 @@ RECOVERY_TABLES: Mapping[str, Callable[[], str]] = {
     "recovery-text-setting": partial(setting, TEXT),
     "recovery-text-choice": partial(choice, TEXT),
     "recovery-text-budgets": partial(budgets, TEXT),
+    "recovery-text-floor": partial(floor, TEXT),
     "recovery-text-lost": partial(lost, TEXT),
     "recovery-text-claims": partial(claims, TEXT),
     "recovery-text-tasks": partial(accuracy, TEXT),

@@ -12,7 +12,12 @@ METHOD, PLAIN = "prune while distilling", "prune while fine-tuning"
 COUNTS = ("kept of the teacher, %", "weights of linear maps", "of all parameters")
 
 
-MAIN, LONG, TASKS = "sparsebert", "sparsebert_long", "sparsebert_tasks"  # the records of sparsebert.py
+MAIN, LONG, FALLING, TASKS = (
+    "sparsebert",
+    "sparsebert_long",
+    "sparsebert_decay",
+    "sparsebert_tasks",
+)  # the records of sparsebert.py
 
 
 def setting(name: str = MAIN) -> str:
@@ -29,8 +34,8 @@ def setting(name: str = MAIN) -> str:
 
 
 def _teachers(found: Mapping[str, Any]) -> str:
-    steps = found.get("teacher_steps")
-    return f"teachers of {steps:,} steps; " if steps else ""
+    steps, falls = found.get("teacher_steps"), "the learning rate falls to 0; " * found.get("decay", False)
+    return f"teachers of {steps:,} steps; {falls}" if steps else falls
 
 
 def rates(name: str = MAIN) -> str:
@@ -161,6 +166,8 @@ SPARSE_TABLES: Mapping[str, Callable[[], str]] = {
     "sparsebert-cost": cost,
     "sparsebert-long-setting": partial(setting, LONG),
     "sparsebert-long": partial(sparsities, LONG),
+    "sparsebert-falling-setting": partial(setting, FALLING),
+    "sparsebert-falling": partial(sparsities, FALLING),
     "sparsebert-tasks-setting": partial(setting, TASKS),
     "sparsebert-tasks": partial(orders, TASKS),
     "sparsebert-tasks-claims": partial(claims, TASKS),
