@@ -168,9 +168,6 @@ SPARSE_TABLES: Mapping[str, Callable[[], str]] = {
     "sparsebert-long": partial(sparsities, LONG),
     "sparsebert-falling-setting": partial(setting, FALLING),
     "sparsebert-falling": partial(sparsities, FALLING),
-    "sparsebert-tasks-setting": partial(setting, TASKS),
-    "sparsebert-tasks": partial(orders, TASKS),
-    "sparsebert-tasks-claims": partial(claims, TASKS),
     "sparse-compute": compute,
     "sparse-compute-setting": compute_setting,
 }
