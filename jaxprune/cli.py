@@ -183,7 +183,7 @@ def prune(
         else:
             one = scored[0] if isinstance(scored, list) else scored
             record = pruning.prune_model(model, output, chosen, scored=one, data=data[0] if data else None, **how)
-    lines = [*report.before_after_notes(record)]
+    lines = [*report.before_after_notes(record), *report.headless_notes(record)]
     for own in receipt_report.receipts_of(record):
         lines += [receipt_report.receipt_table(own), *receipt_report.receipt_notes(own)]
     lines += ["", f"Model:  {output}"]

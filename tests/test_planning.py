@@ -101,6 +101,14 @@ def test_the_layers_of_a_plan(place, scored):
     assert record["latency"] is None
 
 
+@pytest.mark.parametrize("floor", [0, 1])
+def test_a_plan_names_attentions_without_a_head(place, scored, floor):
+    asked = ("plan", place.model, "--scores", scored, "--units", 0.1, "--floor", f"heads={floor}")
+    found = [kept for name, (_, kept) in record_of(*asked)["widths"].items() if name.endswith(".heads")]
+    shown = run(*asked).stdout
+    assert ("No head stays in" in shown) == (0 in found) == (floor == 0)
+
+
 def test_a_plan_by_latency_shows_predictions_and_the_steps(place, scored, table):
     options = ("--scores", scored, "--latency", 0.6, "--latency-table", table, "--global")
     record = record_of("plan", place.model, *options)

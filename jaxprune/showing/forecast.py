@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from jaxprune.showing.receipt_report import PREDICTED, predicted_by, prediction_note
-from jaxprune.showing.report import Record, before_after_table, length_text
+from jaxprune.showing.report import Record, before_after_table, headless_notes, length_text
 
 
 def plan_tables(record: Record) -> list[Table]:
@@ -61,4 +61,4 @@ def plan_notes(record: Record) -> list[str]:
                 f"{width}: {1e3 * seconds:.3g}" for width, seconds in zip(row["widths"], row["seconds"], strict=True)
             )
             notes.append(f"{row['sites'][0]} and {len(row['sites']) - 1} more, ms by width: {steps}.")
-    return [fill(note, 80, subsequent_indent="  ") for note in notes]
+    return [*(fill(note, 80, subsequent_indent="  ") for note in notes), *headless_notes(record)]

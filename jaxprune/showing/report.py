@@ -55,6 +55,23 @@ def scores_table(record: Record) -> Table:
     return table
 
 
+def headless_notes(record: Record) -> list[str]:
+    """Which attentions a selection leaves without a head, if there are any."""
+    ending = ".heads"
+    gone = [
+        name.removesuffix(ending)
+        for name, (had, kept) in record["widths"].items()
+        if name.endswith(ending)
+        if had
+        if not kept
+    ]
+    if not gone:
+        return []
+    which = f"{gone[0]} and {len(gone) - 1} more" if len(gone) > 1 else gone[0]
+    note = f"No head stays in {which}: tokens no longer see each other there. --floor heads=1 keeps one in each."
+    return [fill(note, 80, subsequent_indent="  ")]
+
+
 def before_after_table(record: Record) -> Table:
     """A model before and after pruning: quality, counts, FLOPs, file size and latency, with ratios and speed-ups."""
     table = new_table(None)
