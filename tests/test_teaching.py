@@ -113,7 +113,7 @@ def test_the_rate_falls_to_nothing_or_stays():
         for _ in range(8):  # the same gradient, so that Adam's step is the rate
             with jax.numpy_dtype_promotion("standard"):  # optax promotes
                 update, state = optimizer.update({"weight": jnp.full(3, 0.5)}, state, params)
-            sizes.append(-float(update["weight"][0]))
+            sizes.append(-float(jax.tree.leaves(update)[0][0]))
         rates = 0.1 * (1 - np.arange(8) / 8) if decay else np.full(8, 0.1)
         np.testing.assert_allclose(sizes, rates, rtol=1e-4)
 
