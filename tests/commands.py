@@ -71,3 +71,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
         yield make_place(folder)
+
+
+@pytest.fixture(scope="module")
+def scored(place: Place) -> Path:
+    """A score file of the first task."""
+    file = place.folder / "mood.safetensors"
+    rows = ("--task", "mood", "--data", place.data, "--criterion", "taylor", "--examples", 16)
+    assert run("score", place.model, *rows, "-o", file).exit_code == 0
+    return file

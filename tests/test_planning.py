@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import Place, place, record_of, run
+from commands import Place, place, record_of, run, scored
 from hand_tables import FIXED, HEAD, NEURON, hand_table
 
 from jaxprune.budgets import latency_table
@@ -20,7 +20,7 @@ from jaxprune.gates import widths
 from jaxprune.scores import load_scores
 from jaxprune.selection import select
 
-__all__ = ["place"]  # a fixture
+__all__ = ["place", "scored"]  # fixtures
 
 DENSE = FIXED + 2 * (4 * HEAD + 32 * NEURON)
 
@@ -30,14 +30,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder for latency tables."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return terminal.cache_folder("latency")
-
-
-@pytest.fixture(scope="module")
-def scored(place: Place) -> Path:
-    file = place.folder / "mood.safetensors"
-    rows = ("--task", "mood", "--data", place.data, "--criterion", "taylor", "--examples", 16)
-    assert run("score", place.model, *rows, "-o", file).exit_code == 0
-    return file
 
 
 @pytest.fixture(scope="module")

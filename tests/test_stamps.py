@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from checkpoints import write_classifier
-from commands import Place, place, record_of, run
+from commands import place, record_of, run, scored
 from tiny import tiny_model
 
 from jaxprune import checkpoint
@@ -21,7 +21,7 @@ from jaxprune.gates import flatten
 from jaxprune.scores import load_scores
 from jaxprune.selection import select
 
-__all__ = ["place"]  # a fixture
+__all__ = ["place", "scored"]  # fixtures
 
 
 @pytest.fixture
@@ -32,14 +32,6 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = terminal.digests_folder()
     assert folder is not None
     return folder
-
-
-@pytest.fixture(scope="module")
-def scored(place: Place) -> Path:
-    file = place.folder / "mood.safetensors"
-    rows = ("--task", "mood", "--data", place.data, "--criterion", "taylor", "--examples", 16)
-    assert run("score", place.model, *rows, "-o", file).exit_code == 0
-    return file
 
 
 def test_a_stamp_is_another_one_after_any_change(memory, tmp_path):
@@ -79,7 +71,10 @@ def test_a_folder_that_cannot_be_written_to_changes_nothing(memory, tmp_path):
     memory.parent.parent.mkdir(parents=True)
     memory.parent.write_text("a file where a folder should be")
     remember(memory, stamp_of([file]), [file], "digest")
-    assert recall(memory, stamp_of([file])) is None
+    stamp = stamp_of([file])
+    assert recall(memory, stamp) is None
+    file.unlink()
+    remember(memory, stamp, [file], "digest")  # nor do files that are gone
 
 
 @pytest.mark.parametrize("how", [{}, {"dtype": np.float16}, {"packed": "exact"}, {"packed": "int8"}])

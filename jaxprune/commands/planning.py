@@ -197,7 +197,7 @@ def plan_model(
     memory: Path | None = None,
     watch: Watch,
 ) -> dict[str, Any]:
-    """What `prune_model` would leave of a model. Of the model only shapes are used, but for a latency to be measured.
+    """What `prune_model` would leave of a model. Shapes are enough; weights are loaded where a table may be missing.
 
     Nothing is written but the latency table then, and what is remembered.
 
@@ -214,13 +214,13 @@ def plan_model(
         of the scores that is kept, scores below zero counting as zero.
     """
     scores = load_scores(scored)
-    model, params, digest = outline(source, memory=memory)
+    model, params, digest = outline(source, memory=memory)  # shapes in the place of the parameters
     try_selection(model, params, selection, kinds_of(model, params, scores))
     check_scored(scores, digest)
     if selection.by_latency:
         select(model, params, scores, units=1.0)  # refuses scores that do not fit before modules are measured
-        model, params = load(source)
-    length, table = settle(model, params, selection, tables, scores.header["mean_length"], watch)
+    whole = load(source) if selection.by_latency else (model, params)
+    length, table = settle(*whole, selection, tables, scores.header["mean_length"], watch)
     arguments = {**selection.arguments(), "length": length}
     gates = select(model, params, scores, **arguments, table=table)
     small = compacted_shapes(model, params, gates)

@@ -46,9 +46,9 @@ def recall(folder: Path, stamp: str | None) -> str | None:
 def remember(folder: Path, stamp: str | None, files: Iterable[Path], digest: str) -> None:
     """Remembers a digest of files that had this stamp before they were read, unless they have another one now.
 
-    A folder that cannot be written to changes nothing: what is not remembered is computed again.
+    A folder that cannot be written to, or files that are gone, change nothing: the digest is computed again.
     """
-    if stamp is not None and stamp_of(files) == stamp:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        if stamp is not None and stamp_of(files) == stamp:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / f"{stamp}.json", json.dumps({"digest": digest}).encode())

@@ -61,9 +61,7 @@ def headless_notes(record: Record) -> list[str]:
     gone = [
         name.removesuffix(ending)
         for name, (had, kept) in record["widths"].items()
-        if name.endswith(ending)
-        if had
-        if not kept
+        if name.endswith(ending) and had and not kept
     ]
     if not gone:
         return []
