@@ -11,9 +11,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 # takes that build, which is ten times smaller than the CUDA one; elsewhere it takes the usual one.
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
-# Most of the time goes into compiling tiny programs: without optimisation of machine code it takes two thirds. What is
-# computed stays the same but for rounding; make test-reference, the README's example and the notebooks run with all of it.
-QUICK := XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0"
+# A Python that compiles quickly rather than well: halves the time of the tests (tests/quick.py says how).
+quickly = XLA_FLAGS="$$XLA_FLAGS $$($(1) tests/quick.py)" $(1)
 # Tests of what depends on jax and flax most: the laws, parity and lowering.
 LAWS := $(addprefix tests/test_,attribution.py checkpoint.py compaction.py gates.py golden.py lowering.py)
 
@@ -33,13 +32,13 @@ demo: .venv/.stamp-runtime  ## prune the bundled model for one task and show bef
 	$(BIN)/jaxprune demo
 
 test: .venv/.stamp-test  ## all tests that need neither PyTorch nor much time
-	$(QUICK) $(BIN)/python -m pytest -m "not reference and not faults" -n $(WORKERS) --dist worksteal
+	$(call quickly,$(BIN)/python) -m pytest -m "not reference and not faults" -n $(WORKERS) --dist worksteal
 
 test-reference: .venv/.stamp-reference  ## compare with PyTorch, captum and scikit-learn
 	$(BIN)/python -m pytest -m reference
 
 test-oldest: .venv-oldest/.stamp  ## the laws with the oldest supported jax and flax, in .venv-oldest
-	$(QUICK) .venv-oldest/bin/python -m pytest -m "not reference and not faults" -n $(WORKERS) --dist worksteal $(LAWS)
+	$(call quickly,.venv-oldest/bin/python) -m pytest -m "not reference and not faults" -n $(WORKERS) --dist worksteal $(LAWS)
 
 test-faults: .venv/.stamp-test  ## kill and damage things at random, write benchmarks/results/faults.json
 	JAXPRUNE_FAULTS_RECORD=benchmarks/results/faults.json $(BIN)/python -m pytest -m faults

@@ -45,7 +45,7 @@ from jaxprune.learning.teaching import Teaching, Thinning, distil
 from jaxprune.sparse.sparse_training import sparsify
 from jaxprune.training import Recipe, finetune
 
-TASKS = ("sst2", "cola")
+TASKS = ("sst2", "cola", "mrpc", "rte", "qnli")
 CONTESTED = (0.95, 0.9)  # where all orders are compared, the first one on all tasks
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.97)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -351,6 +351,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="rows of a step")
     parser.add_argument("--prunings", type=int, default=100, help="of every student")
     parser.add_argument("--rate", type=float, help="the learning rate of all orders; by default those of `rates`")
+    parser.add_argument("--rates", type=Path, help="a record whose learning rates are taken; by default this one")
     parser.add_argument("--copies", type=int, default=20, help="of a train row, with augmented data")
     parser.add_argument(
         "--seeds",
@@ -383,8 +384,11 @@ def main() -> None:
         teacher_steps=arguments.teacher_steps or arguments.steps,
     )
     found = begun(parser, arguments.output, school.digest, "start")
-    if arguments.rate is None and "rates" in found:
-        school.rates |= found["rates"]["best"]
+    if arguments.rates and not arguments.rates.exists():
+        parser.error(f"--rates: there is no record {arguments.rates}")
+    rated = found if arguments.rates is None else begun(parser, arguments.rates, school.digest, "start")
+    if arguments.rate is None and "rates" in rated:
+        school.rates |= rated["rates"]["best"]
     for name in each(chosen):
         own: dict[str, Any] = PARTS[name](school, names, found) | {"steps": school.steps}
         if name == "rates" and arguments.rate is None:
@@ -393,7 +397,10 @@ def main() -> None:
             "command": "python benchmarks/sparsebert.py --start START --data DATA --work WORK -o OUTPUT "
             f"--tasks {arguments.tasks} --steps {school.steps} --teacher-steps {school.teacher_steps} "
             f"--batch-size {school.batch} --prunings {school.prunings} --seeds {school.seeds} "
-            f"--contested {arguments.contested} --sparsities {arguments.sparsities}" + " --decay" * school.decay,
+            f"--contested {arguments.contested} --sparsities {arguments.sparsities}"
+            + (f" --orders '{arguments.orders}'" if school.orders != ORDERS else "")
+            + (f" --rates {arguments.rates}" if arguments.rates else "")
+            + " --decay" * school.decay,
             "start": school.digest,
             "tasks": names,
             "seeds": school.seeds,

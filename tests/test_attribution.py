@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from passes import logits_of, sites_of, token_slopes
-from tiny import MODEL_TYPES, lively, tiny_batch, tiny_model
+from tiny import MODEL_TYPES, tiny_batch, tiny_model
 
 from jaxprune.attribution import GradientActivation, IntegratedGradients, joint, layer
 from jaxprune.criteria.activations import calibration_means
@@ -417,7 +417,7 @@ def test_a_model_without_units_cannot_be_integrated():
 
 def test_scores_of_a_bfloat16_model_are_float32_and_close():
     model, params = tiny_model(layers=1)
-    params = lively(model, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     batch = labelled(model)
     small = IntegratedGradients(nodes=4)(model, params, batch).scores
     large = IntegratedGradients(nodes=4)(model, jax.tree.map(lambda x: x.astype(jnp.float32), params), batch).scores

@@ -129,7 +129,7 @@ def test_weight_gradients_equal_those_of_apply(model_type: str):
         dropout = {"hidden_dropout_prob": rate, "attention_probs_dropout_prob": rate, "classifier_dropout": rate}
     module = family(model_type)
     model = module.build(module.parse_config(tiny_config(model_type) | dropout, heads))
-    params = lively(model, jax.eval_shape(model.initialise, jax.random.key(0)))
+    params = lively(model)
     batch, toward, key = tiny_batch(model, ROWS, LENGTH), cotangent(), jax.random.key(7)
 
     def total(used: Params) -> Any:

@@ -44,7 +44,7 @@ def batch_of(model: Model, seed: int = 0) -> dict[str, Any]:
 def pair(model_type: str = "bert", **settings: Any) -> tuple[Model, Params, Params]:
     """A student and a teacher of one architecture."""
     model, params = tiny_model(model_type, **settings)
-    return model, params, lively(model, params, 1)
+    return model, params, lively(model, 1)
 
 
 def padded(model: Model, batch: dict[str, Any]) -> dict[str, Any]:
@@ -260,7 +260,7 @@ def test_logits_may_come_with_the_batch():
     batch, settings = batch_of(model), Distillation(attention=0.0, embeddings=0.0, hidden=0.0)
     expected = joint_loss(model, params, model, teacher, batch, settings)[0]
     known = batch | {"teacher_logits": np.asarray(logits_of(model, teacher, batch))}
-    other = lively(model, params, 2)
+    other = lively(model, 2)
     np.testing.assert_allclose(joint_loss(model, params, model, other, known, settings)[0], expected, rtol=1e-6)
     with pytest.raises(ValueError, match=r"logits have the shape \(3, 3\), the teacher's \(3, 2\)"):
         joint_loss(model, params, model, teacher, known | {"teacher_logits": np.zeros((3, 2), np.float32)}, settings)

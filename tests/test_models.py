@@ -33,7 +33,7 @@ def model_with(model_type: str, **settings: Any) -> tuple[Model, Params]:
     """A tiny model with other settings."""
     module = family(model_type)
     model = module.build(module.parse_config(tiny_config(model_type) | settings, HEADS))
-    return model, lively(model, jax.eval_shape(model.initialise, jax.random.key(0)))
+    return model, lively(model)
 
 
 def logits(model: Model, params: Params, batch: Any, *args: Any, **settings: Any) -> np.ndarray:

@@ -5,6 +5,7 @@ The weights are random but not small: logits differ by about 1 between examples,
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -100,14 +101,20 @@ def tiny_model(
         heads = (TaskHead(name="task", labels=("no", "maybe", "yes"), dense=dense),)
     module = family(model_type)
     model = module.build(module.parse_config(raw, heads))
-    return model, lively(model, jax.eval_shape(model.initialise, jax.random.key(seed)), seed)
+    return model, lively(model, seed)
 
 
-def lively(model: Model, params: Params, seed: int = 0) -> Params:
-    """Parameters of the same shapes and types in which everything matters: no bias is zero, no kernel is small."""
+@lru_cache
+def shapes(model: Model) -> Params:
+    """The shapes of a model's parameters, traced once: many tests ask for the same model."""
+    return jax.eval_shape(model.initialise, jax.random.key(0))
+
+
+def lively(model: Model, seed: int = 0) -> Params:
+    """Parameters in which everything matters: no bias is zero, no kernel is small."""
     random = np.random.default_rng(seed)
     flat = {}
-    for path, array in flatten(params).items():
+    for path, array in flatten(shapes(model)).items():
         draw = random.standard_normal(array.shape)
         if path[-1] == "kernel":
             axes = axes_of(model.axes, path)
