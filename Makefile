@@ -35,7 +35,7 @@ test: .venv/.stamp-test  ## all tests that need neither PyTorch nor much time
 	$(call quickly,$(BIN)/python) -m pytest -m "not reference and not faults" -n $(WORKERS) --dist worksteal
 
 test-reference: .venv/.stamp-reference  ## compare with PyTorch, captum and scikit-learn
-	$(BIN)/python -m pytest -m reference
+	$(BIN)/python -m pytest -m reference -n $(WORKERS) --dist worksteal
 
 test-oldest: .venv-oldest/.stamp  ## the laws with the oldest supported jax and flax, in .venv-oldest
 	$(call quickly,.venv-oldest/bin/python) -m pytest -m "not reference and not faults" -n $(WORKERS) --dist worksteal $(LAWS)

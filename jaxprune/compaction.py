@@ -75,7 +75,7 @@ def compact(model: Model, params: Params, gates: Mapping[str, Any], means: Mappi
         changed = compact_site(
             model.axes, flatten(subtree(params, places[name].module)), places[name], gate, means.get(name)
         )
-        small |= {path: jnp.asarray(array) for path, array in changed.items()}
+        small |= {path: jax.device_put(array) for path, array in changed.items()}  # asarray compiles for every shape
     return unflatten(small)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from jaxprune.compaction import compact
@@ -120,7 +120,7 @@ def select_left(model: Model, params: Params, scores: Scores | Values, left: Gat
         return with_gone(normalise(units_left(every, left)), left)
 
     gates = select(model, params, with_gone(values, left), **selection, normalise=None if normalise is None else own)
-    return {name: jnp.asarray(np.minimum(gate, left.get(name, 1.0))) for name, gate in gates.items()}
+    return {name: jax.device_put(np.minimum(gate, left.get(name, 1.0))) for name, gate in gates.items()}
 
 
 def with_gone(values: Values, left: Mapping[str, Any]) -> dict[str, np.ndarray]:

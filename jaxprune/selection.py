@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.budgets.allocation import Blocks, Choices, alike, best_first, cut, knapsack, prefix, sequence
@@ -490,7 +489,7 @@ def _gates(ground: _Ground, kept: Sequence[int] | np.ndarray) -> Gates:
     for site, units in zip(ground.places, kept, strict=True):
         gate = np.zeros(ground.width[site.name], np.float32)
         gate[ground.ranking[site.name][:units]] = 1.0
-        gates[site.name] = jnp.asarray(gate)
+        gates[site.name] = jax.device_put(gate)  # jnp.asarray would compile a program for every width
     return gates
 
 

@@ -13,6 +13,7 @@ import pytest
 from tiny import tiny_batch, tiny_config, tiny_model
 
 from jaxprune.attribution import GradientActivation, IntegratedGradients, layer
+from jaxprune.compaction import compact
 from jaxprune.criteria.activations import calibration_means
 from jaxprune.criteria.baselines import Fisher, LeaveOneOut, Wanda
 from jaxprune.criteria.objectives import every
@@ -34,6 +35,7 @@ from jaxprune.models import (
 )
 from jaxprune.models.layers import max_tokens, sum_tokens
 from jaxprune.scoring import score_batches
+from jaxprune.selection import select
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # one event per program
 
@@ -188,6 +190,18 @@ def test_one_node_of_a_text_to_text_model_costs_two_forward_passes(stack: str):
     pullback = saved.restore((layer.params, state, {}))
     node = flops_of(backward._block_forward, *static, *arrays) + flops_of(backward._pull, pullback, output)
     assert 1.5 * forward < node <= 2.1 * forward
+
+
+@pytest.mark.parametrize("model_type", ["bert", "t5"])
+def test_selection_and_compaction_compile_nothing(model_type: str, compiled: list[int]):
+    model, params = tiny_model(model_type, layers=3, neurons=37)
+    random = np.random.default_rng(0)
+    scores = {name: random.random(count).astype(np.float32) for name, count in widths(model.axes, params).items()}
+    before = compiled[0]
+    small = compact(model, params, select(model, params, scores, units=0.5, per_layer=False))
+    assert compiled[0] == before
+    shapes, all_shapes = ({array.shape for array in jax.tree.leaves(own)} for own in (small, params))
+    assert len(shapes - all_shapes) > 3
 
 
 def test_what_the_lowest_gates_multiply_is_not_computed_again():

@@ -125,7 +125,7 @@ def lively(model: Model, seed: int = 0) -> Params:
             value = draw
         else:
             value = (1.0 if path[-1] == "scale" else 0.0) + 0.2 * draw
-        flat[path] = jnp.asarray(value, array.dtype)
+        flat[path] = jax.device_put(value.astype(array.dtype))  # jnp.asarray would compile for every shape
     return unflatten(flat)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -93,7 +94,7 @@ def union(*gates: Mapping[str, Any]) -> Gates:
     Raises:
         ValueError: If there are none, they are of other sites or numbers of units, or a gate is neither 0 nor 1.
     """
-    return {name: jnp.asarray(np.maximum.reduce(own)) for name, own in _same_sites(gates).items()}
+    return {name: jax.device_put(np.maximum.reduce(own)) for name, own in _same_sites(gates).items()}
 
 
 def intersection(*gates: Mapping[str, Any]) -> Gates:
@@ -102,7 +103,7 @@ def intersection(*gates: Mapping[str, Any]) -> Gates:
     Raises:
         ValueError: If there are none, they are of other sites or numbers of units, or a gate is neither 0 nor 1.
     """
-    return {name: jnp.asarray(np.minimum.reduce(own)) for name, own in _same_sites(gates).items()}
+    return {name: jax.device_put(np.minimum.reduce(own)) for name, own in _same_sites(gates).items()}
 
 
 def _same_sites(gates: tuple[Mapping[str, Any], ...]) -> dict[str, list[np.ndarray]]:
