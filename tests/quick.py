@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import jax
 
-FLAGS = {
-    "xla_backend_optimization_level": 0,
+FLAGS: dict[str, str | bool] = {
+    "xla_backend_optimization_level": "0",
     "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
+    "xla_cpu_parallel_codegen_split_count": "1",
 }
 
 
-def known(name: str, value: int) -> bool:
+def known(name: str, value: str | bool) -> bool:
     """Whether this jaxlib has the flag: one that it has not, in XLA_FLAGS, would end the process."""
     try:
         jax.jit(lambda x: x).lower(0.0).compile({name: value})
