@@ -12,10 +12,11 @@ METHOD, PLAIN = "prune while distilling", "prune while fine-tuning"
 COUNTS = ("kept of the teacher, %", "weights of linear maps", "of all parameters")
 
 
-MAIN, LONG, FALLING, TASKS = (
+MAIN, LONG, FALLING, BOTH, TASKS = (
     "sparsebert",
     "sparsebert_long",
     "sparsebert_decay",
+    "sparsebert_long_decay",
     "sparsebert_tasks",
 )  # the records of sparsebert.py
 
@@ -164,10 +165,15 @@ SPARSE_TABLES: Mapping[str, Callable[[], str]] = {
     "sparsebert-sparsities": sparsities,
     "sparsebert-variants": variants,
     "sparsebert-cost": cost,
+    "sparsebert-tasks-setting": partial(setting, TASKS),
+    "sparsebert-tasks-orders": partial(orders, TASKS),
+    "sparsebert-tasks-claims": partial(claims, TASKS),
     "sparsebert-long-setting": partial(setting, LONG),
     "sparsebert-long": partial(sparsities, LONG),
     "sparsebert-falling-setting": partial(setting, FALLING),
     "sparsebert-falling": partial(sparsities, FALLING),
+    "sparsebert-both-setting": partial(setting, BOTH),
+    "sparsebert-both": partial(sparsities, BOTH),
     "sparse-compute": compute,
     "sparse-compute-setting": compute_setting,
 }
