@@ -387,6 +387,8 @@ def main() -> None:
     if arguments.rates and not arguments.rates.exists():
         parser.error(f"--rates: there is no record {arguments.rates}")
     rated = found if arguments.rates is None else begun(parser, arguments.rates, school.digest, "start")
+    if arguments.rates and "rates" not in rated:
+        parser.error(f"--rates: {arguments.rates} has no learning rates: make them with --only rates")
     if arguments.rate is None and "rates" in rated:
         school.rates |= rated["rates"]["best"]
     for name in each(chosen):
