@@ -12,6 +12,7 @@ Parts, for `--only`:
     orders      prune while fine-tuning; distil, then prune; prune while distilling, from pre-trained and fine-tuned
     sparsities  the method from 50 to 97 %
     variants    one-shot, with recovery after the last pruning, with augmented data
+    sizes       FLOPs and bytes of files by sparsity; without training, as zeros count and not where they are
     cost        seconds of a step with and without pruning, in turns
 """
 
@@ -22,6 +23,7 @@ import base64
 import hashlib
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,7 +38,9 @@ from parts import PACKAGES, asked, begun, each, keep
 
 import jaxprune as jp
 from jaxprune.checkpoint import model_digest
+from jaxprune.commands.storage import disk_sizes
 from jaxprune.commands.students import count_weights
+from jaxprune.cost import flops
 from jaxprune.data.batches import encode, training_batches
 from jaxprune.distillation import distil_step, start_student
 from jaxprune.evaluation import evaluate, predict
@@ -49,6 +53,7 @@ TASKS = ("sst2", "cola", "mrpc", "rte", "qnli")
 CONTESTED = (0.95, 0.9)  # where all orders are compared, the first one on all tasks
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.97)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+LENGTH = 64  # tokens, where FLOPs are counted
 FIRST = 1e-3  # the rate that is tried first; then its neighbours, on and on towards where dev gets better
 LABELS = jp.Distillation(attention=0.0, embeddings=0.0, hidden=0.0, logits=0.0, labels=1.0)
 PLAIN, AFTER, METHOD, FROM_TUNED = (
@@ -131,6 +136,7 @@ class School:
             "test": evaluate(model, params, task, head=name, batch_size=64).to_json(),
             "hits": base64.b64encode(np.packbits(hits).tobytes()).decode(),
             "weights": count_weights(model, params),
+            "sizes": sizes_of(model, params),
         }
 
     def dense(self, name: str) -> dict[str, Any]:
@@ -188,6 +194,20 @@ class School:
         return Cell(bits[: found["test"]["n"]].astype(bool), 1.0)
 
 
+def sizes_of(model: Any, params: Any) -> dict[str, Any]:
+    """What is left to multiply with by the weights that are not zero, and to store, dense and packed."""
+    weights = count_weights(model, params)
+    dense = flops(model, params, LENGTH)
+    zeros = weights["linear_maps"] - weights["linear_maps_not_zero"]
+    found: dict[str, Any] = {"flops": dense, "flops_not_zero": dense - 2 * LENGTH * zeros, "length": LENGTH}
+    with tempfile.TemporaryDirectory() as place:
+        for way, packed in {"dense": None, "exact": "exact", "int8": "int8"}.items():
+            folder = Path(place) / way
+            jp.save(folder, model, params, packed=packed)
+            found[way] = disk_sizes(model, params, folder)
+    return found
+
+
 def summary(school: School, name: str, order: str, sparsity: float, *, only: int | None = None) -> dict[str, Any]:
     """One row of a table: the mean over the students, or the first few, and what is kept of the teacher's metric."""
     dense = school.dense(name)
@@ -207,6 +227,7 @@ def summary(school: School, name: str, order: str, sparsity: float, *, only: int
         "linear_maps": weights["linear_maps"],
         "parameters": weights["parameters"],
         "parameters_not_zero": weights["parameters_not_zero"],
+        **({"sizes": found[0]["sizes"]} if "sizes" in found[0] else {}),
         "seconds": float(np.mean([own["seconds"] for own in found])),
     }
 
@@ -286,6 +307,16 @@ def variants(school: School, names: list[str], record: Mapping[str, Any]) -> dic
     return {"task": names[0], "rows": rows, "copies": school.copies, "sparsity": school.contested[0]}
 
 
+def sizes(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
+    """FLOPs and files by sparsity, of the start, whose smallest weights become zero at once."""
+    maps = jp.linear_maps(school.model)
+    return {
+        "rows": {
+            str(s): sizes_of(school.model, jp.one_shot(school.params, s, prunable=maps)[0]) for s in school.sparsities
+        }
+    }
+
+
 def cost(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds of a step of distillation with and without pruning, in turns; every hundredth step of a run prunes."""
     name, turns, block, prunings = names[0], 3, 10, 100
@@ -334,6 +365,7 @@ PARTS: dict[str, Callable[[School, list[str], Mapping[str, Any]], dict[str, Any]
     "orders": orders,
     "sparsities": sparsities,
     "variants": variants,
+    "sizes": sizes,
     "cost": cost,
 }
 
