@@ -97,6 +97,23 @@ def variants(name: str = MAIN) -> str:
     return table(heading, [[name, *_cells(own)] for name, own in found["rows"].items()])
 
 
+def sizes(name: str = MAIN) -> str:
+    """What is left to multiply and to store."""
+    rows = []
+    found = record(name)["sizes"]["rows"]
+    for sparsity, own in found.items():
+        share = f"{own['flops_not_zero'] / 1e6:,.0f} of {own['flops'] / 1e6:,.0f} M"
+        stored = [
+            f"{own[way][what] / 1e6:.2f} of {own['dense'][what] / 1e6:.2f} MB"
+            for what in ("linear_maps", "file")
+            for way in ("exact", "int8")
+        ]
+        rows.append([f"{100 * float(sparsity):g} %", share, *stored])
+    length = next(iter(found.values()))["length"]
+    heading = ["linear maps packed, exact", "int8", "whole file, exact", "int8"]
+    return table(["zeros", f"FLOPs of {length} tokens by weights that are not zero", *heading], rows)
+
+
 def cost(name: str = MAIN) -> str:
     """What pruning adds to a step."""
     found = record(name)["cost"]
@@ -164,6 +181,7 @@ SPARSE_TABLES: Mapping[str, Callable[[], str]] = {
     "sparsebert-claims": claims,
     "sparsebert-sparsities": sparsities,
     "sparsebert-variants": variants,
+    "sparsebert-sizes": sizes,
     "sparsebert-cost": cost,
     "sparsebert-tasks-setting": partial(setting, TASKS),
     "sparsebert-tasks-orders": partial(orders, TASKS),
