@@ -128,6 +128,14 @@ class Evaluation:
         """All of it as plain values, ready for `json.dumps`."""
         return asdict(self) | {"metrics": dict(self.metrics), "primary": self.primary[0]}
 
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Evaluation:
+        """From what `to_json` gave, also if a file has its names in another order."""
+        first = fields["primary"]
+        metrics = {first: fields["metrics"][first]} | fields["metrics"]
+        own = {name: value for name, value in fields.items() if name in cls.__dataclass_fields__}
+        return cls(**own | {"metrics": metrics})
+
 
 def predict(
     model: Model,

@@ -196,7 +196,7 @@ def finetune(
             now = now._replace(best=jax.tree.map(jnp.copy, now.params))
         if file is not None:
             write_state(file, now, run, history)
-    epochs = tuple(tuple(_evaluation(result) for result in results) for results in history)
+    epochs = tuple(tuple(Evaluation.from_json(result) for result in results) for results in history)
     return Finetuned(trained, now.best, epochs, _best(history), leaks, cut_off)
 
 
@@ -375,9 +375,5 @@ def _update(
 
 def _best(history: Sequence[Sequence[Mapping[str, Any]]]) -> int:
     """The epoch, from 1, with the best mean of the primary metrics; the first of equals."""
-    means = [np.mean([_evaluation(result).primary[1] for result in results]) for results in history]
+    means = [np.mean([Evaluation.from_json(result).primary[1] for result in results]) for results in history]
     return int(np.argmax(means)) + 1
-
-
-def _evaluation(fields: Mapping[str, Any]) -> Evaluation:
-    return Evaluation(**{name: value for name, value in fields.items() if name in Evaluation.__dataclass_fields__})

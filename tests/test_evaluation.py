@@ -264,3 +264,13 @@ def test_an_evaluation_prints_on_one_line_and_goes_into_json():
         "task": "mrpc", "split": "dev", "head": "mrpc", "metrics": {"accuracy": 0.8125, "f1": 0.86}, "chance": 0.684,
         "n": 1_408, "truncated": 0, "generated": False, "primary": "accuracy",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "names", [("matthews", "accuracy"), ("f1", "exact_match"), ("pearson_spearman", "pearson"), ("accuracy", "f1")]
+)
+def test_the_primary_metric_stays_the_first_in_a_file_that_sorts_names(names: tuple[str, ...]):
+    metrics = {name: 0.5 + 0.1 * place for place, name in enumerate(names)}
+    found = Evaluation(task="t", split="dev", head="t", metrics=metrics, chance=0.1, n=9, truncated=1, generated=True)
+    again = Evaluation.from_json(json.loads(json.dumps(found.to_json(), sort_keys=True)))
+    assert again == found and again.primary == found.primary == (names[0], 0.5)

@@ -20,11 +20,12 @@ from tiny import tiny_model
 
 from jaxprune.checkpoint import digest
 from jaxprune.data.batches import encode
+from jaxprune.evaluation import Evaluation
 from jaxprune.gates import Params
-from jaxprune.learning.training_run import Step
+from jaxprune.learning.training_run import Step, read_state, write_state
 from jaxprune.models import Model
 from jaxprune.tasks import Example, Task
-from jaxprune.training import Finetuned, Recipe, _plan, _rate, _update, finetune
+from jaxprune.training import Finetuned, Recipe, _best, _plan, _rate, _update, finetune, start_training
 
 DATA = Path(__file__).parent / "data"
 RECIPE = Recipe(epochs=2, batch_size=16, learning_rate=5e-3, warmup=0.1)
@@ -104,6 +105,18 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert digest(resumed.params) == digest(whole.params)
     assert resumed.epochs == whole.epochs
     assert digest(run(tasks, state=state).params) == digest(whole.params)  # a finished run is not run again
+
+
+def test_the_best_epoch_of_a_resumed_run_is_by_the_primary_metric(tmp_path: Path):
+    """CoLA's primary metric does not come first in the alphabet, and is smaller than the one that does."""
+    epochs = [{"matthews": 0.16, "accuracy": 0.71}, {"matthews": 0.24, "accuracy": 0.69}]
+    facts = {"task": "cola", "split": "dev", "head": "cola", "chance": 0.0, "n": 60}
+    history = [[Evaluation(metrics=metrics, **facts).to_json()] for metrics in epochs]
+    params = encoder()[1]
+    now = start_training(params, "adamw")._replace(best=params)
+    write_state(tmp_path / "state", now, {}, history[:1])
+    _, read = read_state(tmp_path / "state", now, {})
+    assert _best([*read, *history[1:]]) == _best(history) == 2
 
 
 KILLED = """

@@ -319,6 +319,4 @@ def _best(history: Sequence[Mapping[str, Any]], last: int) -> int:
 
 
 def _exam(fields: Mapping[str, Any]) -> Exam:
-    own = fields["evaluation"]
-    found = Evaluation(**{name: value for name, value in own.items() if name in Evaluation.__dataclass_fields__})
-    return Exam(fields["step"], fields["sparsity"], fields["losses"], found)
+    return Exam(fields["step"], fields["sparsity"], fields["losses"], Evaluation.from_json(fields["evaluation"]))

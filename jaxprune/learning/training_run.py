@@ -112,7 +112,7 @@ def _arrays(now: TrainingState) -> dict[str, Any]:
 
 def write_state(file: Path, now: TrainingState, run: Mapping[str, Any], history: list[Any]) -> None:
     """Writes a run in progress, atomically."""
-    header = {"jaxprune_training": json.dumps({"run": run, "done": now.done, "history": history}, sort_keys=True)}
+    header = {"jaxprune_training": json.dumps({"run": run, "done": now.done, "history": history})}
     arrays = {name: np.asarray(array) for name, array in _arrays(now).items()}
     write_atomic(file, to_safetensors(arrays, header))
 
