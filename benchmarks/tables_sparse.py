@@ -12,12 +12,14 @@ METHOD, PLAIN = "prune while distilling", "prune while fine-tuning"
 COUNTS = ("kept of the teacher, %", "weights of linear maps", "of all parameters")
 
 
-MAIN, LONG, FALLING, BOTH, TASKS = (
+MAIN, LONG, FALLING, LONG_FALLING, TASKS, RTE, TASKS_FALLING = (
     "sparsebert",
     "sparsebert_long",
     "sparsebert_decay",
     "sparsebert_long_decay",
     "sparsebert_tasks",
+    "sparsebert_rte",
+    "sparsebert_tasks_decay",
 )  # the records of sparsebert.py
 
 
@@ -186,12 +188,17 @@ SPARSE_TABLES: Mapping[str, Callable[[], str]] = {
     "sparsebert-tasks-setting": partial(setting, TASKS),
     "sparsebert-tasks-orders": partial(orders, TASKS),
     "sparsebert-tasks-claims": partial(claims, TASKS),
+    "sparsebert-rte-setting": partial(setting, RTE),
+    "sparsebert-rte-orders": partial(orders, RTE),
+    "sparsebert-rte-claims": partial(claims, RTE),
     "sparsebert-long-setting": partial(setting, LONG),
     "sparsebert-long": partial(sparsities, LONG),
     "sparsebert-falling-setting": partial(setting, FALLING),
     "sparsebert-falling": partial(sparsities, FALLING),
-    "sparsebert-both-setting": partial(setting, BOTH),
-    "sparsebert-both": partial(sparsities, BOTH),
+    "sparsebert-both-setting": partial(setting, LONG_FALLING),
+    "sparsebert-both": partial(sparsities, LONG_FALLING),
+    "sparsebert-both-tasks-setting": partial(setting, TASKS_FALLING),
+    "sparsebert-both-tasks": partial(orders, TASKS_FALLING),
     "sparse-compute": compute,
     "sparse-compute-setting": compute_setting,
 }

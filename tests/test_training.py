@@ -104,6 +104,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert seen[0] == when + 10
     assert digest(resumed.params) == digest(whole.params)
     assert resumed.epochs == whole.epochs
+    first, again = ([[one.primary for one in own] for own in done.epochs] for done in (whole, resumed))
+    assert again == first
     assert digest(run(tasks, state=state).params) == digest(whole.params)  # a finished run is not run again
 
 
