@@ -12,14 +12,13 @@ METHOD, PLAIN = "prune while distilling", "prune while fine-tuning"
 COUNTS = ("kept of the teacher, %", "weights of linear maps", "of all parameters")
 
 
-MAIN, LONG, FALLING, LONG_FALLING, TASKS, RTE, TASKS_FALLING = (
+MAIN, LONG, FALLING, LONG_FALLING, TASKS, RTE = (
     "sparsebert",
     "sparsebert_long",
     "sparsebert_decay",
     "sparsebert_long_decay",
     "sparsebert_tasks",
     "sparsebert_rte",
-    "sparsebert_tasks_decay",
 )  # the records of sparsebert.py
 
 
@@ -197,8 +196,6 @@ SPARSE_TABLES: Mapping[str, Callable[[], str]] = {
     "sparsebert-falling": partial(sparsities, FALLING),
     "sparsebert-both-setting": partial(setting, LONG_FALLING),
     "sparsebert-both": partial(sparsities, LONG_FALLING),
-    "sparsebert-both-tasks-setting": partial(setting, TASKS_FALLING),
-    "sparsebert-both-tasks": partial(orders, TASKS_FALLING),
     "sparse-compute": compute,
     "sparse-compute-setting": compute_setting,
 }
