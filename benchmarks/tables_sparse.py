@@ -12,13 +12,14 @@ METHOD, PLAIN = "prune while distilling", "prune while fine-tuning"
 COUNTS = ("kept of the teacher, %", "weights of linear maps", "of all parameters")
 
 
-MAIN, LONG, FALLING, LONG_FALLING, TASKS, RTE = (
+MAIN, LONG, FALLING, LONG_FALLING, TASKS, RTE, TASKS_LONG_FALLING = (
     "sparsebert",
     "sparsebert_long",
     "sparsebert_decay",
     "sparsebert_long_decay",
     "sparsebert_tasks",
     "sparsebert_rte",
+    "sparsebert_tasks_decay",
 )  # the records of sparsebert.py
 
 
@@ -196,6 +197,8 @@ SPARSE_TABLES: Mapping[str, Callable[[], str]] = {
     "sparsebert-falling": partial(sparsities, FALLING),
     "sparsebert-both-setting": partial(setting, LONG_FALLING),
     "sparsebert-both": partial(sparsities, LONG_FALLING),
+    "sparsebert-both-tasks-setting": partial(setting, TASKS_LONG_FALLING),
+    "sparsebert-both-tasks": partial(orders, TASKS_LONG_FALLING),
     "sparse-compute": compute,
     "sparse-compute-setting": compute_setting,
 }
