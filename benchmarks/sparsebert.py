@@ -227,7 +227,7 @@ def summary(school: School, name: str, order: str, sparsity: float, *, only: int
         "linear_maps": weights["linear_maps"],
         "parameters": weights["parameters"],
         "parameters_not_zero": weights["parameters_not_zero"],
-        **({"sizes": found[0]["sizes"]} if "sizes" in found[0] else {}),
+        "sizes": found[0]["sizes"],
         "seconds": float(np.mean([own["seconds"] for own in found])),
     }
 
