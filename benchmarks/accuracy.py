@@ -22,9 +22,8 @@ from evidence import compare, retained, summary
 from parts import asked, begun, each, keep
 
 import jaxprune as jp
-from jaxprune import attribution
-from jaxprune.criteria import activations, objectives
-from jaxprune.selection import per_layer_l2
+from jaxprune.pruning.selection import per_layer_l2
+from jaxprune.scoring import activations, attribution, objectives
 
 TASKS = ("sst2", "ag_news", "mrpc", "qnli", "trec", "banking77", "snips")
 FACTOR_TASKS = ("sst2", "ag_news", "qnli")  # a short text, a long one, a pair

@@ -38,8 +38,8 @@ from parts import asked, begun, each, keep
 from timing import growth, peak_of_child
 
 import jaxprune as jp
-from jaxprune.criteria import objectives
-from jaxprune.selection import per_layer_l2
+from jaxprune.pruning.selection import per_layer_l2
+from jaxprune.scoring import objectives
 
 TASKS = ("sst2", "ag_news", "mrpc", "rte", "qnli", "subj", "trec", "dbpedia_14", "snips")
 KEPT = (0.9, 0.7, 0.5, 0.3, 0.1)  # of the FLOPs of encoder and decoder

@@ -18,12 +18,13 @@ import numpy as np
 from evidence import Cell, summary
 
 import jaxprune as jp
-from jaxprune.checkpoint import model_digest
-from jaxprune.data.batches import Length, encode
+from jaxprune.checkpoints.folder import model_digest
+from jaxprune.data.batches import encode
 from jaxprune.data.prompts import prompt_of
-from jaxprune.evaluation import fitting_head, predict
-from jaxprune.scores import describe
-from jaxprune.tasks import draw
+from jaxprune.data.tasks import draw
+from jaxprune.evaluation.evaluate import fitting_head, predict
+from jaxprune.models.cost import Length
+from jaxprune.scoring.scores import describe
 
 EXAMPLES = 128  # calibration rows
 

@@ -27,9 +27,9 @@ from safetensors.numpy import load_file, save_file
 
 import jaxprune as jp
 from jaxprune.bundled import bundled_data, bundled_model
-from jaxprune.learning.training_run import Step
-from jaxprune.tasks import Example, Task, draw, load_task, remove_leaks, row_key
-from jaxprune.training import Recipe
+from jaxprune.data.tasks import Example, Task, draw, load_task, remove_leaks, row_key
+from jaxprune.training.finetuning import Recipe
+from jaxprune.training.loop import Step
 
 TASKS = ("sst2", "ag_news", "mrpc", "rte", "qnli", "subj", "trec", "dbpedia_14", "banking77", "snips")
 VOCABULARY = 12_000  # tokens: with these the folder stays under 32 MB in half precision

@@ -24,10 +24,10 @@ import numpy as np
 from timing import say
 
 import jaxprune as jp
-from jaxprune.learning.pretraining import Pretraining, pretrain
+from jaxprune.data.tasks import Example, Task, load_task, remove_leaks, row_key
 from jaxprune.models import Model, family
-from jaxprune.tasks import Example, Task, load_task, remove_leaks, row_key
-from jaxprune.training import Recipe
+from jaxprune.training.finetuning import Recipe
+from jaxprune.training.pretraining import Pretraining, pretrain
 
 TASKS = ("sst2", "ag_news", "mrpc", "rte", "qnli", "subj", "trec", "dbpedia_14", "banking77", "snips")
 MORE_TEXTS = ("20newsgroups", "boolq_devsplit", "clinc150", "cola", "emotion")  # read in pre-training only

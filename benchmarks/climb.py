@@ -17,10 +17,9 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.linalg import eigh
 
-from jaxprune.cost import checked_length, matmul_flops, unit_costs
-from jaxprune.data.batches import Batch, Length, encode, pack
-from jaxprune.evaluation import fitting_head
-from jaxprune.gates import UNITS, Params, Path, axes_of, flatten, open_gates, reads, sites, subtree, unflatten, widths
+from jaxprune.data.batches import Batch, encode, pack
+from jaxprune.data.tasks import Example, Task
+from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import (
     Layer,
     Model,
@@ -32,8 +31,9 @@ from jaxprune.models import (
     model_inputs,
     model_layers,
 )
-from jaxprune.selection import SLACK
-from jaxprune.tasks import Example, Task
+from jaxprune.models.cost import Length, checked_length, matmul_flops, unit_costs
+from jaxprune.pruning.selection import SLACK
+from jaxprune.units import UNITS, Params, Path, axes_of, flatten, open_gates, reads, sites, subtree, unflatten, widths
 
 Masks: TypeAlias = dict[str, np.ndarray]  # site name -> one float32 multiplier per unit
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertModel
 
-from jaxprune.gates import Params, flatten, widths
 from jaxprune.models import Model, family
+from jaxprune.units import Params, flatten, widths
 
 # Our array in the axis order of PyTorch's, which keeps [out, in], and heads x head size as one.
 LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {

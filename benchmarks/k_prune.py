@@ -37,11 +37,11 @@ from climb import (
 from jaxtyping import Array, Float
 
 from jaxprune.compaction import compact
-from jaxprune.data.batches import Length
-from jaxprune.gates import Gates, Params
+from jaxprune.data.tasks import Example, Task
 from jaxprune.models import Model, State, enter, layer_entries, mask_of, model_inputs, model_layers
 from jaxprune.models.backward import Prefix, forward
-from jaxprune.tasks import Example, Task
+from jaxprune.models.cost import Length
+from jaxprune.units import Gates, Params
 
 
 class Knowledge(NamedTuple):

@@ -31,13 +31,13 @@ from climb import (
 )
 from jaxtyping import Float
 
-from jaxprune.attribution import GradientActivation
 from jaxprune.compaction import compact
-from jaxprune.criteria.objectives import log_probability, negative_squared_error, signed
-from jaxprune.data.batches import Length
-from jaxprune.gates import Params
+from jaxprune.data.tasks import Example, Task
 from jaxprune.models import Model
-from jaxprune.tasks import Example, Task
+from jaxprune.models.cost import Length
+from jaxprune.scoring.attribution import GradientActivation
+from jaxprune.scoring.objectives import log_probability, negative_squared_error, signed
+from jaxprune.units import Params
 
 FISHER_BATCH = 32  # rows whose mean loss is differentiated together (Kwon et al.)
 LARGEST_SCALE = 10.0  # a module with a larger one is not rescaled (Kwon et al.)

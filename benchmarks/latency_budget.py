@@ -25,14 +25,14 @@ from speed import SIZES, environment, random_model
 from timing import Setting, say
 
 import jaxprune as jp
-from jaxprune.budgets.latency_table import LatencyTable, Tokens, measure_latency_table
-from jaxprune.budgets.latency_target import meet
-from jaxprune.commands.planning import TRIES
-from jaxprune.cost import LatencyComparison, compare_latency
-from jaxprune.formats.files import write_atomic
-from jaxprune.gates import Gates, Params, widths
+from jaxprune.checkpoints.files import write_atomic
+from jaxprune.cli.planning import TRIES
 from jaxprune.models import Model
-from jaxprune.selection import least_latency
+from jaxprune.models.cost import LatencyComparison, compare_latency
+from jaxprune.pruning.latency_table import LatencyTable, Tokens, measure_latency_table
+from jaxprune.pruning.latency_target import meet
+from jaxprune.pruning.selection import least_latency
+from jaxprune.units import Gates, Params, widths
 
 SCOPES = {"same fraction": True, "competing": False}  # name -> `per_layer`
 

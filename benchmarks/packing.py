@@ -29,12 +29,12 @@ from speed import environment
 from timing import Setting, in_turns, spread
 
 import jaxprune as jp
-from jaxprune.commands.storage import disk_sizes
-from jaxprune.formats.files import write_atomic
-from jaxprune.formats.packed_file import PackedFile
-from jaxprune.formats.packing import RUN, linear_maps
-from jaxprune.gates import Params, flatten, path_name, unflatten
+from jaxprune.checkpoints.files import write_atomic
+from jaxprune.checkpoints.packed_file import PackedFile
+from jaxprune.checkpoints.packing import RUN, linear_maps
+from jaxprune.cli.storage import disk_sizes
 from jaxprune.models import Model
+from jaxprune.units import Params, flatten, path_name, unflatten
 
 SPARSITIES = "0.5,0.8,0.9,0.95,0.97"
 WAYS: Mapping[str, Mapping[str, Any]] = {  # name -> arguments of `save`

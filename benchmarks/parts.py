@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxprune.formats.files import write_atomic
+from jaxprune.checkpoints.files import write_atomic
 
 PACKAGES = ("jaxprune", "jax", "flax", "numpy")
 

@@ -28,8 +28,8 @@ from speed import SIZES, random_model
 from timing import spread
 
 import jaxprune as jp
-from jaxprune.checkpoint import load
-from jaxprune.formats import stamps
+from jaxprune.checkpoints import stamps
+from jaxprune.checkpoints.folder import load
 
 BUDGETS = (("--flops", "0.5"), ("--parameters", "0.7", "--global"), ("--memory", "200MB"), ("--units", "0.3"))
 FIRST = "first"  # the budget of FLOPs, with nothing remembered

@@ -37,8 +37,8 @@ from parts import asked, begun, each, keep
 from rivals import k_prune, kwon
 
 import jaxprune as jp
-from jaxprune.cost import memory as memory_of
-from jaxprune.tasks import draw
+from jaxprune.data.tasks import draw
+from jaxprune.models.cost import memory as memory_of
 
 TASKS = ("sst2", "ag_news", "mrpc", "qnli", "trec", "banking77", "snips")
 BUDGETS = (0.8, 0.7, 0.5, 0.3, 0.2)  # of the FLOPs

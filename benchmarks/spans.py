@@ -24,11 +24,11 @@ from typing import Any
 from parts import PACKAGES, asked, begun, each, keep
 
 import jaxprune as jp
-from jaxprune.checkpoint import model_digest
+from jaxprune.checkpoints.folder import model_digest
 from jaxprune.data.batches import encode, within_reach
-from jaxprune.evaluation import evaluate
-from jaxprune.tasks import draw, remove_leaks
-from jaxprune.training import Recipe, Step, finetune
+from jaxprune.data.tasks import draw, remove_leaks
+from jaxprune.evaluation.evaluate import evaluate
+from jaxprune.training.finetuning import Recipe, Step, finetune
 
 BUDGETS = (0.8, 0.7, 0.5, 0.3, 0.2)  # of the FLOPs
 SCORED, RECOVERED = 128, 256  # examples, at most

@@ -36,7 +36,7 @@ from speed import environment
 from timing import Setting, in_turns, spread
 
 import jaxprune as jp
-from jaxprune.formats.files import write_atomic
+from jaxprune.checkpoints.files import write_atomic
 
 SPARSITIES = "0.5,0.8,0.9,0.95,0.99"
 TOKENS = "32,4096"

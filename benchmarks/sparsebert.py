@@ -37,17 +37,17 @@ from evidence import Cell, compare
 from parts import PACKAGES, asked, begun, each, keep
 
 import jaxprune as jp
-from jaxprune.checkpoint import model_digest
-from jaxprune.commands.storage import disk_sizes
-from jaxprune.commands.students import count_weights
-from jaxprune.cost import flops
+from jaxprune.checkpoints.files import write_atomic
+from jaxprune.checkpoints.folder import model_digest
+from jaxprune.cli.storage import disk_sizes
+from jaxprune.cli.students import count_weights
 from jaxprune.data.batches import encode, training_batches
-from jaxprune.distillation import distil_step, start_student
-from jaxprune.evaluation import evaluate, predict
-from jaxprune.formats.files import write_atomic
-from jaxprune.learning.teaching import Teaching, Thinning, distil
-from jaxprune.sparse.sparse_training import sparsify
-from jaxprune.training import Recipe, finetune
+from jaxprune.evaluation.evaluate import evaluate, predict
+from jaxprune.models.cost import flops
+from jaxprune.sparse.optimizer import sparsify
+from jaxprune.training.distillation import distil_step, start_student
+from jaxprune.training.finetuning import Recipe, finetune
+from jaxprune.training.teaching import Teaching, Thinning, distil
 
 TASKS = ("sst2", "cola", "mrpc", "rte", "qnli")
 CONTESTED = (0.95, 0.9)  # where all orders are compared, the first one on all tasks

@@ -63,13 +63,13 @@ from timing import (
 )
 
 import jaxprune as jp
-from jaxprune.attribution import layer
-from jaxprune.cost import compare_latency, flops
-from jaxprune.criteria.integration import gauss_legendre, quadrature
-from jaxprune.criteria.objectives import signed
-from jaxprune.formats.files import write_atomic
-from jaxprune.gates import Params, widths
+from jaxprune.checkpoints.files import write_atomic
 from jaxprune.models import Model, TaskHead, family
+from jaxprune.models.cost import compare_latency, flops
+from jaxprune.scoring.attribution import layer
+from jaxprune.scoring.integration import gauss_legendre, quadrature
+from jaxprune.scoring.objectives import signed
+from jaxprune.units import Params, widths
 
 VERSIONS = ("jaxprune", "jax", "jaxlib", "flax", "numpy", "transformers", *PEERS)
 SIZES = {

@@ -21,7 +21,7 @@ from tables_sparse import SPARSE_TABLES, sparse_row
 from tables_text import TEXT_TABLES, paper_curves, paper_row
 from timing import wanted
 
-from jaxprune.showing.pictures import FORMATS, sweep_figure
+from jaxprune.cli.render.pictures import FORMATS, sweep_figure
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.gates import Params
 from jaxprune.models import Model
+from jaxprune.units import Params
 
 AGREEMENT = 1e-4  # of the largest attribution, in float32
 PEERS = ("torch", "captum")

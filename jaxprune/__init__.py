@@ -13,14 +13,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxprune.attribution import GradientActivation, IntegratedGradients
-    from jaxprune.budgets.latency_table import LatencyTable, measure_latency_table
-    from jaxprune.budgets.provenance import pruning_record
     from jaxprune.bundled import bundled_data, bundled_model, bundled_text_model
-    from jaxprune.checkpoint import load, save
+    from jaxprune.checkpoints.folder import load, save
+    from jaxprune.checkpoints.packing import densify
+    from jaxprune.checkpoints.shared import TaskGates, add_gates, load_gates, save_shared
     from jaxprune.compaction import compact
-    from jaxprune.cost import flops, latency, parameters
-    from jaxprune.criteria.baselines import (
+    from jaxprune.data.augmentation import Augmentation, augment
+    from jaxprune.data.prompts import Prompt, prompt_for, read_prompt
+    from jaxprune.data.tasks import Task, load_task
+    from jaxprune.evaluation.evaluate import evaluate
+    from jaxprune.evaluation.generation import generate
+    from jaxprune.models import Model, Output
+    from jaxprune.models.cost import flops, latency, parameters
+    from jaxprune.pruning.checks import Check, Checking, check
+    from jaxprune.pruning.fitting import BiasCompensation, Reconstruction, Rescaling
+    from jaxprune.pruning.latency_table import LatencyTable, measure_latency_table
+    from jaxprune.pruning.prediction import Prediction, predict_loss
+    from jaxprune.pruning.receipt import Receipt, loss_receipt
+    from jaxprune.pruning.record import pruning_record
+    from jaxprune.pruning.recovery import recover, recover_batches
+    from jaxprune.pruning.reselection import Reselection, reselect
+    from jaxprune.pruning.rounds import Round, prune_in_rounds
+    from jaxprune.pruning.selection import select
+    from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients
+    from jaxprune.scoring.baselines import (
         Activation,
         Fisher,
         Gradient,
@@ -31,141 +47,125 @@ if TYPE_CHECKING:
         TopLayers,
         Wanda,
     )
-    from jaxprune.criteria.integration import integrate
-    from jaxprune.criteria.objectives import log_probability, margin, probability
-    from jaxprune.data.augmentation import Augmentation, augment
-    from jaxprune.data.prompts import Prompt, prompt_for, read_prompt
-    from jaxprune.distillation import distil_step, joint_loss, joint_loss_and_gradients, start_student
-    from jaxprune.evaluation import evaluate
-    from jaxprune.formats.packing import densify
-    from jaxprune.gates import open_gates
-    from jaxprune.generation import generate
-    from jaxprune.learning.curriculum import Distillation, initialise_projection, surviving_heads
-    from jaxprune.learning.teaching import Exam, Taught, Teaching, Thinning, distil
-    from jaxprune.models import Model, Output
-    from jaxprune.recovery import recover, recover_batches
-    from jaxprune.repair.fitting import BiasCompensation, Reconstruction, Rescaling
-    from jaxprune.repair.prediction import Prediction, predict_loss
-    from jaxprune.repair.receipt import Receipt, loss_receipt
-    from jaxprune.repair.reselection import Reselection, reselect
-    from jaxprune.rounds import Round, prune_in_rounds
-    from jaxprune.scores import Scores, load_scores, merge, save_scores
-    from jaxprune.scoring import score
-    from jaxprune.selection import select
-    from jaxprune.shared import TaskGates, add_gates, load_gates, save_shared
+    from jaxprune.scoring.integration import integrate
+    from jaxprune.scoring.objectives import log_probability, margin, probability
+    from jaxprune.scoring.run import score
+    from jaxprune.scoring.scores import Scores, load_scores, merge, save_scores
+    from jaxprune.scoring.stability import Stability, stability
+    from jaxprune.sparse.masks import Sparsity, apply_masks, masks_of, one_shot, sparsity_of
     from jaxprune.sparse.matrices import linear_maps
+    from jaxprune.sparse.optimizer import sparsify
     from jaxprune.sparse.patterns import NM, Block, Unstructured
     from jaxprune.sparse.saliency import WeightFisher, WeightMagnitude, WeightMovement
     from jaxprune.sparse.schedules import Schedule, cubic_schedule, linear_schedule, one_shot_schedule
-    from jaxprune.sparse.sparse_training import sparsify
-    from jaxprune.sparsity import Sparsity, apply_masks, masks_of, one_shot, sparsity_of
-    from jaxprune.tasks import Task, load_task
-    from jaxprune.training import finetune
-    from jaxprune.trust.checks import Check, Checking, check
-    from jaxprune.trust.split_half import Stability, stability
+    from jaxprune.training.curriculum import Distillation, initialise_projection, surviving_heads
+    from jaxprune.training.distillation import distil_step, joint_loss, joint_loss_and_gradients, start_student
+    from jaxprune.training.finetuning import finetune
+    from jaxprune.training.teaching import Exam, Taught, Teaching, Thinning, distil
+    from jaxprune.units import open_gates
 
 __version__ = "0.1.0"
 
 # Public name -> the module it comes from; the imports above are the same list, for editors and type checkers.
 _SOURCES = {
-    "Activation": "criteria.baselines",
+    "Activation": "scoring.baselines",
     "Augmentation": "data.augmentation",
-    "BiasCompensation": "repair.fitting",
+    "BiasCompensation": "pruning.fitting",
     "Block": "sparse.patterns",
-    "Check": "trust.checks",
-    "Checking": "trust.checks",
-    "Distillation": "learning.curriculum",
-    "Exam": "learning.teaching",
-    "Fisher": "criteria.baselines",
-    "Gradient": "criteria.baselines",
-    "GradientActivation": "attribution",
-    "IntegratedGradients": "attribution",
-    "LatencyTable": "budgets.latency_table",
-    "LeaveOneOut": "criteria.baselines",
-    "Magnitude": "criteria.baselines",
+    "Check": "pruning.checks",
+    "Checking": "pruning.checks",
+    "Distillation": "training.curriculum",
+    "Exam": "training.teaching",
+    "Fisher": "scoring.baselines",
+    "Gradient": "scoring.baselines",
+    "GradientActivation": "scoring.attribution",
+    "IntegratedGradients": "scoring.attribution",
+    "LatencyTable": "pruning.latency_table",
+    "LeaveOneOut": "scoring.baselines",
+    "Magnitude": "scoring.baselines",
     "Model": "models",
     "NM": "sparse.patterns",
     "Output": "models",
-    "Prediction": "repair.prediction",
+    "Prediction": "pruning.prediction",
     "Prompt": "data.prompts",
-    "Random": "criteria.baselines",
-    "Receipt": "repair.receipt",
-    "Reconstruction": "repair.fitting",
-    "Rescaling": "repair.fitting",
-    "Reselection": "repair.reselection",
-    "Round": "rounds",
+    "Random": "scoring.baselines",
+    "Receipt": "pruning.receipt",
+    "Reconstruction": "pruning.fitting",
+    "Rescaling": "pruning.fitting",
+    "Reselection": "pruning.reselection",
+    "Round": "pruning.rounds",
     "Schedule": "sparse.schedules",
-    "Scores": "scores",
-    "Sparsity": "sparsity",
-    "Stability": "trust.split_half",
-    "Task": "tasks",
-    "TaskGates": "shared",
-    "Taught": "learning.teaching",
-    "Taylor": "criteria.baselines",
-    "Teaching": "learning.teaching",
-    "Thinning": "learning.teaching",
-    "TopLayers": "criteria.baselines",
+    "Scores": "scoring.scores",
+    "Sparsity": "sparse.masks",
+    "Stability": "scoring.stability",
+    "Task": "data.tasks",
+    "TaskGates": "checkpoints.shared",
+    "Taught": "training.teaching",
+    "Taylor": "scoring.baselines",
+    "Teaching": "training.teaching",
+    "Thinning": "training.teaching",
+    "TopLayers": "scoring.baselines",
     "Unstructured": "sparse.patterns",
-    "Wanda": "criteria.baselines",
+    "Wanda": "scoring.baselines",
     "WeightFisher": "sparse.saliency",
     "WeightMagnitude": "sparse.saliency",
     "WeightMovement": "sparse.saliency",
-    "add_gates": "shared",
-    "apply_masks": "sparsity",
+    "add_gates": "checkpoints.shared",
+    "apply_masks": "sparse.masks",
     "augment": "data.augmentation",
     "bundled_data": "bundled",
     "bundled_model": "bundled",
     "bundled_text_model": "bundled",
-    "check": "trust.checks",
+    "check": "pruning.checks",
     "compact": "compaction",
     "cubic_schedule": "sparse.schedules",
-    "densify": "formats.packing",
-    "distil": "learning.teaching",
-    "distil_step": "distillation",
-    "evaluate": "evaluation",
-    "finetune": "training",
-    "flops": "cost",
-    "generate": "generation",
-    "initialise_projection": "learning.curriculum",
-    "integrate": "criteria.integration",
-    "joint_loss": "distillation",
-    "joint_loss_and_gradients": "distillation",
-    "latency": "cost",
+    "densify": "checkpoints.packing",
+    "distil": "training.teaching",
+    "distil_step": "training.distillation",
+    "evaluate": "evaluation.evaluate",
+    "finetune": "training.finetuning",
+    "flops": "models.cost",
+    "generate": "evaluation.generation",
+    "initialise_projection": "training.curriculum",
+    "integrate": "scoring.integration",
+    "joint_loss": "training.distillation",
+    "joint_loss_and_gradients": "training.distillation",
+    "latency": "models.cost",
     "linear_maps": "sparse.matrices",
     "linear_schedule": "sparse.schedules",
-    "load": "checkpoint",
-    "load_gates": "shared",
-    "load_scores": "scores",
-    "load_task": "tasks",
-    "log_probability": "criteria.objectives",
-    "loss_receipt": "repair.receipt",
-    "margin": "criteria.objectives",
-    "masks_of": "sparsity",
-    "measure_latency_table": "budgets.latency_table",
-    "merge": "scores",
-    "one_shot": "sparsity",
+    "load": "checkpoints.folder",
+    "load_gates": "checkpoints.shared",
+    "load_scores": "scoring.scores",
+    "load_task": "data.tasks",
+    "log_probability": "scoring.objectives",
+    "loss_receipt": "pruning.receipt",
+    "margin": "scoring.objectives",
+    "masks_of": "sparse.masks",
+    "measure_latency_table": "pruning.latency_table",
+    "merge": "scoring.scores",
+    "one_shot": "sparse.masks",
     "one_shot_schedule": "sparse.schedules",
-    "open_gates": "gates",
-    "parameters": "cost",
-    "predict_loss": "repair.prediction",
-    "probability": "criteria.objectives",
+    "open_gates": "units",
+    "parameters": "models.cost",
+    "predict_loss": "pruning.prediction",
+    "probability": "scoring.objectives",
     "prompt_for": "data.prompts",
-    "prune_in_rounds": "rounds",
-    "pruning_record": "budgets.provenance",
+    "prune_in_rounds": "pruning.rounds",
+    "pruning_record": "pruning.record",
     "read_prompt": "data.prompts",
-    "recover": "recovery",
-    "recover_batches": "recovery",
-    "reselect": "repair.reselection",
-    "save": "checkpoint",
-    "save_scores": "scores",
-    "save_shared": "shared",
-    "score": "scoring",
-    "select": "selection",
-    "sparsify": "sparse.sparse_training",
-    "sparsity_of": "sparsity",
-    "stability": "trust.split_half",
-    "start_student": "distillation",
-    "surviving_heads": "learning.curriculum",
+    "recover": "pruning.recovery",
+    "recover_batches": "pruning.recovery",
+    "reselect": "pruning.reselection",
+    "save": "checkpoints.folder",
+    "save_scores": "scoring.scores",
+    "save_shared": "checkpoints.shared",
+    "score": "scoring.run",
+    "select": "pruning.selection",
+    "sparsify": "sparse.optimizer",
+    "sparsity_of": "sparse.masks",
+    "stability": "scoring.stability",
+    "start_student": "training.distillation",
+    "surviving_heads": "training.curriculum",
 }
 
 __all__ = [

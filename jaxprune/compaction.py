@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.gates import (
+from jaxprune.models import Model
+from jaxprune.units import (
     KINDS,
     AxisTable,
     Params,
@@ -32,7 +33,6 @@ from jaxprune.gates import (
     unflatten,
     unit_axes,
 )
-from jaxprune.models import Model
 
 
 def compact(model: Model, params: Params, gates: Mapping[str, Any], means: Mapping[str, Any] | None = None) -> Params:

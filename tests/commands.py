@@ -13,8 +13,8 @@ import pytest
 from tiny import tiny_model
 from typer.testing import CliRunner, Result
 
-from jaxprune.checkpoint import save
-from jaxprune.cli import app
+from jaxprune.checkpoints.folder import save
+from jaxprune.cli.app import app
 from jaxprune.models import TaskHead
 
 WORDS = Path(__file__).parent / "data" / "words"

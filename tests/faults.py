@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, Self
 
 import jax
 
-from jaxprune import __version__, cli
+from jaxprune import __version__
+from jaxprune.cli import app as cli
 
 RECORD = "JAXPRUNE_FAULTS_RECORD"  # names the file that counts are written to
 
@@ -126,10 +127,12 @@ def _serve() -> None:
     import transformers
     import transformers.models.bert  # its parts are imported when they are asked for
 
-    from jaxprune import attribution  # noqa: F401
-    from jaxprune.commands import workflow  # noqa: F401
-    from jaxprune.criteria import baselines  # noqa: F401
-    from jaxprune.showing import report  # noqa: F401
+    from jaxprune.cli import workflow  # noqa: F401
+    from jaxprune.cli.render import report  # noqa: F401
+    from jaxprune.scoring import (
+        attribution,  # noqa: F401
+        baselines,  # noqa: F401
+    )
 
     transformers.AutoTokenizer  # noqa: B018
     for line in sys.stdin:

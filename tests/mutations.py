@@ -25,15 +25,15 @@ from checkpoints import safetensors_bytes, write_classifier
 from safetensors.numpy import load_file
 from tiny import random_gates, tiny_model
 
-from jaxprune.checkpoint import digest, load, read_pruning, save
+from jaxprune.checkpoints.folder import digest, load, read_pruning, save
+from jaxprune.checkpoints.gate_file import GATES
+from jaxprune.checkpoints.gate_file import METADATA as METADATA_OF_GATES
+from jaxprune.checkpoints.packed_file import METADATA as PACKED
+from jaxprune.checkpoints.shared import save_shared
 from jaxprune.compaction import compact
-from jaxprune.formats.gate_file import GATES
-from jaxprune.formats.gate_file import METADATA as METADATA_OF_GATES
-from jaxprune.formats.packed_file import METADATA as PACKED
-from jaxprune.gates import flatten, path_name, unflatten
 from jaxprune.models import family
-from jaxprune.scores import METADATA, Scores, load_scores, save_scores
-from jaxprune.shared import save_shared
+from jaxprune.scoring.scores import METADATA, Scores, load_scores, save_scores
+from jaxprune.units import flatten, path_name, unflatten
 
 MEMORY = 2**30  # bytes that a case may ask for beyond what the worker has
 SECONDS = 10  # of processor time that a case may take

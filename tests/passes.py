@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.gates import Gates, Params
 from jaxprune.models import Model
+from jaxprune.units import Gates, Params
 
 READERS = {"attention.heads": ("attention", "out"), "ffn.neurons": ("ffn", "down")}  # who reads the gated values
 

@@ -11,17 +11,17 @@ import pytest
 from commands import Place, place, record_of, run
 
 import jaxprune as jp
-from jaxprune.attribution import GradientActivation
-from jaxprune.checkpoint import load, read_pruning
-from jaxprune.commands.accounting import Accounting, check_accounting
-from jaxprune.commands.workflow import Scoring
-from jaxprune.criteria.baselines import Magnitude
-from jaxprune.criteria.objectives import log_probability, maximum
+from jaxprune.checkpoints.folder import load, read_pruning
+from jaxprune.cli.accounting import Accounting, check_accounting
+from jaxprune.cli.workflow import Scoring
 from jaxprune.data.splits import row_key
+from jaxprune.data.tasks import load_task
 from jaxprune.models.layers import max_tokens
-from jaxprune.scores import load_scores
-from jaxprune.selection import select
-from jaxprune.tasks import load_task
+from jaxprune.pruning.selection import select
+from jaxprune.scoring.attribution import GradientActivation
+from jaxprune.scoring.baselines import Magnitude
+from jaxprune.scoring.objectives import log_probability, maximum
+from jaxprune.scoring.scores import load_scores
 
 __all__ = ["place"]  # a fixture
 

@@ -12,10 +12,12 @@ import pytest
 from passes import logits_of, sites_of, token_slopes
 from tiny import MODEL_TYPES, tiny_batch, tiny_model
 
-from jaxprune.attribution import GradientActivation, IntegratedGradients, joint, layer
-from jaxprune.criteria.activations import calibration_means
-from jaxprune.criteria.integration import gauss_legendre, integrate, quadrature, riemann, trapezoid
-from jaxprune.criteria.objectives import (
+from jaxprune.models import Model, TaskHead, bert
+from jaxprune.models.layers import absolute_tokens, contribution, max_tokens, squared_tokens, sum_tokens
+from jaxprune.scoring.activations import calibration_means
+from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, joint, layer
+from jaxprune.scoring.integration import gauss_legendre, integrate, quadrature, riemann, trapezoid
+from jaxprune.scoring.objectives import (
     absolute,
     every,
     gold,
@@ -29,10 +31,8 @@ from jaxprune.criteria.objectives import (
     signed,
     squared,
 )
-from jaxprune.gates import UNITS, Gates, Params, axes_of, flatten, open_gates, sites, unflatten
-from jaxprune.models import Model, TaskHead, bert
-from jaxprune.models.layers import absolute_tokens, contribution, max_tokens, squared_tokens, sum_tokens
-from jaxprune.scoring import score_batches
+from jaxprune.scoring.run import score_batches
+from jaxprune.units import UNITS, Gates, Params, axes_of, flatten, open_gates, sites, unflatten
 
 SMOOTH = (TaskHead(name="task", labels=("no", "maybe", "yes"), dense="tanh"),)  # DistilBERT's has a kink, its ReLU
 REGRESSION = (TaskHead(name="task", labels=("score",), regression=True, pooling="mean"),)

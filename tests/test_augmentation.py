@@ -13,12 +13,12 @@ from commands import Place, place, record_of, run
 from test_likelihood import speaker
 from test_training import encoder, moods
 
-from jaxprune.commands.augmentation import RECORD, augment_model
+from jaxprune.cli.augmentation import RECORD, augment_model
 from jaxprune.data.augmentation import Augmentation, augment, copies_of, word_candidates
 from jaxprune.data.splits import Example, marks, row_key, rows_of
-from jaxprune.gates import Params
+from jaxprune.data.tasks import Task, load_task
 from jaxprune.models import Model
-from jaxprune.tasks import Task, load_task
+from jaxprune.units import Params
 
 __all__ = ["place"]  # a fixture
 
@@ -153,7 +153,7 @@ def test_an_interrupted_augmentation_leaves_nothing(place: Place, tmp_path: Path
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxprune.commands.augmentation._shown", stop)
+    monkeypatch.setattr("jaxprune.cli.augmentation._shown", stop)
     more = tmp_path / "more"
     result = run("augment", place.model, "--task", "mood", "--data", place.data, "-o", more, "--frequent", 2)
     assert result.exit_code == 130 and not (more / "mood").exists()

@@ -11,7 +11,6 @@ import pytest
 from tiny import MODEL_TYPES, lively, random_gates, tiny_batch, tiny_config, tiny_model
 
 from jaxprune.compaction import compact
-from jaxprune.gates import Gates, Params, open_gates, widths
 from jaxprune.models import (
     Model,
     TaskHead,
@@ -25,6 +24,7 @@ from jaxprune.models import (
 )
 from jaxprune.models.backward import Prefix, forward
 from jaxprune.models.layers import TokenReduction, absolute_tokens, max_tokens, squared_tokens, sum_tokens
+from jaxprune.units import Gates, Params, open_gates, widths
 
 ROWS, LENGTH = 3, 9
 

@@ -11,9 +11,10 @@ import pytest
 from passes import logits_of, sites_of, token_slopes
 from tiny import tiny_batch, tiny_model
 
-from jaxprune.cost import elements, matmul_flops, unit_costs
-from jaxprune.criteria.activations import calibration_means
-from jaxprune.criteria.baselines import (
+from jaxprune.models import Model, TaskHead
+from jaxprune.models.cost import elements, matmul_flops, unit_costs
+from jaxprune.scoring.activations import calibration_means
+from jaxprune.scoring.baselines import (
     Activation,
     Fisher,
     Gradient,
@@ -24,10 +25,9 @@ from jaxprune.criteria.baselines import (
     TopLayers,
     Wanda,
 )
-from jaxprune.criteria.objectives import every, gold, log_probability, predicted, probability, signed
-from jaxprune.gates import Gates, Params, open_gates, sites, subtree, widths
-from jaxprune.models import Model, TaskHead
-from jaxprune.scoring import score_batches
+from jaxprune.scoring.objectives import every, gold, log_probability, predicted, probability, signed
+from jaxprune.scoring.run import score_batches
+from jaxprune.units import Gates, Params, open_gates, sites, subtree, widths
 
 ROWS = 4
 

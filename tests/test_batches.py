@@ -13,7 +13,7 @@ from tiny import tiny_model
 from transformers import AutoTokenizer
 
 from jaxprune.data.batches import BUCKETS, Batch, Encoded, encode, make_batches, pack, training_batches
-from jaxprune.tasks import Example
+from jaxprune.data.tasks import Example
 
 WORDS = Path(__file__).parent / "data" / "words"
 

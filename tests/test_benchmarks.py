@@ -15,8 +15,8 @@ from hand_tables import hand_table
 from tiny import tiny_model
 
 import jaxprune as jp
-from jaxprune.checkpoint import load, save
-from jaxprune.gates import widths
+from jaxprune.checkpoints.folder import load, save
+from jaxprune.units import widths
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from hand_tables import hand_table
 from tiny import random_gates, tiny_batch, tiny_model
 
 from jaxprune.compaction import compact
-from jaxprune.cost import elements, memory, unit_costs, weight_bytes
-from jaxprune.gates import Gates, widths
-from jaxprune.selection import select, thresholds
+from jaxprune.models.cost import elements, memory, unit_costs, weight_bytes
+from jaxprune.pruning.selection import select, thresholds
+from jaxprune.units import Gates, widths
 
 MODEL_TYPES = ("bert", "t5")
 FRACTIONS = (0.45, 0.6, 0.85, 1.0)

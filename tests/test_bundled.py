@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import jaxprune as jp
-from jaxprune.generation import texts
+from jaxprune.evaluation.generation import texts
 
 MODELS = {"model": (jp.bundled_model(), 32e6), "text_model": (jp.bundled_text_model(), 20e6)}
 

@@ -16,15 +16,21 @@ from test_cost import dot_flops
 from test_generation import assert_greedy, writer, written
 from tiny import TEXT_TYPES, random_gates, tiny_batch, tiny_model
 
-from jaxprune.attribution import GradientActivation, IntegratedGradients, joint, layer
-from jaxprune.checkpoint import load, save
+from jaxprune.checkpoints.folder import load, save
 from jaxprune.compaction import compact
-from jaxprune.cost import elements, flops, matmul_flops, parameters, unit_costs
-from jaxprune.criteria.activations import calibration_means, site_statistics, token_mean
-from jaxprune.criteria.baselines import Activation, Fisher, Gradient, Magnitude, Random, Taylor, Wanda
-from jaxprune.criteria.objectives import gold, log_probability, signed, value_and_cotangent
-from jaxprune.criteria.questions import answers_of, examples_of
-from jaxprune.gates import (
+from jaxprune.models import Decoding, Masks, Model, TaskHead
+from jaxprune.models.backward import forward
+from jaxprune.models.cost import elements, flops, matmul_flops, parameters, unit_costs
+from jaxprune.models.layers import absolute_tokens, max_tokens
+from jaxprune.pruning.selection import select
+from jaxprune.scoring.activations import calibration_means, site_statistics, token_mean
+from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, joint, layer
+from jaxprune.scoring.baselines import Activation, Fisher, Gradient, Magnitude, Random, Taylor, Wanda
+from jaxprune.scoring.objectives import gold, log_probability, signed, value_and_cotangent
+from jaxprune.scoring.questions import answers_of, examples_of
+from jaxprune.scoring.run import score_batches
+from jaxprune.scoring.scores import describe
+from jaxprune.units import (
     KINDS,
     Gates,
     Params,
@@ -40,12 +46,6 @@ from jaxprune.gates import (
     unit_axes,
     widths,
 )
-from jaxprune.models import Decoding, Masks, Model, TaskHead
-from jaxprune.models.backward import forward
-from jaxprune.models.layers import absolute_tokens, max_tokens
-from jaxprune.scores import describe
-from jaxprune.scoring import score_batches
-from jaxprune.selection import select
 
 FAMILIES = ("bert", "t5", "mt5")  # the types of a family share its code and its axes
 FINE = ("channels", "query_channels", "neurons")  # all that a model is made of, without heads

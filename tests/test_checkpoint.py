@@ -27,10 +27,10 @@ from checkpoints import (
 from safetensors.numpy import load_file, save_file
 from tiny import MODEL_TYPES, tiny_batch, tiny_config, tiny_model
 
-from jaxprune.checkpoint import TOKENIZER_FILES, digest, load, model_digest, read_pruning, save
+from jaxprune.checkpoints.folder import TOKENIZER_FILES, digest, load, model_digest, read_pruning, save
 from jaxprune.compaction import compact
-from jaxprune.gates import Params, axes_of, flatten, open_gates, path_name, unflatten, widths
 from jaxprune.models import Model, TaskHead
+from jaxprune.units import Params, axes_of, flatten, open_gates, path_name, unflatten, widths
 
 HALF = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(jnp.bfloat16)}
 

@@ -19,19 +19,11 @@ from test_cli_text import place as text_place
 from test_compilations import compiled
 from tiny import tiny_batch, tiny_model
 
-from jaxprune.attribution import GradientActivation, IntegratedGradients
-from jaxprune.checkpoint import load, save
-from jaxprune.criteria.activations import calibration_means
-from jaxprune.criteria.baselines import LeaveOneOut, Magnitude, TopLayers
-from jaxprune.criteria.objectives import every, probability, signed
-from jaxprune.criteria.removal import Removal
-from jaxprune.evaluation import predict
-from jaxprune.gates import Params, flatten, open_gates, unflatten
+from jaxprune.checkpoints.folder import load, save
+from jaxprune.data.tasks import Example, Task, load_task
+from jaxprune.evaluation.evaluate import predict
 from jaxprune.models import Model
-from jaxprune.scores import Scores, load_scores, save_scores
-from jaxprune.scoring import score, score_batches
-from jaxprune.tasks import Example, Task, load_task
-from jaxprune.trust.checks import (
+from jaxprune.pruning.checks import (
     Checking,
     check,
     completeness_check,
@@ -39,6 +31,14 @@ from jaxprune.trust.checks import (
     judge_deletion,
     sample_units,
 )
+from jaxprune.scoring.activations import calibration_means
+from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients
+from jaxprune.scoring.baselines import LeaveOneOut, Magnitude, TopLayers
+from jaxprune.scoring.objectives import every, probability, signed
+from jaxprune.scoring.removal import Removal
+from jaxprune.scoring.run import score, score_batches
+from jaxprune.scoring.scores import Scores, load_scores, save_scores
+from jaxprune.units import Params, flatten, open_gates, unflatten
 
 __all__ = ["compiled", "text_place"]  # fixtures
 

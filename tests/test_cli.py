@@ -23,19 +23,19 @@ from commands import WORDS, Place, place, record_of, run
 from hand_tables import hand_table
 from tiny import tiny_batch, tiny_model
 
-from jaxprune import __version__, attribution
-from jaxprune.budgets.latency_table import write_table
-from jaxprune.checkpoint import load, read_pruning, save
-from jaxprune.commands import options
-from jaxprune.criteria import baselines
-from jaxprune.criteria.objectives import predicted
-from jaxprune.evaluation import evaluate
-from jaxprune.formats.tensors import TensorFile
-from jaxprune.gates import widths
-from jaxprune.scores import load_scores
-from jaxprune.scoring import score
-from jaxprune.selection import select
-from jaxprune.tasks import load_task
+from jaxprune import __version__
+from jaxprune.checkpoints.folder import load, read_pruning, save
+from jaxprune.checkpoints.tensors import TensorFile
+from jaxprune.cli import options
+from jaxprune.data.tasks import load_task
+from jaxprune.evaluation.evaluate import evaluate
+from jaxprune.pruning.latency_table import write_table
+from jaxprune.pruning.selection import select
+from jaxprune.scoring import attribution, baselines
+from jaxprune.scoring.objectives import predicted
+from jaxprune.scoring.run import score
+from jaxprune.scoring.scores import load_scores
+from jaxprune.units import widths
 
 __all__ = ["place"]  # a fixture
 
@@ -340,7 +340,7 @@ def test_a_scoring_run_that_was_interrupted_and_killed_ends_with_the_same_bits(p
 
 
 def test_ctrl_c_is_not_lost_in_a_callback_that_swallows_it():
-    from jaxprune.commands.terminal import working
+    from jaxprune.cli.terminal import working
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), working() as bars:
@@ -353,7 +353,7 @@ def test_ctrl_c_is_not_lost_in_a_callback_that_swallows_it():
 
 
 def test_ctrl_c_is_one_whatever_a_library_makes_of_it():
-    from jaxprune.commands.terminal import working
+    from jaxprune.cli.terminal import working
 
     with pytest.raises(KeyboardInterrupt) as raised, working():
         try:
@@ -578,7 +578,7 @@ def test_pruning_from_scores_imports_neither_transformers_nor_datasets(place, sc
     filled = [str(argument).format(data=place.data) for argument in arguments]
     code = f"""
 import sys
-from jaxprune.cli import main
+from jaxprune.cli.app import main
 sys.argv = ["jaxprune", *{filled!r}]
 try:
     main()

@@ -14,9 +14,9 @@ from hand_tables import hand_table
 from test_likelihood import ANSWERS
 from tiny import tiny_model
 
-from jaxprune.budgets.latency_table import write_table
-from jaxprune.checkpoint import load, read_pruning, save
-from jaxprune.gates import widths
+from jaxprune.checkpoints.folder import load, read_pruning, save
+from jaxprune.pruning.latency_table import write_table
+from jaxprune.units import widths
 
 PROMPT = """\
 template: "mood : {sentence} ?"

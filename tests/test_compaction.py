@@ -11,8 +11,8 @@ import pytest
 from tiny import MODEL_TYPES, random_gates, tiny_batch, tiny_model
 
 from jaxprune.compaction import compact, compacted_shapes
-from jaxprune.gates import Gates, flatten, open_gates, subtree, unflatten, widths
 from jaxprune.models import Model
+from jaxprune.units import Gates, flatten, open_gates, subtree, unflatten, widths
 
 TOLERANCE = 2e-5  # of the logits' scale: float32, the sums run in another order
 

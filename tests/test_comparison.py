@@ -17,11 +17,11 @@ import pytest
 from commands import Place, place, record_of, run
 from tiny import tiny_model
 
-from jaxprune.commands.comparison import compare, compare_scores, grouped
-from jaxprune.gates import site_of, site_order, sites, widths
-from jaxprune.scores import Scores, load_scores, save_scores
-from jaxprune.selection import select, select_units
-from jaxprune.trust.agreement import chance, jaccard, spearman
+from jaxprune.cli.comparison import compare, compare_scores, grouped
+from jaxprune.pruning.selection import select, select_units
+from jaxprune.scoring.agreement import chance, jaccard, spearman
+from jaxprune.scoring.scores import Scores, load_scores, save_scores
+from jaxprune.units import site_of, site_order, sites, widths
 
 __all__ = ["place"]  # a fixture
 
@@ -267,7 +267,7 @@ def test_bad_input_is_one_line_and_exit_code_2(place, scored, tmp_path, case):
 def test_it_needs_neither_a_model_nor_slow_packages(scored):
     code = f"""
 import sys
-from jaxprune.cli import main
+from jaxprune.cli.app import main
 sys.argv = ["jaxprune", "compare", {str(scored["mood"])!r}, {str(scored["topic"])!r}]
 try:
     main()

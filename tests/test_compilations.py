@@ -12,13 +12,7 @@ import numpy as np
 import pytest
 from tiny import tiny_batch, tiny_config, tiny_model
 
-from jaxprune.attribution import GradientActivation, IntegratedGradients, layer
 from jaxprune.compaction import compact
-from jaxprune.criteria.activations import calibration_means
-from jaxprune.criteria.baselines import Fisher, LeaveOneOut, Wanda
-from jaxprune.criteria.objectives import every
-from jaxprune.distillation import joint_loss_and_gradients
-from jaxprune.gates import widths
 from jaxprune.models import (
     Model,
     TaskHead,
@@ -34,8 +28,14 @@ from jaxprune.models import (
     values_compiled,
 )
 from jaxprune.models.layers import max_tokens, sum_tokens
-from jaxprune.scoring import score_batches
-from jaxprune.selection import select
+from jaxprune.pruning.selection import select
+from jaxprune.scoring.activations import calibration_means
+from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, layer
+from jaxprune.scoring.baselines import Fisher, LeaveOneOut, Wanda
+from jaxprune.scoring.objectives import every
+from jaxprune.scoring.run import score_batches
+from jaxprune.training.distillation import joint_loss_and_gradients
+from jaxprune.units import widths
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # one event per program
 

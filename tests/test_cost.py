@@ -12,7 +12,8 @@ import pytest
 from tiny import MODEL_TYPES, random_gates, tiny_config, tiny_model
 
 from jaxprune.compaction import compact
-from jaxprune.cost import (
+from jaxprune.models import Model, family
+from jaxprune.models.cost import (
     compare_latency,
     elements,
     file_size,
@@ -23,8 +24,7 @@ from jaxprune.cost import (
     prunable_parameters,
     unit_costs,
 )
-from jaxprune.gates import Params, widths
-from jaxprune.models import Model, family
+from jaxprune.units import Params, widths
 
 
 def shapes_of(**sizes: int) -> tuple[Model, Params]:

@@ -9,11 +9,11 @@ import shlex
 import pytest
 from commands import TASKS, Place, place, record_of, run, write_rows
 
-from jaxprune.checkpoint import load
-from jaxprune.commands.demo import OTHER_ROWS, VARIANTS, explain, next_steps
-from jaxprune.evaluation import evaluate
-from jaxprune.scores import load_scores
-from jaxprune.tasks import load_task
+from jaxprune.checkpoints.folder import load
+from jaxprune.cli.demo import OTHER_ROWS, VARIANTS, explain, next_steps
+from jaxprune.data.tasks import load_task
+from jaxprune.evaluation.evaluate import evaluate
+from jaxprune.scoring.scores import load_scores
 
 __all__ = ["place"]  # a fixture
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxprune.scores import load_scores
+from jaxprune.scoring.scores import load_scores
 
 SCRIPT = """
 import dataclasses, sys
@@ -22,14 +22,14 @@ from test_likelihood import ANSWERS
 from test_scores import HEADS, WORDS, texts
 from tiny import tiny_model
 
-from jaxprune.criteria.activations import calibration_means
-from jaxprune.attribution import GradientActivation, IntegratedGradients
-from jaxprune.criteria.baselines import LeaveOneOut
-from jaxprune.criteria.objectives import every, margin, sampled
+from jaxprune.scoring.activations import calibration_means
+from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients
+from jaxprune.scoring.baselines import LeaveOneOut
+from jaxprune.scoring.objectives import every, margin, sampled
 from jaxprune.data.prompts import Prompt
-from jaxprune.scores import save_scores
-from jaxprune.scoring import score
-from jaxprune.tasks import Task
+from jaxprune.scoring.scores import save_scores
+from jaxprune.scoring.run import score
+from jaxprune.data.tasks import Task
 
 assert len(jax.devices()) == 4, jax.devices()
 model, params = tiny_model(layers=1, heads=HEADS)

@@ -14,10 +14,9 @@ from passes import logits_of
 from tiny import lively, random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
-from jaxprune.checkpoint import digest
-from jaxprune.distillation import distil_step, joint_loss, joint_loss_and_gradients, start_student
-from jaxprune.gates import Params, flatten
-from jaxprune.learning.curriculum import (
+from jaxprune.checkpoints.folder import digest
+from jaxprune.models import Model, TaskHead
+from jaxprune.training.curriculum import (
     Distillation,
     initialise_projection,
     last,
@@ -25,8 +24,9 @@ from jaxprune.learning.curriculum import (
     uniform,
     without_projection,
 )
-from jaxprune.learning.training_run import share_gradients
-from jaxprune.models import Model, TaskHead
+from jaxprune.training.distillation import distil_step, joint_loss, joint_loss_and_gradients, start_student
+from jaxprune.training.loop import share_gradients
+from jaxprune.units import Params, flatten
 
 ALL = Distillation(attention=0.5, embeddings=2.0, hidden=3.0, logits=0.7, labels=1.3, temperature=2.0)
 

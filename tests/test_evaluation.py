@@ -14,7 +14,8 @@ import pytest
 from tiny import random_gates, tiny_model
 
 from jaxprune.data.batches import encode, make_batches, pack
-from jaxprune.evaluation import (
+from jaxprune.data.tasks import Example, Task, draw, row_key
+from jaxprune.evaluation.evaluate import (
     METRICS,
     Evaluation,
     accuracy,
@@ -26,9 +27,8 @@ from jaxprune.evaluation import (
     predict,
     spearman,
 )
-from jaxprune.gates import Params
 from jaxprune.models import Model, TaskHead
-from jaxprune.tasks import Example, Task, draw, row_key
+from jaxprune.units import Params
 
 WORDS = Path(__file__).parent / "data" / "words"
 HEADS = (

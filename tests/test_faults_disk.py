@@ -15,8 +15,8 @@ from commands import Place, place, run
 from faults import Server, record
 from tiny import tiny_model
 
-from jaxprune.checkpoint import load, model_digest, save
-from jaxprune.formats.files import write_atomic
+from jaxprune.checkpoints.files import write_atomic
+from jaxprune.checkpoints.folder import load, model_digest, save
 
 __all__ = ["place"]  # a fixture
 

@@ -18,9 +18,9 @@ import pytest
 from commands import Place, place
 from faults import Server, record
 
-from jaxprune.checkpoint import load
-from jaxprune.formats.tensors import TensorFile
-from jaxprune.scores import load_scores
+from jaxprune.checkpoints.folder import load
+from jaxprune.checkpoints.tensors import TensorFile
+from jaxprune.scoring.scores import load_scores
 
 __all__ = ["place"]  # a fixture
 

@@ -16,8 +16,8 @@ from commands import WORDS
 from faults import record
 from mutations import cases
 
-from jaxprune.checkpoint import load
-from jaxprune.formats.tensors import TensorFile
+from jaxprune.checkpoints.folder import load
+from jaxprune.checkpoints.tensors import TensorFile
 
 SEED = 20260102
 CASES = {"models": 2000, "scores": 300, "gates": 300, "packed": 600}

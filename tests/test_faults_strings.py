@@ -14,9 +14,9 @@ from faults import record
 from tiny import tiny_model
 from typer.testing import Result
 
-from jaxprune.checkpoint import load, save
+from jaxprune.checkpoints.folder import load, save
+from jaxprune.data.tasks import load_task
 from jaxprune.models import TaskHead
-from jaxprune.tasks import load_task
 
 __all__ = ["place"]  # a fixture
 

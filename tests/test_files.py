@@ -15,9 +15,9 @@ import pytest
 from checkpoints import write_classifier
 from tiny import tiny_model
 
-from jaxprune.checkpoint import load, model_digest, save
-from jaxprune.formats import files
-from jaxprune.formats.files import folder_for, interrupted, remove_folder, write_atomic
+from jaxprune.checkpoints import files
+from jaxprune.checkpoints.files import folder_for, interrupted, remove_folder, write_atomic
+from jaxprune.checkpoints.folder import load, model_digest, save
 
 
 def names(folder: Path) -> list[str]:
@@ -253,7 +253,7 @@ def test_only_what_a_dead_save_of_the_same_name_left_is_removed(tmp_path):
 WRITER = """
 import itertools, sys
 from pathlib import Path
-from jaxprune.formats.files import folder_for, write_atomic
+from jaxprune.checkpoints.files import folder_for, write_atomic
 root = Path(sys.argv[1])
 print("ready", flush=True)
 for turn in itertools.count():

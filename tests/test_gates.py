@@ -12,7 +12,9 @@ import pytest
 from tiny import MODEL_TYPES, random_gates, tiny_batch, tiny_model
 
 from jaxprune.compaction import compact
-from jaxprune.gates import (
+from jaxprune.models import Model
+from jaxprune.models.layers import absolute_tokens, gate, sum_tokens
+from jaxprune.units import (
     UNITS,
     Gates,
     Params,
@@ -29,8 +31,6 @@ from jaxprune.gates import (
     widths,
     without,
 )
-from jaxprune.models import Model
-from jaxprune.models.layers import absolute_tokens, gate, sum_tokens
 
 LOCAL = ("attention.heads", "ffn.neurons")
 

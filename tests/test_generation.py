@@ -15,9 +15,9 @@ import pytest
 from tiny import TEXT_TYPES, random_gates, tiny_batch, tiny_model
 
 from jaxprune.compaction import compact
-from jaxprune.gates import Params, flatten, open_gates, unflatten, widths
-from jaxprune.generation import generate, texts
+from jaxprune.evaluation.generation import generate, texts
 from jaxprune.models import Decoding, Masks, Model, Output
+from jaxprune.units import Params, flatten, open_gates, unflatten, widths
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # one event per program
 

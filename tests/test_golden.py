@@ -10,7 +10,7 @@ import pytest
 from make_golden import CASES, GOLDEN
 from tiny import MODEL_TYPES
 
-from jaxprune.checkpoint import load
+from jaxprune.checkpoints.folder import load
 from jaxprune.models import family
 
 TOLERANCE = 1e-4  # of the logits' scale: float32, other order of sums

@@ -15,13 +15,13 @@ import pytest
 from commands import Place, place, record_of, run
 from tiny import tiny_model
 
-from jaxprune.checkpoint import load, save
-from jaxprune.commands.inspection import inspect_model
-from jaxprune.commands.workflow import costs
-from jaxprune.gates import widths
-from jaxprune.scores import load_scores
+from jaxprune.checkpoints.folder import load, save
+from jaxprune.cli.inspection import inspect_model
+from jaxprune.cli.workflow import costs
+from jaxprune.scoring.scores import load_scores
+from jaxprune.sparse.masks import one_shot
 from jaxprune.sparse.matrices import linear_maps
-from jaxprune.sparsity import one_shot
+from jaxprune.units import widths
 
 __all__ = ["place"]  # a fixture
 
@@ -155,7 +155,7 @@ def test_a_record_that_does_not_fit_is_refused(small, tmp_path, which):
 def test_it_needs_neither_transformers_nor_datasets(small):
     code = f"""
 import sys
-from jaxprune.cli import main
+from jaxprune.cli.app import main
 sys.argv = ["jaxprune", "inspect", {str(small)!r}]
 try:
     main()

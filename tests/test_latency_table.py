@@ -12,8 +12,9 @@ import pytest
 from hand_tables import FIXED, HEAD, NEURON, hand_table
 from tiny import random_gates, tiny_model
 
-from jaxprune.budgets import latency_table
-from jaxprune.budgets.latency_table import (
+from jaxprune.compaction import compact
+from jaxprune.pruning import latency_table
+from jaxprune.pruning.latency_table import (
     Row,
     check_table,
     conditions,
@@ -23,8 +24,7 @@ from jaxprune.budgets.latency_table import (
     table_file,
     write_table,
 )
-from jaxprune.compaction import compact
-from jaxprune.gates import narrow, sites, widths
+from jaxprune.units import narrow, sites, widths
 
 
 def row(*seconds: float) -> Row:

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.budgets.latency_target import meet
-from jaxprune.gates import Gates
+from jaxprune.pruning.latency_target import meet
+from jaxprune.units import Gates
 
 
 def gates_of(units: int) -> Gates:

@@ -15,11 +15,18 @@ from test_t5 import asked
 from test_training import moods
 from tiny import TEXT_TYPES, tiny_model
 
-from jaxprune import likelihood
-from jaxprune.attribution import GradientActivation, IntegratedGradients, layer
-from jaxprune.checkpoint import digest
-from jaxprune.criteria.baselines import Activation, Fisher, LeaveOneOut, Taylor, Wanda
-from jaxprune.criteria.objectives import (
+from jaxprune.checkpoints.folder import digest
+from jaxprune.data.batches import IGNORED, encode, encode_words, pack
+from jaxprune.data.prompts import Prompt
+from jaxprune.data.tasks import Example, Task
+from jaxprune.evaluation import likelihood
+from jaxprune.evaluation.evaluate import evaluate, predict
+from jaxprune.evaluation.likelihood import answered, candidates_of, rank, teacher_forced, without_end
+from jaxprune.models import Model
+from jaxprune.models.layers import max_tokens
+from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, layer
+from jaxprune.scoring.baselines import Activation, Fisher, LeaveOneOut, Taylor, Wanda
+from jaxprune.scoring.objectives import (
     every,
     gold,
     log_probability,
@@ -30,18 +37,11 @@ from jaxprune.criteria.objectives import (
     signed,
     value_and_cotangent,
 )
-from jaxprune.data.batches import encode, encode_words, pack
-from jaxprune.data.prompts import Prompt
-from jaxprune.evaluation import evaluate, predict
-from jaxprune.gates import Params, open_gates
-from jaxprune.learning.pretraining import Corruption, Pretraining, corrupt, pretrain
-from jaxprune.learning.training_run import Step
-from jaxprune.likelihood import IGNORED, answered, candidates_of, rank, teacher_forced, without_end
-from jaxprune.models import Model
-from jaxprune.models.layers import max_tokens
-from jaxprune.scoring import score
-from jaxprune.tasks import Example, Task
-from jaxprune.training import Recipe, finetune
+from jaxprune.scoring.run import score
+from jaxprune.training.finetuning import Recipe, finetune
+from jaxprune.training.loop import Step
+from jaxprune.training.pretraining import Corruption, Pretraining, corrupt, pretrain
+from jaxprune.units import Params, open_gates
 
 ANSWERS = Path(__file__).parent / "data" / "answers"
 PROMPT = Prompt(template="mood : {text} ?", words=("bad", "very good"))

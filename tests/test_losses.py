@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.learning.losses import (
+from jaxprune.models import Masks
+from jaxprune.training.losses import (
     hidden_mask,
     kl_divergence,
     label_loss,
@@ -16,7 +17,6 @@ from jaxprune.learning.losses import (
     score_mask,
     soft_cross_entropy,
 )
-from jaxprune.models import Masks
 
 
 def test_soft_cross_entropy_by_hand():

@@ -10,14 +10,14 @@ import pytest
 from jax import export
 from tiny import tiny_model
 
-from jaxprune.attribution import GradientActivation, IntegratedGradients, layer
-from jaxprune.criteria import totals
-from jaxprune.criteria.activations import site_statistics, token_sum
-from jaxprune.criteria.baselines import Fisher, Gradient, LeaveOneOut, Wanda
-from jaxprune.criteria.objectives import every, margin, maximum
-from jaxprune.generation import generate
+from jaxprune.evaluation.generation import generate
 from jaxprune.models import TaskHead
 from jaxprune.models.layers import max_tokens
+from jaxprune.scoring import totals
+from jaxprune.scoring.activations import site_statistics, token_sum
+from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, layer
+from jaxprune.scoring.baselines import Fisher, Gradient, LeaveOneOut, Wanda
+from jaxprune.scoring.objectives import every, margin, maximum
 
 HEADS = (TaskHead(name="task", labels=("no", "maybe", "yes"), dense="tanh"),)
 

@@ -15,11 +15,11 @@ from tiny import LENGTH, MODEL_TYPES, TEXT_TYPES, lively, random_gates, tiny_bat
 
 from jaxprune import models
 from jaxprune.compaction import compact
-from jaxprune.gates import Params, flatten, open_gates, unflatten
 from jaxprune.models import Model, Output, TaskHead, families, family
 from jaxprune.models import bert as bert_family
 from jaxprune.models.layers import Affine, attend, dropout, fused_attention, has_fused_attention
 from jaxprune.models.parts import bind, describe
+from jaxprune.units import Params, flatten, open_gates, unflatten
 
 HEADS = (TaskHead(name="task", labels=("no", "yes")),)
 DROPOUT = {

@@ -19,13 +19,22 @@ from mutations import split
 from safetensors.numpy import load_file, save_file
 from tiny import TEXT_TYPES, random_gates, tiny_batch, tiny_model
 
-from jaxprune.checkpoint import digest, load, model_digest, read_pruning, save
+from jaxprune.checkpoints.folder import digest, load, model_digest, read_pruning, save
+from jaxprune.checkpoints.packed_file import METADATA, PackedFile
+from jaxprune.checkpoints.packing import (
+    Description,
+    column_scales,
+    densify,
+    linear_maps,
+    pack,
+    pack_tensors,
+    runs,
+    unpack,
+)
+from jaxprune.checkpoints.tensors import FLOATS, TensorFile
 from jaxprune.compaction import compact
-from jaxprune.formats.packed_file import METADATA, PackedFile
-from jaxprune.formats.packing import Description, column_scales, densify, linear_maps, pack, pack_tensors, runs, unpack
-from jaxprune.formats.tensors import FLOATS, TensorFile
-from jaxprune.gates import Params, flatten, path_name, unflatten
 from jaxprune.models import Model
+from jaxprune.units import Params, flatten, path_name, unflatten
 
 PAGE = Path(__file__).parents[1] / "docs" / "packed_files.md"
 SHAPES = [(), (1,), (7,), (8,), (5000,), (3, 5, 7), (0, 4), (16, 0, 4), (300, 257)]

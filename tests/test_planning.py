@@ -10,15 +10,15 @@ import pytest
 from commands import Place, place, record_of, run, scored
 from hand_tables import FIXED, HEAD, NEURON, hand_table
 
-from jaxprune.budgets import latency_table
-from jaxprune.budgets.latency_table import LatencyTable, conditions, read_table, table_file, write_table
-from jaxprune.checkpoint import load, read_pruning
-from jaxprune.commands import terminal
-from jaxprune.commands.options import BYTES, SECONDS, read_amount
-from jaxprune.cost import flops, memory, parameters
-from jaxprune.gates import widths
-from jaxprune.scores import load_scores
-from jaxprune.selection import select
+from jaxprune.checkpoints.folder import load, read_pruning
+from jaxprune.cli import terminal
+from jaxprune.cli.options import BYTES, SECONDS, read_amount
+from jaxprune.models.cost import flops, memory, parameters
+from jaxprune.pruning import latency_table
+from jaxprune.pruning.latency_table import LatencyTable, conditions, read_table, table_file, write_table
+from jaxprune.pruning.selection import select
+from jaxprune.scoring.scores import load_scores
+from jaxprune.units import widths
 
 __all__ = ["place", "scored"]  # fixtures
 

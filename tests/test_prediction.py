@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from tiny import random_gates, tiny_batch, tiny_model
 
-from jaxprune.attribution import GradientActivation, IntegratedGradients, layer
-from jaxprune.criteria.baselines import Fisher, Gradient, Magnitude, Taylor
-from jaxprune.criteria.objectives import absolute, gold, log_probability, margin, maximum, signed, squared
-from jaxprune.gates import Gates, open_gates
 from jaxprune.models import Model
-from jaxprune.repair.prediction import predict_loss
-from jaxprune.repair.receipt import _Lost
-from jaxprune.scores import Scores, describe
+from jaxprune.pruning.prediction import predict_loss
+from jaxprune.pruning.receipt import _Lost
+from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, layer
+from jaxprune.scoring.baselines import Fisher, Gradient, Magnitude, Taylor
+from jaxprune.scoring.objectives import absolute, gold, log_probability, margin, maximum, signed, squared
+from jaxprune.scoring.scores import Scores, describe
+from jaxprune.units import Gates, open_gates
 
 HEADS, NEURONS = "0.attention.heads", "1.ffn.neurons"
 VALUES: Gates = {HEADS: jnp.array([4.0, 1.0]), NEURONS: jnp.array([9.0, 0.25, 1.0])}

@@ -11,7 +11,7 @@ import pytest
 
 from jaxprune.data.prompts import PROMPTS, Prompt, fit, prompt_for, read_prompt
 from jaxprune.data.splits import Example
-from jaxprune.tasks import SPLITS, TASKS, Task, load_task
+from jaxprune.data.tasks import SPLITS, TASKS, Task, load_task
 
 CLASSIFICATION = [name for name, source in TASKS.items() if not source.regression and not source.spans]
 HOSTILE = [

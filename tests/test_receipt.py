@@ -9,11 +9,11 @@ import pytest
 from tiny import random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
-from jaxprune.criteria.activations import calibration_means
-from jaxprune.criteria.objectives import gold, log_probability, maximum
-from jaxprune.gates import UNITS
-from jaxprune.repair.receipt import WORTH, _Lost
-from jaxprune.scoring import score_batches
+from jaxprune.pruning.receipt import WORTH, _Lost
+from jaxprune.scoring.activations import calibration_means
+from jaxprune.scoring.objectives import gold, log_probability, maximum
+from jaxprune.scoring.run import score_batches
+from jaxprune.units import UNITS
 
 
 @pytest.mark.parametrize("model_type", ["bert", "t5"])

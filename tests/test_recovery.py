@@ -13,10 +13,10 @@ from tiny import random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
 from jaxprune.compaction import compact
-from jaxprune.gates import flatten, unflatten
 from jaxprune.models import Model
-from jaxprune.recovery import check_method, recover_batches
-from jaxprune.repair.fitting import BiasCompensation, Fit, Moments, Reconstruction, Rescaling, choose
+from jaxprune.pruning.fitting import BiasCompensation, Fit, Moments, Reconstruction, Rescaling, choose
+from jaxprune.pruning.recovery import check_method, recover_batches
+from jaxprune.units import flatten, unflatten
 
 
 def batches_of(model: Model, count: int = 3, rows: int = 16, length: int = 9) -> list[dict[str, np.ndarray]]:

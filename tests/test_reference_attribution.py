@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.attribution import GradientActivation, IntegratedGradients, joint, layer
-from jaxprune.checkpoint import load
-from jaxprune.criteria.integration import gauss_legendre, riemann, trapezoid
-from jaxprune.criteria.objectives import log_probability, probability, signed
-from jaxprune.gates import Params, sites, widths
+from jaxprune.checkpoints.folder import load
 from jaxprune.models import Model
 from jaxprune.models.layers import absolute_tokens, max_tokens, squared_tokens
+from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, joint, layer
+from jaxprune.scoring.integration import gauss_legendre, riemann, trapezoid
+from jaxprune.scoring.objectives import log_probability, probability, signed
+from jaxprune.units import Params, sites, widths
 
 pytestmark = pytest.mark.reference
 torch = pytest.importorskip("torch")

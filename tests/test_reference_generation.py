@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from test_reference_t5 import KINDS, random_batch, random_t5, saved
 
-from jaxprune.checkpoint import load
-from jaxprune.generation import generate
+from jaxprune.checkpoints.folder import load
+from jaxprune.evaluation.generation import generate
 
 pytestmark = pytest.mark.reference
 

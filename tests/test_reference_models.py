@@ -12,7 +12,7 @@ import pytest
 from make_golden import LENGTHS, random_batch, random_classifier, random_gates, run, scale_columns
 from tiny import MODEL_TYPES
 
-from jaxprune.checkpoint import load
+from jaxprune.checkpoints.folder import load
 
 pytestmark = pytest.mark.reference
 TOLERANCE = 1e-4  # of the scale: float32, other order of sums

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 from tiny import random_gates
 
-from jaxprune.checkpoint import load
+from jaxprune.checkpoints.folder import load
 
 pytestmark = pytest.mark.reference
 TOLERANCE = 1e-4  # of the scale: float32, other order of sums

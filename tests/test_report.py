@@ -15,8 +15,8 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from rich.console import Console
 
-from jaxprune.showing import pictures, receipt_report, report
-from jaxprune.showing.cards import model_card
+from jaxprune.cli.render import pictures, receipt_report, report
+from jaxprune.cli.render.cards import model_card
 
 LATENCY = {"batch": 32, "length": 24, "median": 0.0614, "p95": 0.0702, "device": "2-core CPU", "speedup": 1.0}
 BEFORE = {
@@ -349,6 +349,6 @@ def test_a_picture_is_drawn(tmp_path, variants):
 
 
 def test_tables_need_neither_arrays_nor_matplotlib():
-    code = "import sys, jaxprune.showing.report; print(*{name.split('.')[0] for name in sys.modules})"
+    code = "import sys, jaxprune.cli.render.report; print(*{name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) & {"jax", "numpy", "matplotlib"} == set()

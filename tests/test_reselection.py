@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from tiny import tiny_batch, tiny_model
 
-from jaxprune.attribution import GradientActivation
-from jaxprune.criteria.objectives import gold, log_probability
-from jaxprune.gates import Gates
-from jaxprune.repair.receipt import WORTH, Receipt, _Lost
-from jaxprune.repair.reselection import reselect
-from jaxprune.scoring import score_batches
-from jaxprune.selection import select
+from jaxprune.pruning.receipt import WORTH, Receipt, _Lost
+from jaxprune.pruning.reselection import reselect
+from jaxprune.pruning.selection import select
+from jaxprune.scoring.attribution import GradientActivation
+from jaxprune.scoring.objectives import gold, log_probability
+from jaxprune.scoring.run import score_batches
+from jaxprune.units import Gates
 
 SITE = "0.ffn.neurons"
 

@@ -19,9 +19,9 @@ from tiny import tiny_batch, tiny_model
 import jaxprune as jp
 from jaxprune.bundled import bundled_data, bundled_model
 from jaxprune.data.batches import encode
-from jaxprune.gates import flatten, unflatten, widths
+from jaxprune.data.tasks import Example, draw
 from jaxprune.models import Model, TaskHead
-from jaxprune.tasks import Example, draw
+from jaxprune.units import flatten, unflatten, widths
 
 LENGTH = 7
 SITES = ("0.attention.heads", "0.ffn.neurons", "1.attention.heads", "1.ffn.neurons")  # as they run

@@ -18,19 +18,19 @@ from test_likelihood import ANSWERS
 from test_selection import kept, random_scores
 from tiny import tiny_batch, tiny_model
 
-from jaxprune.attribution import GradientActivation
-from jaxprune.budgets.provenance import recorded_gates
-from jaxprune.checkpoint import digest, load, model_digest, read_pruning, save
-from jaxprune.commands.rounds import prune_model_in_rounds
-from jaxprune.commands.workflow import Data, Measuring, Recovering, Scoring, Selection
+from jaxprune.checkpoints.folder import digest, load, model_digest, read_pruning, save
+from jaxprune.checkpoints.gate_file import recorded_gates
+from jaxprune.cli.rounds import prune_model_in_rounds
+from jaxprune.cli.workflow import Data, Measuring, Recovering, Scoring, Selection
 from jaxprune.compaction import compact
-from jaxprune.cost import memory
-from jaxprune.gates import Params, flatten, open_gates, widths
 from jaxprune.models import Model
-from jaxprune.repair.fitting import Reconstruction
-from jaxprune.rounds import geometric, prune_in_rounds, units_left
-from jaxprune.scores import Scores, load_scores
-from jaxprune.selection import Values, per_layer_l2, select, site_costs
+from jaxprune.models.cost import memory
+from jaxprune.pruning.fitting import Reconstruction
+from jaxprune.pruning.rounds import geometric, prune_in_rounds, units_left
+from jaxprune.pruning.selection import Values, per_layer_l2, select, site_costs
+from jaxprune.scoring.attribution import GradientActivation
+from jaxprune.scoring.scores import Scores, load_scores
+from jaxprune.units import Params, flatten, open_gates, widths
 
 __all__ = ["place"]  # a fixture
 

@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 from tiny import tiny_model
 
-from jaxprune.attribution import GradientActivation, IntegratedGradients, layer
-from jaxprune.checkpoint import model_digest
-from jaxprune.criteria.activations import calibration_means
-from jaxprune.criteria.baselines import Activation, Fisher, LeaveOneOut, Magnitude, Random
-from jaxprune.criteria.objectives import every, margin, maximum, predicted
-from jaxprune.criteria.totals import PARTIAL
-from jaxprune.formats.files import write_atomic
-from jaxprune.formats.tensors import write_tensors
-from jaxprune.gates import Params, widths
+from jaxprune.checkpoints.files import write_atomic
+from jaxprune.checkpoints.folder import model_digest
+from jaxprune.checkpoints.tensors import write_tensors
+from jaxprune.data.tasks import Example, Task, row_key
 from jaxprune.models import Model, TaskHead
-from jaxprune.scores import METADATA, Scores, describe, load_scores, merge, save_scores, with_relative
-from jaxprune.scoring import SAVE_EVERY, score, score_batches
-from jaxprune.tasks import Example, Task, row_key
+from jaxprune.scoring.activations import calibration_means
+from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, layer
+from jaxprune.scoring.baselines import Activation, Fisher, LeaveOneOut, Magnitude, Random
+from jaxprune.scoring.objectives import every, margin, maximum, predicted
+from jaxprune.scoring.run import SAVE_EVERY, score, score_batches
+from jaxprune.scoring.scores import METADATA, Scores, describe, load_scores, merge, save_scores, with_relative
+from jaxprune.scoring.totals import PARTIAL
+from jaxprune.units import Params, widths
 
 WORDS = Path(__file__).parent / "data" / "words"
 VOCABULARY = [word for word in (WORDS / "vocab.txt").read_text().split() if word.isalpha()]
@@ -197,7 +197,9 @@ def test_saved_scores_load_bit_for_bit(tmp_path: Path, scores: Scores):
 
 def test_reading_scores_imports_neither_transformers_nor_datasets(tmp_path: Path, scores: Scores):
     path = save_scores(tmp_path / "scores.safetensors", scores)
-    code = f"import sys; from jaxprune.scores import load_scores; load_scores({str(path)!r}); print(*sys.modules)"
+    code = (
+        f"import sys; from jaxprune.scoring.scores import load_scores; load_scores({str(path)!r}); print(*sys.modules)"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert {"transformers", "datasets", "torch"} & set(run.stdout.split()) == set()
 

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from tiny import random_gates, tiny_model
 
-from jaxprune.budgets.pooling import intersection, union
-from jaxprune.budgets.provenance import pruning_record
-from jaxprune.checkpoint import model_digest
+from jaxprune.checkpoints.folder import model_digest
 from jaxprune.compaction import compact
-from jaxprune.cost import elements, flops, matmul_flops, prunable_parameters, unit_costs
-from jaxprune.gates import Gates, Params, open_gates, sites, widths
 from jaxprune.models import Model
-from jaxprune.scores import Scores
-from jaxprune.selection import per_layer_l2, select, thresholds
+from jaxprune.models.cost import elements, flops, matmul_flops, prunable_parameters, unit_costs
+from jaxprune.pruning.pooling import intersection, union
+from jaxprune.pruning.record import pruning_record
+from jaxprune.pruning.selection import per_layer_l2, select, thresholds
+from jaxprune.scoring.scores import Scores
+from jaxprune.units import Gates, Params, open_gates, sites, widths
 
 LENGTH = 11.5
 RATIOS = (0.01, 0.07, 0.1, 0.29, 0.3, 1 / 3, 0.5, 0.58, 0.7, 0.9, 1.0)

@@ -23,15 +23,15 @@ from safetensors import safe_open
 from test_checkpoint import assert_same, cast
 from tiny import random_gates, tiny_batch, tiny_model
 
-from jaxprune.budgets.provenance import pruning_record
 from jaxprune.bundled import bundled_model
-from jaxprune.checkpoint import load, model_digest, opened, opened_digest, save, saved_digest
+from jaxprune.checkpoints.folder import load, model_digest, opened, opened_digest, save, saved_digest
+from jaxprune.checkpoints.gate_file import GATES, METADATA
+from jaxprune.checkpoints.shared import add_gates, load_gates, save_shared
 from jaxprune.compaction import compact
-from jaxprune.formats.gate_file import GATES, METADATA
-from jaxprune.gates import Gates, Params, mean_shapes, open_gates, widths
 from jaxprune.models import Model
-from jaxprune.selection import select
-from jaxprune.shared import add_gates, load_gates, save_shared
+from jaxprune.pruning.record import pruning_record
+from jaxprune.pruning.selection import select
+from jaxprune.units import Gates, Params, mean_shapes, open_gates, widths
 
 ALL = ("channels", "query_channels", "neurons")
 

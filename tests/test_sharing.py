@@ -16,16 +16,16 @@ from hand_tables import hand_table
 from test_checkpoint import assert_same
 from tiny import tiny_model
 
-from jaxprune.budgets.latency_table import write_table
-from jaxprune.checkpoint import load, model_digest, save
+from jaxprune.checkpoints.folder import load, model_digest, save
+from jaxprune.checkpoints.gate_file import GATES
+from jaxprune.checkpoints.shared import load_gates
 from jaxprune.compaction import compact
-from jaxprune.evaluation import evaluate
-from jaxprune.formats.gate_file import GATES
-from jaxprune.gates import widths
-from jaxprune.scores import Scores, load_scores, save_scores
-from jaxprune.selection import select
-from jaxprune.shared import load_gates
-from jaxprune.tasks import load_task
+from jaxprune.data.tasks import load_task
+from jaxprune.evaluation.evaluate import evaluate
+from jaxprune.pruning.latency_table import write_table
+from jaxprune.pruning.selection import select
+from jaxprune.scoring.scores import Scores, load_scores, save_scores
+from jaxprune.units import widths
 
 __all__ = ["place"]  # a fixture
 

@@ -18,11 +18,24 @@ from commands import record_of, run
 from passes import logits_of, sites_of, token_slopes
 from tiny import MODEL_TYPES, random_gates, tiny_batch, tiny_config, tiny_model
 
-from jaxprune.attribution import GradientActivation, IntegratedGradients
-from jaxprune.checkpoint import load, model_digest, save
+from jaxprune.checkpoints.folder import load, model_digest, save
 from jaxprune.compaction import compact
-from jaxprune.criteria import baselines
-from jaxprune.criteria.objectives import (
+from jaxprune.data.answers import Answer, squad
+from jaxprune.data.batches import encode, make_batches, within_reach
+from jaxprune.data.prompts import prompt_for
+from jaxprune.data.spans import LONGEST, best_spans, text_of
+from jaxprune.data.splits import Example
+from jaxprune.data.tasks import Task
+from jaxprune.evaluation.evaluate import evaluate, find_answers, fitting_head, predict
+from jaxprune.models import ENDS, NOWHERE, Model, TaskHead
+from jaxprune.models.layers import contribution
+from jaxprune.pruning.checks import Checking, check
+from jaxprune.pruning.receipt import loss_receipt
+from jaxprune.pruning.recovery import recover
+from jaxprune.pruning.selection import select
+from jaxprune.scoring import baselines
+from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients
+from jaxprune.scoring.objectives import (
     OfSpan,
     every,
     find_targets,
@@ -37,22 +50,9 @@ from jaxprune.criteria.objectives import (
     signed,
     value_and_cotangent,
 )
-from jaxprune.data.answers import ENDS, Answer, squad
-from jaxprune.data.batches import encode, make_batches, within_reach
-from jaxprune.data.prompts import prompt_for
-from jaxprune.data.spans import LONGEST, best_spans, text_of
-from jaxprune.data.splits import Example
-from jaxprune.evaluation import evaluate, find_answers, fitting_head, predict
-from jaxprune.gates import Params, open_gates
-from jaxprune.models import NOWHERE, Model, TaskHead
-from jaxprune.models.layers import contribution
-from jaxprune.recovery import recover
-from jaxprune.repair.receipt import loss_receipt
-from jaxprune.scoring import score
-from jaxprune.selection import select
-from jaxprune.tasks import Task
-from jaxprune.training import Recipe, finetune
-from jaxprune.trust.checks import Checking, check
+from jaxprune.scoring.run import score
+from jaxprune.training.finetuning import Recipe, finetune
+from jaxprune.units import Params, open_gates
 
 WORDS = Path(__file__).parent / "data" / "words"
 SPANS = TaskHead(name="find", labels=ENDS, pooling="none")

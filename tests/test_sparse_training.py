@@ -21,9 +21,9 @@ from test_sparsity import kernels, mlp
 from tiny import tiny_model
 
 import jaxprune as jp
-from jaxprune.sparse import sparse_training
+from jaxprune.sparse import optimizer as sparse_training
+from jaxprune.sparse.optimizer import SparsifyState
 from jaxprune.sparse.patterns import pruned_of
-from jaxprune.sparse.sparse_training import SparsifyState
 
 SCHEDULE = jp.cubic_schedule(0.9, 12, prunings=4)  # at 3, 6, 9 and 12
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {

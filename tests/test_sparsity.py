@@ -12,9 +12,9 @@ import pytest
 from tiny import tiny_model
 
 import jaxprune as jp
-from jaxprune.gates import flatten, path_name
 from jaxprune.sparse.matrices import Matrix, find_matrices
 from jaxprune.sparse.patterns import pruned_of
+from jaxprune.units import flatten, path_name
 
 
 def kernels(path: tuple[Any, ...], array: Any) -> bool:

@@ -16,20 +16,20 @@ from test_compilations import compiled
 from test_scores import HEADS, WORDS, Interrupted, equal, texts
 from tiny import tiny_model
 
-from jaxprune.attribution import GradientActivation, IntegratedGradients, Measured
-from jaxprune.criteria.baselines import Activation, Fisher, Magnitude
-from jaxprune.criteria.objectives import maximum, signed
-from jaxprune.criteria.totals import add, halves_of, nothing, variance_of
+from jaxprune.checkpoints.files import write_atomic
+from jaxprune.checkpoints.tensors import write_tensors
 from jaxprune.data.batches import make_batches
 from jaxprune.data.splits import half_of
-from jaxprune.formats.files import write_atomic
-from jaxprune.formats.tensors import write_tensors
-from jaxprune.gates import Params
+from jaxprune.data.tasks import Example, Task, draw
 from jaxprune.models import Model
-from jaxprune.scores import METADATA, Scores, load_scores, merge, save_scores
-from jaxprune.scoring import FIRST, _choose, score
-from jaxprune.tasks import Example, Task, draw
-from jaxprune.trust.split_half import least_reliability, needed, noise_of, reliability, stability
+from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, Measured
+from jaxprune.scoring.baselines import Activation, Fisher, Magnitude
+from jaxprune.scoring.objectives import maximum, signed
+from jaxprune.scoring.run import FIRST, _choose, score
+from jaxprune.scoring.scores import METADATA, Scores, load_scores, merge, save_scores
+from jaxprune.scoring.stability import least_reliability, needed, noise_of, reliability, stability
+from jaxprune.scoring.totals import add, halves_of, nothing, variance_of
+from jaxprune.units import Params
 
 __all__ = ["compiled", "place"]  # fixtures
 
@@ -368,7 +368,7 @@ def test_a_stable_run_that_goes_on_equals_an_uninterrupted_one(
     model_and_params: tuple[Model, Params], task: Task, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
 ):
     """It is interrupted within a step, at its end, and in later steps; the file is written after every batch."""
-    monkeypatch.setattr("jaxprune.scoring.SAVE_EVERY", 1)
+    monkeypatch.setattr("jaxprune.scoring.run.SAVE_EVERY", 1)
     path = tmp_path / "partial.safetensors"
     settings: Any = {"criterion": GradientActivation(), "batch_size": 8, "until_stable": 0.9999, "examples": 80}
 
@@ -387,8 +387,8 @@ def test_a_stable_run_that_goes_on_equals_an_uninterrupted_one(
 
 
 def test_a_damaged_file_of_totals_is_refused(model_and_params: tuple[Model, Params], task: Task, tmp_path: Path):
-    from jaxprune.criteria.totals import PARTIAL
-    from jaxprune.formats.tensors import TensorFile
+    from jaxprune.checkpoints.tensors import TensorFile
+    from jaxprune.scoring.totals import PARTIAL
 
     path = tmp_path / "partial.safetensors"
     settings: Any = {"criterion": Activation(), "examples": 40, "batch_size": 8, "resume": path}

@@ -12,14 +12,14 @@ from checkpoints import write_classifier
 from commands import place, record_of, run, scored
 from tiny import tiny_model
 
-from jaxprune import checkpoint
-from jaxprune.checkpoint import load, model_digest, outline, save
-from jaxprune.commands import terminal
-from jaxprune.formats import stamps
-from jaxprune.formats.stamps import recall, remember, stamp_of
-from jaxprune.gates import flatten
-from jaxprune.scores import load_scores
-from jaxprune.selection import select
+from jaxprune.checkpoints import folder as checkpoint
+from jaxprune.checkpoints import stamps
+from jaxprune.checkpoints.folder import load, model_digest, outline, save
+from jaxprune.checkpoints.stamps import recall, remember, stamp_of
+from jaxprune.cli import terminal
+from jaxprune.pruning.selection import select
+from jaxprune.scoring.scores import load_scores
+from jaxprune.units import flatten
 
 __all__ = ["place", "scored"]  # fixtures
 

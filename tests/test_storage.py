@@ -12,9 +12,9 @@ from commands import record_of, run
 from test_packing import sparsified
 from tiny import tiny_model
 
-from jaxprune.checkpoint import digest, load, read_pruning, save
-from jaxprune.formats.packing import linear_maps
-from jaxprune.gates import flatten, path_name
+from jaxprune.checkpoints.folder import digest, load, read_pruning, save
+from jaxprune.checkpoints.packing import linear_maps
+from jaxprune.units import flatten, path_name
 
 KEPT = {"README.md": b"# card\n", "vocab.txt": b"[PAD]\n"}
 

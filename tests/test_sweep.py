@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from commands import Place, place, record_of, run
 
-from jaxprune.checkpoint import load, save
-from jaxprune.commands.sweep import Combination, combinations
-from jaxprune.commands.workflow import costs, ratios
+from jaxprune.checkpoints.folder import load, save
+from jaxprune.cli.sweep import Combination, combinations
+from jaxprune.cli.workflow import costs, ratios
 from jaxprune.compaction import compact
-from jaxprune.criteria.baselines import Magnitude, Random
-from jaxprune.evaluation import evaluate
-from jaxprune.scores import load_scores
-from jaxprune.selection import select
-from jaxprune.tasks import load_task
+from jaxprune.data.tasks import load_task
+from jaxprune.evaluation.evaluate import evaluate
+from jaxprune.pruning.selection import select
+from jaxprune.scoring.baselines import Magnitude, Random
+from jaxprune.scoring.scores import load_scores
 
 __all__ = ["place"]  # a fixture
 

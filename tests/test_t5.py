@@ -14,18 +14,18 @@ import pytest
 from test_cost import dot_flops
 from tiny import TEXT_TYPES, random_gates, tiny_batch, tiny_config, tiny_model
 
-from jaxprune.attribution import IntegratedGradients, joint, layer
-from jaxprune.checkpoint import digest, load, save
+from jaxprune.checkpoints.folder import digest, load, save
 from jaxprune.compaction import compact
-from jaxprune.cost import compare_latency, flops, latency
-from jaxprune.criteria.objectives import log_probability, signed
-from jaxprune.gates import Gates, Params, flatten, open_gates, sites, subtree, unflatten, widths
-from jaxprune.learning.training_run import share_gradients
 from jaxprune.models import Decoding, Masks, Model, family
 from jaxprune.models.backward import Prefix, forward
+from jaxprune.models.cost import compare_latency, flops, latency
 from jaxprune.models.t5 import bucket_of
-from jaxprune.scoring import score_batches
-from jaxprune.selection import select
+from jaxprune.pruning.selection import select
+from jaxprune.scoring.attribution import IntegratedGradients, joint, layer
+from jaxprune.scoring.objectives import log_probability, signed
+from jaxprune.scoring.run import score_batches
+from jaxprune.training.loop import share_gradients
+from jaxprune.units import Gates, Params, flatten, open_gates, sites, subtree, unflatten, widths
 
 
 def logits(model: Model, params: Params, batch: Any, gates: Gates | None = None) -> np.ndarray:

@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 
 from jaxprune.data.splits import choose, divide, normalise, rows_of
-from jaxprune.tasks import (
+from jaxprune.data.tasks import (
     SPLITS,
     TASKS,
     Example,
@@ -480,7 +480,7 @@ def test_hub_splits_may_be_hidden_renamed_or_missing(tmp_path: Path, monkeypatch
     for name, split in found.items():
         split.to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
     local = dataclasses.replace(source, hub=str(folder), config=None)
-    monkeypatch.setattr("jaxprune.tasks.TASKS", {"mnli": local})
+    monkeypatch.setattr("jaxprune.data.tasks.TASKS", {"mnli": local})
     task = load_task("mnli")
     assert len(task.rows("test")) == 8 and task.rows("test")[1] == Example("dev 1", "h", 1)
     assert task.dropped["empty"] == 2  # the hub's QQP has questions without text; they are left out and counted

@@ -22,22 +22,22 @@ from test_likelihood import asked_moods, speaker
 from test_training import DATA, encoder, lengths, moods
 from tiny import tiny_model
 
-from jaxprune.checkpoint import digest, load, model_digest, read_pruning, save
-from jaxprune.commands.learning import read_pattern
-from jaxprune.commands.students import DISTILLATION
-from jaxprune.gates import Params, flatten, widths
-from jaxprune.learning.curriculum import Distillation, surviving_heads
-from jaxprune.learning.teaching import Taught, Teaching, Thinning, distil
-from jaxprune.learning.training_run import Step
+from jaxprune.checkpoints.folder import digest, load, model_digest, read_pruning, save
+from jaxprune.cli.learning import read_pattern
+from jaxprune.cli.render.cards import CARD, LEARNED
+from jaxprune.cli.render.pictures import teaching_picture
+from jaxprune.cli.students import DISTILLATION
 from jaxprune.models import Model, TaskHead
-from jaxprune.showing.cards import CARD, LEARNED
-from jaxprune.showing.pictures import teaching_picture
+from jaxprune.sparse.masks import one_shot, sparsity_of
 from jaxprune.sparse.matrices import linear_maps
 from jaxprune.sparse.patterns import NM, Block, Unstructured
 from jaxprune.sparse.saliency import WeightMovement
 from jaxprune.sparse.schedules import Schedule, cubic_schedule, one_shot_schedule
-from jaxprune.sparsity import one_shot, sparsity_of
-from jaxprune.training import Recipe, finetune
+from jaxprune.training.curriculum import Distillation, surviving_heads
+from jaxprune.training.finetuning import Recipe, finetune
+from jaxprune.training.loop import Step
+from jaxprune.training.teaching import Taught, Teaching, Thinning, distil
+from jaxprune.units import Params, flatten, widths
 
 __all__ = ["place"]  # a fixture
 
@@ -322,7 +322,7 @@ def test_sparsify_goes_on_where_it_was_interrupted(place: Place, pretrained: Pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("jaxprune.commands.students.exam_line", interrupt)
+        patch.setattr("jaxprune.cli.students.exam_line", interrupt)
         assert run(*how, "-o", tmp_path / "out").exit_code == 130
     assert (tmp_path / "out.state").exists() and not (tmp_path / "out").exists()
     assert run(*how, "-o", tmp_path / "out").exit_code == 0

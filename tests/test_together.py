@@ -21,7 +21,11 @@ import pytest
 from commands import Place, place, record_of, run
 from tiny import tiny_model
 
-from jaxprune.budgets.pooling import (
+from jaxprune.checkpoints.folder import load, read_pruning
+from jaxprune.cli.together import Way
+from jaxprune.data.tasks import load_task
+from jaxprune.evaluation.evaluate import evaluate
+from jaxprune.pruning.pooling import (
     intersection,
     kept_by_all,
     kept_by_any,
@@ -31,13 +35,9 @@ from jaxprune.budgets.pooling import (
     pooled,
     union,
 )
-from jaxprune.checkpoint import load, read_pruning
-from jaxprune.commands.together import Way
-from jaxprune.evaluation import evaluate
-from jaxprune.gates import Gates, sites, widths
-from jaxprune.scores import Scores, load_scores, save_scores
-from jaxprune.selection import select, site_costs, thresholds
-from jaxprune.tasks import load_task
+from jaxprune.pruning.selection import select, site_costs, thresholds
+from jaxprune.scoring.scores import Scores, load_scores, save_scores
+from jaxprune.units import Gates, sites, widths
 
 __all__ = ["place"]  # a fixture
 

@@ -18,14 +18,14 @@ import optax
 import pytest
 from tiny import tiny_model
 
-from jaxprune.checkpoint import digest
+from jaxprune.checkpoints.folder import digest
 from jaxprune.data.batches import encode
-from jaxprune.evaluation import Evaluation
-from jaxprune.gates import Params
-from jaxprune.learning.training_run import Step, read_state, write_state
+from jaxprune.data.tasks import Example, Task
+from jaxprune.evaluation.evaluate import Evaluation
 from jaxprune.models import Model
-from jaxprune.tasks import Example, Task
-from jaxprune.training import Finetuned, Recipe, _best, _plan, _rate, _update, finetune, start_training
+from jaxprune.training.finetuning import Finetuned, Recipe, _best, _plan, _rate, _update, finetune, start_training
+from jaxprune.training.loop import Step, read_state, write_state
+from jaxprune.units import Params
 
 DATA = Path(__file__).parent / "data"
 RECIPE = Recipe(epochs=2, batch_size=16, learning_rate=5e-3, warmup=0.1)

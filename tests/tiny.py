@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.gates import UNITS, Gates, Params, axes_of, flatten, unflatten, widths
 from jaxprune.models import Model, TaskHead, family
+from jaxprune.units import UNITS, Gates, Params, axes_of, flatten, unflatten, widths
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert")
 TEXT_TYPES = ("t5", "mt5")  # answer in text; t5 is T5 1.0 here, mt5 the later architecture

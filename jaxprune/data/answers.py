@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 COLUMNS = ("question", "context")
 COLUMN = "answers"
-ENDS = ("start", "end")  # what stands in the place of label names
 MISSING, MISPLACED = "no answer", "no answer stands where it says"  # why rows are left out
 EXPECTED = 'an object such as {"text": ["in 1912"], "answer_start": [37]}'
 _PUNCTUATION = str.maketrans("", "", string.punctuation)

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from jaxprune.data.splits import Example, marks, row_key, rows_of
-from jaxprune.gates import Params
+from jaxprune.data.tasks import Task, remove_leaks
 from jaxprune.models import Model
-from jaxprune.tasks import Task, remove_leaks
+from jaxprune.units import Params
 
 WORD = re.compile(r"[^\W\d_]+")  # letters only
 BLOCK = 1024  # words whose neighbours are searched at once

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 import numpy as np
 
 from jaxprune.data import spans
-from jaxprune.likelihood import IGNORED
-from jaxprune.tasks import Example, Task, seed_words
+from jaxprune.data.tasks import Example, Task, seed_words
+from jaxprune.models.cost import Length
 
 if TYPE_CHECKING:
     import jax
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 # input_ids, attention_mask, (token_type_ids), labels, weight, index; with a prompt also candidates, of spans answerable
 Batch: TypeAlias = dict[str, np.ndarray]
 
-Length: TypeAlias = float | Sequence[float]  # tokens; of a text-to-text model those it reads and those it writes
-
+IGNORED = -100  # no token: Hugging Face's index of what a loss leaves out
 MAX_ANSWER = 32  # tokens of a label's words, end of sequence included
 MAX_LENGTH = 128  # tokens, unless asked otherwise: what GLUE is usually run with
 # Beyond 32 tokens less than a third of a row is padding, and 10 shapes serve every text. BERT reads at most 512 tokens.

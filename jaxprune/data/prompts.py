@@ -18,8 +18,8 @@ from typing import Any
 import yaml
 
 from jaxprune.data.splits import Example
+from jaxprune.data.tasks import TASKS, Task
 from jaxprune.models import Model
-from jaxprune.tasks import TASKS, Task
 
 __all__ = ["PROMPTS", "STYLES", "Prompt", "fit", "prompt_for", "prompt_of", "read_prompt"]
 

@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.gates import UNITS, AxisTable, Gates, Params
-from jaxprune.gates import Path as ParamPath
 from jaxprune.models.inputs import INPUTS, encoder_inputs, model_inputs
 from jaxprune.models.layers import TokenReduction, sum_tokens
 from jaxprune.models.running import (
@@ -52,6 +50,8 @@ from jaxprune.models.states import (
     part,
 )
 from jaxprune.models.tokenizer import read_tokenizer
+from jaxprune.units import UNITS, AxisTable, Gates, Params
+from jaxprune.units import Path as ParamPath
 
 __all__ = [
     "INPUTS",
@@ -114,6 +114,7 @@ class TaskHead:
         return "a regression" if self.regression else "for spans" if self.spans else "a classification"
 
 
+ENDS = ("start", "end")  # the labels of a head for spans
 NOWHERE = -1e9  # the logit of a token that no span may start or end at: finite, so that sums of logits are numbers
 
 

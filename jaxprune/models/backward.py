@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxprune.gates import Gates, Params, Path, flatten, unflatten
 from jaxprune.models import (
     Mask,
     Model,
@@ -36,6 +35,7 @@ from jaxprune.models import (
     readout_mask,
 )
 from jaxprune.models.layers import TokenReduction, sum_tokens
+from jaxprune.units import Gates, Params, Path, flatten, unflatten
 
 
 class Prefix(NamedTuple):

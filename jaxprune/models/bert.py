@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.gates import Gates, Params, Path
 from jaxprune.models import NOWHERE, Model, Places, Stack, State, TaskHead
 from jaxprune.models.bert_config import EncoderConfig
 from jaxprune.models.bert_config import parse_config as parse_config
@@ -34,6 +33,7 @@ from jaxprune.models.layers import (
 )
 from jaxprune.models.parts import Part, bind, describe
 from jaxprune.models.parts import initialise as initialise_part
+from jaxprune.units import Gates, Params, Path
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert")
 PREFIXES = {"bert": "bert.", "roberta": "roberta.", "xlm-roberta": "roberta.", "distilbert": "distilbert."}

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxprune.data.answers import ENDS
-from jaxprune.models import TaskHead
+from jaxprune.models import ENDS, TaskHead
 from jaxprune.models.layers import ACTIVATIONS
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxprune.gates import Params, subtree
+from jaxprune.units import Params, subtree
 
 if TYPE_CHECKING:
     from jaxprune.models import Model

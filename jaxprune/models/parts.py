@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 from jax.core import Tracer
 
-from jaxprune.gates import Params, Path, flatten, path_name
+from jaxprune.units import Params, Path, flatten, path_name
 
 
 class Part(NamedTuple):

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxprune.gates import Gates, Params, check_gates, check_means, subtree
-from jaxprune.gates import Path as ParamPath
 from jaxprune.models.states import Decoding, Mask, Masks, State, part
+from jaxprune.units import Gates, Params, check_gates, check_means, subtree
+from jaxprune.units import Path as ParamPath
 
 if TYPE_CHECKING:
     from jaxprune.models import Model, TaskHead

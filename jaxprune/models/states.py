@@ -7,8 +7,8 @@ from typing import NamedTuple, TypeAlias
 
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.gates import Params, subtree
-from jaxprune.gates import Path as ParamPath
+from jaxprune.units import Params, subtree
+from jaxprune.units import Path as ParamPath
 
 
 class Stack(NamedTuple):

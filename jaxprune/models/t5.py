@@ -21,7 +21,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.gates import Gates, Params, Path
 from jaxprune.models import Cache, Decoding, KeysValues, Mask, Masks, Model, Places, Stack, State, TaskHead
 from jaxprune.models.layers import (
     ACTIVATIONS,
@@ -39,6 +38,7 @@ from jaxprune.models.parts import initialise as initialise_part
 from jaxprune.models.t5_config import T5Config
 from jaxprune.models.t5_config import parse_config as parse_config
 from jaxprune.models.t5_config import with_heads as with_heads
+from jaxprune.units import Gates, Params, Path
 
 MODEL_TYPES = ("t5", "mt5")
 PREFIXES = {"t5": "", "mt5": ""}

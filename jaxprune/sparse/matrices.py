@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.gates import UNITS, Path, axes_of, path_name
+from jaxprune.units import UNITS, Path, axes_of, path_name
 
 if TYPE_CHECKING:
     from jaxprune.models import Model

@@ -1,7 +1,7 @@
 """How much single weights matter: by their magnitude, by their movement, by the loss to second order.
 
-The criteria of `jaxprune.criteria.baselines` and `jaxprune.attribution` score whole units; these score every weight of
-a matrix.
+The criteria of `jaxprune.scoring.baselines` and `jaxprune.scoring.attribution` score whole units; these score every
+weight of a matrix.
 """
 
 from __future__ import annotations

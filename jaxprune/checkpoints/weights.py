@@ -1,0 +1,300 @@
+"""Fits the tensors of a checkpoint to the parameters of a model, exactly, and converts them in bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxprune.checkpoints.files import read_json
+from jaxprune.checkpoints.packed_file import PackedFile
+from jaxprune.checkpoints.tensors import FLOATS, Entry
+from jaxprune.models import Model, family
+from jaxprune.units import KINDS, Params, axes_of, flatten, path_name, unflatten
+from jaxprune.units import Path as ParamPath
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_ALIGNMENT = 64  # bytes; JAX adopts host memory that is aligned so, and copies other memory
+_LEGACY = re.compile(r"(LayerNorm\.|layer_norm\.)(gamma|beta)$")  # as TensorFlow called a norm's weight and bias
+
+# Our array, seen in the axis order of the Hugging Face tensor (PyTorch keeps [out, in], and heads x head size as one).
+_LAYOUTS: dict[str, Callable[[Any], Any]] = {
+    "copy": lambda a: a,
+    "linear": lambda a: a.T,
+    "split_out": lambda a: a.reshape(a.shape[0], a.shape[1] * a.shape[2]).T,
+    "split_bias": lambda a: a.reshape(a.shape[0] * a.shape[1]),
+    "merge_in": lambda a: a.reshape(a.shape[0] * a.shape[1], a.shape[2]).T,
+}
+
+
+class Source(NamedTuple):
+    """A tensor in an open file."""
+
+    file: PackedFile
+    name: str
+
+    @property
+    def entry(self) -> Entry:
+        """Its type, shape and place."""
+        return self.file.entries[self.name]
+
+
+class Parameter(NamedTuple):
+    """One array to make."""
+
+    path: ParamPath
+    source: Source
+    shape: tuple[int, ...]
+    layout: str  # key of `_LAYOUTS`
+
+
+def open_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, Source]:
+    """Every tensor of a folder by name, from one safetensors file or from those that an index names.
+
+    Args:
+        folder: The folder.
+        files: Closes the files.
+
+    Raises:
+        FileNotFoundError: If there are no safetensors files, or some are missing.
+        ValueError: If a file or the index is damaged, or they disagree.
+    """
+    if (folder / WEIGHTS).is_file():
+        file = files.enter_context(PackedFile(folder / WEIGHTS))
+        return {name: Source(file, name) for name in file.entries}
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(_no_weights(folder))
+    index = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        raise ValueError(f"{folder / INDEX} has no weight_map from tensor to file.")
+    wrong = sorted(n for n in set(index.values()) if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", n))
+    if wrong:
+        raise ValueError(f"{folder / INDEX} names files that are not safetensors files of this folder: {wrong}.")
+    absent = sorted(name for name in set(index.values()) if not (folder / name).is_file())
+    if absent:
+        raise FileNotFoundError(f"{folder / INDEX} names files that are not there: {absent}. Download them again.")
+    shards = {name: files.enter_context(PackedFile(folder / name)) for name in sorted(set(index.values()))}
+    refuse(
+        f"{folder / INDEX} and its files disagree",
+        missing=[f"{name} in {shard}" for name, shard in index.items() if name not in shards[shard].entries],
+        unknown=[f"{t} in {name}" for name, shard in shards.items() for t in shard.entries if index.get(t) != name],
+    )
+    return {name: Source(shards[shard], name) for name, shard in index.items()}
+
+
+def check_layers(model: Model, tensors: Mapping[str, Source], folder: Path) -> None:
+    """Refuses a configuration with more layers than the tensors' names have numbers, before any layer is described.
+
+    Raises:
+        ValueError: If it has.
+    """
+    numbers = {step for name in tensors for step in name.split(".") if step.isdecimal()}
+    if model.config.layers > len(numbers):
+        raise ValueError(
+            f"the weights in {folder} do not fit its {CONFIG}: it has {model.config.layers:,} layers, "
+            f"and the names of the tensors number {len(numbers):,}."
+        )
+
+
+def _no_weights(folder: Path) -> str:
+    if not (folder / "pytorch_model.bin").exists() and not (folder / "pytorch_model.bin.index.json").exists():
+        return f"{folder} has neither {WEIGHTS} nor {INDEX}; pickled weights (.bin, .pt, .h5) are not read."
+    return (
+        f"{folder} has only pytorch_model.bin, a pickle: loading one can run any code, so jaxprune never does. "
+        "If you trust it, convert it where PyTorch is installed (for a bare encoder: AutoModel, AutoTokenizer):\n"
+        "  from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
+        f"  AutoModelForSequenceClassification.from_pretrained({str(folder)!r}).save_pretrained('converted')\n"
+        f"  AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained('converted')"
+    )
+
+
+def fit_hugging_face(model: Model, tensors: Mapping[str, Source], folder: Path) -> list[Parameter]:
+    """Finds every parameter of a model among the tensors of a Hugging Face checkpoint.
+
+    Raises:
+        ValueError: Listing every tensor that is unknown, missing, there twice, or of a wrong shape or type.
+    """
+    module, config = family(model.config.model_type), model.config
+    names, dense, ignored = module.checkpoint_names(config), _dense(model), module.ignored_names(config)
+    stored: dict[str, str] = {}  # the name without prefix, in today's spelling -> the name in the file
+    twice = []
+    for name in tensors:
+        plain = _LEGACY.sub(_today, name.removeprefix(module.PREFIXES[config.model_type]))
+        if plain in stored:
+            twice.append(f"{stored[plain]} and {name}")
+        stored[plain] = name
+    wanted = {plain for plain, _ in names.values()}
+    shapes = {path: jax.eval_shape(_LAYOUTS[kind], dense[path]).shape for path, (_, kind) in names.items()}
+    found = {path: tensors[stored[plain]].entry for path, (plain, _) in names.items() if plain in stored}
+    refuse(
+        f"the weights in {folder} do not fit its {CONFIG}",
+        unknown=[
+            name
+            for plain, name in stored.items()
+            if plain not in wanted and not any(fnmatch.fnmatchcase(plain, pattern) for pattern in ignored)
+        ],
+        missing=[plain for plain, _ in names.values() if plain not in stored],
+        twice=twice,
+        wrong_shape=[
+            f"{stored[names[path][0]]} is {list(entry.shape)}, expected {list(shapes[path])}"
+            for path, entry in found.items()
+            if entry.shape != shapes[path]
+        ],
+        wrong_type=_wrong_types({stored[names[path][0]]: entry for path, entry in found.items()}),
+    )
+    return [Parameter(path, tensors[stored[plain]], dense[path].shape, kind) for path, (plain, kind) in names.items()]
+
+
+def _today(match: re.Match[str]) -> str:
+    return match[1] + {"gamma": "weight", "beta": "bias"}[match[2]]
+
+
+def fit_own(model: Model, tensors: Mapping[str, Source], folder: Path) -> list[Parameter]:
+    """Finds every parameter of a model among the tensors of a folder that `save` wrote.
+
+    Raises:
+        ValueError: Listing every tensor that is unknown, missing, or of a wrong shape or type.
+    """
+    refuse(
+        f"the weights in {folder} do not fit its {CONFIG}",
+        **misfits(model, {name: source.entry.shape for name, source in tensors.items()}),
+        wrong_type=_wrong_types({name: source.entry for name, source in tensors.items()}),
+    )
+    return [
+        Parameter(path, source, source.entry.shape, "copy")
+        for path, source in ((path, tensors[path_name(path)]) for path in _dense(model))
+    ]
+
+
+def misfits(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+    """What is wrong with parameters of these names and shapes: units may be fewer than in the configuration."""
+    expected = {path_name(path): (path, array.shape) for path, array in _dense(model).items()}
+    wrong: list[str] = []
+    units: dict[tuple[str, str], dict[str, int]] = {}
+    for name in (name for name in expected if name in shapes):
+        (path, full), found = expected[name], shapes[name]
+        axes = axes_of(model.axes, path)
+        if len(found) != len(full) or any(
+            size > most or (size < most and axis not in KINDS)
+            for axis, size, most in zip(axes, found, full, strict=True)
+        ):
+            wrong.append(f"{name} is {list(found)}, expected {list(full)} or fewer heads or neurons or channels")
+            continue
+        for axis, size in zip(axes, found, strict=True):
+            if axis in KINDS:
+                units.setdefault((path_name(path[:-2]), axis), {})[name] = size
+    for (module, axis), sizes in units.items():
+        if len(set(sizes.values())) > 1:
+            wrong.append(f"{module} has a different number of {axis} in its arrays: {sizes}")
+    return {
+        "unknown": [name for name in shapes if name not in expected],
+        "missing": [name for name in expected if name not in shapes],
+        "wrong_shape": wrong,
+    }
+
+
+@lru_cache(maxsize=8)
+def _dense(model: Model) -> Mapping[ParamPath, jax.ShapeDtypeStruct]:
+    return flatten(jax.eval_shape(model.initialise, jax.random.key(0)))
+
+
+def _wrong_types(entries: Mapping[str, Entry]) -> list[str]:
+    allowed = ", ".join(FLOATS)
+    return [f"{name} is {e.dtype}, expected {allowed}" for name, e in entries.items() if e.dtype not in FLOATS]
+
+
+def refuse(what: str, **problems: list[str]) -> None:
+    """Raises one error that lists everything, if there is anything."""
+    listed = [f"{kind.replace('_', ' ')}: {', '.join(found)}" for kind, found in problems.items() if found]
+    if listed:
+        raise ValueError(f"{what}; {'; '.join(listed)}.")
+
+
+def convert(parameters: list[Parameter], dtype: np.dtype | None, folder: Path) -> Params:
+    """Reads the parameters onto the device, as `read_arrays` does, in the order of the files."""
+    ordered = sorted(parameters, key=lambda p: (p.source.file.path, p.source.entry.start))
+    flat = {path: jax.device_put(array) for path, array in read_arrays(ordered, dtype, folder)}
+    return unflatten({path: flat[path] for path, *_ in parameters})
+
+
+def read_arrays(
+    parameters: Iterable[Parameter], dtype: np.dtype | None, folder: Path
+) -> Iterator[tuple[ParamPath, np.ndarray]]:
+    """Reads the parameters, one slice of one tensor at a time, into arrays that share no memory with the files.
+
+    Args:
+        parameters: What to read, in this order.
+        dtype: The type of the arrays; None is each tensor's own.
+        folder: For the error.
+
+    Yields:
+        The path and the array of each.
+
+    Raises:
+        ValueError: In the end, naming every tensor with a value that is NaN, infinite or too large for `dtype`.
+    """
+    problems: dict[str, list[str]] = {"NaN_or_infinite": [], f"too_large_for_{dtype}": []}
+    not_finite, too_large = problems.values()
+    for path, source, shape, layout in parameters:
+        kind = FLOATS[source.entry.dtype] if dtype is None else dtype
+        array = _aligned(shape, kind)
+        view = _LAYOUTS[layout](array)
+        finite = fits = True
+        for rows, block in source.file.slices(source.name):
+            with np.errstate(over="ignore"):  # found two lines below
+                converted = block.astype(kind)
+            if not np.isfinite(converted).all():
+                fits, finite = False, finite and bool(np.isfinite(block).all())
+            view[rows] = converted
+        if not fits:
+            (too_large if finite else not_finite).append(source.name)
+        yield path, array
+    refuse(f"the weights in {folder} cannot be used", **problems)
+
+
+def read_sparse(parameters: list[Parameter], dtype: np.dtype | None, folder: Path) -> Params:
+    """Reads packed parameters into sparse arrays of JAX (`BCOO`) of the same shapes, and the others as `convert` does.
+
+    Args:
+        parameters: What to read.
+        dtype: The type of the arrays; None is each tensor's own.
+        folder: For the error.
+
+    Raises:
+        ValueError: If nothing is packed, or a value is NaN, infinite or too large for `dtype`; it names every tensor.
+    """
+    from jax.experimental.sparse import BCOO
+
+    packed = [own for own in parameters if own.source.name in own.source.file.packed]
+    if not packed:
+        raise ValueError(f"nothing in {folder} is packed: save it with packed='exact', or load it without sparse=True.")
+    flat = flatten(convert([own for own in parameters if own not in packed], dtype, folder))
+    wrong = []
+    for path, source, shape, _ in packed:
+        places, values = source.file.nonzeros(source.name)
+        with np.errstate(over="ignore"):  # found by the next line
+            values = values.astype(dtype or values.dtype, copy=False)
+        if not np.isfinite(values).all():
+            wrong.append(source.name)
+        where = np.stack(np.unravel_index(places, shape), axis=-1).astype(np.int32)
+        flat[path] = BCOO(
+            (jax.device_put(values), jax.device_put(where)), shape=shape, indices_sorted=True, unique_indices=True
+        )
+    refuse(f"the weights in {folder} cannot be used", NaN_or_infinite_or_too_large_for_the_type=wrong)
+    return unflatten({path: flat[path] for path, *_ in parameters})
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that `jax.device_put` takes over on a CPU instead of copying it."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    offset = -memory.ctypes.data % _ALIGNMENT
+    return memory[offset : offset + size].view(dtype).reshape(shape)

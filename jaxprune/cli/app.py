@@ -1,0 +1,319 @@
+"""The commands. Heavy packages are imported only when a command runs, so `--help` answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxprune import __version__
+from jaxprune.cli import learning, looking, terminal
+from jaxprune.cli.options import (
+    BatchOptions,
+    BudgetOptions,
+    CriterionOptions,
+    Folder,
+    Head,
+    Json,
+    ModelName,
+    OneTask,
+    Overwrite,
+    ReceiptOptions,
+    RecoveryOptions,
+    RowOptions,
+    ScoringOptions,
+    SelectionOptions,
+    choice,
+    find,
+    given,
+    kept,
+    measured,
+    option,
+    rows,
+    scoring,
+)
+
+EPILOG = (
+    "Long commands go on where they were interrupted: run the same one again. Bad input ends with exit code 2 and one "
+    "line on stderr; JAXPRUNE_TRACEBACK=1 shows where it came from. Compiled programs, latency tables and models' "
+    "digests are kept in ~/.cache/jaxprune; JAX_COMPILATION_CACHE_DIR names another folder for the programs."
+)
+
+app = typer.Typer(
+    cls=terminal.Commands, add_completion=False, rich_markup_mode="rich", epilog=EPILOG, pretty_exceptions_enable=False
+)
+
+
+@app.callback(invoke_without_command=True)
+def jaxprune(
+    context: typer.Context, version: Annotated[bool, option("Print the version.", "--version")] = False
+) -> None:
+    """Makes a multi-task language model small for one task, in minutes, without training.
+
+    Begin with: [cyan]jaxprune demo[/cyan]
+    """
+    if version:
+        typer.echo(f"jaxprune {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+@terminal.grouped
+def score(
+    model: ModelName,
+    task: OneTask,
+    output: Annotated[Path, option("The score file to write.", "--output", "-o", metavar="FILE")],
+    rows: RowOptions,
+    batches: BatchOptions,
+    scoring: ScoringOptions,
+    settings: CriterionOptions,
+    until_stable: Annotated[
+        float | None,
+        scoring("Stop when another run would rank units so similarly; --examples is the most.", metavar="0.95"),
+    ] = None,
+    head: Head = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Scores every head and neuron by how much a task needs it; one score file serves every budget.
+
+    Example: [cyan]jaxprune score multi --task sst2 --data data -o sst2.safetensors[/cyan]
+    """
+    with terminal.working() as bars:
+        from jaxprune.cli import workflow
+        from jaxprune.cli.render import confidence, report
+
+        how = replace(scoring.build(settings, head, batches), until_stable=until_stable)
+        memory = terminal.digests_folder()
+        record = workflow.score_model(model, rows.of(task), output, how, overwrite=overwrite, memory=memory, watch=bars)
+    lines = (f"Scores: {output}", f"Next:   jaxprune prune {model} --scores {output} --flops 0.5 -o smaller")
+    terminal.show(record, report.scores_table(record), *confidence.stability_tables(record), *lines, as_json=as_json)
+
+
+@app.command()
+@terminal.grouped
+def prune(
+    context: typer.Context,
+    model: ModelName,
+    output: Folder,
+    budget: BudgetOptions,
+    selection: SelectionOptions,
+    rows: RowOptions,
+    batches: BatchOptions,
+    scoring: ScoringOptions,
+    settings: CriterionOptions,
+    recovery: RecoveryOptions,
+    receipts: ReceiptOptions,
+    scores: Annotated[
+        list[Path] | None, option("A score file, or one per task; without it --task is scored.", metavar="FILE")
+    ] = None,
+    task: Annotated[list[str] | None, rows("What to score, and to test before and after; one or several.")] = None,
+    together: Annotated[
+        str | None,
+        choice("together", "Several tasks: mean scores (default), or what any or all keep.", "What stays"),
+    ] = None,
+    rounds: Annotated[
+        int, kept("Steps to the budget; before each, what is left is scored again.", "--rounds", metavar="N")
+    ] = 1,
+    head: Head = None,
+    evaluate: Annotated[bool, measured("Test before and after.", "--evaluate/--no-evaluate")] = True,
+    limit: Annotated[int | None, measured("The most test examples.")] = None,
+    measure: Annotated[str, measured("Examples per timed pass; 0: none.", metavar="1,32")] = "1,32",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Removes what a task does not need, to a budget, and shows before and after.
+
+    Examples: [cyan]jaxprune prune multi --task sst2 --data data --flops 0.5 -o small[/cyan] scores on the way.
+    [cyan]jaxprune prune multi --scores sst2.safetensors --flops 0.5 -o small[/cyan] needs no data.
+    [cyan]jaxprune prune multi --task sst2 --task mrpc --flops 0.5 -o small[/cyan] keeps what both need.
+    [cyan]jaxprune prune multi --scores sst2.safetensors --latency 12ms -o small[/cyan] measures modules first.
+    [cyan]jaxprune prune multi --task sst2 --data data --flops 0.2 --rounds 3 -o small[/cyan] scores in each round.
+    """
+    with terminal.working() as bars:
+        scores, task = scores or [], task or []
+        several = max(len(scores), len(task)) > 1
+        if not scores and not task:
+            raise ValueError("name the task to score with --task, or a score file with --scores.")
+        if scores and (unused := given(context, ScoringOptions, CriterionOptions)):
+            raise ValueError(f"{unused}: for scoring, but --scores gives scores that are made already.")
+        if not task and (unused := given(context, RowOptions, "head", "limit")):
+            raise ValueError(f"{unused}: for testing, but there is no --task to test on.")
+        if together is not None and len(scores or task) < 2:
+            raise ValueError("--together is for several tasks: name more of them with --task, or of --scores.")
+        if rounds < 1:
+            raise ValueError(f"--rounds must be at least 1, got {rounds}.")
+        if rounds > 1 and (scores or several):
+            what = "score files are of the dense model alone" if scores else f"{len(task)} tasks are pruned for in one"
+            raise ValueError(f"--rounds {rounds} needs one --task to score in every round, and no --scores: {what}.")
+        timed = measure.split(",")
+        if not all(part.strip().isdigit() for part in timed):
+            raise ValueError(f"--measure takes whole numbers, such as 1,32 (0: none), got {measure!r}.")
+        from jaxprune.cli import pruning, workflow
+        from jaxprune.cli import rounds as in_rounds
+        from jaxprune.cli import together as several_tasks
+        from jaxprune.cli.render import receipt_report, report
+
+        measuring = workflow.Measuring(
+            evaluate=evaluate,
+            head=head,
+            limit=limit,
+            batches=tuple(int(part) for part in timed if int(part)),
+            **asdict(batches),
+        )
+        chosen, data = selection.build(budget), [rows.of(name) for name in task]
+        how = {"measuring": measuring, "overwrite": overwrite, "watch": bars}
+        how["recovering"] = recovery.build(scoring.seed, batches, rounds, scoring=not scores)
+        if rounds == 1:
+            how |= {"tables": budget.tables(), "accounting": receipts.build(batches)}
+        elif receipts.build(batches) is not None:
+            raise ValueError("--receipt is of one selection, --rounds makes several: leave one of them out.")
+        scored = scores or scoring.build(settings, head, batches)
+        if several:
+            way = find("together", together or "pooled")
+            record = several_tasks.prune_together(model, output, chosen, scored=scored, tasks=data, way=way, **how)
+        elif rounds > 1:
+            made = scoring.build(settings, head, batches)
+            record = in_rounds.prune_model_in_rounds(
+                model, output, chosen, rounds=rounds, scoring=made, data=data[0], **how
+            )
+        else:
+            one = scored[0] if isinstance(scored, list) else scored
+            record = pruning.prune_model(model, output, chosen, scored=one, data=data[0] if data else None, **how)
+    lines = [*report.before_after_notes(record), *report.headless_notes(record)]
+    for own in receipt_report.receipts_of(record):
+        lines += [receipt_report.receipt_table(own), *receipt_report.receipt_notes(own)]
+    lines += ["", f"Model:  {output}"]
+    if not scores:
+        files = ", ".join(own["scores"] for own in record.get("tasks", [record]))
+        lines.append(f"Scores: {files} (other budgets: --scores)")
+    terminal.show(record, report.before_after_table(record), *lines, as_json=as_json)
+
+
+@app.command()
+@terminal.grouped
+def share(
+    model: ModelName,
+    scores: Annotated[list[Path], option("A score file of the model, one per task.", "--scores", metavar="FILE")],
+    budget: BudgetOptions,
+    selection: SelectionOptions,
+    output: Annotated[
+        Path | None,
+        option("The folder to write; without it the tasks are added to MODEL.", "--output", "-o", metavar="FOLDER"),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Puts many tasks into one folder: the weights once, and about a kilobyte of gates per task, each to the budget.
+
+    Examples: [cyan]jaxprune share multi --scores sst2.safetensors --scores qnli.safetensors --flops 0.5 -o all[/cyan]
+    [cyan]jaxprune share all --scores rte.safetensors --flops 0.3[/cyan] adds a task, the weights stay as they are.
+    [cyan]jaxprune evaluate all#sst2 --task sst2[/cyan] takes the model of one task, as every command does.
+
+    Gates say which units stay, no more: a model that is repaired (prune --recover) needs a folder of its own.
+    """
+    with terminal.working() as bars:
+        from jaxprune.cli import sharing
+        from jaxprune.cli.render import report
+
+        how = {"tables": budget.tables(), "overwrite": overwrite, "watch": bars}
+        record = sharing.share_model(model, scores, selection.build(budget), output, **how)
+    folder, task = record["output"], record["tasks"][0]["task"]
+    lines = (report.share_note(record), "", f"Next: jaxprune inspect {folder}#{task}")
+    terminal.show(record, report.share_table(record), *lines, as_json=as_json)
+
+
+@app.command()
+@terminal.grouped
+def plan(
+    model: ModelName,
+    scores: Annotated[Path, option("A score file of the model.", "--scores", metavar="FILE")],
+    budget: BudgetOptions,
+    selection: SelectionOptions,
+    as_json: Json = False,
+) -> None:
+    """Shows what a budget would leave, layer by layer, and what that would cost; needs no data, writes no model.
+
+    Example: [cyan]jaxprune plan multi --scores sst2.safetensors --latency 0.5[/cyan]
+
+    For a latency, the modules are measured on this device unless that was done before; the table is kept.
+    """
+    with terminal.working() as bars:
+        from jaxprune.cli import planning
+        from jaxprune.cli.render import forecast
+
+        chosen, memory = selection.build(budget), terminal.digests_folder()
+        record = planning.plan_model(model, scores, chosen, tables=budget.tables(), memory=memory, watch=bars)
+    terminal.show(record, *forecast.plan_tables(record), *forecast.plan_notes(record), as_json=as_json)
+
+
+for command in (
+    *(looking.sweep, looking.inspect, looking.compare, looking.check, looking.evaluate),
+    *(learning.finetune, learning.sparsify, learning.distill, learning.augment),
+):
+    app.command()(command)
+
+
+@app.command()
+def pack(
+    model: ModelName,
+    output: Folder,
+    values: Annotated[str, option("Keep every bit, or round the layers to a byte.", metavar="exact|int8")] = "exact",
+    unpack: Annotated[bool, option("Write a dense file instead.", "--unpack")] = False,
+    half: Annotated[bool, option("Cast the weights to half precision first.", "--half")] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Writes a sparse model without its zeros, and shows what that saves; every command reads it as before.
+
+    Examples: [cyan]jaxprune pack sparse -o packed[/cyan] keeps every bit.
+    [cyan]jaxprune pack packed --unpack -o dense[/cyan] gives them back, for programs that read dense files.
+    """
+    with terminal.working():
+        if values not in ("exact", "int8"):
+            raise ValueError(f"--values is exact or int8, got {values!r}.")
+        if unpack and values != "exact":
+            raise ValueError("--values says how to pack, but --unpack writes a dense file: give one of them.")
+        from jaxprune.cli import storage
+        from jaxprune.cli.render import report
+
+        how = {"values": None if unpack else values, "dtype": "float16" if half else None, "overwrite": overwrite}
+        record = storage.pack_model(model, output, **how)
+    lines = (report.storage_note(record), f"Model: {output}")
+    terminal.show(record, report.storage_table(record), *lines, as_json=as_json)
+
+
+@app.command()
+@terminal.grouped
+def demo(
+    output: Annotated[Path, option("Folder for the results.", "--output", "-o")] = Path("jaxprune-demo"),
+    task: Annotated[str, option("The task to keep.")] = "sst2",
+    model: Annotated[Path | None, option("Another model; by default the bundled one.")] = None,
+    data: Annotated[Path | None, option("Other data; by default the bundled rows.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Prunes the bundled multi-task model for one task, offline, against two baselines: about a minute.
+
+    Example: [cyan]jaxprune demo --task snips[/cyan]
+    """
+    with terminal.working() as bars:
+        from jaxprune.cli import demo
+        from jaxprune.cli.render import report
+
+        record = demo.demo(output, chosen=task, source=model, data=data, watch=bars)
+    tables = (
+        report.comparison_table(record["tasks"], demo.VARIANTS, record["task"]),
+        report.before_after_table(record),
+    )
+    files = (f"{title.capitalize() + ':':9}{file}" for title, file in record["files"].items())
+    terminal.show(
+        record, *tables, demo.explain(record), "", *files, "", "Next:", *demo.next_steps(record), as_json=as_json
+    )
+
+
+def main() -> None:
+    """Runs the command line."""
+    app(prog_name="jaxprune")

@@ -1,0 +1,476 @@
+"""The options of the commands, in groups that several commands share, and what the names in them stand for.
+
+The library is imported only when an option is put to use, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pkgutil
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import typer
+
+if TYPE_CHECKING:
+    from jaxprune.cli.accounting import Accounting
+    from jaxprune.cli.planning import Tables
+    from jaxprune.cli.workflow import Data, Recovering, Scoring, Selection
+    from jaxprune.scoring.attribution import Criterion
+
+# What the names on the command line stand for: option -> name -> function or class, imported when it is asked for.
+FUNCTIONS: Mapping[str, Mapping[str, str]] = {
+    "criterion": {
+        "integrated-gradients": "scoring.attribution:IntegratedGradients",
+        "gradient-activation": "scoring.attribution:GradientActivation",
+        "random": "scoring.baselines:Random",
+        "magnitude": "scoring.baselines:Magnitude",
+        "activation": "scoring.baselines:Activation",
+        "wanda": "scoring.baselines:Wanda",
+        "gradient": "scoring.baselines:Gradient",
+        "taylor": "scoring.baselines:Taylor",
+        "fisher": "scoring.baselines:Fisher",
+        "top-layers": "scoring.baselines:TopLayers",
+        "leave-one-out": "scoring.baselines:LeaveOneOut",
+    },
+    "path": {"joint": "scoring.attribution:joint", "layer": "scoring.attribution:layer"},
+    "rule": {
+        "gauss-legendre": "scoring.integration:gauss_legendre",
+        "riemann": "scoring.integration:riemann",
+        "trapezoid": "scoring.integration:trapezoid",
+    },
+    "objective": {
+        "probability": "scoring.objectives:probability",
+        "log-probability": "scoring.objectives:log_probability",
+        "margin": "scoring.objectives:margin",
+        "squared-error": "scoring.objectives:negative_squared_error",
+    },
+    "labels": {
+        "gold": "scoring.objectives:gold",
+        "predicted": "scoring.objectives:predicted",
+        "every": "scoring.objectives:every",
+        "sampled": "scoring.objectives:sampled",
+    },
+    "tokens": {
+        "sum": "models.layers:sum_tokens",
+        "absolute": "models.layers:absolute_tokens",
+        "squared": "models.layers:squared_tokens",
+        "max": "models.layers:max_tokens",
+    },
+    "examples-reduction": {
+        "absolute": "scoring.objectives:absolute",
+        "signed": "scoring.objectives:signed",
+        "squared": "scoring.objectives:squared",
+        "maximum": "scoring.objectives:maximum",
+    },
+    "closed": {"zero": "scoring.activations:zero", "mean": "scoring.activations:calibration_means"},
+    "together": {
+        "pooled": "pruning.pooling:pooled",
+        "union": "pruning.pooling:kept_by_any",
+        "intersection": "pruning.pooling:kept_by_all",
+    },
+    "recover": {
+        "none": "pruning.fitting:Untouched",
+        "bias": "pruning.fitting:BiasCompensation",
+        "rescale": "pruning.fitting:Rescaling",
+        "reconstruct": "pruning.fitting:Reconstruction",
+    },
+    "normalise": {"l2": "pruning.selection:per_layer_l2"},
+    "layers": {
+        "one-to-one": "training.curriculum:one_to_one",
+        "uniform": "training.curriculum:uniform",
+        "last": "training.curriculum:last",
+    },
+    "schedule": {
+        "cubic": "sparse.schedules:cubic_schedule",
+        "linear": "sparse.schedules:linear_schedule",
+        "one-shot": "sparse.schedules:one_shot_schedule",
+    },
+    "weights": {
+        "magnitude": "sparse.saliency:WeightMagnitude",
+        "movement": "sparse.saliency:WeightMovement",
+        "fisher": "sparse.saliency:WeightFisher",
+    },
+}
+BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
+SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+SETTINGS = {  # option -> the setting of a criterion that it sets
+    "nodes": "nodes",
+    "chunk": "chunk",
+    "path": "path",
+    "start": "start",
+    "rule": "rule",
+    "objective": "objective",
+    "labels": "labels",
+    "tokens": "tokens",
+    "examples-reduction": "examples",
+    "closed": "closed",
+    "kinds": "kinds",
+}
+
+
+def choice(option: str, text: str, panel: str = "Scoring") -> Any:
+    """An option whose values are the names in `FUNCTIONS`."""
+    names = list(FUNCTIONS[option])
+
+    def check(value: Any) -> Any:
+        for name in value if isinstance(value, list | tuple) else () if value is None else (value,):
+            if name not in names:
+                close = difflib.get_close_matches(name, names, 1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"--{option} {name!r} is none of {', '.join(names)}.{hint}")
+        return value
+
+    if len(names) > 4:
+        return typer.Option(help=f"{text}: {', '.join(names)}.", callback=check, metavar="NAME", rich_help_panel=panel)
+    return typer.Option(help=text, callback=check, metavar="|".join(names), rich_help_panel=panel)
+
+
+def option(text: str, *names: str, metavar: str | None = None, panel: str | None = None) -> Any:
+    """An option and its help."""
+    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel)
+
+
+def find(option: str, name: str) -> Any:
+    """The function or class that a name on the command line stands for."""
+    return pkgutil.resolve_name(f"jaxprune.{FUNCTIONS[option][name]}")
+
+
+rows = partial(option, panel="Task and data")
+scoring = partial(option, panel="Scoring")
+kept = partial(option, panel="What stays")
+measured = partial(option, panel="What is measured")
+training = partial(option, panel="Training")
+
+ModelName: TypeAlias = Annotated[
+    str,
+    typer.Argument(help="A model folder, or a name on the Hugging Face hub; FOLDER#TASK: a task of a shared one."),
+]
+OneTask: TypeAlias = Annotated[str, rows("A built-in task, a folder in --data, or your own file or folder.", "--task")]
+Tasks: TypeAlias = Annotated[
+    list[str], rows("As often as there are tasks: a built-in one, or your own file.", "--task")
+]
+Folder: TypeAlias = Annotated[Path, option("The folder to write.", "--output", "-o", metavar="FOLDER")]
+Head: TypeAlias = Annotated[str | None, rows("The task head; by default the one of the task's name, or the only one.")]
+Dark: TypeAlias = Annotated[bool, option("Draw for dark pages.", "--dark")]
+Json: TypeAlias = Annotated[bool, option("One JSON object on stdout, and nothing else.", "--json")]
+Overwrite: TypeAlias = Annotated[bool, option("Replace what is there.", "--overwrite")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """Where the rows of a task come from."""
+
+    data: Annotated[Path | None, rows("Folder with TASK/train.jsonl and so on. Without it: the hub.")] = None
+    text: Annotated[str | None, rows("Own files: column of the text or the question.", metavar="COLUMN")] = None
+    text_pair: Annotated[str | None, rows("Own files: that of the second text or the context.", metavar="COLUMN")] = (
+        None
+    )
+    label: Annotated[str | None, rows("Own files: column of the label or the answers.", metavar="COLUMN")] = None
+    label_names: Annotated[str | None, rows("Own files: names in the order of the task head.", metavar="A,B,...")] = (
+        None
+    )
+
+    prompt: Annotated[
+        str | None, rows("Text-to-text models: t5 (default), flan, or a YAML file of your own.", metavar="PROMPT")
+    ] = None
+
+    def of(self, task: str) -> Data:
+        """The task, not read yet."""
+        from jaxprune.cli.workflow import Data
+
+        labels = None if self.label_names is None else tuple(self.label_names.split(","))
+        return Data(
+            task=task,
+            data=self.data,
+            text=self.text,
+            text_pair=self.text_pair,
+            label=self.label,
+            labels=labels,
+            prompt=self.prompt,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """How texts are batched."""
+
+    batch_size: Annotated[int, rows("Examples in a batch.")] = 32
+    max_length: Annotated[int | None, rows("Tokens to which texts are cut; 128 by default, for spans 384.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriterionOptions:
+    """The settings of criteria. What is None is the criterion's own default."""
+
+    nodes: Annotated[int | None, scoring("Quadrature nodes of integrated gradients; 8 by default.")] = None
+    chunk: Annotated[int | None, scoring("Nodes, or heads left out, evaluated together; 1 by default.")] = None
+    path: Annotated[str | None, choice("path", "All gates together (default), or one module at a time: slower.")] = None
+    start: Annotated[float | None, scoring("Where the path starts, in [0, 1); 0 by default.")] = None
+    rule: Annotated[str | None, choice("rule", "The quadrature; gauss-legendre by default.")] = None
+    objective: Annotated[
+        str | None, choice("objective", "What must be kept; probability by default, squared-error in a regression.")
+    ] = None
+    labels: Annotated[str | None, choice("labels", "For which label; gold by default, sampled for fisher.")] = None
+    tokens: Annotated[str | None, choice("tokens", "Over the tokens of an example; sum by default.")] = None
+    examples_reduction: Annotated[
+        str | None, choice("examples-reduction", "Over the examples; absolute by default.")
+    ] = None
+    closed: Annotated[str | None, choice("closed", "What a removed unit is replaced by; zero by default.")] = None
+
+    kinds: Annotated[
+        str | None,
+        scoring("Units by commas: heads,neurons (default), channels, query_channels.", metavar="channels,neurons"),
+    ] = None
+
+    def build(self, *names: str) -> dict[str, Criterion]:
+        """Criteria by their names, each with those of the options that it has.
+
+        Raises:
+            ValueError: If a name occurs twice, or none of the criteria has one of the options.
+        """
+        kinds = {name: find("criterion", name) for name in names}
+        if len(kinds) < len(names):
+            raise ValueError(f"--criterion names one twice: {', '.join(names)}.")
+        has = {name: {field.name for field in fields(kind) if field.init} for name, kind in kinds.items()}
+        given = {name: value for name in SETTINGS if (value := getattr(self, name.replace("-", "_"))) is not None}
+        every = set().union(*has.values())
+        if wrong := [f"--{name}" for name in given if SETTINGS[name] not in every]:
+            known = ", ".join(f"--{name}" for name, field in SETTINGS.items() if field in every)
+            asked = " or ".join(names)
+            raise ValueError(f"criterion {asked} has no {', '.join(wrong)}; it has {known or 'no options'}.")
+        chosen = {SETTINGS[name]: find(name, value) if name in FUNCTIONS else value for name, value in given.items()}
+        if self.kinds is not None:
+            chosen["kinds"] = tuple(self.kinds.split(","))
+        return {
+            name: kind(**{field: value for field, value in chosen.items() if field in has[name]})
+            for name, kind in kinds.items()
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions:
+    """How units are scored, and with which rows."""
+
+    criterion: Annotated[str, choice("criterion", "How units are scored")] = "integrated-gradients"
+    examples: Annotated[int | None, scoring("Calibration rows to score with, stratified by label; 128 by default.")] = (
+        None
+    )
+    seed: Annotated[int, scoring("Of the draw of the rows, and of criteria that draw.")] = 0
+
+    def build(self, settings: CriterionOptions, head: str | None, batches: BatchOptions) -> Scoring:
+        """The settings of a scoring run.
+
+        Raises:
+            ValueError: If the criterion does not have one of the options.
+        """
+        from jaxprune.cli.workflow import Scoring
+
+        criterion = settings.build(self.criterion)[self.criterion]
+        return Scoring(criterion=criterion, examples=self.examples, seed=self.seed, head=head, **asdict(batches))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryOptions:
+    """How what is left is repaired."""
+
+    recover: Annotated[
+        str | None,
+        choice(
+            "recover",
+            "Repair in closed form, without labels; reconstruct by default, with --scores none.",
+            "What stays",
+        ),
+    ] = None
+    recover_examples: Annotated[int, kept("Calibration rows to repair with.")] = 256
+    recover_rounds: Annotated[
+        str | None, kept("With --rounds: repair after the last (default), or after each.", metavar="last|each")
+    ] = None
+
+    def build(self, seed: int, batches: BatchOptions, rounds: int = 1, *, scoring: bool = True) -> Recovering | None:
+        """How to repair; None: not at all, which is the default where nothing is scored: score files need no rows.
+
+        Raises:
+            ValueError: If `--recover-rounds` is none of its words, or there is nothing that it could be about.
+        """
+        from jaxprune.cli.workflow import HELD_OUT, Recovering
+
+        if self.recover_rounds not in (None, "last", "each"):
+            raise ValueError(f"--recover-rounds {self.recover_rounds!r} is none of last, each.")
+        chosen = self.recover or ("reconstruct" if scoring else "none")
+        if self.recover_rounds is not None and (rounds < 2 or chosen == "none"):
+            raise ValueError("--recover-rounds is for --recover in several --rounds: give both, or leave it out.")
+        if chosen == "none":
+            return None
+        if self.recover is None:  # a default refuses no batch size
+            batches = replace(batches, batch_size=max(batches.batch_size, HELD_OUT))
+        method, every = find("recover", chosen)(), self.recover_rounds == "each"
+        return Recovering(
+            method=method, examples=self.recover_examples, seed=seed, every_round=every, **asdict(batches)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReceiptOptions:
+    """What a selection loses, and whether units are selected again by it."""
+
+    receipt: Annotated[
+        bool, measured("What of the objective is lost on the scored rows, by layer, predicted and true.", "--receipt")
+    ] = False
+    receipt_rounds: Annotated[
+        int, kept("Select again, up to so often, by what was really lost, at the same budget; the best is kept.")
+    ] = 0
+
+    def build(self, batches: BatchOptions) -> Accounting | None:
+        """How the receipt is made; None: there is none."""
+        from jaxprune.cli.accounting import Accounting
+
+        if not self.receipt and self.receipt_rounds == 0:
+            return None
+        return Accounting(rounds=self.receipt_rounds, batch_size=batches.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetOptions:
+    """How much stays."""
+
+    flops: Annotated[float | None, kept("Fraction of the FLOPs that may stay.")] = None
+    parameters: Annotated[float | None, kept("Fraction of the units' parameters that may stay.")] = None
+    units: Annotated[float | None, kept("Fraction of the units that may stay.")] = None
+    memory: Annotated[
+        str | None, kept("What all weights may take in memory, or the fraction that may stay.", metavar="40MB|0.5")
+    ] = None
+    latency: Annotated[
+        str | None, kept("What a forward pass may take on this device, or the fraction.", metavar="12ms|0.5")
+    ] = None
+    latency_batch: Annotated[int | None, kept("Examples in that pass; 1 by default.")] = None
+    latency_table: Annotated[
+        Path | None, kept("Its table; by default the one in the cache, else it is measured.", metavar="FILE")
+    ] = None
+
+    def amounts(self) -> dict[str, float | None]:
+        """The budgets, by the arguments of `select`."""
+        return {
+            "flops": self.flops,
+            "parameters": self.parameters,
+            "units": self.units,
+            **read_amount("memory", self.memory, "bytes", BYTES),
+            **read_amount("latency", self.latency, "seconds", SECONDS),
+        }
+
+    def tables(self) -> Tables:
+        """Where latency tables are."""
+        from jaxprune.cli.planning import Tables
+        from jaxprune.cli.terminal import cache_folder
+
+        return Tables(folder=cache_folder("latency"), file=self.latency_table, batch=self.latency_batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionOptions:
+    """Which units stay, within a budget."""
+
+    length: Annotated[
+        str | None,
+        kept("Tokens of an example, for FLOPs; by default as scored. Of T5: read,written.", metavar="128"),
+    ] = None
+    per_layer: Annotated[bool, kept("The same fraction everywhere, or all units compete.", "--per-layer/--global")] = (
+        True
+    )
+    multiple_of: Annotated[list[str] | None, kept("Round widths down to a multiple.", metavar="neurons=8")] = None
+    floor: Annotated[list[str] | None, kept("What stays in each layer at least.", metavar="heads=1")] = None
+    protect: Annotated[list[str] | None, kept("Layers (0) and sites (3.ffn.neurons) that stay whole.")] = None
+    normalise: Annotated[str | None, choice("normalise", "Divide each site's scores by their norm.", "What stays")] = (
+        None
+    )
+
+    def build(self, budget: BudgetOptions) -> Selection:
+        """The arguments of `select`."""
+        from jaxprune.cli.workflow import Selection
+
+        return Selection(
+            **budget.amounts(),
+            length=None if self.length is None else read_length(self.length),
+            per_layer=self.per_layer,
+            multiple_of=by_kind("--multiple-of", self.multiple_of),
+            floor=by_kind("--floor", self.floor),
+            protect=tuple(int(item) if item.isdigit() else item for item in self.protect or ()),
+            normalise=None if self.normalise is None else find("normalise", self.normalise),
+        )
+
+
+def read_length(text: str) -> float | tuple[float, ...]:
+    """Reads `128`, or `128,4` of a model that writes text."""
+    try:
+        found = tuple(map(float, text.split(",")))
+    except ValueError as error:
+        raise ValueError(f"--length {text!r} is no number of tokens; write 128, or 128,4 for T5.") from error
+    return found[0] if len(found) == 1 else found
+
+
+def read_amount(name: str, text: str | None, unit: str, factors: Mapping[str, float]) -> dict[str, float]:
+    """Reads `0.5` as the budget `NAME`, and `40MB` as `NAME_UNIT`.
+
+    Raises:
+        ValueError: If it is neither, or not above 0.
+    """
+    if text is None:
+        return {}
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)(?:[eE]([+-]?\d+))?\s*([A-Za-z]*)", text.strip())
+    words = f"a fraction in (0, 1], or a number and one of {', '.join(factors)}"
+    if found is None or (found[3] and found[3] not in factors):
+        raise ValueError(f"--{name} takes {words}; got {text!r}.")
+    value = float(f"{found[1]}e{found[2] or 0}") * factors.get(found[3], 1.0)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"--{name} must lie above 0: {words}; got {text!r}.")
+    if not found[3] and value > 1:
+        raise ValueError(f"--{name} needs a unit: {words}; got {text!r}.")
+    return {f"{name}_{unit}" if found[3] else name: value}
+
+
+def by_kind(name: str, values: list[str] | None) -> int | dict[str, int] | None:
+    """Reads `8`, or `neurons=8` and `heads=2`."""
+    if values and len(values) == 1 and values[0].isdigit():
+        return int(values[0])
+    return numbers(name, values) or None
+
+
+def numbers(name: str, values: list[str] | None) -> dict[str, int]:
+    """Reads `NAME=NUMBER`, each name once."""
+    found: dict[str, int] = {}
+    for value in values or ():
+        key, _, number = value.partition("=")
+        if not key or not number.isdigit() or key in found:
+            raise ValueError(f"{name} takes NAME=NUMBER, each name once; got {value!r}.")
+        found[key] = int(number)
+    return found
+
+
+def read_fractions(name: str, text: str) -> tuple[float, ...]:
+    """Reads `0.9,0.5`, each number once; the order does not matter.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f"{name} takes fractions such as 0.9,0.5, each once; got {text!r}.")
+    return tuple(sorted(found, reverse=True))
+
+
+def given(context: typer.Context, *options: str | type) -> str:
+    """Those of some options, and of groups of options, that are on the command line."""
+    named = [[it] if isinstance(it, str) else [field.name for field in fields(it)] for it in options]
+    found = []
+    for name in (name for names in named for name in names):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            found.append("--" + name.replace("_", "-"))
+    return ", ".join(found)

@@ -1,0 +1,1 @@
+"""Tables, model cards and pictures."""

@@ -1,0 +1,231 @@
+"""The card of a model that was pruned or taught: its README in Markdown, with what was done, and how well it does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import PurePath
+
+from jaxprune.cli.render.receipt_report import receipt_notes, receipt_rows, receipts_of
+from jaxprune.cli.render.report import (
+    BEFORE_AFTER,
+    Record,
+    before_after_notes,
+    before_after_sections,
+    listed,
+    plain,
+)
+from jaxprune.cli.render.student_report import LOSSES, STUDENT, student_note, student_sections
+
+CARD = "README.md"  # in the folder of a model
+LEARNED = "training.png"  # in that of a student: how it learned
+LOADING = """import jaxprune as jp
+from jaxprune.evaluation.evaluate import predict
+from jaxprune.data.tasks import Example
+
+model, params = jp.load("FOLDER")
+logits = predict(model, params, [Example(text="a text")], head={head})  # [examples, labels]"""
+FINDING = """import jaxprune as jp
+from jaxprune.evaluation.evaluate import find_answers
+from jaxprune.data.tasks import Example
+
+model, params = jp.load("FOLDER")
+texts = find_answers(model, params, [Example("a question", "its context", answers=())], head={head})"""
+PROMPTING = """import jaxprune as jp
+from jaxprune.evaluation.evaluate import predict
+from jaxprune.data.prompts import Prompt
+from jaxprune.data.tasks import Example
+
+model, params = jp.load("FOLDER")
+prompt = Prompt(
+    template={template},
+    words={words},
+)
+likelihoods = predict(model, params, [Example({texts})], prompt=prompt)  # [examples, labels]"""
+WORDS = {  # kinds of units, in a sentence
+    "heads": "attention heads",
+    "neurons": "neurons",
+    "channels": "channels of values",
+    "query_channels": "channels of queries and keys",
+}
+
+
+def model_card(record: Record, *, on_hub: bool) -> str:
+    """The README of a pruned model, in Markdown with the front matter of the Hugging Face hub.
+
+    Args:
+        record: As from `prune_model` or `prune_together`. Whatever its names hold, they are shown as they are.
+        on_hub: Whether the source is a name on the hub, and not a folder.
+    """
+    from huggingface_hub import ModelCardData
+
+    source = record["source"] if on_hub else PurePath(record["source"]).name
+    tags = ["jax", "pruning", "structured-pruning", "model-compression"]
+    facts = ModelCardData(library_name="jaxprune", base_model=source if on_hub else None, tags=tags)
+    tasks = record.get("tasks", [record])
+    names = listed([_code(own["task"]) for own in tasks])
+    needed = f"the task {names} needs least" if len(tasks) == 1 else f"the tasks {names} together need least"
+    rules = {name: value for name, value in record["selection"].items() if value not in (None, [])}
+    widths = [[_code(name), f"{had:,}", f"{kept:,}"] for name, (had, kept) in record["widths"].items()]
+    cells = [row for section in before_after_sections(record) for row in section]
+    what = listed([WORDS[kind] for kind in record["kinds"]]).capitalize()
+    parts = [
+        f"---\n{facts.to_yaml()}\n---",
+        f"# {_code(source)}, pruned for {names}",
+        f"{what} that {needed} were cut out of {_code(source)} by jaxprune; nothing was trained. {_for_others(tasks)}",
+        "## How it was made",
+        "\n".join(
+            (
+                *(_how_scored(own, len(tasks) > 1) for own in tasks),
+                f"- Budget and selection: {_code(', '.join(f'{name} {plain(it)}' for name, it in rules.items()))}.",
+                "- `pruning.json` has all settings, the versions, and which units stay.",
+            )
+        ),
+        *_rounds(record),
+        "## Before and after",
+        _markdown(["", *BEFORE_AFTER], cells),
+        "\n".join(" ".join(note.split()) for note in before_after_notes(record)),
+        *(["## What was lost"] if receipts_of(record) else []),
+        *(part for own in receipts_of(record) for part in _lost(own)),
+        "## Units",
+        _markdown(["site", "before", "after"], widths),
+        *_use(tasks),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def student_card(record: Record, *, on_hub: bool) -> str:
+    """The README of a student that a teacher taught, in Markdown with the front matter of the Hugging Face hub.
+
+    Args:
+        record: As from `teach_model`. Whatever its names hold, they are shown as they are.
+        on_hub: Whether the student's source is a name on the hub, and not a folder.
+    """
+    from huggingface_hub import ModelCardData
+
+    source = record["source"] if on_hub else PurePath(record["source"]).name
+    teacher, thinning, task = PurePath(record["teacher"]).name, record["thinning"], record["task"]
+    tags = ["jax", "knowledge-distillation", *(["pruning", "sparse"] if thinning else []), "model-compression"]
+    facts = ModelCardData(library_name="jaxprune", base_model=source if on_hub else None, tags=tags)
+    losses = [f"{name} {plain(it)}" for name, it in record["settings"].items() if name in LOSSES and it]
+    exam = record["exams"][record["best"]]
+    how = [
+        f"- Student: {_code(source)}; teacher: {_code(teacher)}; {record['rows']['train']:,} train rows.",
+        f"- {record['steps']:,} steps of {record['recipe']['batch_size']} rows, learning rate "
+        f"{record['recipe']['learning_rate']:g}; losses and their weights: {_code(', '.join(losses))}.",
+    ]
+    what = f"jaxprune taught it to do as its teacher, {_code(teacher)}, does."
+    if thinning is not None:
+        what = f"{100 * exam['sparsity']:.1f} % of the weights of its linear maps are zero. {what}"
+        how.append(
+            f"- Criterion: {_code(thinning['criterion']['name'])}, pattern {_code(thinning['pattern']['name'])}, "
+            f"{len(thinning['steps']):,} prunings until step {thinning['steps'][-1]:,}."
+        )
+    how.append("- `distillation.json` has all settings, and every evaluation on the way.")
+    parts = [
+        f"---\n{facts.to_yaml()}\n---",
+        f"# {_code(source)}, {'sparse' if thinning else 'distilled'} for {_code(task)}",
+        f"{what} {_for_others([record])}" if record["prompt"] or len(record["heads"]) > 1 else what,
+        "## How it was made",
+        "\n".join(how),
+        f"![dev metric, zeros and losses over the steps]({LEARNED})",
+        "## Teacher and student",
+        _markdown(["", *STUDENT], [row for section in student_sections(record) for row in section]),
+        _unbroken(" ".join(student_note(record).split())),
+        *_use([record]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _use(tasks: Sequence[Record]) -> list[str]:
+    """The section of a card on how to load the model, and what the logits of its tasks are."""
+    owners = [f" of {_code(own['task'])}" if len(tasks) > 1 else "" for own in tasks]
+    options = [f" --task {_word(own['task'])}" for own in tasks]
+    return [
+        "## How to load it",
+        f"```python\n{_loading(tasks[0])}\n```",
+        *(
+            f"Labels{of}, in the order of the logits: {', '.join(map(_code, own['labels']))}."
+            for own, of in zip(tasks, owners, strict=True)
+        ),
+        f"```bash\njaxprune inspect FOLDER\njaxprune evaluate FOLDER{''.join(options)}\n```",
+        "FOLDER is the folder of this file.",
+    ]
+
+
+def _how_scored(task: Record, named: bool) -> str:
+    """The line of a card on how the scores of a task were made."""
+    criterion = dict(task["criterion"])
+    settings = ", ".join(
+        f"{name} {plain(value)}" for name, value in criterion.items() if name != "name" and value is not None
+    )
+    examples = f"{task['examples']:,} calibration examples" if task["examples"] else "no example"
+    what = f"- Criterion for {_code(task['task'])}" if named else "- Criterion"
+    return f"{what}: {_code(criterion['name'])}{f' ({_code(settings)})' if settings else ''}, {examples}."
+
+
+def _lost(receipt: Record) -> tuple[str, ...]:
+    """What a pruning lost of one task, predicted and true."""
+    headings, *rows = receipt_rows(receipt)
+    what = f"Of {_code(receipt['objective'])} for {_code(receipt['task'])}, mean of {receipt['examples']:,} examples:"
+    notes = "\n".join(f"- {_unbroken(' '.join(note.split()))}" for note in receipt_notes(receipt))
+    return what, _markdown(headings, rows), notes
+
+
+def _rounds(record: Record) -> list[str]:
+    """The section of a card on the rounds, if there were several."""
+    rows = [
+        [str(own["round"]), plain(own["budget"]), f"{own['units']:,}", _code(own["scores"][:12])]
+        for own in record.get("rounds", ())
+    ]
+    return ["## Rounds", _markdown(["round", "budget", "units left", "digest of the scores"], rows)] if rows else []
+
+
+def _for_others(tasks: Sequence[Record]) -> str:
+    """What to expect where the model is not asked for these tasks."""
+    one = len(tasks) == 1
+    if tasks[0]["prompt"] is not None:
+        what = "this task's prompt" if one else "the prompts of these tasks"
+        return f"It answers {what}; expect it to do worse with others."
+    heads = listed(list(dict.fromkeys(_code(own["head"]) for own in tasks)))
+    which = f"head {heads} is for this task" if one else f"heads {heads} are for these tasks"
+    return f"The task {which}; the other task heads are still there, but expect them to do worse."
+
+
+def _loading(record: Record) -> str:
+    prompt = record["prompt"]
+    if prompt is None:
+        return (FINDING if record.get("spans") else LOADING).format(head=ascii(record["head"]))
+    texts = 'text="a text", pair="another one"' if "{pair}" in prompt["template"] else 'text="a text"'
+    return PROMPTING.format(template=ascii(prompt["template"]), words=ascii(tuple(prompt["words"])), texts=texts)
+
+
+def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table: numbers to the right."""
+    rule = ["---", *["---:"] * (len(headings) - 1)]
+    lines = [headings, rule, *([cell.strip() for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(_unbroken(cell) for cell in line)} |" for line in lines)
+
+
+def _unbroken(cell: str) -> str:
+    """A cell that neither ends its column nor its row, and holds no markup outside of code."""
+    flat = _printable(cell)
+    return flat.replace("|", r"\|") if flat.startswith("`") else re.sub(r"([\\`*_<>\[\]&$~|])", r"\\\1", flat)
+
+
+def _code(text: str) -> str:
+    """A name as Markdown code, whatever is in it."""
+    flat = _printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", flat)), default=0))
+    space = " " if flat[:1] in ("`", "") or flat.endswith("`") else ""
+    return f"{fence}{space}{flat}{space}{fence}"
+
+
+def _printable(text: str) -> str:
+    """Without line breaks, control characters and those that turn the direction of writing."""
+    return "".join(letter if letter.isprintable() else " " for letter in text).strip()
+
+
+def _word(name: str) -> str:
+    """A name that a shell takes as it is, or a placeholder."""
+    return name if re.fullmatch(r"\w[\w.-]*", name) else "TASK"

@@ -1,0 +1,234 @@
+"""Prunes a model folder in rounds; what the last finished one left is kept, and gone on from."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxprune import __version__
+from jaxprune.checkpoints.files import read_json, remove_folder
+from jaxprune.checkpoints.folder import PRUNING, check_destination, digest, load, model_digest, save
+from jaxprune.checkpoints.gate_file import recorded_gates
+from jaxprune.cli.pruning import check_scope, facts_of, measure_both, recovery_record, write_pruned
+from jaxprune.cli.workflow import (
+    Data,
+    Measuring,
+    Progress,
+    Recovering,
+    Scoring,
+    Selection,
+    Watch,
+    check_folder,
+    costs,
+    kinds_of,
+    ratios,
+    repair,
+    score_once,
+    try_selection,
+)
+from jaxprune.data.prompts import prompt_of
+from jaxprune.data.tasks import Task
+from jaxprune.evaluation.evaluate import fitting_head
+from jaxprune.models import Model
+from jaxprune.pruning.record import pruning_record
+from jaxprune.pruning.recovery import Recovery
+from jaxprune.pruning.rounds import Round, prune_in_rounds
+from jaxprune.pruning.selection import parts_of
+from jaxprune.scoring.objectives import name_of
+from jaxprune.scoring.scores import Scores, describe
+from jaxprune.units import Params
+
+
+def prune_model_in_rounds(
+    source: str,
+    output: Path,
+    selection: Selection,
+    *,
+    rounds: int,
+    scoring: Scoring,
+    data: Data,
+    recovering: Recovering | None = None,
+    measuring: Measuring,
+    overwrite: bool = False,
+    watch: Watch,
+) -> dict[str, Any]:
+    """Prunes a model in rounds, writes its folder and compares the two; see `prune_model`.
+
+    What the last finished round left is kept as `OUTPUT.rounds`, a model folder like any other, until the output is
+    written: the same command goes on after that round. The scores of the dense model stay as
+    `OUTPUT.scores.safetensors`; those of later rounds go with `OUTPUT.rounds`.
+
+    Raises:
+        ValueError: As `prune_in_rounds`, or if `OUTPUT.rounds` belongs to another command and may not be replaced.
+    """
+    check_folder(output, overwrite)
+    check_scope(scoring, selection)
+    model, params = load(source)
+    try_selection(model, params, selection, kinds_of(model, params, scoring))
+    arguments: dict[str, Any] = {**selection.arguments(), "rounds": rounds}
+    prune_in_rounds(model, params, lambda _: {}, **arguments)  # refuses what cannot be done before any work
+    task = data.load()
+    fitting_head(model, task, measuring.head)
+    state = _State(
+        folder=output.with_name(f"{output.name}.rounds"),
+        settings=_settings(model, params, task, arguments, scoring, recovering),
+    )
+    records, after = state.load(overwrite)
+    if after is not None:
+        watch.say(f"round {after.number} of {rounds}: {state.folder}, of an earlier run with the same settings")
+    kept = output.with_name(f"{output.name}.scores.safetensors")
+    first = score_once(model, params, task, scoring, kept, _Stage(watch, 1, rounds))
+    arguments["length"] = length = first.header["mean_length"] if selection.length is None else selection.length
+    dense = costs(model, params, length)
+
+    def score(small: Params) -> Scores:
+        stage = _Stage(watch, len(records) + 1, rounds)
+        return first if small is params else score_once(model, small, task, scoring, state.scores, stage)
+
+    def mend(small: Params, how: Recovering) -> tuple[Params, Recovery]:
+        stage = _Stage(watch, len(records) + 1, rounds) if how.every_round else watch
+        return repair(model, params, small, [task], how, stage)
+
+    def keep(done: Round) -> Round:
+        records.append(_record(done, dense, costs(model, done.params, length)))
+        watch.say(f"round {done.number} of {rounds}: {records[-1]['units']:,} units are left")
+        if done.number < rounds:
+            state.save(model, done, pruning_record(first, done.gates, **arguments) | {"rounds": records})
+        return done
+
+    every = None if recovering is None or not recovering.every_round else partial(mend, how=recovering)
+    steps = prune_in_rounds(model, params, score, repair=every, after=after, **arguments)
+    last = deque(map(keep, steps), maxlen=1).pop()
+    small, repaired = last.params, last.recovery
+    if recovering is not None and every is None:
+        small, repaired = mend(small, recovering)
+    pruning = pruning_record(first, last.gates, **arguments) | {"rounds": records}
+    rows = set(first.header["rows"])
+    if repaired is not None:
+        pruning["recovery"] = recovery_record(repaired)
+        rows |= set(repaired.rows)
+    facts = facts_of(model, kept, first)
+    found = measure_both(model, params, small, [task], length, facts["head"], rows, measuring, watch)
+    record = {
+        "command": "prune",
+        "source": source,
+        "output": str(output),
+        "recovery": pruning.get("recovery"),
+        "rounds": records,
+        **facts,
+    }
+    complete = write_pruned(output, model, small, pruning, record, found, overwrite=overwrite)
+    state.remove()
+    return complete
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """What the last finished round left, beside the output, until all rounds are finished."""
+
+    folder: Path
+    settings: Mapping[str, Any]  # all that the rounds depend on
+
+    @property
+    def scores(self) -> Path:
+        """The score file of the next round."""
+        return self.folder.with_name(f"{self.folder.name}.scores.safetensors")
+
+    def save(self, model: Model, done: Round, pruning: Mapping[str, Any]) -> None:
+        """Puts a finished round in place of the one before it, in one step."""
+        save(self.folder, model, done.params, pruning={**pruning, "run": self.settings}, overwrite=True)
+
+    def load(self, overwrite: bool) -> tuple[list[dict[str, Any]], Round | None]:
+        """The records of the rounds that are finished, and the last of these; none if there is no folder."""
+        check_destination(self.folder, True)
+        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return [], None
+        found = read_json(self.folder / PRUNING) if (self.folder / PRUNING).is_file() else {}
+        if "run" not in found:
+            raise FileExistsError(
+                f"{self.folder} is a model and not what an interrupted run in rounds left: move it away, or choose "
+                "another output."
+            )
+        if other := [name for name, value in self.settings.items() if found["run"].get(name) != value]:
+            if not overwrite:
+                raise ValueError(
+                    f"{self.folder} was begun with other settings ({', '.join(other)}): give those to go on, or "
+                    "another output, or start anew with --overwrite."
+                )
+            self.remove()
+            return [], None
+        records, (_, params) = found["rounds"], load(self.folder, dtype=None)
+        return records, Round(len(records), records[-1]["budget"], {}, recorded_gates(found), params, None)
+
+    def remove(self) -> None:
+        """Removes what is beside the output."""
+        for file in (self.scores, self.scores.with_name(f"{self.scores.name}.partial")):
+            file.unlink(missing_ok=True)
+        remove_folder(self.folder)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A watch that says in which round a stage is."""
+
+    watch: Watch
+    number: int
+    rounds: int
+
+    def open(self, label: str) -> Progress:
+        """Opens a new stage."""
+        return self.watch.open(f"round {self.number} of {self.rounds}, {label}")
+
+    def say(self, message: Any) -> None:
+        """Shows a line, or a table."""
+        self.watch.say(message)
+
+
+def _settings(
+    model: Model,
+    params: Params,
+    task: Task,
+    arguments: Mapping[str, Any],
+    scoring: Scoring,
+    recovering: Recovering | None,
+) -> dict[str, Any]:
+    """All that the rounds of a command depend on, as JSON holds it."""
+    prompt = prompt_of(model, task)
+    found = {
+        **arguments,
+        **describe(scoring),
+        "name": task.name,
+        "criterion": describe(scoring.criterion),
+        "recovery": None if recovering is None else describe(recovering),
+        "model": model_digest(model, params),
+        "rows": task.digest("calibration"),
+        "prompt": None if prompt is None else prompt.to_json(),
+        "versions": {"jaxprune": __version__, "jax": jax.__version__},
+        "devices": jax.local_device_count(),
+    }
+    return json.loads(json.dumps(found, default=name_of))
+
+
+def _record(done: Round, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """What `pruning.json` and the record say of a round; `before` and `after` are costs, of the dense model first."""
+    values, header = parts_of(done.scores)
+    means = done.scores.means if isinstance(done.scores, Scores) else None
+    units, had = (sum(own) for own in zip(*((int(g.sum()), len(g)) for g in done.gates.values()), strict=True))
+    return {
+        "round": done.number,
+        "budget": done.budget,
+        "units": units,
+        "kept": ratios(before, after) | {"units": units / had},
+        "model": header.get("model"),  # the one that was scored
+        "scores": digest(dict(values)),
+        "means": digest(means) if means else None,
+        "gates": digest(dict(done.gates)),
+        "recovery": None if done.recovery is None else recovery_record(done.recovery),
+    }

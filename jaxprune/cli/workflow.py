@@ -1,0 +1,503 @@
+"""The steps behind the commands: settings in, files written, and a record out that JSON can hold."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jaxprune.checkpoints.folder import check_destination, digest_keeper, load, model_digest, save
+from jaxprune.checkpoints.tensors import FLOATS
+from jaxprune.checkpoints.weights import open_tensors
+from jaxprune.cli.render.report import evaluation_table
+from jaxprune.data.answers import MISPLACED, MISSING
+from jaxprune.data.batches import default_length, within_reach
+from jaxprune.data.prompts import STYLES, fit, prompt_for, prompt_of, read_prompt
+from jaxprune.data.splits import digest
+from jaxprune.data.tasks import Task, draw, load_task, remove_leaks, seed_words
+from jaxprune.evaluation.evaluate import Evaluation, evaluate, fitting_head
+from jaxprune.models import Model
+from jaxprune.models.cost import (
+    Length,
+    checked_length,
+    compare_latency,
+    flops,
+    memory,
+    parameters,
+    prunable_parameters,
+    usual_length,
+)
+from jaxprune.pruning.fitting import Method
+from jaxprune.pruning.recovery import HELD_OUT, Recovery, recover
+from jaxprune.pruning.selection import AMOUNTS, SHARES, Normalise, select
+from jaxprune.scoring.attribution import Criterion
+from jaxprune.scoring.run import EXAMPLES, score
+from jaxprune.scoring.scores import Scores, describe, load_scores, save_scores
+from jaxprune.training.finetuning import Recipe, finetune
+from jaxprune.training.loop import Step
+from jaxprune.units import KINDS, UNITS, Params, sites, widths
+
+RATIOS = ("units", "prunable_parameters", "parameters", "memory", "flops", "file_bytes")  # what remains after by before
+FINETUNING = "finetuning.json"  # in the folder of a fine-tuned model: how it was made, and how well it did
+
+
+class Progress(Protocol):
+    """The progress of one stage."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Shows what is done, of how much, and a note."""
+        ...
+
+
+class Watch(Protocol):
+    """Whoever watches a command at work."""
+
+    def open(self, label: str) -> Progress:
+        """Opens a new stage."""
+        ...
+
+    def say(self, message: Any) -> None:
+        """Shows a line, or a table."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """A task, and where its rows come from; see `load_task`."""
+
+    task: str
+    data: Path | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    labels: tuple[str, ...] | None = None
+    prompt: str | None = None  # a style of the built-in prompts, or a file; None: the model's task heads, or T5's own
+
+    def load(self) -> Task:
+        """Reads the rows."""
+        task = load_task(
+            self.task, data=self.data, text=self.text, text_pair=self.text_pair, label=self.label, labels=self.labels
+        )
+        if self.prompt is None:
+            return task
+        own = prompt_for(task, self.prompt) if self.prompt in STYLES else fit(read_prompt(self.prompt), task)
+        return replace(task, prompt=own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How units are scored; see `score`."""
+
+    criterion: Criterion
+    examples: int | None = None
+    until_stable: float | None = None
+    seed: int = 0
+    head: str | None = None
+    batch_size: int = 32
+    max_length: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which units stay: the arguments of `select`."""
+
+    units: float | None = None
+    parameters: float | None = None
+    flops: float | None = None
+    memory: float | None = None
+    memory_bytes: float | None = None
+    latency: float | None = None
+    latency_seconds: float | None = None
+    length: Length | None = None
+    per_layer: bool = True
+    multiple_of: int | Mapping[str, int] | None = None
+    floor: int | Mapping[str, int] | None = None
+    protect: tuple[int | str, ...] = ()
+    normalise: Normalise | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """All of it by name."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @property
+    def by_latency(self) -> bool:
+        """Whether a latency table is needed."""
+        return self.latency is not None or self.latency_seconds is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovering:
+    """How a pruned model is repaired; see `recover`."""
+
+    method: Method
+    examples: int = 256
+    seed: int = 0
+    batch_size: int = 32
+    max_length: int | None = None
+    every_round: bool = False  # where a model is pruned in rounds; else once, in the end
+
+    def __post_init__(self):
+        for name in ("examples", "batch_size"):
+            if getattr(self, name) < HELD_OUT:
+                raise ValueError(
+                    f"recovery needs {name} of at least {HELD_OUT}: one row of four chooses, the others fit; "
+                    f"got {getattr(self, name)}."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """What is measured of a pruned model."""
+
+    evaluate: bool = True  # on the test rows of the task, if there is one
+    head: str | None = None  # by default the one of the task's name, else the only one
+    limit: int | None = None  # the most test rows
+    batch_size: int = 32
+    max_length: int | None = None
+    batches: tuple[int, ...] = (1, 32)  # examples per timed pass; empty: no latency
+    repeats: int = 20
+
+
+def load_rows(data: Data, watch: Watch) -> Task:
+    """Reads the rows of a task, and says which answers could not be used."""
+    task = data.load()
+    for reason in (MISPLACED, MISSING):
+        if count := task.dropped.get(reason):
+            watch.say(f"{task.name}: {count:,} rows left out, {reason}")
+    return task
+
+
+def score_model(
+    source: str,
+    data: Data,
+    output: Path,
+    scoring: Scoring,
+    *,
+    overwrite: bool = False,
+    memory: Path | None = None,
+    watch: Watch,
+) -> dict[str, Any]:
+    """Scores a model for a task and writes the score file; an interrupted run goes on where it was.
+
+    In the folder `memory` the model's digest is remembered, so that budgets can be tried without reading all weights.
+    """
+    check_file(output, overwrite)
+    known = None if memory is None else digest_keeper(source, memory)
+    model, params = load(source)
+    scores = _score(model, params, load_rows(data, watch), scoring, output, watch)
+    save_scores(output, scores)
+    if known is not None:
+        known(scores.header["model"])
+    header = {name: value for name, value in scores.header.items() if name != "rows"}
+    return {
+        "command": "score",
+        "source": source,
+        "output": str(output),
+        **header,
+        "units": sum(value.size for value in scores.values.values()),
+        "sites": len(scores.values),
+        "means": scores.means is not None,
+    }
+
+
+def evaluate_model(
+    source: str,
+    tasks: Sequence[Data],
+    *,
+    split: str = "test",
+    generated: bool = False,
+    measuring: Measuring,
+    watch: Watch,
+) -> dict[str, Any]:
+    """Measures a model on tasks."""
+    model, params = load(source)
+    if generated and not model.writes_text:
+        raise ValueError(f"{source} has task heads and writes no text: leave --generate out.")
+    loaded = [load_rows(data, watch) for data in tasks]
+    for task in loaded:  # all of them before the first is measured
+        task.rows(split)
+        fitting_head(model, task, measuring.head)
+    results = [
+        measure(model, params, task, measuring, watch.open(f"testing {task.name}"), split, generated=generated)
+        for task in loaded
+    ]
+    return {"command": "evaluate", "source": source, "results": [result.to_json() for result in results]}
+
+
+def finetune_model(
+    source: str,
+    tasks: Sequence[Data],
+    output: Path,
+    recipe: Recipe,
+    *,
+    dev_limit: int | None = 1000,
+    keep_heads: bool = False,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    watch: Watch,
+) -> dict[str, Any]:
+    """Fine-tunes an encoder on several tasks and writes the folder; an interrupted run goes on where it was.
+
+    The run is kept in `OUTPUT.state` until the folder is written.
+    """
+    check_folder(output, overwrite)
+    state = output.with_name(f"{output.name}.state")
+    model, params = load(source)
+    cleaned, leaks = remove_leaks([load_rows(data, watch) for data in tasks])
+    for (task, other), count in leaks.items():
+        watch.say(f"{task}: {count:,} rows dropped, held out in {other}")
+    bar = watch.open("fine-tuning")
+    latest: list[Mapping[str, Any]] = []
+
+    def progress(step: Step) -> None:
+        bar(step.step, step.steps, f"epoch {step.epoch} of {recipe.epochs}, loss {step.loss:.4f}")
+
+    def report(epoch: int, result: Evaluation) -> None:
+        latest.append(result.to_json())
+        if len(latest) == len(cleaned):
+            watch.say(evaluation_table(latest, f"epoch {epoch} of {recipe.epochs}, dev"))
+            latest.clear()
+
+    done = finetune(
+        model,
+        params,
+        cleaned,
+        recipe=recipe,
+        state=state,
+        dev_limit=dev_limit,
+        keep_heads=keep_heads,
+        progress=progress,
+        report=report,
+    )
+    for name, count in done.cut_off.items():
+        watch.say(f"{name}: {count:,} train rows left out, their answer is cut off; --max-length reaches further")
+    record = {
+        "command": "finetune",
+        "source": source,
+        "output": str(output),
+        "recipe": asdict(recipe),
+        "best_epoch": done.best,
+        "epochs": [[result.to_json() for result in epoch] for epoch in done.epochs],
+        "leaks": [{"task": task, "held_out_in": other, "rows": count} for (task, other), count in leaks.items()],
+        "tasks": {
+            task.name: {
+                "source": task.source,
+                "license": task.license,
+                "rows": task.sizes,
+                **({"cut_off": done.cut_off.get(task.name, 0)} if task.spans else {}),
+                "digests": {split: task.digest(split) for split in task.splits},
+            }
+            for task in cleaned
+        },
+        "model": model_digest(done.model, done.params),
+    }
+    extra = {FINETUNING: (json.dumps(record, indent=1) + "\n").encode()}
+    save(output, done.model, done.params, overwrite=overwrite, dtype=dtype, extra=extra)
+    state.unlink(missing_ok=True)
+    return record
+
+
+def costs(model: Model, params: Params, length: Length) -> dict[str, Any]:
+    """What a model costs by count."""
+    return {
+        "units": sum(widths(model.axes, params).values()),
+        "prunable_parameters": prunable_parameters(model, params),
+        "parameters": parameters(params),
+        "memory": memory(params),
+        "flops": flops(model, params, length),
+        "length": length,
+    }
+
+
+def repair(
+    model: Model, params: Params, small: Params, tasks: Sequence[Task], how: Recovering, watch: Watch
+) -> tuple[Params, Recovery]:
+    """Repairs a pruned model with rows of its tasks."""
+    if not tasks:
+        raise ValueError("there is nothing to recover with: name a task, or leave recovery out.")
+    return recover(
+        model,
+        params,
+        small,
+        tasks,
+        method=how.method,
+        examples=min(how.examples, *(len(task.rows("calibration")) for task in tasks)),
+        key=how.seed,
+        batch_size=how.batch_size,
+        max_length=how.max_length,
+        progress=watch.open("recovering"),
+    )
+
+
+def measure_latency(
+    model: Model, params: Sequence[Params], length: Length, head: str, measuring: Measuring, watch: Watch
+) -> list[list[tuple[Any, float]]]:
+    """Latency and speed-up over the first, for each of `params` at each batch size, measured in turns."""
+    tokens = whole_tokens(model, length)
+    bar = watch.open("measuring latency")
+    found: list[list[tuple[Any, float]]] = [[] for _ in params]
+    for done, batch in enumerate(measuring.batches, 1):
+        pairs = [(model, own) for own in params]
+        compared = compare_latency(pairs, batch=batch, length=tokens, head=head, repeats=measuring.repeats)
+        for own, pair in zip(found, zip(*compared, strict=True), strict=True):
+            own.append(pair)
+        bar(done, len(measuring.batches))
+    return found
+
+
+def whole_tokens(model: Model, length: Length) -> int | tuple[int, int]:
+    """A mean length as tokens that can be run: rounded up, and no more than the model reads."""
+    rounded = [
+        max(1, min(math.ceil(own), model.max_length))
+        for own in np.atleast_1d(np.asarray(checked_length(model, length)))
+    ]
+    return (rounded[0], rounded[1]) if model.writes_text else rounded[0]
+
+
+def ratios(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
+    """The fraction that remains, of everything that is counted."""
+    return {name: after[name] / before[name] for name in RATIOS if before.get(name)}
+
+
+def speedups(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """By FLOPs, and measured at each batch size."""
+    measured = [{"batch": own["batch"], "speedup": own["speedup"]} for own in after.get("latency", ())]
+    return {"theoretical": before["flops"] / after["flops"] if after["flops"] else None, "measured": measured}
+
+
+def stored_type(model: Model) -> str:
+    """The type of the weights in the file that a model was loaded from; float32 if there are several."""
+    if model.source is None:
+        return "float32"
+    with contextlib.ExitStack() as files:
+        kinds = {source.entry.dtype for source in open_tensors(model.source, files).values()} & set(FLOATS)
+    return str(FLOATS[kinds.pop()]) if len(kinds) == 1 else "float32"
+
+
+def check_folder(path: Path, overwrite: bool) -> None:
+    """Refuses an output folder that cannot be written, before any work is done.
+
+    Raises:
+        FileExistsError: If something is there and may not be replaced.
+        PermissionError: If the folder above it cannot be written.
+    """
+    check_destination(path, overwrite)
+    _check_writable(path)
+
+
+def check_file(path: Path, overwrite: bool) -> None:
+    """Refuses an output file that cannot be written, before any work is done.
+
+    Raises:
+        FileExistsError: If the file is there and may not be replaced, or is a folder.
+        PermissionError: If its folder cannot be written.
+    """
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a folder: name a file.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already: choose another name, or replace it with --overwrite.")
+    _check_writable(path)
+
+
+def _check_writable(path: Path) -> None:
+    above = path.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {above} is not a folder.")
+    if not os.access(above, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: no permission to write into {above}.")
+
+
+def kinds_of(model: Model, params: Params, scored: Any) -> tuple[str, ...]:
+    """The kinds of units that scores are of, or that a scoring run will score."""
+    if isinstance(scored, Scores):
+        return tuple(
+            dict.fromkeys(site.kind for site in sites(model.axes, params, KINDS) if site.name in scored.values)
+        )
+    return getattr(scored.criterion, "kinds", UNITS)
+
+
+def try_selection(model: Model, params: Params, selection: Selection, kinds: tuple[str, ...] = UNITS) -> None:
+    """Refuses wrong settings before any work is done. What latency can be reached, only its table will tell."""
+    blank = {name: np.zeros(units) for name, units in widths(model.axes, params, kinds).items()}
+    tried = {name: value for name, value in selection.arguments().items() if name != "normalise"}
+    if selection.by_latency and all(tried[name] is None for name in (*SHARES[:-1], AMOUNTS[0])):
+        tried |= {"latency": None, "latency_seconds": None, "units": 1.0}
+    select(model, params, blank, **{**tried, "length": selection.length or usual_length(model)})
+
+
+def _score(model: Model, params: Params, task: Task, scoring: Scoring, output: Path, watch: Watch) -> Scores:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    return score(
+        model,
+        params,
+        task,
+        criterion=scoring.criterion,
+        examples=scoring.examples,
+        until_stable=scoring.until_stable,
+        key=scoring.seed,
+        head=scoring.head,
+        batch_size=scoring.batch_size,
+        max_length=scoring.max_length,
+        progress=watch.open(f"scoring {task.name}") if scoring.criterion.examples is not None else None,
+        resume=output.with_name(f"{output.name}.partial"),
+    )
+
+
+def score_once(model: Model, params: Params, task: Task, scoring: Scoring, kept: Path, watch: Watch) -> Scores:
+    """Scores and writes the file, unless it holds what would come out."""
+    if kept.is_file():
+        found, key = load_scores(kept), jax.random.key(scoring.seed)
+        count = EXAMPLES if scoring.examples is None else scoring.examples
+        own, _ = within_reach(model, task, split="calibration", max_length=scoring.max_length)
+        rows = draw(own, count, key) if scoring.criterion.examples is not None else ()
+        wanted = {
+            "criterion": describe(scoring.criterion),
+            "task": task.name,
+            "head": fitting_head(model, task, scoring.head),
+            "examples": len(rows),
+            "keys": [list(seed_words(key))],
+            "model": model_digest(model, params),
+            "data": [digest(rows)] if rows else [],
+            "max_length": scoring.max_length or default_length(model, task.spans),
+            "prompt": None if (prompt := prompt_of(model, task)) is None else prompt.to_json(),
+        }
+        if all(found.header.get(name) == value for name, value in wanted.items()):
+            watch.say(f"scores: {kept}, of an earlier run with the same settings")
+            return found
+    scores = _score(model, params, task, scoring, kept, watch)
+    save_scores(kept, scores)
+    return load_scores(kept)  # as the same command finds them after an interruption
+
+
+def measure(
+    model: Model,
+    params: Params,
+    task: Task,
+    measuring: Measuring,
+    progress: Progress,
+    split: str = "test",
+    **how: Any,
+) -> Evaluation:
+    """Evaluates as `measuring` says; `how` are more arguments of `evaluate`, such as `exclude`, `gates` and `means`."""
+    return evaluate(
+        model,
+        params,
+        task,
+        split=split,
+        head=measuring.head,
+        batch_size=measuring.batch_size,
+        limit=measuring.limit,
+        max_length=measuring.max_length,
+        progress=progress,
+        **how,
+    )

@@ -1,1 +1,0 @@
-"""What the commands do, with models and folders, and how the command line asks for it."""

@@ -1,1 +1,0 @@
-"""What a criterion is made of: objectives, paths and nodes, activations, sums over examples; and the baselines."""

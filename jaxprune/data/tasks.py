@@ -1,0 +1,478 @@
+"""Data sets as tasks: texts, label names, a metric, and four splits that share no text.
+
+*train* is for fine-tuning. *calibration* are training rows that no model is fine-tuned on, the only ones used for
+scoring and recovery. Every choice is made on *dev*. *test* is what is reported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxprune.data import answers, splits
+from jaxprune.data.records import (
+    HIDDEN,
+    PAIR,
+    Labels,
+    Records,
+    holds_answers,
+    is_hidden,
+    kind_of,
+    read,
+    read_examples,
+    read_folder,
+    text_columns,
+)
+from jaxprune.data.splits import MOST_ROWS, SPLITS, Example, Row, overlap, row_key, seed_words
+from jaxprune.models import ENDS
+
+if TYPE_CHECKING:
+    import jax
+
+    from jaxprune.data.prompts import Prompt
+
+__all__ = [
+    "SPLITS", "TASKS", "Example", "Source", "Task", "draw", "from_hub", "load_task", "overlap", "remove_leaks",
+    "row_key", "seed_words",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Examples in four splits that share no text, and what their labels mean."""
+
+    name: str
+    splits: Mapping[str, tuple[Example, ...]]  # train, calibration, dev, test
+    labels: tuple[str, ...]  # ("score",) in a regression, ("start", "end") of spans
+    columns: tuple[str, ...] = ("sentence",)  # where the text, or the pair of texts, came from
+    regression: bool = False
+    spans: bool = False  # whether the answer to a question is a part of its context
+    metric: str = "accuracy"  # a key of `jaxprune.evaluation.evaluate.METRICS`
+    grouped: bool = False  # rows with the same second text are kept on one side
+    source: str = ""  # where the rows came from, in words
+    license: str = ""
+    dropped: Mapping[str, int] = field(default_factory=dict)  # rows left out, by split or reason
+    prompt: Prompt | None = None  # what a text-to-text model is asked; None: what is built in for the task's name
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows in each split."""
+        return {split: len(self.splits[split]) for split in SPLITS}
+
+    def rows(self, split: str) -> tuple[Example, ...]:
+        """The examples of a split.
+
+        Raises:
+            ValueError: If there is no such split.
+        """
+        if split not in self.splits:
+            raise ValueError(f"there is no split {split!r}; expected one of {', '.join(SPLITS)}.")
+        return self.splits[split]
+
+    def digest(self, split: str) -> str:
+        """SHA-256 over the normalised texts and the labels of a split; the order of the rows does not matter."""
+        return splits.digest(self.rows(split))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a built-in task comes from and what its files mean."""
+
+    labels: tuple[str, ...]  # in the order of the local files
+    folders: tuple[str, ...]  # names of the local folder; the first that exists is read
+    columns: tuple[str, ...] = ("sentence",)  # in the local files
+    hub: str  # data set on the Hugging Face hub
+    config: str | None = None
+    revision: str | None = None
+    hub_columns: tuple[str, ...] = ("text",)
+    hub_label: str = "label"
+    hub_labels: tuple[str, ...] | None = None  # the hub's names, in the order of `labels`; None: the same names
+    hub_validation: str = "validation"
+    pool: str = "train"  # the split that stands for train where there is none
+    metric: str = "accuracy"
+    regression: bool = False
+    spans: bool = False
+    grouped: bool = False
+    license: str = "research use, no formal licence"
+
+
+GLUE = "nyu-mll/glue"
+POLARITY = ("negative", "positive")
+ENTAILMENT = ("entailment", "not_entailment")
+SPANS: Mapping[str, Any] = {
+    "columns": answers.COLUMNS, "hub_label": answers.COLUMN, "labels": ENDS, "metric": "squad", "spans": True,
+    "grouped": True,
+}  # fmt: skip
+
+# fmt: off
+TASKS: Mapping[str, Source] = {
+    "sst2": Source(hub=GLUE, config="sst2", hub_columns=("sentence",), folders=("sst2",), labels=POLARITY),
+    "cola": Source(
+        hub=GLUE, config="cola", hub_columns=("sentence",), folders=("cola",), labels=("unacceptable", "acceptable"),
+        metric="matthews",
+    ),
+    "mrpc": Source(
+        hub=GLUE, config="mrpc", hub_columns=PAIR, folders=("mrpc",), columns=PAIR,
+        labels=("not_equivalent", "equivalent"), metric="accuracy_f1", license="Microsoft Research licence terms",
+    ),
+    "qqp": Source(
+        hub=GLUE, config="qqp", hub_columns=("question1", "question2"), folders=("qqp", "qqp_subset"), columns=PAIR,
+        labels=("not_duplicate", "duplicate"), metric="accuracy_f1", license="Quora terms of service, non-commercial",
+    ),
+    "stsb": Source(
+        hub=GLUE, config="stsb", hub_columns=PAIR, folders=("stsb",), columns=PAIR, labels=("score",), regression=True,
+        metric="pearson_spearman", license="scores CC BY-SA 4.0, each part's texts under their own licence",
+    ),
+    "mnli": Source(
+        hub=GLUE, config="mnli", hub_columns=("premise", "hypothesis"), hub_validation="validation_matched",
+        folders=("mnli", "mnli_m_1k"), columns=PAIR, labels=("entailment", "neutral", "contradiction"),
+        license="OANC and other licences, research use",
+    ),
+    # sentence1 is the question, sentence2 the passage, which serves several questions
+    "qnli": Source(
+        hub=GLUE, config="qnli", hub_columns=("question", "sentence"), folders=("qnli", "qnli_devsplit"), columns=PAIR,
+        labels=ENTAILMENT, grouped=True, license="CC BY-SA 4.0",
+    ),
+    "rte": Source(hub=GLUE, config="rte", hub_columns=PAIR, folders=("rte",), columns=PAIR, labels=ENTAILMENT),
+    "wnli": Source(
+        hub=GLUE, config="wnli", hub_columns=PAIR, folders=("wnli",), columns=PAIR,
+        labels=("not_entailment", "entailment"), license="CC BY 4.0",
+    ),
+    "boolq": Source(
+        hub="google/boolq", hub_columns=("question", "passage"), hub_label="answer",
+        folders=("boolq", "boolq_devsplit"), columns=PAIR, labels=("False", "True"), grouped=True,
+        license="CC BY-SA 3.0",
+    ),
+    "ag_news": Source(
+        hub="fancyzhx/ag_news", folders=("ag_news",), labels=("World", "Sports", "Business", "Sci/Tech"),
+        license="research and other non-commercial use",
+    ),
+    # a context serves several questions
+    "squad": Source(
+        hub="rajpurkar/squad", hub_columns=answers.COLUMNS, folders=("squad", "squad_v1_xquad_en"), **SPANS,
+        license="CC BY-SA 4.0",
+    ),
+    # there is nothing to train with but what was meant for validation; the main revision is a script
+    "mlqa": Source(
+        hub="facebook/mlqa", config="mlqa.en.en", revision="refs/convert/parquet", hub_columns=answers.COLUMNS,
+        folders=("mlqa", "mlqa_en_dev"), pool="validation", **SPANS, license="CC BY-SA 3.0",
+    ),
+    # the hub's copies have the labels in the other order, so they are read by name
+    "subj": Source(hub="SetFit/subj", hub_label="label_text", folders=("subj",), labels=("subjective", "objective")),
+    "mr": Source(
+        hub="cornell-movie-review-data/rotten_tomatoes", hub_labels=("neg", "pos"), folders=("mr",), labels=POLARITY,
+    ),
+    "imdb": Source(hub="stanfordnlp/imdb", hub_labels=("neg", "pos"), folders=("imdb",), labels=POLARITY),
+    "yelp_polarity": Source(
+        hub="fancyzhx/yelp_polarity", hub_labels=("1", "2"), folders=("yelp_polarity", "yelp_polarity_augpe"),
+        labels=POLARITY, license="Yelp data set terms, academic use",
+    ),
+    # the main revision is a script, which `datasets` no longer runs
+    "trec": Source(
+        hub="CogComp/trec", revision="refs/convert/parquet", hub_label="coarse_label", folders=("trec", "trec6"),
+        labels=("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM"),
+    ),
+    "emotion": Source(
+        hub="dair-ai/emotion", config="split", folders=("emotion",),
+        labels=("sadness", "joy", "love", "anger", "fear", "surprise"), license="educational and research use",
+    ),
+    "banking77": Source(
+        hub="legacy-datasets/banking77", folders=("banking77",), license="CC BY 4.0", labels=(
+            "activate_my_card", "age_limit", "apple_pay_or_google_pay", "atm_support", "automatic_top_up",
+            "balance_not_updated_after_bank_transfer", "balance_not_updated_after_cheque_or_cash_deposit",
+            "beneficiary_not_allowed", "cancel_transfer", "card_about_to_expire", "card_acceptance", "card_arrival",
+            "card_delivery_estimate", "card_linking", "card_not_working", "card_payment_fee_charged",
+            "card_payment_not_recognised", "card_payment_wrong_exchange_rate", "card_swallowed",
+            "cash_withdrawal_charge", "cash_withdrawal_not_recognised", "change_pin", "compromised_card",
+            "contactless_not_working", "country_support", "declined_card_payment", "declined_cash_withdrawal",
+            "declined_transfer", "direct_debit_payment_not_recognised", "disposable_card_limits",
+            "edit_personal_details", "exchange_charge", "exchange_rate", "exchange_via_app",
+            "extra_charge_on_statement", "failed_transfer", "fiat_currency_support", "get_disposable_virtual_card",
+            "get_physical_card", "getting_spare_card", "getting_virtual_card", "lost_or_stolen_card",
+            "lost_or_stolen_phone", "order_physical_card", "passcode_forgotten", "pending_card_payment",
+            "pending_cash_withdrawal", "pending_top_up", "pending_transfer", "pin_blocked", "receiving_money",
+            "Refund_not_showing_up", "request_refund", "reverted_card_payment?", "supported_cards_and_currencies",
+            "terminate_account", "top_up_by_bank_transfer_charge", "top_up_by_card_charge",
+            "top_up_by_cash_or_cheque", "top_up_failed", "top_up_limits", "top_up_reverted", "topping_up_by_card",
+            "transaction_charged_twice", "transfer_fee_charged", "transfer_into_account",
+            "transfer_not_received_by_recipient", "transfer_timing", "unable_to_verify_identity",
+            "verify_my_identity", "verify_source_of_funds", "verify_top_up", "virtual_card_not_working",
+            "visa_or_mastercard", "why_verify_identity", "wrong_amount_of_cash_received",
+            "wrong_exchange_rate_for_cash_withdrawal",
+        ),
+    ),
+    "dbpedia_14": Source(
+        hub="fancyzhx/dbpedia_14", hub_columns=("content",), folders=("dbpedia_14", "dbpedia14"),
+        license="CC BY-SA 3.0 or GFDL", labels=(
+            "Company", "EducationalInstitution", "Artist", "Athlete", "OfficeHolder", "MeanOfTransportation",
+            "Building", "NaturalPlace", "Village", "Animal", "Plant", "Album", "Film", "WrittenWork",
+        ),
+    ),
+    "snips": Source(
+        hub="benayas/snips", hub_label="category", folders=("snips",), license="CC0", labels=(
+            "AddToPlaylist", "BookRestaurant", "GetWeather", "PlayMusic", "RateBook", "SearchCreativeWork",
+            "SearchScreeningEvent",
+        ),
+    ),
+}
+# fmt: on
+
+
+def load_task(
+    name: str | os.PathLike[str],
+    *,
+    data: str | os.PathLike[str] | None = None,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
+    labels: Sequence[str] | None = None,
+    seed: int = 0,
+    max_calibration: int = MOST_ROWS,
+) -> Task:
+    """Loads a task and cuts it into four splits that share no text.
+
+    If the source has labelled train, validation and test rows, dev is its validation and test its test. If one of those
+    two is missing, the other is test and dev is cut from train; without either, both are cut from train. Calibration is
+    cut from train, unless a folder has a calibration file. Without train rows (an evaluation set), what is missing of
+    calibration and dev is cut from what there is, and train is empty.
+
+    A cut takes a tenth of the texts (of a small set up to a quarter, until 256) and at most 2,048, stratified by label,
+    by the hash of their text, whatever the order of the rows. A text that occurs in several splits stays in the last
+    of train, calibration, dev, test; `Task.dropped` counts the others. In QNLI and BoolQ the passage alone decides, of
+    spans the context. Spans are data in SQuAD's format (see `jaxprune.data.answers`); rows without an answer, or whose
+    answers are not where they say, are left out and counted.
+
+    Args:
+        name: A built-in task (`TASKS`), the name of a folder in `data`, or the path of your own file or folder. A
+            folder holds train, validation and test files; a single file is split by hash.
+        data: Folder of data sets, each a folder with `{train,validation,test}.jsonl[.gz]` (or CSV, TSV, Parquet).
+            Without it a built-in task comes from the Hugging Face hub.
+        text: Column of the text. By default `sentence`, `sentence1`, `text` or `question`.
+        text_pair: Column of the second text of a pair, or of the context.
+        label: Column of the label; by default `label`, else `answers`. Names, or whole numbers; fractions make a
+            regression, objects with `text` and `answer_start` answers.
+        labels: Label names in the order of the model's logits. By default the built-in task's, or those found, sorted.
+            Other names for a built-in task rename its labels, the same names in another order reorder them.
+        seed: Chooses the rows of each cut. Use one seed for fine-tuning, scoring and testing.
+        max_calibration: The most calibration rows.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder, or the hub cannot be reached.
+        ValueError: If the name is unknown, or the data is empty, broken, has one class only or misses a column.
+    """
+    if max_calibration < 1:
+        raise ValueError(f"max_calibration must be at least 1, got {max_calibration}.")
+    if text_pair is not None and text is None:
+        raise ValueError(f"text_pair={text_pair!r} needs text= as well.")
+    title, source, records, origin = _find(str(name), None if data is None else Path(data))
+    hub = origin.startswith("hub ")
+    if text is not None:
+        wanted = (text,) if text_pair is None else (text, text_pair)
+    else:
+        wanted = None if source is None else source.hub_columns if hub else source.columns
+    if label is None and source is not None:
+        label = source.hub_label if hub or source.spans else "label"
+    elif label is None:
+        first = next(iter(records.values())).columns
+        label = answers.COLUMN if answers.COLUMN in first and "label" not in first else "label"
+    columns = text_columns(records, wanted, label)
+    shown = {split: found for split, found in records.items() if not is_hidden(found, label)}
+    if not shown:
+        raise ValueError(f"{title}: every label is {HIDDEN}, which means hidden; there is nothing to learn from.")
+    spans = source.spans if source is not None else holds_answers(shown, label)
+    if spans and (labels is not None or len(columns) != 2):
+        raise ValueError(f"{title}: answers need a question, its context and no label names; got the texts {columns}.")
+    if spans:
+        codec = Labels.of(ENDS)
+    elif source is not None:
+        codec = Labels.of(source.labels, source.regression).renamed(labels or source.labels)
+    else:
+        codec = Labels.found(shown.values(), label) if labels is None else Labels.of(labels)
+    read_as = None if spans else codec
+    found = {split: read_examples(own, columns, label, read_as, skip_empty=hub) for split, own in shown.items()}
+    given = {split: examples for split, (examples, _) in found.items()}
+    left_out = sum((own for _, own in found.values()), Counter[str]())
+    distinct = {example.label for examples in given.values() for example in examples}
+    if spans and not any(given.values()):
+        raise ValueError(f"{title}: no row has an answer that stands in its context; left out: {dict(left_out)}.")
+    if not spans and len(distinct) < 2:
+        raise ValueError(f"{title}: every label is {next(iter(distinct), None)!r}; a task needs two different ones.")
+    grouped = spans or (source is not None and source.grouped and len(columns) == 2)
+    try:
+        divided, dropped = splits.divide(
+            given, grouped=grouped, regression=codec.regression, seed=seed, max_calibration=max_calibration
+        )
+    except ValueError as error:
+        raise ValueError(f"{title}: {error}") from error
+    return Task(
+        name=title,
+        splits=divided,
+        labels=codec.names,
+        columns=columns,
+        regression=codec.regression,
+        spans=spans,
+        metric="squad" if spans else _metric(source, codec),
+        grouped=grouped,
+        source=origin,
+        license=source.license if source is not None else "",
+        dropped=dropped | dict(left_out),
+    )
+
+
+def remove_leaks(tasks: Sequence[Task]) -> tuple[tuple[Task, ...], dict[tuple[str, str], int]]:
+    """Drops what training on one task would reveal of the held-out rows of another; call it before fine-tuning.
+
+    A row leaves train and calibration if its whole text (pairs in either order) occurs in the dev or test rows of any
+    task, and leaves train if it occurs in the calibration rows of any task, which no model may be fine-tuned on. Where
+    the passage alone decides (QNLI, BoolQ), the passage is compared too. That a sentence is one half of another task's
+    pair is not a leak: it says nothing about the pair's label.
+
+    Returns:
+        The tasks in the same order, and for (task, other) how many rows of `task` were dropped because they occur in
+        `other`. A row that occurs in two others counts for both.
+
+    Raises:
+        ValueError: If two tasks have the same name.
+    """
+    twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
+    if twice:
+        raise ValueError(f"two tasks are named {twice[0]!r}; task names must differ.")
+    rows = {t.name: {split: splits.rows_of(t.splits[split], t.grouped) for split in SPLITS} for t in tasks}
+    held = {name: splits.marks([*own["dev"], *own["test"]]) for name, own in rows.items()}
+    counts: Counter[tuple[str, str]] = Counter()
+    dropped = {task.name: Counter(task.dropped) for task in tasks}
+
+    def clean(split: str, held: Mapping[str, set[str]]) -> None:
+        for name, own in rows.items():
+            kept: list[Row] = own[split]
+            for other, found in held.items():
+                counts[name, other] += len(own[split]) - len(splits.without(own[split], found))
+                kept = splits.without(kept, found)
+            dropped[name][f"leaks.{split}"] += len(own[split]) - len(kept)
+            own[split] = kept
+
+    clean("calibration", held)
+    clean("train", {name: held[name] | splits.marks(own["calibration"]) for name, own in rows.items()})
+    cleaned = [
+        replace(
+            task,
+            splits={split: tuple(row.example for row in rows[task.name][split]) for split in SPLITS},
+            dropped=dict(+dropped[task.name]),
+        )
+        for task in tasks
+    ]
+    return tuple(cleaned), dict(+counts)
+
+
+def draw(
+    task: Task, examples: int, key: int | jax.Array, *, split: str = "calibration", stratified: bool = True
+) -> tuple[Example, ...]:
+    """Draws examples of a split, without repetition, in random order.
+
+    The draw depends on the texts and the key, not on the order of the rows.
+
+    Args:
+        task: The task.
+        examples: How many.
+        key: A seed or a `jax.random.key`.
+        split: Where from.
+        stratified: Whether the labels keep their proportions (in a regression the fifths of the distribution).
+
+    Raises:
+        ValueError: If the split has fewer examples.
+    """
+    rows = task.rows(split)
+    if not 1 <= examples <= len(rows):
+        raise ValueError(f"examples must lie in 1 to {len(rows)}, the {split} rows of {task.name!r}, got {examples}.")
+    salt = "draw:" + ".".join(map(str, seed_words(key)))
+    chosen = splits.choose(
+        splits.rows_of(rows), examples, salt, regression=task.regression, stratified=stratified, distinct=False
+    )
+    return tuple(row.example for row in chosen)
+
+
+def from_hub(source: Source, found: Mapping[str, Any]) -> dict[str, Records]:
+    """Turns what `datasets.load_dataset` returns into records, with class labels by name.
+
+    Raises:
+        ValueError: If the splits or the label names are not those expected.
+    """
+    records = {}
+    for split, stored in {"train": "train", "validation": source.hub_validation, "test": "test"}.items():
+        if stored not in found:
+            continue
+        rows: list[dict[str, Any]] = found[stored].to_list()
+        names = getattr(found[stored].features.get(source.hub_label), "names", None)
+        if names is not None:
+            own = dict(zip(source.hub_labels or source.labels, source.labels, strict=True))
+            if set(own) != set(names):
+                raise ValueError(f"{source.hub} has the labels {sorted(names)}, expected {sorted(own)}.")
+            meaning = {i: own[hub_name] for i, hub_name in enumerate(names)}
+            rows = [row | {source.hub_label: meaning.get(row[source.hub_label], HIDDEN)} for row in rows]
+        columns = tuple(found[stored].column_names)
+        records[split] = Records(f"{source.hub} ({stored})", columns, list(enumerate(rows, 1)), "row")
+    if not records:
+        raise ValueError(f"{source.hub} has the splits {sorted(found)}, expected train, {source.hub_validation}, test.")
+    return records
+
+
+def _download(name: str, source: Source) -> dict[str, Records]:
+    import datasets
+
+    try:
+        found: Any = datasets.load_dataset(source.hub, name=source.config, revision=source.revision)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise FileNotFoundError(
+            f"task {name!r} could not be fetched from the hub: {error}. "
+            f"Without a network, give a folder that has {source.folders[0]}/train.jsonl with data=."
+        ) from error
+    return from_hub(source, found)
+
+
+def _find(name: str, data: Path | None) -> tuple[str, Source | None, dict[str, Records], str]:
+    """Finds a task's rows: its name, the facts if it is built in, its records, and where they came from in words."""
+    if data is not None and not data.is_dir():
+        raise FileNotFoundError(f"the data folder {data} does not exist.")
+    if name in TASKS and data is None:
+        return name, TASKS[name], _pooled(TASKS[name], _download(name, TASKS[name])), f"hub {TASKS[name].hub}"
+    if name in TASKS and data is not None:
+        folders = TASKS[name].folders
+        folder = next((data / folder for folder in folders if (data / folder).is_dir()), None)
+        if folder is None:
+            raise FileNotFoundError(f"no folder for task {name!r} in {data}: looked for {', '.join(folders)}.")
+        return name, TASKS[name], _pooled(TASKS[name], read_folder(folder)), f"folder {folder.name}"
+    if data is not None and (data / name).is_dir():
+        source = next((source for source in TASKS.values() if name in source.folders), None)
+        return Path(name).name, source, _pooled(source, read_folder(data / name)), f"folder {Path(name).name}"
+    path = Path(name)
+    if path.is_dir():
+        return path.resolve().name, None, read_folder(path), f"folder {path.resolve().name}"
+    if path.is_file():
+        return path.name.removesuffix(kind_of(path)), None, {"train": read(path)}, f"file {path.name}"
+    if kind_of(path) or len(path.parts) > 1:
+        raise FileNotFoundError(f"there is no file or folder {name}.")
+    folders = sorted(entry.name for entry in data.iterdir() if entry.is_dir()) if data is not None else []
+    close = difflib.get_close_matches(name.lower(), dict.fromkeys([*TASKS, *folders]), 3)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    more = f" In {data}: {', '.join(folders)}." if folders else ""
+    raise ValueError(f"unknown task {name!r}.{hint} Built in: {', '.join(sorted(TASKS))}.{more}")
+
+
+def _pooled(source: Source | None, records: dict[str, Records]) -> dict[str, Records]:
+    """The rows by split; those that stand for train where there are no others."""
+    if source is None or "train" in records or source.pool not in records:
+        return records
+    return {"train" if split == source.pool else split: own for split, own in records.items()}
+
+
+def _metric(source: Source | None, labels: Labels) -> str:
+    if source is None:
+        return "pearson_spearman" if labels.regression else "accuracy"
+    # F1 is of the second class: with the labels in another order it would be of the wrong one
+    moved = source.metric == "accuracy_f1" and labels.index[source.labels[1]] != 1
+    return "accuracy" if moved else source.metric

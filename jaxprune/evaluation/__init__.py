@@ -1,0 +1,1 @@
+"""A model's answers, and how good they are."""

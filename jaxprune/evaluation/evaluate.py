@@ -1,0 +1,408 @@
+"""How well a model does a task: GLUE's own metrics, beside the chance of always saying the same.
+
+`predict` gives the logits of examples in their order, however they are batched; `evaluate` compares them with labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from jaxprune.data.answers import squad
+from jaxprune.data.batches import IGNORED, Batch, Encoded, encode, pack
+from jaxprune.data.prompts import Prompt, prompt_of
+from jaxprune.data.spans import find_spans, text_of
+from jaxprune.data.tasks import Example, Task, draw, row_key
+from jaxprune.evaluation.generation import generate
+from jaxprune.evaluation.likelihood import candidates_in, rank
+from jaxprune.models import INPUTS, NOWHERE, Model
+from jaxprune.units import Gates, Params
+
+Metric: TypeAlias = Callable[[Any, Any], dict[str, float]]  # (what is predicted, labels), an entry per example
+
+
+def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """The share of labels that are predicted."""
+    return float(np.mean(predicted == labels))
+
+
+def f1(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """F1 of class 1, `2 TP / (2 TP + FP + FN)`; 0 if nothing is positive.
+
+    Raises:
+        ValueError: If there are other classes than 0 and 1.
+    """
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"F1 is of two classes, 0 and 1; the labels reach {int(labels.max())}.")
+    hits = np.sum((predicted == 1) & (labels == 1))
+    errors = np.sum((predicted == 1) != (labels == 1))
+    return float(2 * hits / (2 * hits + errors)) if hits else 0.0
+
+
+def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """The Matthews correlation, for any number of classes; 0 if all predictions or all labels are the same.
+
+    References:
+        Gorodkin, Comparing two K-category assignments by a K-category correlation coefficient, 2004.
+    """
+    classes = np.arange(max(predicted.max(), labels.max()) + 1)
+    p, y = predicted[:, None] == classes, labels[:, None] == classes
+    return _correlation(p - p.mean(0), y - y.mean(0))
+
+
+def pearson(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """The linear correlation; 0 if one of the two is constant."""
+    p, y = predicted.astype(np.float64), labels.astype(np.float64)
+    return _correlation(p - p.mean(), y - y.mean())
+
+
+def spearman(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """The correlation of the ranks; equal values share their mean rank."""
+    return pearson(_ranks(predicted), _ranks(labels))
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """The cosine of two centred arrays; 0 if one of them is zero."""
+    scale = float(np.sum(a * a)) ** 0.5 * float(np.sum(b * b)) ** 0.5
+    return float(np.sum(a * b)) / scale if scale else 0.0
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+def _accuracy_f1(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    return {"accuracy": accuracy(predicted, labels), "f1": f1(predicted, labels)}
+
+
+def _pearson_spearman(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    found = {"pearson": pearson(predicted, labels), "spearman": spearman(predicted, labels)}
+    return {"pearson_spearman": sum(found.values()) / 2} | found
+
+
+# GLUE's metrics by the name that a task gives, and SQuAD's, of texts and answers; the first of each is the primary one.
+# For MRPC and QQP that is accuracy: always answering "equivalent" has an F1 of 81 on MRPC.
+METRICS: Mapping[str, Metric] = {
+    "accuracy": lambda predicted, labels: {"accuracy": accuracy(predicted, labels)},
+    "accuracy_f1": _accuracy_f1,
+    "matthews": lambda p, labels: {"matthews": matthews(p, labels), "accuracy": accuracy(p, labels)},
+    "pearson_spearman": _pearson_spearman,
+    "squad": squad,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a model scores on a split of a task."""
+
+    task: str
+    split: str
+    head: str
+    metrics: Mapping[str, float]  # the primary one first; fractions, not percent
+    # primary metric of always predicting the most frequent label (a constant, in a regression); 0 of spans
+    chance: float
+    n: int  # examples
+    truncated: int = 0  # how many of them were cut to the maximal length
+    generated: bool = False  # whether answers were generated, not chosen among the labels
+
+    @property
+    def primary(self) -> tuple[str, float]:
+        """The name and value of the metric to report."""
+        return next(iter(self.metrics.items()))
+
+    def __getitem__(self, metric: str) -> float:
+        return self.metrics[metric]
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{name} {100 * value:.1f}" for name, value in self.metrics.items())
+        cut = f", {self.truncated} truncated" if self.truncated else ""
+        written = ", generated" if self.generated else ""
+        return f"{self.task} {self.split}{written}: {values} (chance {100 * self.chance:.1f}, {self.n:,} examples{cut})"
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values, ready for `json.dumps`."""
+        return asdict(self) | {"metrics": dict(self.metrics), "primary": self.primary[0]}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Evaluation:
+        """From what `to_json` gave, also if a file has its names in another order."""
+        first = fields["primary"]
+        metrics = {first: fields["metrics"][first]} | fields["metrics"]
+        own = {name: value for name, value in fields.items() if name in cls.__dataclass_fields__}
+        return cls(**own | {"metrics": metrics})
+
+
+def predict(
+    model: Model,
+    params: Params,
+    examples: Sequence[Example] | Encoded,
+    *,
+    head: str | None = None,
+    gates: Gates | None = None,
+    means: Gates | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    prompt: Prompt | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """The logits of examples, `[examples, labels]` in float32, in the order of the examples.
+
+    Of a text-to-text model they are the log-likelihoods of the labels' words; of spans `[examples, 2, tokens]`, -1e9
+    where none may start or end.
+
+    Args:
+        model: The model.
+        params: Its parameters, of any widths.
+        examples: The examples, or what `encode` made of them.
+        head: The task head; None is the only one.
+        gates: Gates to apply; None is all open.
+        means: What a closed unit is replaced by; a missing one is zero.
+        batch_size: Examples in a batch.
+        max_length: Tokens to which a text is cut; by default 128, of spans 384, or the most that the model reads.
+        prompt: What a text-to-text model is asked, fitted to the task.
+        progress: Called with the number of batches sent to the device, and of all.
+
+    Raises:
+        ValueError: If a logit is not finite.
+    """
+    if isinstance(examples, Encoded):
+        encoded = examples
+    else:
+        encoded = encode(model, examples, max_length=max_length, prompt=prompt)
+    longest = int(encoded.lengths.max())
+
+    def run(batch: Batch) -> Any:
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        if model.writes_text:
+            return rank(model, params, inputs, candidates_in(batch), gates, means)
+        logits: Any = model.apply(params, inputs, gates, head=head, means=means).logits
+        if not model.head(head).spans:
+            return logits
+        found = np.full((*np.shape(logits)[:2], longest), NOWHERE, np.float32)
+        found[..., : np.shape(logits)[2]] = np.asarray(logits)[..., :longest]
+        return found
+
+    logits = _in_order(encoded, batch_size, run, progress).astype(np.float32)
+    _refuse_broken(np.asarray(np.isfinite(logits)).reshape(len(encoded), -1).all(axis=1))
+    return logits
+
+
+def _refuse_broken(finite: Any) -> None:
+    """Raises an error if some of the examples have no finite logits."""
+    if broken := int((~finite).sum()):
+        raise ValueError(f"the logits of {broken} of {len(finite)} examples are not finite: the model is broken.")
+
+
+def find_answers(
+    model: Model,
+    params: Params,
+    examples: Sequence[Example],
+    *,
+    encoded: Encoded | None = None,
+    head: str | None = None,
+    gates: Gates | None = None,
+    means: Gates | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """What the contexts of questions answer, word for word: the likeliest spans, of at most 30 tokens.
+
+    Args:
+        model: The model.
+        params: Its parameters, of any widths.
+        examples: The questions: `Example(question, context, answers=())`, or with the answers that are known.
+        encoded: What `encode` made of them; None: not done yet.
+        head: The task head, one for spans; None is the only one.
+        gates: Gates to apply; None is all open.
+        means: What a closed unit is replaced by; a missing one is zero.
+        batch_size: Examples in a batch.
+        max_length: Tokens after which a context is cut; by default 384, or what the model reads if that is less.
+        progress: Called with the number of batches sent to the device, and of all.
+
+    Raises:
+        ValueError: If the head is not for spans, the examples have no answers in the place of labels, or a logit is not
+            finite.
+    """
+    chosen = model.head(head)
+    encoded = encode(model, examples, max_length=max_length) if encoded is None else encoded
+    if not chosen.spans or encoded.characters is None:
+        what = "its examples have no answers" if chosen.spans else f"task head {chosen.name!r} is {chosen.kind}"
+        raise ValueError(f"answers are found by a head for spans, in examples with answers=() or known ones; {what}.")
+
+    def run(batch: Batch) -> Any:
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        return find_spans(model.apply(params, inputs, gates, head=head, means=means).logits)
+
+    spans = _in_order(encoded, batch_size, run, progress)
+    _refuse_broken(spans[:, 2] == 1)
+    characters = np.split(encoded.characters, encoded.offsets[1:-1])
+    return [text_of(*row) for row in zip(examples, characters, spans, strict=True)]
+
+
+def write_answers(
+    model: Model,
+    params: Params,
+    encoded: Encoded,
+    *,
+    gates: Gates | None = None,
+    means: Gates | None = None,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """The labels whose words a text-to-text model writes, token by token; -1 where it writes something else.
+
+    Args:
+        model: The model.
+        params: Its parameters, of any widths.
+        encoded: What `encode` made of the examples.
+        gates: Gates to apply; None is all open.
+        means: What a closed unit is replaced by; a missing one is zero.
+        batch_size: Examples in a batch.
+        progress: Called with the number of batches sent to the device, and of all.
+
+    Returns:
+        int32 labels `[examples]`, in their order.
+    """
+    if encoded.candidates is None:
+        raise ValueError("the examples were encoded without a prompt: there are no words to compare answers with.")
+    words = np.where(encoded.candidates == IGNORED, model.config.pad_id, encoded.candidates)
+
+    def run(batch: Batch) -> Any:
+        return generate(model, params, batch, max_new_tokens=words.shape[1], gates=gates, means=means)
+
+    same = (_in_order(encoded, batch_size, run, progress)[:, None] == words).all(-1)
+    return np.where(same.any(1), same.argmax(1), -1).astype(np.int32)
+
+
+def _in_order(
+    encoded: Encoded, batch_size: int, run: Callable[[Batch], Any], progress: Callable[[int, int], None] | None
+) -> np.ndarray:
+    """What a function returns for batches, row by row in the order of the examples."""
+    batches = pack(encoded, batch_size=batch_size)
+    indices, found = [], []
+    for done, batch in enumerate(batches, 1):
+        found.append(run(batch))  # stays on the device
+        indices.append(batch["index"])
+        if progress is not None:
+            progress(done, len(batches))
+    rows, index = np.concatenate(jax.device_get(found)), np.concatenate(indices)
+    real = index >= 0
+    ordered = np.empty((len(encoded), *rows.shape[1:]), rows.dtype)
+    ordered[index[real]] = rows[real]
+    return ordered
+
+
+def evaluate(
+    model: Model,
+    params: Params,
+    task: Task,
+    *,
+    split: str = "test",
+    head: str | None = None,
+    gates: Gates | None = None,
+    means: Gates | None = None,
+    batch_size: int = 32,
+    limit: int | None = None,
+    max_length: int | None = None,
+    exclude: Collection[str] = (),
+    generated: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measures a model on a split of a task.
+
+    Of spans: exact match and F1 of the likeliest one. An answer that is cut off counts as not found.
+
+    Args:
+        model: The model.
+        params: Its parameters, of any widths.
+        task: The task.
+        split: Which examples: choose on `dev`, report `test`.
+        head: The task head; by default the one of the task's name, else the only one.
+        gates: Gates to apply; None is all open.
+        means: What a closed unit is replaced by; a missing one is zero.
+        batch_size: Examples in a batch.
+        limit: The most examples; a stratified draw that is always the same. None: all.
+        max_length: Tokens to which a text is cut; by default 128, of spans 384, or the most that the model reads.
+        exclude: Keys (`jaxprune.data.tasks.row_key`) of examples that must not occur, such as those used for scoring.
+        generated: Whether a text-to-text model has to write the words of the label by itself; otherwise the likeliest
+            of the labels is what it predicts.
+        progress: Called with the number of batches sent to the device, and of all.
+
+    Raises:
+        ValueError: If the head does not fit the task, the split is empty, an example is in `exclude`, or the logits are
+            not finite.
+    """
+    head = fitting_head(model, task, head)
+    examples = task.rows(split)
+    if not examples:
+        raise ValueError(f"{task.name!r} has no {split} rows.")
+    scored = frozenset(exclude)
+    seen = sum(row_key(example) in scored for example in examples) if scored else 0
+    if seen:
+        raise ValueError(
+            f"{seen} of the {len(examples)} {split} rows of {task.name!r} are among the {len(scored)} rows used for "
+            "scoring; score on calibration rows and evaluate on dev or test, loaded with the same seed."
+        )
+    if limit is not None and limit < len(examples):
+        examples = draw(task, limit, 0, split=split)
+    encoded = encode(model, examples, max_length=max_length, prompt=prompt_of(model, task))
+    how: dict[str, Any] = {"gates": gates, "means": means, "batch_size": batch_size, "progress": progress}
+    labels: Any = encoded.labels
+    if task.spans:
+        labels = [example.answers for example in examples]
+        predicted: Any = find_answers(model, params, examples, encoded=encoded, head=head, **how)
+        constant: Any = [""] * len(labels)
+    else:
+        if generated:
+            predicted = write_answers(model, params, encoded, **how)
+        else:
+            logits = predict(model, params, encoded, head=head, **how)
+            predicted = logits[:, 0] if task.regression else logits.argmax(1)
+        values, counts = np.unique(labels, return_counts=True)
+        constant = np.full_like(labels, values[counts.argmax()])
+    metrics = METRICS[task.metric](predicted, labels)
+    chance = next(iter(METRICS[task.metric](constant, labels).values()))
+    return Evaluation(
+        task=task.name,
+        split=split,
+        head=head,
+        metrics=metrics,
+        chance=chance,
+        n=len(encoded),
+        truncated=encoded.truncated,
+        generated=generated,
+    )
+
+
+def fitting_head(model: Model, task: Task, head: str | None = None) -> str:
+    """The name of the task head to use: the one given, else the one of the task's name, else the only one.
+
+    Raises:
+        ValueError: If there is no such head, or its labels are not the task's; of a text-to-text model, if there is no
+            prompt for the task.
+    """
+    prompt = prompt_of(model, task)
+    if prompt is not None:
+        return model.head(head).name
+    chosen = model.head(task.name if head is None and task.name in model.heads else head)
+    kind = "a regression" if task.regression else "for spans" if task.spans else "a classification"
+    if chosen.kind != kind:
+        raise ValueError(f"the head {chosen.name!r} is {chosen.kind}, but {task.name!r} is {kind}.")
+    if len(chosen.labels) != len(task.labels):
+        raise ValueError(
+            f"the head {chosen.name!r} has {len(chosen.labels)} labels, but {task.name!r} has {len(task.labels)}: "
+            f"{', '.join(chosen.labels[:8])} against {', '.join(task.labels[:8])}."
+        )
+    have, want = ([label.casefold() for label in labels] for labels in (chosen.labels, task.labels))
+    if have != want and set(have) == set(want):
+        raise ValueError(
+            f"the head {chosen.name!r} has the labels of {task.name!r} in another order: load the task with "
+            f"labels={list(chosen.labels)}."
+        )
+    return chosen.name

@@ -1,0 +1,153 @@
+"""Text from an encoder-decoder, token by token: at every place the token that the model finds most likely.
+
+The encoder runs once, in the programs that `Model.apply` uses. All tokens are written by one program, which keeps the
+keys and values of the tokens before, computes those of the encoder's output once, and ends early when every row has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxprune.models import (
+    LANGUAGE,
+    Cache,
+    Decoding,
+    Masks,
+    Model,
+    advance,
+    check_intervention,
+    encoder_inputs,
+    layer_entries,
+    model_layers,
+    part,
+)
+from jaxprune.units import Gates, Params
+
+
+def generate(
+    model: Model,
+    params: Params,
+    batch: Mapping[str, Any],
+    *,
+    max_new_tokens: int,
+    gates: Gates | None = None,
+    means: Gates | None = None,
+) -> Int[Array, "b n"]:
+    """Writes the most likely next token until the end token, row by row: greedy, as Hugging Face's `generate`.
+
+    Rows do not see each other. With gates it writes what the compacted model writes.
+
+    Args:
+        model: A model that answers in text.
+        params: Parameters of any widths.
+        batch: What a Hugging Face tokenizer returns, padded on any side: `input_ids` and `attention_mask`, each
+            `[b, t]`. Other keys are ignored, those of the decoder too.
+        max_new_tokens: The most tokens to write. One program is compiled for each number and shape.
+        gates: Site name to gates `[units]`, or `[b, units]` for one row per example. None multiplies nothing.
+        means: Site name to what a closed unit is replaced by; a missing one is zero.
+
+    Returns:
+        int32 tokens `[b, max_new_tokens]`: those after the start token. Once a row has given the end token, which is
+        there too, it is padded with `pad_id`.
+
+    Raises:
+        TypeError: If `max_new_tokens` is not an integer, indices are not, or the gates or means are no dicts of arrays.
+        ValueError: If the model does not answer in text, `max_new_tokens` is less than 1 or more than the model reads,
+            or for what `Model.apply` refuses in a batch, gates, means or parameters.
+    """
+    if not model.writes_text:
+        raise ValueError(f"a {model.config.model_type} model does not answer in text: there is nothing to generate.")
+    if not isinstance(max_new_tokens, int | np.integer) or isinstance(max_new_tokens, bool):
+        raise TypeError(f"max_new_tokens must be an integer, got {type(max_new_tokens).__name__}.")
+    if not 1 <= max_new_tokens <= model.max_length:
+        raise ValueError(f"max_new_tokens must lie in 1 to {model.max_length}, got {max_new_tokens}.")
+    inputs = encoder_inputs(model, params, batch)
+    check_intervention(model, params, inputs, gates, means)
+    layers = model_layers(model, params)
+    encoded = advance(model, [layer for layer in layers if layer.stack == "encoder"], inputs, None, gates, means)
+    decoding = tuple(
+        _Layer(layer.params, layer_entries(gates, layer.name), layer_entries(means, layer.name))
+        for layer in layers
+        if layer.stack == "decoder"
+    )
+    entry, output = part(params, model.embed_places("decoder")), part(params, model.readout_places(LANGUAGE))
+    decoder = _Decoder(entry, decoding, output)
+    return _write(model, int(max_new_tokens), decoder, encoded, inputs["attention_mask"])
+
+
+def texts(model: Model, tokens: Int[Array, "b n"] | np.ndarray) -> list[str]:
+    """The texts that tokens stand for, by the model's tokenizer, without special tokens.
+
+    Raises:
+        FileNotFoundError: If the model has no tokenizer.
+    """
+    tokenizer = model.tokenizer
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in np.asarray(tokens).tolist()]
+
+
+class _Layer(NamedTuple):
+    """A decoder layer's parameters, gates and means."""
+
+    params: Params
+    gates: Gates
+    means: Gates
+
+
+class _Decoder(NamedTuple):
+    """What the program that writes reads of the parameters."""
+
+    entry: Params  # for `Model.embed`
+    layers: tuple[_Layer, ...]
+    output: Params  # for `Model.readout`
+
+
+class _Written(NamedTuple):
+    """The text so far."""
+
+    count: Int[Array, ""]
+    tokens: Int[Array, "b n"]
+    last: Int[Array, " b"]  # what the decoder reads next
+    ended: Bool[Array, " b"]
+    caches: tuple[Cache, ...]  # one per layer: their widths differ
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _write(
+    model: Model, length: int, decoder: _Decoder, encoded: Float[Array, "b s d"], mask: Bool[Array, "b s"]
+) -> Int[Array, "b n"]:
+    rows, config = mask.shape[0], model.config
+
+    def read(token: Int[Array, " b"]) -> Any:  # a `Decoding`
+        return model.embed(decoder.entry, {"decoder_input_ids": token[:, None]}, stack="decoder", before=encoded)
+
+    def unfinished(text: _Written) -> Bool[Array, ""]:
+        return (text.count < length) & ~text.ended.all()
+
+    def write(text: _Written) -> _Written:
+        hidden, caches = read(text.last).hidden, []
+        for layer, cache in zip(decoder.layers, text.caches, strict=True):
+            hidden, cache = model.step(layer.params, hidden, cache, text.count, mask, layer.gates, means=layer.means)
+            caches.append(cache)
+        state, masks = Decoding(hidden, memory), Masks(jnp.ones((rows, 1), bool), mask)
+        best = model.readout(decoder.output, state, masks, LANGUAGE)[:, 0].argmax(-1).astype(jnp.int32)
+        token = jnp.where(text.ended, config.pad_id, best)
+        tokens = jax.lax.dynamic_update_slice_in_dim(text.tokens, token[:, None], text.count, axis=1)
+        return _Written(text.count + 1, tokens, token, text.ended | (token == config.end_id), tuple(caches))
+
+    start = jnp.full(rows, config.start_id, jnp.int32)
+    memory = read(start).memory
+    nothing = _Written(
+        count=jnp.zeros((), jnp.int32),
+        tokens=jnp.full((rows, length), config.pad_id, jnp.int32),
+        last=start,
+        ended=jnp.zeros(rows, bool),
+        caches=tuple(model.prepare(layer.params, memory, length) for layer in decoder.layers),
+    )
+    return jax.lax.while_loop(unfinished, write, nothing).tokens

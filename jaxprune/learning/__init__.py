@@ -1,1 +1,0 @@
-"""What training is made of: the run that can be resumed, losses, curricula, and lessons of a teacher."""

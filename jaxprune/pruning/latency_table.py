@@ -1,0 +1,441 @@
+"""A table of what a model's modules take by their width, measured on this device; a forward pass is their sum.
+
+A row is of all modules of one shape, such as the attention of every layer: seconds by heads. The rest of a pass,
+embeddings, norms and task head, is what a model takes whose modules are all of width 0. A table holds for one device,
+version of JAX, batch and length; it is kept on disk, and one of another device is refused.
+
+Times are those of the quickest of many passes, taken in turns: whatever else a machine does can only add to them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from jaxprune.checkpoints.files import write_atomic
+from jaxprune.models import Mask, Model, State, block_compiled, enter, mask_of, model_inputs, model_layers
+from jaxprune.models.cost import forward_pass, pass_inputs
+from jaxprune.units import Params, Site, axes_of, flatten, narrow, path_name, sites, subtree
+from jaxprune.units import Path as ParameterPath
+from jaxprune.units import widths as widths_of
+
+Tokens: TypeAlias = int | tuple[int, int]  # of an example; of a text-to-text model those it reads and those it writes
+
+LAYERS = 4  # in which a module is measured at most: more weights than fit into most caches
+ROOM = 1 << 30  # bytes of weights that the modules of a row may take together
+EVEN = 8  # neurons are measured at multiples of it: vectors of most CPUs hold as many numbers
+WHOLE = "whole"  # what programs of whole models are named by, others by site or stack
+WHOLES = 5  # whole models that the sums of modules are compared with
+LEAST = 5  # rounds
+ENOUGH = 60.0  # seconds
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What a table holds for."""
+
+    device: str
+    jax: str  # its version
+    flags: str  # given to the compiler
+    model: str  # digest of the configuration and of the names, shapes and types of all parameters
+    batch: int  # examples per pass
+    length: Tokens  # per example, none of them padding
+
+    @property
+    def key(self) -> str:
+        """A name that no other conditions have."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What modules of one shape take by their width."""
+
+    sites: tuple[str, ...]  # whose modules have this shape, whatever their own widths
+    widths: tuple[int, ...]  # measured, narrowest first: 0 to the widest there is
+    seconds: tuple[float, ...]  # of each, beyond a module of width 0
+
+    def rising(self) -> np.ndarray:
+        """The seconds `[widths]`, nowhere falling: where a wider module was quicker, both get their mean.
+
+        The closest such numbers by least squares (isotonic regression, by pooling adjacent violators).
+        """
+        pools: list[tuple[float, int]] = []  # mean and size
+        for seconds in np.maximum(self.seconds, 0.0):
+            mean, size = float(seconds), 1
+            while pools and pools[-1][0] >= mean:
+                other, count = pools.pop()
+                mean, size = (mean * size + other * count) / (size + count), size + count
+            pools.append((mean, size))
+        return np.concatenate([np.full(size, mean) for mean, size in pools])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyTable:
+    """What a forward pass takes, in seconds, by the widths of its modules.
+
+    The rows are scaled to what whole passes of several widths took, by the median of these; the last one of `wholes`
+    had no part in it and shows how far predictions are to be trusted.
+    """
+
+    conditions: Conditions
+    rows: tuple[Row, ...]
+    fixed: float  # a pass with all modules of width 0
+    scale: float  # what the rows were multiplied by; 1 where modules add up to passes by themselves
+    wholes: tuple[tuple[float, float], ...]  # passes of several widths, the first with all units: predicted, measured
+
+    def row(self, site: str) -> Row:
+        """The row of a site.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        for row in self.rows:
+            if site in row.sites:
+                return row
+        raise ValueError(f"the latency table has no row for {site}: measure the table for this model.")
+
+    def steps(self, site: str, units: int) -> list[tuple[int, float]]:
+        """The widths that a module may be given, and the seconds of each, narrowest first.
+
+        Those that were measured, up to the `units` that it has. A width is left out where a wider one takes no longer,
+        so both numbers rise.
+        """
+        row = self.row(site)
+        widths = [*(width for width in row.widths if width < units), units]
+        seconds = np.interp(widths, row.widths, row.rising())
+        last = len(widths) - 1
+        return [(widths[i], float(seconds[i])) for i in range(last + 1) if i == last or seconds[i] < seconds[i + 1]]
+
+    def predict(self, widths: Mapping[str, int]) -> float:
+        """The seconds of a forward pass of a model with these widths, between measured ones on a straight line.
+
+        Args:
+            widths: Units of every site.
+
+        Raises:
+            ValueError: If a site has no row.
+        """
+        rows = {name: self.row(name) for name in widths}
+        rising = {row: row.rising() for row in self.rows}
+        return self.fixed + math.fsum(
+            float(np.interp(units, rows[name].widths, rising[rows[name]])) for name, units in widths.items()
+        )
+
+
+def measure_latency_table(
+    model: Model,
+    params: Params,
+    *,
+    batch: int = 1,
+    length: Tokens = 128,
+    points: int = 16,
+    rounds: int = 40,
+    progress: Callable[[int, int], None] | None = None,
+) -> LatencyTable:
+    """Measures what modules take by their width, on this device.
+
+    A module of some width stands in up to `LAYERS` compiled layers whose other modules have width 0, and what these
+    layers take without it is subtracted. All programs run in turns, so that a change of the machine's load meets all of
+    them, and other weights have taken the place of a module's in the caches, as in a whole model. The quickest pass of
+    each counts. Whole passes of several widths, each after one that is not timed, say what the sums are scaled by.
+
+    Args:
+        model: The architecture.
+        params: Parameters of any widths; the values do not matter.
+        batch: Examples per pass.
+        length: Tokens per example, none of them padding; of a text-to-text model those it reads and those it writes.
+        points: Widths of a row at most, beside 0. Rows of at most twice as many heads have all of them.
+        rounds: Passes of every program that are timed; after `LEAST` of them, what takes longer than `ENOUGH` ends.
+        progress: Called with what is done, and how much there is to do.
+
+    Returns:
+        The table; `write_table` keeps it.
+
+    Raises:
+        ValueError: If a number is less than 1, the model cannot read that many tokens, or has no units.
+    """
+    for name, value in (("batch", batch), ("length", length), ("points", points), ("rounds", rounds)):
+        if np.min(value) < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    groups = _groups(model, params)
+    if not groups:
+        raise ValueError("this model has no units: there is nothing to measure by width.")
+    programs, grids = _programs(model, params, groups, batch, length, points)
+    least = _least(programs, rounds, progress)
+
+    rows = []
+    for (stack, group), widths in zip(groups, grids, strict=True):
+        beyond = [least[group[0].name, width] - least[stack, count] for width, count in widths.items()]
+        each = [seconds / count for seconds, count in zip(beyond, widths.values(), strict=True)]
+        rows.append(Row(sites=tuple(site.name for site in group), widths=(0, *widths), seconds=(0.0, *each)))
+    known = conditions(model, params, batch=batch, length=length)
+    fixed = least[WHOLE, 0]
+    table = LatencyTable(conditions=known, rows=tuple(rows), fixed=fixed, scale=1.0, wholes=())
+    kept = _whole_widths(groups, grids, model, params)
+    found = [(table.predict(own), least[WHOLE, i]) for i, own in enumerate(kept, 1)]
+    ratios = [(measured - fixed) / (sum_ - fixed) for sum_, measured in found[:-1] if sum_ > fixed]
+    scale = max(float(np.median(ratios)), 0.0) if ratios else 1.0
+    scaled = tuple(replace(row, seconds=tuple(scale * own for own in row.seconds)) for row in rows)
+    wholes = tuple((fixed + scale * (sum_ - fixed), measured) for sum_, measured in found)
+    return replace(table, rows=scaled, scale=scale, wholes=wholes)
+
+
+def kept_table(
+    folder: Path,
+    model: Model,
+    params: Params,
+    *,
+    batch: int,
+    length: Tokens,
+    progress: Callable[[int, int], None] | None = None,
+) -> LatencyTable:
+    """The table in a folder that holds here and for this batch and length; measured and written if there is none."""
+    file = table_file(folder, conditions(model, params, batch=batch, length=length))
+    if file.is_file():
+        return read_table(file)
+    table = measure_latency_table(model, params, batch=batch, length=length, progress=progress)
+    write_table(file, table)
+    return table
+
+
+def table_file(folder: Path, known: Conditions) -> Path:
+    """Where in a folder the table of some conditions is kept."""
+    return folder / f"{known.key}.json"
+
+
+def _groups(model: Model, params: Params) -> list[tuple[str, list[Site]]]:
+    """Sites whose modules have the same shape but for their widths, the widest first, and their stack."""
+    found: dict[tuple[Any, ...], list[Site]] = {}
+    width = widths_of(model.axes, params)
+    for site in sites(model.axes, params):
+        local = tuple(step for step in site.module if not isinstance(step, int))
+        shapes = []
+        for path, leaf in flatten(subtree(params, site.module)).items():
+            axes = axes_of(model.axes, (*site.module, *path))
+            shape = tuple(size for name, size in zip(axes, leaf.shape, strict=True) if name != site.kind)
+            shapes.append((path, shape, str(leaf.dtype)))
+        found.setdefault((local, site.kind, tuple(shapes)), []).append(site)
+    ordered = [sorted(group, key=lambda site: -width[site.name]) for group in found.values()]
+    return [(group[0].stack, group) for group in ordered if width[group[0].name]]
+
+
+def _grid(kind: str, most: int, points: int) -> list[int]:
+    """The widths to measure: all numbers of heads if they are few, else multiples of a step; and all units."""
+    step = 1 if kind == "heads" and most <= 2 * points else math.ceil(most / points)
+    step = step if kind == "heads" else EVEN * math.ceil(step / EVEN)
+    return [*range(step, most, step), most]
+
+
+def _programs(
+    model: Model, params: Params, groups: list[tuple[str, list[Site]]], batch: int, length: Tokens, points: int
+) -> tuple[dict[tuple[str, int], Callable[[], Any]], list[dict[int, int]]]:
+    """What is run; also the widths of every group, and in how many layers each was measured."""
+    every = sites(model.axes, params)
+    width = widths_of(model.axes, params)
+    inputs = model_inputs(model, params, pass_inputs(model, batch, length))
+    entered = _entered(model, params, inputs)
+    programs: dict[tuple[str, int], Callable[[], Any]] = {}
+    grids: list[dict[int, int]] = []
+    for stack, group in groups:
+        grid = _grid(group[0].kind, width[group[0].name], points)
+        size = sum(leaf.nbytes for leaf in flatten(subtree(params, group[0].module)).values())
+        layers = max(1, min(LAYERS, int(ROOM / (size * sum(grid) / grid[-1]))))
+        counts = {own: min(layers, sum(width[site.name] >= own for site in group)) for own in grid}
+        for own, count in counts.items():
+            chosen = group[:count]
+            small = narrow(model.axes, params, {site: own if site in chosen else 0 for site in every})
+            programs[group[0].name, own] = _run_of(model, small, [site.module for site in chosen], entered[stack])
+            if (stack, count) not in programs:
+                empty = narrow(model.axes, params, dict.fromkeys(every, 0))
+                programs[stack, count] = _run_of(model, empty, [site.module for site in chosen], entered[stack])
+        grids.append(counts)
+    head = model.heads[0] if model.heads else None  # they cost next to nothing, and about the same
+    wholes = [dict.fromkeys(width, 0), *_whole_widths(groups, grids, model, params)]
+    for i, kept in enumerate(wholes):
+        own = narrow(model.axes, params, {site: kept[site.name] for site in every})
+        programs[WHOLE, i] = forward_pass(model, own, batch, length, head)
+    return programs, grids
+
+
+def _whole_widths(
+    groups: list[tuple[str, list[Site]]], grids: list[dict[int, int]], model: Model, params: Params
+) -> list[dict[str, int]]:
+    """The widths of the passes that the sums are compared with: all units, then measured widths by lot."""
+    width, random = widths_of(model.axes, params), np.random.default_rng(0)
+    drawn = [dict(width) for _ in range(WHOLES)]
+    for own in drawn[1:]:
+        for (_, group), grid in zip(groups, grids, strict=True):
+            for site in group:
+                own[site.name] = int(random.choice([0, *(each for each in grid if each <= width[site.name])]))
+    return drawn
+
+
+def _entered(model: Model, params: Params, inputs: dict[str, jax.Array]) -> dict[str, tuple[State, Mask]]:
+    """What the first layer of every stack reads, as if the stacks before it had no layers."""
+    state, found = None, {}
+    for layer in model_layers(model, params):
+        if layer.entry is not None:
+            state = enter(model, layer, inputs, state)
+            found[layer.stack] = state, mask_of(layer, inputs)
+    return found
+
+
+def _run_of(
+    model: Model, params: Params, modules: Sequence[ParameterPath], entered: tuple[State, Mask]
+) -> Callable[[], Any]:
+    """A function that runs the layers of some modules, one after the other, and waits for them."""
+    ends = [next(i for i, step in enumerate(module) if isinstance(step, int)) + 1 for module in modules]
+    layers = jax.device_put([subtree(params, module[:end]) for module, end in zip(modules, ends, strict=True)])
+    return lambda: jax.block_until_ready(_layers(model, layers, *entered))
+
+
+@partial(jax.jit, static_argnums=0)
+def _layers(model: Model, layers: list[Params], state: State, mask: Mask) -> State:
+    for params in layers:
+        state, _ = block_compiled(model, params, state, mask, {}, {}, None)
+    return state
+
+
+def _least(
+    programs: Mapping[tuple[str, int], Callable[[], Any]], rounds: int, progress: Callable[[int, int], None] | None
+) -> dict[tuple[str, int], float]:
+    """The seconds of the quickest pass of every program."""
+    total, done, begun = len(programs) * (rounds + 1), 0, time.perf_counter()
+    least = dict.fromkeys(programs, math.inf)
+    for number in range(rounds + 1):
+        for name, run in programs.items():
+            if number == 0 or name[0] == WHOLE:
+                run()  # compiles, or brings the weights back into the caches
+            start = time.perf_counter()
+            run()
+            least[name] = min(least[name], time.perf_counter() - start) if number else math.inf
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        if number == 0:
+            begun = time.perf_counter()
+        if number >= LEAST and time.perf_counter() - begun > ENOUGH:
+            break
+    if progress is not None and done < total:
+        progress(total, total)
+    return least
+
+
+def conditions(model: Model, params: Params, *, batch: int, length: Tokens) -> Conditions:
+    """What a table of this model, measured here and now, would hold for."""
+    return Conditions(
+        device=device_label(),
+        jax=jax.__version__,
+        flags=os.environ.get("XLA_FLAGS", ""),
+        model=shapes_digest(model, params),
+        batch=batch,
+        length=length,
+    )
+
+
+def device_label() -> str:
+    """The device that programs run on: a CPU's model and the cores that there are for this process."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = known.get("model name") or platform.processor() or platform.machine()
+    family = "-".join(known[key] for key in ("cpu family", "model", "stepping") if key in known)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name} {family}".strip() + f", {cores} cores"
+
+
+def shapes_digest(model: Model, params: Params) -> str:
+    """The SHA-256 of the configuration and of the names, shapes and types of all parameters; not of their values."""
+    config = {name: value for name, value in asdict(model.config).items() if name not in ("raw", "task_heads")}
+    arrays = [[path_name(path), list(leaf.shape), str(leaf.dtype)] for path, leaf in flatten(params).items()]
+    return hashlib.sha256(json.dumps([config, arrays], sort_keys=True).encode()).hexdigest()
+
+
+def check_table(table: LatencyTable, model: Model, params: Params) -> None:
+    """Refuses a table that does not hold here.
+
+    Raises:
+        ValueError: If it was measured on another device, with another version of JAX or other compiler flags, or for
+            parameters of other shapes.
+    """
+    own, here = (
+        table.conditions,
+        conditions(model, params, batch=table.conditions.batch, length=table.conditions.length),
+    )
+    words = {"device": "on", "jax": "with jax", "flags": "with XLA_FLAGS", "model": "for a model with the shapes"}
+    for name, word in words.items():
+        found, expected = getattr(own, name), getattr(here, name)
+        if found != expected:
+            if name == "model":
+                found, expected = found[:12], expected[:12]
+            raise ValueError(
+                f"this latency table does not hold here: it was measured {word} {found!r}, this is {expected!r}. "
+                "Measure a table of this model on this device."
+            )
+
+
+def write_table(path: Path, table: LatencyTable) -> Path:
+    """Writes a table as JSON; the file is the old one or the new one, whatever happens."""
+    return write_atomic(path, (json.dumps({"format": _FORMAT, **asdict(table)}, indent=1) + "\n").encode())
+
+
+def read_table(path: Path) -> LatencyTable:
+    """Reads what `write_table` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no latency table {path}.")
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+            raise ValueError(f"expected an object of format {_FORMAT}")
+        return _table(content)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is no latency table: {error}.") from error
+
+
+def _table(content: Mapping[str, Any]) -> LatencyTable:
+    """A table from what JSON holds of it."""
+    if unlike := {field.name for field in fields(LatencyTable)} ^ set(content):
+        raise ValueError(f"missing or unknown: {', '.join(sorted(unlike))}")
+    length = content["conditions"]["length"]
+    tokens = (int(length[0]), int(length[1])) if isinstance(length, list) else int(length)
+    rows = tuple(
+        Row(
+            sites=tuple(map(str, row["sites"])),
+            widths=tuple(map(int, row["widths"])),
+            seconds=tuple(map(float, row["seconds"])),
+        )
+        for row in content["rows"]
+    )
+    for row in rows:
+        rises = row.widths[:1] == (0,) and all(a < b for a, b in zip(row.widths, row.widths[1:], strict=False))
+        if not rises or len(row.seconds) != len(row.widths) or not np.isfinite(row.seconds).all():
+            raise ValueError(f"the row of {', '.join(row.sites[:1])} needs rising widths from 0, and seconds of each")
+    fixed, scale = float(content["fixed"]), float(content["scale"])
+    if not (math.isfinite(fixed) and fixed >= 0 and math.isfinite(scale)):
+        raise ValueError(f"fixed must be seconds from 0 upwards and scale a number, got {fixed} and {scale}")
+    wholes = tuple((float(predicted), float(measured)) for predicted, measured in content["wholes"])
+    known = Conditions(**{**content["conditions"], "length": tokens})
+    return LatencyTable(conditions=known, rows=rows, fixed=fixed, scale=scale, wholes=wholes)

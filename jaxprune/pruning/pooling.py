@@ -1,0 +1,129 @@
+"""One budget for several tasks: their scores pooled, or the union or intersection of what each keeps.
+
+Whatever the way, what stays costs at most the budget, a larger budget keeps all of a smaller one, and every setting of
+`select` holds for the result, but one: `per_layer` says how each task selects by itself. So a union keeps more, and an
+intersection less, in layers where the tasks differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.models import Model
+from jaxprune.models.cost import Length
+from jaxprune.pruning.selection import Values, select, site_costs, some, thresholds
+from jaxprune.scoring.scores import Scores
+from jaxprune.units import Gates, Params
+
+
+def pooled(model: Model, params: Params, scores: Sequence[Values], **settings: Any) -> Gates:
+    """Selects by the mean of the tasks' scores, each divided by its total, so that every task weighs the same."""
+    return select(model, params, mean_scores(scores), **settings)
+
+
+def kept_by_any(model: Model, params: Params, scores: Sequence[Values], **settings: Any) -> Gates:
+    """The union of what the tasks keep, each at the same budget of its own: the largest that fits.
+
+    Every task by itself keeps a unit from some budget on (`thresholds`). The union of the selections at a budget `b` of
+    each task holds the units whose smallest threshold is at most `b`. So units are taken in the order of that until the
+    budget of the union is spent, without a search for `b`, which is the smaller the more the tasks differ. Units with
+    the same threshold, the last ones, may be taken for some of the tasks alone.
+    """
+    return _in_order(model, params, scores, np.minimum, settings)
+
+
+def kept_by_all(model: Model, params: Params, scores: Sequence[Values], **settings: Any) -> Gates:
+    """The intersection of what the tasks keep, each at the same budget of its own: the largest that fits.
+
+    As `kept_by_any`, in the order of the largest threshold: the budgets of the tasks are larger than that of the
+    intersection, which spends its budget nevertheless.
+    """
+    return _in_order(model, params, scores, np.maximum, settings)
+
+
+def _in_order(
+    model: Model, params: Params, scores: Sequence[Values], combine: np.ufunc, settings: Mapping[str, Any]
+) -> Gates:
+    """Keeps units in the order of their smallest or largest threshold, as many as the budget pays for."""
+    rounding = {"multiple_of": None, "floor": settings.get("floor")}  # units are rounded once, in the end
+    found = [thresholds(model, params, own, **{**settings, **rounding}) for own in scores]
+    names = ("units", "parameters", "flops", "memory", "memory_bytes")
+    (kind,) = (name.removesuffix("_bytes") for name in names if settings.get(name) is not None)
+    costs = site_costs(model, params, kind, settings.get("length"))
+    merged = {  # divided by their costs, as units that compete are, these have the order that is wanted
+        site: (1.0 - combine.reduce([own[site] for own in found])) * costs[site] for site in scores[0]
+    }
+    return select(model, params, merged, **{**settings, "per_layer": False, "normalise": None})
+
+
+def mean_scores(scores: Sequence[Values]) -> dict[str, np.ndarray]:
+    """The mean of several tasks' scores, each divided by the sum of their sizes (by 1 if that is 0)."""
+    arrays = [{site: np.asarray(value, np.float64) for site, value in own.items()} for own in scores]
+    totals = [sum(float(np.abs(value).sum()) for value in own.values()) or 1.0 for own in arrays]
+    return {
+        site: np.mean([own[site] / total for own, total in zip(arrays, totals, strict=True)], axis=0)
+        for site in arrays[0]
+    }
+
+
+def mean_closed(scores: Sequence[Scores]) -> Gates | None:
+    """What closed units are replaced by in a model for several tasks: the mean of the tasks' own.
+
+    Raises:
+        ValueError: If some of the scores replace closed units by means and others by zero, or at other sites.
+    """
+    means = [own.means or {} for own in scores]
+    if len({frozenset(own) for own in means}) > 1:
+        raise ValueError("some scores replace closed units by means, others by zero: score all with the same --closed.")
+    return {site: jnp.mean(jnp.stack([own[site] for own in means]), axis=0) for site in means[0]} or None
+
+
+def mean_length(scores: Sequence[Scores]) -> Length:
+    """Tokens per example, every task weighing the same."""
+    return np.mean([np.asarray(own.header["mean_length"], np.float64) for own in scores], axis=0).tolist()
+
+
+def union(*gates: Mapping[str, Any]) -> Gates:
+    """Open where any of several tasks' gates are: what all of the tasks together need. Contains each of them.
+
+    Raises:
+        ValueError: If there are none, they are of other sites or numbers of units, or a gate is neither 0 nor 1.
+    """
+    return {name: jax.device_put(np.maximum.reduce(own)) for name, own in _same_sites(gates).items()}
+
+
+def intersection(*gates: Mapping[str, Any]) -> Gates:
+    """Open where all of several tasks' gates are: what each of the tasks needs. Contained in each of them.
+
+    Raises:
+        ValueError: If there are none, they are of other sites or numbers of units, or a gate is neither 0 nor 1.
+    """
+    return {name: jax.device_put(np.minimum.reduce(own)) for name, own in _same_sites(gates).items()}
+
+
+def _same_sites(gates: tuple[Mapping[str, Any], ...]) -> dict[str, list[np.ndarray]]:
+    """Several gates, site by site."""
+    if not gates:
+        raise ValueError("give gates of at least one task.")
+    arrays = [{name: np.asarray(gate, np.float32) for name, gate in own.items()} for own in gates]
+    shapes = [{name: gate.shape for name, gate in own.items()} for own in arrays]
+    names = dict.fromkeys(name for own in arrays for name in own)
+    wrong = [
+        f"{name} has the shapes {', '.join(str(own.get(name, 'none')) for own in shapes)}"
+        for name in names
+        if len({own.get(name) for own in shapes}) > 1
+    ]
+    wrong += [
+        f"{name} holds {gate[~np.isin(gate, (0, 1))][0]}, expected 0 or 1"
+        for own in arrays
+        for name, gate in own.items()
+        if not np.isin(gate, (0, 1)).all()
+    ]
+    if wrong:
+        raise ValueError(f"these gates do not go together: {some(wrong)}.")
+    return {name: [own[name] for own in arrays] for name in arrays[0]}

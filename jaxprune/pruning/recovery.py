@@ -1,0 +1,295 @@
+"""Closed-form repair of a pruned model: its output maps are fitted to what the dense model does, module by module.
+
+From the bottom up, each module (an attention, a feed-forward network) of the pruned model is given new weights for what
+reads its units, and a new bias, so that what it adds to its own residual comes close to the dense model's sum there:
+what was lost below is made up for, too. All of it is least squares on sums over tokens: no gradient steps, no labels.
+
+References:
+    Kwon et al., A Fast Post-Training Pruning Framework for Transformers, 2022 (rescaled units).
+    Park et al., Accurate Retraining-free Pruning for Pretrained Encoder-based Language Models, 2024 (reconstruction).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxprune.data.batches import encode, pack
+from jaxprune.data.prompts import prompt_of
+from jaxprune.data.tasks import Example, Task, draw, row_key
+from jaxprune.evaluation.likelihood import answered
+from jaxprune.models import Layer, Mask, Model, State, block_compiled, enter, mask_of, model_layers, own_mask
+from jaxprune.pruning.fitting import Fit, Method, Moments, Reconstruction, choose
+from jaxprune.scoring.questions import key_or_default
+from jaxprune.scoring.scores import describe
+from jaxprune.units import UNITS, Params, Path, axes_of, flatten, reads, unflatten
+
+HELD_OUT = 4  # every fourth row only chooses between candidates
+
+
+class Repair(NamedTuple):
+    """What was done to one module."""
+
+    module: str  # "3.ffn"
+    before: float  # squared error on the rows held out, as a share of the spread of the target
+    after: float  # the same with what was fitted to the other rows
+    chosen: Mapping[str, int]  # how many directions of the output each candidate was chosen for
+
+
+class Recovery(NamedTuple):
+    """How a model was repaired."""
+
+    method: Mapping[str, Any]
+    examples: int
+    rows: tuple[str, ...]  # their keys: none of them may be tested on
+    modules: tuple[Repair, ...]
+
+
+def recover(
+    model: Model,
+    params: Params,
+    small: Params,
+    tasks: Task | Sequence[Task],
+    *,
+    method: Method | None = None,
+    examples: int | Sequence[Example] = 256,
+    key: Array | int | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Params, Recovery]:
+    """Repairs a pruned model with examples of one or several tasks, whose labels are not read.
+
+    Args:
+        model: The architecture.
+        params: The dense parameters.
+        small: The pruned ones, from `compact`.
+        tasks: The task, or several; calibration rows of each are drawn.
+        method: How a module is fitted: `BiasCompensation`, `Rescaling` or `Reconstruction` (None).
+        examples: How many to draw of each task, or the examples of one.
+        key: A seed or a `jax.random.key` for the draw; None is 0.
+        batch_size: Examples in a batch.
+        max_length: Tokens to which a text is cut; by default 128, of spans 384, or the most that the model reads.
+        progress: Called with the layers done and all layers.
+
+    Returns:
+        The repaired parameters, in the structure of `small`, and what was done.
+
+    Raises:
+        ValueError: If a task has too few rows, examples of several tasks are given, or as `recover_batches`.
+    """
+    method = method or Reconstruction()
+    key = jax.random.key(key) if isinstance(key, int) else key_or_default(key)
+    several = [tasks] if isinstance(tasks, Task) else list(tasks)
+    if isinstance(examples, Sequence) and len(several) != 1:
+        raise ValueError(f"examples of {len(several)} tasks cannot be told apart: give how many to draw of each.")
+    rows, batches = [], []
+    for task in several:
+        own = tuple(examples) if isinstance(examples, Sequence) else draw(task, examples, key)
+        rows.extend(own)
+        encoded = encode(model, own, max_length=max_length, prompt=prompt_of(model, task))
+        for batch in pack(encoded, batch_size=batch_size):
+            batches.append({**batch, "labels": np.full(len(batch["input_ids"]), -1, np.int32)})
+    fitted, repairs = recover_batches(model, params, small, batches, method=method, progress=progress)
+    return fitted, Recovery(describe(method), len(rows), tuple(sorted(map(row_key, rows))), repairs)
+
+
+def recover_batches(
+    model: Model,
+    params: Params,
+    small: Params,
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    method: Method | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Params, tuple[Repair, ...]]:
+    """Fits what reads the units of a pruned model to what the dense one does.
+
+    Of the candidates that `method` makes for a module, and the weights as they are, the one with the least error on
+    every fourth row is taken, which no candidate has seen: a module never gets worse there. Only tokens count that are
+    no padding. Device memory does not grow with the number of batches; hidden states wait on the host.
+
+    Args:
+        model: The architecture.
+        params: The dense parameters.
+        small: The pruned ones, from `compact`.
+        batches: Batches as from `make_batches`, of at least four rows. Labels are not read, but by a text-to-text
+            model, which reads the answers of the labels, or its own likeliest where they are -1.
+        method: How a module is fitted: `BiasCompensation`, `Rescaling` or `Reconstruction` (None).
+        progress: Called with the layers done and all layers.
+
+    Returns:
+        The repaired parameters, and what was done to each module.
+
+    Raises:
+        ValueError: If there is no batch or one of less than four rows, an activation is not finite, or the method needs
+            a bias and there is none.
+    """
+    if not batches or min(len(batch["input_ids"]) for batch in batches) < HELD_OUT:
+        raise ValueError(f"recovery needs batches of at least {HELD_OUT} rows: one of four chooses, the others fit.")
+    method = method or Reconstruction()
+    inputs = [answered(model, params, batch) for batch in batches]
+    weights = [jnp.asarray(batch.get("weight", np.ones(len(batch["input_ids"])))) > 0 for batch in batches]
+    scarce: dict[str, tuple[float, int]] = {}  # modules with fewer tokens than inputs
+    dense: list[State | None] = [None] * len(inputs)
+    current: list[State | None] = [None] * len(inputs)
+    flat, repairs = flatten(small), []
+    whole = model_layers(model, params)
+    for place, big in enumerate(whole):
+        readers, targets = _readers(model, big), []
+        for i, batch in enumerate(inputs):
+            state = enter(model, big, batch, dense[i])
+            found = _targets(model, readers, big.params, state, mask_of(big, batch), method.drift)
+            dense[i], sums = jax.device_get(found)
+            targets.append(sums)
+        for reader in readers:
+            layer = model_layers(model, unflatten(flat))[place]
+            *units, outputs = _leaf(layer.params, reader.kernel).shape
+            found = [Moments.nothing(math.prod(units), outputs)] * 2
+            for i, batch in enumerate(inputs):
+                state, mask = enter(model, layer, batch, current[i]), mask_of(layer, batch)
+                own = _moments(
+                    model, reader, layer.params, state, mask, weights[i], targets[i][reader.module], method.drift
+                )
+                found = [total.plus(one) for total, one in zip(found, own, strict=True)]
+            fitted, repair = _fit(f"{layer.name}.{reader.module}", reader, layer.params, *found, method)
+            if found[0].tokens < len(found[0].gram):
+                scarce[repair.module] = found[0].tokens, len(found[0].gram)
+            flat |= {(*layer.path, *path): array for path, array in fitted.items()}
+            repairs.append(repair)
+        layer = model_layers(model, unflatten(flat))[place]
+        for i, batch in enumerate(inputs):
+            state = enter(model, layer, batch, current[i])
+            current[i] = jax.device_get(
+                block_compiled(model, layer.params, state, mask_of(layer, batch), {}, {}, None)[0]
+            )
+        if progress is not None:
+            progress(place + 1, len(whole))
+    if scarce:
+        name, (tokens, width) = next(iter(scarce.items()))
+        warnings.warn(
+            f"{len(scarce)} modules have more inputs than there are tokens ({name}: {width} and {tokens:.0f}): only "
+            "the ridge makes their fit unique; recover with more examples.",
+            stacklevel=2,
+        )
+    return unflatten(flat), tuple(repairs)
+
+
+def check_method(model: Model, params: Params, method: Method) -> None:
+    """Refuses a method that this model cannot be repaired by, before any work is done.
+
+    Raises:
+        ValueError: If it needs a bias and there is none.
+    """
+    for layer in model_layers(model, params):
+        flat = flatten(layer.params)
+        for _, _, kernel in _readers(model, layer):
+            outputs, bias = flat[kernel].shape[-1], (*kernel[:-1], "bias") in flat
+            nothing = Fit(np.zeros((0, outputs)), np.zeros(outputs) if bias else None)
+            method(Moments.nothing(0, outputs), nothing, np.zeros(0, int))
+
+
+class _Reader(NamedTuple):
+    """What reads the units of one module of a layer, by local names."""
+
+    module: str  # "ffn"
+    site: str  # "ffn.neurons"
+    kernel: Path  # ("ffn", "down", "kernel")
+
+
+def _readers(model: Model, layer: Layer) -> tuple[_Reader, ...]:
+    """The readers of a layer, in the order in which its modules run; the axis table knows them."""
+    found = []
+    for path in flatten(layer.params):
+        axes = axes_of(model.axes, (*layer.path, *path))
+        if reads(axes, path):
+            module = ".".join(map(str, path[:-2]))
+            found.append(_Reader(module, f"{module}.{axes[0]}", path))
+    return tuple(sorted(found, key=lambda reader: _ORDER.index(reader.module)))
+
+
+_ORDER = ("attention", "cross", "ffn")
+
+
+def _leaf(params: Params, path: Path) -> Any:
+    for step in path:
+        params = params[step]
+    return params
+
+
+@partial(jax.jit, static_argnums=(0, 1, 5))
+def _targets(
+    model: Model, readers: tuple[_Reader, ...], params: Params, state: State, mask: Mask, drift: bool
+) -> tuple[State, dict[str, Float[Array, "b t e"]]]:
+    """What the layer returns, and by module its output, with what it is added to if drift is to be made up for."""
+    after, found = model.block(params, state, mask, kinds=UNITS, residuals=True)
+    flat, sums = flatten(params), {}
+    for module, site, kernel in readers:
+        values, weight = found[site].astype(jnp.float32), flat[kernel].astype(jnp.float32)
+        output = jnp.tensordot(values, weight, weight.ndim - 1, precision="highest")
+        offset = flat.get((*kernel[:-1], "bias"))
+        residual = found[f"{module}.residual"].astype(jnp.float32) if drift else 0.0
+        sums[module] = residual + output + (0.0 if offset is None else offset)
+    return after, sums
+
+
+@partial(jax.jit, static_argnums=(0, 1, 7))
+def _moments(
+    model: Model,
+    reader: _Reader,
+    params: Params,
+    state: State,
+    mask: Mask,
+    weight: Array,
+    target: Float[Array, "b t e"],
+    drift: bool,
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """The sums of the rows that fit, and of those that choose."""
+    found = model.block(params, state, mask, kinds=UNITS, residuals=True)[1]
+    values = found[reader.site].astype(jnp.float32)
+    values = values.reshape(*target.shape[:2], math.prod(values.shape[2:]))
+    missing = target - (found[f"{reader.module}.residual"].astype(jnp.float32) if drift else 0.0)
+    there = (own_mask(mask).astype(bool) & weight[:, None]).astype(jnp.float32)[..., None]
+    rows = np.arange(target.shape[0]) % HELD_OUT == HELD_OUT - 1
+
+    def sums(rows: np.ndarray) -> tuple[Array, ...]:
+        a, y, w = (
+            array[rows].reshape(rows.size * array.shape[1], array.shape[-1])
+            for array in (values * there, missing * there, there)
+        )
+        product = partial(jnp.matmul, precision="highest")
+        return product(a.T, a), product(a.T, y), product(y.T, y), a.sum(0), y.sum(0), w.sum()
+
+    return sums(np.flatnonzero(~rows)), sums(np.flatnonzero(rows))
+
+
+def _fit(
+    name: str, reader: _Reader, params: Params, fit: Moments, held: Moments, method: Method
+) -> tuple[dict[Path, Array], Repair]:
+    """The weights of one module, by local path, and what was done to it."""
+    if not all(np.isfinite(array).all() for array in (*fit, *held)):
+        raise ValueError(f"the activations of {name} are not finite: is the dense model sound in this precision?")
+    kernel, place = _leaf(params, reader.kernel), (*reader.kernel[:-1], "bias")
+    offset = flatten(params).get(place)
+    inputs = math.prod(kernel.shape[:-1])
+    old = Fit(
+        np.asarray(kernel, np.float64).reshape(inputs, kernel.shape[-1]),
+        None if offset is None else np.asarray(offset, np.float64),
+    )
+    units = np.repeat(np.arange(kernel.shape[0]), inputs // max(kernel.shape[0], 1))
+    best, before, after, chosen = choose(fit, held, old, units, method)
+    repair = Repair(name, before, after, chosen)
+    if best is None:
+        return {}, repair
+    fitted = {reader.kernel: jnp.asarray(best.kernel.reshape(kernel.shape), kernel.dtype)}
+    if best.bias is not None and offset is not None:
+        fitted[place] = jnp.asarray(best.bias, offset.dtype)
+    return fitted, repair

@@ -1,0 +1,409 @@
+"""Criteria that attribute the objective to units: gradient x activation and integrated gradients.
+
+A *criterion* is a frozen dataclass of settings that is called on one batch and returns one score per unit and example;
+`jaxprune.scoring.run.score` calls it on all batches. Gates have one row per example, so one backward pass of the summed
+objective gives the attributions of every example. Weights are not differentiated: a node costs two forward passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxprune.models import (
+    Model,
+    block_compiled,
+    enter,
+    mask_of,
+    model_layers,
+    repeat_rows,
+    values_compiled,
+)
+from jaxprune.models.backward import Prefix, Pull, forward
+from jaxprune.models.layers import TokenReduction, sum_tokens
+from jaxprune.scoring.activations import Closed, zero
+from jaxprune.scoring.integration import Completeness, Rule, gauss_legendre, quadrature
+from jaxprune.scoring.objectives import (
+    ExampleReduction,
+    Labels,
+    Objective,
+    absolute,
+    gold,
+    name_of,
+    negative_squared_error,
+    objective_for,
+    predicted,
+    signed,
+    value_and_cotangent,
+    weigh,
+)
+from jaxprune.scoring.questions import questions
+from jaxprune.units import UNITS, Gates, Params, Site, check_kinds, check_sharing, open_gates, sites, without
+
+Path: TypeAlias = Callable[[Sequence[Site]], tuple[tuple[Site, ...], ...]]  # sites that are scaled together, each once
+
+
+class Measured(NamedTuple):
+    """What a criterion finds in a batch."""
+
+    scores: Gates  # site name to [b, units]; a missing site has no score and stays open
+    completeness: dict[str, Float[Array, " b"]]  # of integrated gradients: expected, found, error, size
+    signed: Mapping[str, Array] = {}  # attributions [b, units] with their signs, where the scores have lost them
+
+
+class Criterion(Protocol):
+    """How scores are made. A missing `closed` counts as zero; `labels` says whether examples need labels."""
+
+    @property
+    def examples(self) -> ExampleReduction | None:
+        """How the examples become one score; None: no example is read, and the result has one row."""
+        ...
+
+    def __call__(
+        self,
+        model: Model,
+        params: Params,
+        batch: Mapping[str, Any],
+        *,
+        head: str | None,
+        key: Array | None,
+        means: Gates | None,
+    ) -> Measured:
+        """Scores the examples of a batch.
+
+        Args:
+            model: The architecture.
+            params: Parameters.
+            batch: As for `Model.apply`, with `labels` `[b]` if they are used, and the examples' `index` `[b]`.
+            head: The task head.
+            key: Randomness, of which every example takes its own by its index.
+            means: What closed units are replaced by.
+        """
+        ...
+
+
+def joint(places: Sequence[Site]) -> tuple[tuple[Site, ...], ...]:
+    """One path: all gates are scaled together; those of one kind of unit per tensor, others are refused."""
+    return (tuple(places),)
+
+
+def layer(places: Sequence[Site]) -> tuple[tuple[Site, ...], ...]:
+    """One path per module (an attention or a feed-forward network): its gates are scaled, all others stay open.
+
+    The layers below the module are computed once. It costs about as many times more as the model has layers.
+    """
+    modules = dict.fromkeys(site.module for site in places)
+    return tuple(tuple(site for site in places if site.module == module) for module in modules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientActivation:
+    """Scores units by `f(R_t(h * dO/dh))`: value times gradient of the objective, one forward and one backward pass.
+
+    With the defaults, the mean over the examples of `|sum_t h dP(label)/dh|`. With `examples=signed` it is Yang et al.
+    2023 read literally, with `tokens=max_tokens` too their later work.
+    """
+
+    objective: Objective | None = None  # None: probability, or negative_squared_error in a regression
+    labels: Labels = gold
+    tokens: TokenReduction = sum_tokens  # R: over an example's tokens; all but the sum are no gradients of gates
+    examples: ExampleReduction = absolute  # f, and the mean or the maximum over the examples
+    closed: Closed = zero  # calibration_means: h above becomes h - mean
+    kinds: tuple[str, ...] = UNITS  # units to score
+
+    def __post_init__(self):
+        check_kinds(self.kinds)
+
+    def __call__(
+        self,
+        model: Model,
+        params: Params,
+        batch: Mapping[str, Any],
+        *,
+        head: str | None = None,
+        key: Array | None = None,
+        means: Gates | None = None,
+    ) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        chosen = model.head(head)
+        objective = objective_for(self.objective, chosen)
+        if objective is negative_squared_error and self.labels is predicted:
+            raise ValueError("the squared error has no gradient at the prediction itself: use labels=gold.")
+        _, gates = _open_rows(model, params, batch, self.kinds)
+        run = partial(forward, model, params, gates=gates, head=chosen.name, means=means, tokens=self.tokens)
+        found, weights = [], ()
+        for own in questions(model, params, batch, self.labels, chosen.regression, key, run):
+            found += [_slope(own.pull, objective, own.logits, target) for target in own.targets]
+            weights += own.weights
+        return reduce(self.examples, found, weights, attributions=self.tokens is sum_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegratedGradients:
+    """Scores units by the path integral of the objective's gradient: `f(∫ dO/dg(α) dα)`, α from `start` to 1.
+
+    References:
+        Sundararajan, Taly and Yan, Axiomatic Attribution for Deep Networks, 2017.
+    """
+
+    nodes: int = 8  # quadrature nodes; each costs one forward and one backward pass
+    chunk: int = 1  # nodes evaluated together; sets the memory, not the result
+    path: Path = joint  # or layer: one module at a time
+    start: float = 0.0  # 0: from everything removed; the budget itself (0.5 for a half) asks only about what must go
+    rule: Rule = gauss_legendre
+    objective: Objective | None = None  # None: probability, or negative_squared_error in a regression
+    labels: Labels = gold
+    tokens: TokenReduction = sum_tokens  # no other is possible
+    examples: ExampleReduction = absolute  # f, and the mean or the maximum over the examples
+    closed: Closed = zero  # calibration_means: gates lead to the mean instead of to zero
+    kinds: tuple[str, ...] = UNITS  # units to scale and score; the others stay open
+
+    def __post_init__(self):
+        check_kinds(self.kinds)
+        if self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {self.chunk}.")
+        if self.tokens is not sum_tokens:
+            raise ValueError(
+                f"tokens={name_of(self.tokens)} is not possible with integrated gradients: all tokens share a gate, so "
+                "the integral along its path is known only as their sum. Use sum_tokens, or GradientActivation."
+            )
+        quadrature(self.rule, self.nodes, self.start)
+
+    def __call__(
+        self,
+        model: Model,
+        params: Params,
+        batch: Mapping[str, Any],
+        *,
+        head: str | None = None,
+        key: Array | None = None,
+        means: Gates | None = None,
+    ) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        found, completeness, weights = self.attributions(model, params, batch, head=head, key=key, means=means)
+        return reduce(self.examples, found, weights, _summary(completeness, weights))
+
+    def attributions(
+        self,
+        model: Model,
+        params: Params,
+        batch: Mapping[str, Any],
+        *,
+        head: str | None = None,
+        key: Array | None = None,
+        means: Gates | None = None,
+    ) -> tuple[list[Gates], list[list[Completeness]], tuple[Float[Array, " b"], ...]]:
+        """The signed attributions of a batch, before they are reduced.
+
+        Returns:
+            One entry per label, each: site name to `[b, units]`. Their completeness `[b]`, one list per path with one
+            entry per label. The weight of every label.
+        """
+        chosen = model.head(head)
+        objective = objective_for(self.objective, chosen)
+        ones, gates = _open_rows(model, params, batch, self.kinds)
+        paths = self.path(sites(model.axes, params, self.kinds))
+        paths = [path for path in paths if any(ones[site.name].size for site in path)]
+        if not paths:
+            raise ValueError(f"the model has no {' and no '.join(self.kinds)}: there is nothing to score.")
+        for path in paths:
+            check_sharing(model.axes, params, [site.name for site in path])
+        scaled = [{site.name: ones[site.name] for site in path} for path in paths]
+        along = partial(self._along, model, params, paths, scaled, objective, chosen.name, means)
+        run = partial(forward, model, params, head=chosen.name, means=means)
+        found, weights = [], ()
+        completeness: list[list[Completeness]] = [[] for _ in paths]
+        for own in questions(model, params, batch, self.labels, chosen.regression, key, run):
+            attributions, parts = along(own.batch, own.logits, own.targets)
+            found += attributions
+            weights += own.weights
+            completeness = [[*before, *part] for before, part in zip(completeness, parts, strict=True)]
+        closed = {name: jnp.zeros_like(rows) for name, rows in gates.items()}
+        return [closed | attribution for attribution in found], completeness, weights
+
+    def _along(
+        self,
+        model: Model,
+        params: Params,
+        paths: Sequence[Sequence[Site]],
+        scaled: Sequence[Gates],
+        objective: Objective,
+        head: str,
+        means: Gates | None,
+        batch: dict[str, Array],
+        logits: Array,
+        targets: tuple[Array, ...],
+    ) -> tuple[list[Gates], list[list[Completeness]]]:
+        """The attributions of every target along all paths, and their completeness by path and target.
+
+        Args:
+            model: The architecture.
+            params: Parameters.
+            paths: The sites of every path.
+            scaled: Their open gates.
+            objective: The objective.
+            head: The task head.
+            means: What closed units are replaced by.
+            batch: The model's inputs.
+            logits: Those of the open model.
+            targets: What the objective is taken for.
+        """
+        run = partial(forward, model, params, head=head, means=means)
+        groups = _groups(self.rule, self.nodes, self.start, self.chunk)
+        prefixes = open_prefixes(model, params, batch, {_lowest(path) for path in paths})
+        ends = [value_and_cotangent(objective, logits, target)[0] for target in targets]
+        found: list[Gates] = [{} for _ in targets]
+        completeness = []
+        for path, end in zip(paths, scaled, strict=True):
+            prefix = prefixes[_lowest(path)]
+            if self.start == 0.0 and not means:  # nothing of the path is left: a model without its units is cheaper
+                logits = forward(model, without(model.axes, params, path), batch, head=head, prefix=prefix)[0]
+            else:
+                logits = run(batch, _scale(end, np.array([self.start], np.float32), batch["input_ids"]), prefix=prefix)[
+                    0
+                ]
+            starts = [value_and_cotangent(objective, logits, target)[0] for target in targets]
+            known = _known(model, params, batch, prefix, path)
+            tiled, shared, aims = repeat_rows((batch, (prefix.hidden, known), targets), groups[0][0].size)
+            start = Prefix(shared[0], prefix.layer, shared[1])
+            nothing = _scale(end, np.zeros(1, np.float32), batch["input_ids"])
+            totals = [nothing for _ in targets]
+            for points, shares in groups:
+                gates = _scale(end, points, batch["input_ids"])
+                logits, pull = run(tiled, gates, prefix=start)
+                for i, aim in enumerate(aims):
+                    totals[i] = _add(totals[i], _slope(pull, objective, logits, aim), shares)
+                del logits, pull  # before the next node needs the memory
+            found = [attribution | total for attribution, total in zip(found, totals, strict=True)]
+            parts = zip(ends, starts, totals, strict=True)
+            completeness.append([_complete(one, other, list(total.values())) for one, other, total in parts])
+        return found, completeness
+
+
+def reduce(
+    examples: ExampleReduction,
+    found: list[Gates],
+    weights: tuple[Array, ...],
+    completeness: Mapping[str, Array] | None = None,
+    *,
+    attributions: bool = True,
+) -> Measured:
+    """The scores of a batch, and beside them its attributions with their signs, if the scores lose them.
+
+    Args:
+        examples: How attributions become scores.
+        found: One entry per label: site name to `[b, units]`.
+        weights: One entry per label.
+        completeness: Of integrated gradients.
+        attributions: Whether `found` are attributions, which add up to a change of the objective.
+    """
+    kept = examples.each is signed.each and not examples.largest
+    own = weigh(signed.each, found, weights) if attributions and not kept else {}
+    return Measured(weigh(examples.each, found, weights), dict(completeness or {}), own)
+
+
+def _lowest(path: Sequence[Site]) -> str:
+    """The name of the layer that runs first."""
+    return min(path, key=lambda site: (site.stack == "decoder", site.layer)).layer_name
+
+
+def _open_rows(model: Model, params: Params, batch: Mapping[str, Any], kinds: tuple[str, ...]) -> tuple[Gates, Gates]:
+    """Open gates of these kinds, and the same with one row per example."""
+    ones = open_gates(model, params, kinds)
+    return ones, _scale(ones, np.ones(1, np.float32), jnp.asarray(batch["input_ids"]))
+
+
+def open_prefixes(model: Model, params: Params, batch: dict[str, Array], layers: set[str]) -> dict[str, Prefix]:
+    """The inputs of these layers, all gates open."""
+    state: Any = None
+    found = {}
+    for place, layer in enumerate(model_layers(model, params)):
+        state = enter(model, layer, batch, state)
+        if layer.name in layers:
+            found[layer.name] = Prefix(state, place)
+        if len(found) == len(layers):
+            break
+        state, _ = block_compiled(model, layer.params, state, mask_of(layer, batch), {}, {}, None)
+    return found
+
+
+def _known(
+    model: Model, params: Params, batch: dict[str, Array], prefix: Prefix, path: Sequence[Site]
+) -> dict[str, Array]:
+    """What the lowest layer's gates multiply first, if nothing below changes it: it is the same at all nodes."""
+    layer = model_layers(model, params)[prefix.layer]
+    gated = {site.name.removeprefix(f"{layer.name}.") for site in path}
+    if not gated & {"attention.heads", "attention.channels"} or "attention.query_channels" in gated:
+        return {}
+    mask = mask_of(layer, batch)
+    return values_compiled(model, ("attention.heads",), layer.params, prefix.hidden, mask)
+
+
+def _groups(rule: Rule, nodes: int, start: float, chunk: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Nodes and weights in groups of equal size, at most `chunk`; the last may be filled up with weights of zero."""
+    points, weights = quadrature(rule, nodes, start)
+    count = -(-nodes // chunk)
+    size = -(-nodes // count)
+    missing = count * size - nodes
+    points = np.pad(points, (0, missing), mode="edge").reshape(count, size)
+    weights = np.pad(weights, (0, missing)).reshape(count, size)
+    return list(zip(points, weights, strict=True))
+
+
+def _slope(pull: Pull, objective: Objective, logits: Float[Array, "b l"], target: Array) -> Gates:
+    return pull(value_and_cotangent(objective, logits, target)[1])[0]
+
+
+# The programs below take gates without the names of their sites: modules of equal widths share them.
+
+
+def _scale(ones: Gates, points: Float[np.ndarray, " k"], rows: Array) -> Gates:
+    """Gates `[b * k, units]` scaled by each of the points, for every one of the rows."""
+    return dict(zip(ones, _scaled(list(ones.values()), points, rows), strict=True))
+
+
+@jax.jit
+def _scaled(ones: list[Array], points: Float[np.ndarray, " k"], rows: Array) -> list[Array]:
+    scales = jnp.tile(points, rows.shape[0])
+    return [scales[:, None] * gate for gate in ones]
+
+
+def _add(total: Gates, slopes: Gates, weights: Float[np.ndarray, " k"]) -> Gates:
+    """Adds the weighted slopes `[b * k, units]` of a group of nodes to `[b, units]`."""
+    return dict(zip(total, _added(list(total.values()), [slopes[name] for name in total], weights), strict=True))
+
+
+@jax.jit
+def _added(total: list[Array], slopes: list[Array], weights: Float[np.ndarray, " k"]) -> list[Array]:
+    shares = weights[:, None]
+    return [
+        value + (shares * slope.reshape(value.shape[0], weights.shape[0], value.shape[1])).sum(1)
+        for value, slope in zip(total, slopes, strict=True)
+    ]
+
+
+@jax.jit
+def _complete(end: Float[Array, " b"], start: Float[Array, " b"], attribution: list[Array]) -> Completeness:
+    return Completeness(end - start, jnp.stack([value.sum(1) for value in attribution]).sum(0))
+
+
+@jax.jit
+def _summary(paths: list[list[Completeness]], weights: tuple[Array, ...]) -> dict[str, Float[Array, " b"]]:
+    """Per example, summed over labels by weight, the mean over paths: expected, found, their difference, their size."""
+    measures = {
+        "expected": lambda c: c.expected,
+        "found": lambda c: c.found,
+        "error": lambda c: jnp.abs(c.found - c.expected),
+        "size": lambda c: jnp.abs(c.expected),
+    }
+    return {
+        name: jnp.stack([w * of(c) for path in paths for w, c in zip(weights, path, strict=True)]).sum(0) / len(paths)
+        for name, of in measures.items()
+    }

@@ -1,0 +1,277 @@
+"""The criteria that attribution has to beat, each a formula in its docstring.
+
+`h` is the gated value of a unit: a neuron's activation, a head's mixed values, one per channel, or one of these
+channels; of a query channel that of the query. `W_in` are the kernels that make it (for a head its query, key and
+value), `W_out` the one that reads it. `L = -log P(label)`, in a regression the squared error. `E` is the mean over the
+tokens of an example and over the examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxprune.models import Model
+from jaxprune.models.cost import elements, unit_costs
+from jaxprune.models.layers import TokenReduction, sum_tokens
+from jaxprune.scoring.activations import Closed, magnitudes, site_statistics, token_mean, zero
+from jaxprune.scoring.attribution import (
+    GradientActivation,
+    Measured,
+)
+from jaxprune.scoring.objectives import (
+    ExampleReduction,
+    Labels,
+    Objective,
+    absolute,
+    gold,
+    log_probability,
+    negative_squared_error,
+    sampled,
+    squared,
+)
+from jaxprune.scoring.questions import key_or_default
+from jaxprune.scoring.removal import Removal
+from jaxprune.units import (
+    KINDS,
+    UNITS,
+    Gates,
+    Params,
+    axes_of,
+    check_kinds,
+    flatten,
+    merge_units,
+    reads,
+    sites,
+    subtree,
+    takes_gate,
+    unit_axes,
+    widths,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfKinds:
+    """A criterion that scores units of chosen kinds; score files record them if they are not the usual ones."""
+
+    kinds: tuple[str, ...] = field(default=UNITS, metadata={"if_changed": True})  # units to score
+
+    def __post_init__(self):
+        check_kinds(self.kinds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(_OfKinds):
+    """`s_i ~ U(0, 1)`, by the key alone. Reads no example."""
+
+    examples: None = field(default=None, init=False)
+
+    def __call__(self, model: Model, params: Params, *_: Any, key: Array | None = None, **__: Any) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        units = widths(model.axes, params, self.kinds)
+        keys = jax.random.split(key_or_default(key), len(units))
+        drawn = {name: jax.random.uniform(k, (1, n)) for k, (name, n) in zip(keys, units.items(), strict=True)}
+        return Measured(drawn, {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Magnitude(_OfKinds):
+    """`s_i = |W_in,i| |W_out,i|`, Euclidean norms. Reads no example.
+
+    For a head, `|W_in,i|` is over its query, key and value kernels together. For a query channel, the two norms are
+    those of its column in the query and in the key kernel.
+    """
+
+    examples: None = field(default=None, init=False)
+
+    def __call__(self, model: Model, params: Params, *_: Any, **__: Any) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        found = {}
+        for site in sites(model.axes, params, self.kinds):
+            squares = {False: jnp.zeros(()), True: jnp.zeros(())}  # of what makes the unit, of what reads it
+            for axes, path, array in _arrays_of(model, params, site.name):
+                if path[-1] == "kernel":
+                    square = jnp.square(merge_units(array, axes, site.kind).astype(jnp.float32))
+                    others = tuple(i for i in range(square.ndim) if i != unit_axes(axes, site.kind).start)
+                    squares[takes_gate(axes, path, site.kind)] += square.sum(others)
+            found[site.name] = jnp.sqrt(squares[False] * squares[True])[None]
+        return Measured(found, {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopLayers:
+    """Drops the last layers first: `s_i = 4^(layers - layer) c_i`, with `c_i` the unit's number of parameters.
+
+    For selection by score per cost over all layers together (`per_layer=False`) under a budget of parameters or FLOPs:
+    there the units of a layer differ by less than a factor of 4, so every unit of a layer ranks below all units of the
+    layers before it. Reads no example.
+    """
+
+    examples: None = field(default=None, init=False)
+
+    def __call__(self, model: Model, params: Params, *_: Any, **__: Any) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        units, costs = widths(model.axes, params), unit_costs(model, params, elements)
+        found = {}
+        for site in sites(model.axes, params):
+            above = next(stack.layers for stack in model.stacks if stack.name in (site.stack, "")) - site.layer
+            score = 4.0**above * costs[site.name]
+            found[site.name] = jnp.full((1, units[site.name]), score, jnp.float32)
+        return Measured(found, {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activation(_OfKinds):
+    """`s_i = E|h_i|`; for a head the norm over its channels. Needs no labels."""
+
+    examples: ExampleReduction = field(default=absolute, init=False)
+
+    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **_: Any) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        return Measured(site_statistics(model, params, batch, _mean_magnitude, self.kinds), {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanda(_OfKinds):
+    """`s_i = E[h_i^2] |W_out,i|^2`; for a head the sum of this over its channels. Needs no labels (Sun et al. 2023).
+
+    Query channels have no `W_out`, so they cannot be scored.
+    """
+
+    examples: ExampleReduction = field(default=absolute, init=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if "query_channels" in self.kinds:
+            raise ValueError("Wanda weighs a unit by the kernel that reads it, and none reads query channels.")
+
+    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **_: Any) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        squares = site_statistics(model, params, batch, _mean_square, self.kinds)
+        readers = {
+            site.name: merge_units(array, axes, site.kind)
+            for site in sites(model.axes, params, self.kinds)
+            for axes, path, array in _arrays_of(model, params, site.name)
+            if reads(axes, path)
+        }
+        return Measured(_times_reader(squares, readers), {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradient(_OfKinds):
+    """`s_i = E|dL/dh_i|`; for a head the norm over its channels."""
+
+    labels: Labels = gold
+    examples: ExampleReduction = field(default=absolute, init=False)
+
+    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **context: Any) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        own = _gate_gradients(model, context.get("head"), self.labels, absolute, _mean_gradient, self.kinds)
+        return own(model, params, batch, **context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taylor(_OfKinds):
+    """`s_i = E|g_i dL/dg_i|` at `g = 1`, the absolute value taken per example (Michel et al. 2019)."""
+
+    labels: Labels = gold
+    closed: Closed = zero
+    examples: ExampleReduction = field(default=absolute, init=False)
+
+    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **context: Any) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        own = _gate_gradients(model, context.get("head"), self.labels, absolute, sum_tokens, self.kinds)
+        return own(model, params, batch, **context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fisher(_OfKinds):
+    """`s_i = E[(d log P(y)/dg_i)^2]`, squared per example, `y` drawn from the model; `labels=every` is its exact mean.
+
+    A regression has no labels to draw: use `labels=gold`.
+    """
+
+    labels: Labels = sampled
+    closed: Closed = zero
+    examples: ExampleReduction = field(default=squared, init=False)
+
+    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **context: Any) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        own = _gate_gradients(model, context.get("head"), self.labels, squared, sum_tokens, self.kinds)
+        return own(model, params, batch, **context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaveOneOut:
+    """`s_i = f(O(all open) - O(head i closed))`, what really changes when one head is removed.
+
+    Heads only: one forward pass from the head's layer up for every head. Neurons get no score, and selection leaves
+    what has no score open.
+    """
+
+    chunk: int = 1  # heads evaluated together; sets the memory, not the result
+    objective: Objective | None = None  # None: probability, or negative_squared_error in a regression
+    labels: Labels = gold
+    examples: ExampleReduction = absolute  # f, and the mean or the maximum over the examples
+    closed: Closed = zero
+
+    def __post_init__(self):
+        if self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {self.chunk}.")
+
+    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **context: Any) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        units = widths(model.axes, params, ("heads",))
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        own = Removal(units={name: range(heads) for name, heads in units.items()}, **settings)
+        return own(model, params, batch, **context)
+
+
+def _gate_gradients(
+    model: Model,
+    head: str | None,
+    labels: Labels,
+    examples: ExampleReduction,
+    tokens: TokenReduction,
+    kinds: tuple[str, ...],
+) -> GradientActivation:
+    """The gradient of the log-likelihood with respect to gates, in one of the ways to reduce it."""
+    objective = negative_squared_error if model.head(head).regression else log_probability
+    return GradientActivation(objective=objective, labels=labels, tokens=tokens, examples=examples, kinds=kinds)
+
+
+def _mean_gradient(values: Array, cotangent: Array, mask: Bool[Array, "b t"]) -> Float[Array, "b u"]:
+    return token_mean(magnitudes(cotangent), mask)
+
+
+def _mean_magnitude(values: Array, mask: Bool[Array, "b t"]) -> Float[Array, "b u"]:
+    return token_mean(magnitudes(values), mask)
+
+
+def _mean_square(values: Array, mask: Bool[Array, "b t"]) -> Array:
+    return token_mean(jnp.square(values), mask)
+
+
+@jax.jit
+def _times_reader(squares: dict[str, Array], readers: dict[str, Array]) -> Gates:
+    found = {}
+    for name, square in squares.items():
+        product = square * jnp.square(readers[name].astype(jnp.float32)).sum(-1)
+        found[name] = product.sum(-1) if product.ndim == 3 else product
+    return found
+
+
+def _arrays_of(model: Model, params: Params, name: str) -> list[tuple[tuple[str, ...], tuple[Any, ...], Array]]:
+    """The parameters that have the unit axis of a site: axis names, path and array."""
+    site = next(site for site in sites(model.axes, params, KINDS) if site.name == name)
+    found = []
+    for path, array in flatten(subtree(params, site.module)).items():
+        axes = axes_of(model.axes, (*site.module, *path))
+        if site.kind in axes:
+            found.append((axes, path, array))
+    return found

@@ -1,0 +1,208 @@
+"""What scoring keeps: the objective, the label it is taken for, and how the attributions of the examples are combined.
+
+An *objective* is what must be kept, higher is better; attributions of a loss would rank upside down. All of these are
+functions to be passed to a criterion; your own may take their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from jaxprune.data.batches import IGNORED
+from jaxprune.data.spans import UNKNOWN, best_spans
+from jaxprune.models import TaskHead
+from jaxprune.units import Gates
+
+Objective: TypeAlias = Callable[[Array, Array], Array]  # (logits [b, l], target [b]) -> [b] float32
+
+
+def log_probability(logits: Float[Array, "b l"], target: Shaped[Array, " b"]) -> Float[Array, " b"]:
+    """The log-probability of the target, in nats."""
+    return _pick(jax.nn.log_softmax(logits, axis=1), target)
+
+
+def probability(logits: Float[Array, "b l"], target: Shaped[Array, " b"]) -> Float[Array, " b"]:
+    """The probability of the target. It saturates: examples the model is sure of hardly count."""
+    return jnp.exp(log_probability(logits, target))
+
+
+def margin(logits: Float[Array, "b l"], target: Shaped[Array, " b"]) -> Float[Array, " b"]:
+    """The target's logit minus the logsumexp of the others: the log-odds of the target, which do not saturate."""
+    others = jnp.arange(logits.shape[1]) != target[:, None]
+    return _pick(logits, target) - jax.nn.logsumexp(logits, axis=1, where=others)
+
+
+def negative_squared_error(logits: Float[Array, "b l"], target: Shaped[Array, " b"]) -> Float[Array, " b"]:
+    """`-(prediction - target)^2`, for regression."""
+    return -jnp.square(logits[:, 0] - target)
+
+
+@dataclass(frozen=True)
+class OfSpan:
+    """The mean of an objective for the start and for the end of a span, each among all tokens; 0 if it is unknown."""
+
+    each: Objective
+
+    def __call__(self, logits: Float[Array, "b 2 t"], target: Int[Array, "b 2"]) -> Float[Array, " b"]:
+        """The mean of both ends; see `Objective`."""
+        ends = [self.each(logits[:, i], jnp.maximum(target[:, i], 0)) for i in range(2)]
+        return jnp.where(target[:, 0] == UNKNOWN, 0.0, (ends[0] + ends[1]) / 2)
+
+
+def _pick(values: Float[Array, "b l"], target: Shaped[Array, " b"]) -> Float[Array, " b"]:
+    return jnp.take_along_axis(values, target[:, None], axis=1)[:, 0]
+
+
+def objective_for(objective: Objective | None, head: TaskHead) -> Objective:
+    """The objective for a task head: None is `probability`, or `negative_squared_error` where the head is a regression.
+
+    Of spans it is the mean of their start and their end (`OfSpan`).
+
+    Raises:
+        ValueError: If an objective of one kind of head was given for the other.
+    """
+    if objective is None:
+        objective = negative_squared_error if head.regression else probability
+    wrong = (probability, log_probability, margin) if head.regression else (negative_squared_error,)
+    if objective in wrong:
+        raise ValueError(f"objective {name_of(objective)} does not fit task head {head.name!r}, which is {head.kind}.")
+    return OfSpan(objective) if head.spans else objective
+
+
+class Targets(NamedTuple):
+    """The labels whose objective is attributed, and how much each counts: one backward pass per row."""
+
+    labels: Shaped[Array, "y b"]  # int32, or float32 in a regression; of spans [y, b, 2]
+    weights: Float[Array, "y b"]  # what the example's attribution for this label is multiplied by
+
+
+# Chooses them: (logits of the open model [b, l], labels [b], one random key per example [b]) -> Targets
+Labels: TypeAlias = Callable[[Array, Array, Array], Targets]
+
+
+def gold(logits: Float[Array, "b l"], labels: Shaped[Array, " b"], keys: Array) -> Targets:
+    """The example's own label."""
+    return _one(labels)
+
+
+def predicted(logits: Float[Array, "b l"], labels: Shaped[Array, " b"], keys: Array) -> Targets:
+    """What the open model predicts: no labels are needed."""
+    if logits.ndim == 3:
+        return _one(best_spans(logits))
+    return _one(logits[:, 0] if logits.shape[1] == 1 else jnp.argmax(logits, axis=1).astype(jnp.int32))
+
+
+def sampled(logits: Float[Array, "b l"], labels: Shaped[Array, " b"], keys: Array) -> Targets:
+    """A label drawn from the open model's distribution, as Fisher information asks for: no labels are needed.
+
+    Of spans the start and the end are drawn each by itself.
+    """
+    _refuse_regression(logits, "sampled")
+    if logits.ndim == 3:
+        return _one(jnp.argmax(logits + jax.vmap(partial(_noise, logits.shape[2]))(keys), axis=2).astype(jnp.int32))
+    return _one(jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32))
+
+
+def _noise(tokens: int, key: Array) -> Float[Array, "2 t"]:
+    """What turns the largest logit into a draw; that of a token does not depend on how many come after it."""
+    return jax.vmap(lambda i: jax.random.gumbel(jax.random.fold_in(key, i), (2,)))(jnp.arange(tokens)).T
+
+
+def every(logits: Float[Array, "b l"], labels: Shaped[Array, " b"], keys: Array) -> Targets:
+    """Every label, weighted by its probability in the open model: the score of an example is `sum_y P(y) f(A^y)`.
+
+    No labels are needed; `f` is the reduction of the examples, such as the absolute value. The plain sum of the
+    attributions of all labels' probabilities would be zero, because the probabilities always sum to 1. The weights are
+    not differentiated. It costs one backward pass per label.
+    """
+    _refuse_regression(logits, "every")
+    if logits.ndim == 3:
+        raise ValueError("labels=every would take a backward pass for every span: use labels=predicted or sampled.")
+    labels = jnp.broadcast_to(jnp.arange(logits.shape[1], dtype=jnp.int32)[:, None], logits.shape[::-1])
+    return Targets(labels, jax.nn.softmax(logits, axis=1).T)
+
+
+def _one(labels: Shaped[Array, " b"]) -> Targets:
+    return Targets(labels[None], jnp.ones((1, labels.shape[0]), jnp.float32))
+
+
+def _refuse_regression(logits: Float[Array, "b l"], name: str) -> None:
+    if logits.shape[1] == 1:
+        raise ValueError(f"labels={name} needs a classifier; for a regression use labels=gold or labels=predicted.")
+
+
+@dataclass(frozen=True)
+class ExampleReduction:
+    """How the attributions of single examples become one score."""
+
+    name: str
+    each: Callable[[Array], Array]  # what is taken of every example's attribution (and every label's)
+    largest: bool = False  # whether the largest of the examples decides; otherwise their mean
+
+
+def _same(attribution: Array) -> Array:
+    return attribution
+
+
+signed = ExampleReduction("signed", _same)  # mean A: units that act for and against the target cancel
+absolute = ExampleReduction("absolute", jnp.abs)  # mean |A|
+squared = ExampleReduction("squared", jnp.square)  # mean A^2
+maximum = ExampleReduction("maximum", _same, largest=True)  # the largest A, signs kept
+
+
+@partial(jax.jit, static_argnums=0)
+def weigh(each: Callable[[Array], Array], attributions: list[Gates], weights: tuple[Float[Array, " b"], ...]) -> Gates:
+    """The score of every unit in every example: `sum_y w_y f(A^y)`.
+
+    Args:
+        each: `f`.
+        attributions: One entry per label: site name to `[b, units]`.
+        weights: One entry per label.
+    """
+    scores = {name: jnp.zeros_like(value) for name, value in attributions[0].items()}
+    for weight, attribution in zip(weights, attributions, strict=True):
+        scores = {name: scores[name] + weight[:, None] * each(value) for name, value in attribution.items()}
+    return scores
+
+
+@partial(jax.jit, static_argnums=0)
+def find_targets(
+    labels: Labels, logits: Float[Array, "b l"], given: Shaped[Array, " b"], index: Int[Array, " b"], key: Array
+) -> tuple[tuple[Shaped[Array, " b"], ...], tuple[Float[Array, " b"], ...]]:
+    """The labels to attribute and their weights, row by row, from the open model's logits.
+
+    What is drawn for an example depends on the key and its index alone, not on its batch.
+    """
+    found = labels(logits, given, jax.vmap(partial(jax.random.fold_in, key))(index))
+    return tuple(found.labels), tuple(found.weights)
+
+
+@partial(jax.jit, static_argnums=0)
+def value_and_cotangent(
+    objective: Objective, logits: Float[Array, "b *u l"], target: Shaped[Array, " b *u"]
+) -> tuple[Float[Array, " b"], Float[Array, "b *u l"]]:
+    """The objective of every example, and its gradient with respect to the logits.
+
+    Of a text it is the sum over the target's tokens, each given those before it (Yang et al. 2023).
+    """
+    of_text = logits.ndim == 3 and not isinstance(objective, OfSpan)
+    value, pull = jax.vjp(lambda z: _of_text(objective, z, target) if of_text else objective(z, target), logits)
+    return value, pull(jnp.ones_like(value))[0]
+
+
+def _of_text(objective: Objective, logits: Float[Array, "b u v"], target: Int[Array, "b u"]) -> Float[Array, " b"]:
+    each = objective(logits.reshape(-1, logits.shape[-1]), jnp.maximum(target, 0).reshape(-1)).reshape(target.shape)
+    return jnp.where(target != IGNORED, each, 0.0).sum(1)
+
+
+def name_of(setting: object) -> str:
+    """What a setting is called in a file's header: a function's own name, a number or a name as it is."""
+    name = getattr(setting, "name", None) or getattr(setting, "__name__", None)
+    return str(setting if name is None else name)

@@ -1,0 +1,399 @@
+"""Scores a model for a task: draws examples, batches them, calls a criterion on every batch and adds up the results.
+
+Results are added up on the device, and the batch is shared out over all devices. With `resume` the running totals are
+kept in a file, and an interrupted run goes on to the same bits. With `until_stable` more and more examples are scored,
+none twice, until another run would rank the units nearly the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from jaxprune import __version__
+from jaxprune.checkpoints.folder import model_digest
+from jaxprune.data.batches import SHAPE_COST, encode, pack, within_reach
+from jaxprune.data.prompts import prompt_of
+from jaxprune.data.splits import Example, digest, half_of, row_key
+from jaxprune.data.tasks import Task, draw, seed_words
+from jaxprune.evaluation.evaluate import fitting_head
+from jaxprune.models import Model, encoder_inputs, model_inputs
+from jaxprune.scoring.activations import zero
+from jaxprune.scoring.attribution import Criterion, IntegratedGradients
+from jaxprune.scoring.objectives import gold
+from jaxprune.scoring.questions import key_or_default
+from jaxprune.scoring.scores import FORMAT, Scores, describe, with_stability
+from jaxprune.scoring.stability import TARGET, check_target, least_reliability
+from jaxprune.scoring.totals import (
+    Totals,
+    TotalsFile,
+    add,
+    completeness_of,
+    finish,
+    halves_of,
+    nothing,
+    signed_of,
+    variance_of,
+)
+from jaxprune.units import UNITS, Gates, Params
+
+Devices: TypeAlias = Sequence[Any]  # such as jax.devices()
+
+EXAMPLES = 128  # what is scored unless asked otherwise
+FIRST = 32  # examples before the stability is looked at first; then after twice as many, and so on
+SAVE_EVERY = 4  # batches between two saves of the running totals
+
+
+def score(
+    model: Model,
+    params: Params,
+    task: Task,
+    *,
+    criterion: Criterion = IntegratedGradients(),
+    examples: int | Sequence[Example] | None = None,
+    until_stable: float | None = None,
+    key: int | Array | None = None,
+    head: str | None = None,
+    split: str = "calibration",
+    batch_size: int = 32,
+    max_length: int | None = None,
+    devices: Devices | None = None,
+    means: Gates | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    resume: str | Path | None = None,
+) -> Scores:
+    """Scores every unit of a model by how much a task needs it.
+
+    Of spans, rows are drawn from those whose answer is not cut off; the header counts the others (`cut_off`).
+
+    Args:
+        model: The architecture.
+        params: Parameters.
+        task: The task.
+        criterion: How scores are made.
+        examples: How many to draw from the split, stratified by label; or the examples themselves. None is 128, with
+            `until_stable` all of the split.
+        until_stable: Score 32 of the examples, then 64, 128 and so on, those that are scored never again, and stop as
+            soon as the estimated rank correlation with another run (see `jaxprune.scoring.stability`) reaches this, in
+            (0, 1). It is looked at several times, and a first time above the target is a little too good on average.
+        key: A seed or a `jax.random.key`, for the draw and for criteria that draw; None is 0.
+        head: The task head; by default the one of the task's name, else the only one.
+        split: Where to draw from.
+        batch_size: Examples in a batch, rounded up to a multiple of the number of devices.
+        max_length: Tokens to which a text is cut; by default 128, of spans 384, or the most that the model reads.
+        devices: Devices to share every batch out over; by default all of this process.
+        means: What closed units are replaced by, if `criterion.closed` is not `zero`; by default `criterion.closed`
+            computes it from all of the examples, in a forward pass of its own.
+        progress: Called with the number of batches that are finished, and of all.
+        resume: File that keeps the running totals; the run goes on from it if it is there, and removes it at the end.
+
+    Returns:
+        The scores, with all that is needed to make them again.
+
+    Raises:
+        ValueError: If the head does not fit the task, there are too few examples or labels, a score is not finite,
+            scores of this criterion cannot become stable, or the file to resume from is damaged or belongs to a run
+            with other settings.
+    """
+    key = jax.random.key(key) if isinstance(key, int) else key_or_default(key)
+    head = fitting_head(model, task, head)
+    reads = criterion.examples is not None
+    if until_stable is not None:
+        _check_stable(criterion, until_stable)
+    prompt, cut_off = prompt_of(model, task), 0
+    if not isinstance(examples, Sequence):
+        task, cut_off = within_reach(model, task, split=split, max_length=max_length)
+    rows, steps = _choose(task, examples, key, split, reads, until_stable is not None)
+    _check_labels(criterion, model, head, len(task.labels), rows)
+    encoded = encode(model, rows, max_length=max_length, prompt=prompt)
+    if task.spans and getattr(criterion, "labels", None) is gold and (lost := int((encoded.labels < 0).any(1).sum())):
+        raise ValueError(
+            f"{lost} of {len(rows)} examples have no answer within {encoded.max_length} tokens: leave them out, raise "
+            "max_length, or use labels=predicted."
+        )
+    settings: dict[str, Any] = {
+        "format": FORMAT,
+        "criterion": describe(criterion),
+        "task": task.name,
+        "split": "given" if isinstance(examples, Sequence) else split,
+        "head": head,
+        "largest": criterion.examples is not None and criterion.examples.largest,
+        "keys": [list(seed_words(key))],
+        "model": model_digest(model, params),
+        "max_length": encoded.max_length,
+        "versions": {"jaxprune": __version__, "jax": jax.__version__},
+        "prompt": None if prompt is None else prompt.to_json(),
+        **({"cut_off": cut_off} if task.spans else {}),
+    }
+    devices = jax.local_devices() if devices is None else devices
+    batch_size = -(-batch_size // len(devices)) * len(devices)
+    run = settings | _facts(rows, reads) | {"batch_size": batch_size, "devices": len(devices), "until": until_stable}
+    kept = None if resume is None else TotalsFile(resume, run)
+    shape_cost = _shape_cost(criterion)
+    target = 1.0 if until_stable is None else until_stable
+    batches = pack(encoded, batch_size=batch_size, shape_cost=shape_cost, steps=steps) if reads else ()
+    after = np.cumsum(
+        [-(-size // batch_size) for size in np.diff([0, *steps])]
+    ).tolist()  # batches that a step ends with
+    values, totals, means = _accumulate(
+        model,
+        params,
+        batches,
+        criterion,
+        head=head,
+        key=key,
+        means=means,
+        devices=devices,
+        progress=progress,
+        keep=kept,
+        seconds=np.array([half_of(row) for row in rows], np.float32),
+        looks=after,
+        enough=lambda totals: (_reliability(totals) or 0.0) >= target,
+    )
+    if kept is not None:
+        kept.path.unlink(missing_ok=True)
+    used = rows if totals is None else rows[: round(float(totals.weight))]
+    header = settings | _facts(used, reads) | {"mean_length": encoded.mean_length_of(len(used))}
+    if totals is None:
+        return Scores(values, header | {"completeness": None, "halves": None, "stability": None}, means or None)
+    if until_stable is not None:
+        found = _reliability(totals) or 0.0
+        header["until_stable"] = {"target": until_stable, "reached": found >= until_stable, "most": len(rows)}
+    header |= {"completeness": completeness_of(totals), "halves": None}
+    if halves := halves_of(totals):
+        header["halves"] = np.asarray(totals.counts).round().astype(int).tolist()
+    scores = Scores(values, header, means or None, variance_of(totals), halves, signed_of(totals))
+    return with_stability(scores, TARGET if until_stable is None else until_stable)
+
+
+def score_batches(
+    model: Model,
+    params: Params,
+    batches: Sequence[Mapping[str, Any]],
+    criterion: Criterion,
+    *,
+    head: str | None = None,
+    key: Array | None = None,
+    means: Gates | None = None,
+    devices: Devices | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Gates, dict[str, float | None] | None, Gates]:
+    """Calls a criterion on every batch and combines the examples.
+
+    Args:
+        model: The architecture.
+        params: Parameters.
+        batches: Batches as from `make_batches`; rows of `weight` 0 count for nothing.
+        criterion: How scores are made.
+        head: The task head; None is the only one.
+        key: Randomness of the criterion.
+        means: See `score`.
+        devices: Devices to share every batch out over; None is the default device.
+        progress: See `score`.
+
+    Returns:
+        The scores by site; of integrated gradients the completeness (see `with_relative`); the means.
+
+    Raises:
+        ValueError: If there is no example, or a score is not finite.
+    """
+    values, totals, closed = _accumulate(
+        model, params, batches, criterion, head=head, key=key, means=means, devices=devices, progress=progress
+    )
+    return values, None if totals is None else completeness_of(totals), closed
+
+
+def _accumulate(
+    model: Model,
+    params: Params,
+    batches: Sequence[Mapping[str, Any]],
+    criterion: Criterion,
+    *,
+    head: str | None,
+    key: Array | None,
+    means: Gates | None,
+    devices: Devices | None,
+    progress: Callable[[int, int], None] | None,
+    keep: TotalsFile | None = None,
+    seconds: np.ndarray | None = None,
+    looks: Collection[int] = (),
+    enough: Callable[[Totals], bool] = lambda _: False,
+) -> tuple[Gates, Totals | None, Gates]:
+    """The scores, the totals they come from (None if no example is read), and the means.
+
+    Args:
+        model: The architecture.
+        params: Parameters.
+        batches: See `score_batches`.
+        criterion: How scores are made.
+        head: The task head.
+        key: Randomness of the criterion.
+        means: See `score`.
+        devices: See `score_batches`.
+        progress: See `score`.
+        keep: The file that keeps the running totals.
+        seconds: By index, 1 for the examples of the second half and 0 for the others; None is by odd and even index.
+        looks: Numbers of batches after which to ask whether they are enough.
+        enough: Whether to leave the other batches out.
+    """
+    if criterion.examples is None:
+        found = criterion(model, params, {}, head=head, key=key, means={})
+        return {name: value[0] for name, value in found.scores.items()}, None, {}
+    largest = criterion.examples.largest
+    params, place = _placement(model, params, devices or jax.local_devices()[:1])
+    closed = place.everywhere(_means(model, params, batches, criterion, means, place))
+    totals, done = (None, 0) if keep is None else keep.load()
+    while done < len(batches) and not (totals is not None and done in looks and enough(totals)):
+        batch = place.batch(batches[done], seconds)
+        found = criterion(model, params, batch, head=head, key=key, means=closed)
+        if totals is not None:
+            jax.block_until_ready(totals)  # the batch before: one is being computed, one is waiting
+            if progress is not None:
+                progress(done, len(batches))
+        totals = add(largest, totals or nothing(largest, found), found, batch["weight"], batch["second"])
+        done += 1
+        if keep is not None and done % SAVE_EVERY == 0:
+            keep.save(totals, done)
+    if totals is None or not float(totals.weight):
+        raise ValueError("there are no examples to score.")
+    if progress is not None:
+        progress(done, done)
+    return finish(largest, totals), totals, closed
+
+
+class _Placement(NamedTuple):
+    """Where arrays go: the rows of a batch over all devices, everything else on each of them."""
+
+    model: Model
+    params: Params
+    rows: NamedSharding | None  # None: one device, the default one
+    whole: NamedSharding | None
+
+    def batch(self, batch: Mapping[str, Any], seconds: np.ndarray | None = None) -> dict[str, Array]:
+        """The arrays of a batch where they belong; `seconds` says by index which examples are of the second half."""
+        count = batch["input_ids"].shape[0]
+        given = {"weight": np.ones(count, np.float32), "index": np.arange(count, dtype=np.int32)}
+        given |= {name: batch[name] for name in ("labels", "weight", "index", "candidates") if name in batch}
+        index = np.asarray(given["index"])
+        given["second"] = (index % 2).astype(np.float32) if seconds is None else seconds[index]  # any half for padding
+        read = encoder_inputs if self.model.writes_text else model_inputs
+        arrays: dict[str, Any] = read(self.model, self.params, batch) | given
+        return jax.device_put(arrays, self.rows) if self.rows is not None else jax.tree.map(jnp.asarray, arrays)
+
+    def everywhere(self, tree: Any) -> Any:
+        return tree if self.whole is None else jax.device_put(tree, self.whole)
+
+
+def _placement(model: Model, params: Params, devices: Devices) -> tuple[Params, _Placement]:
+    if len(devices) == 1 and devices[0] == jax.local_devices()[0]:
+        return params, _Placement(model, params, None, None)
+    mesh = Mesh(np.asarray(devices), ("rows",))
+    place = _Placement(model, params, NamedSharding(mesh, PartitionSpec("rows")), NamedSharding(mesh, PartitionSpec()))
+    return place.everywhere(params), place
+
+
+def _means(
+    model: Model,
+    params: Params,
+    batches: Sequence[Mapping[str, Any]],
+    criterion: Criterion,
+    means: Gates | None,
+    place: _Placement,
+) -> Gates:
+    closed = getattr(criterion, "closed", zero)
+    if means is None:
+        return closed(model, params, map(place.batch, batches), getattr(criterion, "kinds", UNITS))
+    if closed is zero:
+        raise ValueError("means were given, but this criterion closes units to zero: set closed=calibration_means.")
+    return means
+
+
+def _shape_cost(criterion: Criterion) -> int:
+    """Padded tokens that one more shape must save: the fewer, the more passes a token goes through.
+
+    To compile a gradient takes about three times as long as to compile a forward pass; a node is two passes, and one
+    more gives the labels.
+    """
+    return 3 * SHAPE_COST // (2 * getattr(criterion, "nodes", 1) + 1)
+
+
+def _choose(
+    task: Task, examples: int | Sequence[Example] | None, key: Array, split: str, reads: bool, growing: bool
+) -> tuple[tuple[Example, ...], list[int]]:
+    """The examples, and if their number grows how many the steps end with, all of them last.
+
+    Every step is what `draw` would draw by itself, as far as draws of one key contain each other. They do, but for
+    single examples when the labels' shares are rounded.
+    """
+    if isinstance(examples, Sequence):
+        rows = tuple(examples)
+        return rows, _steps(len(rows)) if growing else []
+    most = len(task.rows(split))
+    if not growing:
+        wanted = EXAMPLES if examples is None else examples
+        # if none is read, they only say how long the texts are
+        return draw(task, wanted if reads else min(wanted, most), key, split=split), []
+    steps = _steps(most if examples is None else examples)
+    taken: list[Example] = []
+    for size in steps:
+        known, new = Counter(taken), []
+        for row in draw(task, size, key, split=split):
+            known[row] -= 1
+            if known[row] < 0:
+                new.append(row)
+        taken += new[: size - len(taken)]
+    return tuple(taken), steps
+
+
+def _steps(most: int) -> list[int]:
+    """32, 64, 128 and so on, and the most."""
+    doublings = max(0, math.ceil(math.log2(max(most, 1) / FIRST)))
+    return [*(FIRST * 2**i for i in range(doublings)), most]
+
+
+def _facts(rows: Sequence[Example], reads: bool) -> dict[str, Any]:
+    """What a header says of the examples that were read."""
+    return {
+        "examples": len(rows) if reads else 0,
+        "data": [digest(rows)] if reads else [],
+        "rows": sorted(map(row_key, rows)) if reads else [],
+    }
+
+
+def _reliability(totals: Totals) -> float | None:
+    """The estimated rank correlation with another run, of the kind of units that has the least; None: it has none."""
+    return least_reliability(halves_of(totals) or {}, np.asarray(totals.counts).tolist())
+
+
+def _check_stable(criterion: Criterion, target: float) -> None:
+    check_target(target)
+    if criterion.examples is None or criterion.examples.largest:
+        how = "reads no example" if criterion.examples is None else "takes the largest of the examples"
+        raise ValueError(
+            f"criterion {type(criterion).__name__} {how}: more examples do not make its scores stable, so leave "
+            "until_stable out."
+        )
+
+
+def _check_labels(criterion: Criterion, model: Model, head: str, labels: int, rows: Sequence[Example]) -> None:
+    if getattr(criterion, "labels", None) is not gold:
+        return
+    chosen = model.head(head)
+    missing = sum(row.label is None and not row.answers for row in rows)
+    if missing:
+        raise ValueError(f"{missing} of {len(rows)} examples have no label: use labels=predicted, sampled or every.")
+    count = labels if model.writes_text else len(chosen.labels)
+    if chosen.spans or chosen.regression:
+        return
+    wrong = [row.label for row in rows if row.label not in range(count)]
+    if wrong:
+        raise ValueError(f"label {wrong[0]!r} is outside 0 to {count - 1}, the labels of head {head!r}.")

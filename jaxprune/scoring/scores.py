@@ -1,0 +1,339 @@
+"""Scores as a file: one number per unit, how it was made, and from which rows. One scoring run serves every budget.
+
+A score file is a safetensors file: one float32 tensor per site under the site's name, `means:SITE` for what closed
+units are replaced by, `variance:SITE` and `halves:SITE` for how far the scores depend on the examples, `signed:SITE`
+for what the units' removal is predicted to lose, and a JSON header under the metadata key `jaxprune_scores`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jaxprune.checkpoints.files import write_atomic
+from jaxprune.checkpoints.tensors import TensorFile, write_tensors
+from jaxprune.scoring.objectives import name_of
+from jaxprune.scoring.stability import TARGET, stability
+from jaxprune.units import Gates
+
+METADATA = "jaxprune_scores"
+SMALL = 1e-3  # of the objective, such as a probability: below it a relative error means nothing
+FORMAT = 3
+_FORMATS = (1, 2, 3)  # what is read; 1 has neither variances nor halves, 2 no signed attributions
+_EXTRAS = ("means", "variance", "halves", "signed")  # tensors beside the scores, as `means:3.ffn.neurons`
+_SAME = ("criterion", "task", "split", "head", "model", "max_length")  # what merged scores must share
+_FIELDS: dict[str, tuple[type, ...]] = {  # the header and its types; readers of a file rely on them
+    "format": (int,),
+    "criterion": (dict,),  # name and every setting, functions by name
+    "task": (str,),
+    "split": (str,),
+    "head": (str,),
+    "examples": (int,),  # how many were read; 0 for criteria that read none
+    "largest": (bool,),  # whether scores are the largest over the examples, not their mean
+    "keys": (list,),  # the numbers of every random key that was used
+    "model": (str,),  # digest of configuration and parameters
+    "data": (list,),  # digests of the examples
+    "rows": (list,),  # keys of the examples' texts, sorted
+    "max_length": (int,),  # tokens to which texts were cut
+    "mean_length": (float, int, list),  # tokens per example, without padding; of a text-to-text model its answers' too
+    "completeness": (dict, type(None)),  # of integrated gradients, in the unit of the objective
+    "versions": (dict,),
+}
+_OPTIONAL: dict[str, tuple[type, ...]] = {
+    "halves": (list, type(None)),  # the examples in each half; None: the scores have no halves
+    "stability": (dict, type(None)),  # see `jaxprune.scoring.stability`
+    "until_stable": (
+        dict,
+    ),  # the target of a run that stopped by itself, whether it was reached, and the most examples
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """One score per unit; higher is more needed."""
+
+    values: Gates  # site name to [units] float32; selection leaves a missing site open
+    header: Mapping[str, Any]  # how the scores were made
+    means: Gates | None = None  # what closed units are replaced by: [units], of heads [heads, channels]; None is zero
+    variance: Gates | None = None  # of a unit's score over the examples, [units]; a score's own is this by their number
+    halves: Gates | None = None  # scores of two halves of the examples, [2, units]; None: not means over examples
+    signed: Gates | None = None  # mean attributions with their signs, [units]; None: they are the scores, or not known
+
+
+def describe(criterion: Any) -> dict[str, Any]:
+    """The name and the settings of a criterion, functions by their names."""
+    found = {"name": type(criterion).__name__}
+    for field in fields(criterion):
+        value = getattr(criterion, field.name)
+        if value != field.default or not field.metadata.get("if_changed"):
+            found[field.name] = _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else name_of(value)
+
+
+def with_relative(completeness: Mapping[str, float]) -> dict[str, float | None]:
+    """Completeness with its relative error; None where what was expected is too small for one.
+
+    Args:
+        completeness: Means over examples (and paths): `expected`, `found`, `error` (the size of their difference) and
+            `size` (that of what was expected).
+    """
+    size = completeness["size"]
+    return dict(completeness) | {"relative": completeness["error"] / size if size > SMALL else None}
+
+
+def with_stability(scores: Scores, target: float = TARGET) -> Scores:
+    """The scores with their stability in the header; None where they have no halves."""
+    found = stability(scores, target=target)
+    return replace(scores, header=dict(scores.header) | {"stability": None if found is None else found.to_json()})
+
+
+def save_scores(path: str | Path, scores: Scores) -> Path:
+    """Writes scores to a file, atomically; an existing file is replaced.
+
+    Raises:
+        ValueError: If a score is NaN or infinite.
+    """
+    tensors = {name: np.asarray(value, np.float32) for name, value in scores.values.items()}
+    for extra in _EXTRAS:
+        own: Gates = getattr(scores, extra) or {}
+        tensors |= {f"{extra}:{name}": np.asarray(value, np.float32) for name, value in own.items()}
+    text = json.dumps(dict(scores.header), sort_keys=True, allow_nan=False)
+    return write_atomic(path, partial(write_tensors, tensors=tensors, metadata={METADATA: text}))
+
+
+def load_scores(path: str | Path) -> Scores:
+    """Reads scores from a file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is truncated, damaged, or no score file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is no file; make one with `jaxprune score`, or with jp.save_scores.")
+    with TensorFile(path) as file:
+        if METADATA not in file.metadata:
+            raise ValueError(f"{path} is a safetensors file, but holds no scores: its metadata has no {METADATA!r}.")
+        wrong, header = _read_header(file.metadata[METADATA])
+        wrong += [
+            f"{name} is {entry.dtype}, expected F32" for name, entry in file.entries.items() if entry.dtype != "F32"
+        ]
+        wrong += _wrong_shapes({name: entry.shape for name, entry in file.entries.items()}, header)
+        if not wrong:
+            arrays = {name: file.read(name) for name in sorted(file.entries)}
+            wrong += [f"{name} holds NaN or infinity" for name, array in arrays.items() if not np.isfinite(array).all()]
+            wrong += [
+                f"{name} holds {array.min()}"
+                for name, array in arrays.items()
+                if name.startswith("variance:") and array.size and array.min() < 0
+            ]
+        if wrong:
+            raise ValueError(f"{path} cannot be used as scores: {'; '.join(wrong)}. Score again.")
+    parts: dict[str, Gates] = {name: {} for name in ("", *_EXTRAS)}
+    for name, array in arrays.items():
+        extra, _, site = name.rpartition(":")
+        parts[extra][site] = jnp.asarray(array)
+    return Scores(parts[""], header, *(parts[extra] or None for extra in _EXTRAS))
+
+
+def _wrong_shapes(shapes: Mapping[str, tuple[int, ...]], header: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the tensors of a file, by their names and shapes."""
+    values = {name: shape for name, shape in shapes.items() if ":" not in name}
+    wrong = [f"{name} has shape {list(shape)}, expected one axis" for name, shape in values.items() if len(shape) != 1]
+    for name in shapes.keys() - values.keys():
+        if name.partition(":")[0] not in _EXTRAS:
+            wrong.append(f"{name} is neither scores nor one of {', '.join(f'{extra}:SITE' for extra in _EXTRAS)}")
+    for extra, rows in (("variance", ()), ("halves", (2,)), ("signed", ())):
+        found = {name.partition(":")[2]: shape for name, shape in shapes.items() if name.startswith(f"{extra}:")}
+        expected = {name: (*rows, *shape) for name, shape in values.items()} if found else {}
+        odd = [site for site in {**expected, **found} if found.get(site) != expected.get(site)]
+        wrong += [f"{extra}:{site} does not fit the scores of {site}" for site in odd]
+        counts = header.get("halves")
+        if found and extra == "halves" and not _are_counts(counts, header.get("examples")):
+            wrong.append(f"halves in its header is {counts!r}, expected two numbers that add up to its examples")
+    return wrong
+
+
+def _are_counts(value: Any, total: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return all(type(count) is int and count >= 0 for count in value) and sum(value) == total
+
+
+def _read_header(text: str) -> tuple[list[str], dict[str, Any]]:
+    """What is wrong with a header, and the header."""
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return [f"its header is not JSON ({error})"], {}
+    if not isinstance(header, dict):
+        return ["its header is not a JSON object"], {}
+    if header.get("format") not in _FORMATS:
+        known = ", ".join(map(str, _FORMATS))
+        return [f"its format is {header.get('format')!r}, this version of jaxprune reads {known}"], {}
+    wrong = [f"its header has no {name!r}" for name in _FIELDS if name not in header]
+    wrong += [
+        f"{name} in its header is {header[name]!r}"
+        for name, kinds in (_FIELDS | _OPTIONAL).items()
+        if name in header and not isinstance(header[name], kinds)
+    ]
+    return wrong, header
+
+
+def merge(a: Scores, b: Scores) -> Scores:
+    """The scores of the examples of both, as if they had been scored at once.
+
+    Means are weighted by the numbers of examples, and so are those of the two halves and signed attributions; variances
+    are those of all examples. What a file is too old to have is None. Of scores that are the largest over the examples,
+    the larger one is taken.
+
+    Raises:
+        ValueError: If they differ in model, criterion, task, split, head, text length or closed values, share examples,
+            or were made without examples.
+    """
+    wrong = [
+        f"{name} differs ({_short(a.header[name])} and {_short(b.header[name])})"
+        for name in _SAME
+        if a.header[name] != b.header[name]
+    ]
+    shared = set(a.header["rows"]) & set(b.header["rows"])
+    if shared:
+        wrong.append(f"{len(shared)} examples are in both")
+    counts = a.header["examples"], b.header["examples"]
+    if not all(counts):
+        wrong.append("scores made without examples have nothing to merge")
+    if not _equal(a.means, b.means):
+        wrong.append("closed units have other means (give both the same: score(..., means=))")
+    if _shapes(a.values) != _shapes(b.values):
+        wrong.append("they are of other sites or numbers of units")
+    if wrong:
+        raise ValueError(f"these scores cannot be merged: {'; '.join(wrong)}.")
+    if a.header["largest"]:
+        values = {name: jnp.maximum(value, b.values[name]) for name, value in a.values.items()}
+    else:
+        values = {name: _float32(_weighted(pair, counts)) for name, pair in _pairs(a.values, b.values).items()}
+    signed = None
+    if a.signed is not None and b.signed is not None:
+        signed = {name: _float32(_weighted(pair, counts)) for name, pair in _pairs(a.signed, b.signed).items()}
+    header = _merged_header(a.header, b.header, counts)
+    merged = Scores(values, header, a.means, _merged_variance(a, b), signed=signed)
+    if a.halves is None or b.halves is None:
+        return with_stability(merged)
+    halves = {}
+    for name, pair in _pairs(a.halves, b.halves).items():
+        own = zip(*pair, a.header["halves"], b.header["halves"], strict=True)
+        halves[name] = _float32(np.stack([_weighted((x, y), (i, j)) if i + j else x for x, y, i, j in own]))
+    return with_stability(replace(merged, halves=halves))
+
+
+def _merged_variance(a: Scores, b: Scores) -> Gates | None:
+    """The variance over the examples of both, from their means and squared deviations (see `totals.add`)."""
+    counts = a.header["examples"], b.header["examples"]
+    found = [_deviations(own) for own in (a, b)]
+    if found[0] is None or found[1] is None:
+        return None
+    shift = counts[0] * counts[1] / sum(counts)
+    return {
+        name: _float32((found[0][name] + found[1][name] + shift * np.square(x - y)) / (sum(counts) - 1))
+        for name, (x, y) in _pairs(a.values, b.values).items()
+    }
+
+
+def _deviations(scores: Scores) -> dict[str, np.ndarray] | None:
+    """The sums of squared deviations from the mean, float64 `[units]`: 0 of one example; None if they are not known."""
+    if scores.variance is not None:
+        return {
+            name: (scores.header["examples"] - 1) * np.asarray(value, np.float64)
+            for name, value in scores.variance.items()
+        }
+    if scores.halves is not None and scores.header["examples"] == 1:
+        return {name: np.zeros(value.shape) for name, value in scores.values.items()}
+    return None
+
+
+def _pairs(a: Gates, b: Gates) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    return {name: (np.asarray(value, np.float64), np.asarray(b[name], np.float64)) for name, value in a.items()}
+
+
+def _float32(array: np.ndarray) -> Array:
+    return jnp.asarray(array, jnp.float32)
+
+
+def check_same_model(scores: Mapping[str, Scores]) -> None:
+    """Refuses scores that were not made with one model, at the same sites.
+
+    Args:
+        scores: At least one, by the names of their files.
+
+    Raises:
+        ValueError: Naming the first file and one that differs.
+    """
+    (first, one), *others = scores.items()
+    for name, other in others:
+        models = [own.header["model"] for own in (one, other)]
+        if models[0] != models[1]:
+            raise ValueError(
+                f"{first} and {name} hold scores of different models ({models[0][:12]} and {models[1][:12]}): score "
+                "one model for both."
+            )
+        shapes = _shapes(one.values), _shapes(other.values)
+        if wrong := sorted({site for site, _ in shapes[0].items() ^ shapes[1].items()}):
+            raise ValueError(
+                f"{first} and {name} hold scores of other sites or numbers of units ({', '.join(wrong[:6])}): score "
+                "units of the same kinds for both."
+            )
+
+
+def _merged_header(a: Mapping[str, Any], b: Mapping[str, Any], counts: Sequence[int]) -> dict[str, Any]:
+    completeness = a["completeness"]
+    if completeness is not None:
+        pairs = {name: (completeness[name], b["completeness"][name]) for name in completeness if name != "relative"}
+        completeness = with_relative({name: float(_weighted(pair, counts)) for name, pair in pairs.items()})
+    one, other = a.get("halves"), b.get("halves")
+    kept = {name: value for name, value in a.items() if name != "until_stable"}
+    return kept | {
+        "format": max(a["format"], b["format"]),
+        "halves": None if one is None or other is None else np.add(one, other).tolist(),
+        "examples": sum(counts),
+        "keys": a["keys"] + [key for key in b["keys"] if key not in a["keys"]],
+        "data": sorted({*a["data"], *b["data"]}),
+        "rows": sorted(a["rows"] + b["rows"]),
+        "mean_length": _weighted([np.asarray(a["mean_length"]), np.asarray(b["mean_length"])], counts).tolist(),
+        "completeness": completeness,
+        "versions": {name: _either(v, b["versions"].get(name, v)) for name, v in a["versions"].items()},
+    }
+
+
+def _either(a: str, b: str) -> str:
+    return a if a == b else f"{a}, {b}"
+
+
+def _weighted(pair: Sequence[Any], counts: Sequence[int]) -> Any:
+    return (counts[0] * pair[0] + counts[1] * pair[1]) / sum(counts)
+
+
+def _shapes(values: Gates) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in values.items()}
+
+
+def _equal(a: Gates | None, b: Gates | None) -> bool:
+    a, b = a or {}, b or {}
+    return a.keys() == b.keys() and all(np.array_equal(np.asarray(a[name]), np.asarray(b[name])) for name in a)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,197 @@
+"""Whether enough examples were scored: how far two halves of them agree, and how many more it would take.
+
+The examples fall into two halves by their texts, see `jaxprune.data.splits.half_of`, and are scored in one pass. The
+rank correlation of the halves' scores says how a scoring run with half as many examples agrees with another one.
+Spearman and Brown's formula goes from there to as many examples as there are, and to any other number.
+
+The formula is exact for linear correlation, if a unit's scores in single examples scatter around its true score
+independently. Here it is applied to rank correlation, which is an approximation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from jaxprune.scoring.agreement import FRACTIONS, chance, jaccard, spearman
+
+if TYPE_CHECKING:
+    from jaxprune.scoring.scores import Scores
+
+TARGET = 0.95  # rank correlation with another scoring run that is called stable
+
+
+class KindStability(NamedTuple):
+    """How far the two halves agree on the units of one kind. What is not defined is None."""
+
+    units: int
+    spearman: float | None  # rank correlation of the halves within a site, mean over the sites
+    overall: float | None  # the same over all sites at once
+    reliability: float | None  # `spearman` if each half had all examples: a second run's, with as many other examples
+    needed: int | None  # examples with which `reliability` would be the target
+    overlap: tuple[float | None, ...]  # units that both halves keep, of those that either keeps, at each fraction
+    chance: tuple[float | None, ...]  # the same of random choices
+
+
+class Stability(NamedTuple):
+    """How far scores would change with other examples; see `stability`."""
+
+    examples: int
+    halves: tuple[int, int]  # examples in each
+    target: float
+    reliability: float | None  # the least of the kinds
+    needed: int | None  # examples to reach the target, for all kinds; None: no number can be told
+    fractions: tuple[float, ...]  # of the units of every site, for the overlap
+    kinds: dict[str, KindStability]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values, ready for `json.dumps`."""
+        kinds = {
+            kind: {**own._asdict(), "overlap": [*own.overlap], "chance": [*own.chance]}
+            for kind, own in self.kinds.items()
+        }
+        return {**self._asdict(), "halves": [*self.halves], "fractions": [*self.fractions], "kinds": kinds}
+
+
+def stability(scores: Scores, *, target: float = TARGET, fractions: Sequence[float] = FRACTIONS) -> Stability | None:
+    """Says from one scoring run how far a second one, with other examples, would agree.
+
+    Args:
+        scores: Scores that are means over examples.
+        target: The rank correlation to reach, in (0, 1).
+        fractions: Of the units of every site that are kept, for the overlap of the halves.
+
+    Returns:
+        The stability; None for scores without halves: of criteria that read no example or take the largest one, of
+        older files, and if one half has no example.
+
+    Raises:
+        ValueError: If the target or a fraction is out of range.
+    """
+    check_target(target)
+    if wrong := [fraction for fraction in fractions if not 0 < fraction <= 1]:
+        raise ValueError(f"fractions must lie in (0, 1], got {wrong[0]}.")
+    counts = scores.header.get("halves")
+    if scores.halves is None or not counts or not all(counts):
+        return None
+    halves = {site: np.asarray(value, np.float64) for site, value in scores.halves.items()}
+    kinds = {}
+    for kind, own in _by_kind(halves).items():
+        kept = [
+            [{site: _best(half[i], fraction) for site, half in own.items()} for i in (0, 1)] for fraction in fractions
+        ]
+        within, noise = _agreement(own, counts)
+        joined = np.concatenate(list(own.values()), axis=1)
+        kinds[kind] = KindStability(
+            units=joined.shape[1],
+            spearman=within,
+            overall=spearman(joined[0], joined[1]),
+            reliability=None if noise is None else reliability(noise, sum(counts)),
+            needed=None if noise is None else needed(noise, target),
+            overlap=tuple(jaccard(pair[0], pair[1], list(own)) for pair in kept),
+            chance=tuple(chance([(len(gate), int(gate.sum())) for gate in pair[0].values()]) for pair in kept),
+        )
+    known = [own.reliability for own in kinds.values() if own.reliability is not None]
+    wanted = [own.needed for own in kinds.values() if own.reliability is not None]
+    return Stability(
+        examples=sum(counts),
+        halves=(counts[0], counts[1]),
+        target=target,
+        reliability=min(known, default=None),
+        needed=None if not wanted or None in wanted else max(number for number in wanted if number is not None),
+        fractions=tuple(fractions),
+        kinds=kinds,
+    )
+
+
+def least_reliability(halves: Mapping[str, Any], counts: Sequence[float]) -> float | None:
+    """The least `reliability` of the kinds, as in `Stability`; None if no kind has one.
+
+    Args:
+        halves: Site name to the mean scores of the two halves, `[2, units]`.
+        counts: The examples in each.
+    """
+    if not all(counts):
+        return None
+    arrays = {site: np.asarray(value, np.float64) for site, value in halves.items()}
+    noise = [_agreement(own, counts)[1] for own in _by_kind(arrays).values()]
+    return min((reliability(own, sum(counts)) for own in noise if own is not None), default=None)
+
+
+def noise_of(correlation: float, counts: Sequence[float]) -> float:
+    """The number of examples with which half of the variance between units is noise, from two halves' correlation.
+
+    If the noise of `n` examples is `q / n` of the true variance, halves of `a` and `b` examples correlate by
+    `r = 1 / sqrt((1 + q / a) (1 + q / b))`. This is solved for `q`. Two halves of `n / 2` have `q = n (1 - r) / (2 r)`.
+
+    Args:
+        correlation: `r`; infinity is returned if it is not positive.
+        counts: `a` and `b`.
+
+    References:
+        Horst, Estimating total test reliability from parts of unequal length, 1951.
+    """
+    if correlation <= 0:
+        return math.inf
+    a, b = counts
+    excess = 1 / correlation**2 - 1
+    return 2 * excess / ((a + b) / (a * b) + math.sqrt(((a + b) / (a * b)) ** 2 + 4 * excess / (a * b)))
+
+
+def reliability(noise: float, examples: float) -> float:
+    """The correlation of two scoring runs of so many examples each: `1 / (1 + noise / examples)`.
+
+    With `noise_of` two equal halves it is `2 r / (1 + r)`, the formula of Spearman and Brown.
+
+    References:
+        Spearman, Correlation calculated from faulty data, 1910. Brown, Some experimental results in the correlation of
+        mental abilities, 1910.
+    """
+    return 1 / (1 + noise / examples)
+
+
+def needed(noise: float, target: float) -> int | None:
+    """The examples with which `reliability` is the target, `noise * target / (1 - target)`; None: no number is enough.
+
+    It is the formula of Spearman and Brown solved for the number: from a reliability `R` of `n` examples to the target
+    `T` it takes `n T (1 - R) / (R (1 - T))`.
+    """
+    return None if math.isinf(noise) else max(1, math.ceil(noise * target / (1 - target) - 1e-9))
+
+
+def check_target(target: float) -> None:
+    """Refuses a reliability that no number of examples can reach, or any.
+
+    Raises:
+        ValueError: If it does not lie in (0, 1).
+    """
+    if not 0 < target < 1:
+        raise ValueError(
+            f"a stability must lie in (0, 1), got {target}: 0.95 asks that a second run ranks nearly the same."
+        )
+
+
+def _agreement(halves: Mapping[str, np.ndarray], counts: Sequence[float]) -> tuple[float | None, float | None]:
+    """The rank correlation within a site, mean over the sites that have one, and the noise that it stands for."""
+    known = [found for half in halves.values() if (found := spearman(*half)) is not None]
+    return (mean(known), noise_of(mean(known), counts)) if known else (None, None)
+
+
+def _by_kind(values: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """The sites that have units, by their kind, such as `heads`."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for site, value in values.items():
+        if value.size:
+            found.setdefault(site.rpartition(".")[2], {})[site] = value
+    return found
+
+
+def _best(scores: np.ndarray, fraction: float) -> np.ndarray:
+    """1 for this fraction of the units, rounded down, the ones with the highest scores, ties by index; 0 elsewhere."""
+    kept = np.zeros(len(scores))
+    kept[np.argsort(-scores, kind="stable")[: math.floor(fraction * len(scores) + 1e-9)]] = 1.0
+    return kept
