@@ -21,13 +21,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from pretraining import Pretraining, pretrain
 from timing import say
 
 import jaxprune as jp
 from jaxprune.data.tasks import Example, Task, load_task, remove_leaks, row_key
 from jaxprune.models import Model, family
 from jaxprune.training.finetuning import Recipe
-from jaxprune.training.pretraining import Pretraining, pretrain
 
 TASKS = ("sst2", "ag_news", "mrpc", "rte", "qnli", "subj", "trec", "dbpedia_14", "banking77", "snips")
 MORE_TEXTS = ("20newsgroups", "boolq_devsplit", "clinc150", "cola", "emotion")  # read in pre-training only

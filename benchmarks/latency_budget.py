@@ -29,8 +29,7 @@ from jaxprune.checkpoints.files import write_atomic
 from jaxprune.cli.planning import TRIES
 from jaxprune.models import Model
 from jaxprune.models.cost import LatencyComparison, compare_latency
-from jaxprune.pruning.latency_table import LatencyTable, Tokens, measure_latency_table
-from jaxprune.pruning.latency_target import meet
+from jaxprune.pruning.latency import LatencyTable, Tokens, measure_latency_table, meet
 from jaxprune.pruning.selection import least_latency
 from jaxprune.units import Gates, Params, widths
 

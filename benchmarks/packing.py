@@ -30,8 +30,7 @@ from timing import Setting, in_turns, spread
 
 import jaxprune as jp
 from jaxprune.checkpoints.files import write_atomic
-from jaxprune.checkpoints.packed_file import PackedFile
-from jaxprune.checkpoints.packing import RUN, linear_maps
+from jaxprune.checkpoints.sparse_file import RUN, PackedFile, linear_maps
 from jaxprune.cli.storage import disk_sizes
 from jaxprune.models import Model
 from jaxprune.units import Params, flatten, path_name, unflatten

@@ -28,7 +28,7 @@ from speed import SIZES, random_model
 from timing import spread
 
 import jaxprune as jp
-from jaxprune.checkpoints import stamps
+from jaxprune.checkpoints import files as stamps
 from jaxprune.checkpoints.folder import load
 
 BUDGETS = (("--flops", "0.5"), ("--parameters", "0.7", "--global"), ("--memory", "200MB"), ("--units", "0.3"))

@@ -47,7 +47,7 @@ from jaxprune.models.cost import flops
 from jaxprune.sparse.optimizer import sparsify
 from jaxprune.training.distillation import distil_step, start_student
 from jaxprune.training.finetuning import Recipe, finetune
-from jaxprune.training.teaching import Teaching, Thinning, distil
+from jaxprune.training.students import Teaching, Thinning, distil
 
 TASKS = ("sst2", "cola", "mrpc", "rte", "qnli")
 CONTESTED = (0.95, 0.9)  # where all orders are compared, the first one on all tasks

@@ -66,8 +66,7 @@ import jaxprune as jp
 from jaxprune.checkpoints.files import write_atomic
 from jaxprune.models import Model, TaskHead, family
 from jaxprune.models.cost import compare_latency, flops
-from jaxprune.scoring.attribution import layer
-from jaxprune.scoring.integration import gauss_legendre, quadrature
+from jaxprune.scoring.attribution import gauss_legendre, layer, quadrature
 from jaxprune.scoring.objectives import signed
 from jaxprune.units import Params, widths
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxprune.bundled import bundled_data, bundled_model, bundled_text_model
     from jaxprune.checkpoints.folder import load, save
-    from jaxprune.checkpoints.packing import densify
     from jaxprune.checkpoints.shared import TaskGates, add_gates, load_gates, save_shared
+    from jaxprune.checkpoints.sparse_file import densify
     from jaxprune.compaction import compact
     from jaxprune.data.augmentation import Augmentation, augment
     from jaxprune.data.prompts import Prompt, prompt_for, read_prompt
@@ -26,16 +26,13 @@ if TYPE_CHECKING:
     from jaxprune.models import Model, Output
     from jaxprune.models.cost import flops, latency, parameters
     from jaxprune.pruning.checks import Check, Checking, check
-    from jaxprune.pruning.fitting import BiasCompensation, Reconstruction, Rescaling
-    from jaxprune.pruning.latency_table import LatencyTable, measure_latency_table
-    from jaxprune.pruning.prediction import Prediction, predict_loss
-    from jaxprune.pruning.receipt import Receipt, loss_receipt
+    from jaxprune.pruning.latency import LatencyTable, measure_latency_table
+    from jaxprune.pruning.loss import Prediction, Receipt, Reselection, loss_receipt, predict_loss, reselect
+    from jaxprune.pruning.prune import Round, prune_in_rounds
     from jaxprune.pruning.record import pruning_record
-    from jaxprune.pruning.recovery import recover, recover_batches
-    from jaxprune.pruning.reselection import Reselection, reselect
-    from jaxprune.pruning.rounds import Round, prune_in_rounds
+    from jaxprune.pruning.recovery import BiasCompensation, Reconstruction, Rescaling, recover, recover_batches
     from jaxprune.pruning.selection import select
-    from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients
+    from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, integrate
     from jaxprune.scoring.baselines import (
         Activation,
         Fisher,
@@ -47,7 +44,6 @@ if TYPE_CHECKING:
         TopLayers,
         Wanda,
     )
-    from jaxprune.scoring.integration import integrate
     from jaxprune.scoring.objectives import log_probability, margin, probability
     from jaxprune.scoring.run import score
     from jaxprune.scoring.scores import Scores, load_scores, merge, save_scores
@@ -58,10 +54,17 @@ if TYPE_CHECKING:
     from jaxprune.sparse.patterns import NM, Block, Unstructured
     from jaxprune.sparse.saliency import WeightFisher, WeightMagnitude, WeightMovement
     from jaxprune.sparse.schedules import Schedule, cubic_schedule, linear_schedule, one_shot_schedule
-    from jaxprune.training.curriculum import Distillation, initialise_projection, surviving_heads
-    from jaxprune.training.distillation import distil_step, joint_loss, joint_loss_and_gradients, start_student
+    from jaxprune.training.distillation import (
+        Distillation,
+        distil_step,
+        initialise_projection,
+        joint_loss,
+        joint_loss_and_gradients,
+        start_student,
+        surviving_heads,
+    )
     from jaxprune.training.finetuning import finetune
-    from jaxprune.training.teaching import Exam, Taught, Teaching, Thinning, distil
+    from jaxprune.training.students import Exam, Taught, Teaching, Thinning, distil
     from jaxprune.units import open_gates
 
 __version__ = "0.1.0"
@@ -70,40 +73,40 @@ __version__ = "0.1.0"
 _SOURCES = {
     "Activation": "scoring.baselines",
     "Augmentation": "data.augmentation",
-    "BiasCompensation": "pruning.fitting",
+    "BiasCompensation": "pruning.recovery",
     "Block": "sparse.patterns",
     "Check": "pruning.checks",
     "Checking": "pruning.checks",
-    "Distillation": "training.curriculum",
-    "Exam": "training.teaching",
+    "Distillation": "training.distillation",
+    "Exam": "training.students",
     "Fisher": "scoring.baselines",
     "Gradient": "scoring.baselines",
     "GradientActivation": "scoring.attribution",
     "IntegratedGradients": "scoring.attribution",
-    "LatencyTable": "pruning.latency_table",
+    "LatencyTable": "pruning.latency",
     "LeaveOneOut": "scoring.baselines",
     "Magnitude": "scoring.baselines",
     "Model": "models",
     "NM": "sparse.patterns",
     "Output": "models",
-    "Prediction": "pruning.prediction",
+    "Prediction": "pruning.loss",
     "Prompt": "data.prompts",
     "Random": "scoring.baselines",
-    "Receipt": "pruning.receipt",
-    "Reconstruction": "pruning.fitting",
-    "Rescaling": "pruning.fitting",
-    "Reselection": "pruning.reselection",
-    "Round": "pruning.rounds",
+    "Receipt": "pruning.loss",
+    "Reconstruction": "pruning.recovery",
+    "Rescaling": "pruning.recovery",
+    "Reselection": "pruning.loss",
+    "Round": "pruning.prune",
     "Schedule": "sparse.schedules",
     "Scores": "scoring.scores",
     "Sparsity": "sparse.masks",
     "Stability": "scoring.stability",
     "Task": "data.tasks",
     "TaskGates": "checkpoints.shared",
-    "Taught": "training.teaching",
+    "Taught": "training.students",
     "Taylor": "scoring.baselines",
-    "Teaching": "training.teaching",
-    "Thinning": "training.teaching",
+    "Teaching": "training.students",
+    "Thinning": "training.students",
     "TopLayers": "scoring.baselines",
     "Unstructured": "sparse.patterns",
     "Wanda": "scoring.baselines",
@@ -119,15 +122,15 @@ _SOURCES = {
     "check": "pruning.checks",
     "compact": "compaction",
     "cubic_schedule": "sparse.schedules",
-    "densify": "checkpoints.packing",
-    "distil": "training.teaching",
+    "densify": "checkpoints.sparse_file",
+    "distil": "training.students",
     "distil_step": "training.distillation",
     "evaluate": "evaluation.evaluate",
     "finetune": "training.finetuning",
     "flops": "models.cost",
     "generate": "evaluation.generation",
-    "initialise_projection": "training.curriculum",
-    "integrate": "scoring.integration",
+    "initialise_projection": "training.distillation",
+    "integrate": "scoring.attribution",
     "joint_loss": "training.distillation",
     "joint_loss_and_gradients": "training.distillation",
     "latency": "models.cost",
@@ -138,24 +141,24 @@ _SOURCES = {
     "load_scores": "scoring.scores",
     "load_task": "data.tasks",
     "log_probability": "scoring.objectives",
-    "loss_receipt": "pruning.receipt",
+    "loss_receipt": "pruning.loss",
     "margin": "scoring.objectives",
     "masks_of": "sparse.masks",
-    "measure_latency_table": "pruning.latency_table",
+    "measure_latency_table": "pruning.latency",
     "merge": "scoring.scores",
     "one_shot": "sparse.masks",
     "one_shot_schedule": "sparse.schedules",
     "open_gates": "units",
     "parameters": "models.cost",
-    "predict_loss": "pruning.prediction",
+    "predict_loss": "pruning.loss",
     "probability": "scoring.objectives",
     "prompt_for": "data.prompts",
-    "prune_in_rounds": "pruning.rounds",
+    "prune_in_rounds": "pruning.prune",
     "pruning_record": "pruning.record",
     "read_prompt": "data.prompts",
     "recover": "pruning.recovery",
     "recover_batches": "pruning.recovery",
-    "reselect": "pruning.reselection",
+    "reselect": "pruning.loss",
     "save": "checkpoints.folder",
     "save_scores": "scoring.scores",
     "save_shared": "checkpoints.shared",
@@ -165,7 +168,7 @@ _SOURCES = {
     "sparsity_of": "sparse.masks",
     "stability": "scoring.stability",
     "start_student": "training.distillation",
-    "surviving_heads": "training.curriculum",
+    "surviving_heads": "training.distillation",
 }
 
 __all__ = [

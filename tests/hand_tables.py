@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxprune.models import Model
-from jaxprune.pruning.latency_table import LatencyTable, Row, conditions
+from jaxprune.pruning.latency import LatencyTable, Row, conditions
 from jaxprune.units import Params, sites, widths
 
 HEAD, NEURON, FIXED = 2e-3, 1e-4, 1e-2  # seconds

@@ -28,8 +28,8 @@ from tiny import random_gates, tiny_model
 from jaxprune.checkpoints.folder import digest, load, read_pruning, save
 from jaxprune.checkpoints.gate_file import GATES
 from jaxprune.checkpoints.gate_file import METADATA as METADATA_OF_GATES
-from jaxprune.checkpoints.packed_file import METADATA as PACKED
 from jaxprune.checkpoints.shared import save_shared
+from jaxprune.checkpoints.sparse_file import METADATA as PACKED
 from jaxprune.compaction import compact
 from jaxprune.models import family
 from jaxprune.scoring.scores import METADATA, Scores, load_scores, save_scores

@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from jaxprune.pruning.allocation import Choices, alike, knapsack
+from jaxprune.pruning.selection import Choices, alike, knapsack
 
 
 def random_choices(seed: int, *, sites: int = 4, whole: bool = False) -> list[Choices]:

@@ -10,8 +10,21 @@ from typing import Any
 import datasets
 import pytest
 
-from jaxprune.data.answers import MISPLACED, MISSING, Answer, exact_match, plain, read_answers, squad, standing, word_f1
-from jaxprune.data.splits import SPLITS, Example, digest, row_key
+from jaxprune.data.splits import (
+    MISPLACED,
+    MISSING,
+    SPLITS,
+    Answer,
+    Example,
+    digest,
+    exact_match,
+    plain,
+    read_answers,
+    row_key,
+    squad,
+    standing,
+    word_f1,
+)
 from jaxprune.data.tasks import TASKS, draw, from_hub, load_task, remove_leaks
 
 CONTEXT = "The dog was old. Its owner, a baker from York, was not."

@@ -15,8 +15,17 @@ from tiny import MODEL_TYPES, tiny_batch, tiny_model
 from jaxprune.models import Model, TaskHead, bert
 from jaxprune.models.layers import absolute_tokens, contribution, max_tokens, squared_tokens, sum_tokens
 from jaxprune.scoring.activations import calibration_means
-from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, joint, layer
-from jaxprune.scoring.integration import gauss_legendre, integrate, quadrature, riemann, trapezoid
+from jaxprune.scoring.attribution import (
+    GradientActivation,
+    IntegratedGradients,
+    gauss_legendre,
+    integrate,
+    joint,
+    layer,
+    quadrature,
+    riemann,
+    trapezoid,
+)
 from jaxprune.scoring.objectives import (
     absolute,
     every,

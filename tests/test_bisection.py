@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.sparse.bisection import keep_best, ordered_bits
+from jaxprune.sparse.patterns import keep_best, ordered_bits
 
 SHAPES = [(5, 8), (5, 8), (3, 2, 4), (7, 1), (4, 0)]  # two are searched as one, one has no entries
 

@@ -26,8 +26,7 @@ from jaxprune.pruning.selection import select
 from jaxprune.scoring.activations import calibration_means, site_statistics, token_mean
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, joint, layer
 from jaxprune.scoring.baselines import Activation, Fisher, Gradient, Magnitude, Random, Taylor, Wanda
-from jaxprune.scoring.objectives import gold, log_probability, signed, value_and_cotangent
-from jaxprune.scoring.questions import answers_of, examples_of
+from jaxprune.scoring.objectives import answers_of, examples_of, gold, log_probability, signed, value_and_cotangent
 from jaxprune.scoring.run import score_batches
 from jaxprune.scoring.scores import describe
 from jaxprune.units import (

@@ -33,9 +33,8 @@ from jaxprune.pruning.checks import (
 )
 from jaxprune.scoring.activations import calibration_means
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients
-from jaxprune.scoring.baselines import LeaveOneOut, Magnitude, TopLayers
+from jaxprune.scoring.baselines import LeaveOneOut, Magnitude, Removal, TopLayers
 from jaxprune.scoring.objectives import every, probability, signed
-from jaxprune.scoring.removal import Removal
 from jaxprune.scoring.run import score, score_batches
 from jaxprune.scoring.scores import Scores, load_scores, save_scores
 from jaxprune.units import Params, flatten, open_gates, unflatten

@@ -29,7 +29,7 @@ from jaxprune.checkpoints.tensors import TensorFile
 from jaxprune.cli import options
 from jaxprune.data.tasks import load_task
 from jaxprune.evaluation.evaluate import evaluate
-from jaxprune.pruning.latency_table import write_table
+from jaxprune.pruning.latency import write_table
 from jaxprune.pruning.selection import select
 from jaxprune.scoring import attribution, baselines
 from jaxprune.scoring.objectives import predicted

@@ -15,7 +15,7 @@ from test_likelihood import ANSWERS
 from tiny import tiny_model
 
 from jaxprune.checkpoints.folder import load, read_pruning, save
-from jaxprune.pruning.latency_table import write_table
+from jaxprune.pruning.latency import write_table
 from jaxprune.units import widths
 
 PROMPT = """\

@@ -19,8 +19,8 @@ from tiny import tiny_model
 
 from jaxprune.cli.comparison import compare, compare_scores, grouped
 from jaxprune.pruning.selection import select, select_units
-from jaxprune.scoring.agreement import chance, jaccard, spearman
 from jaxprune.scoring.scores import Scores, load_scores, save_scores
+from jaxprune.scoring.stability import chance, jaccard, spearman
 from jaxprune.units import site_of, site_order, sites, widths
 
 __all__ = ["place"]  # a fixture

@@ -11,7 +11,7 @@ import pytest
 from tiny import random_gates, tiny_model
 
 import jaxprune as jp
-from jaxprune.training.curriculum import (
+from jaxprune.training.distillation import (
     Distillation,
     head_index,
     initialise_projection,

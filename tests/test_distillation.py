@@ -16,15 +16,18 @@ from tiny import lively, random_gates, tiny_batch, tiny_model
 import jaxprune as jp
 from jaxprune.checkpoints.folder import digest
 from jaxprune.models import Model, TaskHead
-from jaxprune.training.curriculum import (
+from jaxprune.training.distillation import (
     Distillation,
+    distil_step,
     initialise_projection,
+    joint_loss,
+    joint_loss_and_gradients,
     last,
+    start_student,
     surviving_heads,
     uniform,
     without_projection,
 )
-from jaxprune.training.distillation import distil_step, joint_loss, joint_loss_and_gradients, start_student
 from jaxprune.training.loop import share_gradients
 from jaxprune.units import Params, flatten
 

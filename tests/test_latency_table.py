@@ -13,8 +13,8 @@ from hand_tables import FIXED, HEAD, NEURON, hand_table
 from tiny import random_gates, tiny_model
 
 from jaxprune.compaction import compact
-from jaxprune.pruning import latency_table
-from jaxprune.pruning.latency_table import (
+from jaxprune.pruning import latency as latency_table
+from jaxprune.pruning.latency import (
     Row,
     check_table,
     conditions,

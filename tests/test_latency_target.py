@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.pruning.latency_target import meet
+from jaxprune.pruning.latency import meet
 from jaxprune.units import Gates
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pretraining import Corruption, Pretraining, corrupt, pretrain
 from test_t5 import asked
 from test_training import moods
 from tiny import TEXT_TYPES, tiny_model
@@ -40,7 +41,6 @@ from jaxprune.scoring.objectives import (
 from jaxprune.scoring.run import score
 from jaxprune.training.finetuning import Recipe, finetune
 from jaxprune.training.loop import Step
-from jaxprune.training.pretraining import Corruption, Pretraining, corrupt, pretrain
 from jaxprune.units import Params, open_gates
 
 ANSWERS = Path(__file__).parent / "data" / "answers"

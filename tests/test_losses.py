@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxprune.models import Masks
-from jaxprune.training.losses import (
+from jaxprune.training.distillation import (
     hidden_mask,
     kl_divergence,
     label_loss,

@@ -13,7 +13,7 @@ from tiny import tiny_model
 from jaxprune.evaluation.generation import generate
 from jaxprune.models import TaskHead
 from jaxprune.models.layers import max_tokens
-from jaxprune.scoring import totals
+from jaxprune.scoring import run as totals
 from jaxprune.scoring.activations import site_statistics, token_sum
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, layer
 from jaxprune.scoring.baselines import Fisher, Gradient, LeaveOneOut, Wanda

@@ -17,8 +17,7 @@ from jaxprune import models
 from jaxprune.compaction import compact
 from jaxprune.models import Model, Output, TaskHead, families, family
 from jaxprune.models import bert as bert_family
-from jaxprune.models.layers import Affine, attend, dropout, fused_attention, has_fused_attention
-from jaxprune.models.parts import bind, describe
+from jaxprune.models.layers import Affine, attend, bind, describe, dropout, fused_attention, has_fused_attention
 from jaxprune.units import Params, flatten, open_gates, unflatten
 
 HEADS = (TaskHead(name="task", labels=("no", "yes")),)

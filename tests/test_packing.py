@@ -20,9 +20,10 @@ from safetensors.numpy import load_file, save_file
 from tiny import TEXT_TYPES, random_gates, tiny_batch, tiny_model
 
 from jaxprune.checkpoints.folder import digest, load, model_digest, read_pruning, save
-from jaxprune.checkpoints.packed_file import METADATA, PackedFile
-from jaxprune.checkpoints.packing import (
+from jaxprune.checkpoints.sparse_file import (
+    METADATA,
     Description,
+    PackedFile,
     column_scales,
     densify,
     linear_maps,

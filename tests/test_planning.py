@@ -14,8 +14,8 @@ from jaxprune.checkpoints.folder import load, read_pruning
 from jaxprune.cli import terminal
 from jaxprune.cli.options import BYTES, SECONDS, read_amount
 from jaxprune.models.cost import flops, memory, parameters
-from jaxprune.pruning import latency_table
-from jaxprune.pruning.latency_table import LatencyTable, conditions, read_table, table_file, write_table
+from jaxprune.pruning import latency as latency_table
+from jaxprune.pruning.latency import LatencyTable, conditions, read_table, table_file, write_table
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.scores import load_scores
 from jaxprune.units import widths

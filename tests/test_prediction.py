@@ -10,8 +10,7 @@ import pytest
 from tiny import random_gates, tiny_batch, tiny_model
 
 from jaxprune.models import Model
-from jaxprune.pruning.prediction import predict_loss
-from jaxprune.pruning.receipt import _Lost
+from jaxprune.pruning.loss import _Lost, predict_loss
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, layer
 from jaxprune.scoring.baselines import Fisher, Gradient, Magnitude, Taylor
 from jaxprune.scoring.objectives import absolute, gold, log_probability, margin, maximum, signed, squared

@@ -9,7 +9,7 @@ import pytest
 from tiny import random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
-from jaxprune.pruning.receipt import WORTH, _Lost
+from jaxprune.pruning.loss import WORTH, _Lost
 from jaxprune.scoring.activations import calibration_means
 from jaxprune.scoring.objectives import gold, log_probability, maximum
 from jaxprune.scoring.run import score_batches

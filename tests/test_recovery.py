@@ -14,8 +14,16 @@ from tiny import random_gates, tiny_batch, tiny_model
 import jaxprune as jp
 from jaxprune.compaction import compact
 from jaxprune.models import Model
-from jaxprune.pruning.fitting import BiasCompensation, Fit, Moments, Reconstruction, Rescaling, choose
-from jaxprune.pruning.recovery import check_method, recover_batches
+from jaxprune.pruning.recovery import (
+    BiasCompensation,
+    Fit,
+    Moments,
+    Reconstruction,
+    Rescaling,
+    check_method,
+    choose,
+    recover_batches,
+)
 from jaxprune.units import flatten, unflatten
 
 

@@ -13,8 +13,15 @@ import pytest
 from jaxprune.checkpoints.folder import load
 from jaxprune.models import Model
 from jaxprune.models.layers import absolute_tokens, max_tokens, squared_tokens
-from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, joint, layer
-from jaxprune.scoring.integration import gauss_legendre, riemann, trapezoid
+from jaxprune.scoring.attribution import (
+    GradientActivation,
+    IntegratedGradients,
+    gauss_legendre,
+    joint,
+    layer,
+    riemann,
+    trapezoid,
+)
 from jaxprune.scoring.objectives import log_probability, probability, signed
 from jaxprune.units import Params, sites, widths
 

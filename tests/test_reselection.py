@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from tiny import tiny_batch, tiny_model
 
-from jaxprune.pruning.receipt import WORTH, Receipt, _Lost
-from jaxprune.pruning.reselection import reselect
+from jaxprune.pruning.loss import WORTH, Receipt, _Lost, reselect
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.attribution import GradientActivation
 from jaxprune.scoring.objectives import gold, log_probability

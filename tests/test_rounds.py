@@ -25,8 +25,8 @@ from jaxprune.cli.workflow import Data, Measuring, Recovering, Scoring, Selectio
 from jaxprune.compaction import compact
 from jaxprune.models import Model
 from jaxprune.models.cost import memory
-from jaxprune.pruning.fitting import Reconstruction
-from jaxprune.pruning.rounds import geometric, prune_in_rounds, units_left
+from jaxprune.pruning.prune import geometric, prune_in_rounds, units_left
+from jaxprune.pruning.recovery import Reconstruction
 from jaxprune.pruning.selection import Values, per_layer_l2, select, site_costs
 from jaxprune.scoring.attribution import GradientActivation
 from jaxprune.scoring.scores import Scores, load_scores

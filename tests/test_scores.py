@@ -24,9 +24,8 @@ from jaxprune.scoring.activations import calibration_means
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, layer
 from jaxprune.scoring.baselines import Activation, Fisher, LeaveOneOut, Magnitude, Random
 from jaxprune.scoring.objectives import every, margin, maximum, predicted
-from jaxprune.scoring.run import SAVE_EVERY, score, score_batches
+from jaxprune.scoring.run import PARTIAL, SAVE_EVERY, score, score_batches
 from jaxprune.scoring.scores import METADATA, Scores, describe, load_scores, merge, save_scores, with_relative
-from jaxprune.scoring.totals import PARTIAL
 from jaxprune.units import Params, widths
 
 WORDS = Path(__file__).parent / "data" / "words"

@@ -22,7 +22,7 @@ from jaxprune.checkpoints.shared import load_gates
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import load_task
 from jaxprune.evaluation.evaluate import evaluate
-from jaxprune.pruning.latency_table import write_table
+from jaxprune.pruning.latency import write_table
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.scores import Scores, load_scores, save_scores
 from jaxprune.units import widths

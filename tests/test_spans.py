@@ -20,17 +20,16 @@ from tiny import MODEL_TYPES, random_gates, tiny_batch, tiny_config, tiny_model
 
 from jaxprune.checkpoints.folder import load, model_digest, save
 from jaxprune.compaction import compact
-from jaxprune.data.answers import Answer, squad
 from jaxprune.data.batches import encode, make_batches, within_reach
 from jaxprune.data.prompts import prompt_for
 from jaxprune.data.spans import LONGEST, best_spans, text_of
-from jaxprune.data.splits import Example
+from jaxprune.data.splits import Answer, Example, squad
 from jaxprune.data.tasks import Task
 from jaxprune.evaluation.evaluate import evaluate, find_answers, fitting_head, predict
 from jaxprune.models import ENDS, NOWHERE, Model, TaskHead
 from jaxprune.models.layers import contribution
 from jaxprune.pruning.checks import Checking, check
-from jaxprune.pruning.receipt import loss_receipt
+from jaxprune.pruning.loss import loss_receipt
 from jaxprune.pruning.recovery import recover
 from jaxprune.pruning.selection import select
 from jaxprune.scoring import baselines

@@ -25,10 +25,9 @@ from jaxprune.models import Model
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, Measured
 from jaxprune.scoring.baselines import Activation, Fisher, Magnitude
 from jaxprune.scoring.objectives import maximum, signed
-from jaxprune.scoring.run import FIRST, _choose, score
+from jaxprune.scoring.run import FIRST, _choose, add, halves_of, nothing, score, variance_of
 from jaxprune.scoring.scores import METADATA, Scores, load_scores, merge, save_scores
 from jaxprune.scoring.stability import least_reliability, needed, noise_of, reliability, stability
-from jaxprune.scoring.totals import add, halves_of, nothing, variance_of
 from jaxprune.units import Params
 
 __all__ = ["compiled", "place"]  # fixtures
@@ -388,7 +387,7 @@ def test_a_stable_run_that_goes_on_equals_an_uninterrupted_one(
 
 def test_a_damaged_file_of_totals_is_refused(model_and_params: tuple[Model, Params], task: Task, tmp_path: Path):
     from jaxprune.checkpoints.tensors import TensorFile
-    from jaxprune.scoring.totals import PARTIAL
+    from jaxprune.scoring.run import PARTIAL
 
     path = tmp_path / "partial.safetensors"
     settings: Any = {"criterion": Activation(), "examples": 40, "batch_size": 8, "resume": path}

@@ -12,10 +12,10 @@ from checkpoints import write_classifier
 from commands import place, record_of, run, scored
 from tiny import tiny_model
 
+from jaxprune.checkpoints import files as stamps
 from jaxprune.checkpoints import folder as checkpoint
-from jaxprune.checkpoints import stamps
+from jaxprune.checkpoints.files import recall, remember, stamp_of
 from jaxprune.checkpoints.folder import load, model_digest, outline, save
-from jaxprune.checkpoints.stamps import recall, remember, stamp_of
 from jaxprune.cli import terminal
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.scores import load_scores

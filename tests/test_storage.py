@@ -13,7 +13,7 @@ from test_packing import sparsified
 from tiny import tiny_model
 
 from jaxprune.checkpoints.folder import digest, load, read_pruning, save
-from jaxprune.checkpoints.packing import linear_maps
+from jaxprune.checkpoints.sparse_file import linear_maps
 from jaxprune.units import flatten, path_name
 
 KEPT = {"README.md": b"# card\n", "vocab.txt": b"[PAD]\n"}

@@ -33,10 +33,10 @@ from jaxprune.sparse.matrices import linear_maps
 from jaxprune.sparse.patterns import NM, Block, Unstructured
 from jaxprune.sparse.saliency import WeightMovement
 from jaxprune.sparse.schedules import Schedule, cubic_schedule, one_shot_schedule
-from jaxprune.training.curriculum import Distillation, surviving_heads
+from jaxprune.training.distillation import Distillation, surviving_heads
 from jaxprune.training.finetuning import Recipe, finetune
 from jaxprune.training.loop import Step
-from jaxprune.training.teaching import Taught, Teaching, Thinning, distil
+from jaxprune.training.students import Taught, Teaching, Thinning, distil
 from jaxprune.units import Params, flatten, widths
 
 __all__ = ["place"]  # a fixture

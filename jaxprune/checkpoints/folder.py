@@ -3,7 +3,7 @@
 A model is a folder. Our own holds `config.json` (the Hugging Face configuration plus a `jaxprune` section with the task
 heads), `model.safetensors` (one tensor per parameter, named by its path; the shapes are the widths), the tokenizer's
 files and, for a pruned model, `pruning.json`. Zeros can be left out of the weights: see
-`jaxprune.checkpoints.packing`. A shared folder also holds `gates.safetensors`, the gates of many tasks: see
+`jaxprune.checkpoints.sparse_file`. A shared folder also holds `gates.safetensors`, the gates of many tasks: see
 `jaxprune.checkpoints.shared`. Nothing is ever unpickled.
 """
 
@@ -23,13 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxprune.checkpoints.files import folder_for, interrupted, is_leftover, read_json
+from jaxprune.checkpoints.files import folder_for, interrupted, is_leftover, read_json, recall, remember, stamp_of
 from jaxprune.checkpoints.gate_file import GATES, GateFile, unpack
 from jaxprune.checkpoints.gate_file import read as read_gates
-from jaxprune.checkpoints.packed_file import METADATA, descriptions_text
-from jaxprune.checkpoints.packing import linear_maps, pack_tensors, rounded
 from jaxprune.checkpoints.slicing import read_compacted, shapes_of
-from jaxprune.checkpoints.stamps import recall, remember, stamp_of
+from jaxprune.checkpoints.sparse_file import METADATA, descriptions_text, linear_maps, pack_tensors, rounded
 from jaxprune.checkpoints.tensors import BYTES, FLOATS, blocks, write_tensors
 from jaxprune.checkpoints.weights import (
     CONFIG,

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxprune.checkpoints.files import read_json
-from jaxprune.checkpoints.packed_file import PackedFile
+from jaxprune.checkpoints.sparse_file import PackedFile
 from jaxprune.checkpoints.tensors import FLOATS, Entry
 from jaxprune.models import Model, family
 from jaxprune.units import KINDS, Params, axes_of, flatten, path_name, unflatten

@@ -14,10 +14,17 @@ import numpy as np
 from jaxprune.cli.workflow import Watch
 from jaxprune.data.tasks import Task
 from jaxprune.models import Model
-from jaxprune.pruning.origin import objective_name, origin_of, scored_rows
-from jaxprune.pruning.prediction import MEANINGS, part_of_way, predict_loss
-from jaxprune.pruning.receipt import Receipt, loss_receipt
-from jaxprune.pruning.reselection import Choose, Reselection, reselect
+from jaxprune.pruning.loss import (
+    MEANINGS,
+    Choose,
+    Receipt,
+    Reselection,
+    loss_receipt,
+    part_of_way,
+    predict_loss,
+    reselect,
+)
+from jaxprune.pruning.record import objective_name, origin_of, scored_rows
 from jaxprune.scoring.objectives import absolute, gold, name_of, predicted, squared
 from jaxprune.scoring.run import EXAMPLES
 from jaxprune.scoring.scores import Scores, describe

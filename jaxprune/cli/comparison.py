@@ -17,8 +17,8 @@ import numpy as np
 from jaxprune.cli.render.pictures import check_picture, overlap_figure
 from jaxprune.cli.workflow import check_file
 from jaxprune.pruning.selection import select_units
-from jaxprune.scoring.agreement import FRACTIONS, chance, jaccard, joined, spearman
 from jaxprune.scoring.scores import Scores, check_same_model, load_scores
+from jaxprune.scoring.stability import FRACTIONS, chance, jaccard, joined, spearman
 from jaxprune.units import UNITS, site_of, site_order
 
 

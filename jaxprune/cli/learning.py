@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from jaxprune.cli.students import Schooling
     from jaxprune.sparse.patterns import Pattern
     from jaxprune.sparse.schedules import Schedule
-    from jaxprune.training.curriculum import Distillation
-    from jaxprune.training.teaching import Teaching, Thinning
+    from jaxprune.training.distillation import Distillation
+    from jaxprune.training.students import Teaching, Thinning
 
 taught = partial(option, panel="What is learned")
 zeroed = partial(option, panel="What becomes zero")
@@ -63,7 +63,7 @@ class TeachingOptions:
 
     def recipe(self, batches: BatchOptions) -> Teaching:
         """How to train."""
-        from jaxprune.training.teaching import Teaching
+        from jaxprune.training.students import Teaching
 
         return Teaching(
             epochs=self.epochs,
@@ -96,7 +96,7 @@ class LessonOptions:
         Raises:
             ValueError: If a loss is unknown, named twice, or its weight is no number.
         """
-        from jaxprune.training.curriculum import Distillation
+        from jaxprune.training.distillation import Distillation
 
         preset = Distillation.sparse_bert(regression=regression)
         weights: dict[str, Any] = {} if self.losses is None else _losses(self.losses)
@@ -125,7 +125,7 @@ class ThinningOptions:
         """
         from jaxprune.sparse.patterns import NM
         from jaxprune.sparse.schedules import check_sparsity
-        from jaxprune.training.teaching import Thinning
+        from jaxprune.training.students import Thinning
 
         pattern = read_pattern(self.pattern)
         if sparsity is None:
@@ -171,7 +171,7 @@ def read_pattern(text: str) -> Pattern:
 
 def _losses(text: str) -> dict[str, float]:
     """Reads `attention,hidden=0.5`: the weights of all losses, 0 for those that are not named."""
-    from jaxprune.training.curriculum import WEIGHTS
+    from jaxprune.training.distillation import WEIGHTS
 
     found: dict[str, float] = dict.fromkeys(map(str, WEIGHTS), 0.0)
     seen = set()

@@ -39,9 +39,9 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
     },
     "path": {"joint": "scoring.attribution:joint", "layer": "scoring.attribution:layer"},
     "rule": {
-        "gauss-legendre": "scoring.integration:gauss_legendre",
-        "riemann": "scoring.integration:riemann",
-        "trapezoid": "scoring.integration:trapezoid",
+        "gauss-legendre": "scoring.attribution:gauss_legendre",
+        "riemann": "scoring.attribution:riemann",
+        "trapezoid": "scoring.attribution:trapezoid",
     },
     "objective": {
         "probability": "scoring.objectives:probability",
@@ -74,16 +74,16 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
         "intersection": "pruning.pooling:kept_by_all",
     },
     "recover": {
-        "none": "pruning.fitting:Untouched",
-        "bias": "pruning.fitting:BiasCompensation",
-        "rescale": "pruning.fitting:Rescaling",
-        "reconstruct": "pruning.fitting:Reconstruction",
+        "none": "pruning.recovery:Untouched",
+        "bias": "pruning.recovery:BiasCompensation",
+        "rescale": "pruning.recovery:Rescaling",
+        "reconstruct": "pruning.recovery:Reconstruction",
     },
     "normalise": {"l2": "pruning.selection:per_layer_l2"},
     "layers": {
-        "one-to-one": "training.curriculum:one_to_one",
-        "uniform": "training.curriculum:uniform",
-        "last": "training.curriculum:last",
+        "one-to-one": "training.distillation:one_to_one",
+        "uniform": "training.distillation:uniform",
+        "last": "training.distillation:last",
     },
     "schedule": {
         "cubic": "sparse.schedules:cubic_schedule",

@@ -25,11 +25,18 @@ from jaxprune.cli.workflow import (
 from jaxprune.compaction import compact, compacted_shapes
 from jaxprune.models import Model
 from jaxprune.models.cost import Length, compare_latency
-from jaxprune.pruning.latency_table import LatencyTable, check_table, conditions, kept_table, read_table, table_file
-from jaxprune.pruning.latency_target import Met, meet
-from jaxprune.pruning.origin import objective_name
-from jaxprune.pruning.prediction import predict_loss
-from jaxprune.pruning.record import pruning_record
+from jaxprune.pruning.latency import (
+    LatencyTable,
+    Met,
+    check_table,
+    conditions,
+    kept_table,
+    meet,
+    read_table,
+    table_file,
+)
+from jaxprune.pruning.loss import predict_loss
+from jaxprune.pruning.record import objective_name, pruning_record
 from jaxprune.pruning.selection import Values, check_scored, least_latency, select
 from jaxprune.scoring.scores import Scores, load_scores
 from jaxprune.units import KINDS, Gates, Params, sites, widths

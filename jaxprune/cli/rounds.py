@@ -37,9 +37,9 @@ from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import Task
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
+from jaxprune.pruning.prune import Round, prune_in_rounds
 from jaxprune.pruning.record import pruning_record
 from jaxprune.pruning.recovery import Recovery
-from jaxprune.pruning.rounds import Round, prune_in_rounds
 from jaxprune.pruning.selection import parts_of
 from jaxprune.scoring.objectives import name_of
 from jaxprune.scoring.scores import Scores, describe

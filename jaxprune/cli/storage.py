@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxprune.checkpoints.files import read_json
 from jaxprune.checkpoints.folder import PRUNING, load, read_pruning, save
-from jaxprune.checkpoints.packing import linear_maps
+from jaxprune.checkpoints.sparse_file import linear_maps
 from jaxprune.checkpoints.weights import CONFIG, WEIGHTS, open_tensors
 from jaxprune.cli.workflow import check_folder
 from jaxprune.models import Model

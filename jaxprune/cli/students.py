@@ -23,9 +23,9 @@ from jaxprune.models.cost import file_size, parameters
 from jaxprune.scoring.scores import describe
 from jaxprune.sparse.masks import sparsity_of
 from jaxprune.sparse.matrices import linear_maps
-from jaxprune.training.curriculum import Distillation, surviving_heads
+from jaxprune.training.distillation import Distillation, surviving_heads
 from jaxprune.training.loop import Step
-from jaxprune.training.teaching import Exam, Teaching, Thinning, distil
+from jaxprune.training.students import Exam, Teaching, Thinning, distil
 from jaxprune.units import Params, widths
 
 DISTILLATION = "distillation.json"  # in the folder of a student: how it was taught, and how well it did

@@ -18,10 +18,9 @@ from jaxprune.checkpoints.folder import check_destination, digest_keeper, load, 
 from jaxprune.checkpoints.tensors import FLOATS
 from jaxprune.checkpoints.weights import open_tensors
 from jaxprune.cli.render.report import evaluation_table
-from jaxprune.data.answers import MISPLACED, MISSING
 from jaxprune.data.batches import default_length, within_reach
 from jaxprune.data.prompts import STYLES, fit, prompt_for, prompt_of, read_prompt
-from jaxprune.data.splits import digest
+from jaxprune.data.splits import MISPLACED, MISSING, digest
 from jaxprune.data.tasks import Task, draw, load_task, remove_leaks, seed_words
 from jaxprune.evaluation.evaluate import Evaluation, evaluate, fitting_head
 from jaxprune.models import Model
@@ -35,8 +34,7 @@ from jaxprune.models.cost import (
     prunable_parameters,
     usual_length,
 )
-from jaxprune.pruning.fitting import Method
-from jaxprune.pruning.recovery import HELD_OUT, Recovery, recover
+from jaxprune.pruning.recovery import HELD_OUT, Method, Recovery, recover
 from jaxprune.pruning.selection import AMOUNTS, SHARES, Normalise, select
 from jaxprune.scoring.attribution import Criterion
 from jaxprune.scoring.run import EXAMPLES, score

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from jaxprune.data import answers
-from jaxprune.data.splits import Example
+from jaxprune.data.splits import MISPLACED, MISSING, SPAN_COLUMNS, Example, read_answers, standing
 
 PAIR = ("sentence1", "sentence2")
 HIDDEN = -1  # what the hub writes where a label is kept secret
@@ -258,7 +257,7 @@ def _label_text(value: Any, where: str) -> str:
 def text_columns(records: Mapping[str, Records], wanted: tuple[str, ...] | None, label: str) -> tuple[str, ...]:
     """The text columns, after making sure that they and the label are in every file."""
     first = next(iter(records.values()))
-    usual = (PAIR, ("sentence",), ("text",), answers.COLUMNS)
+    usual = (PAIR, ("sentence",), ("text",), SPAN_COLUMNS)
     columns = wanted or next((c for c in usual if set(c) <= set(first.columns)), None)
     if columns is None:
         raise ValueError(f"{first.where} has the columns {list(first.columns)}: name the text with text=, text_pair=.")
@@ -314,9 +313,9 @@ def read_examples(
         if codec is not None:
             examples.append(Example(texts[0], texts[1] if len(texts) == 2 else None, codec.read(cells[label], where)))
             continue
-        given = answers.read_answers(cells[label], where)
-        if found := answers.standing(given, texts[1]):
+        given = read_answers(cells[label], where)
+        if found := standing(given, texts[1]):
             examples.append(Example(texts[0], texts[1], answers=found))
         else:
-            left_out[answers.MISPLACED if given else answers.MISSING] += 1
+            left_out[MISPLACED if given else MISSING] += 1
     return examples, left_out

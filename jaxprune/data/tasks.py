@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxprune.data import answers, splits
+from jaxprune.data import splits
 from jaxprune.data.records import (
     HIDDEN,
     PAIR,
@@ -28,7 +28,7 @@ from jaxprune.data.records import (
     read_folder,
     text_columns,
 )
-from jaxprune.data.splits import MOST_ROWS, SPLITS, Example, Row, overlap, row_key, seed_words
+from jaxprune.data.splits import ANSWERS, MOST_ROWS, SPAN_COLUMNS, SPLITS, Example, Row, overlap, row_key, seed_words
 from jaxprune.models import ENDS
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ GLUE = "nyu-mll/glue"
 POLARITY = ("negative", "positive")
 ENTAILMENT = ("entailment", "not_entailment")
 SPANS: Mapping[str, Any] = {
-    "columns": answers.COLUMNS, "hub_label": answers.COLUMN, "labels": ENDS, "metric": "squad", "spans": True,
+    "columns": SPAN_COLUMNS, "hub_label": ANSWERS, "labels": ENDS, "metric": "squad", "spans": True,
     "grouped": True,
 }  # fmt: skip
 
@@ -154,12 +154,12 @@ TASKS: Mapping[str, Source] = {
     ),
     # a context serves several questions
     "squad": Source(
-        hub="rajpurkar/squad", hub_columns=answers.COLUMNS, folders=("squad", "squad_v1_xquad_en"), **SPANS,
+        hub="rajpurkar/squad", hub_columns=SPAN_COLUMNS, folders=("squad", "squad_v1_xquad_en"), **SPANS,
         license="CC BY-SA 4.0",
     ),
     # there is nothing to train with but what was meant for validation; the main revision is a script
     "mlqa": Source(
-        hub="facebook/mlqa", config="mlqa.en.en", revision="refs/convert/parquet", hub_columns=answers.COLUMNS,
+        hub="facebook/mlqa", config="mlqa.en.en", revision="refs/convert/parquet", hub_columns=SPAN_COLUMNS,
         folders=("mlqa", "mlqa_en_dev"), pool="validation", **SPANS, license="CC BY-SA 3.0",
     ),
     # the hub's copies have the labels in the other order, so they are read by name
@@ -244,7 +244,7 @@ def load_task(
     A cut takes a tenth of the texts (of a small set up to a quarter, until 256) and at most 2,048, stratified by label,
     by the hash of their text, whatever the order of the rows. A text that occurs in several splits stays in the last
     of train, calibration, dev, test; `Task.dropped` counts the others. In QNLI and BoolQ the passage alone decides, of
-    spans the context. Spans are data in SQuAD's format (see `jaxprune.data.answers`); rows without an answer, or whose
+    spans the context. Spans are data in SQuAD's format (see `jaxprune.data.splits`); rows without an answer, or whose
     answers are not where they say, are left out and counted.
 
     Args:
@@ -279,7 +279,7 @@ def load_task(
         label = source.hub_label if hub or source.spans else "label"
     elif label is None:
         first = next(iter(records.values())).columns
-        label = answers.COLUMN if answers.COLUMN in first and "label" not in first else "label"
+        label = ANSWERS if ANSWERS in first and "label" not in first else "label"
     columns = text_columns(records, wanted, label)
     shown = {split: found for split, found in records.items() if not is_hidden(found, label)}
     if not shown:

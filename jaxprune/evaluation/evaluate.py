@@ -12,10 +12,10 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from jaxprune.data.answers import squad
 from jaxprune.data.batches import IGNORED, Batch, Encoded, encode, pack
 from jaxprune.data.prompts import Prompt, prompt_of
 from jaxprune.data.spans import find_spans, text_of
+from jaxprune.data.splits import squad
 from jaxprune.data.tasks import Example, Task, draw, row_key
 from jaxprune.evaluation.generation import generate
 from jaxprune.evaluation.likelihood import candidates_in, rank

@@ -17,37 +17,37 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.models.inputs import INPUTS, encoder_inputs, model_inputs
 from jaxprune.models.layers import TokenReduction, sum_tokens
 from jaxprune.models.running import (
-    Layer,
-    advance,
-    block_compiled,
-    check_intervention,
-    embed_compiled,
-    enter,
-    entry_key,
-    layer_entries,
-    layer_keys,
-    mask_of,
-    model_layers,
-    readout_compiled,
-    readout_mask,
-    repeat_rows,
-    values_compiled,
-)
-from jaxprune.models.states import (
+    INPUTS,
     Cache,
     Decoding,
     KeysValues,
+    Layer,
     Mask,
     Masks,
     Places,
     Stack,
     State,
+    advance,
+    block_compiled,
+    check_intervention,
+    embed_compiled,
+    encoder_inputs,
+    enter,
+    entry_key,
     hidden_of,
+    layer_entries,
+    layer_keys,
+    mask_of,
+    model_inputs,
+    model_layers,
     own_mask,
     part,
+    readout_compiled,
+    readout_mask,
+    repeat_rows,
+    values_compiled,
 )
 from jaxprune.models.tokenizer import read_tokenizer
 from jaxprune.units import UNITS, AxisTable, Gates, Params

@@ -18,14 +18,14 @@ from jaxprune.data.splits import Example
 from jaxprune.data.tasks import Task
 from jaxprune.evaluation.evaluate import evaluate
 from jaxprune.models import Model
-from jaxprune.pruning.origin import origin_of, scored_rows
+from jaxprune.pruning.record import origin_of, scored_rows
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.activations import calibration_means, zero
-from jaxprune.scoring.agreement import spearman
+from jaxprune.scoring.baselines import Removal
 from jaxprune.scoring.objectives import gold
-from jaxprune.scoring.removal import Removal
 from jaxprune.scoring.run import score
 from jaxprune.scoring.scores import Scores
+from jaxprune.scoring.stability import spearman
 from jaxprune.units import Params
 
 PASS, FAIL, UNDECIDED, NOT_APPLICABLE = "pass", "fail", "undecided", "does not apply"

@@ -32,8 +32,15 @@ from jaxprune.sparse.optimizer import SparsifyState, sparsify
 from jaxprune.sparse.patterns import Pattern, Unstructured
 from jaxprune.sparse.saliency import WeightCriterion, WeightMagnitude
 from jaxprune.sparse.schedules import Schedule
-from jaxprune.training.curriculum import PROJECTION, Distillation, initialise_projection, without_projection
-from jaxprune.training.distillation import distil_step, joint_loss, start_student
+from jaxprune.training.distillation import (
+    PROJECTION,
+    Distillation,
+    distil_step,
+    initialise_projection,
+    joint_loss,
+    start_student,
+    without_projection,
+)
 from jaxprune.training.loop import Step, TrainingState, decayed, read_state, run_steps, write_state
 from jaxprune.units import Params
 

@@ -3,6 +3,18 @@
 Integrated gradients along the straight path from the gates that were selected to all gates open. What they give to the
 units that were closed sums to what the objective really lost, example by example, up to the quadrature. The same path
 says what the units that stay are worth to what is left.
+
+What a selection is predicted to lose of the objective, from a score file alone: a sum over the units that go.
+
+An *estimate* is the sum of their attributions, with signs. It takes the units' losses to add up, which they do not:
+what was really lost is known by a receipt (`jaxprune.pruning.loss`). *At most* is the sum of the attributions'
+sizes: it bounds the estimate, not the truth. Scores that attribute no objective, such as magnitudes, predict nothing.
+
+Looks at what a selection really loses, and selects again at the same budget, round by round.
+
+Scores are made where all units are open, or on a path from none; what counts is what a unit is worth beside those that
+stay. A receipt knows: along its path, from the selected gates to open ones, it measures the slope of every unit. Where
+a removed unit's is larger than a kept one's, the two should change places.
 """
 
 from __future__ import annotations
@@ -23,21 +35,23 @@ from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
 from jaxprune.models.backward import forward
 from jaxprune.scoring.activations import calibration_means, zero
-from jaxprune.scoring.attribution import Measured
-from jaxprune.scoring.integration import gauss_legendre, quadrature
+from jaxprune.scoring.attribution import Measured, gauss_legendre, quadrature
 from jaxprune.scoring.objectives import (
     ExampleReduction,
     Labels,
     Objective,
     absolute,
     gold,
+    key_or_default,
     objective_for,
+    questions,
     signed,
+    squared,
     value_and_cotangent,
     weigh,
 )
-from jaxprune.scoring.questions import key_or_default, questions
 from jaxprune.scoring.run import score_batches
+from jaxprune.scoring.scores import Scores
 from jaxprune.units import Gates, Params, check_gates
 
 WORTH = "worth:"  # before a site's name: what all its units are worth along the path
@@ -233,3 +247,187 @@ def _more(total: Gates, slopes: Gates, weight: Any) -> Gates:
 def _closed_alone(slopes: Gates, selected: Gates) -> Gates:
     """Each slope times the way that its gate goes: 0 where it is open."""
     return {name: slopes[name] * (1.0 - gate) for name, gate in selected.items()}
+
+
+MEANINGS = {  # criterion -> what its sum over several units is
+    "IntegratedGradients": "what the removed units take on the path from closed to open gates",
+    "GradientActivation": "first order, at open gates",
+    "Taylor": "first order, at open gates",
+    "Fisher": "first order, at open gates",
+    "LeaveOneOut": "the removed heads one at a time, all else open",
+}
+
+
+class Prediction(NamedTuple):
+    """What closing units is predicted to lose, mean over the examples, in units of the objective."""
+
+    units: Mapping[str, np.ndarray] | None  # lost with every unit that goes, 0 where it stays; None: no estimate
+    sizes: Mapping[str, np.ndarray] | None  # at most that; None: not known
+    everything: float | None  # lost if all scored units go, which is measured; None: not known
+    meaning: str  # what the numbers are, or why there are none
+
+    @property
+    def total(self) -> float | None:
+        """The estimate for all units together."""
+        return None if self.units is None else sum(by_layer(self.units).values())
+
+    @property
+    def at_most(self) -> float | None:
+        """What bounds the size of the estimate."""
+        return None if self.sizes is None else sum(by_layer(self.sizes).values())
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values: in total, by layer and by module."""
+        found: dict[str, Any] = {"estimate": self.total, "at_most": self.at_most, "everything": self.everything}
+        for name, sums in (("layers", by_layer), ("modules", by_module)):
+            own = {
+                part: {} if units is None else sums(units)
+                for part, units in (("estimate", self.units), ("at_most", self.sizes))
+            }
+            keys = dict.fromkeys([*own["estimate"], *own["at_most"]])
+            found[name] = {key: {part: values.get(key) for part, values in own.items()} for key in keys}
+        return found | {"meaning": self.meaning}
+
+
+def predict_loss(scores: Scores, gates: Mapping[str, Any]) -> Prediction:
+    """Predicts what closing units loses of the objective that was scored; nothing is computed but sums.
+
+    The signs stand in the file beside the scores, or are the scores' own (`examples=signed`); files of format 2 and
+    before have lost them unless they are. If a path starts at `start > 0`, its attributions are of a part of the way,
+    and are divided by `1 - start`. How far the estimate would be another one with other examples cannot be told: the
+    variances in the file are those of single units, whose attributions vary together.
+
+    Args:
+        scores: The scores, of any criterion.
+        gates: Those of `select`: 1 where a unit stays, 0 where it goes. A site without scores has no prediction.
+
+    Returns:
+        The prediction, without numbers where there is none.
+
+    Raises:
+        ValueError: If the gates are not of the sites and units that were scored.
+    """
+    criterion = scores.header["criterion"]
+    wrong = [
+        name
+        for name, value in scores.values.items()
+        if name not in gates or np.asarray(gates[name]).shape != np.asarray(value).shape
+    ]
+    if wrong:
+        raise ValueError(f"the gates do not fit the scores of {', '.join(wrong[:6])}: select by these scores.")
+    if criterion["name"] not in MEANINGS:
+        return Prediction(None, None, None, f"{criterion['name']} attributes no objective to units")
+    if (tokens := criterion.get("tokens", "sum_tokens")) != "sum_tokens":
+        return Prediction(None, None, None, f"scores reduced over tokens by {tokens} are no attributions")
+    closed = {name: 1.0 - np.asarray(gates[name], np.float64) for name in scores.values}
+    share, reduction = part_of_way(scores), criterion.get("examples")
+
+    def lost(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return {name: closed[name] * np.asarray(value, np.float64) / share for name, value in values.items()}
+
+    own = scores.values if reduction == signed.name else scores.signed
+    units = None if own is None else lost(own)
+    sizes = None
+    if reduction == absolute.name:
+        sizes = lost(scores.values)
+    elif reduction == squared.name:  # the mean size is at most the root of the mean square
+        roots = {name: np.sqrt(np.maximum(np.asarray(own, np.float64), 0.0)) for name, own in scores.values.items()}
+        sizes = lost(roots)
+    meaning = MEANINGS[criterion["name"]]
+    if units is None:
+        meaning += "; without signs, which this score file has not kept: score again for an estimate"
+    return Prediction(units, sizes, _everything(scores), meaning)
+
+
+def part_of_way(scores: Scores) -> float:
+    """The part of the way from a closed to an open gate that attributions are of: less than 1 if a path starts late."""
+    start = scores.header["criterion"].get("start", 0.0)
+    if not isinstance(start, int | float) or not 0 <= start < 1:
+        raise ValueError(f"start in the header of the scores must lie in [0, 1), got {start!r}: score again.")
+    return 1.0 - start
+
+
+def _everything(scores: Scores) -> float | None:
+    """What closing all scored units loses: one joint path that starts at closed gates has measured it at its ends."""
+    criterion, found = scores.header["criterion"], scores.header["completeness"]
+    whole = criterion.get("path") == "joint" and part_of_way(scores) == 1.0
+    return float(found["expected"]) if found is not None and whole else None
+
+
+Choose = Callable[[dict[str, np.ndarray]], Gates]  # scores by site -> gates, such as a partial of `select`
+Account = Callable[[Gates], Receipt]  # gates -> what they lose, such as a partial of `loss_receipt`
+
+
+class Round(NamedTuple):
+    """One selection and what it loses."""
+
+    gates: Gates
+    receipt: Receipt
+    changed: int  # units that are closed here and were open in the round before, or the other way round
+
+
+class Reselection(NamedTuple):
+    """All rounds, the first selection among them."""
+
+    rounds: tuple[Round, ...]
+    best: int  # the round that loses least, the first of equals
+
+    @property
+    def gates(self) -> Gates:
+        """The selection that loses least."""
+        return self.rounds[self.best].gates
+
+    @property
+    def receipt(self) -> Receipt:
+        """And what it loses."""
+        return self.rounds[self.best].receipt
+
+
+def reselect(
+    scores: Mapping[str, Any],
+    choose: Choose,
+    account: Account,
+    *,
+    rounds: int = 3,
+    progress: Callable[[int, int], None] | None = None,
+) -> Reselection:
+    """Selects, looks at the true loss, merges what it shows with the scores, and selects again.
+
+    The scores of round `t` are the mean of the first ones and of what the units were worth in the `t` receipts so far.
+    It ends after `rounds`, or as soon as a selection has occurred before. The result never loses more than the first
+    selection, on the rows of the account; that is no promise for other rows.
+
+    Args:
+        scores: The first scores, in units of the objective, reduced over the examples as the receipts' `worth` is.
+        choose: Selects by scores, always at the same budget.
+        account: Makes the receipt of a selection, always on the same rows.
+        rounds: The most re-selections.
+        progress: Called with the number of receipts that are made, and the most there can be.
+
+    Returns:
+        All rounds, and which of them lost least.
+
+    Raises:
+        ValueError: If `rounds` is below 1.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}.")
+    sums = {name: np.asarray(value, np.float64) for name, value in scores.items()}
+    done: list[Round] = []
+    while len(done) <= rounds:
+        gates = choose({name: total / (len(done) + 1) for name, total in sums.items()})
+        if any(_changed(gates, own.gates) == 0 for own in done):
+            break
+        receipt = account(gates)
+        done.append(Round(gates, receipt, _changed(gates, done[-1].gates) if done else 0))
+        if progress is not None:
+            progress(len(done), rounds + 1)
+        sums = {name: total + np.asarray(receipt.worth[name], np.float64) for name, total in sums.items()}
+    if progress is not None:
+        progress(rounds + 1, rounds + 1)
+    return Reselection(tuple(done), min(range(len(done)), key=lambda i: done[i].receipt.lost))
+
+
+def _changed(gates: Gates, others: Gates) -> int:
+    """Units whose gates differ."""
+    return sum(int((np.asarray(gate) != np.asarray(others[name])).sum()) for name, gate in gates.items())
