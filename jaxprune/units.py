@@ -43,6 +43,13 @@ Gates: TypeAlias = dict[str, jax.Array]  # site name -> [units] (or [batch, unit
 AxisTable: TypeAlias = Mapping[str, tuple[str, ...]]  # "layers.*.ffn.up.kernel" -> ("embed", "neurons")
 
 
+class Intervention(NamedTuple):
+    """What is done to the units of a model while it runs."""
+
+    gates: Gates | None = None  # None: all are open
+    means: Gates | None = None  # what closed units are replaced by; None: zero
+
+
 class Site(NamedTuple):
     """A place where the units of one kind are gated."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -367,6 +367,24 @@ def remove_leaks(tasks: Sequence[Task]) -> tuple[tuple[Task, ...], dict[tuple[st
         for task in tasks
     ]
     return tuple(cleaned), dict(+counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows of a task that are read, and how they are batched; every function that reads rows takes these."""
+
+    examples: int | tuple[Example, ...] | None = None  # how many to draw, or the rows; None: as many as is usual
+    split: str | None = None  # None: the calibration rows to score and to repair with, the test rows to evaluate
+    key: int | jax.Array = 0  # a seed or a `jax.random.key`, for the draw and for what else is random
+    exclude: Collection[str] = ()  # keys of rows (`row_key`) that are left out
+    batch_size: int = 32
+    max_length: int | None = None  # tokens to which a text is cut; None: 128, for spans 384, or all the model reads
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {self.max_length}.")
 
 
 def draw(
