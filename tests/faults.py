@@ -128,7 +128,7 @@ def _serve() -> None:
     import transformers.models.bert  # its parts are imported when they are asked for
 
     from jaxprune.cli import workflow  # noqa: F401
-    from jaxprune.cli.render import report  # noqa: F401
+    from jaxprune.cli.render import tables  # noqa: F401
     from jaxprune.scoring import (
         attribution,  # noqa: F401
         baselines,  # noqa: F401

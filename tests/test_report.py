@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from rich.console import Console
 
-from jaxprune.cli.render import pictures, receipt_report, report
+from jaxprune.cli.render import pictures, tables
 from jaxprune.cli.render.cards import model_card
 
 LATENCY = {"batch": 32, "length": 24, "median": 0.0614, "p95": 0.0702, "device": "2-core CPU", "speedup": 1.0}
@@ -66,7 +66,7 @@ def text(table) -> list[str]:
 
 
 def test_before_and_after():
-    lines = text(report.before_after_table(PRUNED))
+    lines = text(tables.before_after_table(PRUNED))
     assert "accuracy, % (chance 50.9) 91.2 89.3" in lines
     assert "f1, % 90.0 88.0" in lines
     assert "units: heads and neurons 9,288 4,644 50.0 %" in lines
@@ -75,14 +75,14 @@ def test_before_and_after():
     assert "latency, ms, 32 x 24 tokens 61.40 33.00 1.86 x" in lines
     assert "95th percentile 70.20 41.00" in lines
     assert "sst2, 1,821 test examples" in lines
-    assert "2-core CPU" in " ".join(report.before_after_notes(PRUNED))
+    assert "2-core CPU" in " ".join(tables.before_after_notes(PRUNED))
 
 
 def test_before_and_after_without_what_was_not_measured():
     short = {name: value for name, value in BEFORE.items() if name not in ("latency", "evaluation", "file_bytes")}
-    lines = text(report.before_after_table(PRUNED | {"before": short, "after": short}))
+    lines = text(tables.before_after_table(PRUNED | {"before": short, "after": short}))
     assert {line.split()[0] for line in lines} & {"latency,", "accuracy,", "weights"} == set()
-    assert len(report.before_after_notes({"before": short})) == 1
+    assert len(tables.before_after_notes({"before": short})) == 1
 
 
 PREDICTED = {
@@ -108,11 +108,11 @@ RECEIPT = {
 
 
 def test_a_receipt_shows_prediction_beside_truth():
-    lines = text(receipt_report.receipt_table(RECEIPT))
+    lines = text(tables.receipt_table(RECEIPT))
     assert lines[0] == "sst2: log probability lost, mean of 128 examples"
     assert "layer predicted lost" in lines
     assert "0 0.0300 0.0200" in lines and "all 0.0512 0.0396" in lines
-    notes = " ".join(" ".join(receipt_report.receipt_notes(RECEIPT)).split())
+    notes = " ".join(" ".join(tables.receipt_notes(RECEIPT)).split())
     for part in ("first order. Their sizes sum to 1.2300. All scored units together lose 0.3960.", "by 0.0012 (mean)"):
         assert part in notes
     assert "lost 0.0500, then 0.0396 (848) (units that changed places); re-selection 1 is kept" in notes
@@ -120,28 +120,28 @@ def test_a_receipt_shows_prediction_beside_truth():
 
 def test_a_receipt_without_signs_and_without_a_prediction():
     sizes = PREDICTED | {"estimate": None, "everything": None}
-    assert "all 1.2300 0.0396" in text(receipt_report.receipt_table(RECEIPT | {"prediction": sizes}))
+    assert "all 1.2300 0.0396" in text(tables.receipt_table(RECEIPT | {"prediction": sizes}))
     none = sizes | {"at_most": None, "layers": {}, "meaning": "Magnitude attributes no objective to units"}
     again = RECEIPT | {"prediction": none, "rounds": None, "best": None}
-    assert "layer lost" in (lines := text(receipt_report.receipt_table(again))) and "all 0.0396" in lines
-    assert receipt_report.receipt_notes(again)[0].startswith("No prediction of the loss: Magnitude")
-    assert len(receipt_report.receipt_notes(again)) == 2
+    assert "layer lost" in (lines := text(tables.receipt_table(again))) and "all 0.0396" in lines
+    assert tables.receipt_notes(again)[0].startswith("No prediction of the loss: Magnitude")
+    assert len(tables.receipt_notes(again)) == 2
 
 
 def test_nothing_left_has_no_speedup():
     empty = PRUNED | {"after": AFTER | {"flops": 0.0}, "speedup": {"theoretical": None, "measured": []}}
-    assert "MFLOPs, 23.75 tokens 519.4 0.0 50.0 %" in text(report.before_after_table(empty))
+    assert "MFLOPs, 23.75 tokens 519.4 0.0 50.0 %" in text(tables.before_after_table(empty))
 
 
 def test_evaluations():
-    lines = text(report.evaluation_table([BEFORE["evaluation"], BEFORE["evaluation"] | {"truncated": 7}], "both"))
+    lines = text(tables.evaluation_table([BEFORE["evaluation"], BEFORE["evaluation"] | {"truncated": 7}], "both"))
     assert "sst2 test 1,821 accuracy 91.2, f1 90.0 50.9" in lines
     assert "sst2 test 1,821 (7 cut) accuracy 91.2, f1 90.0 50.9" in lines
     assert lines[0] == "both"
 
 
 def test_a_comparison_puts_the_chosen_task_apart():
-    lines = text(report.comparison_table(ROWS, ("dense", "random"), "sst2"))
+    lines = text(tables.comparison_table(ROWS, ("dense", "random"), "sst2"))
     assert "sst2 384 90.0 61.0 50.0" in lines
     assert "qnli 150 80.0 50.0 52.0" in lines
 
@@ -159,11 +159,11 @@ def test_scores():
         "units": 9_288,
         "sites": 12,
     }
-    lines = text(report.scores_table(record))
+    lines = text(tables.scores_table(record))
     assert "nodes 8" in lines
     assert "kinds heads, neurons" in lines
     assert "completeness error 0.002 of 0.4 (0.5 %), means over the examples" in lines
-    none = text(report.scores_table(record | {"examples": 0, "completeness": None}))
+    none = text(tables.scores_table(record | {"examples": 0, "completeness": None}))
     assert "examples none are read" in none
 
 
@@ -180,12 +180,12 @@ SWEPT = {
 
 
 def test_a_sweep():
-    (table,) = report.sweep_tables(SWEPT)
+    (table,) = tables.sweep_tables(SWEPT)
     lines = text(table)
     assert lines[0] == "sst2: accuracy, %; dense 92.0, chance 50.0, n = 126"
     assert "taylor 49.0 % 48.0 % 2 85.0 80.0 90.0" in lines
     assert "magnitude 49.0 % 48.0 % 1 60.0 60.0 60.0" in lines
-    assert report.sweep_note(SWEPT) == "Tested on split dev: to choose by; report on test."
+    assert tables.sweep_note(SWEPT) == "Tested on split dev: to choose by; report on test."
 
 
 LAYER = {
@@ -212,13 +212,13 @@ INSPECTED = {
 
 
 def test_an_inspection():
-    lines = text(report.inspection_table(INSPECTED))
+    lines = text(tables.inspection_table(INSPECTED))
     assert "11 12 264/3,072 11,812,864 14.2 8.15e-07 11.2" in lines
     assert "all 192/384 49,152/98,304 311,812,864 14.2 8.15e-07 11.2" in lines
-    assert "Task heads: none. Parameters and FLOPs of heads and neurons, 18.56 tokens." in report.inspection_note(
+    assert "Task heads: none. Parameters and FLOPs of heads and neurons, 18.56 tokens." in tables.inspection_note(
         INSPECTED
     )
-    without = text(report.inspection_table(INSPECTED | {"scores": None, "pruned": None}))
+    without = text(tables.inspection_table(INSPECTED | {"scores": None, "pruned": None}))
     assert "11 12 264/3,072 11,812,864 14.2" in without
 
 
@@ -262,7 +262,7 @@ def test_a_model_card_says_what_was_cut_and_what_it_costs():
     assert ["MFLOPs, 23.75 tokens", "519.4", "259.7", "50.0 %", "2.00 x"] in rows
     assert ["accuracy, % (chance 50.9)", "91.2", "89.3", "", ""] in rows
     assert ["0.ffn.neurons", "1,536", "768"] in rows
-    terminal = [line for line in text(report.before_after_table(PRUNED)) if not line.startswith(("before", "──"))]
+    terminal = [line for line in text(tables.before_after_table(PRUNED)) if not line.startswith(("before", "──"))]
     assert [" ".join(" ".join(row).split()) for row in rows if len(row) == 5][1:] == terminal
     content = " ".join(token.content for token in tokens)
     for word in ("128 calibration examples", "`nodes 8`", "`flops 0.5, per_layer True", "evaluate FOLDER --task sst2"):
@@ -349,6 +349,6 @@ def test_a_picture_is_drawn(tmp_path, variants):
 
 
 def test_tables_need_neither_arrays_nor_matplotlib():
-    code = "import sys, jaxprune.cli.render.report; print(*{name.split('.')[0] for name in sys.modules})"
+    code = "import sys, jaxprune.cli.render.tables; print(*{name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) & {"jax", "numpy", "matplotlib"} == set()

@@ -84,13 +84,13 @@ def score(
     """
     with terminal.working() as bars:
         from jaxprune.cli import workflow
-        from jaxprune.cli.render import confidence, report
+        from jaxprune.cli.render import tables
 
         how = replace(scoring.build(settings, head, batches), until_stable=until_stable)
         memory = terminal.digests_folder()
         record = workflow.score_model(model, rows.of(task), output, how, overwrite=overwrite, memory=memory, watch=bars)
     lines = (f"Scores: {output}", f"Next:   jaxprune prune {model} --scores {output} --flops 0.5 -o smaller")
-    terminal.show(record, report.scores_table(record), *confidence.stability_tables(record), *lines, as_json=as_json)
+    terminal.show(record, tables.scores_table(record), *tables.stability_tables(record), *lines, as_json=as_json)
 
 
 @app.command()
@@ -155,7 +155,7 @@ def prune(
         from jaxprune.cli import pruning, workflow
         from jaxprune.cli import rounds as in_rounds
         from jaxprune.cli import together as several_tasks
-        from jaxprune.cli.render import receipt_report, report
+        from jaxprune.cli.render import tables
 
         measuring = workflow.Measuring(
             evaluate=evaluate,
@@ -183,14 +183,14 @@ def prune(
         else:
             one = scored[0] if isinstance(scored, list) else scored
             record = pruning.prune_model(model, output, chosen, scored=one, data=data[0] if data else None, **how)
-    lines = [*report.before_after_notes(record), *report.headless_notes(record)]
-    for own in receipt_report.receipts_of(record):
-        lines += [receipt_report.receipt_table(own), *receipt_report.receipt_notes(own)]
+    lines = [*tables.before_after_notes(record), *tables.headless_notes(record)]
+    for own in tables.receipts_of(record):
+        lines += [tables.receipt_table(own), *tables.receipt_notes(own)]
     lines += ["", f"Model:  {output}"]
     if not scores:
         files = ", ".join(own["scores"] for own in record.get("tasks", [record]))
         lines.append(f"Scores: {files} (other budgets: --scores)")
-    terminal.show(record, report.before_after_table(record), *lines, as_json=as_json)
+    terminal.show(record, tables.before_after_table(record), *lines, as_json=as_json)
 
 
 @app.command()
@@ -217,13 +217,13 @@ def share(
     """
     with terminal.working() as bars:
         from jaxprune.cli import sharing
-        from jaxprune.cli.render import report
+        from jaxprune.cli.render import tables
 
         how = {"tables": budget.tables(), "overwrite": overwrite, "watch": bars}
         record = sharing.share_model(model, scores, selection.build(budget), output, **how)
     folder, task = record["output"], record["tasks"][0]["task"]
-    lines = (report.share_note(record), "", f"Next: jaxprune inspect {folder}#{task}")
-    terminal.show(record, report.share_table(record), *lines, as_json=as_json)
+    lines = (tables.share_note(record), "", f"Next: jaxprune inspect {folder}#{task}")
+    terminal.show(record, tables.share_table(record), *lines, as_json=as_json)
 
 
 @app.command()
@@ -243,11 +243,11 @@ def plan(
     """
     with terminal.working() as bars:
         from jaxprune.cli import planning
-        from jaxprune.cli.render import forecast
+        from jaxprune.cli.render import tables
 
         chosen, memory = selection.build(budget), terminal.digests_folder()
         record = planning.plan_model(model, scores, chosen, tables=budget.tables(), memory=memory, watch=bars)
-    terminal.show(record, *forecast.plan_tables(record), *forecast.plan_notes(record), as_json=as_json)
+    terminal.show(record, *tables.plan_tables(record), *tables.plan_notes(record), as_json=as_json)
 
 
 for command in (
@@ -278,12 +278,12 @@ def pack(
         if unpack and values != "exact":
             raise ValueError("--values says how to pack, but --unpack writes a dense file: give one of them.")
         from jaxprune.cli import storage
-        from jaxprune.cli.render import report
+        from jaxprune.cli.render import tables
 
         how = {"values": None if unpack else values, "dtype": "float16" if half else None, "overwrite": overwrite}
         record = storage.pack_model(model, output, **how)
-    lines = (report.storage_note(record), f"Model: {output}")
-    terminal.show(record, report.storage_table(record), *lines, as_json=as_json)
+    lines = (tables.storage_note(record), f"Model: {output}")
+    terminal.show(record, tables.storage_table(record), *lines, as_json=as_json)
 
 
 @app.command()
@@ -301,16 +301,16 @@ def demo(
     """
     with terminal.working() as bars:
         from jaxprune.cli import demo
-        from jaxprune.cli.render import report
+        from jaxprune.cli.render import tables
 
         record = demo.demo(output, chosen=task, source=model, data=data, watch=bars)
-    tables = (
-        report.comparison_table(record["tasks"], demo.VARIANTS, record["task"]),
-        report.before_after_table(record),
+    shown = (
+        tables.comparison_table(record["tasks"], demo.VARIANTS, record["task"]),
+        tables.before_after_table(record),
     )
     files = (f"{title.capitalize() + ':':9}{file}" for title, file in record["files"].items())
     terminal.show(
-        record, *tables, demo.explain(record), "", *files, "", "Next:", *demo.next_steps(record), as_json=as_json
+        record, *shown, demo.explain(record), "", *files, "", "Next:", *demo.next_steps(record), as_json=as_json
     )
 
 

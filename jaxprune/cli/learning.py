@@ -228,7 +228,7 @@ def finetune(
     """
     with terminal.working() as bars:
         from jaxprune.cli import workflow
-        from jaxprune.cli.render import report
+        from jaxprune.cli.render import tables
         from jaxprune.training.finetuning import Recipe
 
         recipe = Recipe(
@@ -253,7 +253,7 @@ def finetune(
             watch=bars,
         )
     best = record["best_epoch"]
-    table = report.evaluation_table(record["epochs"][best - 1], f"epoch {best}, the best on dev")
+    table = tables.evaluation_table(record["epochs"][best - 1], f"epoch {best}, the best on dev")
     terminal.show(record, table, f"Model: {output}", as_json=as_json)
 
 
@@ -363,11 +363,11 @@ def _teach(
 
 
 def _show(record: dict[str, Any], output: Path, as_json: bool) -> None:
-    from jaxprune.cli.render import student_report
+    from jaxprune.cli.render import tables
 
-    tables = student_report.exams_table(record), student_report.student_table(record)
-    lines = (student_report.student_note(record), f"Model: {output}")
-    terminal.show(record, *tables, *lines, as_json=as_json)
+    shown = tables.exams_table(record), tables.student_table(record)
+    lines = (tables.student_note(record), f"Model: {output}")
+    terminal.show(record, *shown, *lines, as_json=as_json)
 
 
 @terminal.grouped
@@ -400,7 +400,7 @@ def augment(
             copies=copies, probability=probability, candidates=candidates, frequent=frequent, seed=seed
         )
         record = augment_model(model, rows.of(task), output, settings, overwrite=overwrite, watch=bars)
-    from jaxprune.cli.render import student_report
+    from jaxprune.cli.render import tables
 
     line = f"Data:   {output}, for --data; task {record['task']}"
-    terminal.show(record, student_report.augmentation_table(record), line, as_json=as_json)
+    terminal.show(record, tables.augmentation_table(record), line, as_json=as_json)

@@ -64,7 +64,7 @@ def sweep(
     """
     with terminal.working() as bars:
         from jaxprune.cli import sweep, workflow
-        from jaxprune.cli.render import report
+        from jaxprune.cli.render import tables
 
         record = sweep.sweep_model(
             model,
@@ -81,7 +81,7 @@ def sweep(
             watch=bars,
         )
     files = (f"{title.capitalize() + ':':10}{', '.join(names)}" for title, names in record["files"].items())
-    terminal.show(record, *report.sweep_tables(record), report.sweep_note(record), "", *files, as_json=as_json)
+    terminal.show(record, *tables.sweep_tables(record), tables.sweep_note(record), "", *files, as_json=as_json)
 
 
 def inspect(
@@ -100,11 +100,11 @@ def inspect(
     """
     with terminal.working():
         from jaxprune.cli import inspection
-        from jaxprune.cli.render import report
+        from jaxprune.cli.render import tables
 
         record = inspection.inspect_model(model, scores=scores, picture=picture, dark=dark, overwrite=overwrite)
-    lines = [report.inspection_note(record)] + ([] if picture is None else [f"Picture: {picture}"])
-    terminal.show(record, report.inspection_table(record), *lines, as_json=as_json)
+    lines = [tables.inspection_note(record)] + ([] if picture is None else [f"Picture: {picture}"])
+    terminal.show(record, tables.inspection_table(record), *lines, as_json=as_json)
 
 
 def compare(
@@ -123,12 +123,12 @@ def compare(
     """
     with terminal.working():
         from jaxprune.cli import comparison
-        from jaxprune.cli.render import report
+        from jaxprune.cli.render import tables
 
         kept = read_fractions("--fractions", fractions)
         record = comparison.compare_scores(scores, fractions=kept, picture=picture, dark=dark, overwrite=overwrite)
-    lines = [report.overlap_note(record)] + ([] if picture is None else [f"Picture: {picture}"])
-    terminal.show(record, *report.overlap_tables(record), *lines, as_json=as_json)
+    lines = [tables.overlap_note(record)] + ([] if picture is None else [f"Picture: {picture}"])
+    terminal.show(record, *tables.overlap_tables(record), *lines, as_json=as_json)
 
 
 @terminal.grouped
@@ -161,7 +161,7 @@ def check(
     """
     with terminal.working() as bars:
         from jaxprune.cli.checking import check_model
-        from jaxprune.cli.render import confidence
+        from jaxprune.cli.render import tables
         from jaxprune.pruning import checks
 
         checking = checks.Checking(
@@ -178,7 +178,7 @@ def check(
         how = {"picture": picture, "dark": dark, "overwrite": overwrite, "watch": bars}
         record = check_model(model, scores, rows.of(task), checking, **how)
     lines = [f"Verdict: {record['verdict']}"] + ([] if picture is None else [f"Picture: {picture}"])
-    terminal.show(record, *confidence.check_tables(record), *lines, as_json=as_json)
+    terminal.show(record, *tables.check_tables(record), *lines, as_json=as_json)
     if record["verdict"] == checks.FAIL:
         raise typer.Exit(1)
 
@@ -201,10 +201,10 @@ def evaluate(
     """
     with terminal.working() as bars:
         from jaxprune.cli import workflow
-        from jaxprune.cli.render import report
+        from jaxprune.cli.render import tables
 
         measuring = workflow.Measuring(head=head, limit=limit, **asdict(batches))
         record = workflow.evaluate_model(
             model, [rows.of(name) for name in task], split=split, generated=generate, measuring=measuring, watch=bars
         )
-    terminal.show(record, report.evaluation_table(record["results"]), as_json=as_json)
+    terminal.show(record, tables.evaluation_table(record["results"]), as_json=as_json)

@@ -13,7 +13,7 @@ from jaxprune.checkpoints.folder import as_loaded, load, model_digest, save
 from jaxprune.checkpoints.shared import pruning_of, split_task
 from jaxprune.cli.render.cards import CARD, LEARNED, student_card
 from jaxprune.cli.render.pictures import teaching_picture
-from jaxprune.cli.render.student_report import exam_line
+from jaxprune.cli.render.tables import exam_line
 from jaxprune.cli.workflow import Data, Measuring, Watch, check_folder, load_rows, measure
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import Task, remove_leaks

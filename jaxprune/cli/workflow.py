@@ -17,7 +17,7 @@ import numpy as np
 from jaxprune.checkpoints.folder import check_destination, digest_keeper, load, model_digest, save
 from jaxprune.checkpoints.tensors import FLOATS
 from jaxprune.checkpoints.weights import open_tensors
-from jaxprune.cli.render.report import evaluation_table
+from jaxprune.cli.render.tables import evaluation_table
 from jaxprune.data.batches import default_length, within_reach
 from jaxprune.data.prompts import STYLES, fit, prompt_for, prompt_of, read_prompt
 from jaxprune.data.splits import MISPLACED, MISSING, digest

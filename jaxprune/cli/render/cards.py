@@ -6,16 +6,21 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 
-from jaxprune.cli.render.receipt_report import receipt_notes, receipt_rows, receipts_of
-from jaxprune.cli.render.report import (
+from jaxprune.cli.render.tables import (
     BEFORE_AFTER,
+    LOSSES,
+    STUDENT,
     Record,
     before_after_notes,
     before_after_sections,
     listed,
     plain,
+    receipt_notes,
+    receipt_rows,
+    receipts_of,
+    student_note,
+    student_sections,
 )
-from jaxprune.cli.render.student_report import LOSSES, STUDENT, student_note, student_sections
 
 CARD = "README.md"  # in the folder of a model
 LEARNED = "training.png"  # in that of a student: how it learned

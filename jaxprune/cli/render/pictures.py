@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from jaxprune.checkpoints.files import write_atomic
-from jaxprune.cli.render.report import Record, by_budget
+from jaxprune.cli.render.tables import Record, by_budget
 
 # Okabe and Ito, Color Universal Design, 2008: told apart with every kind of colour vision
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")

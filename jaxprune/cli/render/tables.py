@@ -1,7 +1,4 @@
-"""Tables and notes on results, and the model card. Nothing is measured here: records of plain values go in.
-
-Every table fits into 80 columns, and names its units.
-"""
+"""Tables and notes on results, for the terminal and the model card: plain records go in, 80 columns come out."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 Record = Mapping[str, Any]
 
@@ -451,3 +449,348 @@ def _times(ratio: float | None) -> str:
 
 def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:,.2f}"
+
+
+def stability_tables(record: Record) -> list[Table | str]:
+    """How far scores would change with other examples: a table, what it means, and what would be enough.
+
+    Args:
+        record: As from `score_model`. Of scores without stability only a line says so, or nothing if no example was
+            read.
+    """
+    found = record["stability"]
+    if found is None:
+        why = "the largest of the examples decides" if record["largest"] else "there are too few examples"
+        return [f"Stability: not known, {why}."] if record["examples"] else []
+    table = new_table("stability")
+    table.add_column("")
+    for heading in ("between\nhalves", "second\nrun", f"examples\nfor {found['target']:g}"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for fraction in found["fractions"]:
+        table.add_column(f"kept at\n{fraction:g}", justify="right", no_wrap=True)
+    for kind, own in found["kinds"].items():
+        wanted = "" if own["needed"] is None else f"{own['needed']:,}"
+        table.add_row(
+            kind, _two(own["spearman"]), _two(own["reliability"]), wanted, *(_two(value) for value in own["overlap"])
+        )
+        table.add_row("  chance", "", "", "", *(_two(value) for value in own["chance"]))
+    one, other = found["halves"]
+    note = (
+        f"between halves: Spearman's rank correlation of the scores of {one} and of {other} examples within a site, "
+        f"mean over the sites. second run: the same of all {one + other} and of as many others, estimated. kept at: "
+        "units that both halves keep, of those that either keeps (Jaccard)."
+    )
+    return [table, fill(note, 80), fill(_enough(record, found), 80)]
+
+
+def _enough(record: Record, found: Mapping[str, Any]) -> str:
+    """Whether there are enough examples, or how many more there should be."""
+    examples, own = found["examples"], record.get("until_stable")
+    target, reached = found["target"], found["reliability"]
+    if own is not None and reached is not None:
+        how = f"Stopped after {examples:,} of" if examples < own["most"] else "Scored all"
+        verdict = "reaches" if own["reached"] else "is below"
+        return f"{how} {own['most']:,} examples: {reached:.3f} {verdict} {target:g}.{_more(found)}"
+    if reached is not None and reached >= target:
+        return f"Stable: {reached:.3f} reaches {target:g}."
+    return f"Not stable at {target:g} with {examples:,} examples.{_more(found)}"
+
+
+def _more(found: Mapping[str, Any]) -> str:
+    if found["needed"] is None:
+        return " The halves do not agree at all, so no number can be told."
+    missing = found["needed"] - found["examples"]
+    return f" About {missing:,} more are needed for {found['target']:g}." if missing > 0 else ""
+
+
+def check_tables(record: Record) -> list[Table | str]:
+    """The checks with their verdicts and rules, and the quality while units are deleted.
+
+    Args:
+        record: As from `check_model`.
+    """
+    table = new_table(f"checks of {record['scores']}: {record['criterion']['name']}, {record['task']}")
+    table.add_column("check", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("beside", overflow="fold")
+    for own in record["checks"]:
+        style = {"pass": "green", "fail": "bold red"}.get(own["verdict"])
+        value = "" if own["value"] is None else f"{own['value']:.3g}"
+        table.add_row(own["name"], Text(own["verdict"], style=style or ""), value, _beside(own))
+    rules = dict.fromkeys(f"{own['name'].split()[0]}: {own['rule']}." for own in record["checks"])
+    facts = record["checks"][-1]["facts"]
+    curves = new_table(f"{facts['metric']}, %, of {facts['examples']:,} {facts['split']} rows with units deleted")
+    curves.padding = (0, 1, 0, 0)
+    curves.add_column("deleted")
+    for fraction in facts["fractions"]:
+        curves.add_column(f"{100 * fraction:.0f} %", justify="right", no_wrap=True)
+    random = [own for name, own in facts["curves"].items() if name.startswith("random")]
+    shown = {name: facts["curves"][name] for name in ("lowest first", "highest first")}
+    shown[f"random, mean of {len(random)}"] = [mean(values) for values in zip(*random, strict=True)]
+    for name, values in shown.items():
+        curves.add_row(name, *(f"{100 * value:.1f}" for value in values))
+    return [table, *(fill(rule, 80, subsequent_indent="  ") for rule in rules), curves]
+
+
+def _beside(own: Record) -> str:
+    """What the value of a check is to be read beside."""
+    facts = own["facts"]
+    if not facts:
+        return ""
+    if "curves" in facts:
+        areas = facts["areas"]
+        return (
+            f"random {facts['random']:.3g} (up to {facts['random_reaches']:.3g}), highest first "
+            f"{areas['highest first']:.3g}, dense {facts['dense']:.3g}, chance {facts['chance']:.3g}"
+        )
+    if "interval" in facts:
+        interval = facts["interval"]
+        between = "" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}; "
+        return f"{between}{facts['units']} units of {facts['sites']} sites, {facts['examples']} examples"
+    return f"error {facts['error']:.2g} of {facts['size']:.2g}"
+
+
+def plan_tables(record: Record) -> list[Table]:
+    """The layers that a budget would leave, and what all of it costs before and after."""
+    layers = Table(
+        title=f"{record['source']}: what would stay",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE,
+        pad_edge=False,
+    )
+    which = predicted_by(record["prediction"])
+    loss = [] if which is None else [f"loss {PREDICTED[which]}"]
+    for heading in ("layer", *(kind.replace("_", " ") for kind in record["kinds"]), "score kept", *loss):
+        layers.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
+    for row in record["layers"]:
+        if row is record["layers"][-1]:
+            layers.add_section()
+        units = (f"{kept:,}" if kept == had else f"{kept:,}/{had:,}" for kept, had in map(row.get, record["kinds"]))
+        kept = "" if row["score_kept"] is None else f"{100 * row['score_kept']:.1f} %"
+        own = record["prediction"] if row is record["layers"][-1] else record["prediction"]["layers"].get(row["layer"])
+        lost = [] if which is None else ["" if own is None else f"{own[which]:.4f}"]
+        layers.add_row(row["layer"], *units, kept, *lost)
+    costs = before_after_table(record)
+    if record["latency"] is not None:
+        found = record["latency"]["predicted"]
+        shape = f"{record['latency']['batch']} x {length_text(record['latency']['length'])}"
+        cells = (f"{1e3 * found['before']:,.2f}", f"{1e3 * found['after']:,.2f}", f"{100 * found['ratio']:.1f} %")
+        costs.add_section()
+        costs.add_row(f"predicted ms, {shape}", *cells, f"{1 / found['ratio']:.2f} x")
+    return [layers, costs]
+
+
+def plan_notes(record: Record) -> list[str]:
+    """What the figures of `plan_tables` mean, and the steps of the latency table."""
+    notes = [
+        "x/y: x of the y units would stay. Score kept: of the sum of all scores above zero.",
+        prediction_note(record),
+    ]
+    if record["latency"] is None:
+        notes.append("There is no latency table of this model, batch and length yet: --latency measures one.")
+    else:
+        table = record["latency"]["table"]
+        notes.append(f"Latency: by a table measured on {record['latency']['device']}.")
+        if table["wholes"]:
+            predicted, measured = (f"{1e3 * table['wholes'][-1][name]:.2f} ms" for name in ("predicted", "measured"))
+            notes.append(f"Of a model of other widths it says {predicted}; measured: {measured}.")
+        for row in table["rows"]:
+            steps = ", ".join(
+                f"{width}: {1e3 * seconds:.3g}" for width, seconds in zip(row["widths"], row["seconds"], strict=True)
+            )
+            notes.append(f"{row['sites'][0]} and {len(row['sites']) - 1} more, ms by width: {steps}.")
+    return [*(fill(note, 80, subsequent_indent="  ") for note in notes), *headless_notes(record)]
+
+
+PREDICTED = {"estimate": "predicted", "at_most": "at most"}  # what a prediction has -> its column
+
+
+def receipts_of(record: Record) -> Sequence[Record]:
+    """The receipts of a pruning for one or several tasks, or none."""
+    return record.get("receipts") or ([record["receipt"]] if record.get("receipt") else [])
+
+
+def receipt_table(receipt: Record) -> Table:
+    """What was predicted to be lost, and what was lost, layer by layer."""
+    title = f"{receipt['task']}: {_loss(receipt)} lost, mean of {receipt['examples']:,} examples"
+    table = new_table(title)
+    table.min_width = min(len(title) + 2, 80)
+    headings, *rows = receipt_rows(receipt)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
+    for row in rows:
+        if row is rows[-1]:
+            table.add_section()
+        table.add_row(*row)
+    return table
+
+
+def receipt_rows(receipt: Record) -> list[tuple[str, ...]]:
+    """The headings, a row per layer, and one of all: predicted if there is a prediction, and lost.
+
+    The layers' losses sum to what the nodes found, the last row is what was lost.
+    """
+    found = receipt["prediction"]
+    which = predicted_by(found)
+    totals = {name: lost for name, lost in receipt["layers"].items()} | {"all": receipt["lost"]}
+    rows: list[tuple[str, ...]] = [("layer", "lost")] if which is None else [("layer", PREDICTED[which], "lost")]
+    for name, lost in totals.items():
+        own = found if name == "all" else found["layers"].get(name, {})
+        rows.append((name, _amount(lost)) if which is None else (name, _amount(own.get(which)), _amount(lost)))
+    return rows
+
+
+def receipt_notes(receipt: Record) -> list[str]:
+    """What the figures of a receipt mean, how exact they are, and what selecting again has changed."""
+    notes = [
+        prediction_note(receipt),
+        f"Lost: by integrated gradients, {receipt['nodes']} nodes from the selected gates to open ones; the layers sum "
+        f"to {_amount(receipt['found'])}, and miss an example's loss by {receipt['error']:.2g} (mean). Before any "
+        "recovery.",
+    ]
+    if rounds := receipt["rounds"]:
+        steps = ", ".join(f"{_amount(own['lost'])} ({own['changed']:,})" for own in rounds[1:]) or "the same again"
+        chosen = "the first selection stays" if receipt["best"] == 0 else f"re-selection {receipt['best']} is kept"
+        notes.append(
+            f"Selected again at the same budget: lost {_amount(rounds[0]['lost'])}, then {steps} (units that changed "
+            f"places); {chosen}. The same rows choose and tell, so other rows may lose more."
+        )
+    return [fill(note, 80, subsequent_indent="  ") for note in notes]
+
+
+def prediction_note(record: Record) -> str:
+    """What a prediction is, or why there is none.
+
+    Args:
+        record: With `objective` and `prediction`, as a receipt has them.
+    """
+    found = record["prediction"]
+    which = predicted_by(found)
+    if which is None:
+        return f"No prediction of the loss: {found['meaning']}."
+    if which == "at_most":
+        text = f"At most: sums of sizes over the removed units, of {_loss(record)}; {found['meaning']}."
+    else:
+        text = f"Predicted: {_loss(record)}, summed over the removed units; {found['meaning']}."
+        text += "" if found["at_most"] is None else f" Their sizes sum to {_amount(found['at_most'])}."
+    whole = found["everything"]
+    return text + ("" if whole is None else f" All scored units together lose {_amount(whole)}.")
+
+
+def predicted_by(prediction: Record) -> str | None:
+    """Which of its numbers a prediction is shown by: its estimate, else what bounds it; None if it has none."""
+    return next((name for name in PREDICTED if prediction[name] is not None), None)
+
+
+def _loss(record: Record) -> str:
+    return str(record["objective"]).replace("_", " ")
+
+
+def _amount(value: float | None) -> str:
+    """An amount of the objective."""
+    return "" if value is None else f"{value:.4f}"
+
+
+LOSSES = {  # a loss of `Distillation` in words
+    "attention": "attention scores",
+    "embeddings": "embeddings",
+    "hidden": "hidden states",
+    "logits": "logits",
+    "labels": "labels",
+}
+
+STUDENT = ("teacher", "student", "kept")  # columns
+
+
+def exam_line(exam: Record) -> str:
+    """One evaluation on dev, in a line."""
+    sparse = "" if exam["sparsity"] is None else f"{100 * exam['sparsity']:.1f} % zero, "
+    losses = ", ".join(f"{LOSSES[name]} {value:.3g}" for name, value in exam["losses"].items())
+    return f"step {exam['step']:,}: {sparse}dev {_metrics(exam['evaluation'])}; losses: {losses}"
+
+
+def exams_table(record: Record) -> Table:
+    """All evaluations on dev, the one that is kept marked."""
+    table = new_table(f"{record['task']}, dev: quality and losses on the way")
+    losses = list(record["exams"][0]["losses"])
+    primary = record["exams"][0]["evaluation"]["primary"]
+    for heading in ("step", "zero, %", f"{primary}, %", *losses, ""):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for index, exam in enumerate(record["exams"]):
+        sparse = "" if exam["sparsity"] is None else f"{100 * exam['sparsity']:.1f}"
+        metric = f"{100 * exam['evaluation']['metrics'][primary]:.1f}"
+        own = (f"{exam['losses'][name]:.3g}" for name in losses)
+        table.add_row(f"{exam['step']:,}", sparse, metric, *own, "kept" if index == record["best"] else "")
+    return table
+
+
+def student_table(record: Record) -> Table:
+    """The teacher beside the student: quality on dev and test, weights and how many of them are not zero."""
+    table = new_table(f"{record['task']}: {record['steps']:,} steps")
+    for heading in ("", *STUDENT):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for section in student_sections(record):
+        for row in section:
+            table.add_row(*row)
+        table.add_section()
+    return table
+
+
+def student_sections(record: Record) -> list[list[list[str]]]:
+    """The rows of `student_table`: quality, then weights."""
+    quality, weights = [], []
+    teacher, student = (record["results"][who] for who in ("teacher", "student"))
+    for split, own in teacher.items():
+        quality.append([f"{split}, {own['n']:,} examples", "", "", ""])
+        for name, value in own["metrics"].items():
+            other = student[split]["metrics"][name]
+            kept = f"{100 * other / value:.1f} %" if value > 0 else ""
+            quality.append([f"  {name}, %", f"{100 * value:.1f}", f"{100 * other:.1f}", kept])
+    before, after = (record["weights"][who] for who in ("teacher", "student"))
+    for name, title in {"linear_maps": "weights of linear maps", "parameters": "all parameters"}.items():
+        weights.append([title, f"{before[name]:,}", f"{after[name]:,}", _remaining(after[name], before[name])])
+        left = f"{name}_not_zero"
+        weights.append(["  not zero", f"{before[left]:,}", f"{after[left]:,}", _remaining(after[left], before[left])])
+    return [quality, weights]
+
+
+def student_note(record: Record) -> str:
+    """What the figures of `student_table` mean."""
+    exam = record["exams"][record["best"]]
+    note = f"Kept: the parameters after step {exam['step']:,}, the best on dev"
+    if record["thinning"] is not None:
+        note += f" of those after the last pruning, at step {record['thinning']['steps'][-1]:,}"
+    note += ". Linear maps: the kernels of attention and FFN. "
+    stored = record["stored"]
+    if stored["packed"] is None:
+        note += "Zeros take no room in a packed file (jaxprune pack)."
+    else:
+        note += "Zeros take no room in the file."
+    rounded = [*(["int8"] if stored["packed"] == "int8" else []), *({stored["dtype"]} - {"float32"})]
+    if rounded:
+        note += f" The student's figures are those after rounding to {' and '.join(rounded)}."
+    return fill(note, 80, subsequent_indent="  ")
+
+
+def augmentation_table(record: Record) -> Table:
+    """How many rows there were and are, and the first row with its first copies."""
+    table = new_table(
+        f"{record['task']}: {record['train_rows']:,} train rows, {record['sizes']['train']:,} with copies"
+    )
+    table.show_header = False
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for number, example in enumerate(record["examples"]):
+        texts = [str(value) for name, value in example.items() if name != "label"]
+        table.add_row(f"copy {number}" if number else "a row", "\n".join(texts))
+    return table
+
+
+def _metrics(evaluation: Record) -> str:
+    return ", ".join(f"{name} {100 * value:.1f} %" for name, value in evaluation["metrics"].items())
+
+
+def _remaining(after: int, before: int) -> str:
+    return f"{100 * after / before:.1f} %" if before else ""
