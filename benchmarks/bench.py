@@ -111,7 +111,7 @@ class Bench:
 
     def ask_as(self, name: str, source: str) -> None:
         """Asks a text-to-text model about a task of another domain in the words of the one it was scored on."""
-        if self.model.writes_text:
+        if self.model.answers_in_text:
             own = self.task(source)  # its labels, too: another domain may only number them
             self.tasks[name] = replace(self.task(name), labels=own.labels, prompt=prompt_of(self.model, own))
 
@@ -271,7 +271,7 @@ class Bench:
         found: dict[str, Any] = {}
         for source, domain in pairs:
             self.ask_as(domain, source)
-            head = None if self.model.writes_text else source
+            head = None if self.model.answers_in_text else source
             dense, chance = {domain: self.cell(domain, "test", head=head)}, {domain: self.chance(domain, "test")}
             own: dict[str, Any] = {}
             for name, method in methods.items():

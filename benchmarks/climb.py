@@ -100,7 +100,7 @@ def refuse_text(model: Model) -> None:
     Raises:
         ValueError: If it does.
     """
-    if model.writes_text:
+    if model.answers_in_text:
         raise ValueError("this method was described for encoders with task heads; the model answers in text.")
 
 

@@ -74,7 +74,7 @@ def choice(bench: Bench, record: Mapping[str, Any]) -> dict[str, Any]:
     dense, chance = bench.dense(bench.able, "dev"), bench.chances(bench.able, "dev")
     base, rows = CRITERIA["integrated gradients"], {}
     for name, how in CHOICES.items():
-        if name == "bias" and bench.model.writes_text:
+        if name == "bias" and bench.model.answers_in_text:
             continue  # T5 has no biases
         rows[name] = {
             str(budget): summary(bench.cells_of(replace(base, **how), bench.able, "dev", budget, 1), dense, chance)
@@ -106,7 +106,7 @@ def methods(bench: Bench, record: Mapping[str, Any]) -> dict[str, Method]:
     """
     plain = {name: CRITERIA[name] for name in record["criteria"]}
     repaired = {f"{name} + recovery": replace(own, recovery=RECOVERY) for name, own in plain.items()}
-    if bench.model.writes_text:
+    if bench.model.answers_in_text:
         return plain | repaired
     weight = record["rivals"]["best"] if "rivals" in record else REPRESENTATIONAL[0]
     return plain | repaired | {KWON: Method(rival=kwon, examples=EXAMPLES), K_PRUNE: _k_prune(weight)}

@@ -347,7 +347,7 @@ def environment(setting: Setting, threads: int) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     names = ["folder", "head", "batch", "batches", "length", "nodes", "repeats", "compiled"]
-    names += ["written"] if setting.model.writes_text else []
+    names += ["written"] if setting.model.answers_in_text else []
     return {
         "device": jax.devices()[0].device_kind,
         "machine": f"{platform.machine()}, {platform.system()}",
@@ -404,7 +404,7 @@ def main() -> None:
         jax.config.update("jax_default_matmul_precision", "float32")  # PyTorch's default too: no TF32
     size = SIZES.get(arguments.random)
     model, params = jp.load(arguments.model) if size is None else random_model(size)
-    known = TEXT_PARTS if model.writes_text else tuple(PARTS)
+    known = TEXT_PARTS if model.answers_in_text else tuple(PARTS)
     only = arguments.only.split(",") if arguments.only else list(known)
     if wrong := sorted(set(only) - set(known)):
         parser.error(f"--only has {', '.join(wrong)}; this model has {', '.join(known)}.")

@@ -45,13 +45,13 @@ class Setting:
     @property
     def lengths(self) -> int | tuple[int, int]:
         """Tokens per example, as the library's costs take them."""
-        return (self.length, self.written) if self.model.writes_text else self.length
+        return (self.length, self.written) if len(self.model.stacks) > 1 else self.length
 
     def rows(self, batch: int | None = None, length: int | None = None, seed: int = 0) -> dict[str, np.ndarray]:
         """Random tokens and labels; of a text-to-text model two random answers to choose from."""
         shape = batch or self.batch, length or self.length
         random = np.random.default_rng(seed)
-        vocab, text = self.model.config.vocab, self.model.writes_text
+        vocab, text = self.model.config.vocab, self.model.answers_in_text
         count = 2 if text else len(self.model.head(self.head).labels)
         labels = random.integers(0, count, shape[0], dtype=np.int32)
         tokens = random.integers(1, vocab, shape, dtype=np.int32)

@@ -34,7 +34,7 @@ def above_zero(scores, gates) -> float:
 
 
 def table_of(model, params, **how):
-    return hand_table(model, params, length=(12, 3) if model.writes_text else 12, **how)
+    return hand_table(model, params, length=(12, 3) if len(model.stacks) > 1 else 12, **how)
 
 
 # memory

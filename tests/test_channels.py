@@ -60,12 +60,12 @@ def labelled(model: Model, rows: int = 3) -> dict[str, Any]:
     batch = tiny_batch(model, rows) | {"labels": np.arange(rows, dtype=np.int32) % 3}
     random = np.random.default_rng(0)
     answers = random.integers(2, 60, (rows, 3, 4)).astype(np.int32)
-    return batch | ({"candidates": answers} if model.writes_text else {})
+    return batch | ({"candidates": answers} if model.answers_in_text else {})
 
 
 def length_of(model: Model) -> Any:
     """Tokens per example: read, and those that are written."""
-    return [11, 4] if model.writes_text else 11
+    return [11, 4] if len(model.stacks) > 1 else 11
 
 
 def heads_of(model: Model, params: Params, name: str) -> int:
@@ -336,7 +336,7 @@ def test_completeness(model_type: str, path: Any):
     criterion = IntegratedGradients(nodes=nodes, chunk=48, path=path, kinds=FINE, objective=log_probability)
     [found], completeness, _ = criterion.attributions(model, params, batch)
     target: Any = jnp.asarray(batch["labels"])
-    if model.writes_text:
+    if model.answers_in_text:
         [answer] = answers_of(model, params, batch, gold, examples_of(batch, gold, False), None)
         batch, target = answer.batch, answer.target
     ones = open_gates(model, params, FINE)

@@ -107,7 +107,7 @@ def test_channels_are_pruned(place: Path, tmp_path: Path):
     assert own["value"]["kernel"].shape[1] == own["query"]["kernel"].shape[1] == 4  # every head, with fewer channels
     assert own["value"]["kernel"].shape[2] < 3 and record["kept"]["prunable_parameters"] < 0.8
     assert np.isfinite(np.asarray(params["decoder"]["layers"][2]["cross"]["out"]["kernel"])).all()
-    assert model.writes_text
+    assert model.answers_in_text
     card = (tmp_path / "a" / "README.md").read_text()
     assert "Neurons, channels of values and channels of queries and keys that the task" in card
     assert f"| units: neurons, channels and query channels | {record['before']['units']:,} |" in card
@@ -125,7 +125,7 @@ def test_finetuned_with_prompts(place: Path, tmp_path: Path):
     how = ("--epochs", 1, "--learning-rate", 0.02, "--optimizer", "adafactor", "--dev-limit", 20)
     record = record_of("finetune", place / "model", *asked(place), *how, "-o", tmp_path / "tuned")
     assert record["recipe"]["optimizer"] == "adafactor" and len(record["epochs"]) == 1
-    assert load(tmp_path / "tuned")[0].writes_text
+    assert load(tmp_path / "tuned")[0].answers_in_text
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ ALL = Distillation(attention=0.5, embeddings=2.0, hidden=3.0, logits=0.7, labels
 def batch_of(model: Model, seed: int = 0) -> dict[str, Any]:
     """Three examples, the last without a label."""
     batch = tiny_batch(model, 3, 9, seed) | {"labels": np.array([2, 0, -1], np.int32)}
-    if model.writes_text:
+    if model.answers_in_text:
         answers = np.array([[5, 6, 1, -100], [7, 1, -100, -100], [8, 9, 4, 1]], np.int32)
         batch = {name: own for name, own in batch.items() if not name.startswith("decoder")}
         batch["candidates"] = np.broadcast_to(answers, (3, *answers.shape))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from tiny import LENGTH, MODEL_TYPES, TEXT_TYPES, lively, random_gates, tiny_bat
 
 from jaxprune import models
 from jaxprune.compaction import compact
-from jaxprune.models import Model, Output, TaskHead, families, family
+from jaxprune.models import Model, Output, TaskHead, families, family, model_inputs, running
 from jaxprune.models import bert as bert_family
 from jaxprune.models.layers import Affine, attend, bind, describe, dropout, fused_attention, has_fused_attention
 from jaxprune.units import Params, flatten, open_gates, unflatten
@@ -239,6 +240,28 @@ def test_several_task_heads():
         model.apply(params, batch, head="third")
     one = model.with_heads(HEADS)
     np.testing.assert_array_equal(logits(one, params, batch), logits(model, params, batch, head="task"))
+
+
+def test_every_array_of_a_batch_is_transferred_once(monkeypatch):
+    transferred = []
+
+    def counted(array: Any) -> jax.Array:
+        transferred.append(array)
+        return jnp.array(array)
+
+    monkeypatch.setattr(running, "jnp", SimpleNamespace(**vars(jnp) | {"asarray": counted}))
+    for model_type in ("bert", "t5"):
+        model, params = tiny_model(model_type)
+        batch = tiny_batch(model)
+        model_inputs(model, params, batch)
+        assert len(transferred) == len(batch)
+        transferred.clear()
+
+
+def test_facts_of_a_family():
+    encoder, text = tiny_model("bert")[0], tiny_model("t5")[0]
+    assert (encoder.answers_in_text, encoder.causal) == (False, False)
+    assert (text.answers_in_text, text.causal) == (True, True)
 
 
 def test_an_encoder_without_task_heads():

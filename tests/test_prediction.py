@@ -77,7 +77,7 @@ def test_gates_of_other_scores_are_refused():
 def batch_of(model: Model) -> dict[str, np.ndarray]:
     batch = tiny_batch(model, 4, 7)
     batch["labels"] = np.arange(4) % 3
-    if model.writes_text:
+    if model.answers_in_text:
         random = np.random.default_rng(0)
         candidates = random.integers(2, 60, (4, 3, 3))
         candidates[:, :, -1] = model.config.end_id

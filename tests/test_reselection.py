@@ -79,7 +79,7 @@ def test_the_result_never_loses_more_than_the_first_selection(model_type: str):
     model, params = tiny_model(model_type)
     batch = tiny_batch(model, 6, 7)
     batch["labels"] = np.arange(6) % 3
-    if model.writes_text:
+    if model.answers_in_text:
         candidates = np.random.default_rng(0).integers(2, 60, (6, 3, 3))
         batch = {name: value for name, value in batch.items() if not name.startswith("decoder")}
         batch["candidates"] = candidates.astype(np.int32)

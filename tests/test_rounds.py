@@ -50,7 +50,9 @@ def dense(request: pytest.FixtureRequest) -> tuple[Model, Params]:
 
 def at(model: Model, budget: str, fraction: float) -> dict[str, Any]:
     """A budget as `select` takes it; a text-to-text model has two lengths."""
-    return {budget: fraction} | ({"length": (11.5, 3.0) if model.writes_text else 11.5} if budget == "flops" else {})
+    return {budget: fraction} | (
+        {"length": (11.5, 3.0) if len(model.stacks) > 1 else 11.5} if budget == "flops" else {}
+    )
 
 
 def anew(model: Model, seed: int) -> Callable[[Params], Values]:
@@ -139,7 +141,7 @@ def test_scores_that_do_not_change_select_what_one_round_selects(dense, per_laye
     model, params = dense
     random = np.random.default_rng(0)
     scores = {name: random.standard_normal(n) for name, n in widths(model.axes, params, kinds).items()}
-    name = "encoder.0.ffn.neurons" if model.writes_text else "0.ffn.neurons"
+    name = "encoder.0.ffn.neurons" if len(model.stacks) > 1 else "0.ffn.neurons"
     scores[name] -= 10.0  # all of it goes where all compete, in the first round
     settings = {**at(model, "parameters", 0.3), "per_layer": per_layer}
     left: dict[str, Any] = {}

@@ -144,7 +144,7 @@ def tiny_batch(model: Model, rows: int = 3, length: int = 9, seed: int = 0) -> d
     if model.config.segments:
         second = np.arange(length) >= lengths[:, None] // 2
         batch["token_type_ids"] = (second & mask & (model.config.segments > 1)).astype(np.int32)
-    if model.writes_text:
+    if model.answers_in_text:
         decoded = np.arange(5) < random.integers(2, 6, rows)[:, None]
         ids = np.where(decoded, random.integers(2, model.config.vocab, decoded.shape), pad)
         ids[:, 0] = model.config.start_id

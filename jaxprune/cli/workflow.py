@@ -217,7 +217,7 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Measures a model on tasks."""
     model, params = load(source)
-    if generated and not model.writes_text:
+    if generated and not model.answers_in_text:
         raise ValueError(f"{source} has task heads and writes no text: leave --generate out.")
     loaded = [load_rows(data, watch) for data in tasks]
     for task in loaded:  # all of them before the first is measured
@@ -357,7 +357,7 @@ def whole_tokens(model: Model, length: Length) -> int | tuple[int, int]:
         max(1, min(math.ceil(own), model.max_length))
         for own in np.atleast_1d(np.asarray(checked_length(model, length)))
     ]
-    return (rounded[0], rounded[1]) if model.writes_text else rounded[0]
+    return (rounded[0], rounded[1]) if len(model.stacks) > 1 else rounded[0]
 
 
 def ratios(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:

@@ -154,7 +154,7 @@ def encode(
     most = getattr(model_or_tokenizer, "max_length", None) or tokenizer.model_max_length
     if not examples:
         raise ValueError("there are no examples to tokenise.")
-    if prompt is None and getattr(model_or_tokenizer, "writes_text", False):
+    if prompt is None and getattr(model_or_tokenizer, "answers_in_text", False):
         raise ValueError("the model answers in text: say with prompt= what it is asked, see jaxprune.data.prompts.")
     paired = _all_or_none([example.pair is not None for example in examples], "a second text")
     labelled = _all_or_none([example.label is not None for example in examples], "a label")

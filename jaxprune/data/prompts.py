@@ -241,7 +241,7 @@ def prompt_of(model: Model, task: Task) -> Prompt | None:
     Raises:
         ValueError: If a text-to-text model has no prompt for the task, or the prompt does not fit it.
     """
-    if not model.writes_text:
+    if not model.answers_in_text:
         if task.prompt is not None:
             raise ValueError(f"the model has task heads, it does not answer prompts: load {task.name!r} without one.")
         return None

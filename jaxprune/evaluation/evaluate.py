@@ -178,7 +178,7 @@ def predict(
 
     def run(batch: Batch) -> Any:
         inputs = {name: batch[name] for name in INPUTS if name in batch}
-        if model.writes_text:
+        if model.answers_in_text:
             return rank(model, params, inputs, candidates_in(batch), gates, means)
         logits: Any = model.apply(params, inputs, gates, head=head, means=means).logits
         if not model.head(head).spans:

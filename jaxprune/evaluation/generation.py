@@ -62,7 +62,7 @@ def generate(
         ValueError: If the model does not answer in text, `max_new_tokens` is less than 1 or more than the model reads,
             or for what `Model.apply` refuses in a batch, gates, means or parameters.
     """
-    if not model.writes_text:
+    if not model.answers_in_text:
         raise ValueError(f"a {model.config.model_type} model does not answer in text: there is nothing to generate.")
     if not isinstance(max_new_tokens, int | np.integer) or isinstance(max_new_tokens, bool):
         raise TypeError(f"max_new_tokens must be an integer, got {type(max_new_tokens).__name__}.")

@@ -107,7 +107,7 @@ def answered(model: Model, params: Params, batch: Mapping[str, Any]) -> dict[str
     That is the answer of the example's label; of an example without one (label -1) the likeliest candidate. A batch
     that has decoder inputs, and one of a model that does not write text, stay as they are.
     """
-    if not model.writes_text or "decoder_input_ids" in batch:
+    if not model.answers_in_text or "decoder_input_ids" in batch:
         return model_inputs(model, params, batch)
     candidates = candidates_in(batch)
     labels = jnp.asarray(batch["labels"], jnp.int32)

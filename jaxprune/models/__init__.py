@@ -180,9 +180,14 @@ class Model:
         return self._family.stacks(self.config)
 
     @property
-    def writes_text(self) -> bool:
-        """Whether the model answers in text, token by token, and has no task heads."""
-        return len(self.stacks) > 1
+    def answers_in_text(self) -> bool:
+        """Whether the model answers in text, token by token, and not by task heads."""
+        return self.config.answers_in_text
+
+    @property
+    def causal(self) -> bool:
+        """Whether the tokens of the last stack attend to themselves and to those before alone."""
+        return self.config.causal
 
     @property
     def tied_places(self) -> tuple[tuple[ParamPath, ...], ...]:
@@ -213,7 +218,7 @@ class Model:
         Raises:
             ValueError: If there is no such head, or no name was given and there are several; it lists them.
         """
-        if self.writes_text and name in (None, LANGUAGE.name):
+        if self.answers_in_text and name in (None, LANGUAGE.name):
             return LANGUAGE
         if name is None and len(self.heads) == 1:
             return self.config.task_heads[0]
@@ -412,7 +417,7 @@ class Model:
             if hidden:
                 states.append(hidden_of(state))
         logits = None
-        if self.heads or self.writes_text or head is not None:
+        if self.heads or self.answers_in_text or head is not None:
             chosen = self.head(head)
             own = part(params, self.readout_places(chosen))
             mask = readout_mask(chosen, layers[-1], inputs)

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,9 @@ class EncoderConfig:
     head_dropout: float
     task_heads: tuple[TaskHead, ...]
     raw: str  # the Hugging Face configuration as read, canonical JSON
+
+    answers_in_text: ClassVar[bool] = False
+    causal: ClassVar[bool] = False
 
     @property
     def max_length(self) -> int:

@@ -79,7 +79,7 @@ def flops(model: Model, params: Params, length: Length) -> float:
 def usual_length(model: Model) -> Length:
     """Tokens per example where none are named: 128, or what the model reads; of a text-to-text model 4 are written."""
     read = min(128, model.max_length)
-    return [read, 4] if model.writes_text else read
+    return [read, 4] if len(model.stacks) > 1 else read
 
 
 def checked_length(model: Model, length: Length) -> Length:
@@ -90,7 +90,7 @@ def checked_length(model: Model, length: Length) -> Length:
     """
     given = np.size(length)
     if given != len(model.stacks):
-        needed = "two numbers, tokens read and tokens written" if model.writes_text else "one number of tokens"
+        needed = "two numbers, tokens read and tokens written" if len(model.stacks) > 1 else "one number of tokens"
         raise ValueError(f"length must be {needed}, got {length!r}.")
     return length
 
@@ -313,7 +313,7 @@ def _total(model: Model, params: Params, measure: Measure) -> float:
 @partial(jax.jit, static_argnums=(0, 3))
 def _forward(model: Model, params: Params, batch: dict[str, jax.Array], head: str | None) -> Any:
     """The logits; the hidden states of a model without task heads, of which XLA would otherwise compute nothing."""
-    output = model.apply(params, batch, head=head, hidden=not (model.heads or model.writes_text))
+    output = model.apply(params, batch, head=head, hidden=not (model.heads or model.answers_in_text))
     return output.logits, output.hidden
 
 

@@ -107,8 +107,7 @@ def model_inputs(model: Model, params: Params, batch: Mapping[str, Any]) -> dict
             (for arrays on the host) an index is outside its table.
     """
     inputs = encoder_inputs(model, params, batch)
-    inputs = encoder_inputs(model, params, batch)
-    if not model.writes_text:
+    if len(model.stacks) == 1:
         return inputs
     _check_there(batch, _DECODED.names[:1])
     ids = batch["decoder_input_ids"]

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,9 @@ class T5Config:
     raw: str  # the Hugging Face configuration as read, canonical JSON
 
     task_heads: tuple[TaskHead, ...] = ()  # there are none: tasks are told apart by their prompts
+
+    answers_in_text: ClassVar[bool] = True
+    causal: ClassVar[bool] = True
 
     @property
     def layers(self) -> int:

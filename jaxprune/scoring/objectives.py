@@ -247,7 +247,7 @@ def questions(
         ValueError: If labels are needed and there are none.
     """
     given = examples_of(batch, labels, regression)
-    if model.writes_text:
+    if model.answers_in_text:
         for answer in answers_of(model, params, batch, labels, given, key):
             yield Question(answer.batch, *run(answer.batch), (answer.target,), (answer.weight,))
     else:

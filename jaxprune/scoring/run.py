@@ -456,7 +456,7 @@ class _Placement(NamedTuple):
         given |= {name: batch[name] for name in ("labels", "weight", "index", "candidates") if name in batch}
         index = np.asarray(given["index"])
         given["second"] = (index % 2).astype(np.float32) if seconds is None else seconds[index]  # any half for padding
-        read = encoder_inputs if self.model.writes_text else model_inputs
+        read = encoder_inputs if self.model.answers_in_text else model_inputs
         arrays: dict[str, Any] = read(self.model, self.params, batch) | given
         return jax.device_put(arrays, self.rows) if self.rows is not None else jax.tree.map(jnp.asarray, arrays)
 
@@ -562,7 +562,7 @@ def _check_labels(criterion: Criterion, model: Model, head: str, labels: int, ro
     missing = sum(row.label is None and not row.answers for row in rows)
     if missing:
         raise ValueError(f"{missing} of {len(rows)} examples have no label: use labels=predicted, sampled or every.")
-    count = labels if model.writes_text else len(chosen.labels)
+    count = labels if model.answers_in_text else len(chosen.labels)
     if chosen.spans or chosen.regression:
         return
     wrong = [row.label for row in rows if row.label not in range(count)]

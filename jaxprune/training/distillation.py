@@ -483,7 +483,7 @@ def run(
             lesson = _until(coming, LOGITS)
         labels = _labels(model, batch) if settings.labels else None
         places = model.readout_places(chosen)
-        rows = counts["decoder_attention_mask"] if model.writes_text else counts["attention_mask"].any(1)
+        rows = counts["decoder_attention_mask"] if len(model.stacks) > 1 else counts["attention_mask"].any(1)
         moved = Moved(state, part(params, places), None)
         given = Given(mask_of(layers[-1], inputs), rows, lesson, keys[-2], {}, labels, settings.temperature)
         call(_finish, (model, chosen), moved, given, places)
@@ -545,7 +545,7 @@ def _labels(model: Model, batch: Mapping[str, Any]) -> Array:
     if "labels" not in batch:
         raise ValueError(f"the loss towards hard labels needs 'labels' in the batch; it has {sorted(batch)}.")
     labels = jnp.asarray(batch["labels"])
-    if not model.writes_text:
+    if not model.answers_in_text:
         return labels
     return jnp.where(labels[:, None] < 0, IGNORED, candidates_of(candidates_in(batch), labels))
 

@@ -138,7 +138,7 @@ def finetune(
         for split in ("train", "dev"):
             if not task.rows(split):
                 raise ValueError(f"{task.name!r} has no {split} rows to fine-tune with.")
-    heads = () if model.writes_text else tuple(_head_for(task, recipe) for task in cleaned)
+    heads = () if model.answers_in_text else tuple(_head_for(task, recipe) for task in cleaned)
     encoder = {name: part for name, part in params.items() if name != "heads"}
     kept = tuple(head for head in model.config.task_heads if keep_heads and head.name not in names)
     old = {head.name: params["heads"][head.name] for head in kept}
@@ -259,7 +259,7 @@ def _step(
     key: Array,
 ) -> tuple[TrainingState, Array]:
     how = recipe.optimizer, recipe.weight_decay, recipe.clip, rate
-    if model.writes_text:
+    if model.answers_in_text:
         targets = candidates_of(candidates_in(batch), jnp.asarray(batch["labels"]))
         return text_step(model, now, batch, targets, *how, key)
     logits, pull = forward(model, now.params, batch, head=task, weights=True, key=key)

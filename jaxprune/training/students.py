@@ -192,7 +192,9 @@ def distil(
     name = fitting_head(teacher_model, cleaned, head)
     settings = settings or Distillation.sparse_bert(regression=task.regression)
     key = jax.random.key(recipe.seed)
-    taught, params, fresh = _with_head(model, student, teacher_model, None if teacher_model.writes_text else name, key)
+    taught, params, fresh = _with_head(
+        model, student, teacher_model, None if teacher_model.answers_in_text else name, key
+    )
     if taught.config.embed != teacher_model.config.embed and (settings.hidden or settings.embeddings):
         params = params | {PROJECTION: initialise_projection(taught, teacher_model, jax.random.fold_in(key, 2))}
     prompt = prompt_of(taught, cleaned)
@@ -271,7 +273,7 @@ def _with_head(
     model: Model, student: Params, teacher_model: Model, name: str | None, key: Array
 ) -> tuple[Model, Params, bool]:
     """The student with one task head: its own if that has the teacher's labels, else a fresh one in its form."""
-    if model.writes_text != teacher_model.writes_text:
+    if model.answers_in_text != teacher_model.answers_in_text:
         raise ValueError("student and teacher must both be encoders or both text-to-text models.")
     if name is None:
         return model, student, False
