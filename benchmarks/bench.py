@@ -225,10 +225,8 @@ class Bench:
             scores = self.scores(source, method.criterion, method.examples, seed)
             gates = jp.select(self.model, self.params, scores, flops=budget, length=length, **method.rules)
             small = jp.compact(self.model, self.params, gates, scores.means)
-            count = min(method.recovery_examples, len(task.rows("calibration")))
-            small, _ = jp.recover(
-                self.model, self.params, small, task, method=method.recovery, examples=count, key=seed
-            )
+            recovery = jp.Recovery(method=method.recovery, rows=jp.Rows(examples=method.recovery_examples, key=seed))
+            small, _ = jp.recover(self.model, self.params, small, task, recovery)
         return small, jp.flops(self.model, small, length) / jp.flops(self.model, self.params, length)
 
     def length(self, task: str) -> Length:

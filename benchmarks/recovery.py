@@ -175,10 +175,13 @@ def cost(bench: Bench, record: Mapping[str, Any]) -> dict[str, Any]:
     gates = jp.select(bench.model, bench.params, scores, flops=0.5, length=bench.length(task.name))
     small = jp.compact(bench.model, bench.params, gates, scores.means)
     twenty = jp.IntegratedGradients(nodes=20)
+    fitted = jp.Rows(examples=rows)
     work: dict[str, Callable[[], Any]] = {
         "scoring, 20 nodes": lambda: jp.score(bench.model, bench.params, task, criterion=twenty, examples=rows).values,
-        "reconstruct": lambda: jp.recover(bench.model, bench.params, small, task, examples=rows)[0],
-        "rescale": lambda: jp.recover(bench.model, bench.params, small, task, method=jp.Rescaling(), examples=rows)[0],
+        "reconstruct": lambda: jp.recover(bench.model, bench.params, small, task, jp.Recovery(rows=fitted))[0],
+        "rescale": lambda: jp.recover(
+            bench.model, bench.params, small, task, jp.Recovery(method=jp.Rescaling(), rows=fitted)
+        )[0],
     }
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(rounds + 1):
@@ -221,7 +224,7 @@ def _peak(source: Path, data: Path, name: str, count: int, what: str) -> int:
     if what == "scoring":
         jax.block_until_ready(jp.score(model, params, task, criterion=jp.IntegratedGradients(), examples=rows).values)
     else:
-        jax.block_until_ready(jp.recover(model, params, small, task, examples=rows)[0])
+        jax.block_until_ready(jp.recover(model, params, small, task, jp.Recovery(rows=jp.Rows(examples=rows)))[0])
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 

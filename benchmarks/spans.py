@@ -126,9 +126,8 @@ def budgets(setting: Setting) -> dict[str, Any]:
                 made = small
                 if method is not None:
                     count = min(RECOVERED, len(calibration))
-                    made, _ = jp.recover(
-                        model, params, small, task, method=method, examples=count, key=seed, max_length=length
-                    )
+                    rows_to_fit = jp.Rows(examples=count, key=seed, max_length=length)
+                    made, _ = jp.recover(model, params, small, task, jp.Recovery(method=method, rows=rows_to_fit))
                 own = rows[name].setdefault(str(budget), {"f1": [], "exact_match": []})
                 for metric, value in setting.tested(made, "test").items():
                     own[metric].append(value)

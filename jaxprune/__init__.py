@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxprune.compaction import compact
     from jaxprune.data.augmentation import Augmentation, augment
     from jaxprune.data.prompts import Prompt, prompt_for, read_prompt
-    from jaxprune.data.tasks import Task, load_task
+    from jaxprune.data.tasks import Rows, Task, load_task
     from jaxprune.evaluation.evaluate import evaluate
     from jaxprune.evaluation.generation import generate
     from jaxprune.models import Model, Output
@@ -30,7 +30,14 @@ if TYPE_CHECKING:
     from jaxprune.pruning.loss import Prediction, Receipt, Reselection, loss_receipt, predict_loss, reselect
     from jaxprune.pruning.prune import Round, prune_in_rounds
     from jaxprune.pruning.record import pruning_record
-    from jaxprune.pruning.recovery import BiasCompensation, Reconstruction, Rescaling, recover, recover_batches
+    from jaxprune.pruning.recovery import (
+        BiasCompensation,
+        Reconstruction,
+        Recovery,
+        Rescaling,
+        recover,
+        recover_batches,
+    )
     from jaxprune.pruning.selection import select
     from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, integrate
     from jaxprune.scoring.baselines import (
@@ -94,9 +101,11 @@ _SOURCES = {
     "Random": "scoring.baselines",
     "Receipt": "pruning.loss",
     "Reconstruction": "pruning.recovery",
+    "Recovery": "pruning.recovery",
     "Rescaling": "pruning.recovery",
     "Reselection": "pruning.loss",
     "Round": "pruning.prune",
+    "Rows": "data.tasks",
     "Schedule": "sparse.schedules",
     "Scores": "scoring.scores",
     "Sparsity": "sparse.masks",
@@ -195,9 +204,11 @@ __all__ = [
     "Random",
     "Receipt",
     "Reconstruction",
+    "Recovery",
     "Rescaling",
     "Reselection",
     "Round",
+    "Rows",
     "Schedule",
     "Scores",
     "Sparsity",

@@ -13,12 +13,14 @@ from tiny import random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
 from jaxprune.compaction import compact
+from jaxprune.data.tasks import Rows
 from jaxprune.models import Model
 from jaxprune.pruning.recovery import (
     BiasCompensation,
     Fit,
     Moments,
     Reconstruction,
+    Recovery,
     Rescaling,
     check_method,
     choose,
@@ -214,8 +216,8 @@ def test_examples_of_several_tasks_are_drawn_from_each():
     model, params = jp.load(jp.bundled_model())
     tasks = [jp.load_task(name, data=jp.bundled_data()) for name in ("sst2", "qnli")]
     small = compact(model, params, random_gates(model, params, 1))
-    _, found = jp.recover(model, params, small, tasks, method=jp.BiasCompensation(), examples=32, key=0)
+    _, found = jp.recover(model, params, small, tasks, Recovery(method=jp.BiasCompensation(), rows=Rows(examples=32)))
     assert found.examples == 64 and len(found.rows) == 64
     assert found.method == {"name": "BiasCompensation", "drift": True}
     with pytest.raises(ValueError, match="examples of 2 tasks cannot be told apart"):
-        jp.recover(model, params, small, tasks, examples=tasks[0].rows("calibration")[:8])
+        jp.recover(model, params, small, tasks, Recovery(rows=Rows(examples=tasks[0].rows("calibration")[:8])))

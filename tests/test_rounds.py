@@ -21,12 +21,13 @@ from tiny import tiny_batch, tiny_model
 from jaxprune.checkpoints.folder import digest, load, model_digest, read_pruning, save
 from jaxprune.checkpoints.gate_file import recorded_gates
 from jaxprune.cli.rounds import prune_model_in_rounds
-from jaxprune.cli.workflow import Data, Measuring, Recovering, Scoring, Selection
+from jaxprune.cli.workflow import Data, Measuring, Scoring, Selection
 from jaxprune.compaction import compact
+from jaxprune.data.tasks import Rows
 from jaxprune.models import Model
 from jaxprune.models.cost import memory
 from jaxprune.pruning.prune import geometric, prune_in_rounds, units_left
-from jaxprune.pruning.recovery import Reconstruction
+from jaxprune.pruning.recovery import Recovery
 from jaxprune.pruning.selection import Values, per_layer_l2, select, site_costs
 from jaxprune.scoring.attribution import GradientActivation
 from jaxprune.scoring.scores import Scores, load_scores
@@ -287,13 +288,13 @@ class Silent:
 
 
 def commanded(place: Place, output: Path, watch: Silent, **changes: Any) -> dict[str, Any]:
-    recovering = Recovering(method=Reconstruction(), examples=24, every_round=True)
     settings = {
         "selection": Selection(flops=0.3, multiple_of={"neurons": 2}),
         "rounds": 3,
         "scoring": Scoring(criterion=GradientActivation(), examples=16, batch_size=8),
         "data": Data(task="mood", data=place.data),
-        "recovering": recovering,
+        "recovery": Recovery(rows=Rows(examples=24)),
+        "recover_each_round": True,
         "measuring": Measuring(limit=10, batches=()),
     }
     return prune_model_in_rounds(str(place.model), output, watch=watch, **settings | changes)
@@ -354,7 +355,7 @@ def test_another_command_does_not_go_on_from_it(place, whole, tmp_path):
         ("flops", {"selection": Selection(flops=0.4, multiple_of={"neurons": 2})}),
         ("rounds", {"rounds": 4}),
         ("seed", {"scoring": Scoring(criterion=GradientActivation(), examples=16, batch_size=8, seed=1)}),
-        ("recovery", {"recovering": None}),
+        ("recovery", {"recovery": None}),
     ]
     for name, changes in others:
         with pytest.raises(ValueError, match=rf"small\.rounds was begun with other settings \({name}\)"):
@@ -367,7 +368,7 @@ def test_another_command_does_not_go_on_from_it(place, whole, tmp_path):
         commanded(place, out, Silent("round 2 of 3, recovering"), overwrite=True)
     watch = Silent("round 1 of 2: ")
     with pytest.raises(KeyboardInterrupt):
-        commanded(place, out, watch, overwrite=True, recovering=None, rounds=2)  # another one starts anew
+        commanded(place, out, watch, overwrite=True, recovery=None, rounds=2)  # another one starts anew
     assert not any("small.rounds" in label for label in watch.labels)
     assert not (tmp_path / "small.rounds").exists() and contents(out) == contents(whole[0])
 

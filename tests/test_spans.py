@@ -24,13 +24,13 @@ from jaxprune.data.batches import encode, make_batches, within_reach
 from jaxprune.data.prompts import prompt_for
 from jaxprune.data.spans import LONGEST, best_spans, text_of
 from jaxprune.data.splits import Answer, Example, squad
-from jaxprune.data.tasks import Task
+from jaxprune.data.tasks import Rows, Task
 from jaxprune.evaluation.evaluate import evaluate, find_answers, fitting_head, predict
 from jaxprune.models import ENDS, NOWHERE, Model, TaskHead
 from jaxprune.models.layers import contribution
 from jaxprune.pruning.checks import Checking, check
 from jaxprune.pruning.loss import loss_receipt
-from jaxprune.pruning.recovery import recover
+from jaxprune.pruning.recovery import Recovery, recover
 from jaxprune.pruning.selection import select
 from jaxprune.scoring import baselines
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients
@@ -435,7 +435,7 @@ def test_scores_of_spans_are_checked_and_repaired():
     assert found["deletion"].facts["metric"] == "f1"
     gates = select(model, params, scores, units=0.5)
     small = compact(model, params, gates)
-    repaired, recovery = recover(model, params, small, task, examples=16)
+    repaired, recovery = recover(model, params, small, task, Recovery(rows=Rows(examples=16)))
     assert recovery.examples == 16 and evaluate(model, repaired, task).n == 20
     receipt = loss_receipt(model, params, task, gates, examples=8, nodes=8)
     assert abs(receipt.found - receipt.lost) <= receipt.error + 1e-5

@@ -166,11 +166,13 @@ def prune(
         )
         chosen, data = selection.build(budget), [rows.of(name) for name in task]
         how = {"measuring": measuring, "overwrite": overwrite, "watch": bars}
-        how["recovering"] = recovery.build(scoring.seed, batches, rounds, scoring=not scores)
+        how["recovery"] = recovery.build(scoring.seed, batches, rounds, scoring=not scores)
         if rounds == 1:
             how |= {"tables": budget.tables(), "accounting": receipts.build(batches)}
         elif receipts.build(batches) is not None:
             raise ValueError("--receipt is of one selection, --rounds makes several: leave one of them out.")
+        else:
+            how["recover_each_round"] = recovery.recover_rounds == "each"
         scored = scores or scoring.build(settings, head, batches)
         if several:
             way = find("together", together or "pooled")

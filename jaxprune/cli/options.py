@@ -19,7 +19,8 @@ import typer
 if TYPE_CHECKING:
     from jaxprune.cli.accounting import Accounting
     from jaxprune.cli.planning import Tables
-    from jaxprune.cli.workflow import Data, Recovering, Scoring, Selection
+    from jaxprune.cli.workflow import Data, Scoring, Selection
+    from jaxprune.pruning.recovery import Recovery
     from jaxprune.scoring.attribution import Criterion
 
 # What the names on the command line stand for: option -> name -> function or class, imported when it is asked for.
@@ -291,13 +292,14 @@ class RecoveryOptions:
         str | None, kept("With --rounds: repair after the last (default), or after each.", metavar="last|each")
     ] = None
 
-    def build(self, seed: int, batches: BatchOptions, rounds: int = 1, *, scoring: bool = True) -> Recovering | None:
+    def build(self, seed: int, batches: BatchOptions, rounds: int = 1, *, scoring: bool = True) -> Recovery | None:
         """How to repair; None: not at all, which is the default where nothing is scored: score files need no rows.
 
         Raises:
             ValueError: If `--recover-rounds` is none of its words, or there is nothing that it could be about.
         """
-        from jaxprune.cli.workflow import HELD_OUT, Recovering
+        from jaxprune.data.tasks import Rows
+        from jaxprune.pruning.recovery import HELD_OUT, Recovery
 
         if self.recover_rounds not in (None, "last", "each"):
             raise ValueError(f"--recover-rounds {self.recover_rounds!r} is none of last, each.")
@@ -308,10 +310,8 @@ class RecoveryOptions:
             return None
         if self.recover is None:  # a default refuses no batch size
             batches = replace(batches, batch_size=max(batches.batch_size, HELD_OUT))
-        method, every = find("recover", chosen)(), self.recover_rounds == "each"
-        return Recovering(
-            method=method, examples=self.recover_examples, seed=seed, every_round=every, **asdict(batches)
-        )
+        rows = Rows(examples=self.recover_examples, key=seed, **asdict(batches))
+        return Recovery(method=find("recover", chosen)(), rows=rows)
 
 
 @dataclass(frozen=True, kw_only=True)

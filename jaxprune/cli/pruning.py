@@ -14,7 +14,6 @@ from jaxprune.cli.render.cards import CARD, model_card
 from jaxprune.cli.workflow import (
     Data,
     Measuring,
-    Recovering,
     Scoring,
     Selection,
     Watch,
@@ -24,7 +23,6 @@ from jaxprune.cli.workflow import (
     measure,
     measure_latency,
     ratios,
-    repair,
     score_once,
     speedups,
     stored_type,
@@ -36,7 +34,7 @@ from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
 from jaxprune.models.cost import Length, file_size
 from jaxprune.pruning.record import pruning_record
-from jaxprune.pruning.recovery import Recovery, check_method
+from jaxprune.pruning.recovery import Recovery, RecoveryReport, check_method, recover
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.baselines import TopLayers
 from jaxprune.scoring.scores import Scores, describe, load_scores
@@ -50,7 +48,7 @@ def prune_model(
     *,
     scored: Path | Scoring,
     data: Data | None = None,
-    recovering: Recovering | None = None,
+    recovery: Recovery | None = None,
     accounting: Accounting | None = None,
     measuring: Measuring,
     tables: Tables | None = None,
@@ -73,8 +71,8 @@ def prune_model(
         raise ValueError("there is nothing to make a receipt with: name the task, or leave the receipt out.")
     model, params = load(source)
     try_selection(model, params, selection, kinds_of(model, params, scored if scores is None else scores))
-    if recovering is not None:
-        check_method(model, params, recovering.method)
+    if recovery is not None:
+        check_method(model, params, recovery.method)
     task = None if data is None else data.load()
     if task is not None:
         fitting_head(model, task, measuring.head)
@@ -110,8 +108,8 @@ def prune_model(
     small = compact(model, params, gates, scores.means)
 
     tasks, rows, repaired = [] if task is None else [task], scores.header["rows"], None
-    if recovering is not None:
-        small, repaired = repair(model, params, small, tasks, recovering, watch)
+    if recovery is not None:
+        small, repaired = recover(model, params, small, tasks, recovery, progress=watch.open("recovering"))
         rows = sorted({*rows, *repaired.rows})
     if account is not None:
         rows = sorted({*rows, *account.rows})
@@ -149,7 +147,7 @@ def facts_of(model: Model, file: Path, scores: Scores) -> dict[str, Any]:
     }
 
 
-def recovery_record(found: Recovery) -> dict[str, Any]:
+def recovery_record(found: RecoveryReport) -> dict[str, Any]:
     """What `pruning.json` and the record say of a recovery."""
     modules = {own.module: {"before": own.before, "after": own.after, "chosen": own.chosen} for own in found.modules}
     return {"method": found.method, "examples": found.examples, "modules": modules}

@@ -21,7 +21,6 @@ from jaxprune.cli.workflow import (
     Data,
     Measuring,
     Progress,
-    Recovering,
     Scoring,
     Selection,
     Watch,
@@ -29,7 +28,6 @@ from jaxprune.cli.workflow import (
     costs,
     kinds_of,
     ratios,
-    repair,
     score_once,
     try_selection,
 )
@@ -39,7 +37,7 @@ from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
 from jaxprune.pruning.prune import Round, prune_in_rounds
 from jaxprune.pruning.record import pruning_record
-from jaxprune.pruning.recovery import Recovery
+from jaxprune.pruning.recovery import Recovery, RecoveryReport, recover
 from jaxprune.pruning.selection import parts_of
 from jaxprune.scoring.objectives import name_of
 from jaxprune.scoring.scores import Scores, describe
@@ -54,7 +52,8 @@ def prune_model_in_rounds(
     rounds: int,
     scoring: Scoring,
     data: Data,
-    recovering: Recovering | None = None,
+    recovery: Recovery | None = None,
+    recover_each_round: bool = False,
     measuring: Measuring,
     overwrite: bool = False,
     watch: Watch,
@@ -78,7 +77,7 @@ def prune_model_in_rounds(
     fitting_head(model, task, measuring.head)
     state = _State(
         folder=output.with_name(f"{output.name}.rounds"),
-        settings=_settings(model, params, task, arguments, scoring, recovering),
+        settings=_settings(model, params, task, arguments, scoring, _described(recovery, recover_each_round)),
     )
     records, after = state.load(overwrite)
     if after is not None:
@@ -92,9 +91,9 @@ def prune_model_in_rounds(
         stage = _Stage(watch, len(records) + 1, rounds)
         return first if small is params else score_once(model, small, task, scoring, state.scores, stage)
 
-    def mend(small: Params, how: Recovering) -> tuple[Params, Recovery]:
-        stage = _Stage(watch, len(records) + 1, rounds) if how.every_round else watch
-        return repair(model, params, small, [task], how, stage)
+    def repair(small: Params, recovery: Recovery) -> tuple[Params, RecoveryReport]:
+        stage = _Stage(watch, len(records) + 1, rounds) if recover_each_round else watch
+        return recover(model, params, small, task, recovery, progress=stage.open("recovering"))
 
     def keep(done: Round) -> Round:
         records.append(_record(done, dense, costs(model, done.params, length)))
@@ -103,12 +102,12 @@ def prune_model_in_rounds(
             state.save(model, done, pruning_record(first, done.gates, **arguments) | {"rounds": records})
         return done
 
-    every = None if recovering is None or not recovering.every_round else partial(mend, how=recovering)
+    every = partial(repair, recovery=recovery) if recovery is not None and recover_each_round else None
     steps = prune_in_rounds(model, params, score, repair=every, after=after, **arguments)
     last = deque(map(keep, steps), maxlen=1).pop()
     small, repaired = last.params, last.recovery
-    if recovering is not None and every is None:
-        small, repaired = mend(small, recovering)
+    if recovery is not None and every is None:
+        small, repaired = repair(small, recovery)
     pruning = pruning_record(first, last.gates, **arguments) | {"rounds": records}
     rows = set(first.header["rows"])
     if repaired is not None:
@@ -191,13 +190,29 @@ class _Stage:
         self.watch.say(message)
 
 
+def _described(recovery: Recovery | None, each_round: bool) -> dict[str, Any] | None:
+    """Recovery as JSON holds it, under the names that it has always had there."""
+    if recovery is None:
+        return None
+    rows = recovery.rows
+    return {
+        "name": "Recovering",
+        "method": describe(recovery.method),
+        "examples": rows.examples,
+        "seed": rows.key,
+        "batch_size": rows.batch_size,
+        "max_length": rows.max_length,
+        "every_round": each_round,
+    }
+
+
 def _settings(
     model: Model,
     params: Params,
     task: Task,
     arguments: Mapping[str, Any],
     scoring: Scoring,
-    recovering: Recovering | None,
+    recovery: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """All that the rounds of a command depend on, as JSON holds it."""
     prompt = prompt_of(model, task)
@@ -206,7 +221,7 @@ def _settings(
         **describe(scoring),
         "name": task.name,
         "criterion": describe(scoring.criterion),
-        "recovery": None if recovering is None else describe(recovering),
+        "recovery": recovery,
         "model": model_digest(model, params),
         "rows": task.digest("calibration"),
         "prompt": None if prompt is None else prompt.to_json(),

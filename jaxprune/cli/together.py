@@ -14,12 +14,10 @@ from jaxprune.cli.pruning import check_scope, facts_of, measure_both, recovery_r
 from jaxprune.cli.workflow import (
     Data,
     Measuring,
-    Recovering,
     Scoring,
     Selection,
     Watch,
     check_folder,
-    repair,
     score_once,
     try_selection,
 )
@@ -29,7 +27,7 @@ from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
 from jaxprune.pruning.pooling import mean_closed, mean_length, pooled
 from jaxprune.pruning.record import pruning_record
-from jaxprune.pruning.recovery import check_method
+from jaxprune.pruning.recovery import Recovery, check_method, recover
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.scores import Scores, check_same_model, load_scores
 from jaxprune.units import Gates
@@ -45,7 +43,7 @@ def prune_together(
     scored: Sequence[Path] | Scoring,
     tasks: Sequence[Data],
     way: Way = pooled,
-    recovering: Recovering | None = None,
+    recovery: Recovery | None = None,
     accounting: Accounting | None = None,
     measuring: Measuring,
     tables: Tables | None = None,
@@ -65,7 +63,7 @@ def prune_together(
         scored: A score file for each task, or how to score `tasks`.
         tasks: What to score, if there are no score files, and what to test before and after.
         way: How several tasks become one selection: `pooled`, `kept_by_any` (union) or `kept_by_all` (intersection).
-        recovering: How what is left is repaired; None: it stays as it was.
+        recovery: How what is left is repaired; None: it stays as it was.
         accounting: How the receipts of the tasks are made; None: there are none.
         measuring: What is measured.
         tables: The latency tables, for a budget of latency; only `pooled` can have one.
@@ -93,8 +91,8 @@ def prune_together(
         raise ValueError("a latency budget for several tasks needs pooled scores (--together pooled): it has no order.")
     model, params = load(source)
     try_selection(model, params, selection)
-    if recovering is not None:
-        check_method(model, params, recovering.method)
+    if recovery is not None:
+        check_method(model, params, recovery.method)
     loaded = _load_all(model, tasks, measuring.head)
     if accounting is not None:
         _check_named(scores, loaded)
@@ -134,8 +132,8 @@ def prune_together(
             accounts.append(account_for(model, params, task, own, gates, accounting, means=means, watch=watch))
     rows = {row for own in (*(it.header["rows"] for it in scores), *(it.rows for it in accounts)) for row in own}
     repaired = None
-    if recovering is not None:
-        small, repaired = repair(model, params, small, loaded, recovering, watch)
+    if recovery is not None:
+        small, repaired = recover(model, params, small, loaded, recovery, progress=watch.open("recovering"))
         rows |= set(repaired.rows)
     found = measure_both(model, params, small, loaded, length, head, rows, timed(measuring, table), watch)
     pruning = pruning_record(Scores(scores[0].values, _header(scores), means), gates, **settings, together=way)

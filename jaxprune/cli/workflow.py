@@ -34,7 +34,6 @@ from jaxprune.models.cost import (
     prunable_parameters,
     usual_length,
 )
-from jaxprune.pruning.recovery import HELD_OUT, Method, Recovery, recover
 from jaxprune.pruning.selection import AMOUNTS, SHARES, Normalise, select
 from jaxprune.scoring.attribution import Criterion
 from jaxprune.scoring.run import EXAMPLES, score
@@ -129,26 +128,6 @@ class Selection:
     def by_latency(self) -> bool:
         """Whether a latency table is needed."""
         return self.latency is not None or self.latency_seconds is not None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recovering:
-    """How a pruned model is repaired; see `recover`."""
-
-    method: Method
-    examples: int = 256
-    seed: int = 0
-    batch_size: int = 32
-    max_length: int | None = None
-    every_round: bool = False  # where a model is pruned in rounds; else once, in the end
-
-    def __post_init__(self):
-        for name in ("examples", "batch_size"):
-            if getattr(self, name) < HELD_OUT:
-                raise ValueError(
-                    f"recovery needs {name} of at least {HELD_OUT}: one row of four chooses, the others fit; "
-                    f"got {getattr(self, name)}."
-                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,26 +292,6 @@ def costs(model: Model, params: Params, length: Length) -> dict[str, Any]:
         "flops": flops(model, params, length),
         "length": length,
     }
-
-
-def repair(
-    model: Model, params: Params, small: Params, tasks: Sequence[Task], how: Recovering, watch: Watch
-) -> tuple[Params, Recovery]:
-    """Repairs a pruned model with rows of its tasks."""
-    if not tasks:
-        raise ValueError("there is nothing to recover with: name a task, or leave recovery out.")
-    return recover(
-        model,
-        params,
-        small,
-        tasks,
-        method=how.method,
-        examples=min(how.examples, *(len(task.rows("calibration")) for task in tasks)),
-        key=how.seed,
-        batch_size=how.batch_size,
-        max_length=how.max_length,
-        progress=watch.open("recovering"),
-    )
 
 
 def measure_latency(

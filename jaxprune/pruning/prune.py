@@ -16,7 +16,7 @@ import numpy as np
 from jaxprune.compaction import compact
 from jaxprune.models import Model
 from jaxprune.models.cost import memory
-from jaxprune.pruning.recovery import Recovery
+from jaxprune.pruning.recovery import RecoveryReport
 from jaxprune.pruning.selection import AMOUNTS, SHARES, Values, only_budget, parts_of, select
 from jaxprune.scoring.scores import Scores
 from jaxprune.units import Gates, Params
@@ -32,7 +32,7 @@ class Round(NamedTuple):
     scores: Scores | Values  # of the units that were left before it
     gates: Gates  # of all units of the dense model: 1 where one is left
     params: Params  # what is left, repaired if that was asked for
-    recovery: Recovery | None
+    recovery: RecoveryReport | None
 
 
 def prune_in_rounds(
@@ -41,7 +41,7 @@ def prune_in_rounds(
     score: Callable[[Params], Scores | Values],
     *,
     rounds: int,
-    repair: Callable[[Params], tuple[Params, Recovery]] | None = None,
+    repair: Callable[[Params], tuple[Params, RecoveryReport]] | None = None,
     after: Round | None = None,
     **selection: Any,
 ) -> Iterator[Round]:
@@ -149,7 +149,7 @@ def _rounds(
     score: Callable[[Params], Scores | Values],
     budgets: tuple[float, ...],
     steps: list[dict[str, Any]],
-    repair: Callable[[Params], tuple[Params, Recovery]] | None,
+    repair: Callable[[Params], tuple[Params, RecoveryReport]] | None,
     after: Round | None,
 ) -> Iterator[Round]:
     left: Gates = {} if after is None else after.gates

@@ -19,7 +19,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -30,10 +30,9 @@ from jaxtyping import Array, Float
 
 from jaxprune.data.batches import encode, pack
 from jaxprune.data.prompts import prompt_of
-from jaxprune.data.tasks import Example, Task, draw, row_key
+from jaxprune.data.tasks import Example, Rows, Task, draw, row_key
 from jaxprune.evaluation.likelihood import answered
 from jaxprune.models import Layer, Mask, Model, State, block_compiled, enter, mask_of, model_layers, own_mask
-from jaxprune.scoring.objectives import key_or_default
 from jaxprune.scoring.scores import describe
 from jaxprune.units import UNITS, Params, Path, axes_of, flatten, reads, unflatten
 
@@ -275,11 +274,27 @@ def _solve(gram: np.ndarray, right: np.ndarray, ridge: float) -> np.ndarray:
     return cho_solve(cho_factor(gram + ridge * size * np.eye(len(gram)), lower=True), right)
 
 
+EXAMPLES = 256  # to repair with, unless asked otherwise
 HELD_OUT = 4  # every fourth row only chooses between candidates
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """How a pruned model is repaired."""
+
+    method: Method = Reconstruction()  # how a module is fitted
+    rows: Rows = Rows(examples=EXAMPLES)  # calibration rows of each task, at most so many as the smallest task has
+
+    def __post_init__(self):
+        count = self.rows.examples
+        for name, value in (("examples", count), ("batch_size", self.rows.batch_size)):
+            if isinstance(value, int) and value < HELD_OUT:
+                rule = "one row of four chooses, the others fit"
+                raise ValueError(f"recovery needs {name} of at least {HELD_OUT}: {rule}; got {value}.")
+
+
 class Repair(NamedTuple):
-    """What was done to one module."""
+    """The repair of one module."""
 
     module: str  # "3.ffn"
     before: float  # squared error on the rows held out, as a share of the spread of the target
@@ -287,8 +302,8 @@ class Repair(NamedTuple):
     chosen: Mapping[str, int]  # how many directions of the output each candidate was chosen for
 
 
-class Recovery(NamedTuple):
-    """How a model was repaired."""
+class RecoveryReport(NamedTuple):
+    """The repairs of a model, and the rows that they were made with."""
 
     method: Mapping[str, Any]
     examples: int
@@ -301,48 +316,53 @@ def recover(
     params: Params,
     small: Params,
     tasks: Task | Sequence[Task],
+    recovery: Recovery = Recovery(),
     *,
-    method: Method | None = None,
-    examples: int | Sequence[Example] = 256,
-    key: Array | int | None = None,
-    batch_size: int = 32,
-    max_length: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Params, Recovery]:
-    """Repairs a pruned model with examples of one or several tasks, whose labels are not read.
+) -> tuple[Params, RecoveryReport]:
+    """Repairs a pruned model with rows of one or several tasks, whose labels are not read.
 
     Args:
         model: The architecture.
         params: The dense parameters.
         small: The pruned ones, from `compact`.
-        tasks: The task, or several; calibration rows of each are drawn.
-        method: How a module is fitted: `BiasCompensation`, `Rescaling` or `Reconstruction` (None).
-        examples: How many to draw of each task, or the examples of one.
-        key: A seed or a `jax.random.key` for the draw; None is 0.
-        batch_size: Examples in a batch.
-        max_length: Tokens to which a text is cut; by default 128, of spans 384, or the most that the model reads.
+        tasks: The task, or several; as many rows of each are drawn.
+        recovery: How modules are fitted, and to which rows.
         progress: Called with the layers done and all layers.
 
     Returns:
-        The repaired parameters, in the structure of `small`, and what was done.
+        The repaired parameters, in the structure of `small`, and a report.
 
     Raises:
-        ValueError: If a task has too few rows, examples of several tasks are given, or as `recover_batches`.
+        ValueError: If there is no task, the rows of several tasks are given, or as `recover_batches`.
     """
-    method = method or Reconstruction()
-    key = jax.random.key(key) if isinstance(key, int) else key_or_default(key)
     several = [tasks] if isinstance(tasks, Task) else list(tasks)
-    if isinstance(examples, Sequence) and len(several) != 1:
+    settings = recovery.rows
+    if not several:
+        raise ValueError("there is nothing to recover with: name a task, or leave recovery out.")
+    if isinstance(settings.examples, tuple) and len(several) != 1:
         raise ValueError(f"examples of {len(several)} tasks cannot be told apart: give how many to draw of each.")
     rows, batches = [], []
-    for task in several:
-        own = tuple(examples) if isinstance(examples, Sequence) else draw(task, examples, key)
-        rows.extend(own)
-        encoded = encode(model, own, max_length=max_length, prompt=prompt_of(model, task))
-        for batch in pack(encoded, batch_size=batch_size):
+    for task, drawn in zip(several, _drawn(several, settings), strict=True):
+        rows.extend(drawn)
+        encoded = encode(model, drawn, max_length=settings.max_length, prompt=prompt_of(model, task))
+        for batch in pack(encoded, batch_size=settings.batch_size):
             batches.append({**batch, "labels": np.full(len(batch["input_ids"]), -1, np.int32)})
-    fitted, repairs = recover_batches(model, params, small, batches, method=method, progress=progress)
-    return fitted, Recovery(describe(method), len(rows), tuple(sorted(map(row_key, rows))), repairs)
+    repaired, repairs = recover_batches(model, params, small, batches, method=recovery.method, progress=progress)
+    return repaired, RecoveryReport(describe(recovery.method), len(rows), tuple(sorted(map(row_key, rows))), repairs)
+
+
+def _drawn(tasks: Sequence[Task], rows: Rows) -> list[tuple[Example, ...]]:
+    """As many rows of each task."""
+    if isinstance(rows.examples, tuple):
+        return [rows.examples]
+    split = rows.split or "calibration"
+    left = [
+        replace(task, splits={split: tuple(row for row in task.rows(split) if row_key(row) not in rows.exclude)})
+        for task in tasks
+    ]
+    count = min(EXAMPLES if rows.examples is None else rows.examples, *(len(task.rows(split)) for task in left))
+    return [draw(task, count, rows.key, split=split) for task in left]
 
 
 def recover_batches(
@@ -351,7 +371,7 @@ def recover_batches(
     small: Params,
     batches: Sequence[Mapping[str, Any]],
     *,
-    method: Method | None = None,
+    method: Method = Reconstruction(),
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Params, tuple[Repair, ...]]:
     """Fits what reads the units of a pruned model to what the dense one does.
@@ -366,7 +386,7 @@ def recover_batches(
         small: The pruned ones, from `compact`.
         batches: Batches as from `make_batches`, of at least four rows. Labels are not read, but by a text-to-text
             model, which reads the answers of the labels, or its own likeliest where they are -1.
-        method: How a module is fitted: `BiasCompensation`, `Rescaling` or `Reconstruction` (None).
+        method: How a module is fitted: `BiasCompensation`, `Rescaling` or `Reconstruction`.
         progress: Called with the layers done and all layers.
 
     Returns:
@@ -378,7 +398,6 @@ def recover_batches(
     """
     if not batches or min(len(batch["input_ids"]) for batch in batches) < HELD_OUT:
         raise ValueError(f"recovery needs batches of at least {HELD_OUT} rows: one of four chooses, the others fit.")
-    method = method or Reconstruction()
     inputs = [answered(model, params, batch) for batch in batches]
     weights = [jnp.asarray(batch.get("weight", np.ones(len(batch["input_ids"])))) > 0 for batch in batches]
     scarce: dict[str, tuple[float, int]] = {}  # modules with fewer tokens than inputs
