@@ -25,6 +25,7 @@ from jaxprune.data.tasks import draw
 from jaxprune.evaluation.evaluate import fitting_head, predict
 from jaxprune.models.cost import Length
 from jaxprune.scoring.scores import describe
+from jaxprune.units import Intervention
 
 EXAMPLES = 128  # calibration rows
 
@@ -200,7 +201,9 @@ class Bench:
                     params, gates, means = small, None, None
             encoded = self.rows_of(task, split)
             head = fitting_head(self.model, self.task(task), head)
-            logits = predict(self.model, params, encoded, head=head, gates=gates, means=means, batch_size=64)
+            logits = predict(
+                self.model, params, encoded, head=head, batch_size=64, intervention=Intervention(gates, means)
+            )
             hits = logits.argmax(1) == encoded.labels
             self.cells[key] = Cell(hits, kept)
             with self.file.open("a") as stream:

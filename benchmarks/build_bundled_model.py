@@ -115,8 +115,8 @@ def measure(folder: Path, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
     model, params = jp.load(folder)
     found = {}
     for task in tasks:
-        dev = jp.evaluate(model, params, task, split="dev")
-        test = jp.evaluate(model, params, task, split="test", limit=TEST_ROWS)
+        dev = jp.evaluate(model, params, task, rows=jp.Rows(split="dev"))
+        test = jp.evaluate(model, params, task, rows=jp.Rows(split="test", examples=TEST_ROWS))
         found[task.name] = {
             "dev": dev.to_json(),
             "test": test.to_json(),

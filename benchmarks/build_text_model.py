@@ -195,7 +195,9 @@ def measure(folder: Path, tasks: Sequence[Task]) -> Mapping[str, Any]:
     model, params = jp.load(folder)
     found = {}
     for task in tasks:
-        dev, test = (jp.evaluate(model, params, task, split=split, limit=TEST_ROWS) for split in ("dev", "test"))
+        dev, test = (
+            jp.evaluate(model, params, task, rows=jp.Rows(split=split, examples=TEST_ROWS)) for split in ("dev", "test")
+        )
         found[task.name] = {"dev": dev.to_json(), "test": test.to_json(), "rows": task.sizes}
         say(f"{dev}; {test}")
     return found

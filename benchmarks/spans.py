@@ -26,7 +26,7 @@ from parts import PACKAGES, asked, begun, each, keep
 import jaxprune as jp
 from jaxprune.checkpoints.folder import model_digest
 from jaxprune.data.batches import encode, within_reach
-from jaxprune.data.tasks import draw, remove_leaks
+from jaxprune.data.tasks import Rows, draw, remove_leaks
 from jaxprune.evaluation.evaluate import evaluate
 from jaxprune.training.finetuning import Recipe, Step, finetune
 
@@ -85,7 +85,7 @@ class Setting:
 
     def tested(self, params: Any, split: str) -> dict[str, float]:
         """Exact match and F1, in percent."""
-        found = evaluate(self.tuned[0], params, self.task, split=split, max_length=self.recipe.max_length)
+        found = evaluate(self.tuned[0], params, self.task, rows=Rows(split=split, max_length=self.recipe.max_length))
         return {name: 100 * value for name, value in found.metrics.items()}
 
 

@@ -42,6 +42,7 @@ from jaxprune.checkpoints.folder import model_digest
 from jaxprune.cli.storage import disk_sizes
 from jaxprune.cli.students import count_weights
 from jaxprune.data.batches import encode, training_batches
+from jaxprune.data.tasks import Rows
 from jaxprune.evaluation.evaluate import evaluate, predict
 from jaxprune.models.cost import flops
 from jaxprune.sparse.optimizer import sparsify
@@ -133,7 +134,7 @@ class School:
         encoded = encode(model, task.rows("test"))
         hits = predict(model, params, encoded, head=name, batch_size=64).argmax(1) == encoded.labels
         return {
-            "test": evaluate(model, params, task, head=name, batch_size=64).to_json(),
+            "test": evaluate(model, params, task, head=name, rows=Rows(batch_size=64)).to_json(),
             "hits": base64.b64encode(np.packbits(hits).tobytes()).decode(),
             "weights": count_weights(model, params),
             "sizes": sizes_of(model, params),

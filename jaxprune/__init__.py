@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     )
     from jaxprune.training.finetuning import finetune
     from jaxprune.training.students import Exam, Taught, Teaching, Thinning, distil
-    from jaxprune.units import open_gates
+    from jaxprune.units import Intervention, open_gates
 
 __version__ = "0.1.0"
 
@@ -90,6 +90,7 @@ _SOURCES = {
     "Gradient": "scoring.baselines",
     "GradientActivation": "scoring.attribution",
     "IntegratedGradients": "scoring.attribution",
+    "Intervention": "units",
     "LatencyTable": "pruning.latency",
     "LeaveOneOut": "scoring.baselines",
     "Magnitude": "scoring.baselines",
@@ -194,6 +195,7 @@ __all__ = [
     "Gradient",
     "GradientActivation",
     "IntegratedGradients",
+    "Intervention",
     "LatencyTable",
     "LeaveOneOut",
     "Magnitude",

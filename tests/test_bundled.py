@@ -33,7 +33,7 @@ def test_the_card_has_the_figures_of_the_results(name: str):
 def test_the_text_model_answers_by_its_prompt():
     model, params = jp.load(jp.bundled_text_model())
     task = jp.load_task("snips", data=jp.bundled_data())
-    found = jp.evaluate(model, params, task, limit=42)
+    found = jp.evaluate(model, params, task, rows=jp.Rows(examples=42))
     expected = json.loads((Path(jp.bundled_text_model()) / "results.json").read_text())["tasks"]["snips"]["test"]
     assert found["accuracy"] > expected["metrics"]["accuracy"] - 0.15  # 42 rows are 5 % at one deviation
     prompt, rows = jp.prompt_for(task), task.rows("test")[:8]

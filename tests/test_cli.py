@@ -27,7 +27,7 @@ from jaxprune import __version__
 from jaxprune.checkpoints.folder import load, read_pruning, save
 from jaxprune.checkpoints.tensors import TensorFile
 from jaxprune.cli import options
-from jaxprune.data.tasks import load_task
+from jaxprune.data.tasks import Rows, load_task
 from jaxprune.evaluation.evaluate import evaluate
 from jaxprune.pruning.latency import write_table
 from jaxprune.pruning.selection import select
@@ -105,8 +105,10 @@ def test_the_record_of_prune_holds_ratios_and_speedups(place, tmp_path):
     before, after = record["before"], record["after"]
     model, params = load(place.model)
     task = load_task("mood", data=place.data)
-    assert before["evaluation"] == json.loads(json.dumps(evaluate(model, params, task, limit=20).to_json()))
-    assert after["evaluation"] == json.loads(json.dumps(evaluate(*load(out), task, limit=20).to_json()))
+    assert before["evaluation"] == json.loads(
+        json.dumps(evaluate(model, params, task, rows=Rows(examples=20)).to_json())
+    )
+    assert after["evaluation"] == json.loads(json.dumps(evaluate(*load(out), task, rows=Rows(examples=20)).to_json()))
     assert before["units"] == 72
     assert record["kept"]["flops"] == after["flops"] / before["flops"] <= 0.5
     assert record["kept"]["file_bytes"] == len(weights(out)) / len(weights(place.model))
@@ -243,7 +245,10 @@ def test_evaluate_prints_what_the_library_measures(place):
         "evaluate", place.model, "--task", "mood", "--task", "topic", "--data", place.data, "--split", "dev"
     )
     model, params = load(place.model)
-    wanted = [evaluate(model, params, load_task(n, data=place.data), split="dev").to_json() for n in ("mood", "topic")]
+    wanted = [
+        evaluate(model, params, load_task(n, data=place.data), rows=Rows(split="dev")).to_json()
+        for n in ("mood", "topic")
+    ]
     assert record["results"] == json.loads(json.dumps(wanted))
     table = run("evaluate", place.model, "--task", "mood", "--data", place.data, "--limit", 10).stdout
     assert re.search(r"mood +test +10 +accuracy [\d.]+ +50\.0", table)

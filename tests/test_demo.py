@@ -11,7 +11,7 @@ from commands import TASKS, Place, place, record_of, run, write_rows
 
 from jaxprune.checkpoints.folder import load
 from jaxprune.cli.demo import OTHER_ROWS, VARIANTS, explain, next_steps
-from jaxprune.data.tasks import load_task
+from jaxprune.data.tasks import Rows, load_task
 from jaxprune.evaluation.evaluate import evaluate
 from jaxprune.scoring.scores import load_scores
 
@@ -42,7 +42,7 @@ def test_every_task_with_a_head_is_tested_in_every_variant(place, data, shown):
     for row in record["tasks"]:
         assert tuple(row["values"]) == VARIANTS
         limit = None if row["task"] == "topic" else OTHER_ROWS
-        wanted = evaluate(model, params, load_task(row["task"], data=data), limit=limit)
+        wanted = evaluate(model, params, load_task(row["task"], data=data), rows=Rows(examples=limit))
         assert row["values"]["dense"] == wanted.primary[1]
         assert row["chance"] == wanted.chance
 

@@ -14,7 +14,7 @@ import pytest
 from tiny import random_gates, tiny_model
 
 from jaxprune.data.batches import encode, make_batches, pack
-from jaxprune.data.tasks import Example, Task, draw, row_key
+from jaxprune.data.tasks import Example, Rows, Task, draw, row_key
 from jaxprune.evaluation.evaluate import (
     METRICS,
     Evaluation,
@@ -28,7 +28,7 @@ from jaxprune.evaluation.evaluate import (
     spearman,
 )
 from jaxprune.models import Model, TaskHead
-from jaxprune.units import Params
+from jaxprune.units import Intervention, Params
 
 WORDS = Path(__file__).parent / "data" / "words"
 HEADS = (
@@ -148,7 +148,7 @@ def test_gates_and_means_reach_the_model(tiny: tuple[Model, Params]):
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
     for own in (None, means):
         expected = np.asarray(model.apply(params, inputs, gates, head="pairs", means=own).logits)
-        found = predict(model, params, rows, head="pairs", gates=gates, means=own)
+        found = predict(model, params, rows, head="pairs", intervention=Intervention(gates, own))
         np.testing.assert_allclose(found, expected[np.argsort(batch["index"])], atol=1e-5)
 
 
@@ -157,12 +157,12 @@ def test_evaluation_compares_predictions_with_labels(tiny: tuple[Model, Params])
     task = reviews()
     logits = predict(model, params, task.rows("test"), head="reviews")
     labels = np.array([example.label for example in task.rows("test")])
-    found = evaluate(model, params, task, batch_size=8)
+    found = evaluate(model, params, task, rows=Rows(batch_size=8))
     assert found.n == 45 and found.head == "reviews" and found.split == "test"
     assert found.primary == ("accuracy", found["accuracy"]) == ("accuracy", np.mean(logits.argmax(1) == labels))
     assert found.chance == np.bincount(labels).max() / 45
     seen: list[tuple[int, int]] = []
-    again = evaluate(model, params, task, batch_size=8, progress=lambda *at: seen.append(at))
+    again = evaluate(model, params, task, progress=lambda *at: seen.append(at), rows=Rows(batch_size=8))
     assert again == found and seen == [(done, 6) for done in range(1, 7)]
 
 
@@ -179,17 +179,17 @@ def test_evaluation_of_a_regression(tiny: tuple[Model, Params]):
 def test_a_limit_takes_a_stratified_draw(tiny: tuple[Model, Params]):
     model, params = tiny
     task = reviews(60)
-    found = evaluate(model, params, task, limit=20)
-    assert found.n == 20 and found == evaluate(model, params, task, limit=20)
+    found = evaluate(model, params, task, rows=Rows(examples=20))
+    assert found.n == 20 and found == evaluate(model, params, task, rows=Rows(examples=20))
     drawn = draw(task, 20, 0, split="test")
     logits = predict(model, params, drawn, head="reviews")
     assert found["accuracy"] == np.mean(logits.argmax(1) == [example.label for example in drawn])
-    assert evaluate(model, params, task, limit=1_000).n == 60
+    assert evaluate(model, params, task, rows=Rows(examples=1_000)).n == 60
 
 
 def test_truncated_texts_are_reported(tiny: tuple[Model, Params]):
     model, params = tiny
-    found = evaluate(model, params, reviews(), max_length=12)
+    found = evaluate(model, params, reviews(), rows=Rows(max_length=12))
     assert found.truncated == encode(model, reviews().rows("test"), max_length=12).truncated > 0
     assert f"{found.truncated} truncated" in str(found)
 
@@ -222,10 +222,10 @@ def test_rows_used_for_scoring_are_refused(tiny: tuple[Model, Params]):
     model, params = tiny
     task = reviews()
     scored = {row_key(example) for example in task.rows("calibration")}
-    evaluate(model, params, task, exclude=scored, limit=5)
+    evaluate(model, params, task, rows=Rows(exclude=scored, examples=5))
     leaked = [row_key(replace(example, text=example.text.upper() + "!")) for example in task.rows("test")[:3]]
     with pytest.raises(ValueError, match="3 of the 45 test rows of 'reviews' are among the 23 rows used for scoring"):
-        evaluate(model, params, task, exclude=[*scored, *leaked], limit=5)
+        evaluate(model, params, task, rows=Rows(exclude=[*scored, *leaked], examples=5))
 
 
 def test_the_head_must_fit_the_task(tiny: tuple[Model, Params]):
@@ -234,20 +234,20 @@ def test_the_head_must_fit_the_task(tiny: tuple[Model, Params]):
     renamed = reviews(name="films")
     with pytest.raises(ValueError, match=r"3 task heads .* name one"):
         evaluate(model, params, renamed)
-    assert evaluate(model, params, renamed, head="reviews", limit=5).head == "reviews"
+    assert evaluate(model, params, renamed, head="reviews", rows=Rows(examples=5)).head == "reviews"
     with pytest.raises(ValueError, match="has 2 labels, but 'films' has 3: different, same against no, maybe, yes"):
         evaluate(model, params, renamed, head="pairs")
     with pytest.raises(ValueError, match="'score' is a regression, but 'films' is a classification"):
         evaluate(model, params, renamed, head="score")
     with pytest.raises(ValueError, match=r"in another order: load the task with labels=\['no', 'maybe', 'yes'\]"):
         evaluate(model, params, reviews(labels=("Yes", "Maybe", "No")))
-    assert evaluate(model, params, reviews(labels=("0", "1", "2")), limit=5).n == 5
+    assert evaluate(model, params, reviews(labels=("0", "1", "2")), rows=Rows(examples=5)).n == 5
 
 
 def test_an_empty_split_and_broken_logits_are_refused(tiny: tuple[Model, Params]):
     model, params = tiny
     with pytest.raises(ValueError, match="'reviews' has no dev rows"):
-        evaluate(model, params, reviews(), split="dev")
+        evaluate(model, params, reviews(), rows=Rows(split="dev"))
     broken = dict(params) | {"heads": {**params["heads"]}}
     head = params["heads"]["reviews"]
     broken["heads"]["reviews"] = {**head, "out": {**head["out"], "bias": head["out"]["bias"] * np.float32("nan")}}

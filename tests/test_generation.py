@@ -17,13 +17,13 @@ from tiny import TEXT_TYPES, random_gates, tiny_batch, tiny_model
 from jaxprune.compaction import compact
 from jaxprune.evaluation.generation import generate, texts
 from jaxprune.models import Decoding, Masks, Model, Output
-from jaxprune.units import Params, flatten, open_gates, unflatten, widths
+from jaxprune.units import Intervention, Params, flatten, open_gates, unflatten, widths
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # one event per program
 
 
 def written(model: Model, params: Any, batch: Any, length: int = 12, **options: Any) -> np.ndarray:
-    return np.asarray(generate(model, params, batch, max_new_tokens=length, **options))
+    return np.asarray(generate(model, params, batch, max_new_tokens=length, intervention=Intervention(**options)))
 
 
 def writer(kind: str, *, layers: int = 1, neurons: int = 32, seed: int = 4) -> tuple[Model, Params]:
@@ -252,7 +252,7 @@ def test_inside_jit_it_writes_the_same():
     inside = jax.jit(partial(generate, max_new_tokens=9), static_argnums=0)
     np.testing.assert_array_equal(inside(model, params, batch), written(model, params, batch, 9))
     np.testing.assert_array_equal(
-        inside(model, params, batch, gates=gates), written(model, params, batch, 9, gates=gates)
+        inside(model, params, batch, intervention=Intervention(gates)), written(model, params, batch, 9, gates=gates)
     )
 
 
@@ -319,11 +319,11 @@ def test_batches_gates_and_parameters_that_do_not_fit_are_refused():
     with pytest.raises(TypeError, match="input_ids must be integers"):
         run({"input_ids": ids.astype(np.float32), "attention_mask": mask})
     with pytest.raises(ValueError, match=r"encoder\.0\.ffn\.neurons has 3 gates for 32 units"):
-        run(batch, gates={"encoder.0.ffn.neurons": jnp.ones(3)})
+        run(batch, intervention=Intervention({"encoder.0.ffn.neurons": jnp.ones(3)}))
     with pytest.raises(ValueError, match=r"decoder\.0\.cross\.heads has gates for 2 examples, the batch has 3"):
-        run(batch, gates={"decoder.0.cross.heads": jnp.ones((2, 4))})
+        run(batch, intervention=Intervention({"decoder.0.cross.heads": jnp.ones((2, 4))}))
     with pytest.raises(ValueError, match=r"decoder\.9\.cross\.heads is not a site"):
-        run(batch, means={"decoder.9.cross.heads": jnp.ones((4, 3))})
+        run(batch, intervention=Intervention(means={"decoder.9.cross.heads": jnp.ones((4, 3))}))
     layers = {i: own for i, own in params["decoder"]["layers"].items() if i != 1}
     with pytest.raises(ValueError, match="decoder layers"):
         generate(model, params | {"decoder": params["decoder"] | {"layers": layers}}, batch, max_new_tokens=3)

@@ -357,8 +357,8 @@ def test_evaluation_compares_the_likeliest_spans_with_answers():
     found = evaluate(model, params, task)
     assert found.metrics == squad(texts, [row.answers or () for row in rows]) and found.head == "find"
     assert found.primary[0] == "f1" and found.chance == 0.0 and found.n == 20
-    assert evaluate(model, params, task, batch_size=7) == found
-    assert evaluate(model, params, task, limit=9).n == 9
+    assert evaluate(model, params, task, rows=Rows(batch_size=7)) == found
+    assert evaluate(model, params, task, rows=Rows(examples=9)).n == 9
     unknown = [replace(row, answers=()) for row in rows]
     assert find_answers(model, params, unknown, head="find") == texts
 
@@ -368,7 +368,7 @@ def test_an_answer_that_is_cut_off_counts_as_not_found():
     perfect = example("it is?", "red " * 3 + "the " * 9 + "cold", "red")
     task = task_of((perfect, perfect, perfect))
     far = replace(perfect, answers=(Answer((perfect.pair or "").index("cold"), "cold"),))
-    found = evaluate(model, params, replace(task, splits={"test": (far,) * 2}), max_length=14)
+    found = evaluate(model, params, replace(task, splits={"test": (far,) * 2}), rows=Rows(max_length=14))
     assert found.n == 2 and found.truncated == 2 and found["f1"] == found["exact_match"] == 0.0
 
 

@@ -16,11 +16,12 @@ from jaxprune.checkpoints.folder import load, save
 from jaxprune.cli.sweep import Combination, combinations
 from jaxprune.cli.workflow import costs, ratios
 from jaxprune.compaction import compact
-from jaxprune.data.tasks import load_task
+from jaxprune.data.tasks import Rows, load_task
 from jaxprune.evaluation.evaluate import evaluate
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.baselines import Magnitude, Random
 from jaxprune.scoring.scores import load_scores
+from jaxprune.units import Intervention
 
 __all__ = ["place"]  # a fixture
 
@@ -87,10 +88,10 @@ def test_a_row_is_what_pruning_and_testing_give(place, swept, name):
     model, params = load(place.model)
     task = load_task("topic", data=place.data)
     small = compact(model, params, select(model, params, scores, flops=row["flops"]))
-    found = evaluate(model, small, task, limit=24, batch_size=8)
+    found = evaluate(model, small, task, rows=Rows(examples=24, batch_size=8))
     assert (row["metric"], row["value"]) == found.primary
     assert (row["n"], row["chance"]) == (24, found.chance)
-    assert row["dense"] == evaluate(model, params, task, limit=24, batch_size=8).primary[1]
+    assert row["dense"] == evaluate(model, params, task, rows=Rows(examples=24, batch_size=8)).primary[1]
     length = scores.header["mean_length"]
     left = ratios(costs(model, params, length), costs(model, small, length))
     assert row["flops_kept"] == pytest.approx(left["flops"], rel=1e-12)
@@ -183,7 +184,9 @@ def test_means_of_closed_units_and_global_selection(place, tmp_path):
     model, params = load(place.model)
     gates = select(model, params, scores, flops=0.5, per_layer=False, multiple_of={"neurons": 4})
     small = compact(model, params, gates, scores.means)
-    found = evaluate(model, small, load_task("mood", data=place.data), split="dev", limit=24, batch_size=8)
+    found = evaluate(
+        model, small, load_task("mood", data=place.data), rows=Rows(split="dev", examples=24, batch_size=8)
+    )
     assert scores.means
     assert row["value"] == found.primary[1]
 
@@ -196,7 +199,13 @@ def test_top_layers_always_compares_all_layers(place, tmp_path):
     gates = select(model, params, scores, flops=0.5, per_layer=False)
     assert (
         row["value"]
-        == evaluate(model, params, load_task("mood", data=place.data), gates=gates, limit=24, batch_size=8).primary[1]
+        == evaluate(
+            model,
+            params,
+            load_task("mood", data=place.data),
+            rows=Rows(examples=24, batch_size=8),
+            intervention=Intervention(gates),
+        ).primary[1]
     )
     assert {float(gate.sum()) for name, gate in gates.items() if name.startswith("1.")} == {0.0}
 

@@ -23,7 +23,7 @@ from tiny import tiny_model
 
 from jaxprune.checkpoints.folder import load, read_pruning
 from jaxprune.cli.together import Way
-from jaxprune.data.tasks import load_task
+from jaxprune.data.tasks import Rows, load_task
 from jaxprune.evaluation.evaluate import evaluate
 from jaxprune.pruning.pooling import (
     intersection,
@@ -211,7 +211,10 @@ def test_prune_for_two_tasks_scores_both_and_tests_both(place, scored, pruned):
     assert [own["labels"] for own in record["tasks"]] == [["bad", "good"], ["animal", "sky", "text"]]
     assert record["kept"]["flops"] <= 0.5 and not {"task", "criterion", "scores"} & record.keys()
     for when, (model, params) in {"before": load(place.model), "after": load(out)}.items():
-        wanted = [evaluate(model, params, load_task(n, data=place.data), limit=20).to_json() for n in ("mood", "topic")]
+        wanted = [
+            evaluate(model, params, load_task(n, data=place.data), rows=Rows(examples=20)).to_json()
+            for n in ("mood", "topic")
+        ]
         assert record[when]["evaluations"] == json.loads(json.dumps(wanted))
         assert "evaluation" not in record[when]
 

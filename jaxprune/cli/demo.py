@@ -26,7 +26,7 @@ from jaxprune.cli.workflow import (
     stored_type,
 )
 from jaxprune.compaction import compact
-from jaxprune.data.tasks import Task, load_task
+from jaxprune.data.tasks import Rows, Task, load_task
 from jaxprune.evaluation.evaluate import evaluate, fitting_head
 from jaxprune.models import Model
 from jaxprune.models.cost import file_size
@@ -204,7 +204,7 @@ def _test(
         limit = None if task is tasks[0] else OTHER_ROWS
         values, results = {}, []
         for name, params in variants.items():
-            results.append(evaluate(model, params, task, limit=limit, exclude=scored))
+            results.append(evaluate(model, params, task, rows=Rows(examples=limit, exclude=scored)))
             values[name] = results[-1].primary[1]
             done += 1
             bar(done, len(tasks) * len(variants), f"{task.name}, {name}")

@@ -45,7 +45,7 @@ from jaxprune.pruning.selection import select
 from jaxprune.scoring.attribution import Criterion
 from jaxprune.scoring.baselines import Magnitude, TopLayers
 from jaxprune.scoring.scores import describe
-from jaxprune.units import KINDS, Gates, Params
+from jaxprune.units import KINDS, Gates, Intervention, Params
 
 ONE_SEED = (Magnitude, TopLayers)  # they read no example and draw nothing: every seed gives the same scores
 RESULTS = "results.json"
@@ -166,7 +166,7 @@ def sweep_model(
                 if per_layer:
                     small, closed = compact(model, params, gates, scores.means), {}
                 else:
-                    small, closed = params, {"gates": gates, "means": scores.means}
+                    small, closed = params, {"intervention": Intervention(gates, scores.means)}
                 progress, scored = testing(f"{task.name}, {name}, seed {seed}"), scores.header["rows"]
                 found = measure(model, small, task, measuring, progress, split, exclude=scored, **closed)
                 metric, value = found.primary

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from jaxprune.cli.render.tables import evaluation_table
 from jaxprune.data.batches import default_length, within_reach
 from jaxprune.data.prompts import STYLES, fit, prompt_for, prompt_of, read_prompt
 from jaxprune.data.splits import MISPLACED, MISSING, digest
-from jaxprune.data.tasks import Task, draw, load_task, remove_leaks, seed_words
+from jaxprune.data.tasks import Rows, Task, draw, load_task, remove_leaks, seed_words
 from jaxprune.evaluation.evaluate import Evaluation, evaluate, fitting_head
 from jaxprune.models import Model
 from jaxprune.models.cost import (
@@ -443,18 +443,16 @@ def measure(
     measuring: Measuring,
     progress: Progress,
     split: str = "test",
-    **how: Any,
+    *,
+    exclude: Collection[str] = (),
+    **more: Any,
 ) -> Evaluation:
-    """Evaluates as `measuring` says; `how` are more arguments of `evaluate`, such as `exclude`, `gates` and `means`."""
-    return evaluate(
-        model,
-        params,
-        task,
+    """Evaluates as `measuring` says on rows that are not in `exclude`; `more` are other arguments of `evaluate`."""
+    rows = Rows(
+        examples=measuring.limit,
         split=split,
-        head=measuring.head,
+        exclude=exclude,
         batch_size=measuring.batch_size,
-        limit=measuring.limit,
         max_length=measuring.max_length,
-        progress=progress,
-        **how,
     )
+    return evaluate(model, params, task, rows=rows, head=measuring.head, progress=progress, **more)

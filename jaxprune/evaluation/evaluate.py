@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -16,11 +16,11 @@ from jaxprune.data.batches import IGNORED, Batch, Encoded, encode, pack
 from jaxprune.data.prompts import Prompt, prompt_of
 from jaxprune.data.spans import find_spans, text_of
 from jaxprune.data.splits import squad
-from jaxprune.data.tasks import Example, Task, draw, row_key
+from jaxprune.data.tasks import Example, Rows, Task, draw, row_key
 from jaxprune.evaluation.generation import generate
 from jaxprune.evaluation.likelihood import candidates_in, rank
 from jaxprune.models import INPUTS, NOWHERE, Model
-from jaxprune.units import Gates, Params
+from jaxprune.units import Intervention, Params
 
 Metric: TypeAlias = Callable[[Any, Any], dict[str, float]]  # (what is predicted, labels), an entry per example
 
@@ -143,10 +143,8 @@ def predict(
     examples: Sequence[Example] | Encoded,
     *,
     head: str | None = None,
-    gates: Gates | None = None,
-    means: Gates | None = None,
+    intervention: Intervention = Intervention(),
     batch_size: int = 32,
-    max_length: int | None = None,
     prompt: Prompt | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
@@ -158,29 +156,24 @@ def predict(
     Args:
         model: The model.
         params: Its parameters, of any widths.
-        examples: The examples, or what `encode` made of them.
+        examples: The examples, or what `encode` made of them (with another `max_length`, say).
         head: The task head; None is the only one.
-        gates: Gates to apply; None is all open.
-        means: What a closed unit is replaced by; a missing one is zero.
+        intervention: Gates to apply, and what closed units are replaced by.
         batch_size: Examples in a batch.
-        max_length: Tokens to which a text is cut; by default 128, of spans 384, or the most that the model reads.
         prompt: What a text-to-text model is asked, fitted to the task.
         progress: Called with the number of batches sent to the device, and of all.
 
     Raises:
         ValueError: If a logit is not finite.
     """
-    if isinstance(examples, Encoded):
-        encoded = examples
-    else:
-        encoded = encode(model, examples, max_length=max_length, prompt=prompt)
+    encoded = examples if isinstance(examples, Encoded) else encode(model, examples, prompt=prompt)
     longest = int(encoded.lengths.max())
 
     def run(batch: Batch) -> Any:
         inputs = {name: batch[name] for name in INPUTS if name in batch}
         if model.answers_in_text:
-            return rank(model, params, inputs, candidates_in(batch), gates, means)
-        logits: Any = model.apply(params, inputs, gates, head=head, means=means).logits
+            return rank(model, params, inputs, candidates_in(batch), intervention)
+        logits: Any = model.apply(params, inputs, intervention.gates, head=head, means=intervention.means).logits
         if not model.head(head).spans:
             return logits
         found = np.full((*np.shape(logits)[:2], longest), NOWHERE, np.float32)
@@ -205,10 +198,8 @@ def find_answers(
     *,
     encoded: Encoded | None = None,
     head: str | None = None,
-    gates: Gates | None = None,
-    means: Gates | None = None,
+    intervention: Intervention = Intervention(),
     batch_size: int = 32,
-    max_length: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """What the contexts of questions answer, word for word: the likeliest spans, of at most 30 tokens.
@@ -217,12 +208,10 @@ def find_answers(
         model: The model.
         params: Its parameters, of any widths.
         examples: The questions: `Example(question, context, answers=())`, or with the answers that are known.
-        encoded: What `encode` made of them; None: not done yet.
+        encoded: What `encode` made of them; None: not done yet, contexts are cut after 384 tokens.
         head: The task head, one for spans; None is the only one.
-        gates: Gates to apply; None is all open.
-        means: What a closed unit is replaced by; a missing one is zero.
+        intervention: Gates to apply, and what closed units are replaced by.
         batch_size: Examples in a batch.
-        max_length: Tokens after which a context is cut; by default 384, or what the model reads if that is less.
         progress: Called with the number of batches sent to the device, and of all.
 
     Raises:
@@ -230,14 +219,14 @@ def find_answers(
             finite.
     """
     chosen = model.head(head)
-    encoded = encode(model, examples, max_length=max_length) if encoded is None else encoded
+    encoded = encode(model, examples) if encoded is None else encoded
     if not chosen.spans or encoded.characters is None:
         what = "its examples have no answers" if chosen.spans else f"task head {chosen.name!r} is {chosen.kind}"
         raise ValueError(f"answers are found by a head for spans, in examples with answers=() or known ones; {what}.")
 
     def run(batch: Batch) -> Any:
         inputs = {name: batch[name] for name in INPUTS if name in batch}
-        return find_spans(model.apply(params, inputs, gates, head=head, means=means).logits)
+        return find_spans(model.apply(params, inputs, intervention.gates, head=head, means=intervention.means).logits)
 
     spans = _in_order(encoded, batch_size, run, progress)
     _refuse_broken(spans[:, 2] == 1)
@@ -250,8 +239,7 @@ def write_answers(
     params: Params,
     encoded: Encoded,
     *,
-    gates: Gates | None = None,
-    means: Gates | None = None,
+    intervention: Intervention = Intervention(),
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
@@ -261,8 +249,7 @@ def write_answers(
         model: The model.
         params: Its parameters, of any widths.
         encoded: What `encode` made of the examples.
-        gates: Gates to apply; None is all open.
-        means: What a closed unit is replaced by; a missing one is zero.
+        intervention: Gates to apply, and what closed units are replaced by.
         batch_size: Examples in a batch.
         progress: Called with the number of batches sent to the device, and of all.
 
@@ -274,7 +261,7 @@ def write_answers(
     words = np.where(encoded.candidates == IGNORED, model.config.pad_id, encoded.candidates)
 
     def run(batch: Batch) -> Any:
-        return generate(model, params, batch, max_new_tokens=words.shape[1], gates=gates, means=means)
+        return generate(model, params, batch, max_new_tokens=words.shape[1], intervention=intervention)
 
     same = (_in_order(encoded, batch_size, run, progress)[:, None] == words).all(-1)
     return np.where(same.any(1), same.argmax(1), -1).astype(np.int32)
@@ -303,14 +290,9 @@ def evaluate(
     params: Params,
     task: Task,
     *,
-    split: str = "test",
+    rows: Rows = Rows(),
     head: str | None = None,
-    gates: Gates | None = None,
-    means: Gates | None = None,
-    batch_size: int = 32,
-    limit: int | None = None,
-    max_length: int | None = None,
-    exclude: Collection[str] = (),
+    intervention: Intervention = Intervention(),
     generated: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -322,14 +304,11 @@ def evaluate(
         model: The model.
         params: Its parameters, of any widths.
         task: The task.
-        split: Which examples: choose on `dev`, report `test`.
+        rows: The rows to evaluate on, by default all test rows; choose on `dev`, report `test`. Fewer `examples` are a
+            stratified draw, the same for the same `key`; none of them may be in `exclude`, such as those used for
+            scoring.
         head: The task head; by default the one of the task's name, else the only one.
-        gates: Gates to apply; None is all open.
-        means: What a closed unit is replaced by; a missing one is zero.
-        batch_size: Examples in a batch.
-        limit: The most examples; a stratified draw that is always the same. None: all.
-        max_length: Tokens to which a text is cut; by default 128, of spans 384, or the most that the model reads.
-        exclude: Keys (`jaxprune.data.tasks.row_key`) of examples that must not occur, such as those used for scoring.
+        intervention: Gates to apply, and what closed units are replaced by.
         generated: Whether a text-to-text model has to write the words of the label by itself; otherwise the likeliest
             of the labels is what it predicts.
         progress: Called with the number of batches sent to the device, and of all.
@@ -339,30 +318,31 @@ def evaluate(
             not finite.
     """
     head = fitting_head(model, task, head)
-    examples = task.rows(split)
+    split = rows.split or "test"
+    examples = rows.examples if isinstance(rows.examples, tuple) else task.rows(split)
     if not examples:
         raise ValueError(f"{task.name!r} has no {split} rows.")
-    scored = frozenset(exclude)
+    scored = frozenset(rows.exclude)
     seen = sum(row_key(example) in scored for example in examples) if scored else 0
     if seen:
         raise ValueError(
             f"{seen} of the {len(examples)} {split} rows of {task.name!r} are among the {len(scored)} rows used for "
             "scoring; score on calibration rows and evaluate on dev or test, loaded with the same seed."
         )
-    if limit is not None and limit < len(examples):
-        examples = draw(task, limit, 0, split=split)
-    encoded = encode(model, examples, max_length=max_length, prompt=prompt_of(model, task))
-    how: dict[str, Any] = {"gates": gates, "means": means, "batch_size": batch_size, "progress": progress}
+    if isinstance(rows.examples, int) and rows.examples < len(examples):
+        examples = draw(task, rows.examples, rows.key, split=split)
+    encoded = encode(model, examples, max_length=rows.max_length, prompt=prompt_of(model, task))
+    settings: dict[str, Any] = {"intervention": intervention, "batch_size": rows.batch_size, "progress": progress}
     labels: Any = encoded.labels
     if task.spans:
         labels = [example.answers for example in examples]
-        predicted: Any = find_answers(model, params, examples, encoded=encoded, head=head, **how)
+        predicted: Any = find_answers(model, params, examples, encoded=encoded, head=head, **settings)
         constant: Any = [""] * len(labels)
     else:
         if generated:
-            predicted = write_answers(model, params, encoded, **how)
+            predicted = write_answers(model, params, encoded, **settings)
         else:
-            logits = predict(model, params, encoded, head=head, **how)
+            logits = predict(model, params, encoded, head=head, **settings)
             predicted = logits[:, 0] if task.regression else logits.argmax(1)
         values, counts = np.unique(labels, return_counts=True)
         constant = np.full_like(labels, values[counts.argmax()])

@@ -28,7 +28,7 @@ from jaxprune.models import (
     model_layers,
     part,
 )
-from jaxprune.units import Gates, Params
+from jaxprune.units import Gates, Intervention, Params
 
 
 def generate(
@@ -37,8 +37,7 @@ def generate(
     batch: Mapping[str, Any],
     *,
     max_new_tokens: int,
-    gates: Gates | None = None,
-    means: Gates | None = None,
+    intervention: Intervention = Intervention(),
 ) -> Int[Array, "b n"]:
     """Writes the most likely next token until the end token, row by row: greedy, as Hugging Face's `generate`.
 
@@ -50,8 +49,8 @@ def generate(
         batch: What a Hugging Face tokenizer returns, padded on any side: `input_ids` and `attention_mask`, each
             `[b, t]`. Other keys are ignored, those of the decoder too.
         max_new_tokens: The most tokens to write. One program is compiled for each number and shape.
-        gates: Site name to gates `[units]`, or `[b, units]` for one row per example. None multiplies nothing.
-        means: Site name to what a closed unit is replaced by; a missing one is zero.
+        intervention: Gates `[units]` by site name, or `[b, units]` for one row per example, and what closed units are
+            replaced by.
 
     Returns:
         int32 tokens `[b, max_new_tokens]`: those after the start token. Once a row has given the end token, which is
@@ -68,6 +67,7 @@ def generate(
         raise TypeError(f"max_new_tokens must be an integer, got {type(max_new_tokens).__name__}.")
     if not 1 <= max_new_tokens <= model.max_length:
         raise ValueError(f"max_new_tokens must lie in 1 to {model.max_length}, got {max_new_tokens}.")
+    gates, means = intervention
     inputs = encoder_inputs(model, params, batch)
     check_intervention(model, params, inputs, gates, means)
     layers = model_layers(model, params)

@@ -30,7 +30,7 @@ from jaxprune.models import (
     readout_compiled,
     repeat_rows,
 )
-from jaxprune.units import Gates, Params
+from jaxprune.units import Intervention, Params
 
 MOST_ROWS = 512  # answers that are decoded together: it sets the memory, not the result
 
@@ -53,8 +53,7 @@ def rank(
     params: Params,
     batch: Mapping[str, Any],
     candidates: Int[Array, "b l u"] | np.ndarray,
-    gates: Gates | None = None,
-    means: Gates | None = None,
+    intervention: Intervention = Intervention(),
 ) -> Float[Array, "b l"]:
     """The log-likelihood, in nats, of every candidate answer. The encoder runs once for all of them.
 
@@ -63,10 +62,9 @@ def rank(
         params: Parameters of any widths.
         batch: `input_ids` and `attention_mask`.
         candidates: The tokens of the answers.
-        gates: Site name to gates `[units]`; None is all open.
-        means: What closed units are replaced by; a missing one is zero.
+        intervention: Gates by site name, and what closed units are replaced by.
     """
-    candidates = jnp.asarray(candidates)
+    candidates, (gates, means) = jnp.asarray(candidates), intervention
     rows, labels, length = candidates.shape
     encoded = encoder_inputs(model, params, batch)
     check_intervention(model, params, encoded, gates, means)

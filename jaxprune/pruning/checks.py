@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprune.data.splits import Example
-from jaxprune.data.tasks import Task
+from jaxprune.data.tasks import Rows, Task
 from jaxprune.evaluation.evaluate import evaluate
 from jaxprune.models import Model
 from jaxprune.pruning.record import origin_of, scored_rows
@@ -26,7 +26,7 @@ from jaxprune.scoring.objectives import gold
 from jaxprune.scoring.run import score
 from jaxprune.scoring.scores import Scores
 from jaxprune.scoring.stability import spearman
-from jaxprune.units import Params
+from jaxprune.units import Intervention, Params
 
 PASS, FAIL, UNDECIDED, NOT_APPLICABLE = "pass", "fail", "undecided", "does not apply"
 MOST_ERROR = 0.05  # of completeness, relative; 8 nodes usually leave less than a tenth of it
@@ -222,14 +222,15 @@ def deletion_check(
             model,
             params,
             task,
-            split=checking.split,
             head=scores.header["head"],
-            gates=gates,
-            means=scores.means,
-            batch_size=checking.batch_size,
-            limit=checking.limit,
-            max_length=scores.header["max_length"],
-            exclude=scores.header["rows"],
+            rows=Rows(
+                split=checking.split,
+                batch_size=checking.batch_size,
+                examples=checking.limit,
+                max_length=scores.header["max_length"],
+                exclude=scores.header["rows"],
+            ),
+            intervention=Intervention(gates, scores.means),
         )
         done += 1
         progress(done, total, "deletion")

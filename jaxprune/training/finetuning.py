@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxprune.checkpoints.folder import model_digest
 from jaxprune.data.batches import IGNORED, Batches, Encoded, encode, training_batches, within_reach
 from jaxprune.data.prompts import prompt_of
-from jaxprune.data.tasks import Task, remove_leaks
+from jaxprune.data.tasks import Rows, Task, remove_leaks
 from jaxprune.evaluation.evaluate import Evaluation, evaluate
 from jaxprune.evaluation.likelihood import candidates_in, candidates_of, teacher_forced
 from jaxprune.models import Model, TaskHead
@@ -187,7 +187,9 @@ def finetune(
         now = run_steps(step, now, (epoch + 1) * per_epoch, steps, epoch + 1, save, save_every, progress)
         results = []
         for task in cleaned:
-            result = evaluate(trained, now.params, task, split="dev", limit=dev_limit, max_length=recipe.max_length)
+            result = evaluate(
+                trained, now.params, task, rows=Rows(split="dev", examples=dev_limit, max_length=recipe.max_length)
+            )
             results.append(result)
             if report is not None:
                 report(epoch + 1, result)

@@ -22,7 +22,7 @@ from jaxtyping import Array
 from jaxprune.checkpoints.folder import model_digest
 from jaxprune.data.batches import default_length, encode, pack, training_batches
 from jaxprune.data.prompts import prompt_of
-from jaxprune.data.tasks import Task, remove_leaks
+from jaxprune.data.tasks import Rows, Task, remove_leaks
 from jaxprune.evaluation.evaluate import Evaluation, evaluate, fitting_head
 from jaxprune.models import Model
 from jaxprune.scoring.scores import describe
@@ -230,7 +230,7 @@ def distil(
     def examine(now: TrainingState) -> Exam:
         own = without_projection(now.params)
         _, parts = joint_loss(taught, now.params, teacher_model, teacher, lesson, settings, head=name, heads=heads)
-        result = evaluate(taught, own, cleaned, split="dev", limit=dev_limit, max_length=length)
+        result = evaluate(taught, own, cleaned, rows=Rows(split="dev", examples=dev_limit, max_length=length))
         pruned = now.moments["student"]
         sparsity = sparsity_of(pruned.masks).fraction if isinstance(pruned, SparsifyState) else None
         return Exam(now.done, sparsity, {part: float(loss) for part, loss in parts.items()}, result)
