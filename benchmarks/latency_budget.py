@@ -28,8 +28,14 @@ import jaxprune as jp
 from jaxprune.checkpoints.files import write_atomic
 from jaxprune.cli.planning import TRIES
 from jaxprune.models import Model
-from jaxprune.models.cost import LatencyComparison, compare_latency
-from jaxprune.pruning.latency import LatencyTable, Tokens, measure_latency_table, meet
+from jaxprune.pruning.latency import (
+    LatencyComparison,
+    LatencyTable,
+    Tokens,
+    compare_latency,
+    measure_latency_table,
+    meet,
+)
 from jaxprune.pruning.selection import least_latency
 from jaxprune.units import Gates, Params, widths
 

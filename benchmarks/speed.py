@@ -65,7 +65,8 @@ from timing import (
 import jaxprune as jp
 from jaxprune.checkpoints.files import write_atomic
 from jaxprune.models import Model, TaskHead, family
-from jaxprune.models.cost import compare_latency, flops
+from jaxprune.models.cost import flops
+from jaxprune.pruning.latency import compare_latency
 from jaxprune.scoring.attribution import gauss_legendre, layer, quadrature
 from jaxprune.scoring.objectives import signed
 from jaxprune.units import Params, widths

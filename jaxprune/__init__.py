@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from jaxprune.evaluation.evaluate import evaluate
     from jaxprune.evaluation.generation import generate
     from jaxprune.models import Model, Output
-    from jaxprune.models.cost import flops, latency, parameters
+    from jaxprune.models.cost import flops, parameters
     from jaxprune.pruning.checks import Check, Checking, check
-    from jaxprune.pruning.latency import LatencyTable, measure_latency_table
+    from jaxprune.pruning.latency import LatencyTable, latency, measure_latency_table
     from jaxprune.pruning.loss import Prediction, Receipt, Reselection, loss_receipt, predict_loss, reselect
     from jaxprune.pruning.prune import Round, prune_in_rounds
     from jaxprune.pruning.record import pruning_record
@@ -143,7 +143,7 @@ _SOURCES = {
     "integrate": "scoring.attribution",
     "joint_loss": "training.distillation",
     "joint_loss_and_gradients": "training.distillation",
-    "latency": "models.cost",
+    "latency": "pruning.latency",
     "linear_maps": "sparse.matrices",
     "linear_schedule": "sparse.schedules",
     "load": "checkpoints.folder",

@@ -14,11 +14,9 @@ from tiny import MODEL_TYPES, random_gates, tiny_config, tiny_model
 from jaxprune.compaction import compact
 from jaxprune.models import Model, family
 from jaxprune.models.cost import (
-    compare_latency,
     elements,
     file_size,
     flops,
-    latency,
     matmul_flops,
     parameters,
     prunable_parameters,
@@ -154,41 +152,3 @@ def test_file_size(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"has no \*.safetensors"):
         file_size(tmp_path / "empty")
-
-
-def test_latency_says_what_was_measured():
-    model, params = tiny_model("bert")
-    measured = latency(model, params, batch=2, length=5, repeats=4, warmup=1)
-    assert (measured.batch, measured.length) == (2, 5)
-    assert 0 < measured.median <= measured.p95
-    assert measured.device
-
-
-def test_latencies_are_compared_side_by_side():
-    model, params = tiny_model("bert")
-    small = compact(model, params, random_gates(model, params))
-    compared = compare_latency([(model, params), (model, small)], length=5, repeats=3, warmup=1)
-    assert len(compared.latencies) == len(compared.speedups) == 2
-    assert compared.speedups[0] == 1.0
-    assert compared.speedups[1] > 0
-
-
-def test_latency_without_task_heads():
-    model, params = tiny_model("bert", heads=())
-    assert latency(model, params, length=5, repeats=1, warmup=1).median > 0
-
-
-@pytest.mark.parametrize("name", ["batch", "length", "repeats", "warmup"])
-def test_latency_needs_positive_numbers(name):
-    model, params = tiny_model("bert")
-    settings: dict[str, Any] = {name: 0}
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        latency(model, params, **settings)
-
-
-def test_latency_needs_a_model_that_reads_that_many_tokens():
-    model, params = tiny_model("bert")
-    with pytest.raises(ValueError, match="the model reads 1 to 64"):
-        latency(model, params, length=65)
-    with pytest.raises(ValueError, match="no model"):
-        compare_latency([])

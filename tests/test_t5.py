@@ -18,8 +18,9 @@ from jaxprune.checkpoints.folder import digest, load, save
 from jaxprune.compaction import compact
 from jaxprune.models import Decoding, Masks, Model, family
 from jaxprune.models.backward import Prefix, forward
-from jaxprune.models.cost import compare_latency, flops, latency
+from jaxprune.models.cost import flops
 from jaxprune.models.t5 import bucket_of
+from jaxprune.pruning.latency import compare_latency, latency
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.attribution import IntegratedGradients, joint, layer
 from jaxprune.scoring.objectives import log_probability, signed

@@ -24,11 +24,12 @@ from jaxprune.cli.workflow import (
 )
 from jaxprune.compaction import compact, compacted_shapes
 from jaxprune.models import Model
-from jaxprune.models.cost import Length, compare_latency
+from jaxprune.models.cost import Length
 from jaxprune.pruning.latency import (
     LatencyTable,
     Met,
     check_table,
+    compare_latency,
     conditions,
     kept_table,
     meet,

@@ -27,13 +27,13 @@ from jaxprune.models import Model
 from jaxprune.models.cost import (
     Length,
     checked_length,
-    compare_latency,
     flops,
     memory,
     parameters,
     prunable_parameters,
     usual_length,
 )
+from jaxprune.pruning.latency import compare_latency
 from jaxprune.pruning.selection import AMOUNTS, SHARES, Normalise, select
 from jaxprune.scoring.attribution import Criterion
 from jaxprune.scoring.run import EXAMPLES, score

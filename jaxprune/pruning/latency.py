@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.checkpoints.files import write_atomic
 from jaxprune.models import Mask, Model, State, block_compiled, enter, mask_of, model_inputs, model_layers
-from jaxprune.models.cost import forward_pass, pass_inputs
+from jaxprune.models.cost import checked_length
 from jaxprune.units import Gates, Params, Site, axes_of, flatten, narrow, path_name, sites, subtree
 from jaxprune.units import Path as ParameterPath
 from jaxprune.units import widths as widths_of
@@ -47,6 +48,145 @@ LEAST = 5  # rounds
 ENOUGH = 60.0  # seconds
 
 _FORMAT = 1
+
+
+class Timing(NamedTuple):
+    """How long one forward pass takes, in seconds."""
+
+    median: float
+    p95: float  # 95th percentile
+    batch: int  # examples per pass
+    length: Tokens  # tokens per example, none of them padding; of text-to-text those written, too
+    device: str
+    least: float  # the quickest pass: what else the machine did can only have added to the others
+
+
+class LatencyComparison(NamedTuple):
+    """Several models measured in turns."""
+
+    latencies: tuple[Timing, ...]
+    speedups: tuple[float, ...]  # median over the rounds of (time of the first model) / (time of this one)
+
+
+def latency(
+    model: Model,
+    params: Params,
+    *,
+    batch: int = 1,
+    length: Tokens = 128,
+    head: str | None = None,
+    repeats: int = 20,
+    warmup: int = 3,
+) -> Timing:
+    """Measures the forward pass, compiled as one program.
+
+    Args:
+        model: The architecture.
+        params: Parameters of any widths.
+        batch: Examples per pass.
+        length: Tokens per example; of a text-to-text model those it reads and those it writes.
+        head: The task head; None is the only one. A model without task heads is measured up to its last hidden state.
+        repeats: Passes that are timed.
+        warmup: Passes before, the first of which compiles.
+
+    Returns:
+        Median and 95th percentile in seconds, of passes that are waited for one by one.
+
+    Raises:
+        ValueError: If a number is less than 1, or the model cannot read that many tokens.
+    """
+    compared = compare_latency([(model, params)], batch=batch, length=length, head=head, repeats=repeats, warmup=warmup)
+    return compared.latencies[0]
+
+
+def compare_latency(
+    models: Sequence[tuple[Model, Params]],
+    *,
+    batch: int = 1,
+    length: Tokens = 128,
+    head: str | None = None,
+    repeats: int = 20,
+    warmup: int = 3,
+) -> LatencyComparison:
+    """Measures several models side by side: A B A B, so that a change of the machine's load meets all of them.
+
+    Args:
+        models: Pairs of a model and its parameters; the first is what the others are compared with.
+        batch: Examples per pass.
+        length: Tokens per example; of a text-to-text model those it reads and those it writes.
+        head: The task head; None is the only one.
+        repeats: Rounds that are timed; in a round every model runs once.
+        warmup: Rounds before, the first of which compiles.
+
+    Returns:
+        One `Timing` and one speed-up per model.
+
+    Raises:
+        ValueError: If there is no model, a number is less than 1, or a model cannot read that many tokens.
+    """
+    if not models:
+        raise ValueError("there is no model to measure.")
+    for name, value in (("batch", batch), ("length", length), ("repeats", repeats), ("warmup", warmup)):
+        if np.min(value) < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    passes = [forward_pass(model, params, batch, length, head) for model, params in models]
+    for _ in range(warmup):
+        for run in passes:
+            run()
+    seconds = np.empty((repeats, len(passes)))
+    for i in range(repeats):
+        for j, run in enumerate(passes):
+            start = time.perf_counter()
+            run()
+            seconds[i, j] = time.perf_counter() - start
+    device = _device_name()
+    return LatencyComparison(
+        tuple(
+            Timing(float(np.median(own)), float(np.percentile(own, 95)), batch, length, device, float(own.min()))
+            for own in seconds.T
+        ),
+        tuple(float(ratio) for ratio in np.median(seconds[:, :1] / seconds, axis=0)),
+    )
+
+
+def forward_pass(model: Model, params: Params, batch: int, length: Tokens, head: str | None) -> Callable[[], Any]:
+    """A function that runs one forward pass and waits for it; its inputs are on the device already.
+
+    Args:
+        model: The architecture.
+        params: Parameters of any widths.
+        batch: Examples per pass.
+        length: Tokens per example; of a text-to-text model those it reads and those it writes.
+        head: The task head; None is the only one. A model without task heads runs up to its last hidden state.
+    """
+    inputs = pass_inputs(model, batch, length)
+    params = jax.device_put(params)
+    return lambda: jax.block_until_ready(_forward(model, params, inputs, head))
+
+
+def pass_inputs(model: Model, batch: int, length: Tokens) -> dict[str, jax.Array]:
+    """A batch without padding to measure with, `[batch, length]` tokens that are all the same.
+
+    Raises:
+        ValueError: If `length` is not the one number or the two that the model needs.
+    """
+    inputs = {}
+    for prefix, tokens in zip(("", "decoder_"), np.atleast_1d(np.asarray(checked_length(model, length))), strict=False):
+        inputs[f"{prefix}input_ids"] = jnp.full((batch, int(tokens)), model.config.pad_id + 1, jnp.int32)
+        inputs[f"{prefix}attention_mask"] = jnp.ones((batch, int(tokens)), jnp.int32)
+    return inputs
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _forward(model: Model, params: Params, batch: dict[str, jax.Array], head: str | None) -> Any:
+    """The logits; the hidden states of a model without task heads, of which XLA would otherwise compute nothing."""
+    output = model.apply(params, batch, head=head, hidden=not (model.heads or model.answers_in_text))
+    return output.logits, output.hidden
+
+
+def _device_name() -> str:
+    device = jax.devices()[0]
+    return f"{os.cpu_count()}-core CPU" if device.platform == "cpu" else device.device_kind
 
 
 @dataclass(frozen=True, kw_only=True)

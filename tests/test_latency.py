@@ -17,8 +17,10 @@ from jaxprune.pruning import latency as latency_table
 from jaxprune.pruning.latency import (
     Row,
     check_table,
+    compare_latency,
     conditions,
     kept_table,
+    latency,
     measure_latency_table,
     read_table,
     table_file,
@@ -202,3 +204,41 @@ def test_a_pruned_model_can_be_measured(monkeypatch):
 def test_what_cannot_be_measured_is_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least 1, got 0"):
         measure_latency_table(*tiny_model(), **wrong)
+
+
+def test_latency_says_what_was_measured():
+    model, params = tiny_model("bert")
+    measured = latency(model, params, batch=2, length=5, repeats=4, warmup=1)
+    assert (measured.batch, measured.length) == (2, 5)
+    assert 0 < measured.median <= measured.p95
+    assert measured.device
+
+
+def test_latencies_are_compared_side_by_side():
+    model, params = tiny_model("bert")
+    small = compact(model, params, random_gates(model, params))
+    compared = compare_latency([(model, params), (model, small)], length=5, repeats=3, warmup=1)
+    assert len(compared.latencies) == len(compared.speedups) == 2
+    assert compared.speedups[0] == 1.0
+    assert compared.speedups[1] > 0
+
+
+def test_latency_without_task_heads():
+    model, params = tiny_model("bert", heads=())
+    assert latency(model, params, length=5, repeats=1, warmup=1).median > 0
+
+
+@pytest.mark.parametrize("name", ["batch", "length", "repeats", "warmup"])
+def test_latency_needs_positive_numbers(name):
+    model, params = tiny_model("bert")
+    settings: dict[str, Any] = {name: 0}
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        latency(model, params, **settings)
+
+
+def test_latency_needs_a_model_that_reads_that_many_tokens():
+    model, params = tiny_model("bert")
+    with pytest.raises(ValueError, match="the model reads 1 to 64"):
+        latency(model, params, length=65)
+    with pytest.raises(ValueError, match="no model"):
+        compare_latency([])
