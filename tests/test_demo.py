@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 
 import pytest
-from commands import TASKS, Place, place, record_of, run, write_rows
+from commands import TASKS, WORDS, Place, place, record_of, run, write_rows
+from tiny import tiny_model
 
-from jaxprune.checkpoints.folder import load
+from jaxprune.bundled import bundled_text_model
+from jaxprune.checkpoints.folder import load, save
 from jaxprune.cli.demo import OTHER_ROWS, VARIANTS, explain, next_steps
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.evaluation.evaluate import evaluate
+from jaxprune.models import TaskHead
 from jaxprune.scoring.scores import load_scores
 
 __all__ = ["place"]  # a fixture
@@ -83,6 +87,28 @@ def test_what_to_type_next_can_be_typed(shown):
         assert program == "jaxprune"
         known = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", run(command, "--help").stdout))
         assert {word for word in rest if word.startswith("-")} <= known
+
+
+def test_a_model_with_one_head_of_another_name(place, data, tmp_path):
+    model, params = tiny_model(heads=(TaskHead(name="default", labels=TASKS["topic"], pooling="mean"),))
+    save(tmp_path / "model", replace(model, source=WORDS), params)
+    record = record_of("demo", "--model", tmp_path / "model", "--data", data, "--task", "topic", "-o", tmp_path / "out")
+    assert [row["task"] for row in record["tasks"]] == ["topic"]
+    assert "One model, one task." in explain(record) and "other tasks" not in explain(record)
+    assert f"--scores {record['files']['scores']}" in next_steps(record)[1] and str(tmp_path) in next_steps(record)[1]
+
+
+def test_a_text_to_text_model(tmp_path):
+    model, params = tiny_model("t5", vocab=8000)
+    save(tmp_path / "model", replace(model, source=bundled_text_model()), params)
+    labels = {"sst2": ("negative", "positive"), "cola": ("unacceptable", "acceptable")}
+    for i, (name, own) in enumerate(labels.items()):
+        for j, (split, rows) in enumerate({"calibration": 130, "validation": 20, "test": 24}.items()):
+            write_rows(tmp_path / "data" / name / f"{split}.jsonl", own, rows, 10 * i + j)
+    record = record_of("demo", "--model", tmp_path / "model", "--data", tmp_path / "data", "-o", tmp_path / "out")
+    assert [row["task"] for row in record["tasks"]] == ["sst2", "cola"]
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert len(record["before"]["length"]) == 2
 
 
 def test_sst2_is_said_to_be_of_another_domain(shown):

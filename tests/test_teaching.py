@@ -25,7 +25,7 @@ from tiny import tiny_model
 from jaxprune.checkpoints.folder import digest, load, model_digest, read_pruning, save
 from jaxprune.cli.learning import read_pattern
 from jaxprune.cli.render.cards import CARD, LEARNED
-from jaxprune.cli.render.pictures import teaching_picture
+from jaxprune.cli.render.pictures import training_picture
 from jaxprune.cli.students import DISTILLATION
 from jaxprune.models import Model, TaskHead
 from jaxprune.sparse.masks import one_shot, sparsity_of
@@ -301,7 +301,7 @@ def test_sparsify_writes_a_model_and_how_it_was_made(place: Place, pretrained: P
     assert all(pruned == int(0.9 * size + 0.5) for pruned, size in found.arrays.values())
     stored = json.loads((out / DISTILLATION).read_text())
     assert stored == {name: value for name, value in record.items() if name != "file_bytes"}
-    assert (out / LEARNED).read_bytes() == teaching_picture(record) and LEARNED in (out / CARD).read_text()
+    assert (out / LEARNED).read_bytes() == training_picture(record) and LEARNED in (out / CARD).read_text()
     weights = record["weights"]["student"]
     assert weights["linear_maps"] - weights["linear_maps_not_zero"] == found.zeros
     assert record["results"]["student"]["test"]["n"] == record["results"]["teacher"]["test"]["n"] == 60
@@ -342,9 +342,9 @@ def test_distill_recovers_a_pruned_model_with_its_own_heads(place: Place, tmp_pa
     assert record["command"] == "distill" and record["thinning"] is None
     losses = [exam["losses"]["attention"] for exam in record["exams"]]
     assert all(np.isfinite(losses))
-    assert (out / LEARNED).read_bytes() == teaching_picture(record) != teaching_picture(record, dark=True)
+    assert (out / LEARNED).read_bytes() == training_picture(record) != training_picture(record, dark=True)
     record["exams"][0]["losses"]["attention"] = 0.0  # not on a logarithmic scale
-    assert (out / LEARNED).read_bytes() != teaching_picture(record)
+    assert (out / LEARNED).read_bytes() != training_picture(record)
 
 
 def test_distill_takes_the_model_of_one_task(place: Place, tmp_path: Path):

@@ -293,7 +293,7 @@ def pack(
 def demo(
     output: Annotated[Path, option("Folder for the results.", "--output", "-o")] = Path("jaxprune-demo"),
     task: Annotated[str, option("The task to keep.")] = "sst2",
-    model: Annotated[Path | None, option("Another model; by default the bundled one.")] = None,
+    model: Annotated[str | None, option("Another model; by default the bundled one.")] = None,
     data: Annotated[Path | None, option("Other data; by default the bundled rows.")] = None,
     as_json: Json = False,
 ) -> None:

@@ -26,6 +26,7 @@ from jaxprune.cli.workflow import (
     stored_type,
 )
 from jaxprune.compaction import compact
+from jaxprune.data.prompts import PROMPTS
 from jaxprune.data.tasks import Rows, Task, load_task
 from jaxprune.evaluation.evaluate import evaluate, fitting_head
 from jaxprune.models import Model
@@ -50,14 +51,16 @@ OTHER_ROWS = 150  # test examples of each other task
 LATENCY_BATCH = 32
 
 EXPLANATION = (
-    "One encoder, {heads} tasks. {examples} examples of {task} say which attention heads and neurons {task} needs; the "
-    "best are kept within half the FLOPs, the others are cut away. Nothing is trained.",
+    "One model, {tasks}. {examples} examples of {task} show which attention heads and neurons {task} needs; the best "
+    "are kept within half the FLOPs, the others are cut away. Nothing is trained.",
     "- attribution: {criterion}. magnitude chooses by the size of the weights, random by lot; they keep as many heads "
     "and neurons in every layer, so they cost the same.",
     "- {about}",
-    "- Nobody asked for the other tasks: one that falls needed what was cut, one that holds on uses what {task} uses. "
-    "Where a baseline keeps up with attribution, it did not matter which units stay.",
     "- One model, one draw: {n} rows tell the accuracy on {task} to about {margin:.0f} points (95%).",
+)
+OTHERS = (
+    "- Nobody asked for the other tasks: one that falls needed what was cut, one that holds on uses what {task} uses. "
+    "Where a baseline keeps up with attribution, it did not matter which units stay."
 )
 ABOUT = {
     "sst2": "sst2: the model learned sentiment from film reviews (SST-2). These rows are sentences of product, film "
@@ -70,7 +73,7 @@ def demo(
     output: Path,
     *,
     chosen: str = "sst2",
-    source: Path | None = None,
+    source: str | None = None,
     data: Path | None = None,
     examples: int = 128,
     watch: Watch,
@@ -80,8 +83,8 @@ def demo(
     Args:
         output: Folder for the results; those of an earlier run are replaced.
         chosen: The task to keep.
-        source: The model's folder; by default the bundled one.
-        data: Folder of the tasks; by default the bundled one. Tasks that the model has no head for are left out.
+        source: The model; by default the bundled one.
+        data: Folder of the tasks; by default the bundled one. Other tasks that the model cannot do are left out.
         examples: Calibration rows to score with.
         watch: Shows the progress.
 
@@ -93,12 +96,13 @@ def demo(
         FileExistsError: If the output folder has a `model` that jaxprune did not save.
     """
     begun = time.monotonic()
-    source, data = source or bundled_model(), data or bundled_data()
+    source, data = source or str(bundled_model()), data or bundled_data()
     check_folder(output / "model", True)
     task = load_task(chosen, data=data)
     model, params = load(source)
-    fitting_head(model, task)
-    names = sorted(folder.name for folder in data.iterdir() if folder.is_dir() and folder.name in model.heads)
+    head = fitting_head(model, task)
+    known = PROMPTS if model.answers_in_text else model.heads
+    names = sorted(folder.name for folder in data.iterdir() if folder.is_dir() and folder.name in known)
     others = [load_task(name, data=data) for name in names if name != task.name]
 
     scores = _scores(model, params, task, examples, watch)
@@ -111,7 +115,7 @@ def demo(
 
     before, after = costs(model, params, length), costs(model, small, length)
     pair = [params, small]
-    measured = measure_latency(model, pair, length, task.name, Measuring(batches=(LATENCY_BATCH,)), watch)
+    measured = measure_latency(model, pair, length, head, Measuring(batches=(LATENCY_BATCH,)), watch)
     for found, own in zip((before, after), measured, strict=True):
         found["latency"] = [{**latency._asdict(), "speedup": speedup} for latency, speedup in own]
     save(
@@ -122,13 +126,14 @@ def demo(
         overwrite=True,
         dtype=stored_type(model),
     )
-    before["file_bytes"], after["file_bytes"] = file_size(source), file_size(output / "model")
+    before["file_bytes"], after["file_bytes"] = file_size(model.source or source), file_size(output / "model")
     scores_file = save_scores(output / f"{task.name}.scores.safetensors", scores["attribution"])
     record = {
         "command": "demo",
         "task": task.name,
         "examples": examples,
-        "heads": len(model.heads),
+        "source": source,
+        "data": str(data),
         "criterion": scores["attribution"].header["criterion"],
         "selection": settings,
         "tasks": rows,
@@ -139,7 +144,7 @@ def demo(
         "files": {
             "model": str(output / "model"),
             "scores": str(scores_file),
-            "picture": str(draw(output / "comparison.png", rows, gates["attribution"], task.name, examples)),
+            "picture": str(draw(output / "comparison.png", rows, gates["attribution"], examples)),
             "record": str(output / "results.json"),
         },
         "versions": scores["attribution"].header["versions"],
@@ -151,38 +156,41 @@ def demo(
 
 def explain(record: dict[str, Any]) -> str:
     """What the demo shows, and what it does not."""
-    own = next(row for row in record["tasks"] if row["task"] == record["task"])
-    share = own["values"]["dense"]
-    about = ABOUT.get(record["task"], ABOUT_OTHERS.format(task=record["task"]))
+    chosen, *others = record["tasks"]
+    share = chosen["values"]["dense"]
     facts = {
-        "heads": record["heads"],
+        "tasks": f"{1 + len(others)} tasks" if others else "one task",
         "examples": record["examples"],
         "task": record["task"],
         "criterion": f"integrated gradients, {record['criterion']['nodes']} nodes",
-        "about": about,
-        "n": own["n"],
-        "margin": 100 * 1.96 * math.sqrt(share * (1 - share) / own["n"]),  # half of the normal interval
+        "about": ABOUT.get(record["task"], ABOUT_OTHERS.format(task=record["task"])),
+        "n": chosen["n"],
+        "margin": 100 * 1.96 * math.sqrt(share * (1 - share) / chosen["n"]),  # half of the normal interval
     }
-    return "\n".join(
-        fill(part.format(**facts), 80, subsequent_indent="  " * (i > 0)) for i, part in enumerate(EXPLANATION)
-    )
+    parts = [*EXPLANATION, OTHERS] if others else EXPLANATION
+    lines = (fill(part.format(**facts), 80, subsequent_indent="  " * (i > 0)) for i, part in enumerate(parts))
+    return "\n".join(lines)
 
 
 def next_steps(record: dict[str, Any]) -> list[str]:
     """Commands to type next."""
-    model, task, scores = bundled_model(), record["task"], record["files"]["scores"]
+    task, files = record["task"], record["files"]
     return [
-        f"jaxprune evaluate {record['files']['model']} --task {task} --data {bundled_data()}",
-        f"jaxprune prune {model} --scores {scores} --flops 0.3 -o {task}-smaller",
+        f"jaxprune evaluate {files['model']} --task {task} --data {record['data']}",
+        f"jaxprune prune {record['source']} --scores {files['scores']} --flops 0.3 -o {task}-smaller",
         "jaxprune prune YOUR_MODEL --task YOUR_ROWS.csv --text COLUMN --label COLUMN --flops 0.5 -o smaller",
     ]
 
 
-def draw(path: Path, rows: list[dict[str, Any]], gates: Gates, chosen: str, examples: int) -> Path:
-    """The picture of the comparison."""
-    kept = {name: np.asarray(gate).tolist() for name, gate in gates.items()}
-    title = f"pruned for {chosen} to half the FLOPs with {examples} examples, without training"
-    return comparison_figure(path, rows, VARIANTS, kept, title=title)
+def draw(path: Path, rows: list[dict[str, Any]], gates: Gates, examples: int) -> Path:
+    """Writes the picture of the comparison."""
+    layers: dict[str, dict[str, list[float]]] = {}
+    for site, gate in gates.items():
+        *layer, _, kind = site.split(".")
+        layers.setdefault(" ".join(layer), {"heads": [], "neurons": []})[kind] += np.asarray(gate).tolist()
+    title = f"pruned for {rows[0]['task']} to half the FLOPs with {examples} examples, without training"
+    comparison_figure(path, rows, VARIANTS, layers, title=title)
+    return path
 
 
 def _scores(model: Model, params: Params, task: Task, examples: int, watch: Watch) -> dict[str, Scores]:

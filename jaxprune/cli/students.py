@@ -12,7 +12,7 @@ from typing import Any, Literal
 from jaxprune.checkpoints.folder import as_loaded, load, model_digest, save
 from jaxprune.checkpoints.shared import pruning_of, split_task
 from jaxprune.cli.render.cards import CARD, LEARNED, student_card
-from jaxprune.cli.render.pictures import teaching_picture
+from jaxprune.cli.render.pictures import training_picture
 from jaxprune.cli.render.tables import exam_line
 from jaxprune.cli.workflow import Data, Measuring, Watch, check_folder, load_rows, measure
 from jaxprune.data.prompts import prompt_of
@@ -141,7 +141,7 @@ def teach_model(
     extra = {
         DISTILLATION: (json.dumps(record, indent=1) + "\n").encode(),
         CARD: student_card(record, on_hub=on_hub).encode(),
-        LEARNED: teaching_picture(record),
+        LEARNED: training_picture(record),
     }
     if pruning is not None:
         pruning = {part: own for part, own in pruning.items() if part != "pruned"}  # `save` says that anew

@@ -179,7 +179,8 @@ def sweep_model(
     for task, stem in stems.items():
         rows = [row for row in record["rows"] if row["task"] == task]
         for ending in ("png", "svg"):
-            pictures.append(str(sweep_figure(output / f"{stem}.{ending}", rows, split=split, dark=dark)))
+            sweep_figure(output / f"{stem}.{ending}", rows, split=split, dark=dark)
+            pictures.append(str(output / f"{stem}.{ending}"))
     files = {"table": [str(output / TABLE)], "record": [str(output / RESULTS)], "pictures": pictures}
     return record | {"files": files}
 
