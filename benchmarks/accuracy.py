@@ -94,7 +94,7 @@ METHODS = {name: Method(criterion, per_layer=name != "top layers") for name, cri
 def kept_sets(bench: Bench, task: str, criterion: Any, budget: float, seed: int = 0) -> np.ndarray:
     """Which units stay, as one array of booleans."""
     scores = bench.scores(task, criterion, EXAMPLES_FOR_CHOICES, seed)
-    gates = jp.select(bench.model, bench.params, scores, flops=budget, length=bench.length(task))
+    gates = jp.select(bench.model, bench.params, scores, jp.budgets.Flops(budget, length=bench.length(task)))
     return np.concatenate([np.asarray(gate) > 0 for gate in gates.values()])
 
 

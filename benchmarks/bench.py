@@ -64,10 +64,10 @@ class Method:
         return found if self.floor is None else [*found, {"floor": self.floor}]
 
     @property
-    def rules(self) -> dict[str, Any]:
-        """The arguments of `select` that are not the budget."""
+    def rules(self) -> jp.Rules:
+        """The rules of a selection."""
         floor = None if self.floor is None else {"heads": self.floor}
-        return {"per_layer": self.per_layer, "normalise": self.normalise, "floor": floor}
+        return jp.Rules(per_layer=self.per_layer, normalise=self.normalise, floor=floor)
 
 
 @dataclass
@@ -193,7 +193,9 @@ class Bench:
                 scores = self.scores(first, method.criterion, method.examples, seed)
                 length = self.length(first)
                 values = scores if isinstance(source, str) else self.pooled(source, method, seed)
-                gates = jp.select(self.model, self.params, values, flops=budget, length=length, **method.rules)
+                gates = jp.select(
+                    self.model, self.params, values, jp.budgets.Flops(budget, length=length), rules=method.rules
+                )
                 small = jp.compact(self.model, self.params, gates, scores.means)
                 kept = jp.flops(self.model, small, length) / jp.flops(self.model, self.params, length)
                 means = scores.means
@@ -226,7 +228,9 @@ class Bench:
             small = method.rival(self.model, self.params, task, rows=rows, flops=budget, length=length)
         else:
             scores = self.scores(source, method.criterion, method.examples, seed)
-            gates = jp.select(self.model, self.params, scores, flops=budget, length=length, **method.rules)
+            gates = jp.select(
+                self.model, self.params, scores, jp.budgets.Flops(budget, length=length), rules=method.rules
+            )
             small = jp.compact(self.model, self.params, gates, scores.means)
             recovery = jp.Recovery(method=method.recovery, rows=jp.Rows(examples=method.recovery_examples, key=seed))
             small, _ = jp.recover(self.model, self.params, small, task, recovery)

@@ -87,7 +87,9 @@ def _budget(
     def choose(asked: float) -> Gates:
         nonlocal spent
         begun = time.perf_counter()
-        gates = jp.select(model, params, scores, latency=asked, table=table, per_layer=per_layer)
+        gates = jp.select(
+            model, params, scores, jp.budgets.Latency(asked, table=table), rules=jp.Rules(per_layer=per_layer)
+        )
         spent = time.perf_counter() - begun
         return gates
 

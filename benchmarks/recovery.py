@@ -172,7 +172,7 @@ def cost(bench: Bench, record: Mapping[str, Any]) -> dict[str, Any]:
     count = min(count, len(task.rows("calibration")))
     rows = draw(task, count, 0)
     scores = bench.scores(task.name, jp.IntegratedGradients(), 128, 0)
-    gates = jp.select(bench.model, bench.params, scores, flops=0.5, length=bench.length(task.name))
+    gates = jp.select(bench.model, bench.params, scores, jp.budgets.Flops(0.5, length=bench.length(task.name)))
     small = jp.compact(bench.model, bench.params, gates, scores.means)
     twenty = jp.IntegratedGradients(nodes=20)
     fitted = jp.Rows(examples=rows)
@@ -219,7 +219,7 @@ def _peak(source: Path, data: Path, name: str, count: int, what: str) -> int:
     task = jp.load_task(name, data=data)
     rows = draw(task, count, 0)
     scores = jp.score(model, params, task, criterion=jp.Magnitude(), examples=rows[:8])
-    small = jp.compact(model, params, jp.select(model, params, scores, flops=0.5))
+    small = jp.compact(model, params, jp.select(model, params, scores, jp.budgets.Flops(0.5)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if what == "scoring":
         jax.block_until_ready(jp.score(model, params, task, criterion=jp.IntegratedGradients(), examples=rows).values)

@@ -120,7 +120,7 @@ def budgets(setting: Setting) -> dict[str, Any]:
         )
         tokens = encode(model, chosen, max_length=length).mean_length
         for budget in BUDGETS:
-            gates = jp.select(model, params, scores, flops=budget, length=tokens, per_layer=True)
+            gates = jp.select(model, params, scores, jp.budgets.Flops(budget, length=tokens))
             small = jp.compact(model, params, gates, scores.means)
             for name, method in WAYS.items():
                 made = small

@@ -203,7 +203,9 @@ def pruned(setting: Setting) -> Part:
     ratios, seconds = {}, {}
     for length in sorted({min(32, setting.length), setting.length}):
         lengths = replace(setting, length=length).lengths
-        gates = jp.select(model, params, scores, flops=0.5, length=lengths, multiple_of={"neurons": 8})
+        gates = jp.select(
+            model, params, scores, jp.budgets.Flops(0.5, length=lengths), rules=jp.Rules(multiple_of={"neurons": 8})
+        )
         small = jp.compact(model, params, gates)
         expected = flops(model, params, lengths) / flops(model, small, lengths)
         for batch in (1, 32):

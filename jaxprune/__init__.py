@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from jaxprune.evaluation.generation import generate
     from jaxprune.models import Model, Output
     from jaxprune.models.cost import flops, parameters
+    from jaxprune.pruning import budgets
+    from jaxprune.pruning.budgets import Rules
     from jaxprune.pruning.checks import Check, Checking, check
     from jaxprune.pruning.latency import LatencyTable, latency, measure_latency_table
     from jaxprune.pruning.loss import Prediction, Receipt, Reselection, loss_receipt, predict_loss, reselect
@@ -107,6 +109,7 @@ _SOURCES = {
     "Reselection": "pruning.loss",
     "Round": "pruning.prune",
     "Rows": "data.tasks",
+    "Rules": "pruning.budgets",
     "Schedule": "sparse.schedules",
     "Scores": "scoring.scores",
     "Sparsity": "sparse.masks",
@@ -126,6 +129,7 @@ _SOURCES = {
     "add_gates": "checkpoints.shared",
     "apply_masks": "sparse.masks",
     "augment": "data.augmentation",
+    "budgets": "pruning.budgets",
     "bundled_data": "bundled",
     "bundled_model": "bundled",
     "bundled_text_model": "bundled",
@@ -211,6 +215,7 @@ __all__ = [
     "Reselection",
     "Round",
     "Rows",
+    "Rules",
     "Schedule",
     "Scores",
     "Sparsity",
@@ -231,6 +236,7 @@ __all__ = [
     "add_gates",
     "apply_masks",
     "augment",
+    "budgets",
     "bundled_data",
     "bundled_model",
     "bundled_text_model",
@@ -290,7 +296,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _SOURCES:
         raise AttributeError(f"module 'jaxprune' has no attribute {name!r}.")
-    value = getattr(importlib.import_module(f"jaxprune.{_SOURCES[name]}"), name)
+    module = importlib.import_module(f"jaxprune.{_SOURCES[name]}")
+    value = module if _SOURCES[name].endswith(f".{name}") else getattr(module, name)
     globals()[name] = value  # the next use finds it without this function
     return value
 

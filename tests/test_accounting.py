@@ -17,6 +17,7 @@ from jaxprune.cli.workflow import Scoring
 from jaxprune.data.splits import row_key
 from jaxprune.data.tasks import load_task
 from jaxprune.models.layers import max_tokens
+from jaxprune.pruning.budgets import Units
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.attribution import GradientActivation
 from jaxprune.scoring.baselines import Magnitude
@@ -50,7 +51,7 @@ def test_a_plan_predicts_what_the_receipt_compares_with(place, scored, pruned):
     assert planned["objective"] == found["objective"] == "log_probability"
     scores = load_scores(scored)
     assert scores.signed is not None
-    gates = select(*load(place.model), scores, units=0.5)
+    gates = select(*load(place.model), scores, Units(0.5))
     by_hand = sum(float(np.asarray(own) @ (1 - np.asarray(gates[name]))) for name, own in scores.signed.items())
     assert found["prediction"]["estimate"] == pytest.approx(by_hand, abs=1e-6)
     assert abs(by_hand) <= found["prediction"]["at_most"]
@@ -65,7 +66,7 @@ def test_the_receipt_is_that_of_the_rows_that_were_scored(place, scored, pruned)
     model, params = load(place.model)
     task, scores = load_task("mood", data=place.data), load_scores(scored)
     rows = [row for row in task.rows("calibration") if row_key(row) in scores.header["rows"]]
-    gates = select(model, params, scores, units=0.5)
+    gates = select(model, params, scores, Units(0.5))
     true = jp.loss_receipt(model, params, task, gates, examples=rows, nodes=8, objective=log_probability)
     assert (found["examples"], found["labels"], found["nodes"], found["rounds"]) == (16, "gold", 8, None)
     for name in ("lost", "found", "error"):

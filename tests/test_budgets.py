@@ -8,11 +8,13 @@ from itertools import product
 import jax
 import numpy as np
 import pytest
+from choices import chosen
 from hand_tables import hand_table
 from tiny import random_gates, tiny_batch, tiny_model
 
 from jaxprune.compaction import compact
 from jaxprune.models.cost import elements, memory, unit_costs, weight_bytes
+from jaxprune.pruning.budgets import Latency, Memory, Rules
 from jaxprune.pruning.selection import select, thresholds
 from jaxprune.units import Gates, widths
 
@@ -59,12 +61,12 @@ def test_memory_is_the_most_within_the_budget(model_type, per_layer):
     costs = unit_costs(model, params, weight_bytes(params))
     before = -1
     for fraction in (0.7, 0.8, 0.9, 1.0):
-        gates = select(model, params, scores, memory=fraction, per_layer=per_layer)
+        gates = select(model, params, scores, Memory(fraction), rules=Rules(per_layer=per_layer))
         small = memory(compact(model, params, gates))
         assert fraction * whole - max(costs.values()) < small <= fraction * whole
         assert small > before
         before = small
-        same = select(model, params, scores, memory_bytes=fraction * whole, per_layer=per_layer)
+        same = select(model, params, scores, Memory(bytes=fraction * whole), rules=Rules(per_layer=per_layer))
         assert counts(same) == counts(gates)
 
 
@@ -72,12 +74,12 @@ def test_memory_of_channels_and_thresholds():
     model, params = tiny_model()
     kinds = ("channels", "query_channels", "neurons")
     scores = {name: np.random.default_rng(1).random(units) for name, units in widths(model.axes, params, kinds).items()}
-    gates = select(model, params, scores, memory=0.8)
+    gates = select(model, params, scores, Memory(0.8))
     assert memory(compact(model, params, gates)) <= 0.8 * memory(params)
     own = random_scores(model, params)
-    found = thresholds(model, params, own, memory=0.5, per_layer=False)
+    found = thresholds(model, params, own, Memory(0.5), rules=Rules(per_layer=False))
     for fraction in (0.72, 0.9):
-        gates = select(model, params, own, memory=fraction, per_layer=False)
+        gates = select(model, params, own, Memory(fraction), rules=Rules(per_layer=False))
         for name, gate in gates.items():
             np.testing.assert_array_equal(np.asarray(gate) == 1.0, found[name] <= fraction + 1e-9)
 
@@ -90,13 +92,13 @@ def test_the_smallest_memory_is_named_and_can_be_reached():
     with pytest.raises(
         ValueError, match=rf"memory=0.1 cannot be reached: .* never pruned.* fraction is {share}, "
     ) as e:
-        select(model, params, scores, memory=0.1)
-    assert counts(select(model, params, scores, memory=float(share))).keys() == scores.keys()
+        select(model, params, scores, Memory(0.1))
+    assert counts(select(model, params, scores, Memory(float(share)))).keys() == scores.keys()
     named = float(str(e.value).rpartition(", ")[2].removesuffix(" MB."))
     assert empty <= 1e6 * named <= empty + 1e3
-    select(model, params, scores, memory_bytes=1e6 * named)
+    select(model, params, scores, Memory(bytes=1e6 * named))
     with pytest.raises(ValueError, match=r"memory_bytes=5 cannot be reached"):
-        select(model, params, scores, memory_bytes=5)
+        select(model, params, scores, Memory(bytes=5))
 
 
 # latency
@@ -114,11 +116,13 @@ def test_a_prediction_never_exceeds_its_budget(model_type, per_layer, seed):
     )
     dense, before = table.predict(widths(model.axes, params)), 0.0
     for fraction in FRACTIONS:
-        gates = select(model, params, scores, latency=fraction, table=table, per_layer=per_layer)
+        gates = select(model, params, scores, Latency(fraction, table=table), rules=Rules(per_layer=per_layer))
         small = compact(model, params, gates)
         assert widths(model.axes, small) == counts(gates)
         assert table.predict(counts(gates)) <= fraction * dense * (1 + 1e-9)
-        same = select(model, params, scores, latency_seconds=fraction * dense, table=table, per_layer=per_layer)
+        same = select(
+            model, params, scores, Latency(seconds=fraction * dense, table=table), rules=Rules(per_layer=per_layer)
+        )
         assert counts(same) == counts(gates)
         kept = above_zero(scores, gates)
         assert per_layer or kept >= before
@@ -140,7 +144,7 @@ def test_competing_units_are_chosen_as_well_as_can_be(seed):
                 for name, units in zip(width, own, strict=True)
             )
             best = max(best, float(kept))
-    gates = select(model, params, scores, latency_seconds=budget, table=table, per_layer=False)
+    gates = select(model, params, scores, Latency(seconds=budget, table=table), rules=Rules(per_layer=False))
     assert above_zero(scores, gates) == pytest.approx(best, rel=1e-12)
     for name, gate in gates.items():  # the best units of every site
         chosen = np.asarray(gate) == 1.0
@@ -149,7 +153,7 @@ def test_competing_units_are_chosen_as_well_as_can_be(seed):
 
 def test_per_layer_keeps_the_same_fraction_everywhere():
     model, params = tiny_model(layers=4)
-    gates = select(model, params, random_scores(model, params), latency=0.6, table=table_of(model, params))
+    gates = select(model, params, random_scores(model, params), Latency(0.6, table=table_of(model, params)))
     shares = [own / widths(model.axes, params)[name] for name, own in counts(gates).items()]
     assert max(shares) - min(shares) <= 0.25
 
@@ -163,14 +167,14 @@ def test_modules_that_are_not_needed_go_entirely_and_the_function_stays(model_ty
     table = table_of(model, params)
     others = {name: 0 if name in gone else units for name, units in widths(model.axes, params).items()}
     budget = {"latency_seconds": table.predict(others), "table": table, "per_layer": False}
-    gates = select(model, params, scores, **budget)
+    gates = select(model, params, scores, **chosen(**budget))
     assert counts(gates) == others
     small, batch = compact(model, params, gates), tiny_batch(model)
     full, pruned = (
         np.asarray(model.apply(own, batch, gated).logits) for own, gated in ((params, gates), (small, None))
     )
     np.testing.assert_allclose(pruned, full, atol=2e-5 * float(np.abs(full).max()))
-    assert min(counts(select(model, params, scores, **budget, floor=1)).values()) >= 1
+    assert min(counts(select(model, params, scores, **chosen(**budget, floor=1))).values()) >= 1
 
 
 def test_floor_multiples_and_protection_hold_by_latency():
@@ -179,7 +183,7 @@ def test_floor_multiples_and_protection_hold_by_latency():
     table = table_of(model, params, step=7)
     rules = {"multiple_of": {"neurons": 8}, "floor": {"heads": 2}, "protect": (0, "2.ffn.neurons")}
     for per_layer in (True, False):
-        gates = counts(select(model, params, scores, latency=0.8, table=table, per_layer=per_layer, **rules))
+        gates = counts(select(model, params, scores, **chosen(latency=0.8, table=table, per_layer=per_layer, **rules)))
         assert gates["0.attention.heads"] == 4 and gates["0.ffn.neurons"] == gates["2.ffn.neurons"] == 30
         assert gates["1.ffn.neurons"] % 8 == 0 or gates["1.ffn.neurons"] == 30
         assert min(gates[f"{i}.attention.heads"] for i in range(3)) >= 2
@@ -189,7 +193,9 @@ def test_floor_multiples_and_protection_hold_by_latency():
 def test_sites_without_scores_stay_whole():
     model, params = tiny_model()
     scores = {"1.ffn.neurons": np.arange(32.0)}
-    gates = counts(select(model, params, scores, latency=0.95, table=table_of(model, params), per_layer=False))
+    gates = counts(
+        select(model, params, scores, Latency(0.95, table=table_of(model, params)), rules=Rules(per_layer=False))
+    )
     assert gates | {"1.ffn.neurons": 32} == widths(model.axes, params) and gates["1.ffn.neurons"] < 32
 
 
@@ -197,34 +203,34 @@ def test_the_smallest_latency_is_named_and_can_be_reached():
     model, params = tiny_model()
     scores, table = random_scores(model, params), table_of(model, params)
     with pytest.raises(ValueError, match=r"latency=0\.1 cannot be reached: .*fraction is 0\.3087, 10\.0 ms\.") as e:
-        select(model, params, scores, latency=0.1, table=table)  # 10 ms of 10 + 2 (8 + 3.2)
+        select(model, params, scores, Latency(0.1, table=table))  # 10 ms of 10 + 2 (8 + 3.2)
     assert "never pruned" in str(e.value)
-    assert set(counts(select(model, params, scores, latency_seconds=0.01, table=table)).values()) == {0}
+    assert set(counts(select(model, params, scores, Latency(seconds=0.01, table=table))).values()) == {0}
     with pytest.raises(ValueError, match=r"latency_seconds=0\.005 cannot be reached"):
-        select(model, params, scores, latency_seconds=0.005, table=table)
+        select(model, params, scores, Latency(seconds=0.005, table=table))
     with pytest.raises(ValueError, match=r"fraction is 0\.4321, 14\.0 ms"):
-        select(model, params, scores, latency=0.1, table=table, floor={"heads": 1})
+        select(model, params, scores, Latency(0.1, table=table), rules=Rules(floor={"heads": 1}))
 
 
 def test_what_a_latency_budget_cannot_have_is_refused():
     model, params = tiny_model()
     scores, table = random_scores(model, params), table_of(model, params)
     with pytest.raises(ValueError, match="needs table="):
-        select(model, params, scores, latency=0.5)
+        select(model, params, scores, Latency(0.5))
     with pytest.raises(ValueError, match=r"latency must lie in \(0, 1\], got 2"):
-        select(model, params, scores, latency=2, table=table)
+        select(model, params, scores, Latency(2, table=table))
     with pytest.raises(ValueError, match="latency_seconds must lie above 0, got 0"):
-        select(model, params, scores, latency_seconds=0, table=table)
+        select(model, params, scores, Latency(seconds=0, table=table))
     with pytest.raises(ValueError, match=r"exactly one budget .* got flops, latency"):
-        select(model, params, scores, flops=0.5, latency=0.5, length=9, table=table)
+        select(model, params, scores, **chosen(flops=0.5, latency=0.5, length=9, table=table))
     with pytest.raises(ValueError, match="no threshold by latency"):
-        thresholds(model, params, scores, latency=0.5, table=table)
+        thresholds(model, params, scores, Latency(0.5, table=table))
     elsewhere = replace(table, conditions=replace(table.conditions, device="another device"))
     with pytest.raises(ValueError, match="measured on 'another device'"):
-        select(model, params, scores, latency=0.5, table=elsewhere)
+        select(model, params, scores, Latency(0.5, table=elsewhere))
     small = compact(model, params, random_gates(model, params))
     with pytest.raises(ValueError, match="for a model with the shapes"):
-        select(model, small, random_scores(model, small), latency=0.5, table=table)
+        select(model, small, random_scores(model, small), Latency(0.5, table=table))
     channels = {"0.attention.channels": np.ones(16)}
     with pytest.raises(ValueError, match="needs scores of heads and neurons, these are of channels"):
-        select(model, params, channels, latency=0.5, table=table)
+        select(model, params, channels, Latency(0.5, table=table))

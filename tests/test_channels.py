@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from choices import chosen
 from passes import logits_of, sites_of, token_slopes
 from test_compaction import assert_same_logits
 from test_cost import dot_flops
@@ -22,6 +23,7 @@ from jaxprune.models import Decoding, Masks, Model, TaskHead
 from jaxprune.models.backward import forward
 from jaxprune.models.cost import elements, flops, matmul_flops, parameters, unit_costs
 from jaxprune.models.layers import absolute_tokens, max_tokens
+from jaxprune.pruning.budgets import Flops, Rules, Units
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.activations import calibration_means, site_statistics, token_mean
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, joint, layer
@@ -380,7 +382,7 @@ def test_every_head_keeps_its_best_channels(model_type: str, budget: str, per_la
     random = np.random.default_rng(1)
     width = widths(model.axes, params, FINE)
     scores = {name: np.round(2 * random.standard_normal(units)) for name, units in width.items()}  # many ties
-    gates = select(model, params, scores, **{budget: fraction}, **settings)
+    gates = select(model, params, scores, **chosen(**{budget: fraction}, **settings))
     assert list(gates) == list(width)
     for name, units in kept(gates).items():
         heads = heads_of(model, params, name) if name.endswith("channels") else 1
@@ -400,7 +402,7 @@ def test_every_head_keeps_its_best_channels(model_type: str, budget: str, per_la
     if budget == "flops":
         assert whole == pytest.approx(flops(model, params, length), rel=1e-12)  # the same whole as of heads and neurons
         assert spent == pytest.approx(flops(model, small, length), rel=1e-12)
-    more = select(model, params, scores, **{budget: 0.8}, **settings)
+    more = select(model, params, scores, **chosen(**{budget: 0.8}, **settings))
     assert all(set(units) <= set(kept(more)[name]) for name, units in kept(gates).items())
 
 
@@ -413,14 +415,14 @@ def test_blocks_of_channels_by_hand():
     }
     # Blocks by mean score: 7.1, (5, 9) -> 7, 6.9, (4, 9) -> 6.5, (1, 2) -> 1.5, ...
     for units, channels, queries, neurons in ((1, [], [], [1]), (3, [0, 3], [], [1]), (6, [0, 2, 3, 4], [], [0, 1])):
-        gates = kept(select(model, params, scores, units=units / 14, per_layer=False))
+        gates = kept(select(model, params, scores, Units(units / 14), rules=Rules(per_layer=False)))
         assert [index.tolist() for index in gates.values()] == [channels, queries, neurons]
-    gates = kept(select(model, params, scores, units=5 / 14, per_layer=False))
+    gates = kept(select(model, params, scores, Units(5 / 14), rules=Rules(per_layer=False)))
     assert sum(map(len, gates.values())) == 4  # the next block has two units
     settings: dict[str, Any] = {"multiple_of": {"channels": 2}, "floor": {"query_channels": 1}}
-    gates = kept(select(model, params, scores, units=7 / 14, per_layer=False, **settings))
+    gates = kept(select(model, params, scores, **chosen(units=7 / 14, per_layer=False, **settings)))
     assert [index.tolist() for index in gates.values()] == [[], [1, 3], [0, 1]]
-    gates = kept(select(model, params, scores, units=8 / 14, per_layer=False, **settings))
+    gates = kept(select(model, params, scores, **chosen(units=8 / 14, per_layer=False, **settings)))
     assert [index.tolist() for index in gates.values()] == [[0, 2, 3, 4], [1, 3], [0, 1]]
 
 
@@ -429,13 +431,13 @@ def test_heads_and_channels_of_other_modules_compete():
     width = widths(model.axes, params, KINDS)
     names = ("0.attention.heads", "1.attention.channels", "1.attention.query_channels", "0.ffn.neurons")
     scores = {name: np.arange(width[name], dtype=float) for name in names}
-    gates = select(model, params, scores, flops=0.8, length=9)
+    gates = select(model, params, scores, Flops(0.8, length=9))
     assert list(gates) == [*names[:1], "0.ffn.neurons", *names[1:3], "1.ffn.neurons"]
     assert bool((np.asarray(gates["1.ffn.neurons"]) == 1).all())  # it has no scores
     assert flops(model, compact(model, params, gates), 9) <= 0.8 * flops(model, params, 9)
     scores["0.attention.query_channels"] = np.zeros(16)
     with pytest.raises(ValueError, match=r"0\.attention\.heads and 0\.attention\.query_channels"):
-        select(model, params, scores, flops=0.8, length=9)
+        select(model, params, scores, Flops(0.8, length=9))
 
 
 # Law 6, and costs

@@ -29,6 +29,7 @@ from jaxprune.checkpoints.tensors import TensorFile
 from jaxprune.cli import options
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.evaluation.evaluate import evaluate
+from jaxprune.pruning.budgets import Flops, Units
 from jaxprune.pruning.latency import write_table
 from jaxprune.pruning.selection import select
 from jaxprune.scoring import attribution, baselines
@@ -93,7 +94,7 @@ def test_prune_from_scores_and_on_the_way_give_the_same_model(place, scored, tmp
     assert "evaluation" not in one["before"]
     assert one["widths"] == two["widths"]
     model, params = load(place.model)
-    gates = select(model, params, load_scores(scored), flops=0.5)
+    gates = select(model, params, load_scores(scored), Flops(0.5))
     small = load(tmp_path / "a")[1]
     assert widths(model.axes, small) == {name: int(gate.sum()) for name, gate in gates.items()}
 
@@ -224,7 +225,7 @@ def test_mean_values_of_closed_units_are_folded_in(place, tmp_path):
     )
     scores = load_scores(record["scores"])
     model, params = load(place.model)
-    gates, batch = select(model, params, scores, units=0.5), tiny_batch(model)
+    gates, batch = select(model, params, scores, Units(0.5)), tiny_batch(model)
     masked = np.asarray(model.apply(params, batch, gates, head="mood", means=scores.means).logits)
     small = np.asarray(model.apply(load(tmp_path / "small")[1], batch, head="mood").logits)
     np.testing.assert_allclose(small, masked, atol=1e-4)  # sums in another order

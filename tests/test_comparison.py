@@ -18,6 +18,7 @@ from commands import Place, place, record_of, run
 from tiny import tiny_model
 
 from jaxprune.cli.comparison import compare, compare_scores, grouped
+from jaxprune.pruning.budgets import Units
 from jaxprune.pruning.selection import select, select_units
 from jaxprune.scoring.scores import Scores, load_scores, save_scores
 from jaxprune.scoring.stability import chance, jaccard, spearman
@@ -118,7 +119,7 @@ def test_kept_units_are_those_that_selection_keeps(model_type, fraction):
     model, params = tiny_model(model_type)
     scores = random_scores(0, model_type)
     shuffled = {name: scores[name] for name in sorted(scores)}  # as a file holds them
-    found, wanted = select_units(shuffled, fraction), select(model, params, scores, units=fraction)
+    found, wanted = select_units(shuffled, fraction), select(model, params, scores, Units(fraction))
     assert list(found) == list(wanted)
     for name, gate in wanted.items():
         np.testing.assert_array_equal(found[name], gate)

@@ -15,6 +15,7 @@ from jaxprune.cli import terminal
 from jaxprune.cli.options import BYTES, SECONDS, read_amount
 from jaxprune.models.cost import flops, memory, parameters
 from jaxprune.pruning import latency as latency_table
+from jaxprune.pruning.budgets import Rules, Units
 from jaxprune.pruning.latency import LatencyTable, conditions, read_table, table_file, write_table
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.scores import load_scores
@@ -80,7 +81,7 @@ def test_the_layers_of_a_plan(place, scored):
     record = record_of("plan", place.model, "--scores", scored, "--units", 0.5, "--global")
     model, params = load(place.model)
     scores = load_scores(scored)
-    gates = select(model, params, scores, units=0.5, per_layer=False)
+    gates = select(model, params, scores, Units(0.5), rules=Rules(per_layer=False))
     *layers, whole = record["layers"]
     assert [row["layer"] for row in layers] == ["0", "1"] and whole["layer"] == "all"
     for i, row in enumerate(layers):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny import tiny_batch, tiny_model
 
+from jaxprune.pruning.budgets import Units
 from jaxprune.pruning.loss import WORTH, Receipt, _Lost, reselect
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.attribution import GradientActivation
@@ -93,7 +94,7 @@ def test_the_result_never_loses_more_than_the_first_selection(model_type: str):
         return Receipt({}, lost, lost, 0.0, (), worth)
 
     for units in (0.7, 0.4):
-        choose = partial(select, model, params, units=units)
+        choose = partial(select, model, params, budget=Units(units))
         found = reselect(scores, choose, account, rounds=2)
         first = choose(scores)
         assert all(np.array_equal(found.rounds[0].gates[name], gate) for name, gate in first.items())

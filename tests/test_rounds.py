@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from choices import chosen
 from commands import Place, place, record_of, run, write_rows
 from test_likelihood import ANSWERS
 from test_selection import kept, random_scores
@@ -21,14 +22,15 @@ from tiny import tiny_batch, tiny_model
 from jaxprune.checkpoints.folder import digest, load, model_digest, read_pruning, save
 from jaxprune.checkpoints.gate_file import recorded_gates
 from jaxprune.cli.rounds import prune_model_in_rounds
-from jaxprune.cli.workflow import Data, Measuring, Scoring, Selection
+from jaxprune.cli.workflow import Data, Measuring, Scoring
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Rows
 from jaxprune.models import Model
 from jaxprune.models.cost import memory
+from jaxprune.pruning.budgets import Flops, Memory, Rules, Units
 from jaxprune.pruning.prune import geometric, prune_in_rounds, units_left
 from jaxprune.pruning.recovery import Recovery
-from jaxprune.pruning.selection import Values, per_layer_l2, select, site_costs
+from jaxprune.pruning.selection import Values, per_layer_l2, select
 from jaxprune.scoring.attribution import GradientActivation
 from jaxprune.scoring.scores import Scores, load_scores
 from jaxprune.units import Params, flatten, open_gates, widths
@@ -83,8 +85,8 @@ def test_one_round_is_select_and_compact(dense, per_layer):
     model, params = dense
     scores = random_scores(model, params, 0)
     rules = {**at(model, "flops", 0.4), "per_layer": per_layer, "normalise": per_layer_l2}
-    (only,) = prune_in_rounds(model, params, lambda _: scores, rounds=1, **rules)
-    gates = select(model, params, scores, **rules)
+    (only,) = prune_in_rounds(model, params, lambda _: scores, rounds=1, **chosen(**rules))
+    gates = select(model, params, scores, **chosen(**rules))
     assert only.gates.keys() == gates.keys()
     for name, gate in gates.items():
         np.testing.assert_array_equal(only.gates[name], gate)
@@ -97,9 +99,11 @@ def test_rounds_give_the_widths_of_one_round(dense, budget, rules):
     """Where nothing but the budget decides how many units of a site stay."""
     model, params = dense
     settings = {**at(model, budget, 0.55), **RULES[rules]}
-    wanted = {n: int(g.sum()) for n, g in select(model, params, random_scores(model, params, 9), **settings).items()}
+    wanted = {
+        n: int(g.sum()) for n, g in select(model, params, random_scores(model, params, 9), **chosen(**settings)).items()
+    }
     for rounds in (2, 5):
-        *_, last = prune_in_rounds(model, params, anew(model, rounds), rounds=rounds, **settings)
+        *_, last = prune_in_rounds(model, params, anew(model, rounds), rounds=rounds, **chosen(**settings))
         assert {name: int(gate.sum()) for name, gate in last.gates.items()} == wanted
 
 
@@ -109,9 +113,9 @@ def test_rounds_stay_within_the_budget_and_short_of_it_by_less_than_a_block(dens
     model, params = dense
     settings = {**at(model, budget, 0.55), **RULES[rules], "per_layer": False}
     multiple, floor, whole = (RULES[rules].get(name, {}) for name in ("multiple_of", "floor", "protect"))
-    costs = site_costs(model, params, budget, settings.get("length"))
+    costs = chosen(**settings)["budget"].unit_costs(model, params)
     for seed in range(5):
-        for found in prune_in_rounds(model, params, anew(model, seed), rounds=4, **settings):
+        for found in prune_in_rounds(model, params, anew(model, seed), rounds=4, **chosen(**settings)):
             total = sum(len(gate) * costs[name] for name, gate in found.gates.items())
             spent = sum(int(gate.sum()) * costs[name] for name, gate in found.gates.items())
             largest = max(costs[name] * multiple.get(name.rpartition(".")[2], 1) for name in found.gates)
@@ -128,7 +132,7 @@ def test_rounds_stay_within_the_budget_and_short_of_it_by_less_than_a_block(dens
 def test_gates_are_of_the_units_of_the_dense_model(dense, per_layer):
     model, params = dense
     before = open_gates(model, params)
-    for found in prune_in_rounds(model, params, anew(model, 3), rounds=9, per_layer=per_layer, units=0.2):
+    for found in prune_in_rounds(model, params, anew(model, 3), Units(0.2), rules=Rules(per_layer=per_layer), rounds=9):
         assert_same(found.params, compact(model, params, found.gates))
         for name, gate in found.gates.items():
             assert set(kept(found.gates)[name]) <= set(kept(before)[name])  # what is gone stays away
@@ -146,10 +150,10 @@ def test_scores_that_do_not_change_select_what_one_round_selects(dense, per_laye
     scores[name] -= 10.0  # all of it goes where all compete, in the first round
     settings = {**at(model, "parameters", 0.3), "per_layer": per_layer}
     left: dict[str, Any] = {}
-    for found in prune_in_rounds(model, params, lambda _: units_left(scores, left), rounds=4, **settings):
+    for found in prune_in_rounds(model, params, lambda _: units_left(scores, left), rounds=4, **chosen(**settings)):
         left.update(found.gates)
     assert per_layer or not left[name].any()
-    assert kept(left) == kept(select(model, params, scores, **settings))
+    assert kept(left) == kept(select(model, params, scores, **chosen(**settings)))
     assert_same(found.params, compact(model, params, left))
 
 
@@ -159,7 +163,7 @@ def test_sites_without_scores_stay_whole(dense):
     def neurons(small: Params) -> Values:
         return {n: v for n, v in random_scores(model, small, len(flatten(small))).items() if n.endswith("neurons")}
 
-    *_, last = prune_in_rounds(model, params, neurons, rounds=3, units=0.6, normalise=per_layer_l2)
+    *_, last = prune_in_rounds(model, params, neurons, Units(0.6), rules=Rules(normalise=per_layer_l2), rounds=3)
     assert all(gate.all() for name, gate in last.gates.items() if name.endswith("heads"))
     assert not all(gate.all() for gate in last.gates.values())
 
@@ -173,7 +177,7 @@ def test_units_that_are_gone_belong_to_no_norm(dense):
         seen.append({name: len(value) for name, value in scores.items()})
         return per_layer_l2(scores)
 
-    steps = prune_in_rounds(model, params, anew(model, 0), rounds=3, units=0.5, normalise=normalise)
+    steps = prune_in_rounds(model, params, anew(model, 0), Units(0.5), rules=Rules(normalise=normalise), rounds=3)
     left = [widths(model.axes, params), *(widths(model.axes, found.params) for found in steps)]
     assert seen == left[:3]
 
@@ -181,7 +185,7 @@ def test_units_that_are_gone_belong_to_no_norm(dense):
 def test_memory_in_bytes_begins_with_all_of_it(dense):
     model, params = dense
     whole = memory(params)
-    found = list(prune_in_rounds(model, params, anew(model, 0), rounds=2, memory_bytes=0.81 * whole))
+    found = list(prune_in_rounds(model, params, anew(model, 0), Memory(bytes=0.81 * whole), rounds=2))
     np.testing.assert_allclose([own.budget for own in found], [0.9 * whole, 0.81 * whole])
     assert [memory(own.params) <= own.budget for own in found] == [True, True]
 
@@ -192,10 +196,10 @@ def test_any_round_may_be_gone_on_from(dense):
     def score(small: Params) -> Values:
         return random_scores(model, small, sum(widths(model.axes, small).values()))
 
-    whole = list(prune_in_rounds(model, params, score, rounds=3, units=0.3))
+    whole = list(prune_in_rounds(model, params, score, Units(0.3), rounds=3))
     assert [found.number for found in whole] == [1, 2, 3]
     for after in whole:
-        rest = list(prune_in_rounds(model, params, score, rounds=3, units=0.3, after=after))
+        rest = list(prune_in_rounds(model, params, score, Units(0.3), rounds=3, after=after))
         assert [found.number for found in rest] == [found.number for found in whole[after.number :]]
         for one, other in zip(whole[after.number :], rest, strict=True):
             assert_same(one.params, other.params)
@@ -209,7 +213,7 @@ def test_every_round_is_repaired(dense):
         seen.append(small)
         return jax.tree.map(lambda array: array / 2, small), len(seen)
 
-    found = list(prune_in_rounds(model, params, anew(model, 0), rounds=2, units=0.5, repair=halve))
+    found = list(prune_in_rounds(model, params, anew(model, 0), Units(0.5), rounds=2, repair=halve))
     assert [own.recovery for own in found] == [1, 2]
     assert_same(seen[0], compact(model, params, found[0].gates))
     quarter = jax.tree.map(lambda array: array / 4, compact(model, params, found[1].gates))
@@ -230,7 +234,7 @@ def test_units_are_replaced_by_the_means_of_the_round_in_which_they_went():
     def sizes(small: Params) -> dict[str, int]:
         return widths(model.axes, small)
 
-    first, last = prune_in_rounds(model, params, score, rounds=2, units=0.4)
+    first, last = prune_in_rounds(model, params, score, Units(0.4), rounds=2)
     went: dict[str, Any] = {name: np.array(value) for name, value in means[0].items()}  # those that stay do not count
     for name, value in means[1].items():
         went[name][np.flatnonzero(first.gates[name])] = value
@@ -256,13 +260,13 @@ def test_what_cannot_be_done_is_refused_before_anything_is_scored(dense, setting
         raise AssertionError
 
     with pytest.raises(error, match=message):
-        prune_in_rounds(dense[0], dense[1], never, **settings)
+        prune_in_rounds(dense[0], dense[1], never, **chosen(**settings))
 
 
 def test_scores_must_be_of_what_is_left(dense):
     model, params = dense
     scores = random_scores(model, params, 0)
-    steps = prune_in_rounds(model, params, lambda _: scores, rounds=2, units=0.5)
+    steps = prune_in_rounds(model, params, lambda _: scores, Units(0.5), rounds=2)
     next(steps)
     with pytest.raises(ValueError, match="Score this model first"):
         next(steps)
@@ -289,7 +293,8 @@ class Silent:
 
 def commanded(place: Place, output: Path, watch: Silent, **changes: Any) -> dict[str, Any]:
     settings = {
-        "selection": Selection(flops=0.3, multiple_of={"neurons": 2}),
+        "budget": Flops(0.3),
+        "rules": Rules(multiple_of={"neurons": 2}),
         "rounds": 3,
         "scoring": Scoring(criterion=GradientActivation(), examples=16, batch_size=8),
         "data": Data(task="mood", data=place.data),
@@ -352,7 +357,7 @@ def test_another_command_does_not_go_on_from_it(place, whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         commanded(place, out, Silent("round 2 of 3, recovering"))
     others: list[tuple[str, dict[str, Any]]] = [
-        ("flops", {"selection": Selection(flops=0.4, multiple_of={"neurons": 2})}),
+        ("flops", {"budget": Flops(0.4)}),
         ("rounds", {"rounds": 4}),
         ("seed", {"scoring": Scoring(criterion=GradientActivation(), examples=16, batch_size=8, seed=1)}),
         ("recovery", {"recovery": None}),
@@ -444,7 +449,8 @@ def test_a_text_to_text_model_in_rounds(tmp_path):
     (tmp_path / "prompt.yaml").write_text('template: "mood : {sentence} ?"\nwords: [bad, very good]\n')
     asked = Data(task="mood", data=tmp_path / "data", prompt=str(tmp_path / "prompt.yaml"))
     settings = {
-        "selection": Selection(flops=0.4, multiple_of={"neurons": 8}),
+        "budget": Flops(0.4),
+        "rules": Rules(multiple_of={"neurons": 8}),
         "rounds": 2,
         "scoring": Scoring(criterion=GradientActivation(), examples=8, batch_size=8),
         "measuring": Measuring(evaluate=False, batches=()),

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields
 from fractions import Fraction
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from choices import chosen
 from tiny import random_gates, tiny_model
 
 from jaxprune.checkpoints.folder import model_digest
 from jaxprune.compaction import compact
 from jaxprune.models import Model
 from jaxprune.models.cost import elements, flops, matmul_flops, prunable_parameters, unit_costs
+from jaxprune.pruning.budgets import NAMES, Flops, Parameters, Rules, Units
 from jaxprune.pruning.pooling import intersection, union
 from jaxprune.pruning.record import pruning_record
 from jaxprune.pruning.selection import per_layer_l2, select, thresholds
-from jaxprune.scoring.scores import Scores
+from jaxprune.scoring.scores import Scores, check_scores
 from jaxprune.units import Gates, Params, open_gates, sites, widths
 
 LENGTH = 11.5
@@ -100,7 +103,7 @@ def test_selection_by_count_is_exact(uneven, ratio, per_layer):
     model, params = uneven
     width = widths(model.axes, params)
     scores = random_scores(model, params, 0)
-    gates = select(model, params, scores, units=ratio, per_layer=per_layer)
+    gates = select(model, params, scores, Units(ratio), rules=Rules(per_layer=per_layer))
     assert list(gates) == list(width)
     assert all(gate.dtype == jnp.float32 and gate.shape == (width[name],) for name, gate in gates.items())
     assert {float(value) for gate in gates.values() for value in gate} <= {0.0, 1.0}
@@ -109,14 +112,14 @@ def test_selection_by_count_is_exact(uneven, ratio, per_layer):
     assert count == math.floor(exact * sum(width.values()))
     if not per_layer:
         everything = np.concatenate([scores[name] for name in width])
-        chosen = np.concatenate([np.asarray(gate) for gate in gates.values()]) == 1.0
-        assert everything[chosen].min(initial=np.inf) > everything[~chosen].max(initial=-np.inf)
+        open_units = np.concatenate([np.asarray(gate) for gate in gates.values()]) == 1.0
+        assert everything[open_units].min(initial=np.inf) > everything[~open_units].max(initial=-np.inf)
 
 
 def test_every_site_keeps_the_same_fraction(dense):
     model, params = dense
     scores = random_scores(model, params, 0)
-    gates = select(model, params, scores, units=0.5)
+    gates = select(model, params, scores, Units(0.5))
     assert {name: len(units) for name, units in kept(gates).items()} == {
         name: units // 2 for name, units in widths(model.axes, params).items()
     }
@@ -129,7 +132,7 @@ def test_a_percentage_of_a_hundred_units_is_that_many(per_layer):
     model, params = tiny_model("bert", layers=1, neurons=96)
     scores = random_scores(model, params, 0)
     for percent in range(1, 101):
-        gates = select(model, params, scores, units=percent / 100, per_layer=per_layer)
+        gates = select(model, params, scores, Units(percent / 100), rules=Rules(per_layer=per_layer))
         assert sum(map(len, kept(gates).values())) == percent  # 0.29 * 100 is less than 29 in binary
 
 
@@ -137,7 +140,7 @@ def test_a_percentage_of_a_hundred_units_is_that_many(per_layer):
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.8])
 def test_no_site_keeps_a_larger_fraction_than_another_could(uneven, name, ratio):
     model, params = uneven
-    gates = select(model, params, random_scores(model, params, 0), **budget(name, ratio))
+    gates = select(model, params, random_scores(model, params, 0), **open_units(**budget(name, ratio)))
     counts = {site: (len(units), widths(model.axes, params)[site]) for site, units in kept(gates).items()}
     highest = max(Fraction(count, units) for count, units in counts.values() if units)
     assert all(Fraction(count + 1, units) >= highest for count, units in counts.values() if units)
@@ -146,7 +149,7 @@ def test_no_site_keeps_a_larger_fraction_than_another_could(uneven, name, ratio)
 def test_ties_are_broken_by_index(dense):
     model, params = dense
     scores = {name: np.full(units, 0.1) for name, units in widths(model.axes, params).items()}
-    found = kept(select(model, params, scores, units=0.5, per_layer=False))
+    found = kept(select(model, params, scores, Units(0.5), rules=Rules(per_layer=False)))
     assert found == {  # 51 of 3 * (4 + 30): the first sites, and of the second layer's neurons the first
         "0.attention.heads": [0, 1, 2, 3],
         "0.ffn.neurons": list(range(30)),
@@ -155,9 +158,9 @@ def test_ties_are_broken_by_index(dense):
         "2.attention.heads": [],
         "2.ffn.neurons": [],
     }
-    found = kept(select(model, params, scores, units=0.5, per_layer=True))
+    found = kept(select(model, params, scores, Units(0.5)))
     assert all(units == list(range(len(units))) for units in found.values())
-    found = kept(select(model, params, scores, units=0.5, per_layer=False, multiple_of=8))
+    found = kept(select(model, params, scores, Units(0.5), rules=Rules(per_layer=False, multiple_of=8)))
     assert found["1.ffn.neurons"] == list(range(8))  # 51 - 38 = 13, of which 8 can be paid
 
 
@@ -165,7 +168,7 @@ def test_ties_between_equal_scores_in_one_site(dense):
     model, params = dense
     scores = {name: np.zeros(units) for name, units in widths(model.axes, params).items()}
     scores["0.ffn.neurons"][[3, 7, 20]] = 1.0
-    found = kept(select(model, params, scores, units=5 / 102, per_layer=False))
+    found = kept(select(model, params, scores, Units(5 / 102), rules=Rules(per_layer=False)))
     assert found["0.attention.heads"] == [0, 1]
     assert found["0.ffn.neurons"] == [3, 7, 20]
 
@@ -197,12 +200,12 @@ def test_largest_result_not_above_the_budget(uneven, seed, name, per_layer, sett
         arguments = budget(name, ratio) | settings | {"per_layer": per_layer}
         if fitting < forced:
             with pytest.raises(ValueError, match="smallest reachable fraction"):
-                select(model, params, scores, **arguments)
+                select(model, params, scores, **open_units(**arguments))
             continue
         expected: dict[str, list[int]] = {site: [] for site in widths(model.axes, params)}
         for site, block in blocks[:fitting]:
             expected[site] = sorted(expected[site] + block)
-        gates = select(model, params, scores, **arguments)
+        gates = select(model, params, scores, **open_units(**arguments))
         assert kept(gates) == expected
         assert cost_of(model, compact(model, params, gates), name) <= ratio * whole * (1 + 1e-8)
         if fitting < len(blocks):
@@ -218,7 +221,10 @@ def test_selection_is_monotone_in_the_budget(uneven, name, per_layer, multiple_o
     smaller: dict[str, list[int]] = {site: [] for site in widths(model.axes, params)}
     for ratio in np.linspace(0.02, 1.0, 50):
         gates = select(
-            model, params, scores, **budget(name, float(ratio)), per_layer=per_layer, multiple_of=multiple_of
+            model,
+            params,
+            scores,
+            **open_units(**budget(name, float(ratio)), per_layer=per_layer, multiple_of=multiple_of),
         )
         larger = kept(gates)
         assert all(set(smaller[site]) <= set(larger[site]) for site in larger)
@@ -232,14 +238,16 @@ def test_global_selection_is_a_threshold_on_score_per_cost(dense, name, ratio):
     model, params = dense
     scores = random_scores(model, params, 2)
     cost = site_costs(model, params, name)
-    gates = select(model, params, scores, **budget(name, ratio), per_layer=False)
+    gates = select(model, params, scores, **open_units(**budget(name, ratio), per_layer=False))
     density = np.concatenate([scores[site] / cost[site] for site in scores])
     price = np.concatenate([np.full(len(scores[site]), cost[site]) for site in scores])
-    chosen = np.concatenate([np.asarray(gates[site]) for site in scores]) == 1.0
-    threshold = density[~chosen].max()
-    np.testing.assert_array_equal(chosen, density > threshold)
-    left = ratio * price.sum() - price[chosen].sum()
-    assert -1e-9 * price.sum() <= left < price[~chosen][density[~chosen].argmax()]  # short by less than one unit
+    open_units = np.concatenate([np.asarray(gates[site]) for site in scores]) == 1.0
+    threshold = density[~open_units].max()
+    np.testing.assert_array_equal(open_units, density > threshold)
+    left = ratio * price.sum() - price[open_units].sum()
+    assert (
+        -1e-9 * price.sum() <= left < price[~open_units][density[~open_units].argmax()]
+    )  # short by less than one unit
 
 
 def test_heads_and_neurons_compete_by_score_per_flop(dense):
@@ -249,7 +257,7 @@ def test_heads_and_neurons_compete_by_score_per_flop(dense):
     scores["2.attention.heads"] = 1.001 * scores["2.attention.heads"]
     scores["2.ffn.neurons"] = 1.002 * scores["2.ffn.neurons"]
     ratio = (4 * cost["2.attention.heads"] + 30 * cost["2.ffn.neurons"]) / flops(model, params, LENGTH)
-    found = kept(select(model, params, scores, flops=ratio, length=LENGTH, per_layer=False))
+    found = kept(select(model, params, scores, Flops(ratio, length=LENGTH), rules=Rules(per_layer=False)))
     assert [name for name, units in found.items() if units] == ["2.attention.heads", "2.ffn.neurons"]
 
 
@@ -258,7 +266,9 @@ def test_heads_and_neurons_compete_by_score_per_flop(dense):
 def test_widths_are_multiples_or_whole(uneven, ratio, per_layer):
     model, params = uneven
     scores = random_scores(model, params, 4)
-    gates = select(model, params, scores, flops=ratio, length=LENGTH, per_layer=per_layer, multiple_of={"neurons": 8})
+    gates = select(
+        model, params, scores, Flops(ratio, length=LENGTH), rules=Rules(per_layer=per_layer, multiple_of={"neurons": 8})
+    )
     for name, units in kept(gates).items():
         if name.endswith("neurons"):
             assert len(units) % 8 == 0 or len(units) == widths(model.axes, params)[name]
@@ -268,12 +278,16 @@ def test_widths_are_multiples_or_whole(uneven, ratio, per_layer):
 def test_a_floor_is_kept_at_every_site(dense, per_layer):
     model, params = dense
     scores = {name: np.arange(units) - 1000.0 * int(name[0]) for name, units in widths(model.axes, params).items()}
-    gates = select(model, params, scores, units=0.2, per_layer=per_layer, floor={"heads": 1, "neurons": 3})
+    gates = select(
+        model, params, scores, Units(0.2), rules=Rules(per_layer=per_layer, floor={"heads": 1, "neurons": 3})
+    )
     assert all(len(units) >= (1 if name.endswith("heads") else 3) for name, units in kept(gates).items())
     assert kept(gates)["2.attention.heads"][-1] == 3  # the best one
-    gates = select(model, params, scores, units=0.5, per_layer=per_layer, floor=5)
+    gates = select(model, params, scores, Units(0.5), rules=Rules(per_layer=per_layer, floor=5))
     assert all(len(units) >= min(5, 4 if name.endswith("heads") else 30) for name, units in kept(gates).items())
-    gates = select(model, params, scores, units=0.5, per_layer=per_layer, floor={"neurons": 3}, multiple_of=8)
+    gates = select(
+        model, params, scores, Units(0.5), rules=Rules(per_layer=per_layer, floor={"neurons": 3}, multiple_of=8)
+    )
     assert all(len(units) >= 8 for name, units in kept(gates).items() if name.endswith("neurons"))
 
 
@@ -282,7 +296,9 @@ def test_protected_layers_and_sites_stay_whole(dense, per_layer):
     model, params = dense
     scores = {name: -np.ones(units) for name, units in widths(model.axes, params).items()}
     scores["1.ffn.neurons"] += 10
-    gates = select(model, params, scores, units=0.7, per_layer=per_layer, protect=(0, "2.attention.heads"))
+    gates = select(
+        model, params, scores, Units(0.7), rules=Rules(per_layer=per_layer, protect=(0, "2.attention.heads"))
+    )
     found = kept(gates)
     for name in ("0.attention.heads", "0.ffn.neurons", "2.attention.heads"):
         assert len(found[name]) == widths(model.axes, params)[name]
@@ -292,33 +308,33 @@ def test_protected_layers_and_sites_stay_whole(dense, per_layer):
 def test_sites_without_scores_stay_open_and_count(dense):
     model, params = dense
     scores = {name: v for name, v in random_scores(model, params, 0).items() if name.endswith("heads")}
-    gates = select(model, params, scores, units=96 / 102)
+    gates = select(model, params, scores, Units(96 / 102))
     assert {name: len(units) for name, units in kept(gates).items()} == {
         name: 2 if name.endswith("heads") else 30 for name in widths(model.axes, params)
     }
     with pytest.raises(ValueError, match=r"sites without scores keep more. The smallest reachable fraction is 0.8824"):
-        select(model, params, scores, units=0.5)
+        select(model, params, scores, Units(0.5))
 
 
 def test_an_unreachable_budget_names_the_smallest_fraction_that_can_be_reached(dense):
     model, params = dense
     scores = random_scores(model, params, 0)
     with pytest.raises(ValueError, match=r"flops=0.5 cannot be reached: .* smallest reachable fraction is 0.6667"):
-        select(model, params, scores, flops=0.5, length=LENGTH, protect=(0, 2))
-    gates = select(model, params, scores, flops=0.6667, length=LENGTH, protect=(0, 2))
+        select(model, params, scores, Flops(0.5, length=LENGTH), rules=Rules(protect=(0, 2)))
+    gates = select(model, params, scores, Flops(0.6667, length=LENGTH), rules=Rules(protect=(0, 2)))
     assert len(kept(gates)["1.ffn.neurons"]) == 0
 
 
 def test_the_best_units_of_an_empty_budget_are_none(dense):
     model, params = dense
-    found = kept(select(model, params, random_scores(model, params, 0), units=0.001))
+    found = kept(select(model, params, random_scores(model, params, 0), Units(0.001)))
     assert not any(found.values())
 
 
 def test_a_model_without_units_has_nothing_to_select(dense):
     model, params = dense
     empty = compact(model, params, {name: np.zeros(units) for name, units in widths(model.axes, params).items()})
-    gates = select(model, empty, open_gates(model, empty), parameters=0.5)
+    gates = select(model, empty, open_gates(model, empty), Parameters(0.5))
     assert {name: gate.shape for name, gate in gates.items()} == dict.fromkeys(widths(model.axes, params), (0,))
 
 
@@ -326,12 +342,12 @@ def test_normalisation_changes_the_ranking_between_sites(dense):
     model, params = dense
     scores = random_scores(model, params, 5)
     scores["0.ffn.neurons"] = 1000.0 * scores["0.ffn.neurons"]
-    raw = kept(select(model, params, scores, units=0.1, per_layer=False))
+    raw = kept(select(model, params, scores, Units(0.1), rules=Rules(per_layer=False)))
     assert [name for name, units in raw.items() if units] == ["0.ffn.neurons"]
-    found = kept(select(model, params, scores, units=0.1, per_layer=False, normalise=per_layer_l2))
+    found = kept(select(model, params, scores, Units(0.1), rules=Rules(per_layer=False, normalise=per_layer_l2)))
     assert sum(bool(units) for units in found.values()) > 1
     by_hand = {name: value / np.sqrt((value**2).sum()) for name, value in scores.items()}
-    assert found == kept(select(model, params, by_hand, units=0.1, per_layer=False))
+    assert found == kept(select(model, params, by_hand, Units(0.1), rules=Rules(per_layer=False)))
     assert per_layer_l2({"a": np.zeros(3)})["a"].tolist() == [0.0, 0.0, 0.0]
 
 
@@ -361,7 +377,7 @@ def test_normalisation_changes_the_ranking_between_sites(dense):
 def test_what_is_out_of_range_is_refused(dense, settings, error, message):
     model, params = dense
     with pytest.raises(error, match=message):
-        select(model, params, random_scores(model, params, 0), **settings)
+        select(model, params, random_scores(model, params, 0), **chosen(**settings))
 
 
 @pytest.mark.parametrize(
@@ -377,7 +393,7 @@ def test_what_is_out_of_range_is_refused(dense, settings, error, message):
 def test_scores_that_do_not_fit_are_refused(dense, name, value, message):
     model, params = dense
     with pytest.raises(ValueError, match=message):
-        select(model, params, random_scores(model, params, 0) | {name: value}, units=0.5)
+        select(model, params, random_scores(model, params, 0) | {name: value}, Units(0.5))
 
 
 def scores_of(model: Model, params: Params, **header: Any) -> Scores:
@@ -388,28 +404,30 @@ def scores_of(model: Model, params: Params, **header: Any) -> Scores:
 def test_scores_of_another_model_are_refused(dense):
     model, params = dense
     scores = scores_of(model, params)
-    select(model, params, scores, units=0.5)
+    check_scores(model, params, scores)
     _, other = tiny_model("bert", layers=3, neurons=30, seed=1)
     with pytest.raises(ValueError, match="these scores belong to another model"):
-        select(model, other, scores, units=0.5)
+        check_scores(model, other, scores)
 
 
 def test_the_length_is_that_of_the_scored_examples(dense):
     model, params = dense
     scores = scores_of(model, params, mean_length=40.25)
-    found = kept(select(model, params, scores, flops=0.4, per_layer=False))
-    assert found == kept(select(model, params, scores, flops=0.4, length=40.25, per_layer=False))
-    assert found != kept(select(model, params, scores, flops=0.4, length=4.0, per_layer=False))
+    found = kept(select(model, params, scores, Flops(0.4), rules=Rules(per_layer=False)))
+    assert found == kept(select(model, params, scores, Flops(0.4, length=40.25), rules=Rules(per_layer=False)))
+    assert found != kept(select(model, params, scores, Flops(0.4, length=4.0), rules=Rules(per_layer=False)))
 
 
 def test_the_record_says_how_the_model_was_made(dense):
     model, params = dense
     scores = scores_of(model, params, mean_length=40.25, rows=["a", "b"], data=["abc"])
     settings: dict[str, Any] = {"flops": 0.5, "multiple_of": {"neurons": 8}, "protect": (0,), "normalise": per_layer_l2}
-    gates = select(model, params, scores, **settings)
-    record = pruning_record(scores, gates, **settings)
+    gates = select(model, params, scores, **chosen(**settings))
+    record = pruning_record(scores, gates, **chosen(**settings))
     assert json.loads(json.dumps(record, allow_nan=False)) == record
-    assert record["settings"] == settings | {"protect": [0], "normalise": "per_layer_l2"}
+    known = {name: value for name, value in record["settings"].items() if value is not None}
+    assert known == settings | {"per_layer": True, "protect": [0], "normalise": "per_layer_l2"}
+    assert set(record["settings"]) == {*NAMES, "length", *(field.name for field in fields(Rules))}
     assert record["scores"]["model"] == model_digest(model, params)
     assert record["scores"]["criterion"] == {"name": "Random"}
     assert "rows" not in record["scores"]
@@ -427,12 +445,12 @@ def test_the_record_says_how_the_model_was_made(dense):
 def test_the_record_changes_with_scores_gates_and_means(dense):
     model, params = dense
     scores = scores_of(model, params)
-    gates = select(model, params, scores, units=0.5)
+    gates = select(model, params, scores, Units(0.5))
     record = pruning_record(scores, gates)
     moved = Scores({name: value + 1 for name, value in scores.values.items()}, scores.header, gates)
     assert record["digests"]["scores"] != pruning_record(moved, gates)["digests"]["scores"]
     assert pruning_record(moved, gates)["digests"]["means"] is not None
-    other = select(model, params, scores, units=0.4)
+    other = select(model, params, scores, Units(0.4))
     assert record["digests"]["gates"] != pruning_record(scores, other)["digests"]["gates"]
 
 
@@ -458,9 +476,9 @@ def test_thresholds_are_the_budgets_from_which_units_stay():
     )
     for settings in cases:
         (name,) = settings.keys() & {"units", "flops", "parameters"}
-        found = thresholds(model, params, scores, **settings)
+        found = thresholds(model, params, scores, **chosen(**settings))
         for fraction in (0.45, 0.5, 0.75, 0.93, 1.0):
-            gates = select(model, params, scores, **{**settings, name: fraction})
+            gates = select(model, params, scores, **chosen(**{**settings, name: fraction}))
             for site, gate in gates.items():
                 np.testing.assert_array_equal(np.asarray(gate) == 1, found[site] <= fraction + 1e-9)
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import safetensors_bytes, write_classifier
+from choices import chosen
 from mutations import split
 from safetensors import safe_open
 from test_checkpoint import assert_same, cast
@@ -152,8 +153,8 @@ def test_a_task_of_the_bundled_model_takes_about_a_kilobyte(tmp_path):
         for i, (name, units) in enumerate(widths(model.axes, params).items())
     }
     how = {"flops": 0.5, "length": 128, "per_layer": True, "multiple_of": {"neurons": 8}}
-    gates = select(model, params, scores, **how)
-    records = {task: pruning_record(scores, gates, **how) for task in ("sst2", "mrpc")}
+    gates = select(model, params, scores, **chosen(**how))
+    records = {task: pruning_record(scores, gates, **chosen(**how)) for task in ("sst2", "mrpc")}
     path = save_shared(tmp_path / "one", model, params, {"sst2": gates}, records={"sst2": records["sst2"]})
     one = (path / GATES).stat().st_size
     add_gates(path, {"mrpc": gates}, records={"mrpc": records["mrpc"]})

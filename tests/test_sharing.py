@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from choices import chosen
 from commands import TASKS, Place, place, record_of, run
 from hand_tables import hand_table
 from test_checkpoint import assert_same
@@ -22,6 +23,7 @@ from jaxprune.checkpoints.shared import load_gates
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import load_task
 from jaxprune.evaluation.evaluate import evaluate
+from jaxprune.pruning.budgets import Latency, Units
 from jaxprune.pruning.latency import write_table
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.scores import Scores, load_scores, save_scores
@@ -78,7 +80,9 @@ def test_every_task_is_selected_by_itself_within_the_budget(place, scored, tmp_p
     model, params = load(place.model)
     settings: dict[str, Any] = {"multiple_of": {"neurons": 4}, "floor": {"heads": 1}, "protect": ["1.ffn.neurons"]}
     for row in record["tasks"]:
-        gates = select(model, params, load_scores(scored[row["task"]]), units=0.6, per_layer=False, **settings)
+        gates = select(
+            model, params, load_scores(scored[row["task"]]), **chosen(units=0.6, per_layer=False, **settings)
+        )
         assert_same(load(out, task=row["task"])[1], compact(model, params, gates))
         kept = sum(int(np.asarray(gate).sum()) for gate in gates.values())
         assert (row["after"]["units"], row["before"]["units"]) == (kept, 72)
@@ -122,7 +126,7 @@ def test_tasks_may_be_of_other_kinds_of_units_and_replace_closed_ones_by_means(p
     means: Any = {"1.ffn.neurons": np.arange(32, dtype=np.float32)}
     save_scores(tmp_path / "b", Scores(scores.values, dict(scores.header) | {"task": "mean"}, means))
     record = record_of("share", copied, "--scores", file, "--scores", tmp_path / "b", "--units", 0.5)
-    gates = select(model, params, scores, units=0.5)
+    gates = select(model, params, scores, Units(0.5))
     assert_same(load(copied, task="cut")[1], compact(model, params, gates))
     assert_same(load(copied, task="mean")[1], compact(model, params, gates, means))
     closed = int((np.asarray(gates["1.ffn.neurons"]) == 0).sum())
@@ -135,9 +139,7 @@ def test_a_budget_of_latency_goes_by_a_table(place, scored, tmp_path):
     how = ("--latency", 0.7, "--latency-table", table)
     record_of("share", place.model, "--scores", scored["mood"], *how, "-o", tmp_path / "shared")
     model, params = load(place.model)
-    gates = select(
-        model, params, load_scores(scored["mood"]), latency=0.7, length=10, table=hand_table(model, params, length=10)
-    )
+    gates = select(model, params, load_scores(scored["mood"]), Latency(0.7, table=hand_table(model, params, length=10)))
     assert_same(load(tmp_path / "shared", task="mood")[1], compact(model, params, gates))
 
 

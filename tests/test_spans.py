@@ -28,6 +28,7 @@ from jaxprune.data.tasks import Rows, Task
 from jaxprune.evaluation.evaluate import evaluate, find_answers, fitting_head, predict
 from jaxprune.models import ENDS, NOWHERE, Model, TaskHead
 from jaxprune.models.layers import contribution
+from jaxprune.pruning.budgets import Units
 from jaxprune.pruning.checks import Checking, check
 from jaxprune.pruning.loss import loss_receipt
 from jaxprune.pruning.recovery import Recovery, recover
@@ -433,7 +434,7 @@ def test_scores_of_spans_are_checked_and_repaired():
     assert set(found) == {"completeness", "removal of heads", "removal of neurons", "deletion"}
     assert found["removal of neurons"].value is not None
     assert found["deletion"].facts["metric"] == "f1"
-    gates = select(model, params, scores, units=0.5)
+    gates = select(model, params, scores, Units(0.5))
     small = compact(model, params, gates)
     repaired, recovery = recover(model, params, small, task, Recovery(rows=Rows(examples=16)))
     assert recovery.examples == 16 and evaluate(model, repaired, task).n == 20

@@ -17,6 +17,7 @@ from jaxprune.checkpoints import folder as checkpoint
 from jaxprune.checkpoints.files import recall, remember, stamp_of
 from jaxprune.checkpoints.folder import load, model_digest, outline, save
 from jaxprune.cli import terminal
+from jaxprune.pruning.budgets import Flops
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.scores import load_scores
 from jaxprune.units import flatten
@@ -128,6 +129,6 @@ def test_shapes_are_enough_to_select(place, scored):
     scores = load_scores(scored)
     model, params = load(place.model)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    found = select(model, shapes, scores, flops=0.5)
-    wanted = select(model, params, scores, flops=0.5)
+    found = select(model, shapes, scores, Flops(0.5))
+    wanted = select(model, params, scores, Flops(0.5))
     assert found.keys() == wanted.keys() and all((found[name] == wanted[name]).all() for name in wanted)

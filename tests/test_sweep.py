@@ -18,6 +18,7 @@ from jaxprune.cli.workflow import costs, ratios
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.evaluation.evaluate import evaluate
+from jaxprune.pruning.budgets import Flops, Rules
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.baselines import Magnitude, Random
 from jaxprune.scoring.scores import load_scores
@@ -87,7 +88,7 @@ def test_a_row_is_what_pruning_and_testing_give(place, swept, name):
     scores = load_scores(out / "scores" / f"topic.{name}.{row['seed']}.safetensors")
     model, params = load(place.model)
     task = load_task("topic", data=place.data)
-    small = compact(model, params, select(model, params, scores, flops=row["flops"]))
+    small = compact(model, params, select(model, params, scores, Flops(row["flops"])))
     found = evaluate(model, small, task, rows=Rows(examples=24, batch_size=8))
     assert (row["metric"], row["value"]) == found.primary
     assert (row["n"], row["chance"]) == (24, found.chance)
@@ -182,7 +183,7 @@ def test_means_of_closed_units_and_global_selection(place, tmp_path):
     (row,) = record_of("sweep", place.model, "--data", place.data, *arguments)["rows"]
     scores = load_scores(tmp_path / "out" / "scores" / "mood.taylor.0.safetensors")
     model, params = load(place.model)
-    gates = select(model, params, scores, flops=0.5, per_layer=False, multiple_of={"neurons": 4})
+    gates = select(model, params, scores, Flops(0.5), rules=Rules(per_layer=False, multiple_of={"neurons": 4}))
     small = compact(model, params, gates, scores.means)
     found = evaluate(
         model, small, load_task("mood", data=place.data), rows=Rows(split="dev", examples=24, batch_size=8)
@@ -196,7 +197,7 @@ def test_top_layers_always_compares_all_layers(place, tmp_path):
     (row,) = record_of("sweep", place.model, "--data", place.data, *options)["rows"]
     scores = load_scores(tmp_path / "scores" / "mood.top-layers.0.safetensors")
     model, params = load(place.model)
-    gates = select(model, params, scores, flops=0.5, per_layer=False)
+    gates = select(model, params, scores, Flops(0.5), rules=Rules(per_layer=False))
     assert (
         row["value"]
         == evaluate(

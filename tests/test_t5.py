@@ -20,6 +20,7 @@ from jaxprune.models import Decoding, Masks, Model, family
 from jaxprune.models.backward import Prefix, forward
 from jaxprune.models.cost import flops
 from jaxprune.models.t5 import bucket_of
+from jaxprune.pruning.budgets import Flops, Rules
 from jaxprune.pruning.latency import compare_latency, latency
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.attribution import IntegratedGradients, joint, layer
@@ -197,7 +198,7 @@ def test_a_flops_budget_is_the_largest_below_it():
     for per_layer in (True, False):
         kept = []
         for budget in (0.3, 0.5, 0.8):
-            gates = select(model, params, scores, flops=budget, length=(9, 3), per_layer=per_layer)
+            gates = select(model, params, scores, Flops(budget, length=(9, 3)), rules=Rules(per_layer=per_layer))
             small = compact(model, params, gates)
             assert flops(model, small, (9, 3)) <= budget * flops(model, params, (9, 3))
             kept.append({name: set(np.flatnonzero(gate)) for name, gate in gates.items()})

@@ -18,6 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from choices import chosen
 from commands import Place, place, record_of, run
 from tiny import tiny_model
 
@@ -25,6 +26,7 @@ from jaxprune.checkpoints.folder import load, read_pruning
 from jaxprune.cli.together import Way
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.evaluation.evaluate import evaluate
+from jaxprune.pruning.budgets import Flops, Units
 from jaxprune.pruning.pooling import (
     intersection,
     kept_by_all,
@@ -35,7 +37,7 @@ from jaxprune.pruning.pooling import (
     pooled,
     union,
 )
-from jaxprune.pruning.selection import select, site_costs, thresholds
+from jaxprune.pruning.selection import select, thresholds
 from jaxprune.scoring.scores import Scores, load_scores, save_scores
 from jaxprune.units import Gates, sites, widths
 
@@ -78,11 +80,11 @@ def same(a: Gates, b: Gates) -> bool:
 @pytest.mark.parametrize("way", WAYS)
 def test_the_budget_is_spent_and_never_exceeded(way: Way, name: str, per_layer: bool):
     model, params, scores = random_scores(3)
-    costs = site_costs(model, params, name, LENGTH)
+    costs = chosen(**{name: 1.0}, length=LENGTH)["budget"].unit_costs(model, params)
     block = max(costs.values()) / sum(costs[site] * units for site, units in widths(model.axes, params).items())
     smaller = None
     for fraction in (0.05, 0.3, 0.5, 0.51, 0.8, 1.0):
-        gates = way(model, params, scores, **{name: fraction}, length=LENGTH, per_layer=per_layer)
+        gates = way(model, params, scores, **chosen(**{name: fraction}, length=LENGTH, per_layer=per_layer))
         assert fraction - block < spent(costs, gates) <= fraction + 1e-9
         assert list(gates) == [site.name for site in sites(model.axes, params)]
         assert smaller is None or within(smaller, gates)  # a larger budget keeps all of a smaller one
@@ -93,8 +95,8 @@ def test_the_budget_is_spent_and_never_exceeded(way: Way, name: str, per_layer: 
 def test_encoder_and_decoder_share_one_budget(way: Way):
     model, params, scores = random_scores(2, "t5")
     length = (9.5, 3.0)
-    gates = way(model, params, scores, flops=0.5, length=length)
-    assert 0.48 < spent(site_costs(model, params, "flops", length), gates) <= 0.5 + 1e-9
+    gates = way(model, params, scores, Flops(0.5, length=length))
+    assert 0.48 < spent(Flops(1.0, length=length).unit_costs(model, params), gates) <= 0.5 + 1e-9
 
 
 @pytest.mark.parametrize("per_layer", [True, False])
@@ -102,17 +104,17 @@ def test_encoder_and_decoder_share_one_budget(way: Way):
 @pytest.mark.parametrize(("way", "join"), [(kept_by_any, union), (kept_by_all, intersection)])
 def test_union_and_intersection_are_those_at_the_largest_budget_that_fits(way, join, name, per_layer):
     model, params, scores = random_scores(2)
-    costs, budget = site_costs(model, params, name, LENGTH), 0.4
+    costs, budget = chosen(**{name: 1.0}, length=LENGTH)["budget"].unit_costs(model, params), 0.4
     settings: dict[str, Any] = {"length": LENGTH, "per_layer": per_layer}
-    found = [thresholds(model, params, own, **settings, **{name: 1.0}) for own in scores]
+    found = [thresholds(model, params, own, **chosen(**settings, **{name: 1.0})) for own in scores]
     steps = sorted({float(b) for own in found for site in own.values() for b in site})  # where something changes
 
     def joined(step: int) -> Gates:
         at = {**settings, name: min(1.0, steps[step])}
-        return join(*(select(model, params, own, **at) for own in scores))
+        return join(*(select(model, params, own, **chosen(**at)) for own in scores))
 
     first = bisect.bisect(range(len(steps)), budget + 1e-9, key=lambda step: spent(costs, joined(step)))
-    gates = way(model, params, scores, **settings, **{name: budget})
+    gates = way(model, params, scores, **chosen(**settings, **{name: budget}))
     assert 0 < first < len(steps)
     assert within(joined(first - 1), gates) and within(gates, joined(first))
 
@@ -121,16 +123,21 @@ def test_union_and_intersection_are_those_at_the_largest_budget_that_fits(way, j
 @pytest.mark.parametrize("settings", [{"units": 0.4}, {"flops": 0.6, "length": LENGTH, "per_layer": False}])
 def test_several_equal_tasks_are_one(way, settings):
     model, params, (scores,) = random_scores(1)
-    assert same(way(model, params, [scores] * 3, **settings), select(model, params, scores, **settings))
+    assert same(
+        way(model, params, [scores] * 3, **chosen(**settings)), select(model, params, scores, **chosen(**settings))
+    )
     other = {name: value + 0.01 for name, value in scores.items()}
-    assert same(way(model, params, [scores, other], **settings), way(model, params, [other, scores], **settings))
+    assert same(
+        way(model, params, [scores, other], **chosen(**settings)),
+        way(model, params, [other, scores], **chosen(**settings)),
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_settings_hold_for_the_result(way):
     model, params, scores = random_scores(2)
     settings: dict[str, Any] = {"multiple_of": {"neurons": 8}, "floor": {"heads": 2}, "protect": ("1.ffn.neurons",)}
-    gates = way(model, params, scores, units=0.6, **settings)
+    gates = way(model, params, scores, **chosen(units=0.6, **settings))
     kept = {name: int(np.asarray(gate).sum()) for name, gate in gates.items()}
     assert all(count % 8 == 0 for name, count in kept.items() if name.endswith("neurons"))
     assert all(count >= 2 for name, count in kept.items() if name.endswith("heads"))
@@ -142,7 +149,7 @@ def test_sites_without_scores_stay():
     model, params, scores = random_scores(2)
     heads = [{name: value for name, value in own.items() if name.endswith("heads")} for own in scores]
     for way in WAYS:
-        gates = way(model, params, heads, units=0.95)
+        gates = way(model, params, heads, Units(0.95))
         assert all(np.asarray(gate).all() for name, gate in gates.items() if name.endswith("neurons"))
         assert sum(float(np.asarray(gate).sum()) for gate in gates.values()) == int(0.95 * 3 * 36)
 
@@ -256,7 +263,7 @@ def test_from_scores_as_the_library_does_it(place, scored, pruned, tmp_path, nam
     model, params = load(place.model)
     scores = [load_scores(scored[task]) for task in ("mood", "topic")]
     length = float(np.mean([own.header["mean_length"] for own in scores]))
-    gates = way(model, params, [own.values for own in scores], flops=0.5, length=length)
+    gates = way(model, params, [own.values for own in scores], Flops(0.5, length=length))
     assert record["widths"] == {site: [len(gate), int(gate.sum())] for site, gate in gates.items()}
     which = {site: own["which"] for site, own in read_pruning(tmp_path / "small")["sites"].items()}
     for site, gate in gates.items():

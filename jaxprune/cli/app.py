@@ -164,8 +164,9 @@ def prune(
             batches=tuple(int(part) for part in timed if int(part)),
             **asdict(batches),
         )
-        chosen, data = selection.build(budget), [rows.of(name) for name in task]
-        how = {"measuring": measuring, "overwrite": overwrite, "watch": bars}
+        length, data = selection.tokens(), [rows.of(name) for name in task]
+        chosen = budget.build(length), selection.build()
+        how = {"length": length, "measuring": measuring, "overwrite": overwrite, "watch": bars}
         how["recovery"] = recovery.build(scoring.seed, batches, rounds, scoring=not scores)
         if rounds == 1:
             how |= {"tables": budget.tables(), "accounting": receipts.build(batches)}
@@ -176,15 +177,15 @@ def prune(
         scored = scores or scoring.build(settings, head, batches)
         if several:
             way = find("together", together or "pooled")
-            record = several_tasks.prune_together(model, output, chosen, scored=scored, tasks=data, way=way, **how)
+            record = several_tasks.prune_together(model, output, *chosen, scored=scored, tasks=data, way=way, **how)
         elif rounds > 1:
             made = scoring.build(settings, head, batches)
             record = in_rounds.prune_model_in_rounds(
-                model, output, chosen, rounds=rounds, scoring=made, data=data[0], **how
+                model, output, *chosen, rounds=rounds, scoring=made, data=data[0], **how
             )
         else:
             one = scored[0] if isinstance(scored, list) else scored
-            record = pruning.prune_model(model, output, chosen, scored=one, data=data[0] if data else None, **how)
+            record = pruning.prune_model(model, output, *chosen, scored=one, data=data[0] if data else None, **how)
     lines = [*tables.before_after_notes(record), *tables.headless_notes(record)]
     for own in tables.receipts_of(record):
         lines += [tables.receipt_table(own), *tables.receipt_notes(own)]
@@ -221,8 +222,9 @@ def share(
         from jaxprune.cli import sharing
         from jaxprune.cli.render import tables
 
-        how = {"tables": budget.tables(), "overwrite": overwrite, "watch": bars}
-        record = sharing.share_model(model, scores, selection.build(budget), output, **how)
+        length = selection.tokens()
+        how = {"length": length, "tables": budget.tables(), "overwrite": overwrite, "watch": bars}
+        record = sharing.share_model(model, scores, budget.build(length), selection.build(), output, **how)
     folder, task = record["output"], record["tasks"][0]["task"]
     lines = (tables.share_note(record), "", f"Next: jaxprune inspect {folder}#{task}")
     terminal.show(record, tables.share_table(record), *lines, as_json=as_json)
@@ -247,8 +249,9 @@ def plan(
         from jaxprune.cli import planning
         from jaxprune.cli.render import tables
 
-        chosen, memory = selection.build(budget), terminal.digests_folder()
-        record = planning.plan_model(model, scores, chosen, tables=budget.tables(), memory=memory, watch=bars)
+        length, memory = selection.tokens(), terminal.digests_folder()
+        how = {"length": length, "tables": budget.tables(), "memory": memory, "watch": bars}
+        record = planning.plan_model(model, scores, budget.build(length), selection.build(), **how)
     terminal.show(record, *tables.plan_tables(record), *tables.plan_notes(record), as_json=as_json)
 
 

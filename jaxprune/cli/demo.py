@@ -31,7 +31,8 @@ from jaxprune.data.tasks import Rows, Task, load_task
 from jaxprune.evaluation.evaluate import evaluate, fitting_head
 from jaxprune.models import Model
 from jaxprune.models.cost import file_size
-from jaxprune.pruning.record import pruning_record
+from jaxprune.pruning.budgets import Flops, Rules
+from jaxprune.pruning.record import pruning_record, settings_of
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.attribution import Criterion, IntegratedGradients
 from jaxprune.scoring.baselines import Magnitude, Random
@@ -107,8 +108,8 @@ def demo(
 
     scores = _scores(model, params, task, examples, watch)
     length = scores["attribution"].header["mean_length"]
-    settings: dict[str, Any] = {"flops": FLOPS, "length": length, "per_layer": True, "multiple_of": MULTIPLE_OF}
-    gates = {name: select(model, params, own, **settings) for name, own in scores.items()}
+    budget, rules = Flops(FLOPS, length=length), Rules(multiple_of=MULTIPLE_OF)
+    gates = {name: select(model, params, own, budget, rules=rules) for name, own in scores.items()}
     variants = {"dense": params} | {name: compact(model, params, own) for name, own in gates.items()}
     small = variants["attribution"]
     rows = _test(model, variants, [task, *others], scores["attribution"].header["rows"], watch)
@@ -122,7 +123,7 @@ def demo(
         output / "model",
         model,
         small,
-        pruning=pruning_record(scores["attribution"], gates["attribution"], **settings),
+        pruning=pruning_record(scores["attribution"], gates["attribution"], budget, rules),
         overwrite=True,
         dtype=stored_type(model),
     )
@@ -135,7 +136,7 @@ def demo(
         "source": source,
         "data": str(data),
         "criterion": scores["attribution"].header["criterion"],
-        "selection": settings,
+        "selection": settings_of(budget, rules),
         "tasks": rows,
         "before": before,
         "after": after,

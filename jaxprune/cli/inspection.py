@@ -15,8 +15,7 @@ from jaxprune.cli.render.pictures import check_picture, inspection_figure
 from jaxprune.cli.workflow import check_file
 from jaxprune.models import Model
 from jaxprune.models.cost import Length, checked_length, elements, matmul_flops, parameters, unit_costs, usual_length
-from jaxprune.pruning.selection import select
-from jaxprune.scoring.scores import Scores, load_scores
+from jaxprune.scoring.scores import Scores, check_scores, load_scores
 from jaxprune.sparse.masks import sparsity_of
 from jaxprune.sparse.matrices import linear_maps
 from jaxprune.units import KINDS, UNITS, Params, Site, flatten, sites, widths
@@ -130,7 +129,7 @@ def _units(
     values: Mapping[str, Any] = {} if scores is None else scores.values
     before = pruning is not None and scores is not None and scores.header["model"] == _made_with(pruning)
     if scores is not None and not before:
-        select(model, params, scores, units=1.0)  # refuses scores of another model
+        check_scores(model, params, scores)
     recorded = {} if pruning is None else pruning.get("sites", {})
     found = []
     for site in sites(model.axes, params, kinds):

@@ -11,7 +11,6 @@ import typer
 from jaxprune.cli import terminal
 from jaxprune.cli.options import (
     BatchOptions,
-    BudgetOptions,
     CriterionOptions,
     Dark,
     Head,
@@ -71,7 +70,8 @@ def sweep(
             [rows.of(name) for name in task],
             settings.build(*criterion),
             output,
-            selection.build(BudgetOptions()),
+            selection.build(),
+            length=selection.tokens(),
             budgets=read_fractions("--flops", flops),
             seeds=seeds,
             examples=examples,

@@ -19,7 +19,9 @@ import typer
 if TYPE_CHECKING:
     from jaxprune.cli.accounting import Accounting
     from jaxprune.cli.planning import Tables
-    from jaxprune.cli.workflow import Data, Scoring, Selection
+    from jaxprune.cli.workflow import Data, Scoring
+    from jaxprune.models.cost import Length
+    from jaxprune.pruning.budgets import Budget, Rules
     from jaxprune.pruning.recovery import Recovery
     from jaxprune.scoring.attribution import Criterion
 
@@ -352,15 +354,24 @@ class BudgetOptions:
         Path | None, kept("Its table; by default the one in the cache, else it is measured.", metavar="FILE")
     ] = None
 
-    def amounts(self) -> dict[str, float | None]:
-        """The budgets, by the arguments of `select`."""
-        return {
-            "flops": self.flops,
-            "parameters": self.parameters,
-            "units": self.units,
-            **read_amount("memory", self.memory, "bytes", BYTES),
-            **read_amount("latency", self.latency, "seconds", SECONDS),
-        }
+    def build(self, length: Length | None) -> Budget:
+        """The one budget that is given, for examples of so many tokens.
+
+        Raises:
+            ValueError: If there is not exactly one.
+        """
+        from jaxprune.pruning.budgets import read_budget
+
+        return read_budget(
+            {
+                "flops": self.flops,
+                "parameters": self.parameters,
+                "units": self.units,
+                **read_amount("memory", self.memory, "bytes", BYTES),
+                **read_amount("latency", self.latency, "seconds", SECONDS),
+                "length": length,
+            }
+        )
 
     def tables(self) -> Tables:
         """Where latency tables are."""
@@ -388,13 +399,15 @@ class SelectionOptions:
         None
     )
 
-    def build(self, budget: BudgetOptions) -> Selection:
-        """The arguments of `select`."""
-        from jaxprune.cli.workflow import Selection
+    def tokens(self) -> Length | None:
+        """The tokens of an example; None are those of the examples that are scored."""
+        return None if self.length is None else read_length(self.length)
 
-        return Selection(
-            **budget.amounts(),
-            length=None if self.length is None else read_length(self.length),
+    def build(self) -> Rules:
+        """The rules of a selection."""
+        from jaxprune.pruning.budgets import Rules
+
+        return Rules(
             per_layer=self.per_layer,
             multiple_of=by_kind("--multiple-of", self.multiple_of),
             floor=by_kind("--floor", self.floor),
@@ -403,7 +416,7 @@ class SelectionOptions:
         )
 
 
-def read_length(text: str) -> float | tuple[float, ...]:
+def read_length(text: str) -> Length:
     """Reads `128`, or `128,4` of a model that writes text."""
     try:
         found = tuple(map(float, text.split(",")))

@@ -13,18 +13,17 @@ import numpy as np
 from jaxprune.checkpoints.folder import load, outline
 from jaxprune.cli.workflow import (
     Measuring,
-    Selection,
     Watch,
     costs,
     kinds_of,
     ratios,
     speedups,
-    try_selection,
     whole_tokens,
 )
 from jaxprune.compaction import compact, compacted_shapes
 from jaxprune.models import Model
 from jaxprune.models.cost import Length
+from jaxprune.pruning.budgets import Budget, Latency, Rules
 from jaxprune.pruning.latency import (
     LatencyTable,
     Met,
@@ -38,8 +37,8 @@ from jaxprune.pruning.latency import (
 )
 from jaxprune.pruning.loss import predict_loss
 from jaxprune.pruning.record import objective_name, pruning_record
-from jaxprune.pruning.selection import Values, check_scored, least_latency, select
-from jaxprune.scoring.scores import Scores, load_scores
+from jaxprune.pruning.selection import Values, check_selection, least_latency, select
+from jaxprune.scoring.scores import Scores, check_scores, load_scores
 from jaxprune.units import KINDS, Gates, Params, sites, widths
 
 TRIES = 4  # selections by a budget of latency that are measured at most
@@ -55,58 +54,67 @@ class Tables:
 
 
 def settle(
-    model: Model, params: Params, selection: Selection, tables: Tables | None, scored: Length, watch: Watch
-) -> tuple[Length, LatencyTable | None]:
-    """The tokens of an example that count, and for a budget of latency its table, which is measured if there is none.
+    model: Model,
+    params: Params,
+    budget: Budget,
+    tables: Tables | None,
+    scored: Length,
+    watch: Watch,
+    length: Length | None = None,
+) -> tuple[Length, Budget]:
+    """The tokens of an example that count, and the budget with them and with its latency table, measured if needed.
 
     Args:
         model: The architecture.
         params: The parameters to be pruned.
-        selection: The budget; its length comes first.
+        budget: The budget.
         tables: Where latency tables are.
-        scored: Mean tokens of the examples that were scored; they count if no other length is named.
+        scored: Mean tokens of the examples that were scored.
         watch: Shows the progress.
+        length: Tokens that count instead.
 
     Raises:
         ValueError: If there is no place for tables, or the one that is named is of another device, model, batch or
             length.
     """
-    length = scored if selection.length is None else selection.length
-    if not selection.by_latency:
-        return length, None
+    asked, length = length, scored if length is None else length
+    if not isinstance(budget, Latency):
+        return length, budget.with_length(length)
     if tables is None:
         raise ValueError("a latency budget needs tables=, the folder where latency tables are kept.")
     if tables.batch is not None and tables.batch < 1:
         raise ValueError(f"the batch of a latency budget must be at least 1, got {tables.batch}.")
     if tables.file is None:
         tokens, bar = whole_tokens(model, length), watch.open("measuring modules")
-        return length, kept_table(tables.folder, model, params, batch=tables.batch or 1, length=tokens, progress=bar)
+        table = kept_table(tables.folder, model, params, batch=tables.batch or 1, length=tokens, progress=bar)
+        return length, replace(budget, table=table)
     table = read_table(tables.file)
     check_table(table, model, params)
     own = table.conditions
-    wanted = own.length if selection.length is None else whole_tokens(model, selection.length)
+    wanted = own.length if asked is None else whole_tokens(model, asked)
     if (tables.batch or own.batch, wanted) != (own.batch, own.length):
         raise ValueError(
             f"{tables.file} is for {own.batch} examples of {own.length} tokens, but {tables.batch or own.batch} of "
             f"{wanted} are asked for: name another table, or none to have one measured."
         )
-    return own.length, table
+    return own.length, replace(budget, table=table)
 
 
-def timed(measuring: Measuring, table: LatencyTable | None) -> Measuring:
-    """The same, with the batch of the table among those that are timed."""
+def timed(measuring: Measuring, budget: Budget) -> Measuring:
+    """The same, with the batch of the latency table among those that are timed."""
+    table = budget.table if isinstance(budget, Latency) else None
     if table is None or table.conditions.batch in measuring.batches:
         return measuring
     return replace(measuring, batches=(table.conditions.batch, *measuring.batches))
 
 
 def met(
-    choose: Callable[..., Gates],
-    table: LatencyTable | None,
+    choose: Callable[[Budget], Gates],
+    budget: Budget,
+    rules: Rules,
     model: Model,
     params: Params,
     scores: Scores | Values,
-    selection: Selection,
     means: Gates | None,
     head: str,
     measuring: Measuring,
@@ -115,23 +123,22 @@ def met(
     """Selections by a budget of latency that were measured, each beside the dense model; see `meet`.
 
     Args:
-        choose: Selects by the budget that it is given, by its name in `select`.
-        table: The table; None: there is no such budget, and nothing to meet.
+        choose: Selects by the budget that it is given.
+        budget: The budget, with its table; another than latency needs no measurements.
+        rules: How units are chosen within the budget.
         model: The architecture.
         params: The dense parameters.
         scores: Of the units; of several tasks any of them.
-        selection: The budget, and the rules of `select`.
         means: What closed units are replaced by.
         head: The task head.
         measuring: How often passes are repeated.
         watch: Shows the progress.
     """
-    if table is None:
+    if not isinstance(budget, Latency) or budget.table is None:
         return None
-    name = "latency" if selection.latency is not None else "latency_seconds"
-    dense = table.predict(widths(model.axes, params)) if name == "latency" else 1.0
-    rules = {own: getattr(selection, own) for own in ("multiple_of", "floor", "protect", "normalise")}
-    least = least_latency(model, params, scores, table, **rules)
+    table = budget.table
+    dense = table.predict(widths(model.axes, params)) if budget.is_fraction else 1.0
+    least = least_latency(model, params, scores, table, rules=rules)
     known, bar, count = table.conditions, watch.open("meeting the latency"), 0
 
     def measure(gates: Gates) -> float:
@@ -141,46 +148,41 @@ def met(
         found = compare_latency(pairs, batch=batch, length=length, head=head, repeats=measuring.repeats).latencies
         count += 1
         bar(count, TRIES, f"{found[1].least * 1e3:.2f} ms")
-        return found[1].least / (found[0].least if name == "latency" else 1.0)
+        return found[1].least / (found[0].least if budget.is_fraction else 1.0)
 
     # one thousandth more than the least: what it is divided and multiplied by must not make it unreachable
-    bounds = {"least": 1.001 * least / dense, "most": 1.0 if name == "latency" else math.inf}
-    found = meet(lambda budget: choose(**{name: budget}), measure, getattr(selection, name), **bounds, tries=TRIES)
+    bounds = {"least": 1.001 * least / dense, "most": 1.0 if budget.is_fraction else math.inf}
+    found = meet(lambda amount: choose(budget.at(amount)), measure, budget.amount, **bounds, tries=TRIES)
     bar(TRIES, TRIES)
     return found
 
 
-def asked_of_table(selection: Selection, found: Met | None) -> Selection:
-    """The selection with the budget that its table was asked for in the nearest try."""
-    if found is None:
-        return selection
-    name = "latency" if selection.latency is not None else "latency_seconds"
-    return replace(selection, **{name: found.tries[found.best].asked})
+def asked_of_table(budget: Budget, found: Met | None) -> Budget:
+    """The budget that the table was asked for in the nearest try."""
+    return budget if found is None else budget.at(found.tries[found.best].asked)
 
 
 def outcome(
-    table: LatencyTable | None,
+    budget: Budget,
     model: Model,
     params: Params,
     small: Params,
-    selection: Selection,
     tried: Met | None,
     found: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """For the record of a pruning, what its budget of latency was, what was predicted and what was measured.
 
     Args:
-        table: The table; None: there was no such budget, and nothing to say.
+        budget: The budget, with its table; of another than latency there is nothing to say.
         model: The architecture.
         params: The parameters before.
         small: And after.
-        selection: The budget.
         tried: The selections that were measured on the way.
         found: What was measured `before` and `after`.
     """
-    if table is None or tried is None:
+    if not isinstance(budget, Latency) or budget.table is None or tried is None:
         return {}
-    batch = table.conditions.batch
+    batch = budget.table.conditions.batch
     before, after = (
         next(own for own in found[name]["latency"] if own["batch"] == batch) for name in ("before", "after")
     )
@@ -192,14 +194,16 @@ def outcome(
     }
     tries = [{"asked": own.asked, "measured": own.measured} for own in tried.tries]
     more = {"measured": measured, "tries": tries, "best": tried.best}
-    return {"latency_budget": _predicted(table, model, params, small, selection) | more}
+    return {"latency_budget": _predicted(budget.table, model, params, small, budget) | more}
 
 
 def plan_model(
     source: str,
     scored: Path,
-    selection: Selection,
+    budget: Budget,
+    rules: Rules,
     *,
+    length: Length | None = None,
     tables: Tables | None = None,
     memory: Path | None = None,
     watch: Watch,
@@ -211,7 +215,9 @@ def plan_model(
     Args:
         source: The model.
         scored: Its score file.
-        selection: The budget, and how it is selected.
+        budget: How much may stay.
+        rules: How units are chosen within the budget.
+        length: Tokens of an example; None: the mean of those scored.
         tables: Where latency tables are. For other budgets the latency is predicted if there is a table already.
         memory: Folder where the digests of models are remembered, see `outline`.
         watch: Shows the progress.
@@ -222,17 +228,14 @@ def plan_model(
     """
     scores = load_scores(scored)
     model, params, digest = outline(source, memory=memory)  # shapes in the place of the parameters
-    try_selection(model, params, selection, kinds_of(model, params, scores))
-    check_scored(scores, digest)
-    if selection.by_latency:
-        select(model, params, scores, units=1.0)  # refuses scores that do not fit before modules are measured
-    whole = load(source) if selection.by_latency else (model, params)
-    length, table = settle(*whole, selection, tables, scores.header["mean_length"], watch)
-    arguments = {**selection.arguments(), "length": length}
-    gates = select(model, params, scores, **arguments, table=table)
+    check_selection(model, params, budget, rules, kinds_of(model, params, scores))
+    check_scores(model, params, scores, digest=digest)
+    whole = load(source) if isinstance(budget, Latency) else (model, params)
+    length, budget = settle(*whole, budget, tables, scores.header["mean_length"], watch, length)
+    gates = select(model, params, scores, budget, rules=rules)
     small = compacted_shapes(model, params, gates)
-    table = table or _known(model, params, length, tables)
-    pruning = pruning_record(scores, gates, **arguments)
+    table = budget.table if isinstance(budget, Latency) else _known(model, params, length, tables)
+    pruning = pruning_record(scores, gates, budget, rules, length=length)
     before, after = costs(model, params, length), costs(model, small, length)
     before["units"], after["units"] = pruning["units"]["had"], pruning["units"]["kept"]
     named = {name.rpartition(".")[2] for name in gates}
@@ -248,7 +251,7 @@ def plan_model(
         "speedup": speedups(before, after),
         "widths": {name: [own["had"], own["kept"]] for name, own in pruning["sites"].items()},
         "layers": _layers(model, params, scores, gates),
-        "latency": None if table is None else _predicted(table, model, params, small, selection),
+        "latency": None if table is None else _predicted(table, model, params, small, budget),
         "objective": objective_name(model, scores),
         "prediction": predict_loss(scores, gates).to_json(),
     }
@@ -256,13 +259,11 @@ def plan_model(
     return record
 
 
-def _predicted(
-    table: LatencyTable, model: Model, params: Params, small: Params, selection: Selection
-) -> dict[str, Any]:
+def _predicted(table: LatencyTable, model: Model, params: Params, small: Params, budget: Budget) -> dict[str, Any]:
     """What a table says of a model before and after, and how far it is to be trusted."""
     before, after = (table.predict(widths(model.axes, own)) for own in (params, small))
     known = table.conditions
-    asked = {name: value for name, value in selection.arguments().items() if name.startswith("latency") and value}
+    asked = budget.settings() if isinstance(budget, Latency) else {}
     return {
         "asked": asked,
         "batch": known.batch,

@@ -15,7 +15,6 @@ from jaxprune.cli.workflow import (
     Data,
     Measuring,
     Scoring,
-    Selection,
     Watch,
     check_folder,
     costs,
@@ -26,26 +25,28 @@ from jaxprune.cli.workflow import (
     score_once,
     speedups,
     stored_type,
-    try_selection,
 )
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Task
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
 from jaxprune.models.cost import Length, file_size
+from jaxprune.pruning.budgets import Budget, Rules
 from jaxprune.pruning.record import pruning_record
 from jaxprune.pruning.recovery import Recovery, RecoveryReport, check_method, recover
-from jaxprune.pruning.selection import select
+from jaxprune.pruning.selection import check_selection, select
 from jaxprune.scoring.baselines import TopLayers
-from jaxprune.scoring.scores import Scores, describe, load_scores
+from jaxprune.scoring.scores import Scores, check_scores, describe, load_scores
 from jaxprune.units import KINDS, Params
 
 
 def prune_model(
     source: str,
     output: Path,
-    selection: Selection,
+    budget: Budget,
+    rules: Rules,
     *,
+    length: Length | None = None,
     scored: Path | Scoring,
     data: Data | None = None,
     recovery: Recovery | None = None,
@@ -65,12 +66,12 @@ def prune_model(
     check_folder(output, overwrite)
     kept = scored if isinstance(scored, Path) else output.with_name(f"{output.name}.scores.safetensors")
     scores = load_scores(scored) if isinstance(scored, Path) else None
-    check_scope(scored if scores is None else scores, selection)
+    check_scope(scored if scores is None else scores, rules)
     check_accounting(scored if scores is None else scores, accounting)
     if accounting is not None and data is None:
         raise ValueError("there is nothing to make a receipt with: name the task, or leave the receipt out.")
     model, params = load(source)
-    try_selection(model, params, selection, kinds_of(model, params, scored if scores is None else scores))
+    check_selection(model, params, budget, rules, kinds_of(model, params, scored if scores is None else scores))
     if recovery is not None:
         check_method(model, params, recovery.method)
     task = None if data is None else data.load()
@@ -83,24 +84,11 @@ def prune_model(
     if scores is None:
         raise TypeError(f"scored must be a Path or Scoring, got {type(scored).__name__}.")
     head = model.head(scores.header["head"]).name
-    if selection.by_latency:
-        select(model, params, scores, units=1.0)  # refuses scores of another model before modules are measured
-    length, table = settle(model, params, selection, tables, scores.header["mean_length"], watch)
-    by_table = {**selection.arguments(), "length": length, "table": table}
-    tried = met(
-        lambda **budget: select(model, params, scores, **{**by_table, **budget}),
-        table,
-        model,
-        params,
-        scores,
-        selection,
-        scores.means,
-        head,
-        measuring,
-        watch,
-    )
-    by_table |= asked_of_table(selection, tried).arguments() | {"length": length}
-    choose = partial(select, model, params, **by_table)
+    check_scores(model, params, scores)
+    length, budget = settle(model, params, budget, tables, scores.header["mean_length"], watch, length)
+    choose = partial(select, model, params, scores, rules=rules)
+    tried = met(choose, budget, rules, model, params, scores, scores.means, head, measuring, watch)
+    choose = partial(select, model, params, budget=asked_of_table(budget, tried), rules=rules)
     gates, account = choose(scores), None
     if accounting is not None and task is not None:
         account = account_for(model, params, task, scores, gates, accounting, choose=choose, watch=watch)
@@ -113,8 +101,8 @@ def prune_model(
         rows = sorted({*rows, *repaired.rows})
     if account is not None:
         rows = sorted({*rows, *account.rows})
-    found = measure_both(model, params, small, tasks, length, head, rows, timed(measuring, table), watch)
-    pruning = pruning_record(scores, gates, **{**selection.arguments(), "length": length})
+    found = measure_both(model, params, small, tasks, length, head, rows, timed(measuring, budget), watch)
+    pruning = pruning_record(scores, gates, budget, rules, length=length)
     if repaired is not None:
         pruning["recovery"] = recovery_record(repaired)
     if account is not None:
@@ -126,7 +114,7 @@ def prune_model(
         "recovery": pruning.get("recovery"),
         "receipt": pruning.get("receipt"),
         **facts_of(model, kept, scores),
-        **outcome(table, model, params, small, selection, tried, found),
+        **outcome(budget, model, params, small, tried, found),
     }
     return write_pruned(output, model, small, pruning, record, found, overwrite=overwrite)
 
@@ -221,10 +209,10 @@ def write_pruned(
     return complete | {"kept": ratios(before, after)}
 
 
-def check_scope(scored: Any, selection: Selection) -> None:
+def check_scope(scored: Any, rules: Rules) -> None:
     """Refuses scores that cannot be selected by like this."""
     criterion = scored.header["criterion"] if isinstance(scored, Scores) else describe(scored.criterion)
-    if selection.per_layer and criterion["name"] == TopLayers.__name__:
+    if rules.per_layer and criterion["name"] == TopLayers.__name__:
         raise ValueError(
             "top-layers ranks layers, and all units within a layer alike: let all layers compete (--global in the "
             "command line, per_layer=False in Python)."

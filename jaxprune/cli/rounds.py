@@ -22,33 +22,35 @@ from jaxprune.cli.workflow import (
     Measuring,
     Progress,
     Scoring,
-    Selection,
     Watch,
     check_folder,
     costs,
     kinds_of,
     ratios,
     score_once,
-    try_selection,
 )
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import Task
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
+from jaxprune.models.cost import Length
+from jaxprune.pruning.budgets import Budget, Rules
 from jaxprune.pruning.prune import Round, prune_in_rounds
-from jaxprune.pruning.record import pruning_record
+from jaxprune.pruning.record import pruning_record, settings_of
 from jaxprune.pruning.recovery import Recovery, RecoveryReport, recover
-from jaxprune.pruning.selection import parts_of
+from jaxprune.pruning.selection import check_selection, parts_of
 from jaxprune.scoring.objectives import name_of
 from jaxprune.scoring.scores import Scores, describe
-from jaxprune.units import Params
+from jaxprune.units import Gates, Params
 
 
 def prune_model_in_rounds(
     source: str,
     output: Path,
-    selection: Selection,
+    budget: Budget,
+    rules: Rules,
     *,
+    length: Length | None = None,
     rounds: int,
     scoring: Scoring,
     data: Data,
@@ -68,11 +70,11 @@ def prune_model_in_rounds(
         ValueError: As `prune_in_rounds`, or if `OUTPUT.rounds` belongs to another command and may not be replaced.
     """
     check_folder(output, overwrite)
-    check_scope(scoring, selection)
+    check_scope(scoring, rules)
     model, params = load(source)
-    try_selection(model, params, selection, kinds_of(model, params, scoring))
-    arguments: dict[str, Any] = {**selection.arguments(), "rounds": rounds}
-    prune_in_rounds(model, params, lambda _: {}, **arguments)  # refuses what cannot be done before any work
+    check_selection(model, params, budget, rules, kinds_of(model, params, scoring))
+    prune_in_rounds(model, params, lambda _: {}, budget, rounds=rounds)  # refuses what cannot be done before any work
+    arguments = {**settings_of(budget, rules, length=length), "rounds": rounds}
     task = data.load()
     fitting_head(model, task, measuring.head)
     state = _State(
@@ -84,8 +86,12 @@ def prune_model_in_rounds(
         watch.say(f"round {after.number} of {rounds}: {state.folder}, of an earlier run with the same settings")
     kept = output.with_name(f"{output.name}.scores.safetensors")
     first = score_once(model, params, task, scoring, kept, _Stage(watch, 1, rounds))
-    arguments["length"] = length = first.header["mean_length"] if selection.length is None else selection.length
+    length = first.header["mean_length"] if length is None else length
+    budget = budget.with_length(length)
     dense = costs(model, params, length)
+
+    def made(gates: Gates) -> dict[str, Any]:
+        return pruning_record(first, gates, budget, rules, length=length, rounds=rounds)
 
     def score(small: Params) -> Scores:
         stage = _Stage(watch, len(records) + 1, rounds)
@@ -99,16 +105,16 @@ def prune_model_in_rounds(
         records.append(_record(done, dense, costs(model, done.params, length)))
         watch.say(f"round {done.number} of {rounds}: {records[-1]['units']:,} units are left")
         if done.number < rounds:
-            state.save(model, done, pruning_record(first, done.gates, **arguments) | {"rounds": records})
+            state.save(model, done, made(done.gates) | {"rounds": records})
         return done
 
     every = partial(repair, recovery=recovery) if recovery is not None and recover_each_round else None
-    steps = prune_in_rounds(model, params, score, repair=every, after=after, **arguments)
+    steps = prune_in_rounds(model, params, score, budget, rules=rules, rounds=rounds, repair=every, after=after)
     last = deque(map(keep, steps), maxlen=1).pop()
     small, repaired = last.params, last.recovery
     if recovery is not None and every is None:
         small, repaired = repair(small, recovery)
-    pruning = pruning_record(first, last.gates, **arguments) | {"rounds": records}
+    pruning = made(last.gates) | {"rounds": records}
     rows = set(first.header["rows"])
     if repaired is not None:
         pruning["recovery"] = recovery_record(repaired)

@@ -12,7 +12,6 @@ from jaxprune.checkpoints.shared import add_gates, check_new, save_shared
 from jaxprune.cli.planning import Tables, settle
 from jaxprune.cli.pruning import check_scope
 from jaxprune.cli.workflow import (
-    Selection,
     Watch,
     check_file,
     check_folder,
@@ -20,23 +19,25 @@ from jaxprune.cli.workflow import (
     kinds_of,
     ratios,
     stored_type,
-    try_selection,
 )
 from jaxprune.compaction import compact
 from jaxprune.models import Model
 from jaxprune.models.cost import Length, file_size
+from jaxprune.pruning.budgets import Budget, Rules
 from jaxprune.pruning.record import pruning_record
-from jaxprune.pruning.selection import select
-from jaxprune.scoring.scores import Scores, load_scores
+from jaxprune.pruning.selection import check_selection, select
+from jaxprune.scoring.scores import Scores, check_scores, load_scores
 from jaxprune.units import Params
 
 
 def share_model(
     source: str,
     scored: Sequence[Path],
-    selection: Selection,
+    budget: Budget,
+    rules: Rules,
     output: Path | None = None,
     *,
+    length: Length | None = None,
     tables: Tables | None = None,
     overwrite: bool = False,
     watch: Watch,
@@ -46,8 +47,10 @@ def share_model(
     Args:
         source: The model.
         scored: A score file of the model for each task.
-        selection: The budget of each task, and how it is selected.
+        budget: How much may stay for each task.
+        rules: How units are chosen within the budget.
         output: The folder to write; None adds the tasks to `source`, itself a shared folder.
+        length: Tokens of an example; None: the mean of those scored.
         tables: Where latency tables are, for a budget of latency.
         overwrite: Whether a folder that is there is replaced; without `output` whether tasks are.
         watch: Shows the progress.
@@ -73,22 +76,21 @@ def share_model(
         check_new(Path(source).expanduser(), scores, overwrite)
         check_file(Path(source).expanduser() / GATES, True)
     for own in scores.values():
-        check_scope(own, selection)
+        check_scope(own, rules)
     model, params = load(source)
     for task, own in scores.items():
-        try_selection(model, params, selection, kinds_of(model, params, own))
+        check_selection(model, params, budget, rules, kinds_of(model, params, own))
         try:
-            select(model, params, own, units=1.0)  # refuses scores of another model before anything is measured
+            check_scores(model, params, own)
         except ValueError as error:
             raise ValueError(f"{files[task]}: {error}") from error
     gates, records, rows = {}, {}, []
     for task, own in scores.items():
-        length, table = settle(model, params, selection, tables, own.header["mean_length"], watch)
-        settings = {**selection.arguments(), "length": length}
-        gates[task] = select(model, params, own, **settings, table=table)
-        records[task] = pruning_record(own, gates[task], **settings)
+        tokens, settled = settle(model, params, budget, tables, own.header["mean_length"], watch, length)
+        gates[task] = select(model, params, own, settled, rules=rules)
+        records[task] = pruning_record(own, gates[task], settled, rules, length=tokens)
         small = compact(model, params, gates[task], own.means)
-        rows.append(_row(model, params, small, task, files[task], own, records[task], length))
+        rows.append(_row(model, params, small, task, files[task], own, records[task], tokens))
     what: dict[str, Any] = {"means": {task: own.means for task, own in scores.items()}, "records": records}
     if output is None:
         folder = add_gates(Path(source).expanduser(), gates, overwrite=overwrite, **what)

@@ -28,20 +28,19 @@ from jaxprune.cli.workflow import (
     Measuring,
     Progress,
     Scoring,
-    Selection,
     Watch,
     check_file,
     measure,
     score_once,
-    try_selection,
 )
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Task
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
 from jaxprune.models.cost import Length, elements, matmul_flops, parameters, unit_costs
+from jaxprune.pruning.budgets import NAMES, Flops, Rules
 from jaxprune.pruning.record import pruning_record
-from jaxprune.pruning.selection import select
+from jaxprune.pruning.selection import check_selection, select
 from jaxprune.scoring.attribution import Criterion
 from jaxprune.scoring.baselines import Magnitude, TopLayers
 from jaxprune.scoring.scores import describe
@@ -87,8 +86,9 @@ def sweep_model(
     tasks: Sequence[Data],
     criteria: Mapping[str, Criterion],
     output: Path,
-    selection: Selection,
+    rules: Rules,
     *,
+    length: Length | None = None,
     budgets: Sequence[float],
     seeds: int = 3,
     examples: int = 128,
@@ -104,7 +104,8 @@ def sweep_model(
         tasks: What to prune for; every task is also what is tested.
         criteria: Criteria by their names in the results.
         output: Folder for the results. A sweep with the same settings that is there goes on.
-        selection: Which units stay; its budget is replaced. `TopLayers` always compares all layers together.
+        rules: How units are chosen within a budget. `TopLayers` always compares all layers together.
+        length: Tokens of an example; None: the mean of those scored.
         budgets: Fractions of the FLOPs that may stay.
         seeds: How often the calibration rows are drawn.
         examples: Calibration rows to score with.
@@ -122,7 +123,7 @@ def sweep_model(
     check_file(output / RESULTS, overwrite=True)
     model, params = load(source)
     for budget in budgets:
-        try_selection(model, params, replace(selection, flops=budget))
+        check_selection(model, params, Flops(budget, length=length), rules)
     loaded = {task.name: task for task in (data.load() for data in tasks)}
     stems = {name: file_stem(name) for name in loaded}
     if len(set(stems.values())) < len(tasks):
@@ -132,7 +133,8 @@ def sweep_model(
         task.rows(split)
         fitting_head(model, task, measuring.head)
     plan = combinations(loaded, criteria, seeds, budgets)
-    settings = _settings(model, params, list(loaded.values()), criteria, selection, measuring, split)
+    settings = _settings(model, params, list(loaded.values()), criteria, rules, measuring, split)
+    settings["selection"]["length"] = length
     settings |= {"budgets": list(budgets), "seeds": seeds, "examples": examples}
     book = _Book.open(output, {"command": "sweep", "source": source, "settings": settings}, plan)
 
@@ -158,11 +160,11 @@ def sweep_model(
             )
             file = output / SCORES / f"{stems[task.name]}.{name}.{seed}.safetensors"
             scores = score_once(model, params, task, how, file, scoring)
-            length = scores.header["mean_length"] if selection.length is None else selection.length
-            per_layer = selection.per_layer and not isinstance(criteria[name], TopLayers)
+            tokens = scores.header["mean_length"] if length is None else length
+            per_layer = rules.per_layer and not isinstance(criteria[name], TopLayers)
             for one in (one for one in missing if (one.criterion, one.seed) == (name, seed)):
-                chosen = {**selection.arguments(), "flops": one.flops, "length": length, "per_layer": per_layer}
-                gates = select(model, params, scores.values, **chosen)
+                budget = Flops(one.flops, length=tokens)
+                gates = select(model, params, scores, budget, rules=replace(rules, per_layer=per_layer))
                 if per_layer:
                     small, closed = compact(model, params, gates, scores.means), {}
                 else:
@@ -171,7 +173,7 @@ def sweep_model(
                 found = measure(model, small, task, measuring, progress, split, exclude=scored, **closed)
                 metric, value = found.primary
                 facts = {"metric": metric, "value": value, "n": found.n, "chance": found.chance}
-                book.add(one, {**kept(model, params, gates, length), **facts, "dense": dense[metric]})
+                book.add(one, {**kept(model, params, gates, tokens), **facts, "dense": dense[metric]})
                 bar(len(book.rows), len(plan))
 
     record = book.record()
@@ -207,7 +209,7 @@ def _settings(
     params: Params,
     tasks: Sequence[Task],
     criteria: Mapping[str, Criterion],
-    selection: Selection,
+    rules: Rules,
     measuring: Measuring,
     split: str,
 ) -> dict[str, Any]:
@@ -223,7 +225,7 @@ def _settings(
             for task in tasks
         },
         "criteria": {name: describe(criterion) for name, criterion in criteria.items()},
-        "selection": pruning_record({}, {}, **selection.arguments())["settings"],
+        "selection": dict.fromkeys((*NAMES, "length")) | pruning_record({}, {}, rules=rules)["settings"],
         "split": split,
         "limit": measuring.limit,
         "batch_size": measuring.batch_size,

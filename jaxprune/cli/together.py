@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,21 +16,21 @@ from jaxprune.cli.workflow import (
     Data,
     Measuring,
     Scoring,
-    Selection,
     Watch,
     check_folder,
     score_once,
-    try_selection,
 )
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Task, remove_leaks
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
+from jaxprune.models.cost import Length
+from jaxprune.pruning.budgets import Budget, Latency, Rules
 from jaxprune.pruning.pooling import mean_closed, mean_length, pooled
 from jaxprune.pruning.record import pruning_record
 from jaxprune.pruning.recovery import Recovery, check_method, recover
-from jaxprune.pruning.selection import select
-from jaxprune.scoring.scores import Scores, check_same_model, load_scores
+from jaxprune.pruning.selection import check_selection
+from jaxprune.scoring.scores import Scores, check_same_model, check_scores, load_scores
 from jaxprune.units import Gates
 
 Way: TypeAlias = Callable[..., Gates]  # (model, params, scores of every task, **arguments of `select`) -> gates
@@ -38,8 +39,10 @@ Way: TypeAlias = Callable[..., Gates]  # (model, params, scores of every task, *
 def prune_together(
     source: str,
     output: Path,
-    selection: Selection,
+    budget: Budget,
+    rules: Rules,
     *,
+    length: Length | None = None,
     scored: Sequence[Path] | Scoring,
     tasks: Sequence[Data],
     way: Way = pooled,
@@ -59,7 +62,9 @@ def prune_together(
     Args:
         source: The model.
         output: The folder to write.
-        selection: The budget of what stays, and how it is selected.
+        budget: How much may stay.
+        rules: How units are chosen within the budget.
+        length: Tokens of an example; None: the mean of the tasks.
         scored: A score file for each task, or how to score `tasks`.
         tasks: What to score, if there are no score files, and what to test before and after.
         way: How several tasks become one selection: `pooled`, `kept_by_any` (union) or `kept_by_all` (intersection).
@@ -86,11 +91,11 @@ def prune_together(
     if scores:
         check_same_model(dict(zip(map(str, files), scores, strict=True)))
     for each in scores or [scored]:
-        check_scope(each, selection)
-    if selection.by_latency and way is not pooled:
+        check_scope(each, rules)
+    if isinstance(budget, Latency) and way is not pooled:
         raise ValueError("a latency budget for several tasks needs pooled scores (--together pooled): it has no order.")
     model, params = load(source)
-    try_selection(model, params, selection)
+    check_selection(model, params, budget, rules)
     if recovery is not None:
         check_method(model, params, recovery.method)
     loaded = _load_all(model, tasks, measuring.head)
@@ -103,26 +108,13 @@ def prune_together(
         files = [output.with_name(f"{output.name}.{file_stem(task.name)}.scores.safetensors") for task in loaded]
         pairs = zip(loaded, files, strict=True)
         scores = [score_once(model, params, task, scored, file, watch) for task, file in pairs]
-    select(model, params, scores[0], units=1.0)  # refuses scores of another model
+    check_scores(model, params, scores[0])
 
-    length, table = settle(model, params, selection, tables, mean_length(scores), watch)
-    settings = {**selection.arguments(), "length": length}
+    length, budget = settle(model, params, budget, tables, mean_length(scores), watch, length)
     means, head = mean_closed(scores), model.head(scores[0].header["head"]).name
-    each = [own.values for own in scores]
-    tried = met(
-        lambda **budget: way(model, params, each, **{**settings, **budget}, table=table),
-        table,
-        model,
-        params,
-        each[0],
-        selection,
-        means,
-        head,
-        measuring,
-        watch,
-    )
-    by_table = asked_of_table(selection, tried).arguments() | {"length": length}
-    gates = way(model, params, each, **by_table, table=table)
+    choose = partial(way, model, params, scores, rules=rules)
+    tried = met(choose, budget, rules, model, params, scores[0], means, head, measuring, watch)
+    gates = choose(asked_of_table(budget, tried))
     small = compact(model, params, gates, means)
     accounts: list[Account] = []
     if accounting is not None:
@@ -135,8 +127,9 @@ def prune_together(
     if recovery is not None:
         small, repaired = recover(model, params, small, loaded, recovery, progress=watch.open("recovering"))
         rows |= set(repaired.rows)
-    found = measure_both(model, params, small, loaded, length, head, rows, timed(measuring, table), watch)
-    pruning = pruning_record(Scores(scores[0].values, _header(scores), means), gates, **settings, together=way)
+    found = measure_both(model, params, small, loaded, length, head, rows, timed(measuring, budget), watch)
+    record_scores = Scores(scores[0].values, _header(scores), means)
+    pruning = pruning_record(record_scores, gates, budget, rules, length=length, together=way)
     pruning["digests"]["scores"] = [digest(dict(own.values)) for own in scores]
     if repaired is not None:
         pruning["recovery"] = recovery_record(repaired)
@@ -150,7 +143,7 @@ def prune_together(
         "receipts": pruning.get("receipts"),
         "together": pruning["settings"]["together"],
         "tasks": [facts_of(model, file, own) for file, own in zip(files, scores, strict=True)],
-        **outcome(table, model, params, small, selection, tried, found),
+        **outcome(budget, model, params, small, tried, found),
     }
     return write_pruned(output, model, small, pruning, record, found, overwrite=overwrite)
 

@@ -31,10 +31,8 @@ from jaxprune.models.cost import (
     memory,
     parameters,
     prunable_parameters,
-    usual_length,
 )
 from jaxprune.pruning.latency import compare_latency
-from jaxprune.pruning.selection import AMOUNTS, SHARES, Normalise, select
 from jaxprune.scoring.attribution import Criterion
 from jaxprune.scoring.run import EXAMPLES, score
 from jaxprune.scoring.scores import Scores, describe, load_scores, save_scores
@@ -100,34 +98,6 @@ class Scoring:
     head: str | None = None
     batch_size: int = 32
     max_length: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Selection:
-    """Which units stay: the arguments of `select`."""
-
-    units: float | None = None
-    parameters: float | None = None
-    flops: float | None = None
-    memory: float | None = None
-    memory_bytes: float | None = None
-    latency: float | None = None
-    latency_seconds: float | None = None
-    length: Length | None = None
-    per_layer: bool = True
-    multiple_of: int | Mapping[str, int] | None = None
-    floor: int | Mapping[str, int] | None = None
-    protect: tuple[int | str, ...] = ()
-    normalise: Normalise | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """All of it by name."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
-    @property
-    def by_latency(self) -> bool:
-        """Whether a latency table is needed."""
-        return self.latency is not None or self.latency_seconds is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,15 +351,6 @@ def kinds_of(model: Model, params: Params, scored: Any) -> tuple[str, ...]:
             dict.fromkeys(site.kind for site in sites(model.axes, params, KINDS) if site.name in scored.values)
         )
     return getattr(scored.criterion, "kinds", UNITS)
-
-
-def try_selection(model: Model, params: Params, selection: Selection, kinds: tuple[str, ...] = UNITS) -> None:
-    """Refuses wrong settings before any work is done. What latency can be reached, only its table will tell."""
-    blank = {name: np.zeros(units) for name, units in widths(model.axes, params, kinds).items()}
-    tried = {name: value for name, value in selection.arguments().items() if name != "normalise"}
-    if selection.by_latency and all(tried[name] is None for name in (*SHARES[:-1], AMOUNTS[0])):
-        tried |= {"latency": None, "latency_seconds": None, "units": 1.0}
-    select(model, params, blank, **{**tried, "length": selection.length or usual_length(model)})
 
 
 def _score(model: Model, params: Params, task: Task, scoring: Scoring, output: Path, watch: Watch) -> Scores:

@@ -18,6 +18,7 @@ from jaxprune.data.splits import Example
 from jaxprune.data.tasks import Rows, Task
 from jaxprune.evaluation.evaluate import evaluate
 from jaxprune.models import Model
+from jaxprune.pruning.budgets import Rules, Units
 from jaxprune.pruning.record import origin_of, scored_rows
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.activations import calibration_means, zero
@@ -213,7 +214,7 @@ def deletion_check(
             for i in range(checking.orders)
         },
     }
-    per_layer = scores.header["criterion"]["name"] != "TopLayers"
+    rules = Rules(per_layer=scores.header["criterion"]["name"] != "TopLayers")
     total, done = 1 + len(orders) * len(checking.fractions), 0
 
     def quality(gates: Any) -> Any:
@@ -237,11 +238,11 @@ def deletion_check(
         return found
 
     dense = quality(None)
-    sizes = {site: len(gate) for site, gate in select(model, params, values, units=1.0).items()}
+    sizes = {site: len(gate) for site, gate in select(model, params, values, Units(1.0)).items()}
     share = sum(map(len, values.values())) / sum(sizes.values())  # of the units that have scores
     curves = {
         name: [
-            quality(select(model, params, own, units=1.0 - share * fraction, per_layer=per_layer)).primary[1]
+            quality(select(model, params, own, Units(1.0 - share * fraction), rules=rules)).primary[1]
             for fraction in checking.fractions
         ]
         for name, own in orders.items()

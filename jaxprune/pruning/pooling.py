@@ -8,6 +8,7 @@ intersection less, in layers where the tasks differ.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,17 +17,22 @@ import numpy as np
 
 from jaxprune.models import Model
 from jaxprune.models.cost import Length
-from jaxprune.pruning.selection import Values, select, site_costs, some, thresholds
-from jaxprune.scoring.scores import Scores
+from jaxprune.pruning.budgets import Budget, Rules
+from jaxprune.pruning.selection import Values, parts_of, select, thresholds
+from jaxprune.scoring.scores import Scores, some
 from jaxprune.units import Gates, Params
 
 
-def pooled(model: Model, params: Params, scores: Sequence[Values], **settings: Any) -> Gates:
+def pooled(
+    model: Model, params: Params, scores: Sequence[Scores | Values], budget: Budget, *, rules: Rules = Rules()
+) -> Gates:
     """Selects by the mean of the tasks' scores, each divided by its total, so that every task weighs the same."""
-    return select(model, params, mean_scores(scores), **settings)
+    return select(model, params, mean_scores(scores), _at_mean_length(budget, scores), rules=rules)
 
 
-def kept_by_any(model: Model, params: Params, scores: Sequence[Values], **settings: Any) -> Gates:
+def kept_by_any(
+    model: Model, params: Params, scores: Sequence[Scores | Values], budget: Budget, *, rules: Rules = Rules()
+) -> Gates:
     """The union of what the tasks keep, each at the same budget of its own: the largest that fits.
 
     Every task by itself keeps a unit from some budget on (`thresholds`). The union of the selections at a budget `b` of
@@ -34,36 +40,44 @@ def kept_by_any(model: Model, params: Params, scores: Sequence[Values], **settin
     budget of the union is spent, without a search for `b`, which is the smaller the more the tasks differ. Units with
     the same threshold, the last ones, may be taken for some of the tasks alone.
     """
-    return _in_order(model, params, scores, np.minimum, settings)
+    return _in_order(model, params, scores, budget, rules, np.minimum)
 
 
-def kept_by_all(model: Model, params: Params, scores: Sequence[Values], **settings: Any) -> Gates:
+def kept_by_all(
+    model: Model, params: Params, scores: Sequence[Scores | Values], budget: Budget, *, rules: Rules = Rules()
+) -> Gates:
     """The intersection of what the tasks keep, each at the same budget of its own: the largest that fits.
 
     As `kept_by_any`, in the order of the largest threshold: the budgets of the tasks are larger than that of the
     intersection, which spends its budget nevertheless.
     """
-    return _in_order(model, params, scores, np.maximum, settings)
+    return _in_order(model, params, scores, budget, rules, np.maximum)
 
 
 def _in_order(
-    model: Model, params: Params, scores: Sequence[Values], combine: np.ufunc, settings: Mapping[str, Any]
+    model: Model, params: Params, scores: Sequence[Scores | Values], budget: Budget, rules: Rules, combine: np.ufunc
 ) -> Gates:
     """Keeps units in the order of their smallest or largest threshold, as many as the budget pays for."""
-    rounding = {"multiple_of": None, "floor": settings.get("floor")}  # units are rounded once, in the end
-    found = [thresholds(model, params, own, **{**settings, **rounding}) for own in scores]
-    names = ("units", "parameters", "flops", "memory", "memory_bytes")
-    (kind,) = (name.removesuffix("_bytes") for name in names if settings.get(name) is not None)
-    costs = site_costs(model, params, kind, settings.get("length"))
+    budget = _at_mean_length(budget, scores)
+    unrounded = replace(rules, multiple_of=None)  # units are rounded once, in the end
+    each = [thresholds(model, params, task_scores, budget, rules=unrounded) for task_scores in scores]
+    costs = budget.unit_costs(model, params)
     merged = {  # divided by their costs, as units that compete are, these have the order that is wanted
-        site: (1.0 - combine.reduce([own[site] for own in found])) * costs[site] for site in scores[0]
+        site: (1.0 - combine.reduce([task_thresholds[site] for task_thresholds in each])) * costs[site]
+        for site in parts_of(scores[0])[0]
     }
-    return select(model, params, merged, **{**settings, "per_layer": False, "normalise": None})
+    return select(model, params, merged, budget, rules=replace(rules, per_layer=False, normalise=None))
 
 
-def mean_scores(scores: Sequence[Values]) -> dict[str, np.ndarray]:
+def _at_mean_length(budget: Budget, scores: Sequence[Scores | Values]) -> Budget:
+    """The budget at the mean length of the tasks' examples, if their scores say it."""
+    lengths = [parts_of(task_scores)[1].get("mean_length") for task_scores in scores]
+    return budget if None in lengths else budget.with_length(mean_of_lengths(lengths))
+
+
+def mean_scores(scores: Sequence[Scores | Values]) -> dict[str, np.ndarray]:
     """The mean of several tasks' scores, each divided by the sum of their sizes (by 1 if that is 0)."""
-    arrays = [{site: np.asarray(value, np.float64) for site, value in own.items()} for own in scores]
+    arrays = [{site: np.asarray(value, np.float64) for site, value in parts_of(own)[0].items()} for own in scores]
     totals = [sum(float(np.abs(value).sum()) for value in own.values()) or 1.0 for own in arrays]
     return {
         site: np.mean([own[site] / total for own, total in zip(arrays, totals, strict=True)], axis=0)
@@ -85,7 +99,12 @@ def mean_closed(scores: Sequence[Scores]) -> Gates | None:
 
 def mean_length(scores: Sequence[Scores]) -> Length:
     """Tokens per example, every task weighing the same."""
-    return np.mean([np.asarray(own.header["mean_length"], np.float64) for own in scores], axis=0).tolist()
+    return mean_of_lengths([own.header["mean_length"] for own in scores])
+
+
+def mean_of_lengths(lengths: Sequence[Length]) -> Length:
+    """The mean of several tasks' tokens per example."""
+    return np.mean([np.asarray(length, np.float64) for length in lengths], axis=0).tolist()
 
 
 def union(*gates: Mapping[str, Any]) -> Gates:

@@ -7,7 +7,8 @@ round what they mean in one, and the units of all rounds have the indices of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +17,10 @@ import numpy as np
 from jaxprune.compaction import compact
 from jaxprune.models import Model
 from jaxprune.models.cost import memory
+from jaxprune.pruning.budgets import Budget, Latency, Rules
 from jaxprune.pruning.recovery import RecoveryReport
-from jaxprune.pruning.selection import AMOUNTS, SHARES, Values, only_budget, parts_of, select
-from jaxprune.scoring.scores import Scores
+from jaxprune.pruning.selection import Values, parts_of, select
+from jaxprune.scoring.scores import Scores, check_scores
 from jaxprune.units import Gates, Params
 
 BELOW = 1e9  # times the largest score: units that are gone stay last, whatever the units of a site cost
@@ -39,11 +41,12 @@ def prune_in_rounds(
     model: Model,
     params: Params,
     score: Callable[[Params], Scores | Values],
+    budget: Budget,
     *,
+    rules: Rules = Rules(),
     rounds: int,
     repair: Callable[[Params], tuple[Params, RecoveryReport]] | None = None,
     after: Round | None = None,
-    **selection: Any,
 ) -> Iterator[Round]:
     """Prunes to a budget in rounds, in each of which what is left is scored again.
 
@@ -53,20 +56,23 @@ def prune_in_rounds(
     closed units are zero.
 
     ```python
-    steps = jp.prune_in_rounds(model, params, lambda small: jp.score(model, small, task), rounds=3, flops=0.3)
-    *_, last = steps  # last.params, last.gates
+    def score(small):
+        return jp.score(model, small, task)
+
+
+    *_, last = jp.prune_in_rounds(model, params, score, jp.budgets.Flops(0.3), rounds=3)  # last.params, last.gates
     ```
 
     Args:
         model: The architecture.
         params: The dense parameters.
         score: Scores what is left; the first time it is called with `params`.
+        budget: What may stay in the end, of the dense model. A budget of FLOPs needs a length if the scores do not say
+            the mean length of their examples, or say another one in each round.
+        rules: How units are chosen within the budget.
         rounds: How many; their budgets are a `geometric` sequence.
         repair: Repairs what is left after a round, such as `lambda small: jp.recover(model, params, small, task)`.
-        after: Go on after this round of an earlier run with the same arguments.
-        **selection: The arguments of `select`. The budget is what may stay in the end, of the dense model. A budget of
-            FLOPs needs `length` if the scores do not say the mean length of their examples, or say another one in each
-            round.
+        after: Continue after this round of an earlier run with the same arguments.
 
     Yields:
         Each round when it is finished.
@@ -78,15 +84,13 @@ def prune_in_rounds(
         raise TypeError(f"rounds must be a whole number, got {rounds!r}.")
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}.")
-    budget = only_budget(**{name: selection.get(name) for name in (*SHARES, *AMOUNTS)})
-    if budget.kind == "latency":
+    if isinstance(budget, Latency):
         raise ValueError(
             "a budget of latency is met in one round: its widths come from a table of the dense model, and those of a "
             "smaller budget need not lie within those of a larger one. Give flops, or one round."
         )
-    budgets = geometric(rounds, budget.value, 1.0 if budget.name in SHARES else float(memory(params)))
-    steps = [{**selection, budget.name: value} for value in budgets]
-    return _rounds(model, params, score, budgets, steps, repair, after)
+    amounts = geometric(rounds, budget.amount, 1.0 if budget.is_fraction else float(memory(params)))
+    return _rounds(model, params, score, [budget.at(amount) for amount in amounts], rules, repair, after)
 
 
 def geometric(rounds: int, end: float, start: float = 1.0) -> tuple[float, ...]:
@@ -98,7 +102,15 @@ def geometric(rounds: int, end: float, start: float = 1.0) -> tuple[float, ...]:
     return (*(start * (end / start) ** (number / rounds) for number in range(1, rounds)), end)
 
 
-def select_left(model: Model, params: Params, scores: Scores | Values, left: Gates, **selection: Any) -> Gates:
+def select_left(
+    model: Model,
+    params: Params,
+    scores: Scores | Values,
+    left: Gates,
+    budget: Budget,
+    *,
+    rules: Rules = Rules(),
+) -> Gates:
     """Selects among the units that are left, to a budget that is one of the dense model.
 
     Args:
@@ -106,20 +118,21 @@ def select_left(model: Model, params: Params, scores: Scores | Values, left: Gat
         params: The dense parameters.
         scores: Of the units that are left.
         left: What this returned at a larger budget, with the same rules. A site that is not named is whole.
-        **selection: The arguments of `select`.
+        budget: How much of the dense model may stay.
+        rules: How units are chosen within the budget.
 
     Returns:
         Gates of the units of the dense model: open only where `left` is.
     """
     values, header = parts_of(scores)
-    if selection.get("length") is None:
-        selection["length"] = header.get("mean_length")
-    normalise = selection.pop("normalise", None)
+    normalise = rules.normalise
 
-    def own(every: dict[str, np.ndarray]) -> Mapping[str, np.ndarray]:  # units that are gone belong to no norm
-        return with_gone(normalise(units_left(every, left)), left)
+    def normalise_left(every: dict[str, np.ndarray]) -> Mapping[str, np.ndarray]:  # no norm contains what is gone
+        return every if normalise is None else with_gone(normalise(units_left(every, left)), left)
 
-    gates = select(model, params, with_gone(values, left), **selection, normalise=None if normalise is None else own)
+    rules = rules if normalise is None else replace(rules, normalise=normalise_left)
+    budget = budget.with_length(header.get("mean_length"))
+    gates = select(model, params, with_gone(values, left), budget, rules=rules)
     return {name: jax.device_put(np.minimum(gate, left.get(name, 1.0))) for name, gate in gates.items()}
 
 
@@ -147,22 +160,20 @@ def _rounds(
     model: Model,
     params: Params,
     score: Callable[[Params], Scores | Values],
-    budgets: tuple[float, ...],
-    steps: list[dict[str, Any]],
+    budgets: Sequence[Budget],
+    rules: Rules,
     repair: Callable[[Params], tuple[Params, RecoveryReport]] | None,
     after: Round | None,
 ) -> Iterator[Round]:
     left: Gates = {} if after is None else after.gates
     small, done = (params, 0) if after is None else (after.params, after.number)
-    for number, (budget, step) in enumerate(zip(budgets, steps, strict=True), 1):
-        if number <= done:
-            continue
+    for number, budget in enumerate(budgets[done:], done + 1):
         scores = score(small)
-        select(model, small, scores, units=1.0)  # refuses scores of another model
-        gates = select_left(model, params, scores, left, **step)
+        check_scores(model, small, scores)
+        gates = select_left(model, params, scores, left, budget, rules=rules)
         means = scores.means if isinstance(scores, Scores) else None
-        small, found = compact(model, small, units_left(gates, left), means), None
+        small, recovery = compact(model, small, units_left(gates, left), means), None
         if repair is not None:
-            small, found = repair(small)
+            small, recovery = repair(small)
         left = gates
-        yield Round(number, budget, scores, gates, small, found)
+        yield Round(number, budget.amount, scores, gates, small, recovery)

@@ -19,7 +19,8 @@ from jaxprune.data.prompts import prompt_of
 from jaxprune.data.splits import Example, row_key
 from jaxprune.data.tasks import Task, draw
 from jaxprune.models import Model
-from jaxprune.pruning.selection import Values, parts_of, select
+from jaxprune.pruning.budgets import NAMES, Budget, Rules
+from jaxprune.pruning.selection import Values, parts_of
 from jaxprune.scoring.objectives import (
     ExampleReduction,
     Labels,
@@ -39,18 +40,25 @@ from jaxprune.scoring.objectives import (
     signed,
     squared,
 )
-from jaxprune.scoring.scores import Scores
+from jaxprune.scoring.scores import Scores, check_scores
 from jaxprune.units import Params
 
 
-def pruning_record(scores: Scores | Values, gates: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+def pruning_record(
+    scores: Scores | Values,
+    gates: Mapping[str, Any],
+    budget: Budget | None = None,
+    rules: Rules | None = None,
+    **more: Any,
+) -> dict[str, Any]:
     """Says how a pruned model was made, for `save(..., pruning=...)`.
 
     Args:
         scores: The scores that were selected by.
         gates: What `select` returned.
-        **settings: The arguments of `select`, such as `flops=0.5, length=128`, and what else is worth keeping.
-            Functions are recorded by name.
+        budget: The budget, and
+        rules: the rules that were selected by.
+        **more: What else is worth keeping. Functions are recorded by name.
 
     Returns:
         A dict that JSON can hold: the settings, the header of the scores without the keys of single examples, digests
@@ -68,7 +76,7 @@ def pruning_record(scores: Scores | Values, gates: Mapping[str, Any], **settings
         kept.setdefault(name, np.arange(len(value)))
     had = {name: len(arrays[name]) if name in arrays else len(values[name]) for name in kept}
     return {
-        "settings": {name: _plain(value, name) for name, value in settings.items()},
+        "settings": {name: _plain(value, name) for name, value in settings_of(budget, rules, **more).items()},
         "scores": {name: _plain(value, name) for name, value in header.items() if name != "rows"},
         "digests": {
             "scores": digest(dict(values)),
@@ -77,6 +85,12 @@ def pruning_record(scores: Scores | Values, gates: Mapping[str, Any], **settings
         },
         **units_record(kept, had),
     }
+
+
+def settings_of(budget: Budget | None = None, rules: Rules | None = None, **more: Any) -> dict[str, Any]:
+    """A budget and rules in one flat dict, as records hold them."""
+    amounts = {} if budget is None else dict.fromkeys((*NAMES, "length")) | budget.settings()
+    return amounts | ({} if rules is None else rules.settings()) | more
 
 
 def _plain(value: Any, name: str) -> Any:
@@ -148,7 +162,7 @@ def scored_rows(
     Raises:
         ValueError: If the scores do not belong to the model, the task or its rows.
     """
-    select(model, params, scores, units=1.0)  # refuses scores of another model
+    check_scores(model, params, scores)
     header = scores.header
     if header["task"] != task.name:
         raise ValueError(f"the scores are of task {header['task']!r}, not of {task.name!r}: name the task they are of.")

@@ -22,22 +22,20 @@ the same fraction, or the scores that are kept add up to the most.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 
-from jaxprune.checkpoints.folder import model_digest
 from jaxprune.models import Model
-from jaxprune.models.cost import Length, checked_length, elements, matmul_flops, unit_costs, weight_bytes
 from jaxprune.models.cost import memory as memory_of
+from jaxprune.models.cost import usual_length
+from jaxprune.pruning.budgets import SLACK, Budget, Latency, Memory, Rules, Units
 from jaxprune.pruning.latency import LatencyTable, check_table
+from jaxprune.scoring.scores import Scores, fitting_values
 from jaxprune.units import KINDS, UNITS, Gates, Params, Site, check_sharing, site_of, site_order, sites, widths
-
-if TYPE_CHECKING:
-    from jaxprune.scoring.scores import Scores
-
 
 CELLS = 1 << 15  # into which `knapsack` divides what there is to spend
 
@@ -215,27 +213,6 @@ def _check_limit(choices: Sequence[Choices], limit: float) -> float:
 
 
 Values: TypeAlias = Mapping[str, Any]  # site name -> [units] scores
-Normalise: TypeAlias = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
-
-SHARES = ("units", "parameters", "flops", "memory", "latency")  # budgets that are fractions of the whole
-AMOUNTS = ("memory_bytes", "latency_seconds")  # and those that are not
-SLACK = 1e-9  # of the total cost: 0.29 * 100 is 28.999999999999996 in binary and means 29
-
-
-class _Budget(NamedTuple):
-    """The one budget that was given."""
-
-    name: str  # the argument of `select`
-    value: float
-
-    @property
-    def kind(self) -> str:
-        """What is counted."""
-        return self.name.removesuffix("_bytes").removesuffix("_seconds")
-
-    def limit(self, total: float) -> float:
-        """What may stay, in the unit of `total`, which is the whole."""
-        return (self.value if self.name in AMOUNTS else self.value * total) + SLACK * total
 
 
 class _Ground(NamedTuple):
@@ -264,35 +241,18 @@ class _Plan(NamedTuple):
         return self.fixed + float(np.cumsum(self.blocks.cost)[-1] if len(self.blocks.cost) else 0.0)
 
 
-def select(
-    model: Model,
-    params: Params,
-    scores: Scores | Values,
-    *,
-    units: float | None = None,
-    parameters: float | None = None,
-    flops: float | None = None,
-    memory: float | None = None,
-    memory_bytes: float | None = None,
-    latency: float | None = None,
-    latency_seconds: float | None = None,
-    length: Length | None = None,
-    table: LatencyTable | None = None,
-    per_layer: bool = True,
-    multiple_of: int | Mapping[str, int] | None = None,
-    floor: int | Mapping[str, int] | None = None,
-    protect: Collection[int | str] = (),
-    normalise: Normalise | None = None,
-) -> Gates:
+def select(model: Model, params: Params, scores: Scores | Values, budget: Budget, *, rules: Rules = Rules()) -> Gates:
     """Keeps the units with the highest scores that fit a budget. Runs on the host.
 
-    Exactly one budget must be given. `units`, `parameters` and `flops` are fractions, in (0, 1], of what all units of
-    `params` cost together. `memory` and `latency` are fractions of what the whole model costs, embeddings included;
-    `memory_bytes` and `latency_seconds` say the same in bytes and in seconds. What stays costs at most that, to 1e-9 of
-    the whole; of latency that is what the table predicts. By `units` and without `multiple_of`, exactly
-    `floor(fraction * all units)` heads and neurons stay, whether `per_layer` or not.
+    What stays costs at most the budget, to 1e-9 of the whole; of latency that is what the table predicts. Fractions of
+    units, parameters and FLOPs are of what all units of `params` cost together; those of memory and latency of what the
+    whole model costs, embeddings included. By `Units` and without `multiple_of`, exactly `floor(fraction * all units)`
+    heads and neurons stay, whether `per_layer` or not.
 
-    By latency every site has one of the widths in `table`, perhaps 0: then the module is not computed. If all units
+    With `per_layer`, the block after which its site has the smallest fraction comes first, ties in site order. If all
+    units compete, the block with the highest mean score per cost comes first, ties by site and then by unit.
+
+    By latency every site has one of the widths in the table, perhaps 0: then the module is not computed. If all units
     compete, the widths are those for which the scores that are kept add up to the most, scores below zero counting as
     zero: a `knapsack`, with its bound on what is lost. A module may be wider at a larger budget and still keep less
     than another one gains, so these selections are not nested.
@@ -302,55 +262,46 @@ def select(
 
     Args:
         model: The architecture.
-        params: The parameters the scores were made with; or their shapes, which cannot tell scores of other weights.
+        params: The parameters the scores were made with, or their shapes. Weights are not compared: `check_scores` is
+            for that.
         scores: Higher means more needed. Units of sites that have no scores stay, and count as kept.
-        units: Fraction of the units that may stay.
-        parameters: Fraction of the prunable parameters (weights and biases of units) that may stay.
-        flops: Fraction of the FLOPs per example that may stay; see `jaxprune.models.cost.flops`.
-        memory: Fraction of the bytes of all parameters, in the types they have, that may stay.
-        memory_bytes: The same in bytes.
-        latency: Fraction of the time of a forward pass that may stay, by `table`.
-        latency_seconds: The same in seconds.
-        length: Tokens per example, for `flops` (of a text-to-text model those read and those written); None is the mean
-            length of the examples that were scored.
-        table: For a budget of latency, what `measure_latency_table` returned for `params` on this device.
-        per_layer: Whether all sites keep about the same fraction of their units: the block after which its site has the
-            smallest fraction comes first, ties in site order. If False, all units compete: the block with the highest
-            mean score per cost comes first, ties by site and then by unit; by latency see above.
-        multiple_of: Kept units of a site (channels: of a head) are a multiple of this, or all of them: one number, or
-            one per kind such as `{"neurons": 8}`.
-        floor: At least that many units of every site (channels: of every head) stay, or all it has; one number, or one
-            per kind.
-        protect: Layers (`0`) and sites (`"3.ffn.neurons"`) that keep all units.
-        normalise: Rescales the scores before they are compared, such as `per_layer_l2`.
+        budget: How much may stay, such as `Flops(0.5)`.
+        rules: How units are chosen within the budget.
 
     Returns:
         Site name to float32 gates, 1 where the unit stays and 0 elsewhere, for the sites of all units.
 
     Raises:
-        ValueError: If there is not exactly one budget or it is out of range, the scores are not finite or belong to
-            another model, or are of a module's heads and of its channels, a setting names what does not exist, the
-            table is of another device, version or model, or the budget cannot be reached because of what must stay; the
-            error then names the smallest that can.
+        ValueError: If the scores are not finite, do not fit the parameters, or are of a module's heads and of its
+            channels, a rule names what does not exist, the table is of another device, version or model, or the budget
+            cannot be reached because of what must stay; the error then names the smallest that can.
     """
-    budget = only_budget(
-        units=units,
-        parameters=parameters,
-        flops=flops,
-        memory=memory,
-        memory_bytes=memory_bytes,
-        latency=latency,
-        latency_seconds=latency_seconds,
-    )
-    rules = {"multiple_of": multiple_of, "floor": floor, "protect": protect, "normalise": normalise}
-    if budget.kind == "latency":
-        return _select_by_table(budget, model, params, scores, table, per_layer=per_layer, **rules)
-    plan = _plan(budget, model, params, scores, length=length, per_layer=per_layer, **rules)
-    return _gates_of_plan(budget, plan)
+    if isinstance(budget, Latency):
+        return _select_by_table(budget, model, params, scores, rules)
+    return _gates_of_plan(budget, _plan(budget, model, params, scores, rules))
+
+
+def check_selection(
+    model: Model, params: Params, budget: Budget, rules: Rules, kinds: Collection[str] = tuple(UNITS)
+) -> None:
+    """Refuses a budget and rules that cannot be met, before anything is scored.
+
+    A latency that can be reached is known to its table only.
+
+    Args:
+        model: The architecture.
+        params: The parameters.
+        budget: How much may stay; without a length, FLOPs are counted at the usual one.
+        rules: How units are chosen within the budget.
+        kinds: Of the units that will have scores.
+    """
+    blank = {name: np.zeros(units) for name, units in widths(model.axes, params, kinds).items()}
+    countable = Units(1.0) if isinstance(budget, Latency) else budget.with_length(usual_length(model))
+    select(model, params, blank, countable, rules=replace(rules, normalise=None))
 
 
 def select_units(scores: Values, fraction: float) -> Gates:
-    """What `select(units=fraction)` keeps, without a model: the sites are those that have scores.
+    """The gates of `select(..., Units(fraction))`, without a model: the sites are those that have scores.
 
     Args:
         scores: Site name to finite scores; higher means more needed.
@@ -359,22 +310,24 @@ def select_units(scores: Values, fraction: float) -> Gates:
     Returns:
         Site name to float32 gates, in the order of a model's sites.
     """
-    budget = only_budget(units=fraction)
     places = tuple(sorted(map(site_of, scores), key=site_order))
     ranked = {site.name: np.asarray(scores[site.name], np.float64) for site in places}
     shapes = {site: (1, len(value)) for site, value in ranked.items()}
-    ground = _ground(places, shapes, ranked)
-    return _gates_of_plan(budget, _Plan(ground, _blocks(ground, dict.fromkeys(shapes, 1.0), True), 0.0))
+    ground = _ground(places, shapes, ranked, Rules(), set())
+    return _gates_of_plan(Units(fraction), _Plan(ground, _blocks(ground, dict.fromkeys(shapes, 1.0), True), 0.0))
 
 
-def thresholds(model: Model, params: Params, scores: Scores | Values, **settings: Any) -> dict[str, np.ndarray]:
-    """From which budget on each unit stays: `select(..., flops=b)` keeps the units whose threshold is at most `b`.
+def thresholds(
+    model: Model, params: Params, scores: Scores | Values, budget: Budget, *, rules: Rules = Rules()
+) -> dict[str, np.ndarray]:
+    """The budget from which on each unit stays: `select(..., Flops(b))` keeps those whose threshold is at most `b`.
 
     Args:
         model: The architecture.
         params: The parameters the scores were made with.
         scores: Higher means more needed.
-        **settings: The arguments of `select`. Of the budget only the kind counts, not how much it is.
+        budget: Only its kind counts, not how much it is.
+        rules: As for `select`.
 
     Returns:
         Site name to float64 fractions of the budget's kind, for all sites. Units of the same block have the same.
@@ -382,21 +335,18 @@ def thresholds(model: Model, params: Params, scores: Scores | Values, **settings
     Raises:
         ValueError: As `select`; also by latency, where a larger budget need not keep all that a smaller one does.
     """
-    names = (*SHARES, *AMOUNTS)
-    budget = only_budget(**{name: settings.get(name) for name in names})
-    if budget.kind == "latency":
+    if isinstance(budget, Latency):
         raise ValueError("units have no threshold by latency: give a budget of units, parameters, flops or memory.")
-    rules = {name: value for name, value in settings.items() if name not in (*names, "table")}
-    plan = _plan(budget, model, params, scores, **rules)
+    plan = _plan(budget, model, params, scores, rules)
     order, spent = sequence(plan.blocks)
     reached = np.empty(len(order))
     reached[order] = (plan.fixed + spent) / (plan.total or 1.0)
-    found = {}
+    result = {}
     for index, site in enumerate(plan.ground.places):
-        own = plan.blocks.site == index  # best first, as the units in the ranking
-        found[site.name] = np.empty(plan.ground.width[site.name])
-        found[site.name][plan.ground.ranking[site.name]] = np.repeat(reached[own], plan.blocks.units[own])
-    return found
+        blocks = plan.blocks.site == index  # best first, as the units in the ranking
+        result[site.name] = np.empty(plan.ground.width[site.name])
+        result[site.name][plan.ground.ranking[site.name]] = np.repeat(reached[blocks], plan.blocks.units[blocks])
+    return result
 
 
 def per_layer_l2(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -404,22 +354,12 @@ def per_layer_l2(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: value / (float(np.linalg.norm(value)) or 1.0) for name, value in scores.items()}
 
 
-def _plan(
-    budget: _Budget,
-    model: Model,
-    params: Params,
-    scores: Scores | Values,
-    *,
-    length: Length | None = None,
-    per_layer: bool = True,
-    **rules: Any,
-) -> _Plan:
+def _plan(budget: Budget, model: Model, params: Params, scores: Scores | Values, rules: Rules) -> _Plan:
     """Puts the blocks of all sites in order; see `select`."""
-    _, header = parts_of(scores)
-    costs = site_costs(model, params, budget.kind, header.get("mean_length") if length is None else length)
-    ground = _checked_ground(model, params, scores, **rules)
-    blocks = _blocks(ground, costs, per_layer)
-    fixed = memory_of(params) - float(blocks.cost.sum()) if budget.kind == "memory" else 0.0
+    costs = budget.with_length(parts_of(scores)[1].get("mean_length")).unit_costs(model, params)
+    ground = _checked_ground(model, params, scores, rules)
+    blocks = _blocks(ground, costs, rules.per_layer)
+    fixed = memory_of(params) - float(blocks.cost.sum()) if isinstance(budget, Memory) else 0.0
     return _Plan(ground, blocks, fixed)
 
 
@@ -437,38 +377,26 @@ def _blocks(ground: _Ground, costs: Mapping[str, float], per_layer: bool) -> Blo
     )
 
 
-def _checked_ground(
-    model: Model,
-    params: Params,
-    scores: Scores | Values,
-    *,
-    multiple_of: int | Mapping[str, int] | None = None,
-    floor: int | Mapping[str, int] | None = None,
-    protect: Collection[int | str] = (),
-    normalise: Normalise | None = None,
-) -> _Ground:
+def _checked_ground(model: Model, params: Params, scores: Scores | Values, rules: Rules) -> _Ground:
     """Refuses what does not fit; see `select`."""
-    values, header = parts_of(scores)
+    values = parts_of(scores)[0]
     places = _competing(model, params, values)
     every = widths(model.axes, params, KINDS)
     width = {site.name: every[site.name] for site in places}
-    ranked = _checked(values, width, "scores")
-    if header.get("model") and not all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
-        check_scored(scores, model_digest(model, params))
-    if normalise is not None:
-        ranked = _checked(normalise(dict(ranked)), width, "normalised scores", expected=ranked)
+    ranked = fitting_values(values, width, "scores")
+    if rules.normalise is not None:
+        ranked = fitting_values(rules.normalise(dict(ranked)), width, "normalised scores", expected=ranked)
     heads = {site.module: every[site.name] for site in sites(model.axes, params, ("heads",))}
     shapes = {site.name: (heads[site.module] if len(KINDS[site.kind]) > 1 else 1, width[site.name]) for site in places}
-    return _ground(places, shapes, ranked, multiple_of, floor, _protected(places, protect))
+    return _ground(places, shapes, ranked, rules, _protected(places, rules.protect))
 
 
 def _ground(
     places: tuple[Site, ...],
     shapes: Mapping[str, tuple[int, int]],
     scores: Mapping[str, np.ndarray],
-    multiple_of: int | Mapping[str, int] | None = None,
-    floor: int | Mapping[str, int] | None = None,
-    protected: Collection[str] = (),
+    rules: Rules,
+    protected: set[str],
 ) -> _Ground:
     kinds = tuple(dict.fromkeys(site.kind for site in places)) or UNITS
     ranking = {name: best_first(scores.get(name, np.zeros(units)), groups) for name, (groups, units) in shapes.items()}
@@ -478,8 +406,8 @@ def _ground(
         shapes,
         scores,
         ranking,
-        _by_kind("multiple_of", multiple_of, 1, 1, kinds),
-        _by_kind("floor", floor, 0, 0, kinds),
+        _by_kind("multiple_of", rules.multiple_of, 1, 1, kinds),
+        _by_kind("floor", rules.floor, 0, 0, kinds),
         frozenset({*protected, *(site.name for site in places if site.name not in scores)}),
     )
 
@@ -487,24 +415,6 @@ def _ground(
 def parts_of(scores: Scores | Values) -> tuple[Values, Mapping[str, Any]]:
     """The scores by site, and what is known about them."""
     return (scores, {}) if isinstance(scores, Mapping) else (scores.values, scores.header)
-
-
-def only_budget(**budgets: float | None) -> _Budget:
-    """The one budget that is not None.
-
-    Raises:
-        ValueError: If there is not exactly one, or it is out of range.
-    """
-    given = {name: value for name, value in budgets.items() if value is not None}
-    if len(given) != 1:
-        raise ValueError(f"give exactly one budget of {', '.join(budgets)}; got {', '.join(given) or 'none'}.")
-    ((name, value),) = given.items()
-    rule = "above 0" if name in AMOUNTS else "in (0, 1]"
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise TypeError(f"{name} must be a number {rule}, got {value!r}.")
-    if not (0 < value < math.inf if name in AMOUNTS else 0 < value <= 1):
-        raise ValueError(f"{name} must lie {rule}, got {value}.")
-    return _Budget(name, float(value))
 
 
 def _competing(model: Model, params: Params, scored: Collection[str]) -> tuple[Site, ...]:
@@ -517,50 +427,6 @@ def _competing(model: Model, params: Params, scored: Collection[str]) -> tuple[S
     every = sites(model.axes, params, KINDS)
     cut = {site.module for site in every if site.name in scored and site.kind not in UNITS}
     return tuple(site for site in every if (site.kind not in UNITS) == (site.module in cut))
-
-
-def site_costs(model: Model, params: Params, budget: str, length: Length | None) -> dict[str, float]:
-    """The cost of one unit at every site, of all kinds: `units`, `parameters`, `flops`, or bytes of `memory`."""
-    if budget == "units":
-        return dict.fromkeys(widths(model.axes, params, KINDS), 1.0)
-    if budget == "parameters":
-        return unit_costs(model, params, elements, KINDS)
-    if budget == "memory":
-        return unit_costs(model, params, weight_bytes(params), KINDS)
-    if length is None:
-        raise ValueError("a FLOPs budget needs length=, tokens per example: these scores do not say their mean length.")
-    return unit_costs(model, params, matmul_flops(checked_length(model, length)), KINDS)
-
-
-def _checked(
-    values: Values, width: Mapping[str, int], what: str, expected: Iterable[str] = ()
-) -> dict[str, np.ndarray]:
-    """The scores as float64 arrays, if they fit the model."""
-    arrays = {name: np.asarray(value).astype(np.float64) for name, value in values.items()}
-    wrong = [f"{name} is not a site" for name in arrays if name not in width]
-    wrong += [f"{name} is missing" for name in expected if name not in arrays]
-    wrong += [
-        f"{name} has shape {array.shape} for {width[name]} units"
-        for name, array in arrays.items()
-        if name in width and array.shape != (width[name],)
-    ]
-    wrong += [f"{name} holds NaN or infinity" for name, array in arrays.items() if not np.isfinite(array).all()]
-    if wrong:
-        raise ValueError(f"the {what} cannot be used with these parameters: {some(wrong)}. Score this model first.")
-    return arrays
-
-
-def check_scored(scores: Scores | Values, digest: str) -> None:
-    """Refuses scores of another model than the one of this digest.
-
-    Raises:
-        ValueError: If they know that they are.
-    """
-    if (made_with := parts_of(scores)[1].get("model", digest)) and made_with != digest:
-        raise ValueError(
-            f"these scores belong to another model: they were made with {made_with[:12]}, this is {digest[:12]} "
-            "(other weights, another type of them, or other task heads). Score this model first."
-        )
 
 
 def _by_kind(
@@ -591,7 +457,7 @@ def _protected(places: tuple[Site, ...], protect: Collection[int | str]) -> set[
     return set().union(*found.values())
 
 
-def _gates_of_plan(budget: _Budget, plan: _Plan) -> Gates:
+def _gates_of_plan(budget: Budget, plan: _Plan) -> Gates:
     """Gates that are open for the best units of every site, as many as the budget pays for."""
     _, spent = sequence(plan.blocks)
     must = int(plan.blocks.forced.sum())
@@ -599,41 +465,27 @@ def _gates_of_plan(budget: _Budget, plan: _Plan) -> Gates:
     return _gates(plan.ground, prefix(plan.blocks, len(plan.ground.places), budget.limit(plan.total) - plan.fixed))
 
 
-def _select_by_table(
-    budget: _Budget,
-    model: Model,
-    params: Params,
-    scores: Scores | Values,
-    table: LatencyTable | None,
-    *,
-    per_layer: bool,
-    **rules: Any,
-) -> Gates:
+def _select_by_table(budget: Latency, model: Model, params: Params, scores: Scores | Values, rules: Rules) -> Gates:
     """The widths of the table that a budget of latency pays for; see `select`."""
+    table = budget.table
     if table is None:
         raise ValueError("a latency budget needs table=, which measure_latency_table makes for this model and device.")
     check_table(table, model, params)
-    ground = _checked_ground(model, params, scores, **rules)
+    ground = _checked_ground(model, params, scores, rules)
     if other := sorted({site.kind for site in ground.places} - set(UNITS)):
         raise ValueError(f"a latency budget needs scores of {' and '.join(UNITS)}, these are of {', '.join(other)}.")
     choices = [_choices(ground, site, table) for site in ground.places]
     total = table.predict(ground.width)
     _refuse_unreachable(budget, table.fixed + math.fsum(float(own.costs[0]) for own in choices), total)
-    allocate = alike if per_layer else knapsack
+    allocate = alike if rules.per_layer else knapsack
     return _gates(ground, allocate(choices, budget.limit(total) - table.fixed))
 
 
-def least_latency(model: Model, params: Params, scores: Scores | Values, table: LatencyTable, **rules: Any) -> float:
-    """The seconds of the narrowest widths that `select` may choose by a table.
-
-    Args:
-        model: The architecture.
-        params: The parameters.
-        scores: Of the units.
-        table: For a forward pass by widths.
-        **rules: `multiple_of`, `floor`, `protect` and `normalise`, as for `select`.
-    """
-    ground = _checked_ground(model, params, scores, **rules)
+def least_latency(
+    model: Model, params: Params, scores: Scores | Values, table: LatencyTable, *, rules: Rules = Rules()
+) -> float:
+    """The seconds of the narrowest widths that `select` may choose by a table."""
+    ground = _checked_ground(model, params, scores, rules)
     return table.fixed + math.fsum(float(_choices(ground, site, table).costs[0]) for site in ground.places)
 
 
@@ -651,16 +503,16 @@ def _choices(ground: _Ground, site: Site, table: LatencyTable) -> Choices:
     return Choices(offered, np.array(list(cheapest.values())), kept[offered])
 
 
-def _refuse_unreachable(budget: _Budget, least: float, total: float) -> None:
+def _refuse_unreachable(budget: Budget, least: float, total: float) -> None:
     """Refuses a budget below the least that has to stay."""
     if least <= budget.limit(total):
         return
     share = math.ceil(1e4 * (least / total - SLACK)) / 1e4
-    others = "what is never pruned, " if budget.kind in ("memory", "latency") else ""
+    others = "what is never pruned, " if budget.counted in ("memory", "latency") else ""
     amount = {"memory": f"{math.ceil(least / 1e3) / 1e3} MB", "latency": f"{math.ceil(1e6 * least) / 1e3} ms"}
-    named = f", {amount[budget.kind]}" if others else ""
+    named = f", {amount[budget.counted]}" if others else ""
     raise ValueError(
-        f"{budget.name}={budget.value:.6g} cannot be reached: {others}the floor, protected layers and sites without "
+        f"{budget.name}={budget.amount:.6g} cannot be reached: {others}the floor, protected layers and sites without "
         f"scores keep more. The smallest reachable fraction is {share}{named}."
     )
 
@@ -672,8 +524,3 @@ def _gates(ground: _Ground, kept: Sequence[int] | np.ndarray) -> Gates:
         gate[ground.ranking[site.name][:units]] = 1.0
         gates[site.name] = jax.device_put(gate)  # jnp.asarray would compile a program for every width
     return gates
-
-
-def some(wrong: list[str]) -> str:
-    """What is wrong, in one line that is not too long."""
-    return "; ".join(wrong[:6]) + (f" and {len(wrong) - 6} more" if len(wrong) > 6 else "")

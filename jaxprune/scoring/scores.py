@@ -8,7 +8,7 @@ for what the units' removal is predicted to lose, and a JSON header under the me
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,12 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxprune.checkpoints.files import write_atomic
+from jaxprune.checkpoints.folder import model_digest
 from jaxprune.checkpoints.tensors import TensorFile, write_tensors
+from jaxprune.models import Model
 from jaxprune.scoring.objectives import name_of
 from jaxprune.scoring.stability import TARGET, stability
-from jaxprune.units import Gates
+from jaxprune.units import KINDS, Gates, Params, check_sharing, widths
 
 METADATA = "jaxprune_scores"
 SMALL = 1e-3  # of the objective, such as a probability: below it a relative error means nothing
@@ -270,6 +272,64 @@ def _pairs(a: Gates, b: Gates) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def _float32(array: np.ndarray) -> Array:
     return jnp.asarray(array, jnp.float32)
+
+
+def check_scores(
+    model: Model, params: Params, scores: Scores | Mapping[str, Any], *, digest: str | None = None
+) -> None:
+    """Refuses scores that do not belong to a model: of other sites or numbers of units, or of other weights.
+
+    Args:
+        model: The architecture.
+        params: The parameters; or their shapes, if `digest` is given.
+        scores: The scores; those without a header do not say which weights they are of.
+        digest: The `model_digest` of the model, if it is known.
+
+    Raises:
+        ValueError: If they do not, saying why.
+    """
+    values = scores.values if isinstance(scores, Scores) else scores
+    check_sharing(model.axes, params, values)
+    fitting_values(values, widths(model.axes, params, KINDS), "scores")
+    scored = scores.header.get("model") if isinstance(scores, Scores) else None
+    if scored and scored != (digest := digest or model_digest(model, params)):
+        raise ValueError(
+            f"these scores belong to another model: they were made with {scored[:12]}, this is {digest[:12]} "
+            "(other weights, another type of them, or other task heads). Score this model first."
+        )
+
+
+def fitting_values(
+    values: Mapping[str, Any], width: Mapping[str, int], what: str, expected: Iterable[str] = ()
+) -> dict[str, np.ndarray]:
+    """Scores as float64 arrays.
+
+    Args:
+        values: Site name to `[units]`.
+        width: The units of every site that there may be.
+        what: The scores in the words of the error.
+        expected: Sites that must have scores.
+
+    Raises:
+        ValueError: If they have other sites or numbers of units, or are not finite.
+    """
+    arrays = {name: np.asarray(value).astype(np.float64) for name, value in values.items()}
+    wrong = [f"{name} is not a site" for name in arrays if name not in width]
+    wrong += [f"{name} is missing" for name in expected if name not in arrays]
+    wrong += [
+        f"{name} has shape {array.shape} for {width[name]} units"
+        for name, array in arrays.items()
+        if name in width and array.shape != (width[name],)
+    ]
+    wrong += [f"{name} holds NaN or infinity" for name, array in arrays.items() if not np.isfinite(array).all()]
+    if wrong:
+        raise ValueError(f"the {what} cannot be used with these parameters: {some(wrong)}. Score this model first.")
+    return arrays
+
+
+def some(problems: Sequence[str]) -> str:
+    """The first few problems, in one line."""
+    return "; ".join(problems[:6]) + (f" and {len(problems) - 6} more" if len(problems) > 6 else "")
 
 
 def check_same_model(scores: Mapping[str, Scores]) -> None:

@@ -1,0 +1,193 @@
+"""Budgets, how much of a model may stay, and the rules by which the units within a budget are chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+
+import numpy as np
+
+from jaxprune.models import Model
+from jaxprune.models.cost import Length, checked_length, elements, matmul_flops, unit_costs, weight_bytes
+from jaxprune.units import KINDS, Params, widths
+
+if TYPE_CHECKING:
+    from jaxprune.pruning.latency import LatencyTable
+
+SLACK = 1e-9  # of the total cost: 0.29 * 100 is 28.999999999999996 in binary and means 29
+
+Normalise: TypeAlias = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may stay: a fraction, in (0, 1], of what the model costs, or an amount in bytes or seconds."""
+
+    fraction: float | None = None
+
+    counted: ClassVar[str]  # "flops"
+    unit: ClassVar[str | None] = None  # the field that holds an amount instead of a fraction
+
+    def __post_init__(self):
+        given = {name: value for name, value in self._amounts().items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(self._amounts())}; got {', '.join(given) or 'none'}.")
+        ((name, value),) = given.items()
+        rule = "in (0, 1]" if self.is_fraction else "above 0"
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+            raise TypeError(f"{name} must be a number {rule}, got {value!r}.")
+        if not 0 < value < math.inf or (self.is_fraction and value > 1):
+            raise ValueError(f"{name} must lie {rule}, got {value}.")
+
+    def _amounts(self) -> dict[str, float | None]:
+        amounts = {self.counted: self.fraction}
+        return amounts if self.unit is None else amounts | {f"{self.counted}_{self.unit}": getattr(self, self.unit)}
+
+    @property
+    def is_fraction(self) -> bool:
+        """Whether it is a fraction of what the whole model costs."""
+        return self.fraction is not None
+
+    @property
+    def name(self) -> str:
+        """Its name in records, such as `flops` or `memory_bytes`."""
+        return self.counted if self.is_fraction else f"{self.counted}_{self.unit}"
+
+    @property
+    def amount(self) -> float:
+        """The fraction, or the bytes or seconds."""
+        return next(float(value) for value in self._amounts().values() if value is not None)
+
+    def at(self, amount: float) -> Self:
+        """The same budget with another amount."""
+        return replace(self, **{"fraction" if self.is_fraction else str(self.unit): amount})
+
+    def limit(self, total: float) -> float:
+        """What may stay, in the unit of `total`, which is the whole."""
+        return (self.amount * total if self.is_fraction else self.amount) + SLACK * total
+
+    def with_length(self, length: Length | None) -> Self:
+        """The same budget for examples of this mean length, if it depends on that and does not say any."""
+        return self
+
+    def unit_costs(self, model: Model, params: Params) -> dict[str, float]:
+        """The cost of one unit at every site, of all kinds."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """Its amount by its name in records."""
+        return {self.name: self.amount}
+
+
+@dataclass(frozen=True)
+class Units(Budget):
+    """A fraction of the heads and neurons (or channels) may stay."""
+
+    counted = "units"
+
+    def unit_costs(self, model: Model, params: Params) -> dict[str, float]:
+        """One."""
+        return dict.fromkeys(widths(model.axes, params, KINDS), 1.0)
+
+
+@dataclass(frozen=True)
+class Parameters(Budget):
+    """A fraction of the prunable parameters, weights and biases of units, may stay."""
+
+    counted = "parameters"
+
+    def unit_costs(self, model: Model, params: Params) -> dict[str, float]:
+        """Weights and biases of one unit."""
+        return unit_costs(model, params, elements, KINDS)
+
+
+@dataclass(frozen=True)
+class Flops(Budget):
+    """A fraction of the FLOPs per example may stay; see `jaxprune.models.cost.flops`."""
+
+    length: Length | None = field(default=None, kw_only=True)  # tokens per example; None: the mean of those scored
+
+    counted = "flops"
+
+    def with_length(self, length: Length | None) -> Self:
+        """The same budget for examples of this mean length, unless it names one."""
+        return replace(self, length=length) if self.length is None else self
+
+    def unit_costs(self, model: Model, params: Params) -> dict[str, float]:
+        """FLOPs per example of one unit."""
+        if self.length is None:
+            raise ValueError(
+                "a FLOPs budget needs length=, tokens per example: these scores do not say their mean length."
+            )
+        return unit_costs(model, params, matmul_flops(checked_length(model, self.length)), KINDS)
+
+    def settings(self) -> dict[str, Any]:
+        """Its amount by its name in records, and the length."""
+        return super().settings() | {"length": self.length}
+
+
+@dataclass(frozen=True)
+class Memory(Budget):
+    """A fraction of the bytes of all parameters, embeddings included, may stay, or so many bytes."""
+
+    bytes: float | None = field(default=None, kw_only=True)
+
+    counted = "memory"
+    unit = "bytes"
+
+    def unit_costs(self, model: Model, params: Params) -> dict[str, float]:
+        """Bytes of one unit."""
+        return unit_costs(model, params, weight_bytes(params), KINDS)
+
+
+@dataclass(frozen=True)
+class Latency(Budget):
+    """A fraction of the time of a forward pass may stay, or so many seconds, as a table predicts."""
+
+    seconds: float | None = field(default=None, kw_only=True)
+    table: LatencyTable | None = field(default=None, kw_only=True)  # of the dense model; see `measure_latency_table`
+
+    counted = "latency"
+    unit = "seconds"
+
+
+KINDS_OF_BUDGETS = (Units, Parameters, Flops, Memory, Latency)
+NAMES = ("units", "parameters", "flops", "memory", "memory_bytes", "latency", "latency_seconds")  # in records
+
+
+def read_budget(settings: Mapping[str, Any]) -> Budget:
+    """The one budget among settings as a record holds them, such as `{"flops": 0.5, "length": 128, "units": None}`.
+
+    Raises:
+        ValueError: If there is not exactly one, or it is out of range.
+    """
+    given = {name: settings[name] for name in NAMES if settings.get(name) is not None}
+    if len(given) != 1:
+        raise ValueError(f"give exactly one budget of {', '.join(NAMES)}; got {', '.join(given) or 'none'}.")
+    ((name, amount),) = given.items()
+    counted, _, unit = name.partition("_")
+    (kind,) = (kind for kind in KINDS_OF_BUDGETS if kind.counted == counted)
+    more = {"length": settings.get("length")} if kind is Flops else {}
+    return kind(**{unit or "fraction": amount}, **more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """The rules of a selection, beside its budget."""
+
+    # Whether all sites keep about the same fraction of their units; if not, all units of the model compete.
+    per_layer: bool = True
+    # Kept units of a site (channels: of a head) are a multiple of this, or all: one number, or one per kind of units.
+    multiple_of: int | Mapping[str, int] | None = None
+    # At least so many units of every site (channels: of every head) stay, or all it has: one number, or one per kind.
+    floor: int | Mapping[str, int] | None = None
+    # Layers (`0`) and sites (`"3.ffn.neurons"`) that keep all units.
+    protect: Collection[int | str] = ()
+    # Rescales the scores before they are compared, such as `per_layer_l2`.
+    normalise: Normalise | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """All of them by name."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
