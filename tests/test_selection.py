@@ -112,8 +112,8 @@ def test_selection_by_count_is_exact(uneven, ratio, per_layer):
     assert count == math.floor(exact * sum(width.values()))
     if not per_layer:
         everything = np.concatenate([scores[name] for name in width])
-        open_units = np.concatenate([np.asarray(gate) for gate in gates.values()]) == 1.0
-        assert everything[open_units].min(initial=np.inf) > everything[~open_units].max(initial=-np.inf)
+        stays = np.concatenate([np.asarray(gate) for gate in gates.values()]) == 1.0
+        assert everything[stays].min(initial=np.inf) > everything[~stays].max(initial=-np.inf)
 
 
 def test_every_site_keeps_the_same_fraction(dense):
@@ -140,7 +140,7 @@ def test_a_percentage_of_a_hundred_units_is_that_many(per_layer):
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.8])
 def test_no_site_keeps_a_larger_fraction_than_another_could(uneven, name, ratio):
     model, params = uneven
-    gates = select(model, params, random_scores(model, params, 0), **open_units(**budget(name, ratio)))
+    gates = select(model, params, random_scores(model, params, 0), **chosen(**budget(name, ratio)))
     counts = {site: (len(units), widths(model.axes, params)[site]) for site, units in kept(gates).items()}
     highest = max(Fraction(count, units) for count, units in counts.values() if units)
     assert all(Fraction(count + 1, units) >= highest for count, units in counts.values() if units)
@@ -200,12 +200,12 @@ def test_largest_result_not_above_the_budget(uneven, seed, name, per_layer, sett
         arguments = budget(name, ratio) | settings | {"per_layer": per_layer}
         if fitting < forced:
             with pytest.raises(ValueError, match="smallest reachable fraction"):
-                select(model, params, scores, **open_units(**arguments))
+                select(model, params, scores, **chosen(**arguments))
             continue
         expected: dict[str, list[int]] = {site: [] for site in widths(model.axes, params)}
         for site, block in blocks[:fitting]:
             expected[site] = sorted(expected[site] + block)
-        gates = select(model, params, scores, **open_units(**arguments))
+        gates = select(model, params, scores, **chosen(**arguments))
         assert kept(gates) == expected
         assert cost_of(model, compact(model, params, gates), name) <= ratio * whole * (1 + 1e-8)
         if fitting < len(blocks):
@@ -224,7 +224,7 @@ def test_selection_is_monotone_in_the_budget(uneven, name, per_layer, multiple_o
             model,
             params,
             scores,
-            **open_units(**budget(name, float(ratio)), per_layer=per_layer, multiple_of=multiple_of),
+            **chosen(**budget(name, float(ratio)), per_layer=per_layer, multiple_of=multiple_of),
         )
         larger = kept(gates)
         assert all(set(smaller[site]) <= set(larger[site]) for site in larger)
@@ -238,16 +238,14 @@ def test_global_selection_is_a_threshold_on_score_per_cost(dense, name, ratio):
     model, params = dense
     scores = random_scores(model, params, 2)
     cost = site_costs(model, params, name)
-    gates = select(model, params, scores, **open_units(**budget(name, ratio), per_layer=False))
+    gates = select(model, params, scores, **chosen(**budget(name, ratio), per_layer=False))
     density = np.concatenate([scores[site] / cost[site] for site in scores])
     price = np.concatenate([np.full(len(scores[site]), cost[site]) for site in scores])
-    open_units = np.concatenate([np.asarray(gates[site]) for site in scores]) == 1.0
-    threshold = density[~open_units].max()
-    np.testing.assert_array_equal(open_units, density > threshold)
-    left = ratio * price.sum() - price[open_units].sum()
-    assert (
-        -1e-9 * price.sum() <= left < price[~open_units][density[~open_units].argmax()]
-    )  # short by less than one unit
+    stays = np.concatenate([np.asarray(gates[site]) for site in scores]) == 1.0
+    threshold = density[~stays].max()
+    np.testing.assert_array_equal(stays, density > threshold)
+    left = ratio * price.sum() - price[stays].sum()
+    assert -1e-9 * price.sum() <= left < price[~stays][density[~stays].argmax()]  # short by less than one unit
 
 
 def test_heads_and_neurons_compete_by_score_per_flop(dense):

@@ -86,12 +86,12 @@ def prune_model_in_rounds(
         watch.say(f"round {after.number} of {rounds}: {state.folder}, of an earlier run with the same settings")
     kept = output.with_name(f"{output.name}.scores.safetensors")
     first = score_once(model, params, task, scoring, kept, _Stage(watch, 1, rounds))
-    length = first.header["mean_length"] if length is None else length
-    budget = budget.with_length(length)
-    dense = costs(model, params, length)
+    tokens: Length = first.header["mean_length"] if length is None else length
+    budget = budget.with_length(tokens)
+    dense = costs(model, params, tokens)
 
     def made(gates: Gates) -> dict[str, Any]:
-        return pruning_record(first, gates, budget, rules, length=length, rounds=rounds)
+        return pruning_record(first, gates, budget, rules, length=tokens, rounds=rounds)
 
     def score(small: Params) -> Scores:
         stage = _Stage(watch, len(records) + 1, rounds)
@@ -102,7 +102,7 @@ def prune_model_in_rounds(
         return recover(model, params, small, task, recovery, progress=stage.open("recovering"))
 
     def keep(done: Round) -> Round:
-        records.append(_record(done, dense, costs(model, done.params, length)))
+        records.append(_record(done, dense, costs(model, done.params, tokens)))
         watch.say(f"round {done.number} of {rounds}: {records[-1]['units']:,} units are left")
         if done.number < rounds:
             state.save(model, done, made(done.gates) | {"rounds": records})
@@ -120,7 +120,7 @@ def prune_model_in_rounds(
         pruning["recovery"] = recovery_record(repaired)
         rows |= set(repaired.rows)
     facts = facts_of(model, kept, first)
-    found = measure_both(model, params, small, [task], length, facts["head"], rows, measuring, watch)
+    found = measure_both(model, params, small, [task], tokens, facts["head"], rows, measuring, watch)
     record = {
         "command": "prune",
         "source": source,

@@ -71,8 +71,8 @@ def _in_order(
 
 def _at_mean_length(budget: Budget, scores: Sequence[Scores | Values]) -> Budget:
     """The budget at the mean length of the tasks' examples, if their scores say it."""
-    lengths = [parts_of(task_scores)[1].get("mean_length") for task_scores in scores]
-    return budget if None in lengths else budget.with_length(mean_of_lengths(lengths))
+    lengths = [header["mean_length"] for _, header in map(parts_of, scores) if "mean_length" in header]
+    return budget.with_length(mean_of_lengths(lengths)) if len(lengths) == len(scores) else budget
 
 
 def mean_scores(scores: Sequence[Scores | Values]) -> dict[str, np.ndarray]:
