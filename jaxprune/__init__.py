@@ -129,7 +129,7 @@ _SOURCES = {
     "add_gates": "checkpoints.shared",
     "apply_masks": "sparse.masks",
     "augment": "data.augmentation",
-    "budgets": "pruning.budgets",
+    "budgets": "pruning",
     "bundled_data": "bundled",
     "bundled_model": "bundled",
     "bundled_text_model": "bundled",
@@ -296,8 +296,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _SOURCES:
         raise AttributeError(f"module 'jaxprune' has no attribute {name!r}.")
-    module = importlib.import_module(f"jaxprune.{_SOURCES[name]}")
-    value = module if _SOURCES[name].endswith(f".{name}") else getattr(module, name)
+    source = f"jaxprune.{_SOURCES[name]}"
+    module = importlib.import_module(source)
+    value = getattr(module, name) if hasattr(module, name) else importlib.import_module(f"{source}.{name}")
     globals()[name] = value  # the next use finds it without this function
     return value
 
