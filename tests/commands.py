@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +47,38 @@ def record_of(*arguments: Any) -> dict[str, Any]:
     assert result.exit_code == 0, (result.stderr, result.exception)
     assert result.stdout.count("\n") == 1
     return json.loads(result.stdout)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Lets Ctrl-C reach this process, and children that are started, even where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def start(*arguments: Any, **settings: str) -> subprocess.Popen[str]:
+    """Starts a command in a process of its own."""
+    with interruptible():
+        return subprocess.Popen(
+            [sys.executable, "-m", "jaxprune", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **settings},
+        )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 240.0) -> None:
+    """Waits until a condition holds; the process must still be alive then."""
+    for _ in range(int(seconds / 0.02)):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError("it took too long.")
 
 
 def write_rows(file: Path, labels: tuple[str, ...], rows: int, seed: int) -> None:

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from commands import WORDS, Place, place, record_of, run
+from commands import WORDS, Place, interruptible, place, record_of, run, start, wait_for
 from hand_tables import hand_table
 from tiny import tiny_batch, tiny_model
 
@@ -297,33 +296,13 @@ def test_finetune_shows_leaks_and_epochs(place, tmp_path):
 # resuming
 
 
-def command(*arguments: Any, **settings: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "jaxprune", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **settings},
-    )
-
-
-def wait_for(found: Any, process: subprocess.Popen[str], seconds: float = 240.0) -> None:
-    """Waits until `found()` is true; the process must still be alive then."""
-    for _ in range(int(seconds / 0.02)):
-        if found():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    raise AssertionError("it took too long.")
-
-
 def test_a_scoring_run_that_was_interrupted_and_killed_ends_with_the_same_bits(place, tmp_path):
     settings = ("--task", "mood", "--data", place.data, "--examples", 40, "--batch-size", 1, "--path", "layer")
     out, whole = tmp_path / "s.safetensors", tmp_path / "whole.safetensors"
     part = tmp_path / "s.safetensors.partial"
     arguments = ("score", place.model, *settings, "--nodes", 8, "-o", out)
 
-    first = command(*arguments)
+    first = start(*arguments)
     wait_for(part.exists, first)
     first.send_signal(signal.SIGINT)
     stdout, stderr = first.communicate()
@@ -333,7 +312,7 @@ def test_a_scoring_run_that_was_interrupted_and_killed_ends_with_the_same_bits(p
     assert "Traceback" not in stderr
 
     before = part.read_bytes()
-    second = command(*arguments)
+    second = start(*arguments)
     wait_for(lambda: part.read_bytes() != before, second)
     second.send_signal(signal.SIGKILL)
     second.communicate()
@@ -349,7 +328,7 @@ def test_ctrl_c_is_not_lost_in_a_callback_that_swallows_it():
     from jaxprune.cli.terminal import working
 
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), working() as bars:
+    with interruptible(), pytest.raises(KeyboardInterrupt), working() as bars:
         bar = bars.open("work")
         bar(0, 2)
         with contextlib.suppress(KeyboardInterrupt):  # as a library's callback may
@@ -361,7 +340,7 @@ def test_ctrl_c_is_not_lost_in_a_callback_that_swallows_it():
 def test_ctrl_c_is_one_whatever_a_library_makes_of_it():
     from jaxprune.cli.terminal import working
 
-    with pytest.raises(KeyboardInterrupt) as raised, working():
+    with interruptible(), pytest.raises(KeyboardInterrupt) as raised, working():
         try:
             signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt as error:  # as C code does whose callback was interrupted
@@ -603,7 +582,7 @@ except SystemExit as stop:
 
 
 def test_an_error_in_a_process_of_its_own():
-    process = command("evaluate", "./no", "--task", "mood", "--json")
+    process = start("evaluate", "./no", "--task", "mood", "--json")
     stdout, stderr = process.communicate()
     assert (process.returncode, stdout) == (2, "")
     assert stderr.splitlines() == ["jaxprune: error: no folder no."]

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import bisect
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from choices import chosen
-from commands import Place, place, record_of, run
+from commands import Place, place, record_of, run, start, wait_for
 from tiny import tiny_model
 
 from jaxprune.checkpoints.folder import load, read_pruning
@@ -312,15 +308,8 @@ def test_an_interrupted_run_goes_on_after_the_scores_that_are_finished(place, tm
     arguments = ("prune", place.model, *settings, "--measure", "0", "--limit", 10, "-o")
     out = tmp_path / "small"
     mood, topic = (tmp_path / f"small.{name}.scores.safetensors" for name in ("mood", "topic"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jaxprune", *map(str, (*arguments, out))], stderr=subprocess.PIPE, text=True,
-        env=dict(os.environ),
-    )  # fmt: skip
-    for _ in range(12_000):
-        if topic.with_name(f"{topic.name}.partial").exists():
-            break
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+    process = start(*arguments, out)
+    wait_for(topic.with_name(f"{topic.name}.partial").exists, process)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
     assert process.returncode == 130, stderr
