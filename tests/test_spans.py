@@ -517,6 +517,31 @@ def test_commands_do_for_spans_what_they_do_for_labels(place: Path):
     assert record_of("plan", spans, "--scores", scores, "--flops", 0.5)["command"] == "plan"
 
 
+def test_every_command_says_which_rows_it_leaves_out(tmp_path: Path):
+    model, params = tiny_model(layers=1, heads=(replace(SPANS, name="squad"),))
+    save(tmp_path / "model", replace(model, source=WORDS), params)
+    (tmp_path / "squad").mkdir()
+    for split, seed in (("train", 0), ("validation", 1)):
+        with (tmp_path / "squad" / f"{split}.jsonl").open("w") as stream:
+            for i, row in enumerate(questions(80, seed)):
+                [answer] = row.answers or ()
+                start = answer.start + 1 if split == "train" and i < 3 else answer.start
+                cell = {"text": [answer.text], "answer_start": [start]}
+                stored = {"context": row.pair, "question": row.text, "answers": cell}
+                stream.write(json.dumps(stored) + "\n")
+    rows = (tmp_path / "model", "--task", "squad", "--data", tmp_path)
+    scores, few = tmp_path / "s.safetensors", ("--criterion", "magnitude")
+    for arguments in (
+        ("score", *rows, *few, "-o", scores),
+        ("check", *rows, "--scores", scores, "--units", 1, "--examples", 8, "--orders", 2, "--limit", 8),
+        ("prune", *rows, *few, "--units", 0.5, "--measure", 0, "--recover", "none", "-o", tmp_path / "small"),
+        ("sweep", *rows, *few, "--flops", 0.5, "--limit", 8, "-o", tmp_path / "sweep"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code in (0, 1), result.stderr  # a check may fail
+        assert "squad: 3 rows left out, no answer stands where it says" in result.stderr, arguments[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

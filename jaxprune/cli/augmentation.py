@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxprune.checkpoints.files import folder_for
 from jaxprune.checkpoints.folder import digest, load
-from jaxprune.cli.workflow import Data, Watch, check_file, load_rows
+from jaxprune.cli.workflow import Data, Watch, check_file
 from jaxprune.data.augmentation import Augmentation, augmented
 from jaxprune.data.records import PAIR
 from jaxprune.data.splits import Example
@@ -28,7 +28,7 @@ def augment_model(
     A data set that is there already and was made in the same way is left as it is.
     """
     model, params = load(source)
-    task = load_rows(data, watch)
+    task = data.load(watch)
     folder = output / task.name
     made = {
         "settings": asdict(settings),

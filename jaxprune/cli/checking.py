@@ -44,7 +44,7 @@ def check_model(
         check_file(picture, overwrite)
     scores = load_scores(file)
     model, params = load(source)
-    task = data.load()
+    task = data.load(watch)
     bars: dict[str, Any] = {}
 
     def progress(done: int, total: int, note: str) -> None:

@@ -74,7 +74,7 @@ def prune_model(
     check_selection(model, params, budget, rules, kinds_of(model, params, scored if scores is None else scores))
     if recovery is not None:
         check_method(model, params, recovery.method)
-    task = None if data is None else data.load()
+    task = None if data is None else data.load(watch)
     if task is not None:
         fitting_head(model, task, measuring.head)
     if isinstance(scored, Scoring):

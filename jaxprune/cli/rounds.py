@@ -75,7 +75,7 @@ def prune_model_in_rounds(
     check_selection(model, params, budget, rules, kinds_of(model, params, scoring))
     prune_in_rounds(model, params, lambda _: {}, budget, rounds=rounds)  # refuses what cannot be done before any work
     arguments = {**settings_of(budget, rules, length=length), "rounds": rounds}
-    task = data.load()
+    task = data.load(watch)
     fitting_head(model, task, measuring.head)
     state = _State(
         folder=output.with_name(f"{output.name}.rounds"),

@@ -14,7 +14,7 @@ from jaxprune.checkpoints.shared import pruning_of, split_task
 from jaxprune.cli.render.cards import CARD, LEARNED, student_card
 from jaxprune.cli.render.pictures import training_picture
 from jaxprune.cli.render.tables import exam_line
-from jaxprune.cli.workflow import Data, Measuring, Watch, check_folder, load_rows, measure
+from jaxprune.cli.workflow import Data, Measuring, Watch, check_folder, measure
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import Task, remove_leaks
 from jaxprune.evaluation.evaluate import Evaluation, fitting_head
@@ -67,7 +67,7 @@ def teach_model(
     state = output.with_name(f"{output.name}.state")
     model, student = load(source)
     teacher_model, theirs = load(teacher)
-    task = load_rows(data, watch)
+    task = data.load(watch)
     name, pruning = fitting_head(teacher_model, task, how.head), pruning_of(source, model)
     bar = watch.open("teaching")
 

@@ -124,7 +124,7 @@ def sweep_model(
     model, params = load(source)
     for budget in budgets:
         check_selection(model, params, Flops(budget, length=length), rules)
-    loaded = {task.name: task for task in (data.load() for data in tasks)}
+    loaded = {task.name: task for task in (data.load(watch) for data in tasks)}
     stems = {name: file_stem(name) for name in loaded}
     if len(set(stems.values())) < len(tasks):
         given = ", ".join(data.task for data in tasks)

@@ -98,7 +98,7 @@ def prune_together(
     check_selection(model, params, budget, rules)
     if recovery is not None:
         check_method(model, params, recovery.method)
-    loaded = _load_all(model, tasks, measuring.head)
+    loaded = _load_all(model, tasks, measuring.head, watch)
     if accounting is not None:
         _check_named(scores, loaded)
     if isinstance(scored, Scoring):
@@ -148,9 +148,9 @@ def prune_together(
     return write_pruned(output, model, small, pruning, record, found, overwrite=overwrite)
 
 
-def _load_all(model: Model, tasks: Sequence[Data], head: str | None) -> Sequence[Task]:
+def _load_all(model: Model, tasks: Sequence[Data], head: str | None, watch: Watch) -> Sequence[Task]:
     """Reads the rows of all tasks, which differ in their names and fit the model."""
-    loaded = [data.load() for data in tasks]
+    loaded = [data.load(watch) for data in tasks]
     stems = [file_stem(task.name) for task in loaded]
     if len(set(stems)) < len(stems):
         given = ", ".join(data.task for data in tasks)

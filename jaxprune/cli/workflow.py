@@ -76,11 +76,14 @@ class Data:
     labels: tuple[str, ...] | None = None
     prompt: str | None = None  # a style of the built-in prompts, or a file; None: the model's task heads, or T5's own
 
-    def load(self) -> Task:
-        """Reads the rows."""
+    def load(self, watch: Watch) -> Task:
+        """Reads the rows, and says which answers cannot be used."""
         task = load_task(
             self.task, data=self.data, text=self.text, text_pair=self.text_pair, label=self.label, labels=self.labels
         )
+        for reason in (MISPLACED, MISSING):
+            if count := task.dropped.get(reason):
+                watch.say(f"{task.name}: {count:,} rows left out, {reason}")
         if self.prompt is None:
             return task
         own = prompt_for(task, self.prompt) if self.prompt in STYLES else fit(read_prompt(self.prompt), task)
@@ -113,15 +116,6 @@ class Measuring:
     repeats: int = 20
 
 
-def load_rows(data: Data, watch: Watch) -> Task:
-    """Reads the rows of a task, and says which answers could not be used."""
-    task = data.load()
-    for reason in (MISPLACED, MISSING):
-        if count := task.dropped.get(reason):
-            watch.say(f"{task.name}: {count:,} rows left out, {reason}")
-    return task
-
-
 def score_model(
     source: str,
     data: Data,
@@ -139,7 +133,7 @@ def score_model(
     check_file(output, overwrite)
     known = None if memory is None else digest_keeper(source, memory)
     model, params = load(source)
-    scores = _score(model, params, load_rows(data, watch), scoring, output, watch)
+    scores = _score(model, params, data.load(watch), scoring, output, watch)
     save_scores(output, scores)
     if known is not None:
         known(scores.header["model"])
@@ -168,7 +162,7 @@ def evaluate_model(
     model, params = load(source)
     if generated and not model.answers_in_text:
         raise ValueError(f"{source} has task heads and writes no text: leave --generate out.")
-    loaded = [load_rows(data, watch) for data in tasks]
+    loaded = [data.load(watch) for data in tasks]
     for task in loaded:  # all of them before the first is measured
         task.rows(split)
         fitting_head(model, task, measuring.head)
@@ -198,7 +192,7 @@ def finetune_model(
     check_folder(output, overwrite)
     state = output.with_name(f"{output.name}.state")
     model, params = load(source)
-    cleaned, leaks = remove_leaks([load_rows(data, watch) for data in tasks])
+    cleaned, leaks = remove_leaks([data.load(watch) for data in tasks])
     for (task, other), count in leaks.items():
         watch.say(f"{task}: {count:,} rows dropped, held out in {other}")
     bar = watch.open("fine-tuning")
