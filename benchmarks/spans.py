@@ -25,7 +25,7 @@ from parts import PACKAGES, asked, begun, each, keep
 
 import jaxprune as jp
 from jaxprune.checkpoints.folder import model_digest
-from jaxprune.data.batches import encode, within_reach
+from jaxprune.data.batches import usable_rows
 from jaxprune.data.tasks import Rows, draw, remove_leaks
 from jaxprune.evaluation.evaluate import evaluate
 from jaxprune.training.finetuning import Recipe, Step, finetune
@@ -110,7 +110,8 @@ def budgets(setting: Setting) -> dict[str, Any]:
     """What is left at every budget, by draw."""
     model, params = setting.tuned
     length = setting.recipe.max_length
-    task, _ = within_reach(model, setting.task, split="calibration", max_length=length)  # cut-off answers
+    usable = usable_rows(model, setting.task, Rows(max_length=length))  # without cut-off answers
+    task = usable.task
     calibration = task.rows("calibration")
     rows: dict[str, dict[str, Any]] = {name: {} for name in WAYS}
     for seed in range(setting.draws):
@@ -118,7 +119,7 @@ def budgets(setting: Setting) -> dict[str, Any]:
         scores = jp.score(
             model, params, task, criterion=jp.IntegratedGradients(), examples=chosen, key=seed, max_length=length
         )
-        tokens = encode(model, chosen, max_length=length).mean_length
+        tokens = usable.encode(chosen).mean_length
         for budget in BUDGETS:
             gates = jp.select(model, params, scores, jp.budgets.Flops(budget, length=tokens))
             small = jp.compact(model, params, gates, scores.means)

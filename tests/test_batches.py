@@ -156,7 +156,7 @@ def test_the_shapes_chosen_cost_least(seed: int):
     cost = int(random.integers(0, 4_000))
     encoded = Encoded(
         input_ids=np.ones(lengths.sum(), np.int32), token_type_ids=None, offsets=np.cumsum([0, *lengths]),
-        labels=np.zeros(40, np.int32), max_length=512, truncated=0, padding=0,
+        labels=np.zeros(40, np.int32), max_length=512, cut=np.zeros(40, bool), padding=0,
     )  # fmt: skip
     # with one row per batch the shapes' cost is exactly the padded tokens and the number of shapes
     plan = pack(encoded, batch_size=1, shape_cost=cost).plan

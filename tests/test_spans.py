@@ -20,11 +20,11 @@ from tiny import MODEL_TYPES, random_gates, tiny_batch, tiny_config, tiny_model
 
 from jaxprune.checkpoints.folder import load, model_digest, save
 from jaxprune.compaction import compact
-from jaxprune.data.batches import encode, make_batches, within_reach
+from jaxprune.data.batches import encode, make_batches, usable_rows
 from jaxprune.data.prompts import prompt_for
-from jaxprune.data.spans import LONGEST, best_spans, text_of
+from jaxprune.data.spans import LONGEST, best_spans, text_of, tokenise
 from jaxprune.data.splits import Answer, Example, squad
-from jaxprune.data.tasks import Rows, Task
+from jaxprune.data.tasks import Rows, Task, row_key
 from jaxprune.evaluation.evaluate import evaluate, find_answers, fitting_head, predict
 from jaxprune.models import ENDS, NOWHERE, Model, TaskHead
 from jaxprune.models.layers import contribution
@@ -118,11 +118,14 @@ def test_the_context_alone_is_cut():
     assert encoded.lengths.tolist() == [15] * 4 and encoded.truncated == 4
     assert encoded.labels.tolist() == [[9, 9], [-1, -1], [9, 9], [-1, -1]]
     task = Task(name="find", splits={"train": tuple(rows), "dev": ()}, labels=ENDS, spans=True)
-    kept, cut = within_reach(model, task, split="train", max_length=15)
-    assert cut == 2 and kept.rows("train") == (rows[0], rows[2])
-    assert within_reach(model, task, split="train") == (task, 0) and within_reach(model, task, split="dev") == (task, 0)
+    usable = usable_rows(model, task, Rows(split="train", max_length=15))
+    assert usable.cut_off == 2 and usable.task.rows("train") == (rows[0], rows[2])
+    for settings in (Rows(split="train"), Rows(split="dev"), Rows(examples=(rows[1],), max_length=15)):
+        assert usable_rows(model, task, settings)[:2] == (task, 0)
+    others = usable_rows(model, task, Rows(split="train", max_length=15, exclude=[row_key(rows[3])]))
+    assert others.cut_off == 1 and others.task.rows("train") == (rows[0], rows[2])
     with pytest.raises(ValueError, match="the answers of all train rows of 'find' are cut off: raise max_length"):
-        within_reach(model, replace(task, splits={"train": (rows[3],)}), split="train", max_length=15)
+        usable_rows(model, replace(task, splits={"train": (rows[3],)}), Rows(split="train", max_length=15))
     with pytest.raises(ValueError, match="max_length must leave room for the context beside the question, got 8"):
         encode(model, rows, max_length=8)
 
@@ -402,14 +405,17 @@ def test_text_to_text_models_refuse_spans():
 # Scoring, checking, repairing
 
 
-def test_scores_leave_out_what_is_cut_off_and_count_it():
+def test_scores_leave_out_what_is_cut_off_and_count_it(monkeypatch: pytest.MonkeyPatch):
     model, params = spans_model()
     near = questions(30)
     texts = [f"{row.pair} the dog was not in a very long film old" for row in near[:4]]
     far = tuple(Example("it is?", text, answers=(Answer(len(text) - 3, "old"),)) for text in texts)
     task = task_of(near, splits={"calibration": (*near[:10], *far), "dev": near[10:20], "test": near[20:]})
+    read: list[int] = []
+    monkeypatch.setattr("jaxprune.data.spans.tokenise", lambda *given: read.append(len(given[1])) or tokenise(*given))
     found = score(model, params, task, criterion=GradientActivation(), examples=10, max_length=16)
     assert found.header["cut_off"] == 4 and found.header["examples"] == 10
+    assert read == [14]  # rows are tokenised once, to find the cut ones and to score
     same = score(model, params, task, criterion=GradientActivation(), examples=near[:10], max_length=16)
     for name, value in found.values.items():
         np.testing.assert_allclose(value, same.values[name], rtol=1e-4, atol=1e-6)
@@ -514,6 +520,18 @@ def test_commands_do_for_spans_what_they_do_for_labels(place: Path):
     assert list(pruned["after"]["evaluation"]["metrics"]) == ["f1", "exact_match"]
     assert "find_answers(" in (small / "README.md").read_text()
     assert load(small)[0].heads == ("mood", "mlqa_en_dev")
+    file = place / "data" / "mlqa_en_dev" / "validation.jsonl"
+    stored = json.loads(file.read_text().splitlines()[0])
+    with file.open("a") as stream:  # a row whose answer is not in its context
+        stream.write(json.dumps(stored | {"answers": {"text": ["nowhere"], "answer_start": [0]}}) + "\n")
+    task, few = ("--task", "mlqa_en_dev", *data), ("--examples", 8, "--criterion", "magnitude")
+    said = {
+        "prune": run("prune", spans, *task, *few, "--units", 0.5, "--no-evaluate", "--measure", "0", "-o", place / "p"),
+        "sweep": run("sweep", spans, *task, *few, "--flops", 0.5, "--limit", 4, "-o", place / "w"),
+        "rounds": run("prune", spans, *task, *few, "--units", 0.5, "--rounds", 2, "--measure", "0", "-o", place / "r"),
+    }
+    for name, result in said.items():
+        assert "1 rows left out, no answer stands where it says" in result.stderr, (name, result.stderr)
     assert record_of("plan", spans, "--scores", scores, "--flops", 0.5)["command"] == "plan"
 
 

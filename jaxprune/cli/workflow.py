@@ -18,7 +18,7 @@ from jaxprune.checkpoints.folder import check_destination, digest_keeper, load, 
 from jaxprune.checkpoints.tensors import FLOATS
 from jaxprune.checkpoints.weights import open_tensors
 from jaxprune.cli.render.tables import evaluation_table
-from jaxprune.data.batches import default_length, within_reach
+from jaxprune.data.batches import default_length, usable_rows
 from jaxprune.data.prompts import STYLES, fit, prompt_for, prompt_of, read_prompt
 from jaxprune.data.splits import MISPLACED, MISSING, digest
 from jaxprune.data.tasks import Rows, Task, draw, load_task, remove_leaks, seed_words
@@ -349,7 +349,7 @@ def kinds_of(model: Model, params: Params, scored: Any) -> tuple[str, ...]:
 
 def _score(model: Model, params: Params, task: Task, scoring: Scoring, output: Path, watch: Watch) -> Scores:
     output.parent.mkdir(parents=True, exist_ok=True)
-    return score(
+    scores = score(
         model,
         params,
         task,
@@ -363,6 +363,9 @@ def _score(model: Model, params: Params, task: Task, scoring: Scoring, output: P
         progress=watch.open(f"scoring {task.name}") if scoring.criterion.examples is not None else None,
         resume=output.with_name(f"{output.name}.partial"),
     )
+    if count := scores.header.get("cut_off"):
+        watch.say(f"{task.name}: {count:,} rows left out, their answers are cut off; --max-length reaches further")
+    return scores
 
 
 def score_once(model: Model, params: Params, task: Task, scoring: Scoring, kept: Path, watch: Watch) -> Scores:
@@ -370,7 +373,7 @@ def score_once(model: Model, params: Params, task: Task, scoring: Scoring, kept:
     if kept.is_file():
         found, key = load_scores(kept), jax.random.key(scoring.seed)
         count = EXAMPLES if scoring.examples is None else scoring.examples
-        own, _ = within_reach(model, task, split="calibration", max_length=scoring.max_length)
+        own = usable_rows(model, task, Rows(max_length=scoring.max_length)).task
         rows = draw(own, count, key) if scoring.criterion.examples is not None else ()
         wanted = {
             "criterion": describe(scoring.criterion),

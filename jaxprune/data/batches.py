@@ -8,20 +8,22 @@ no result: each has its `index`, and padding its weight of 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, overload
 
 import numpy as np
 
 from jaxprune.data import spans
-from jaxprune.data.tasks import Example, Task, seed_words
+from jaxprune.data.prompts import Prompt, prompt_of
+from jaxprune.data.tasks import Example, Rows, Task, row_key, seed_words
 from jaxprune.models.cost import Length
 
 if TYPE_CHECKING:
     import jax
 
-    from jaxprune.data.prompts import Prompt
+    from jaxprune.models import Model
 
 # input_ids, attention_mask, (token_type_ids), labels, weight, index; with a prompt also candidates, of spans answerable
 Batch: TypeAlias = dict[str, np.ndarray]
@@ -45,13 +47,18 @@ class Encoded:
     offsets: np.ndarray  # example i has the tokens offsets[i] to offsets[i + 1]
     labels: np.ndarray  # int32, or float32 in a regression; of spans [examples, 2] tokens; -1 where there is none
     max_length: int
-    truncated: int  # how many examples were cut to max_length tokens
+    cut: np.ndarray  # bool, by example: whether it was cut to max_length tokens
     padding: int  # index of the padding token
     candidates: np.ndarray | None = None  # [labels, tokens]: what a text-to-text model may answer, see `likelihood`
     characters: np.ndarray | None = None  # of spans, [all tokens, 2]: where in its context a token is, see `spans`
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def truncated(self) -> int:
+        """How many examples were cut to `max_length` tokens."""
+        return int(self.cut.sum())
 
     @property
     def lengths(self) -> np.ndarray:
@@ -72,6 +79,20 @@ class Encoded:
         labels = self.labels[:count]
         known = labels[labels >= 0]
         return [own, float(tokens[known].mean() if len(known) else tokens.mean())]
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> Encoded:
+        """Some of the examples, in this order."""
+        places = [np.arange(self.offsets[row], self.offsets[row + 1]) for row in rows]
+        tokens = np.concatenate(places)
+        return replace(
+            self,
+            input_ids=self.input_ids[tokens],
+            token_type_ids=None if self.token_type_ids is None else self.token_type_ids[tokens],
+            offsets=np.cumsum([0, *map(len, places)]),
+            labels=self.labels[rows],
+            cut=self.cut[rows],
+            characters=None if self.characters is None else self.characters[tokens],
+        )
 
     def batch(self, rows: Sequence[int] | np.ndarray, length: int, batch_size: int) -> Batch:
         """Puts examples into one batch of `batch_size` rows and `length` tokens."""
@@ -181,7 +202,7 @@ def encode(
             offsets=np.cumsum([0, *(len(row.ids) for row in rows)]),
             labels=np.array([row.target for row in rows], np.int32),
             max_length=length,
-            truncated=sum(row.cut for row in rows),
+            cut=np.array([row.cut for row in rows]),
             padding=padding,
             characters=np.concatenate([row.characters for row in rows]),
         )
@@ -208,7 +229,7 @@ def encode(
         offsets=np.cumsum([0, *map(len, ids)]),
         labels=np.array(labels, np.float32 if floats else np.int32),
         max_length=length,
-        truncated=len(long),
+        cut=np.isin(np.arange(len(ids)), long),
         padding=padding,
         candidates=None if prompt is None else encode_words(model_or_tokenizer, prompt.words),
     )
@@ -221,19 +242,50 @@ def default_length(model_or_tokenizer: Any, answers: bool) -> int:
     return min(spans.MAX_LENGTH if answers else MAX_LENGTH, most)
 
 
-def within_reach(model_or_tokenizer: Any, task: Task, *, split: str, max_length: int | None = None) -> tuple[Task, int]:
-    """The task without the rows of a split whose answers are cut off, and how many these are; 0 without spans.
+class UsableRows(NamedTuple):
+    """The rows of a split that can be learned or scored from."""
 
-    They are no examples to learn or to score from: their contexts hold no answer any more.
+    task: Task  # the task with these rows alone in the split
+    cut_off: int  # how many rows were left out because their answers are cut off; 0 without spans
+    encode: Callable[[Sequence[Example]], Encoded]  # tokenises some of them, those for spans only once
+
+
+def usable_rows(model: Model, task: Task, rows: Rows, *, split: str = "calibration") -> UsableRows:
+    """Finds the rows of a split that can be drawn from: every use of a task's rows but an evaluation begins here.
+
+    Rows in `rows.exclude` are left out. For span tasks, so are those whose answers are all cut off: what is left of
+    their contexts holds nothing to learn or to score from. Rows that are given are taken as they are.
+
+    Args:
+        model: The model that reads them.
+        task: The task.
+        rows: The settings; how many are drawn is up to the caller.
+        split: The split unless the settings name one.
+
+    Raises:
+        ValueError: If the answers of all rows are cut off, or the model has no prompt for the task.
     """
-    rows = task.rows(split)
-    if not task.spans or not rows:
-        return task, 0
-    cut = spans.cut_off(rows, encode(model_or_tokenizer, rows, max_length=max_length).labels)
-    kept = tuple(row for row, lost in zip(rows, cut, strict=True) if not lost)
-    if not kept:
+    read = partial(encode, model, max_length=rows.max_length, prompt=prompt_of(model, task))
+    if isinstance(rows.examples, tuple):
+        return UsableRows(task, 0, read)
+    split, excluded = rows.split or split, frozenset(rows.exclude)
+    examples = task.rows(split)
+    if excluded:
+        examples = tuple(row for row in examples if row_key(row) not in excluded)
+        task = replace(task, splits={**task.splits, split: examples})
+    if not task.spans or not examples:
+        return UsableRows(task, 0, read)
+    encoded = read(examples)
+    lost = spans.cut_off(examples, encoded.labels)
+    if all(lost):
         raise ValueError(f"the answers of all {split} rows of {task.name!r} are cut off: raise max_length.")
-    return replace(task, splits={**task.splits, split: kept}), sum(cut)
+    whole = tuple(row for row, cut in zip(examples, lost, strict=True) if not cut)
+    places = {example: place for place, example in enumerate(examples)}
+    return UsableRows(
+        replace(task, splits={**task.splits, split: whole}),
+        sum(lost),
+        lambda chosen: encoded.take([places[example] for example in chosen]),
+    )
 
 
 def encode_words(model_or_tokenizer: Any, words: Sequence[str]) -> np.ndarray:

@@ -28,9 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxprune.data.batches import encode, pack, within_reach
-from jaxprune.data.prompts import prompt_of
-from jaxprune.data.tasks import Example, Task, draw, row_key
+from jaxprune.data.batches import pack, usable_rows
+from jaxprune.data.tasks import Example, Rows, Task, draw, row_key
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
 from jaxprune.models.backward import forward
@@ -210,9 +209,10 @@ def loss_receipt(
         raise ValueError("all gates are open: nothing is lost, so there is nothing to attribute.")
     key = jax.random.key(key) if isinstance(key, int) else key_or_default(key)
     head = fitting_head(model, task, head)
-    task, _ = within_reach(model, task, split="calibration", max_length=max_length)
-    rows = tuple(examples) if isinstance(examples, Sequence) else draw(task, examples, key)
-    encoded = encode(model, rows, max_length=max_length, prompt=prompt_of(model, task))
+    given = tuple(examples) if isinstance(examples, Sequence) else examples
+    usable = usable_rows(model, task, Rows(examples=given, max_length=max_length))
+    rows = given if isinstance(given, tuple) else draw(usable.task, given, key)
+    encoded = usable.encode(rows)
     values, sums, _ = score_batches(
         model,
         params,

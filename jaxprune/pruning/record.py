@@ -14,10 +14,10 @@ import numpy as np
 
 from jaxprune.checkpoints.folder import digest
 from jaxprune.checkpoints.gate_file import units_record
-from jaxprune.data.batches import within_reach
+from jaxprune.data.batches import usable_rows
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.splits import Example, row_key
-from jaxprune.data.tasks import Task, draw
+from jaxprune.data.tasks import Rows, Task, draw
 from jaxprune.models import Model
 from jaxprune.pruning.budgets import NAMES, Budget, Rules
 from jaxprune.pruning.selection import Values, parts_of
@@ -171,7 +171,7 @@ def scored_rows(
     if header["examples"] and header.get("prompt") != own:
         raise ValueError(f"the scores were made with the prompt {header.get('prompt')}, this is {own}: use the same.")
     split = header["split"] if header["split"] != "given" else "calibration"
-    task, _ = within_reach(model, task, split=split, max_length=header["max_length"])
+    task = usable_rows(model, task, Rows(split=split, max_length=header["max_length"])).task
     rows = task.rows(split)
     if not rows:
         raise ValueError(f"{task.name!r} has no {split} rows: the rows that were scored are needed.")

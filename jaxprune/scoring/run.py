@@ -30,10 +30,10 @@ from jaxprune import __version__
 from jaxprune.checkpoints.files import write_atomic
 from jaxprune.checkpoints.folder import model_digest
 from jaxprune.checkpoints.tensors import TensorFile, write_tensors
-from jaxprune.data.batches import SHAPE_COST, encode, pack, within_reach
+from jaxprune.data.batches import SHAPE_COST, pack, usable_rows
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.splits import Example, digest, half_of, row_key
-from jaxprune.data.tasks import Task, draw, seed_words
+from jaxprune.data.tasks import Rows, Task, draw, seed_words
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model, encoder_inputs, model_inputs
 from jaxprune.scoring.activations import zero
@@ -280,12 +280,12 @@ def score(
     reads = criterion.examples is not None
     if until_stable is not None:
         _check_stable(criterion, until_stable)
-    prompt, cut_off = prompt_of(model, task), 0
-    if not isinstance(examples, Sequence):
-        task, cut_off = within_reach(model, task, split=split, max_length=max_length)
+    given = tuple(examples) if isinstance(examples, Sequence) else examples
+    usable = usable_rows(model, task, Rows(examples=given, split=split, max_length=max_length))
+    task, prompt = usable.task, prompt_of(model, task)
     rows, steps = _choose(task, examples, key, split, reads, until_stable is not None)
     _check_labels(criterion, model, head, len(task.labels), rows)
-    encoded = encode(model, rows, max_length=max_length, prompt=prompt)
+    encoded = usable.encode(rows)
     if task.spans and getattr(criterion, "labels", None) is gold and (lost := int((encoded.labels < 0).any(1).sum())):
         raise ValueError(
             f"{lost} of {len(rows)} examples have no answer within {encoded.max_length} tokens: leave them out, raise "
@@ -303,7 +303,7 @@ def score(
         "max_length": encoded.max_length,
         "versions": {"jaxprune": __version__, "jax": jax.__version__},
         "prompt": None if prompt is None else prompt.to_json(),
-        **({"cut_off": cut_off} if task.spans else {}),
+        **({"cut_off": usable.cut_off} if task.spans else {}),
     }
     devices = jax.local_devices() if devices is None else devices
     batch_size = -(-batch_size // len(devices)) * len(devices)

@@ -21,8 +21,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxprune.checkpoints.folder import model_digest
-from jaxprune.data.batches import IGNORED, Batches, Encoded, encode, training_batches, within_reach
-from jaxprune.data.prompts import prompt_of
+from jaxprune.data.batches import IGNORED, Batches, Encoded, training_batches, usable_rows
 from jaxprune.data.tasks import Rows, Task, remove_leaks
 from jaxprune.evaluation.evaluate import Evaluation, evaluate
 from jaxprune.evaluation.likelihood import candidates_in, candidates_of, teacher_forced
@@ -154,10 +153,9 @@ def finetune(
         raise ValueError(f"rows names {', '.join(unknown)}, which are not among the tasks {', '.join(names)}.")
     encoded, cut_off = {}, {}
     for task in cleaned:
-        prompt = prompt_of(trained, task)
-        own, cut = within_reach(trained, task, split="train", max_length=recipe.max_length)
-        encoded[task.name] = encode(trained, own.rows("train"), max_length=recipe.max_length, prompt=prompt)
-        cut_off |= {task.name: cut} if cut else {}
+        usable = usable_rows(trained, task, Rows(split="train", max_length=recipe.max_length))
+        encoded[task.name] = usable.encode(usable.task.rows("train"))
+        cut_off |= {task.name: usable.cut_off} if usable.cut_off else {}
     plan = partial(_plan, encoded, recipe)
     per_epoch = len(plan(0)[1])
     steps = per_epoch * recipe.epochs
