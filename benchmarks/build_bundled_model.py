@@ -17,7 +17,7 @@ import importlib.util
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,12 @@ from safetensors.numpy import load_file, save_file
 import jaxprune as jp
 from jaxprune.bundled import bundled_data, bundled_model
 from jaxprune.data.tasks import Example, Task, draw, load_task, remove_leaks, row_key
-from jaxprune.training.finetuning import Recipe
 from jaxprune.training.loop import Step
 
 TASKS = ("sst2", "ag_news", "mrpc", "rte", "qnli", "subj", "trec", "dbpedia_14", "banking77", "snips")
 VOCABULARY = 12_000  # tokens: with these the folder stays under 32 MB in half precision
 TEST_ROWS = 2_000  # at most, for the card
-RECIPE = Recipe(
+FINE_TUNING = jp.FineTuning(
     epochs=3,
     learning_rate=1e-4,
     rows={  # of an epoch: the pairs twice, the large and the easy sets in part
@@ -230,21 +229,22 @@ def main() -> None:
     def progress(step: Step) -> None:
         if step.step % 50 == 0:
             print(f"step {step.step:,} of {step.steps:,}, epoch {step.epoch}, loss {step.loss:.4f}", flush=True)
+        if step.evaluation is not None:
+            print(f"epoch {step.epoch}: {step.evaluation['results']}", flush=True)
 
     done = jp.finetune(
         model,
         params,
         tasks,
-        recipe=RECIPE,
+        FINE_TUNING,
         state=arguments.work / "run.state",
         progress=progress,
-        report=lambda epoch, result: print(f"epoch {epoch}: {result}", flush=True),
     )
     folder = bundled_model()
     jp.save(folder, done.model, done.params, dtype="float16", overwrite=folder.exists())
     results = {
-        "recipe": asdict(RECIPE),
-        "best_epoch": done.best,
+        "recipe": FINE_TUNING.to_json(),
+        "best_epoch": done.best + 1,
         "leaks": {f"{task}, {other}": count for (task, other), count in done.leaks.items()},
         "sizes": {
             "vocabulary": int(params["embeddings"]["word"]["embedding"].shape[0]),
@@ -252,7 +252,7 @@ def main() -> None:
             "bytes": (folder / "model.safetensors").stat().st_size,
         },
         "tasks": measure(folder, cleaned),
-        "history": [[result.to_json() for result in epoch] for epoch in done.epochs],
+        "history": [[result.to_json() for result in epoch] for epoch in done.evaluations],
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "transformers")},
     }
     files = {"README.md": card(results).encode(), "results.json": (json.dumps(results, indent=1) + "\n").encode()}

@@ -27,7 +27,7 @@ from timing import say
 import jaxprune as jp
 from jaxprune.data.tasks import Example, Task, load_task, remove_leaks, row_key
 from jaxprune.models import Model, family
-from jaxprune.training.finetuning import Recipe
+from jaxprune.training.loop import Step
 
 TASKS = ("sst2", "ag_news", "mrpc", "rte", "qnli", "subj", "trec", "dbpedia_14", "banking77", "snips")
 MORE_TEXTS = ("20newsgroups", "boolq_devsplit", "clinc150", "cola", "emotion")  # read in pre-training only
@@ -57,7 +57,7 @@ CONFIG = {
     "is_encoder_decoder": True,
 }
 PRETRAINING = Pretraining(steps=2_500, batch_size=32, learning_rate=2e-2)
-RECIPE = Recipe(
+FINE_TUNING = jp.FineTuning(
     epochs=3,
     batch_size=32,
     learning_rate=5e-3,
@@ -114,6 +114,14 @@ def texts_of(tasks: Sequence[Task], data: Path) -> list[str]:
     return [text for text in texts if row_key(Example(text)) not in held]
 
 
+def say_step(step: Step) -> None:
+    """Every hundredth step, and evaluations."""
+    if step.step % 100 == 0:
+        say(f"step {step.step} of {step.steps}, loss {step.loss:.3f}")
+    if step.evaluation is not None:
+        say(f"epoch {step.epoch}: {step.evaluation['results']}")
+
+
 def stream_of(model: Model, texts: Sequence[str], seed: int = 0) -> np.ndarray:
     """All texts in random order, each followed by the end of sequence, as one row of tokens."""
     order = np.random.default_rng(seed).permutation(len(texts))
@@ -153,9 +161,7 @@ def main() -> None:
             sentinels,
             recipe,
             state=work / "pretraining.state",
-            progress=lambda step: (
-                say(f"step {step.step} of {step.steps}, loss {step.loss:.3f}") if step.step % 100 == 0 else None
-            ),
+            progress=say_step,
         )
         jp.save(pretrained, model, params, overwrite=True)
     model, params = jp.load(pretrained)
@@ -163,19 +169,16 @@ def main() -> None:
         model,
         params,
         tasks,
-        recipe=RECIPE,
+        FINE_TUNING,
         state=work / "finetuning.state",
-        progress=lambda step: (
-            say(f"step {step.step} of {step.steps}, loss {step.loss:.3f}") if step.step % 100 == 0 else None
-        ),
-        report=lambda epoch, result: say(f"epoch {epoch}: {result}"),
+        progress=say_step,
     )
     folder: Path = arguments.output
     jp.save(folder, done.model, done.params, overwrite=True, dtype="float16")
     results = {
-        "recipe": asdict(RECIPE),
+        "recipe": FINE_TUNING.to_json(),
         "pretraining": recipe._asdict() | {"corruption": asdict(recipe.corruption), "texts": len(texts)},
-        "best_epoch": done.best,
+        "best_epoch": done.best + 1,
         "leaks": {f"{task}, {other}": count for (task, other), count in leaks.items()},
         "sizes": {
             "vocabulary": VOCABULARY,
@@ -183,7 +186,7 @@ def main() -> None:
             "bytes": (folder / "model.safetensors").stat().st_size,
         },
         "tasks": measure(folder, tasks),
-        "history": [[result.to_json() for result in epoch] for epoch in done.epochs],
+        "history": [[result.to_json() for result in epoch] for epoch in done.evaluations],
         "versions": {name: version(name) for name in ("jax", "flax", "optax", "tokenizers", "transformers")},
     }
     files = {"README.md": card(results).encode(), "results.json": (json.dumps(results, indent=1) + "\n").encode()}

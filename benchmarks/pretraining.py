@@ -6,21 +6,20 @@ by sentinels, and the target gives them back: every step has the same two shapes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Int
 
 from jaxprune.checkpoints.folder import model_digest
 from jaxprune.models import Model
-from jaxprune.training.finetuning import start_training, text_step
-from jaxprune.training.loop import Step, TrainingState, read_state, run_steps, write_state
+from jaxprune.training.finetuning import text_loss_and_gradients
+from jaxprune.training.loop import OPTIMIZERS, Run, Step, TrainingState, train, trainable, update
 from jaxprune.units import Params
 
 
@@ -53,6 +52,17 @@ class Pretraining(NamedTuple):
     clip: float = 1.0
     corruption: Corruption = Corruption()
     seed: int = 0
+
+    def rate(self) -> optax.Schedule:
+        """The learning rate: it rises, stays, and falls over the last third or so."""
+        rise: Any = self.warmup * self.steps
+        fall = optax.linear_schedule(self.learning_rate, 0.0, 0.3 * self.steps)  # pyright: ignore[reportArgumentType]
+        flat = (
+            optax.linear_schedule(0.0, self.learning_rate, rise)
+            if rise
+            else optax.constant_schedule(self.learning_rate)
+        )
+        return optax.join_schedules([flat, fall], [0.7 * self.steps])
 
 
 def corrupt(
@@ -116,7 +126,7 @@ def pretrain(
 ) -> Params:
     """Pre-trains a text-to-text model by span corruption, with Adafactor.
 
-    The same call with the same `state` goes on where an interrupted one stopped, to the same bits.
+    The same call with the same `state` resumes an interrupted run, to the same bits.
 
     Args:
         model: The architecture.
@@ -136,41 +146,29 @@ def pretrain(
     windows = len(stream) // corruption.window
     if windows < recipe.batch_size:
         raise ValueError(f"the texts give {windows} windows of {corruption.window} tokens, a batch has more rows.")
-    per_pass = windows // recipe.batch_size
-    run: Mapping[str, Any] = {
+    key = jax.random.key(recipe.seed)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(recipe.clip), OPTIMIZERS["adafactor"](), optax.scale_by_learning_rate(recipe.rate())
+    )
+
+    def batches(epoch: int) -> Int[np.ndarray, "n b"]:
+        order = np.random.default_rng([recipe.seed, epoch]).permutation(windows)
+        return order[: windows // recipe.batch_size * recipe.batch_size].reshape(-1, recipe.batch_size)
+
+    def step(now: TrainingState, rows: Int[np.ndarray, " b"]) -> tuple[TrainingState, Array]:
+        text = stream[rows[:, None] * corruption.window + np.arange(corruption.window)]
+        random = np.random.default_rng([recipe.seed, now.done, 1])
+        ids, targets = corrupt(text, corruption, sentinels, model.config.end_id, random)
+        batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "weight": np.ones(len(ids), np.float32)}
+        loss, grads = text_loss_and_gradients(model, now.params, batch, targets, jax.random.fold_in(key, now.done))
+        return update(optimizer, now, grads), loss
+
+    identity = {
         "recipe": recipe._asdict() | {"corruption": asdict(corruption)},
         "model": model_digest(model, params),
         "tokens": len(stream),
     }
-    fresh = jax.tree.map(lambda a: jnp.array(a, jnp.float32, copy=True), params)  # ours alone: steps donate it
-    now = start_training(fresh, "adafactor")
-    file = None if state is None else Path(state)
-    if file is not None and file.exists():
-        now, _ = read_state(file, now, run)
-    key = jax.random.key(recipe.seed)
-    save = None if file is None else partial(write_state, file, run=run, history=[])
-    while now.done < recipe.steps:
-        epoch = now.done // per_pass
-        order = np.random.default_rng([recipe.seed, epoch]).permutation(windows)
-
-        def step(now: TrainingState, order: np.ndarray = order) -> tuple[TrainingState, Array]:
-            position = now.done % per_pass
-            rows = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
-            text = stream[rows[:, None] * corruption.window + np.arange(corruption.window)]
-            random = np.random.default_rng([recipe.seed, now.done, 1])
-            ids, targets = corrupt(text, corruption, sentinels, model.config.end_id, random)
-            batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "weight": np.ones(len(ids), np.float32)}
-            how = "adafactor", 0.0, recipe.clip, _rate(now.done / recipe.steps, recipe)
-            return text_step(model, now, batch, targets, *how, jax.random.fold_in(key, now.done))
-
-        end = min((epoch + 1) * per_pass, recipe.steps)
-        now = run_steps(step, now, end, recipe.steps, epoch + 1, save, save_every, progress)
-    if save is not None:
-        save(now)
-    return now.params
-
-
-def _rate(fraction: float, recipe: Pretraining) -> float:
-    """The learning rate after this fraction of the steps: it rises, stays, and falls over the last third or so."""
-    rise = fraction / recipe.warmup if recipe.warmup else 1.0
-    return recipe.learning_rate * min(rise, 1.0) * min(1.0, (1.0 - fraction) / 0.3)
+    fresh = trainable(params)
+    run = Run(identity=identity, steps=recipe.steps, batches=batches, step=step)
+    begun, file = TrainingState(fresh, optimizer.init(fresh)), None if state is None else Path(state)
+    return train(run, begun, file=file, save_every=save_every, progress=progress).params

@@ -28,7 +28,8 @@ from jaxprune.checkpoints.folder import model_digest
 from jaxprune.data.batches import usable_rows
 from jaxprune.data.tasks import Rows, draw, remove_leaks
 from jaxprune.evaluation.evaluate import evaluate
-from jaxprune.training.finetuning import Recipe, Step, finetune
+from jaxprune.training.finetuning import FineTuning, finetune
+from jaxprune.training.loop import Step
 
 BUDGETS = (0.8, 0.7, 0.5, 0.3, 0.2)  # of the FLOPs
 SCORED, RECOVERED = 128, 256  # examples, at most
@@ -46,7 +47,7 @@ class Setting:
     start: Path
     data: Path
     work: Path
-    recipe: Recipe
+    recipe: FineTuning
     draws: int
 
     def __post_init__(self):
@@ -73,11 +74,9 @@ class Setting:
                 self.model,
                 self.params,
                 [self.task],
-                recipe=own,
+                own,
                 state=state,
-                save_every=50,
                 progress=_say,
-                report=lambda epoch, found: print(f"epoch {epoch}: {found}", file=sys.stderr, flush=True),
             )
             jp.save(folder, done.model, done.params)
             state.unlink()
@@ -92,6 +91,8 @@ class Setting:
 def _say(step: Step) -> None:
     if step.step % 50 == 0:
         print(f"step {step.step:,} of {step.steps:,}, loss {step.loss:.3f}", file=sys.stderr, flush=True)
+    if step.evaluation is not None:
+        print(f"epoch {step.epoch}: {step.evaluation['results']}", file=sys.stderr, flush=True)
 
 
 def dense(setting: Setting) -> dict[str, Any]:
@@ -152,11 +153,12 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=384, help="tokens of question and context")
     parser.add_argument("--draws", type=int, default=2, help="of the calibration rows")
     arguments, chosen = asked(parser, PARTS)
-    recipe = Recipe(
+    recipe = FineTuning(
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
         max_length=arguments.max_length,
+        save_every=50,
     )
     setting = Setting(arguments.start, arguments.data, arguments.work, recipe, arguments.draws)
     found = begun(parser, arguments.output, setting.digest)

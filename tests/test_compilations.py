@@ -35,7 +35,7 @@ from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients
 from jaxprune.scoring.baselines import Fisher, LeaveOneOut, Wanda
 from jaxprune.scoring.objectives import every
 from jaxprune.scoring.run import score_batches
-from jaxprune.training.distillation import joint_loss_and_gradients
+from jaxprune.training.joint_loss import joint_loss_and_gradients
 from jaxprune.units import widths
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # one event per program
@@ -129,9 +129,9 @@ def test_a_deep_student_compiles_no_more_than_a_shallow_one(compiled: list[int])
         batch, key = tiny_batch(model), jax.random.key(0)
         jax.clear_caches()
         before = compiled[0]
-        joint_loss_and_gradients(model, params, model, params, batch, key=key)
+        joint_loss_and_gradients((model, params), (model, params), batch, key=key)
         programs.append(compiled[0] - before)
-        joint_loss_and_gradients(model, params, model, params, batch, key=key)
+        joint_loss_and_gradients((model, params), (model, params), batch, key=key)
         assert compiled[0] - before == programs[-1]  # nor in the next step
     assert programs[0] == programs[1] > 0
 

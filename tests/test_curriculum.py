@@ -11,14 +11,14 @@ import pytest
 from tiny import random_gates, tiny_model
 
 import jaxprune as jp
-from jaxprune.training.distillation import (
+from jaxprune.training.distillation import surviving_heads
+from jaxprune.training.joint_loss import (
     Distillation,
     head_index,
     initialise_projection,
     last,
     match_layers,
     one_to_one,
-    surviving_heads,
     uniform,
     without_projection,
 )

@@ -1,347 +1,385 @@
-"""A student beside its teacher: every part by whole forward passes, padding that never leaks, and steps that learn."""
+"""Students learn and become sparse, exactly and resumably, and what does not fit their teacher is refused."""
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from passes import logits_of
-from tiny import lively, random_gates, tiny_batch, tiny_model
+from commands import Place, place, record_of, run
+from test_likelihood import asked_moods, speaker
+from test_training import DATA, encoder, lengths, moods
+from tiny import tiny_model
 
-import jaxprune as jp
-from jaxprune.checkpoints.folder import digest
+from jaxprune.checkpoints.folder import digest, load, model_digest, read_pruning, save
+from jaxprune.cli.learning import read_pattern
+from jaxprune.cli.render.cards import CARD, LEARNED
+from jaxprune.cli.render.pictures import training_picture
+from jaxprune.cli.students import DISTILLATION
 from jaxprune.models import Model, TaskHead
-from jaxprune.training.distillation import (
-    Distillation,
-    distil_step,
-    initialise_projection,
-    joint_loss,
-    joint_loss_and_gradients,
-    last,
-    start_student,
-    surviving_heads,
-    uniform,
-    without_projection,
+from jaxprune.sparse.masks import one_shot, sparsity_of
+from jaxprune.sparse.matrices import linear_maps
+from jaxprune.sparse.patterns import NM, Block, Unstructured
+from jaxprune.sparse.saliency import WeightMovement
+from jaxprune.sparse.schedules import Schedule, cubic_schedule, one_shot_schedule
+from jaxprune.training.distillation import Distilled, Sparsification, distill, surviving_heads
+from jaxprune.training.finetuning import FineTuning, finetune
+from jaxprune.training.joint_loss import Distillation
+from jaxprune.training.loop import Step, Training
+from jaxprune.units import Params, flatten, widths
+
+__all__ = ["place"]  # a fixture
+
+TRAINING = Training(steps=40, batch_size=16, learning_rate=5e-3, evaluate_every=10)
+QUICKLY = replace(TRAINING, steps=8, evaluate_every=4)
+SPARSE = Sparsification(schedule=partial(cubic_schedule, 0.9, prunings=10))
+LABELS = Distillation(attention=0, embeddings=0, hidden=0, logits=0, labels=1)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> tuple[Model, Params]:
+    model, params = encoder()
+    done = finetune(model, params, [moods()], FineTuning(epochs=2, batch_size=16, learning_rate=5e-3))
+    assert done.evaluations[done.best][0]["accuracy"] > 0.9
+    return done.model, done.params
+
+
+def dropping() -> tuple[Model, Params]:
+    """The pre-trained model, with dropout."""
+    model, params = encoder()
+    return replace(model, config=replace(model.config, hidden_dropout=0.1, attention_dropout=0.1)), params
+
+
+def teach(teacher: tuple[Model, Params], training: Training = TRAINING, **settings: Any) -> Distilled:
+    settings = {"student": dropping(), "task": moods(), "sparsification": SPARSE} | settings
+    return distill(teacher=teacher, training=training, **settings)
+
+
+@pytest.fixture(scope="module")
+def whole(teacher) -> Distilled:
+    return teach(teacher)
+
+
+def zeros(model: Model, params: Params) -> float:
+    return sparsity_of(params, linear_maps(model)).fraction
+
+
+def test_a_student_learns_while_it_becomes_sparse(teacher, whole: Distilled):
+    exam = whole.evaluations[whole.best]
+    assert exam.evaluation["accuracy"] > exam.evaluation.chance + 0.2
+    assert set(exam.losses) == {"attention", "embeddings", "hidden", "logits"}
+    assert exam.losses["hidden"] < whole.evaluations[0].losses["hidden"]
+    assert whole.fresh_head and whole.model.heads == ("moods",) and whole.steps == 40
+    for name, (pruned, size) in sparsity_of(whole.params, linear_maps(whole.model)).arrays.items():
+        assert pruned == int(0.9 * size + 0.5), name
+
+
+def test_sparsity_is_that_of_the_schedule_at_every_evaluation(whole: Distilled):
+    schedule = cubic_schedule(0.9, 40, prunings=10)
+    assert [exam.step for exam in whole.evaluations] == [10, 20, 30, 40]
+    sizes = [size for _, size in sparsity_of(whole.params, linear_maps(whole.model)).arrays.values()]
+    for exam in whole.evaluations:
+        asked = max(s for step, s in zip(schedule.steps, schedule.sparsities, strict=True) if step <= exam.step)
+        assert exam.sparsity == sum(int(np.floor(asked * size + 0.5)) for size in sizes) / sum(sizes)
+
+
+def test_only_what_is_as_sparse_as_asked_for_is_kept(teacher):
+    early = replace(SPARSE, schedule=lambda steps: cubic_schedule(0.9, steps // 2, prunings=4))
+    done = teach(teacher, replace(QUICKLY, evaluate_every=2), sparsification=early)
+    values = [dev.evaluation["accuracy"] for dev in done.evaluations]
+    assert done.best == 1 + int(np.argmax(values[1:]))  # the evaluations at the steps 4, 6 and 8
+    assert zeros(done.model, done.params) == done.evaluations[-1].sparsity
+
+
+@pytest.mark.parametrize("decay", [False, True])
+def test_interrupted_and_resumed_equals_uninterrupted(teacher, tmp_path: Path, decay: bool):
+    def interrupt(step: Step) -> None:
+        if step.step == 4:
+            raise KeyboardInterrupt
+
+    training, state = replace(QUICKLY, decay=decay), tmp_path / "state"
+    expected = teach(teacher, training)
+    with pytest.raises(KeyboardInterrupt):
+        teach(teacher, training, state=state, progress=interrupt)
+    resumed = teach(teacher, training, state=state)
+    assert digest(resumed.params) == digest(expected.params)
+    assert resumed.evaluations == expected.evaluations and resumed.best == expected.best
+    others: dict[str, dict[str, Any]] = {
+        "sparsification": {"sparsification": replace(SPARSE, schedule=partial(cubic_schedule, 0.8))},
+        "training": {"training": replace(training, seed=1)},
+        "distillation": {"distillation": LABELS},
+    }
+    for name, other in others.items():
+        with pytest.raises(ValueError, match=rf"another run \({name}.* differ\)"):
+            teach(teacher, **{"training": training, "state": state} | other)
+
+
+def test_with_labels_alone_the_teacher_is_not_asked(teacher):
+    model, params = teacher
+    broken = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), params)
+    done = teach((model, broken), distillation=LABELS, sparsification=Sparsification())
+    assert done.evaluations[-1].losses.keys() == {"labels"} and done.evaluations[-1].sparsity is None
+    assert done.evaluations[done.best].evaluation["accuracy"] > 0.7
+
+
+def test_the_students_own_head_is_kept_if_it_has_the_labels(teacher):
+    model, params = teacher
+    extra = model.with_heads((TaskHead(name="other", labels=("a", "b")), *model.config.task_heads))
+    heads = {"other": extra.initialise_head("other", jax.random.key(7)), "moods": params["heads"]["moods"]}
+    once = replace(TRAINING, steps=1, learning_rate=1e-9)
+    done = teach(teacher, once, student=(extra, params | {"heads": heads}), sparsification=Sparsification())
+    assert not done.fresh_head and done.model.heads == ("moods",) and set(done.params["heads"]) == {"moods"}
+    np.testing.assert_allclose(
+        done.params["heads"]["moods"]["out"]["kernel"], params["heads"]["moods"]["out"]["kernel"], atol=1e-7
+    )
+
+
+def test_zeros_stay_with_and_without_more_of_them(teacher):
+    model, params = teacher
+    sparse, _ = one_shot(params, 0.6, prunable=linear_maps(model))
+    kept, before = Sparsification(keep_zeros=True), zeros(model, sparse)
+    same = teach(teacher, QUICKLY, student=(model, sparse), sparsification=kept)
+    assert zeros(same.model, same.params) == before == same.evaluations[0].sparsity
+    pruned = replace(kept, schedule=lambda steps: one_shot_schedule(0.9, 5))
+    more = teach(teacher, QUICKLY, student=(model, sparse), sparsification=pruned)
+    for old, new in zip(*(flatten(own).items() for own in (sparse, more.params)), strict=True):
+        if linear_maps(model)(old[0], old[1]):
+            assert not np.asarray(new[1])[np.asarray(old[1]) == 0].any()
+
+
+def test_a_student_of_another_width_learns_through_a_projection(teacher):
+    model, _ = tiny_model(layers=1, embed=16, neurons=32, heads=())
+    student = replace(model, source=DATA / "words"), model.initialise(jax.random.key(0))
+    settings = Distillation(attention=0.0, layers=lambda ours, theirs: (theirs - 1,))
+    done = teach(teacher, QUICKLY, student=student, distillation=settings)
+    assert "projection" not in done.params
+    fresh = done.model.initialise(jax.random.key(0))
+    assert {p: a.shape for p, a in flatten(done.params).items()} == {p: a.shape for p, a in flatten(fresh).items()}
+
+
+def test_a_text_to_text_student_learns():
+    model, params = speaker()
+    done = distill((model, params), (model, params), asked_moods(), training=QUICKLY, sparsification=SPARSE)
+    assert done.evaluations[-1].sparsity == zeros(done.model, done.params) > 0.89
+
+
+def test_what_does_not_fit_is_refused(teacher):
+    other, _ = tiny_model(layers=2, embed=32, neurons=64, vocab=70, heads=())
+    stranger = replace(other, source=DATA / "words"), other.initialise(jax.random.key(0))
+    with pytest.raises(ValueError, match="must read the same tokens: their vocabularies have 70 and"):
+        teach(teacher, student=stranger)
+    with pytest.raises(ValueError, match="has 2 labels"):
+        three = replace(moods(), labels=("bad", "good", "so so"))
+        teach(teacher, task=three)
+    with pytest.raises(ValueError, match="is a classification"):
+        teach(teacher, task=lengths(moods()), distillation=Distillation(head="moods"))
+    longer = Sparsification(schedule=lambda steps: Schedule(steps=(steps + 1,), sparsities=(0.5,)))
+    with pytest.raises(ValueError, match="prunes until step 41, the training has 40"):
+        teach(teacher, sparsification=longer)
+    with pytest.raises(ValueError, match="no train rows"):
+        teach(teacher, task=replace(moods(), splits={**moods().splits, "train": ()}))
+    with pytest.raises(ValueError, match="must both be encoders"):
+        teach(teacher, student=speaker())
+    with pytest.raises(ValueError, match="the student has 1 layers, the teacher 2: choose a layer map"):
+        shallow, _ = tiny_model(layers=1, embed=32, neurons=64, heads=())
+        teach(teacher, student=(replace(shallow, source=DATA / "words"), shallow.initialise(jax.random.key(0))))
+    with pytest.raises(ValueError, match="max_length must be at most 64"):
+        teach(teacher, replace(TRAINING, max_length=65))
+
+
+def test_held_out_rows_are_not_learned_from(teacher):
+    task = moods()
+    held = task.rows("dev")[:5]
+    leaking = replace(task, splits={**task.splits, "train": (*task.rows("train"), *held)})
+    done = teach(teacher, replace(TRAINING, steps=1), task=leaking, sparsification=Sparsification())
+    assert done.leaks == 5
+
+
+# the commands
+
+
+@pytest.fixture(scope="module")
+def pretrained(place: Place) -> Path:
+    """The model without task heads, with other bits."""
+    model, _ = load(place.model)
+    bare = model.with_heads(())
+    return save(place.folder / "pretrained", bare, bare.initialise(jax.random.key(3)))
+
+
+FEW = ("--criterion", "gradient-activation", "--examples", 16)
+QUICK = ("--steps", 6, "--batch-size", 16, "--prunings", 3, "--learning-rate", 1e-3)
+
+
+def test_sparsify_writes_a_model_and_how_it_was_made(place: Place, pretrained: Path, tmp_path: Path):
+    out = tmp_path / "sparse"
+    rows = ("--teacher", place.model, "--task", "mood", "--data", place.data)
+    record = record_of("sparsify", pretrained, *rows, *QUICK, "-o", out, "--sparsity", 0.9)
+    model, params = load(out)
+    assert model.heads == ("mood",)
+    found = sparsity_of(params, linear_maps(model))
+    assert all(pruned == int(0.9 * size + 0.5) for pruned, size in found.arrays.values())
+    stored = json.loads((out / DISTILLATION).read_text())
+    assert stored == {name: value for name, value in record.items() if name != "file_bytes"}
+    assert (out / LEARNED).read_bytes() == training_picture(record) and LEARNED in (out / CARD).read_text()
+    weights = record["weights"]["student"]
+    assert weights["linear_maps"] - weights["linear_maps_not_zero"] == found.zeros
+    assert record["results"]["student"]["test"]["n"] == record["results"]["teacher"]["test"]["n"] == 60
+    assert record["fresh_head"] and record["steps"] == 6 and not out.with_name("sparse.state").exists()
+    shown = run("sparsify", pretrained, *rows, *QUICK, "-o", tmp_path / "again", "--pattern", "2:4", "--no-evaluate")
+    assert shown.exit_code == 0, shown.stderr
+    assert "teacher" in shown.stdout and "kept" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines()[:-1])) <= 80  # the last one names the folder
+    assert "step 6: 50.0 % zero, dev accuracy" in shown.stderr
+
+
+def test_sparsify_goes_on_where_it_was_interrupted(place: Place, pretrained: Path, tmp_path: Path, monkeypatch):
+    rows = ("sparsify", pretrained, "--teacher", place.model, "--task", "mood", "--data", place.data)
+    how = (*rows, "--steps", 20, "--batch-size", 16, "--prunings", 5, "--no-evaluate", "--evaluate-every", 10)
+    assert run(*how, "-o", tmp_path / "whole").exit_code == 0
+
+    def interrupt(exam: Any) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxprune.cli.students.exam_line", interrupt)
+        assert run(*how, "-o", tmp_path / "out").exit_code == 130
+    assert (tmp_path / "out.state").exists() and not (tmp_path / "out").exists()
+    assert run(*how, "-o", tmp_path / "out").exit_code == 0
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out"))
+    assert one == other and not (tmp_path / "out.state").exists()
+
+
+def test_distill_recovers_a_pruned_model_with_its_own_heads(place: Place, tmp_path: Path):
+    small, out = tmp_path / "small", tmp_path / "better"
+    rows = ("--task", "mood", "--data", place.data)
+    pruned = run("prune", place.model, *rows, *FEW, "--flops", 0.5, "-o", small, "--no-evaluate", "--measure", 0)
+    assert pruned.exit_code == 0, pruned.stderr
+    record = record_of("distill", small, "--teacher", place.model, *rows, *QUICK[:4], "-o", out)
+    model, params = load(out)
+    assert widths(model.axes, params) == widths(*((own := load(small))[0].axes, own[1]))
+    assert surviving_heads(read_pruning(out)) == surviving_heads(read_pruning(small))
+    assert record["command"] == "distill" and record["thinning"] is None
+    losses = [exam["losses"]["attention"] for exam in record["exams"]]
+    assert all(np.isfinite(losses))
+    assert (out / LEARNED).read_bytes() == training_picture(record) != training_picture(record, dark=True)
+    record["exams"][0]["losses"]["attention"] = 0.0  # not on a logarithmic scale
+    assert (out / LEARNED).read_bytes() != training_picture(record)
+
+
+def test_distill_takes_the_model_of_one_task(place: Place, tmp_path: Path):
+    """The gates of a shared folder say which heads are left."""
+    scores, shared = tmp_path / "s.safetensors", tmp_path / "shared"
+    rows = ("--task", "mood", "--data", place.data)
+    assert run("score", place.model, *rows, "--criterion", "magnitude", "-o", scores).exit_code == 0
+    assert run("share", place.model, "--scores", scores, "--flops", 0.5, "-o", shared).exit_code == 0
+    out = tmp_path / "better"
+    record = record_of("distill", f"{shared}#mood", "--teacher", place.model, *rows, *QUICK[:4], "-o", out)
+    assert np.isfinite(record["exams"][0]["losses"]["attention"])
+    assert {name for name, site in read_pruning(out)["sites"].items() if site["kept"] < site["had"]}
+
+
+def test_heads_of_unknown_origin_are_refused(place: Place, tmp_path: Path):
+    """A model that was pruned twice says what stays of its second pruning, not of the teacher's heads."""
+    rows = ("--task", "mood", "--data", place.data)
+    quick = ("--criterion", "magnitude", "--no-evaluate", "--measure", 0, "--recover", "none")
+    for source, budget, out in ((place.model, 0.6, "one"), (tmp_path / "one", 0.5, "two")):
+        assert run("prune", source, *rows, *quick, "--units", budget, "-o", tmp_path / out).exit_code == 0
+    how = ("distill", tmp_path / "two", "--teacher", place.model, *rows, *QUICK[:4], "-o", tmp_path / "new")
+    refused = run(*how)
+    assert refused.exit_code == 2 and "Say which are left" in refused.stderr and not (tmp_path / "new").exists()
+    assert run(*how, "--losses", "hidden,logits").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [(("--packed", "int8"), "int8"), (("--half",), "float16"), (("--packed", "int8", "--half"), "int8 and")],
 )
-from jaxprune.training.loop import share_gradients
-from jaxprune.units import Params, flatten
-
-ALL = Distillation(attention=0.5, embeddings=2.0, hidden=3.0, logits=0.7, labels=1.3, temperature=2.0)
-
-
-def batch_of(model: Model, seed: int = 0) -> dict[str, Any]:
-    """Three examples, the last without a label."""
-    batch = tiny_batch(model, 3, 9, seed) | {"labels": np.array([2, 0, -1], np.int32)}
-    if model.answers_in_text:
-        answers = np.array([[5, 6, 1, -100], [7, 1, -100, -100], [8, 9, 4, 1]], np.int32)
-        batch = {name: own for name, own in batch.items() if not name.startswith("decoder")}
-        batch["candidates"] = np.broadcast_to(answers, (3, *answers.shape))
-    return batch
+def test_figures_and_digest_are_those_of_the_rounded_student(
+    place: Place, pretrained: Path, tmp_path: Path, how: tuple[str, ...], words: str
+):
+    rows = ("--task", "mood", "--data", place.data)
+    out = tmp_path / "small"
+    record = record_of("sparsify", pretrained, "--teacher", place.model, *rows, *QUICK, *how, "-o", out)
+    model, params = load(out)
+    assert record["models"]["result"] == model_digest(model, params)
+    [tested] = record_of("evaluate", out, *rows)["results"]
+    assert record["results"]["student"]["test"] == {**tested, "head": "mood"}
+    card = (out / "README.md").read_text()
+    assert f"figures are those after rounding to {words}" in card
 
 
-def pair(model_type: str = "bert", **settings: Any) -> tuple[Model, Params, Params]:
-    """A student and a teacher of one architecture."""
-    model, params = tiny_model(model_type, **settings)
-    return model, params, lively(model, 1)
+def test_a_student_has_a_card(place: Place, pretrained: Path, tmp_path: Path):
+    rows = ("--teacher", place.model, "--task", "mood", "--data", place.data, *QUICK)
+    record = record_of("sparsify", pretrained, *rows, "-o", tmp_path / "sparse", "--sparsity", 0.8)
+    card = (tmp_path / "sparse" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: jaxprune\n") and "# `pretrained`, sparse for `mood`" in card
+    zeros = 100 * record["exams"][record["best"]]["sparsity"]
+    assert f"{zeros:.1f} % of the weights of its linear maps are zero" in card and str(tmp_path) not in card
+    assert "other task heads" not in card and abs(zeros - 80) < 0.5
+    accuracy = 100 * record["results"]["student"]["test"]["metrics"]["accuracy"]
+    assert f"| {accuracy:.1f} |" in card and "Labels, in the order of the logits: `bad`, `good`." in card
+    example = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0]
+    scope: dict[str, Any] = {}
+    exec(example.replace("FOLDER", str(tmp_path / "sparse")), scope)
+    assert scope["logits"].shape == (1, 2)
 
 
-def padded(model: Model, batch: dict[str, Any]) -> dict[str, Any]:
-    """Two more columns and one more row, of which only the weight says that it is no example."""
-    wide = {"input_ids": model.config.pad_id, "attention_mask": 0, "token_type_ids": 0}
-    found = {}
-    for name, array in batch.items():
-        columns = 2 if name in wide else 0
-        fill = [(0, 1), *[(0, columns)] * (array.ndim - 1)]
-        fill = [*fill[:2], *[(0, 0)] * (array.ndim - 2)]
-        found[name] = np.pad(array, fill, constant_values=wide.get(name, 0))
-        found[name][-1] = array[0] if not columns else found[name][0]
-    return found | {"weight": np.array([1, 1, 1, 0], np.float32)}
+def test_a_packed_student_is_the_same(place: Place, pretrained: Path, tmp_path: Path):
+    rows = ("--teacher", place.model, "--task", "mood", "--data", place.data, *QUICK, "--no-evaluate")
+    for name, how in {"dense": (), "packed": ("--packed", "exact")}.items():
+        assert run("sparsify", pretrained, *rows, *how, "-o", tmp_path / name).exit_code == 0
+    (_, one), (_, other) = (load(tmp_path / name) for name in ("dense", "packed"))
+    assert digest(one) == digest(other)
+    assert "after rounding" not in (tmp_path / "packed" / "README.md").read_text()
 
 
-def assert_same(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
-    for path, own in flatten(expected).items():
-        scale = max(1.0, float(jnp.abs(own).max()))
-        np.testing.assert_allclose(flatten(found)[path], own, rtol=0, atol=tolerance * scale, err_msg=str(path))
+BAD: dict[str, tuple[tuple[Any, ...], str]] = {
+    "sparsity of 1": (("--sparsity", 1.0), r"--sparsity must lie in \[0, 1\)"),
+    "sparsity of the pattern": (("--pattern", "2:4", "--sparsity", 0.9), "2 of 4 weights stay, a sparsity of 0.5"),
+    "a pattern that does not divide": (("--pattern", "1:3", "--sparsity", 2 / 3), "multiple"),
+    "an unknown pattern": (("--pattern", "many"), "--pattern is any, N:M"),
+    "N above M": (("--pattern", "4:2"), "n must be at least 1 and less than m"),
+    "an end before the beginning": (("--prune-from", 0.5, "--prune-until", 0.2), "the first below the second"),
+    "a longer schedule than training": (("--prune-until", 1.5), "fractions of the training"),
+    "no prunings": (("--prunings", 0), "prunings must be at least 1"),
+    "an unknown loss": (("--losses", "words"), "--losses takes attention"),
+    "a loss twice": (("--losses", "logits,logits=2"), "each once"),
+    "no loss": (("--losses", "logits=0"), "one of them positive"),
+    "temperature": (("--temperature", 0), "temperature must be positive"),
+    "an unknown schedule": (("--schedule", "cube"), "Did you mean 'cubic'"),
+    "an unknown packing": (("--packed", "int4"), "--packed is exact or int8"),
+    "another head": (("--head", "sound"), "no task head 'sound'"),
+    "steps": (("--steps", 0), "steps must be at least 1"),
+    "other labels": (("--task", "topic", "--head", "mood"), "has 2 labels"),
+    "not finite": (("--learning-rate", 1e30, "--steps", 20), "lower the learning rate"),
+}
 
 
-def mean(values: Any, mask: np.ndarray) -> float:
-    return float(np.asarray(values)[np.broadcast_to(mask, values.shape)].mean())
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(place: Place, pretrained: Path, tmp_path: Path, case: str):
+    given, message = BAD[case]
+    rows = ("--teacher", place.model, "--task", "mood", "--data", place.data, "--batch-size", 16, "--steps", 4)
+    result = run("sparsify", pretrained, *rows, *given, "-o", tmp_path / "new")
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert result.stderr.count("jaxprune: error:") == 1
+    error = next(line for line in result.stderr.splitlines() if line.startswith("jaxprune: error:"))
+    assert re.search(message, error), error
+    assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("model_type", ["bert", "distilbert"])
-def test_parts_equal_those_of_whole_forward_passes(model_type: str):
-    model, params, teacher = pair(model_type)
-    batch = batch_of(model)
-    total, parts = joint_loss(model, params, model, teacher, batch, ALL)
-    ours, theirs = (model.apply(own, batch, hidden=True, scores=True) for own in (params, teacher))
-    assert ours.hidden and theirs.hidden and ours.scores and theirs.scores
-    real = batch["attention_mask"].astype(bool)
-    hidden = [mean((a - b) ** 2, real[:, :, None]) for a, b in zip(ours.hidden, theirs.hidden, strict=True)]
-    pairs = real[:, None, :, None] & real[:, None, None, :]
-    attention = [mean((a - b) ** 2, pairs) for a, b in zip(ours.scores, theirs.scores, strict=True)]
-    logits, wanted = (logits_of(model, own, batch) for own in (params, teacher))
-    soft = -4.0 * (jax.nn.softmax(wanted / 2) * jax.nn.log_softmax(logits / 2)).sum(-1)
-    hard = -jax.nn.log_softmax(logits)[np.arange(2), batch["labels"][:2]]
-    expected = {
-        "attention": sum(attention),
-        "embeddings": hidden[0],
-        "hidden": sum(hidden[1:]),
-        "logits": float(soft.mean()),
-        "labels": float(hard.mean()),
-    }
-    assert {name: float(part) for name, part in parts.items()} == pytest.approx(expected, rel=1e-5)
-    assert float(total) == pytest.approx(sum(w * expected[name] for name, w in ALL.weights.items()), rel=1e-5)
+def test_patterns_are_read():
+    assert read_pattern("any") == Unstructured()
+    assert read_pattern("2:4") == NM(n=2, m=4) and read_pattern("8x16") == Block(inputs=8, outputs=16)
 
 
-def test_parts_of_a_text_to_text_model_equal_those_of_whole_forward_passes():
-    model, params, teacher = pair("t5", layers=1)
-    batch = batch_of(model) | {"labels": np.array([2, 0, 1], np.int32)}
-    settings = replace(ALL, temperature=1.0)
-    _, parts = joint_loss(model, params, model, teacher, batch, settings)
-    targets = batch["candidates"][np.arange(3), batch["labels"]]
-    own = targets >= 0
-    shifted = np.concatenate([np.full((3, 1), model.config.start_id), np.where(own, targets, 0)[:, :-1]], 1)
-    forced = batch | {"decoder_input_ids": shifted.astype(np.int32), "decoder_attention_mask": own}
-    ours, theirs = (model.apply(p, forced, hidden=True, scores=True) for p in (params, teacher))
-    assert ours.hidden and theirs.hidden and ours.scores and theirs.scores
-    read, earlier = batch["attention_mask"].astype(bool), np.tri(4, dtype=bool)
-    masks = [
-        read[:, :, None] & read[:, None],
-        own[:, :, None] & own[:, None] & earlier,
-        own[:, :, None] & read[:, None],
-    ]
-    order = [0, 1, 2, 1, 2]  # the encoder's layer; the decoder's layers, each to itself and to the encoder
-    attention = [
-        mean((a - b) ** 2, masks[i][:, None]) for i, a, b in zip(order, ours.scores, theirs.scores, strict=True)
-    ]
-    tokens = [read, read, own, own, own]
-    hidden = [mean((a - b) ** 2, m[..., None]) for m, a, b in zip(tokens, ours.hidden, theirs.hidden, strict=True)]
-    logits, wanted = (logits_of(model, own, forced) for own in (params, teacher))
-    soft = -(jax.nn.softmax(wanted) * jax.nn.log_softmax(logits)).sum(-1)
-    hard = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.maximum(targets, 0)[..., None], -1)
-    expected = {
-        "attention": sum(attention),
-        "embeddings": hidden[0] + hidden[2],
-        "hidden": hidden[1] + hidden[3] + hidden[4],
-        "logits": mean(soft, own),
-        "labels": mean(hard[..., 0], own),
-    }
-    assert {name: float(part) for name, part in parts.items()} == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("model_type", ["bert", "t5"])
-def test_padding_never_leaks(model_type: str):
-    model, params, teacher = pair(model_type, layers=1)
-    batch = batch_of(model)
-    (total, parts), grads = joint_loss_and_gradients(model, params, model, teacher, batch, ALL)
-    more = padded(model, batch)
-    assert more["input_ids"].shape == (4, 11)
-    (found, own), slopes = joint_loss_and_gradients(model, params, model, teacher, more, ALL)
-    assert float(found) == pytest.approx(float(total), rel=1e-5)
-    assert {n: float(part) for n, part in own.items()} == pytest.approx(
-        {n: float(p) for n, p in parts.items()}, rel=1e-5
-    )
-    assert_same(slopes, grads, 2e-5)  # sums of another length
-
-
-def test_gradients_equal_those_of_automatic_differentiation():
-    """With another depth, another width, heads that are gone, and a task head that is not used."""
-    heads = tuple(TaskHead(name=name, labels=("a", "b", "c")) for name in ("task", "other"))
-    teacher_model, teacher = tiny_model(layers=3, heads=heads[:1], seed=1)
-    model, params = tiny_model(layers=2, embed=8, attention_heads=4, heads=heads)
-    gates = {"1.attention.heads": np.array([1, 0, 0, 1], np.float32)}
-    params = jp.compact(model, params, gates)
-    student = params | {"projection": initialise_projection(model, teacher_model, jax.random.key(0))}
-    batch, settings = batch_of(model), replace(ALL, layers=uniform)
-    named = {"head": "task", "heads": surviving_heads(jp.pruning_record(gates, gates))}
-
-    def loss(student: Params) -> Any:
-        return joint_loss(model, student, teacher_model, teacher, batch, settings, **named)
-
-    (total, parts), grads = joint_loss_and_gradients(model, student, teacher_model, teacher, batch, settings, **named)
-    (expected, others), slopes = jax.jit(jax.value_and_grad(loss, has_aux=True))(student)
-    np.testing.assert_allclose(total, expected, rtol=1e-5)
-    assert jax.tree.structure(grads) == jax.tree.structure(student)
-    assert {n: float(part) for n, part in parts.items()} == pytest.approx({n: float(p) for n, p in others.items()})
-    assert_same(grads, slopes)
-    assert not any(jnp.any(own) for own in jax.tree.leaves(grads["heads"]["other"]))
-    assert all(jnp.any(own) for own in jax.tree.leaves(grads["projection"]))
-
-
-def test_gradients_of_a_text_to_text_model_equal_those_of_automatic_differentiation():
-    model, params, teacher = pair("t5", layers=1)
-    batch = batch_of(model) | {"labels": np.array([2, 0, 1], np.int32)}
-    _, grads = joint_loss_and_gradients(model, params, model, teacher, batch, ALL)
-    slopes = jax.jit(jax.grad(lambda own: joint_loss(model, own, model, teacher, batch, ALL)[0]))(params)
-    assert_same(grads, share_gradients(model, slopes))
-
-
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn():
-    model, _, teacher = pair()
-    batch = batch_of(model)
-    (_, parts), grads = joint_loss_and_gradients(model, teacher, model, teacher, batch, Distillation(temperature=3.0))
-    logits = logits_of(model, teacher, batch)
-    entropy = -9.0 * (jax.nn.softmax(logits / 3) * jax.nn.log_softmax(logits / 3)).sum(-1).mean()
-    np.testing.assert_allclose(parts.pop("logits"), entropy, rtol=1e-5)
-    assert {name: float(part) for name, part in parts.items()} == pytest.approx(dict.fromkeys(parts, 0.0), abs=1e-9)
-    assert_same(grads, jax.tree.map(jnp.zeros_like, grads))
-
-
-def test_the_teacher_gets_no_gradient():
-    model, params, teacher = pair(layers=1)
-    batch = batch_of(model)
-    slopes = jax.jit(jax.grad(lambda own: joint_loss(model, params, model, own, batch)[0]))(teacher)
-    assert not any(jnp.any(own) for own in jax.tree.leaves(slopes))
-
-
-def test_a_step_may_be_compiled_as_one_program():
-    model, params, teacher = pair(layers=1)
-    batch = batch_of(model)
-    expected = joint_loss_and_gradients(model, params, model, teacher, batch)
-    found = jax.jit(lambda *own: joint_loss_and_gradients(model, own[0], model, *own[1:]))(params, teacher, batch)
-    np.testing.assert_allclose(found[0][0], expected[0][0], rtol=1e-5)
-    assert_same(found[1], expected[1])
-
-
-def test_a_layer_map_of_one_to_one_is_the_default():
-    model, params, teacher = pair()
-    batch = batch_of(model)
-    expected = joint_loss(model, params, model, teacher, batch)[0]
-    for layers in (uniform, last, lambda *_: (0, 1)):
-        assert joint_loss(model, params, model, teacher, batch, Distillation(layers=layers))[0] == expected
-
-
-def test_a_layer_that_learns_from_none_adds_nothing():
-    model, params, teacher = pair()
-    batch = batch_of(model)
-    only = [
-        joint_loss(model, params, model, teacher, batch, Distillation(logits=0.0, layers=lambda *_, m=m: m))[1]
-        for m in ((0, None), (None, 1), (0, 1))
-    ]
-    for name in ("attention", "hidden"):
-        assert float(only[0][name] + only[1][name]) == pytest.approx(float(only[2][name]), rel=1e-6)
-
-
-def test_surviving_heads_learn_from_themselves():
-    """In the first layer nothing else has changed: each head that is left has the scores that it had."""
-    model, params = tiny_model(layers=1)
-    for seed in (1, 2):
-        gates = random_gates(model, params, seed)
-        small = jp.compact(model, params, gates)
-        heads = surviving_heads(jp.pruning_record(gates, gates))
-        settings = Distillation(embeddings=0.0, hidden=0.0, logits=0.0)
-        _, parts = joint_loss(model, small, model, params, batch_of(model), settings, heads=heads)
-        assert 0 < len(heads["0.attention.heads"]) < 4
-        assert float(parts["attention"]) == pytest.approx(0.0, abs=1e-9)
-    none = jp.compact(model, params, {"0.attention.heads": np.zeros(4, np.float32)})
-    (_, parts), grads = joint_loss_and_gradients(
-        model, none, model, params, batch_of(model), heads={"0.attention.heads": ()}
-    )
-    assert float(parts["attention"]) == 0.0 and all(jnp.isfinite(own).all() for own in jax.tree.leaves(grads))
-
-
-def test_a_regression_learns_from_its_hard_labels():
-    head = TaskHead(name="task", labels=("score",), regression=True)
-    model, params, teacher = pair(layers=1, heads=(head,))
-    batch = batch_of(model) | {"labels": np.array([0.5, 1.5, 2.5], np.float32)}
-    _, parts = joint_loss(model, params, model, teacher, batch)
-    logits, wanted = (logits_of(model, own, batch) for own in (params, teacher))
-    assert set(parts) == {"attention", "embeddings", "hidden", "labels"}
-    np.testing.assert_allclose(parts["labels"], jnp.square(logits[:, 0] - batch["labels"]).mean(), rtol=1e-5)
-    soft = Distillation(attention=0.0, embeddings=0.0, hidden=0.0)
-    found, _ = joint_loss(model, params, model, teacher, batch, soft)
-    np.testing.assert_allclose(found, jnp.square(logits - wanted).mean(), rtol=1e-5)
-
-
-def test_logits_may_come_with_the_batch():
-    model, params, teacher = pair()
-    batch, settings = batch_of(model), Distillation(attention=0.0, embeddings=0.0, hidden=0.0)
-    expected = joint_loss(model, params, model, teacher, batch, settings)[0]
-    known = batch | {"teacher_logits": np.asarray(logits_of(model, teacher, batch))}
-    other = lively(model, 2)
-    np.testing.assert_allclose(joint_loss(model, params, model, other, known, settings)[0], expected, rtol=1e-6)
-    with pytest.raises(ValueError, match=r"logits have the shape \(3, 3\), the teacher's \(3, 2\)"):
-        joint_loss(model, params, model, teacher, known | {"teacher_logits": np.zeros((3, 2), np.float32)}, settings)
-
-
-def test_the_student_alone_drops_out():
-    model, params, teacher = pair()
-    noisy = replace(model, config=replace(model.config, hidden_dropout=0.3, attention_dropout=0.3))
-    batch = batch_of(model)
-    plain = joint_loss(model, params, model, teacher, batch)[0]
-    assert joint_loss(noisy, params, noisy, teacher, batch)[0] == plain
-    found = [joint_loss(noisy, params, noisy, teacher, batch, key=jax.random.key(i))[0] for i in (0, 0, 1)]
-    assert found[0] == found[1] != found[2]
-    quiet = joint_loss(noisy, params, model, teacher, batch, key=jax.random.key(0))[0]
-    assert quiet == found[0]  # the teacher's dropout was off
-
-
-def taught(model: Model, params: Params, teacher: Params, optimizer: Any, steps: int) -> tuple[Params, list[float]]:
-    now, losses = start_student(params, optimizer), []
-    batch = batch_of(model)
-    for step in range(steps):
-        now, (loss, _) = distil_step(
-            model, model, optimizer, Distillation(), now, teacher, batch, jax.random.fold_in(jax.random.key(0), step)
-        )
-        losses.append(float(loss))
-    assert now.done == steps
-    return now.params, losses
-
-
-def test_steps_reduce_the_loss_with_the_same_bits_each_time():
-    model, params, teacher = pair(layers=1)
-    model = replace(model, config=replace(model.config, hidden_dropout=0.1))
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(3e-2, 1e-2, 8)))
-    before = digest(params)
-    found, losses = taught(model, params, teacher, optimizer, 8)
-    assert losses[-1] < 0.8 * losses[0]
-    again, _ = taught(model, params, teacher, optimizer, 8)
-    assert digest(found) == digest(again) and digest(params) == before
-
-
-def test_an_optimizer_may_prune():
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        return jax.tree.map(lambda g, p: jnp.where(jnp.abs(p) < 0.1, -p, -0.01 * g), updates, params), state
-
-    optimizer = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-    model, params, teacher = pair(layers=1)
-    found, _ = taught(model, params, teacher, optimizer, 1)
-    for path, own in flatten(found).items():
-        assert ((np.asarray(own) == 0) >= (np.abs(flatten(params)[path]) < 0.1)).all()
-
-
-def test_spans_are_refused():
-    model, params = tiny_model(layers=1)
-    spans = model.with_heads((TaskHead(name="find", labels=("start", "end"), pooling="none"),))
-    with pytest.raises(ValueError, match="'find' is for spans, and losses are of labels"):
-        joint_loss(spans, params, spans, params, tiny_batch(model))
-
-
-def test_a_projection_is_not_pruned():
-    model, _ = tiny_model(layers=1)
-    assert jp.linear_maps(model)(("projection", "embeddings"), np.zeros((4, 4))) == 0
-
-
-def test_what_does_not_match_is_refused():
-    model, params, teacher = pair(layers=1)
-    batch = batch_of(model)
-    other, others = tiny_model(layers=1, heads=(TaskHead(name="task", labels=("yes", "no", "maybe")),))
-    with pytest.raises(
-        ValueError, match=r"student's task head is 'task' \(no, maybe, yes\), the teacher's 'task' \(yes"
-    ):
-        joint_loss(model, params, other, others, batch)
-    wide, wider = tiny_model(layers=1, embed=24)
-    with pytest.raises(ValueError, match=r"have the width 16, the teacher's 24: train params \|"):
-        joint_loss(model, params, wide, wider, batch)
-    with pytest.raises(ValueError, match=r"hard labels needs 'labels' in the batch"):
-        del batch["labels"]
-        joint_loss(model, params, model, teacher, batch, ALL)
-    deep, deeper = tiny_model(layers=3)
-    with pytest.raises(ValueError, match="choose a layer map"):
-        joint_loss(model, params, deep, deeper, batch)
-    assert set(without_projection(params)) == set(params)
+def test_other_criteria_are_described(teacher):
+    described = replace(SPARSE, criterion=WeightMovement(), pattern=Block(inputs=4, outputs=4)).to_json(100)
+    assert described and described["criterion"]["name"] == "WeightMovement" and described["pattern"]["inputs"] == 4
+    json.dumps(described)

@@ -39,13 +39,13 @@ from jaxprune.scoring.objectives import (
     value_and_cotangent,
 )
 from jaxprune.scoring.run import score
-from jaxprune.training.finetuning import Recipe, finetune
+from jaxprune.training.finetuning import FineTuning, finetune
 from jaxprune.training.loop import Step
 from jaxprune.units import Params, open_gates
 
 ANSWERS = Path(__file__).parent / "data" / "answers"
 PROMPT = Prompt(template="mood : {text} ?", words=("bad", "very good"))
-RECIPE = Recipe(epochs=2, batch_size=16, learning_rate=3e-2, optimizer="adafactor", weight_decay=0.0)
+TRAINING = FineTuning(epochs=2, batch_size=16, learning_rate=3e-2, optimizer="adafactor", weight_decay=0.0)
 
 
 def speaker(model_type: str = "t5") -> tuple[Model, Params]:
@@ -268,17 +268,17 @@ def test_tasks_that_cannot_be_asked():
 def test_a_text_to_text_model_learns_a_task_and_resumes_to_the_same_bits(tmp_path: Path):
     model, params = speaker()
     task = asked_moods()
-    whole = finetune(model, params, [task], recipe=RECIPE)
-    assert whole.model == model and whole.epochs[-1][0]["accuracy"] > 0.85
+    whole = finetune(model, params, [task], TRAINING)
+    assert whole.model == model and whole.evaluations[-1][0]["accuracy"] > 0.85
 
     def stop(step: Step) -> None:
         if step.step == 30:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(model, params, [task], recipe=RECIPE, state=tmp_path / "state", progress=stop)
-    again = finetune(model, params, [task], recipe=RECIPE, state=tmp_path / "state")
-    assert digest(again.params) == digest(whole.params) and again.epochs == whole.epochs
+        finetune(model, params, [task], TRAINING, state=tmp_path / "state", progress=stop)
+    again = finetune(model, params, [task], TRAINING, state=tmp_path / "state")
+    assert digest(again.params) == digest(whole.params) and again.evaluations == whole.evaluations
     tables = [own["attention"]["relative"]["embedding"] for own in again.params["decoder"]["layers"].values()]
     for table in tables[1:]:
         np.testing.assert_array_equal(table, tables[0])

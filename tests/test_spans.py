@@ -51,7 +51,7 @@ from jaxprune.scoring.objectives import (
     value_and_cotangent,
 )
 from jaxprune.scoring.run import score
-from jaxprune.training.finetuning import Recipe, finetune
+from jaxprune.training.finetuning import FineTuning, finetune
 from jaxprune.units import Params, open_gates
 
 WORDS = Path(__file__).parent / "data" / "words"
@@ -467,17 +467,18 @@ def test_a_head_for_spans_learns_beside_others_and_beside_old_ones():
     far = example("it is?", "the " * 60 + "red", "red")
     rows = questions(330)
     task = task_of((far, *rows), train=241)
-    recipe = Recipe(epochs=6, batch_size=16, learning_rate=1e-2)
-    both = finetune(model, params, [task, moods()], recipe=recipe, dev_limit=30)
+    training = FineTuning(epochs=6, batch_size=16, learning_rate=1e-2, dev_limit=30)
+    both = finetune(model, params, [task, moods()], training)
     assert both.model.heads == ("find", "mood") and both.model.head("find") == SPANS and both.cut_off == {"find": 1}
     found = evaluate(both.model, both.params, task)
     assert found["exact_match"] > 0.9 and found["f1"] >= found["exact_match"]
     new = [Example("it is?", "a Warm film", answers=())]
     assert find_answers(both.model, both.params, new, head="find") == ["Warm"]
-    alone = finetune(model, params, [task], recipe=replace(recipe, epochs=1), keep_heads=True)
+    short = replace(training, steps=2, keep_heads=True)
+    alone = finetune(model, params, [task], short)
     assert alone.model.heads == ("mood", "find")
     jax.tree.map(np.testing.assert_array_equal, alone.params["heads"]["mood"], params["heads"]["mood"])
-    again = finetune(alone.model, alone.params, [task], recipe=replace(recipe, epochs=1), keep_heads=True)
+    again = finetune(alone.model, alone.params, [task], short)
     assert again.model.heads == ("mood", "find")  # one of the task's own name is trained anew
 
 
@@ -565,7 +566,7 @@ def test_every_command_says_which_rows_it_leaves_out(tmp_path: Path):
     [
         (("evaluate", "model", "--task", "squad"), "the head 'mood' is a classification, but 'squad' is for spans."),
         (("evaluate", "model", "--task", "squad", "--label-names", "a,b"), "squad: answers need a question,"),
-        (("finetune", "model", "--task", "squad", "-o", "no"), "'squad' has no train rows to fine-tune with."),
+        (("finetune", "model", "--task", "squad", "-o", "no"), "'squad' has no train rows"),
         (("evaluate", "model", "--task", "squad", "--prompt", "t5"), "task 'squad' is for spans; a prompt needs"),
     ],
 )

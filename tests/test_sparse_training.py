@@ -22,7 +22,7 @@ from tiny import tiny_model
 
 import jaxprune as jp
 from jaxprune.sparse import optimizer as sparse_training
-from jaxprune.sparse.optimizer import SparsifyState
+from jaxprune.sparse.optimizer import SparseState
 from jaxprune.sparse.patterns import pruned_of
 
 SCHEDULE = jp.cubic_schedule(0.9, 12, prunings=4)  # at 3, 6, 9 and 12
@@ -75,7 +75,7 @@ def same(a: Any, b: Any) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_pruned_weights_and_their_moments_stay_zero(name):
     params = mlp()
-    optimizer = jp.sparsify(OPTIMIZERS[name](), schedule=SCHEDULE, prunable=kernels)
+    optimizer = jp.sparse_optimizer(OPTIMIZERS[name](), schedule=SCHEDULE, prunable=kernels)
     state = start(optimizer, params)
     step = trainer(optimizer)
     before = state.masks
@@ -99,7 +99,7 @@ def test_pruned_weights_and_their_moments_stay_zero(name):
 @pytest.mark.parametrize("kind", ["tied", "constant"])
 def test_counts_are_exact_whatever_the_ties(kind):
     params = mlp(kind)
-    optimizer = jp.sparsify(optax.sgd(0.0), schedule=jp.linear_schedule(0.95, 5), prunable=kernels)
+    optimizer = jp.sparse_optimizer(optax.sgd(0.0), schedule=jp.linear_schedule(0.95, 5), prunable=kernels)
     state = start(optimizer, params)
     step = trainer(optimizer)
     for number in range(1, 6):
@@ -112,7 +112,7 @@ def test_counts_are_exact_whatever_the_ties(kind):
 def test_the_masks_are_those_of_a_stable_sort():
     """Of the weights as they stand before the update."""
     params = mlp()
-    optimizer = jp.sparsify(optax.sgd(0.1), schedule=jp.one_shot_schedule(0.6, 3), prunable=kernels)
+    optimizer = jp.sparse_optimizer(optax.sgd(0.1), schedule=jp.one_shot_schedule(0.6, 3), prunable=kernels)
     state, step = start(optimizer, params), trainer(optimizer)
     for number in range(1, 4):
         before = jax.tree.map(np.asarray, params)
@@ -125,7 +125,7 @@ def test_the_masks_are_those_of_a_stable_sort():
 
 def test_before_the_first_pruning_it_is_the_optimizer_alone():
     inner = optax.adamw(1e-2)
-    wrapped = jp.sparsify(inner, schedule=jp.one_shot_schedule(0.5, 100), prunable=kernels)
+    wrapped = jp.sparse_optimizer(inner, schedule=jp.one_shot_schedule(0.5, 100), prunable=kernels)
     plain, own = mlp(), mlp()
     plain_state, own_state = inner.init(plain), start(wrapped, own)
     alone, together = trainer(inner), trainer(wrapped)
@@ -140,7 +140,7 @@ def test_a_pruned_weight_counts_for_the_optimizer_as_if_it_were_not_there():
     dense = mlp()
     pruned, masks = jp.one_shot(dense, 0.5, prunable=kernels)
     inner = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2))
-    optimizer = jp.sparsify(inner, schedule=jp.one_shot_schedule(0.9, 100), prunable=kernels, masks=masks)
+    optimizer = jp.sparse_optimizer(inner, schedule=jp.one_shot_schedule(0.9, 100), prunable=kernels, masks=masks)
     alone = trainer(inner, objective=lambda params, x: loss(jp.apply_masks(params, masks), x))
     plain, plain_state = jax.tree.map(jnp.copy, pruned), inner.init(pruned)
     own, state = jax.tree.map(jnp.copy, pruned), start(optimizer, pruned)
@@ -155,7 +155,9 @@ def test_a_pruned_weight_counts_for_the_optimizer_as_if_it_were_not_there():
 def test_masks_hold_from_the_first_update_on():
     dense = mlp()
     _, masks = jp.one_shot(dense, 0.5, prunable=kernels)
-    optimizer = jp.sparsify(optax.sgd(0.1), schedule=jp.one_shot_schedule(0.9, 9), prunable=kernels, masks=masks)
+    optimizer = jp.sparse_optimizer(
+        optax.sgd(0.1), schedule=jp.one_shot_schedule(0.9, 9), prunable=kernels, masks=masks
+    )
     params, state = trainer(optimizer)(dense, start(optimizer, dense), batch(0))  # donates the masks of the state
     assert jp.sparsity_of(params, kernels) == jp.sparsity_of(masks) == jp.sparsity_of(state.masks)
 
@@ -169,7 +171,7 @@ def test_masks_hold_from_the_first_update_on():
     ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted_and_compiled_equals_eager(criterion, pattern, final):
-    optimizer = jp.sparsify(
+    optimizer = jp.sparse_optimizer(
         optax.adamw(1e-2),
         schedule=jp.cubic_schedule(final, 6, prunings=3),
         prunable=kernels,
@@ -201,7 +203,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_and_compiled_equals_eager(
 
 
 def test_n_of_m_is_reached_in_steps():
-    optimizer = jp.sparsify(
+    optimizer = jp.sparse_optimizer(
         optax.sgd(0.1), schedule=jp.linear_schedule(0.5, 4), prunable=kernels, pattern=jp.NM(n=2, m=4)
     )
     params = mlp()
@@ -215,7 +217,7 @@ def test_n_of_m_is_reached_in_steps():
 
 
 def test_movement_sums_over_the_steps():
-    optimizer = jp.sparsify(
+    optimizer = jp.sparse_optimizer(
         optax.sgd(0.5), schedule=jp.one_shot_schedule(0.5, 2), prunable=kernels, criterion=jp.WeightMovement()
     )
     params: Any = {"kernel": jnp.asarray([[1.0, 1.0], [-1.0, 2.0]])}
@@ -230,7 +232,7 @@ def test_movement_sums_over_the_steps():
 
 def test_half_precision_weights_become_exactly_zero():
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), mlp())
-    optimizer = jp.sparsify(optax.sgd(0.1, 0.9), schedule=jp.one_shot_schedule(0.5, 1), prunable=kernels)
+    optimizer = jp.sparse_optimizer(optax.sgd(0.1, 0.9), schedule=jp.one_shot_schedule(0.5, 1), prunable=kernels)
     state = start(optimizer, params)
     updates, state = jax.jit(optimizer.update)(jax.tree.map(jnp.ones_like, params), state, params)
     moved = optax.apply_updates(params, updates)
@@ -240,7 +242,7 @@ def test_half_precision_weights_become_exactly_zero():
 
 def test_factored_moments_are_left():
     inner = optax.adafactor(1e-2, min_dim_size_to_factor=4)
-    optimizer = jp.sparsify(inner, schedule=jp.one_shot_schedule(0.5, 1), prunable=kernels)
+    optimizer = jp.sparse_optimizer(inner, schedule=jp.one_shot_schedule(0.5, 1), prunable=kernels)
     params, state = trainer(optimizer)(mlp(), start(optimizer, mlp()), batch(0))
     assert jp.sparsity_of(params, kernels) == jp.sparsity_of(state.masks)
     shapes = {leaf.shape for leaf in jax.tree.leaves(state.inner)}
@@ -249,7 +251,7 @@ def test_factored_moments_are_left():
 
 def test_it_prunes_a_model_of_this_package():
     model, params = tiny_model(layers=1)
-    optimizer = jp.sparsify(optax.sgd(0.1), schedule=jp.cubic_schedule(0.95, 2), prunable=jp.linear_maps(model))
+    optimizer = jp.sparse_optimizer(optax.sgd(0.1), schedule=jp.cubic_schedule(0.95, 2), prunable=jp.linear_maps(model))
     state = start(optimizer, params)
 
     @jax.jit
@@ -266,7 +268,7 @@ def test_it_prunes_a_model_of_this_package():
 
 def test_ranking_is_behind_a_condition():
     """A step on which nothing is pruned searches for no threshold: all loops of the program are inside the branch."""
-    optimizer = jp.sparsify(optax.sgd(0.1), schedule=SCHEDULE, prunable=kernels)
+    optimizer = jp.sparse_optimizer(optax.sgd(0.1), schedule=SCHEDULE, prunable=kernels)
     params = mlp()
     program = jax.make_jaxpr(optimizer.update)(params, start(optimizer, params), params)
 
@@ -283,21 +285,25 @@ def test_ranking_is_behind_a_condition():
 
 
 def test_wrong_uses_are_refused():
-    optimizer = jp.sparsify(optax.sgd(0.1), schedule=SCHEDULE, prunable=kernels)
+    optimizer = jp.sparse_optimizer(optax.sgd(0.1), schedule=SCHEDULE, prunable=kernels)
     params = mlp()
     with pytest.raises(ValueError, match=r"call update\(grads, state, params\)"):
         optimizer.update(params, start(optimizer, params))
     with pytest.raises(ValueError, match=r"2 of 4 weights stay, a sparsity of 0.5, got 0.9"):
-        jp.sparsify(optax.sgd(0.1), schedule=SCHEDULE, prunable=kernels, pattern=jp.NM())
+        jp.sparse_optimizer(optax.sgd(0.1), schedule=SCHEDULE, prunable=kernels, pattern=jp.NM())
     with pytest.raises(ValueError, match="the inputs of every matrix must be a multiple of 5"):
-        late = jp.sparsify(optax.sgd(0.1), schedule=SCHEDULE, prunable=kernels, pattern=jp.Block(inputs=5, outputs=1))
+        late = jp.sparse_optimizer(
+            optax.sgd(0.1), schedule=SCHEDULE, prunable=kernels, pattern=jp.Block(inputs=5, outputs=1)
+        )
         late.init(params)  # before the first step
 
 
 def test_the_state_is_a_pytree_of_arrays():
-    optimizer = jp.sparsify(optax.adam(1e-2), schedule=SCHEDULE, prunable=kernels, criterion=jp.WeightMovement())
+    optimizer = jp.sparse_optimizer(
+        optax.adam(1e-2), schedule=SCHEDULE, prunable=kernels, criterion=jp.WeightMovement()
+    )
     state = start(optimizer, mlp())
-    assert isinstance(state, SparsifyState)
+    assert isinstance(state, SparseState)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
     assert jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(state)) is not None
     assert optax.tree_utils.tree_get((state, ()), "masks") is state.masks
@@ -335,7 +341,7 @@ for together in (False, True):
     split, split_masks = jp.one_shot(jax.device_put(mlp("tied"), places), 0.7, **settings)
     same((whole, masks), (split, split_masks))
     assert jp.sparsity_of(split_masks).zeros == (118 if together else 67 + 50)
-optimizer = jp.sparsify(optax.adamw(1e-2), schedule=jp.cubic_schedule(0.9, 4, prunings=2), prunable=kernels)
+optimizer = jp.sparse_optimizer(optax.adamw(1e-2), schedule=jp.cubic_schedule(0.9, 4, prunings=2), prunable=kernels)
 params = jax.device_put(mlp(), places)
 state = optimizer.init(params)
 assert state.masks["in"]["kernel"].sharding == places["in"]["kernel"]  # nothing is gathered

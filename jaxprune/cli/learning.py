@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
     from jaxprune.cli.students import Schooling
     from jaxprune.sparse.patterns import Pattern
     from jaxprune.sparse.schedules import Schedule
-    from jaxprune.training.distillation import Distillation
-    from jaxprune.training.students import Teaching, Thinning
+    from jaxprune.training.distillation import Sparsification
+    from jaxprune.training.joint_loss import Distillation
+    from jaxprune.training.loop import Training
 
 taught = partial(option, panel="What is learned")
 zeroed = partial(option, panel="What becomes zero")
@@ -61,17 +63,19 @@ class TeachingOptions:
     evaluate: Annotated[bool, measured("Test teacher and student in the end.", "--evaluate/--no-evaluate")] = True
     limit: Annotated[int | None, measured("The most test examples.")] = None
 
-    def recipe(self, batches: BatchOptions) -> Teaching:
+    def training(self, batches: BatchOptions) -> Training:
         """How to train."""
-        from jaxprune.training.students import Teaching
+        from jaxprune.training.loop import Training
 
-        return Teaching(
+        return Training(
             epochs=self.epochs,
             steps=self.steps,
             learning_rate=self.learning_rate,
             decay=self.decay,
             dropout=self.dropout,
             seed=self.seed,
+            evaluate_every=self.evaluate_every,
+            dev_limit=self.dev_limit,
             **asdict(batches),
         )
 
@@ -96,11 +100,16 @@ class LessonOptions:
         Raises:
             ValueError: If a loss is unknown, named twice, or its weight is no number.
         """
-        from jaxprune.training.distillation import Distillation
+        from jaxprune.training.joint_loss import Distillation
 
         preset = Distillation.sparse_bert(regression=regression)
         weights: dict[str, Any] = {} if self.losses is None else _losses(self.losses)
-        return replace(preset, temperature=self.temperature, layers=find("layers", self.layers), **weights)
+        how: dict[str, Any] = {
+            "temperature": self.temperature,
+            "layers": find("layers", self.layers),
+            "head": self.head,
+        }
+        return replace(preset, **how, **weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +126,7 @@ class ThinningOptions:
     ] = "any"
     together: Annotated[bool, zeroed("All matrices compete, or each loses the same.", "--global/--per-matrix")] = False
 
-    def thinning(self, sparsity: float | None) -> Thinning:
+    def sparsification(self, sparsity: float | None) -> Sparsification:
         """How to prune on the way; None: to the sparsity of the pattern, or to that of SparseBERT.
 
         Raises:
@@ -125,7 +134,7 @@ class ThinningOptions:
         """
         from jaxprune.sparse.patterns import NM
         from jaxprune.sparse.schedules import check_sparsity
-        from jaxprune.training.students import Thinning
+        from jaxprune.training.distillation import Sparsification
 
         pattern = read_pattern(self.pattern)
         if sparsity is None:
@@ -136,7 +145,7 @@ class ThinningOptions:
                 f"--prune-from and --prune-until must be fractions of the training, the first below the second; "
                 f"got {self.prune_from} and {self.prune_until}."
             )
-        return Thinning(
+        return Sparsification(
             schedule=partial(self._schedule, sparsity),
             criterion=find("weights", self.weights)(),
             pattern=pattern,
@@ -171,7 +180,7 @@ def read_pattern(text: str) -> Pattern:
 
 def _losses(text: str) -> dict[str, float]:
     """Reads `attention,hidden=0.5`: the weights of all losses, 0 for those that are not named."""
-    from jaxprune.training.distillation import WEIGHTS
+    from jaxprune.training.joint_loss import WEIGHTS
 
     found: dict[str, float] = dict.fromkeys(map(str, WEIGHTS), 0.0)
     seen = set()
@@ -229,9 +238,9 @@ def finetune(
     with terminal.working() as bars:
         from jaxprune.cli import workflow
         from jaxprune.cli.render import tables
-        from jaxprune.training.finetuning import Recipe
+        from jaxprune.training.finetuning import FineTuning
 
-        recipe = Recipe(
+        settings = FineTuning(
             epochs=epochs,
             learning_rate=learning_rate,
             optimizer=optimizer,
@@ -239,15 +248,15 @@ def finetune(
             pooling=pooling,
             dense=dense,
             seed=seed,
+            dev_limit=dev_limit,
+            keep_heads=keep_heads,
             **asdict(batches),
         )
         record = workflow.finetune_model(
             encoder,
             [rows.of(name) for name in task],
             output,
-            recipe,
-            dev_limit=dev_limit,
-            keep_heads=keep_heads,
+            settings,
             dtype="float16" if half else None,
             overwrite=overwrite,
             watch=bars,
@@ -286,7 +295,7 @@ def sparsify(
     with terminal.working() as bars:
         from jaxprune.cli.students import Schooling
 
-        how = Schooling(thinning=thinning.thinning(sparsity), **_schooling(teaching, lessons))
+        how = Schooling(settings=_settings(lessons), sparsification=thinning.sparsification(sparsity))
         record = _teach(student, teacher, rows.of(task), output, batches, teaching, how, overwrite, bars)
     _show(record, output, as_json)
 
@@ -314,21 +323,17 @@ def distill(
     """
     with terminal.working() as bars:
         from jaxprune.cli.students import Schooling
+        from jaxprune.training.distillation import Sparsification
 
-        how = Schooling(keep_zeros=keep_zeros, **_schooling(teaching, lessons))
+        how = Schooling(settings=_settings(lessons), sparsification=Sparsification(keep_zeros=keep_zeros))
         record = _teach(student, teacher, rows.of(task), output, batches, teaching, how, overwrite, bars)
     _show(record, output, as_json)
 
 
-def _schooling(teaching: TeachingOptions, lessons: LessonOptions) -> dict[str, Any]:
+def _settings(lessons: LessonOptions) -> Callable[[bool], Distillation]:
     for regression in (False, True):
         lessons.settings(regression)  # refuses what is wrong before anything is read
-    return {
-        "settings": lessons.settings,
-        "head": lessons.head,
-        "evaluate_every": teaching.evaluate_every,
-        "dev_limit": teaching.dev_limit,
-    }
+    return lessons.settings
 
 
 def _teach(
@@ -352,7 +357,7 @@ def _teach(
         teacher,
         data,
         output,
-        teaching.recipe(batches),
+        teaching.training(batches),
         how,
         measuring=measuring,
         dtype="float16" if teaching.half else None,

@@ -84,9 +84,9 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
     },
     "normalise": {"l2": "pruning.selection:per_layer_l2"},
     "layers": {
-        "one-to-one": "training.distillation:one_to_one",
-        "uniform": "training.distillation:uniform",
-        "last": "training.distillation:last",
+        "one-to-one": "training.joint_loss:one_to_one",
+        "uniform": "training.joint_loss:uniform",
+        "last": "training.joint_loss:last",
     },
     "schedule": {
         "cubic": "sparse.schedules:cubic_schedule",

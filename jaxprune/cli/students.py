@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +23,9 @@ from jaxprune.models.cost import file_size, parameters
 from jaxprune.scoring.scores import describe
 from jaxprune.sparse.masks import sparsity_of
 from jaxprune.sparse.matrices import linear_maps
-from jaxprune.training.distillation import Distillation, surviving_heads
-from jaxprune.training.loop import Step
-from jaxprune.training.students import Exam, Teaching, Thinning, distil
+from jaxprune.training.distillation import Sparsification, distill, surviving_heads
+from jaxprune.training.joint_loss import Distillation
+from jaxprune.training.loop import Step, Training
 from jaxprune.units import Params, widths
 
 DISTILLATION = "distillation.json"  # in the folder of a student: how it was taught, and how well it did
@@ -33,15 +33,10 @@ DISTILLATION = "distillation.json"  # in the folder of a student: how it was tau
 
 @dataclass(frozen=True, kw_only=True)
 class Schooling:
-    """How a student is taught, beside the recipe; see `distil`."""
+    """What a student learns, and how it becomes sparse; see `distill`."""
 
     settings: Callable[[bool], Distillation]  # of whether the task is a regression
-    thinning: Thinning | None = None
-    keep_zeros: bool = False
-    head: str | None = None
-    evaluate_every: int | None = None
-    dev_limit: int | None = 1000
-    save_every: int = 200
+    sparsification: Sparsification = Sparsification()
 
 
 def teach_model(
@@ -49,7 +44,7 @@ def teach_model(
     teacher: str,
     data: Data,
     output: Path,
-    recipe: Teaching,
+    training: Training,
     how: Schooling,
     *,
     measuring: Measuring,
@@ -68,47 +63,37 @@ def teach_model(
     model, student = load(source)
     teacher_model, theirs = load(teacher)
     task = data.load(watch)
-    name, pruning = fitting_head(teacher_model, task, how.head), pruning_of(source, model)
-    bar = watch.open("teaching")
+    settings, pruning = how.settings(task.regression), pruning_of(source, model)
+    name = fitting_head(teacher_model, task, settings.head)
+    bar = watch.open("distilling")
 
     def progress(step: Step) -> None:
-        sparse = "" if how.thinning is None else f", {100 * _sparsity(how.thinning, step):.1f} % zero"
+        sparse = "" if how.sparsification.schedule is None else f", {100 * _sparsity(how, step):.1f} % zero"
         bar(step.step, step.steps, f"epoch {step.epoch}, loss {step.loss:.4f}{sparse}")
+        if step.evaluation is not None:
+            watch.say(exam_line(step.evaluation))
 
-    def report(exam: Exam) -> None:
-        watch.say(exam_line(exam.to_json()))
-
-    settings = how.settings(task.regression)
-    done = distil(
-        model,
-        student,
-        teacher_model,
-        theirs,
+    done = distill(
+        (model, student),
+        (teacher_model, theirs),
         task,
-        settings=settings,
-        recipe=recipe,
-        thinning=how.thinning,
-        keep_zeros=how.keep_zeros,
-        head=name,
-        heads=_heads(pruning, model, student, teacher_model, theirs),
+        replace(settings, head=name, heads=_heads(pruning, model, student, teacher_model, theirs)),
+        training,
+        sparsification=how.sparsification,
         state=state,
-        save_every=how.save_every,
-        evaluate_every=how.evaluate_every,
-        dev_limit=how.dev_limit,
         progress=progress,
-        report=report,
     )
     if done.fresh_head:
         watch.say(f"the student had no task head for {task.name}: it got a fresh one in the teacher's form")
     if done.leaks:
         watch.say(f"{task.name}: {done.leaks:,} train rows dropped, held out")
     written = as_loaded(done.model, done.params, dtype=dtype, packed=packed)
-    asked = replace(measuring, head=name, max_length=recipe.max_length)
+    asked = replace(measuring, head=name, max_length=training.max_length)
     pairs = {"teacher": (teacher_model, theirs), "student": (done.model, written)}
-    known = {"student": done.exams[done.best].evaluation} if written is done.params else {}
+    known = {"student": done.evaluations[done.best].evaluation} if written is done.params else {}
     prompt = prompt_of(done.model, task)
     record = {
-        "command": "distill" if how.thinning is None else "sparsify",
+        "command": "distill" if how.sparsification.schedule is None else "sparsify",
         "source": source,
         "teacher": teacher,
         "output": str(output),
@@ -117,19 +102,19 @@ def teach_model(
         "heads": list(done.model.heads),
         "labels": list(task.labels),
         "prompt": None if prompt is None else prompt.to_json(),
-        "recipe": asdict(recipe),
-        "settings": describe(settings),
-        "thinning": None if how.thinning is None else how.thinning.described(done.steps),
-        "keep_zeros": how.keep_zeros,
+        "recipe": training.to_json(),
+        "settings": describe(replace(settings, head=None)),
+        "thinning": how.sparsification.to_json(done.steps),
+        "keep_zeros": how.sparsification.keep_zeros,
         "stored": {"dtype": dtype or "float32", "packed": packed},
         "steps": done.steps,
-        "exams": [exam.to_json() for exam in done.exams],
+        "exams": [evaluation.to_json() for evaluation in done.evaluations],
         "best": done.best,
         "leaks": done.leaks,
         "fresh_head": done.fresh_head,
         "rows": task.sizes,
         "digests": {split: task.digest(split) for split in task.splits},
-        "results": _tested(pairs, task, asked, how.dev_limit, known, watch),
+        "results": _tested(pairs, task, asked, training.dev_limit, known, watch),
         "weights": {who: count_weights(*pair) for who, pair in pairs.items()},
         "models": {
             "student": model_digest(model, student),
@@ -186,9 +171,9 @@ def count_weights(model: Model, params: Params) -> dict[str, int]:
     }
 
 
-def _sparsity(thinning: Thinning, step: Step) -> float:
+def _sparsity(how: Schooling, step: Step) -> float:
     """The sparsity that the schedule asks for after a step."""
-    schedule = thinning.schedule(step.steps)
+    schedule = how.sparsification.schedule_of(step.steps)
     done = bisect.bisect_right(schedule.steps, step.step)
     return schedule.sparsities[done - 1] if done else 0.0
 

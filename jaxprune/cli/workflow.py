@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,7 +36,7 @@ from jaxprune.pruning.latency import compare_latency
 from jaxprune.scoring.attribution import Criterion
 from jaxprune.scoring.run import EXAMPLES, score
 from jaxprune.scoring.scores import Scores, describe, load_scores, save_scores
-from jaxprune.training.finetuning import Recipe, finetune
+from jaxprune.training.finetuning import FineTuning, finetune
 from jaxprune.training.loop import Step
 from jaxprune.units import KINDS, UNITS, Params, sites, widths
 
@@ -177,10 +177,8 @@ def finetune_model(
     source: str,
     tasks: Sequence[Data],
     output: Path,
-    recipe: Recipe,
+    training: FineTuning,
     *,
-    dev_limit: int | None = 1000,
-    keep_heads: bool = False,
     dtype: str | None = None,
     overwrite: bool = False,
     watch: Watch,
@@ -196,37 +194,23 @@ def finetune_model(
     for (task, other), count in leaks.items():
         watch.say(f"{task}: {count:,} rows dropped, held out in {other}")
     bar = watch.open("fine-tuning")
-    latest: list[Mapping[str, Any]] = []
 
     def progress(step: Step) -> None:
-        bar(step.step, step.steps, f"epoch {step.epoch} of {recipe.epochs}, loss {step.loss:.4f}")
+        epoch = f"epoch {step.epoch} of {training.epochs}"
+        bar(step.step, step.steps, f"{epoch}, loss {step.loss:.4f}")
+        if step.evaluation is not None:
+            watch.say(evaluation_table(step.evaluation["results"], f"{epoch}, dev"))
 
-    def report(epoch: int, result: Evaluation) -> None:
-        latest.append(result.to_json())
-        if len(latest) == len(cleaned):
-            watch.say(evaluation_table(latest, f"epoch {epoch} of {recipe.epochs}, dev"))
-            latest.clear()
-
-    done = finetune(
-        model,
-        params,
-        cleaned,
-        recipe=recipe,
-        state=state,
-        dev_limit=dev_limit,
-        keep_heads=keep_heads,
-        progress=progress,
-        report=report,
-    )
+    done = finetune(model, params, cleaned, training, state=state, progress=progress)
     for name, count in done.cut_off.items():
         watch.say(f"{name}: {count:,} train rows left out, their answer is cut off; --max-length reaches further")
     record = {
         "command": "finetune",
         "source": source,
         "output": str(output),
-        "recipe": asdict(recipe),
-        "best_epoch": done.best,
-        "epochs": [[result.to_json() for result in epoch] for epoch in done.epochs],
+        "recipe": training.to_json(),
+        "best_epoch": done.best + 1,
+        "epochs": [[result.to_json() for result in epoch] for epoch in done.evaluations],
         "leaks": [{"task": task, "held_out_in": other, "rows": count} for (task, other), count in leaks.items()],
         "tasks": {
             task.name: {

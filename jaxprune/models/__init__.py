@@ -47,6 +47,7 @@ from jaxprune.models.running import (
     readout_compiled,
     readout_mask,
     repeat_rows,
+    score_mask,
     values_compiled,
 )
 from jaxprune.models.tokenizer import read_tokenizer
@@ -89,6 +90,7 @@ __all__ = [
     "readout_compiled",
     "readout_mask",
     "repeat_rows",
+    "score_mask",
     "values_compiled",
 ]
 

@@ -76,6 +76,24 @@ def own_mask(mask: Mask) -> Bool[Array, "b t"]:
     return mask.own if isinstance(mask, Masks) else mask
 
 
+def score_mask(mask: Mask, module: str = "attention") -> Bool[Array, "b 1 t s"]:
+    """Where attention scores `[b, n, t, s]` count: those that the softmax reads, of queries that are tokens.
+
+    In an encoder that is where query and key are tokens; in a decoder's attention to itself, where the key comes no
+    later than the query, too; in its attention to the encoder (`cross`), where the key is a token of the encoder.
+
+    Args:
+        mask: What the layer reads.
+        module: The attention whose scores they are: "attention" or "cross".
+    """
+    if not isinstance(mask, Masks):
+        return mask[:, None, :, None] & mask[:, None, None, :]
+    if module == "cross":
+        return mask.own[:, None, :, None] & mask.memory[:, None, None, :]
+    places = jnp.arange(mask.own.shape[1])
+    return score_mask(mask.own) & (places[None, :] <= places[:, None])
+
+
 def hidden_of(state: State) -> Float[Array, "b t d"]:
     """The hidden states that a layer passes on."""
     return state.hidden if isinstance(state, Decoding) else state

@@ -23,8 +23,8 @@ from jaxprune.sparse.saliency import WeightCriterion, WeightMagnitude, add_step
 from jaxprune.sparse.schedules import Schedule
 
 
-class SparsifyState(NamedTuple):
-    """What `sparsify` keeps between updates: a pytree of arrays, saved and restored with the optimizer's."""
+class SparseState(NamedTuple):
+    """What `sparse_optimizer` keeps between updates: a pytree of arrays, saved and restored with the optimizer's."""
 
     inner: optax.OptState  # of the optimizer that is wrapped
     masks: Masks  # True where a weight stays
@@ -32,7 +32,7 @@ class SparsifyState(NamedTuple):
     step: Int[Array, ""]  # updates done
 
 
-def sparsify(
+def sparse_optimizer(
     inner: optax.GradientTransformation,
     *,
     schedule: Schedule,
@@ -63,7 +63,7 @@ def sparsify(
         masks: What is pruned from the first update on, such as what `one_shot` returned; None: nothing.
 
     Returns:
-        An optimizer whose state is a `SparsifyState`. Its `update` needs the parameters and passes extra arguments on.
+        An optimizer whose state is a `SparseState`. Its `update` needs the parameters and passes extra arguments on.
         Works under `jax.jit`, with donated and with sharded arrays; with equal bits of the weights the masks are equal
         however the arrays are sharded. Under `jax.vmap` a `cond` runs both branches: every step would rank.
 
@@ -89,7 +89,7 @@ def sparsify(
         ... }
         >>> x = jax.random.normal(keys[2], (64, 8))
         >>> y = x[:, :1] * x[:, 1:2]
-        >>> optimizer = jp.sparsify(
+        >>> optimizer = jp.sparse_optimizer(
         ...     optax.adamw(1e-2),
         ...     schedule=jp.cubic_schedule(0.9, steps=100, prunings=10),
         ...     prunable=lambda path, array: path[-1] == "kernel",
@@ -116,22 +116,22 @@ def sparsify(
         matrices = tuple(filter(None, found))
         return np.stack([pattern.keep(matrices, own, together) for own in (0.0, *schedule.sparsities)])
 
-    def init(params: optax.Params) -> SparsifyState:
+    def init(params: optax.Params) -> SparseState:
         found = find_matrices(params, prunable)
         table(found)  # refuses what does not fit the pattern before the first step
         leaves, structure = jax.tree.flatten(params)
         weights = pruned_leaves(leaves, found)
         first = start_masks(structure, found, weights, masks)
         totals = [jnp.zeros_like(w, dtype=jnp.float32) for w in weights] if criterion.accumulates else []
-        return SparsifyState(
+        return SparseState(
             optimizer.init(params), join_masks(structure, found, first), tuple(totals), jnp.zeros((), jnp.int32)
         )
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, SparsifyState]:
+    ) -> tuple[optax.Updates, SparseState]:
         if params is None:
-            raise ValueError("sparsify ranks and zeroes weights: call update(grads, state, params).")
+            raise ValueError("sparse_optimizer ranks and zeroes weights: call update(grads, state, params).")
         found = find_matrices(params, prunable)
         leaves, structure = jax.tree.flatten(params)
         weights, slopes = (pruned_leaves(own, found) for own in (leaves, structure.flatten_up_to(updates)))
@@ -148,7 +148,7 @@ def sparsify(
             *(after, updates, params),
             is_leaf=is_hole,
         )
-        return updates, SparsifyState(_zero_moments(moved, params, after), after, totals, step)
+        return updates, SparseState(_zero_moments(moved, params, after), after, totals, step)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

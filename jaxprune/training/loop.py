@@ -1,9 +1,15 @@
-"""A training run: its state, the loop over its steps, and the file that it goes on from after an interruption."""
+"""The one training loop, under fine-tuning, distillation and pre-training: resumable at any step, to the same bits.
+
+A `Run` holds what differs between them: the batches, the step and the evaluation. The order of the rows and the dropout
+are functions of the seed and the step alone, so an interrupted run continues exactly where its state file says.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,77 +23,78 @@ from safetensors.numpy import save as to_safetensors
 
 from jaxprune.checkpoints.files import write_atomic
 from jaxprune.models import Model
-from jaxprune.units import Params, flatten, path_name, unflatten
+from jaxprune.units import Params, flatten, unflatten
+
+VERSION = 2  # of the state files; those of version 1 named the moments by their position
+REPORT_EVERY = 10  # steps
+
+OPTIMIZERS: Mapping[str, Callable[[], optax.GradientTransformation]] = {
+    "adamw": lambda: optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-6),
+    "adafactor": lambda: optax.chain(  # Shazeer and Stern 2018
+        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+    ),
+}
 
 
-class Step(NamedTuple):
-    """Where a run is."""
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Settings of a training run; the defaults are SparseBERT's: AdamW at a constant rate."""
 
-    step: int  # steps done
-    steps: int  # of all epochs
-    epoch: int  # counts from 1
-    loss: float  # mean since the last report
+    epochs: int = 5
+    steps: int | None = None  # instead of epochs
+    batch_size: int = 32
+    learning_rate: float = 3e-5  # at its peak; per step
+    warmup: float = 0.0  # fraction of the steps in which the rate rises from 0
+    decay: bool = False  # whether the rate then falls linearly, to 0 after the last step
+    weight_decay: float = 0.01  # decoupled; kernels and embeddings only
+    optimizer: str = "adamw"  # or "adafactor", whose learning rate is relative to the size of each parameter
+    clip: float = 1.0  # largest norm of the gradient over all parameters of a step
+    dropout: bool = True
+    max_length: int | None = None  # tokens; None: 128, for spans 384, or what the model reads if that is less
+    seed: int = 0
+    evaluate_every: int | None = None  # steps between two evaluations on dev; None: one after each epoch
+    dev_limit: int | None = 1000  # the most dev rows of each task to evaluate
+    save_every: int = 200  # steps between two writings of the state file
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "save_every", "steps", "evaluate_every"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}.")
+        if not self.learning_rate > 0 or not 0 <= self.warmup <= 1 or self.weight_decay < 0 or not self.clip > 0:
+            raise ValueError("learning_rate and clip must be positive, warmup in [0, 1], weight_decay at least 0.")
+
+    def rate(self, steps: int) -> optax.Schedule:
+        """The learning rate of a run of so many steps."""
+        return _rate(self.learning_rate, self.warmup, self.decay, steps)
+
+    def optimizer_of(self, steps: int) -> optax.GradientTransformation:
+        """The optimizer of a run of so many steps; the same object for the same settings, so it is compiled once."""
+        return _optimizer(
+            self.optimizer, self.clip, self.weight_decay, self.learning_rate, self.warmup, self.decay, steps
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings that decide the result, as plain values."""
+        settings = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "save_every"}
+        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
 
 
-class TrainingState(NamedTuple):
-    """All that a run needs to go on."""
-
-    params: Params
-    moments: dict[str, optax.OptState]  # of "encoder" (a text-to-text model as a whole) and of every head
-    best: Params
-    done: int  # steps; in here so that an interruption finds the number and the arrays of the same step
-
-    @property
-    def donated(self) -> bool:
-        """Whether an interruption fell into an update, which uses up the state before it."""
-        return any(array.is_deleted() for array in jax.tree.leaves((self.params, self.moments)))
+@lru_cache
+def _rate(peak: float, warmup: float, decay: bool, steps: int) -> optax.Schedule:
+    rise: Any = warmup * steps  # a fraction of a step counts, too
+    after = optax.linear_schedule(peak, 0.0, steps - rise) if decay else optax.constant_schedule(peak)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, rise), after], [rise]) if rise else after
 
 
-def run_steps(
-    step: Callable[[TrainingState], tuple[TrainingState, Array]],
-    now: TrainingState,
-    end: int,
-    steps: int,
-    epoch: int,
-    save: Callable[[TrainingState], None] | None,
-    save_every: int,
-    progress: Callable[[Step], None] | None,
-) -> TrainingState:
-    """Trains until `end` of `steps` are done, and saves on the way, but not at the end.
-
-    Args:
-        step: One step: the state after it, and its loss. It may use up the state before it.
-        now: Where the run is.
-        end: Steps done when this returns.
-        steps: Of the whole run.
-        epoch: For the progress.
-        save: Writes a state; None: nothing is written.
-        save_every: Steps between two writings.
-        progress: Called every ten steps.
-
-    Raises:
-        ValueError: If the loss is not finite.
-        KeyboardInterrupt: After the state was written; one that fell into an update finds it in the file.
-    """
-    losses: list[Array] = []
-    try:
-        while now.done < end:
-            now, loss = step(now)
-            losses.append(loss)
-            if now.done % 10 == 0:
-                mean = float(np.mean([float(loss) for loss in losses]))
-                losses.clear()
-                if not np.isfinite(mean):
-                    raise ValueError(f"the loss is {mean} at step {now.done}: lower the learning rate.")
-                if progress is not None:
-                    progress(Step(now.done, steps, epoch, mean))
-            if save is not None and now.done % save_every == 0 and now.done < end:
-                save(now)
-    except (KeyboardInterrupt, SystemError):  # C code that called Python's may make the second of the first
-        if save is not None and not now.donated:
-            save(now)
-        raise
-    return now
+@lru_cache
+def _optimizer(name: str, clip: float, weight_decay: float, *rate: Any) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        *(OPTIMIZERS[name](), optax.add_decayed_weights(weight_decay, decayed)),
+        optax.scale_by_learning_rate(_rate(*rate)),
+    )
 
 
 def decayed(params: Params) -> Params:
@@ -104,42 +111,195 @@ def share_gradients(model: Model, grads: Params) -> Params:
     return unflatten(flat) if model.tied_places else grads
 
 
-def _arrays(now: TrainingState) -> dict[str, Any]:
-    found = {f"params.{path_name(path)}": a for path, a in flatten(now.params).items()}
-    found |= {f"best.{path_name(path)}": a for path, a in flatten(now.best).items()}
-    return found | {f"moments.{i}": a for i, a in enumerate(jax.tree.leaves(now.moments))}
+class TrainingState(NamedTuple):
+    """All that a run needs to continue; replaced as a whole, so that an interruption never finds half of a step."""
+
+    params: Params
+    moments: Any  # the optimizer's state
+    best: Params = {}  # noqa: RUF012 (no one writes into it); the parameters of the best evaluation, if there is one
+    done: int = 0  # steps
+    history: tuple[dict[str, Any], ...] = ()  # the evaluations, each with its "step"
+
+    @property
+    def donated(self) -> bool:
+        """Whether an interruption fell into an update, which uses up the state before it."""
+        return any(array.is_deleted() for array in jax.tree.leaves((self.params, self.moments)))
 
 
-def write_state(file: Path, now: TrainingState, run: Mapping[str, Any], history: list[Any]) -> None:
-    """Writes a run in progress, atomically."""
-    header = {"jaxprune_training": json.dumps({"run": run, "done": now.done, "history": history})}
-    arrays = {name: np.asarray(array) for name, array in _arrays(now).items()}
-    write_atomic(file, to_safetensors(arrays, header))
+def trainable(params: Params) -> Params:
+    """A copy in float32: an update uses up the arrays that it is given."""
+    return jax.tree.map(lambda array: jnp.array(array, jnp.float32, copy=True), params)
 
 
-def read_state(file: Path, now: TrainingState, run: Mapping[str, Any]) -> tuple[TrainingState, list[Any]]:
-    """Reads a run in progress: its state, in the structure of `now`, and the evaluations so far.
+@partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+def _updated(
+    optimizer: optax.GradientTransformation, params: Params, moments: Any, grads: Params
+) -> tuple[Params, Any]:
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer count
+        updates, moments = optimizer.update(grads, moments, params)
+        return optax.apply_updates(params, updates), moments  # pyright: ignore[reportReturnType]
+
+
+def update(optimizer: optax.GradientTransformation, state: TrainingState, grads: Params) -> TrainingState:
+    """The state after one step of an optimizer. Uses up the arrays of the state before it."""
+    params, moments = _updated(optimizer, state.params, state.moments, grads)
+    return state._replace(params=params, moments=moments, done=state.done + 1)
+
+
+class Step(NamedTuple):
+    """A report on a run: every ten steps, and after each evaluation."""
+
+    step: int  # steps done
+    steps: int  # of the whole run
+    epoch: int  # counts from 1
+    loss: float  # the mean over the steps since the last report
+    evaluation: Mapping[str, Any] | None = None  # plain values, if there was one just now
+
+
+class Run(NamedTuple):
+    """What is special to one run of the training loop."""
+
+    identity: Mapping[str, Any]  # plain values; a state file with others is refused
+    steps: int
+    batches: Callable[[int], Sequence[Any]]  # of an epoch, from 0: a function of the epoch alone, as many in each
+    step: Callable[[TrainingState, Any], tuple[TrainingState, Array]]  # updates with a batch; the loss before it
+    evaluate: Callable[[TrainingState], dict[str, Any]] | None = None  # returns plain values
+    evaluate_every: int = 0  # steps; there is always an evaluation after the last one
+    quality: Callable[[Mapping[str, Any]], float] = lambda evaluation: -np.inf  # -inf is never the best
+
+    def best(self, history: Sequence[Mapping[str, Any]]) -> int:
+        """The index of the best evaluation, the first of equals; -1 if there is none."""
+        values = [self.quality(evaluation) for evaluation in history]
+        return -1 if np.isneginf(values).all() else int(np.argmax(values))
+
+
+def train(
+    run: Run,
+    state: TrainingState,
+    *,
+    file: Path | None = None,
+    save_every: int = 200,
+    progress: Callable[[Step], None] | None = None,
+) -> TrainingState:
+    """Trains to the end, from the state file if there is one.
+
+    Args:
+        run: What to do.
+        state: The state before the first step.
+        file: Holds the run in progress, and is left in place at the end; None: the run cannot be resumed.
+        save_every: Steps between two writings of the file; it is also written after each evaluation.
+        progress: Called with reports; it may raise `KeyboardInterrupt` to end the run.
+
+    Returns:
+        The state after the last step, in which `best` holds the parameters of the best evaluation.
 
     Raises:
-        ValueError: If the file is damaged, something else, or the state of another run.
+        ValueError: If the loss is not finite, or the file belongs to another run.
+        KeyboardInterrupt: After the state was written; one that fell into an update leaves the file as it was.
     """
+    if file is not None and file.exists():
+        state = read_state(file, state, run.identity)
+
+    def save() -> None:
+        if file is not None:
+            write_state(file, state, run.identity)
+
+    def report(evaluation: Mapping[str, Any] | None = None) -> None:
+        nonlocal mean
+        if losses:
+            mean = float(np.mean([float(loss) for loss in losses]))
+            losses.clear()
+        if not np.isfinite(mean):
+            raise ValueError(f"the loss is {mean} at step {state.done}: lower the learning rate.")
+        if progress is not None:
+            progress(Step(state.done, run.steps, max(state.done - 1, 0) // per_epoch + 1, mean, evaluation))
+
+    losses: list[Array] = []
+    mean, saved = 0.0, state.done
+    epoch, batches = 0, run.batches(0)
+    per_epoch = len(batches)
+    try:
+        while True:
+            if run.evaluate is not None and _evaluation_due(run, state):
+                history = (*state.history, {"step": state.done} | run.evaluate(state))
+                best = run.best(history) == len(history) - 1
+                kept = jax.tree.map(jnp.copy, state.params) if best else state.best
+                state = state._replace(best=kept, history=history)
+                save()
+                report(history[-1])
+            elif state.done % save_every == 0 and state.done > saved:
+                save()
+            if state.done >= run.steps:
+                break
+            if state.done // per_epoch != epoch:
+                epoch = state.done // per_epoch
+                batches = run.batches(epoch)
+            state, loss = run.step(state, batches[state.done % per_epoch])
+            losses.append(loss)
+            if state.done % REPORT_EVERY == 0 or state.done == run.steps:
+                report()
+    except (KeyboardInterrupt, SystemError):  # C code that called Python's may make the second of the first
+        if not state.donated:
+            save()
+        raise
+    if run.evaluate is None:
+        save()
+    return state
+
+
+def _evaluation_due(run: Run, state: TrainingState) -> bool:
+    taken = bool(state.history) and state.history[-1]["step"] == state.done
+    return state.done > 0 and not taken and (state.done % run.evaluate_every == 0 or state.done >= run.steps)
+
+
+def _arrays(state: TrainingState) -> dict[str, Any]:
+    return {"params": state.params, "moments": state.moments, "best": state.best}
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """All arrays by their place, such as `moments.encoder.0.mu.layers.3.ffn.up.kernel`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def write_state(file: Path, state: TrainingState, identity: Mapping[str, Any]) -> None:
+    """Writes a run in progress, atomically."""
+    header = {"version": VERSION, "run": identity, "done": state.done, "history": state.history}
+    arrays = {name: np.asarray(array) for name, array in _named(_arrays(state)).items()}
+    write_atomic(file, to_safetensors(arrays, {"jaxprune_training": json.dumps(header)}))
+
+
+def read_state(file: Path, state: TrainingState, identity: Mapping[str, Any]) -> TrainingState:
+    """Reads a run in progress: every array by its name, into the structure of `state`.
+
+    Raises:
+        ValueError: If the file is damaged, something else, of another run or another version, or its arrays are not
+            those of the state in name, shape and type.
+    """
+    anew = "remove it to start anew."
     try:
         with safe_open(file, framework="numpy") as stored:
             header = json.loads((stored.metadata() or {})["jaxprune_training"])
-            if header.get("run") != json.loads(json.dumps(run)):
-                known = header.get("run", {})
-                other = [part for part in run if known.get(part) != json.loads(json.dumps(run[part]))]
-                raise ValueError(
-                    f"{file} is the state of another run ({', '.join(other)} differ): remove it to start anew."
-                )
-            arrays = {name: jnp.array(stored.get_tensor(name)) for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, AttributeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is no state of a run ({error!r}): remove it to start anew.") from error
-
-    def take(prefix: str) -> Params:
-        named = {name[len(prefix) :]: array for name, array in arrays.items() if name.startswith(prefix)}
-        return unflatten({tuple(int(s) if s.isdigit() else s for s in name.split(".")): a for name, a in named.items()})
-
-    leaves, structure = jax.tree.flatten(now.moments)
-    moments = jax.tree.unflatten(structure, [arrays[f"moments.{i}"] for i in range(len(leaves))])
-    return TrainingState(take("params."), moments, take("best."), header["done"]), header["history"]
+            if header.get("version") != VERSION:
+                raise ValueError(f"{file} is the state of a run of another version of jaxprune: {anew}")
+            wanted = json.loads(json.dumps(identity))
+            if header["run"] != wanted:
+                other = [part for part in wanted if header["run"].get(part) != wanted[part]]
+                raise ValueError(f"{file} is the state of another run ({', '.join(other)} differ): {anew}")
+            arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            history, done = tuple(header["history"]), header["done"]
+    except (SafetensorError, KeyError, AttributeError, TypeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} is no state of a run ({error!r}): {anew}") from error
+    begun = any(name.startswith("best.") for name in arrays)
+    structure = _arrays(state._replace(best=state.params if begun else {}))
+    expected = _named(structure)
+    kinds, wanted = ({n: f"{a.dtype}{list(a.shape)}" for n, a in own.items()} for own in (arrays, expected))
+    differing = sorted(name for name in kinds | wanted if kinds.get(name) != wanted.get(name))
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{file} does not fit this run in {len(differing)} of its arrays, such as {name}: expected "
+            f"{wanted.get(name, 'none')}, got {kinds.get(name, 'none')}: {anew}"
+        )
+    restored = jax.tree.unflatten(jax.tree.structure(structure), [jnp.array(arrays[name]) for name in expected])
+    return TrainingState(**restored, done=done, history=history)
