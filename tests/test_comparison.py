@@ -17,8 +17,8 @@ import pytest
 from commands import Place, place, record_of, run
 from tiny import tiny_model
 
-from jaxprune.cli.comparison import compare, compare_scores, grouped
 from jaxprune.pruning.budgets import Units
+from jaxprune.pruning.comparison import compare, grouped
 from jaxprune.pruning.selection import select, select_units
 from jaxprune.scoring.scores import Scores, load_scores, save_scores
 from jaxprune.scoring.stability import chance, jaccard, spearman
@@ -227,7 +227,7 @@ def test_pictures(scored, tmp_path, files, ending, dark):
     record = record_of("compare", *named, "-o", out, "--fractions", "0.5,0.01", *dark)
     assert record["picture"] == str(out)
     assert out.read_bytes().startswith(b"\x89PNG" if ending == "png" else b"<?xml")
-    compare_scores(named, fractions=(0.5, 0.01), picture=again, dark=bool(dark))
+    assert run("compare", *named, "-o", again, "--fractions", "0.5,0.01", *dark).exit_code == 0
     assert again.read_bytes() == out.read_bytes()
     assert run("compare", *named, "-o", out).exit_code == 2  # it is there already
     assert run("compare", *named, "-o", out, "--overwrite").exit_code == 0

@@ -16,7 +16,6 @@ from commands import Place, place, record_of, run
 from tiny import tiny_model
 
 from jaxprune.checkpoints.folder import load, save
-from jaxprune.cli.inspection import inspect_model
 from jaxprune.cli.workflow import costs
 from jaxprune.scoring.scores import load_scores
 from jaxprune.sparse.masks import one_shot
@@ -109,7 +108,7 @@ def test_pictures(small, scored, tmp_path, ending, dark):
     record = record_of("inspect", small, "--scores", scored, "-o", out, *dark)
     assert record["picture"] == str(out)
     assert out.read_bytes().startswith(b"\x89PNG" if ending == "png" else b"<?xml")
-    inspect_model(str(small), scores=scored, picture=again, dark=bool(dark))
+    assert run("inspect", small, "--scores", scored, "-o", again, *dark).exit_code == 0
     assert again.read_bytes() == out.read_bytes()
     without = run("inspect", small, "-o", out, "--overwrite", *dark)
     assert without.exit_code == 0, without.stderr

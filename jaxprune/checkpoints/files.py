@@ -76,6 +76,31 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def check_file(path: Path, overwrite: bool) -> None:
+    """Refuses an output file that cannot be written, before any work is done.
+
+    Raises:
+        FileExistsError: If the file is there and may not be replaced, or is a folder.
+        PermissionError: If its folder cannot be written.
+    """
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a folder: name a file.")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already: choose another name, or replace it with --overwrite.")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Refuses a file or folder whose place is no folder, or cannot be written."""
+    above = path.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {above} is not a folder.")
+    if not os.access(above, os.W_OK):
+        raise PermissionError(f"{path} cannot be written: no permission to write into {above}.")
+
+
 def file_stem(name: str) -> str:
     """A task's name as the beginning of a file's name."""
     return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "task"

@@ -23,7 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxprune.checkpoints.files import folder_for, interrupted, is_leftover, read_json, recall, remember, stamp_of
+from jaxprune.checkpoints.files import (
+    check_writable,
+    folder_for,
+    interrupted,
+    is_leftover,
+    read_json,
+    recall,
+    remember,
+    stamp_of,
+)
 from jaxprune.checkpoints.gate_file import GATES, GateFile, unpack
 from jaxprune.checkpoints.gate_file import read as read_gates
 from jaxprune.checkpoints.slicing import read_compacted, shapes_of
@@ -447,7 +456,8 @@ def _task_head(fields: Any) -> TaskHead:
 
 
 def check_destination(path: Path, overwrite: bool) -> None:
-    """Refuses to replace anything but a folder with only what `save` wrote."""
+    """Refuses a folder that cannot be written, and to replace anything but a folder with only what `save` wrote."""
+    check_writable(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not path.is_dir():

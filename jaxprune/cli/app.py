@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from jaxprune import __version__
 from jaxprune.cli import learning, looking, terminal
+from jaxprune.cli import scoring as scores
 from jaxprune.cli.options import (
     BatchOptions,
     BudgetOptions,
@@ -28,6 +32,7 @@ from jaxprune.cli.options import (
     choice,
     find,
     given,
+    grouped,
     kept,
     measured,
     option,
@@ -41,8 +46,53 @@ EPILOG = (
     "digests are kept in ~/.cache/jaxprune; JAX_COMPILATION_CACHE_DIR names another folder for the programs."
 )
 
+BAD_INPUT = (ValueError, TypeError, OSError, MemoryError)  # what is raised for a wrong argument, file or folder
+
+
+def complain(message: str) -> None:
+    """Prints an error in one line on stderr."""
+    print(f"jaxprune: error: {terminal.visible(' '.join(message.split()))}", file=sys.stderr)
+
+
+def describe(error: BaseException) -> str:
+    """An error in words; of the system's errors the reason and the file."""
+    if isinstance(error, OSError) and error.strerror:
+        files = [str(name) for name in (error.filename, error.filename2) if name]
+        return f"{error.strerror}: {' and '.join(files)}" if files else error.strerror
+    return str(error) or type(error).__name__
+
+
+class Commands(TyperGroup):
+    """Turns what went wrong into one line on stderr and an exit code."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Runs a command: exit code 2 for bad input, 130 after Ctrl-C."""
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except typer.TyperException as error:
+            context = getattr(error, "ctx", None)
+            hint = f" See `{context.command_path} --help`." if context is not None else ""
+            complain(error.format_message() + hint)
+            code = 2
+        except BAD_INPUT as error:
+            if os.environ.get("JAXPRUNE_TRACEBACK"):
+                raise
+            complain(describe(error))
+            code = 2
+        except RuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or os.environ.get("JAXPRUNE_TRACEBACK"):
+                raise
+            complain(f"out of memory: use a smaller --batch-size ({str(error).splitlines()[0]})")
+            code = 2
+        if code == 130:
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+        if standalone_mode:
+            sys.exit(code or 0)
+        return code
+
+
 app = typer.Typer(
-    cls=terminal.Commands, add_completion=False, rich_markup_mode="rich", epilog=EPILOG, pretty_exceptions_enable=False
+    cls=Commands, add_completion=False, rich_markup_mode="rich", epilog=EPILOG, pretty_exceptions_enable=False
 )
 
 
@@ -61,7 +111,7 @@ def jaxprune(
 
 
 @app.command()
-@terminal.grouped
+@grouped
 def score(
     model: ModelName,
     task: OneTask,
@@ -94,7 +144,7 @@ def score(
 
 
 @app.command()
-@terminal.grouped
+@grouped
 def prune(
     context: typer.Context,
     model: ModelName,
@@ -197,7 +247,7 @@ def prune(
 
 
 @app.command()
-@terminal.grouped
+@grouped
 def share(
     model: ModelName,
     scores: Annotated[list[Path], option("A score file of the model, one per task.", "--scores", metavar="FILE")],
@@ -231,7 +281,7 @@ def share(
 
 
 @app.command()
-@terminal.grouped
+@grouped
 def plan(
     model: ModelName,
     scores: Annotated[Path, option("A score file of the model.", "--scores", metavar="FILE")],
@@ -256,7 +306,7 @@ def plan(
 
 
 for command in (
-    *(looking.sweep, looking.inspect, looking.compare, looking.check, looking.evaluate),
+    *(looking.sweep, looking.inspect, scores.compare, scores.check, looking.evaluate),
     *(learning.finetune, learning.sparsify, learning.distill, learning.augment),
 ):
     app.command()(command)
@@ -292,7 +342,7 @@ def pack(
 
 
 @app.command()
-@terminal.grouped
+@grouped
 def demo(
     output: Annotated[Path, option("Folder for the results.", "--output", "-o")] = Path("jaxprune-demo"),
     task: Annotated[str, option("The task to keep.")] = "sst2",

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jaxprune.checkpoints.files import folder_for
+from jaxprune.checkpoints.files import check_file, folder_for
 from jaxprune.checkpoints.folder import digest, load
-from jaxprune.cli.workflow import Data, Watch, check_file
+from jaxprune.cli.workflow import Data, Watch
 from jaxprune.data.augmentation import Augmentation, augmented
 from jaxprune.data.records import PAIR
 from jaxprune.data.splits import Example

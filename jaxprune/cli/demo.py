@@ -13,18 +13,9 @@ import numpy as np
 
 from jaxprune.bundled import bundled_data, bundled_model
 from jaxprune.checkpoints.files import write_atomic
-from jaxprune.checkpoints.folder import load, save
+from jaxprune.checkpoints.folder import check_destination, load, save
 from jaxprune.cli.render.pictures import comparison_figure
-from jaxprune.cli.workflow import (
-    Measuring,
-    Watch,
-    check_folder,
-    costs,
-    measure_latency,
-    ratios,
-    speedups,
-    stored_type,
-)
+from jaxprune.cli.workflow import Measuring, Watch, costs, measure_latency, ratios, speedups, stored_type
 from jaxprune.compaction import compact
 from jaxprune.data.prompts import PROMPTS
 from jaxprune.data.tasks import Rows, Task, load_task
@@ -98,7 +89,7 @@ def demo(
     """
     begun = time.monotonic()
     source, data = source or str(bundled_model()), data or bundled_data()
-    check_folder(output / "model", True)
+    check_destination(output / "model", True)
     task = load_task(chosen, data=data)
     model, params = load(source)
     head = fitting_head(model, task)

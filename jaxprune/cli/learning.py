@@ -21,6 +21,7 @@ from jaxprune.cli.options import (
     Tasks,
     choice,
     find,
+    grouped,
     measured,
     numbers,
     option,
@@ -200,7 +201,7 @@ def _losses(text: str) -> dict[str, float]:
     return found
 
 
-@terminal.grouped
+@grouped
 def finetune(
     encoder: ModelName,
     task: Tasks,
@@ -269,7 +270,7 @@ def finetune(
 Teacher = Annotated[str, taught("The model that was fine-tuned on the task.", "--teacher", metavar="MODEL")]
 
 
-@terminal.grouped
+@grouped
 def sparsify(
     student: ModelName,
     teacher: Teacher,
@@ -300,7 +301,7 @@ def sparsify(
     _show(record, output, as_json)
 
 
-@terminal.grouped
+@grouped
 def distill(
     student: ModelName,
     teacher: Teacher,
@@ -375,7 +376,7 @@ def _show(record: dict[str, Any], output: Path, as_json: bool) -> None:
     terminal.show(record, *shown, *lines, as_json=as_json)
 
 
-@terminal.grouped
+@grouped
 def augment(
     model: ModelName,
     task: OneTask,

@@ -1,12 +1,10 @@
-"""The commands that look at models and scores, measure and compare them, and change nothing; see `jaxprune.cli.app`."""
+"""The commands that look at models, measure and compare them, and change nothing: inspect, evaluate, sweep."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import TYPE_CHECKING, Annotated, Any
 
 from jaxprune.cli import terminal
 from jaxprune.cli.options import (
@@ -16,12 +14,12 @@ from jaxprune.cli.options import (
     Head,
     Json,
     ModelName,
-    OneTask,
-    Overwrite,
+    PictureOptions,
     RowOptions,
     SelectionOptions,
     Tasks,
     choice,
+    grouped,
     kept,
     measured,
     option,
@@ -30,12 +28,135 @@ from jaxprune.cli.options import (
     scoring,
 )
 
-FRACTIONS = "0.7,0.5,0.3"
-DELETED = "0.1,0.3,0.5,0.7,0.9"
+if TYPE_CHECKING:
+    from jaxprune.models import Model
+    from jaxprune.units import Params
+
 BUDGETS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2"
+STRAY = 1e-3  # a smaller share of zeros is no sparsity
 
 
-@terminal.grouped
+@grouped
+def inspect(
+    model: ModelName,
+    picture: PictureOptions,
+    scores: Annotated[Path | None, option("A score file of the model.", metavar="FILE")] = None,
+    as_json: Json = False,
+) -> None:
+    """Shows what each layer has, had before pruning, and costs; with scores, where they are.
+
+    Example: [cyan]jaxprune inspect small -o small.png[/cyan]
+    """
+    with terminal.working():
+        from jaxprune.cli.render import tables
+
+        record = inspect_model(model, scores, picture)
+    lines = [tables.inspection_note(record)]
+    if picture.picture is not None:
+        lines.append(f"Picture: {picture.picture}")
+    terminal.show(record, tables.inspection_table(record), *lines, as_json=as_json)
+
+
+def inspect_model(source: str, scores: Path | None, picture: PictureOptions) -> dict[str, Any]:
+    """Counts what a model has in every layer; see `jaxprune.pruning.inspection.inspect`."""
+    from jaxprune.checkpoints.folder import load
+    from jaxprune.checkpoints.shared import pruning_of
+    from jaxprune.cli.render.pictures import inspection_figure
+    from jaxprune.models.cost import parameters
+    from jaxprune.pruning.inspection import inspect
+    from jaxprune.scoring.scores import load_scores
+
+    picture.check()
+    loaded = None if scores is None else load_scores(scores)
+    model, params = load(source)
+    pruning = pruning_of(source, model)
+    layers, ranks = inspect(model, params, pruning=pruning, scores=loaded)
+    zeros = _zeros(model, params)
+    for row in (*layers["layers"], layers["total"]):
+        row["zeros"] = zeros.get(row["layer"])
+    record = {
+        "command": "inspect",
+        "source": source,
+        "model_type": model.config.model_type,
+        "heads": list(model.heads),
+        "tasks": _tasks(source, model),
+        "parameters": parameters(params),
+        "pruned": None if pruning is None else pruning.get("settings"),
+        "scores": None if scores is None else str(scores),
+        **layers,
+    }
+    picture.draw(inspection_figure, record, ranks)
+    return record
+
+
+def _tasks(source: str, model: Model) -> list[str]:
+    """The tasks whose gates stand beside the dense model."""
+    from jaxprune.checkpoints.folder import split_task
+    from jaxprune.checkpoints.gate_file import GATES, read
+
+    file = None if model.source is None or split_task(source)[1] is not None else model.source / GATES
+    return sorted(read(file).tasks) if file is not None and file.is_file() else []
+
+
+def _zeros(model: Model, params: Params) -> dict[str, float]:
+    """The share of zeros in the linear maps of each layer, and of all; nothing if there is no more than a stray one."""
+    from jaxprune.sparse.masks import sparsity_of
+    from jaxprune.sparse.matrices import linear_maps
+    from jaxprune.units import flatten
+
+    maps = linear_maps(model)
+    if not any(maps(path, array) for path, array in flatten(params).items()):
+        return {}  # it has no layers
+    sparsity = sparsity_of(params, maps)
+    if sparsity.fraction < STRAY:
+        return {}
+    counts: dict[str, list[int]] = {}
+    for name, array in sparsity.arrays.items():
+        stack, _, rest = name.rpartition("layers.")
+        for place in (f"{stack.strip('.')} {rest.split('.')[0]}".strip(), "all"):
+            counts[place] = [a + b for a, b in zip(counts.get(place, [0, 0]), array, strict=True)]
+    return {place: zeros / size for place, (zeros, size) in counts.items() if size}
+
+
+@grouped
+def evaluate(
+    model: ModelName,
+    task: Tasks,
+    rows: RowOptions,
+    batches: BatchOptions,
+    split: Annotated[str, rows("train, calibration, dev (for choices) or test (to report).")] = "test",
+    head: Head = None,
+    limit: Annotated[int | None, rows("The most examples of each task.")] = None,
+    generate: Annotated[bool, rows("Text-to-text models: they have to write the label's words.", "--generate")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measures a model on one or several tasks.
+
+    Example: [cyan]jaxprune evaluate small --task sst2 --task mrpc --data data[/cyan]
+    """
+    with terminal.working() as bars:
+        from jaxprune.checkpoints.folder import load
+        from jaxprune.cli.render import tables
+        from jaxprune.data.tasks import Rows
+        from jaxprune.evaluation import evaluate as library
+
+        loaded, params = load(model)
+        if generate and not loaded.answers_in_text:
+            raise ValueError(f"{model} has task heads and writes no text: leave --generate out.")
+        tasks = [rows.of(name).load(bars) for name in task]
+        for each in tasks:  # all of them before the first is measured
+            each.rows(split)
+            library.fitting_head(loaded, each, head)
+        settings = {"rows": Rows(examples=limit, split=split, **asdict(batches)), "head": head, "generated": generate}
+        results = [
+            library.evaluate(loaded, params, each, **settings, progress=bars.open(f"testing {each.name}")).to_json()
+            for each in tasks
+        ]
+    record = {"command": "evaluate", "source": model, "results": results}
+    terminal.show(record, tables.evaluation_table(results), as_json=as_json)
+
+
+@grouped
 def sweep(
     model: ModelName,
     task: Tasks,
@@ -82,129 +203,3 @@ def sweep(
         )
     files = (f"{title.capitalize() + ':':10}{', '.join(names)}" for title, names in record["files"].items())
     terminal.show(record, *tables.sweep_tables(record), tables.sweep_note(record), "", *files, as_json=as_json)
-
-
-def inspect(
-    model: ModelName,
-    scores: Annotated[Path | None, option("A score file of the model.", metavar="FILE")] = None,
-    picture: Annotated[
-        Path | None, option("A picture to write, .png or .svg.", "--output", "-o", metavar="PICTURE")
-    ] = None,
-    dark: Dark = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Shows what each layer has, had before pruning, and costs; with scores, where they are.
-
-    Example: [cyan]jaxprune inspect small -o small.png[/cyan]
-    """
-    with terminal.working():
-        from jaxprune.cli import inspection
-        from jaxprune.cli.render import tables
-
-        record = inspection.inspect_model(model, scores=scores, picture=picture, dark=dark, overwrite=overwrite)
-    lines = [tables.inspection_note(record)] + ([] if picture is None else [f"Picture: {picture}"])
-    terminal.show(record, tables.inspection_table(record), *lines, as_json=as_json)
-
-
-def compare(
-    scores: Annotated[list[Path], typer.Argument(help="Score files of one model, one per task.", metavar="FILE...")],
-    fractions: Annotated[str, option("Fractions of the units that are kept.", metavar="A,B,...")] = FRACTIONS,
-    picture: Annotated[
-        Path | None, option("A heat map to write, .png or .svg.", "--output", "-o", metavar="PICTURE")
-    ] = None,
-    dark: Dark = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Shows how far tasks need the same heads and neurons: rank correlation and overlap, layer by layer.
-
-    Example: [cyan]jaxprune compare sst2.safetensors mrpc.safetensors -o overlap.png[/cyan]
-    """
-    with terminal.working():
-        from jaxprune.cli import comparison
-        from jaxprune.cli.render import tables
-
-        kept = read_fractions("--fractions", fractions)
-        record = comparison.compare_scores(scores, fractions=kept, picture=picture, dark=dark, overwrite=overwrite)
-    lines = [tables.overlap_note(record)] + ([] if picture is None else [f"Picture: {picture}"])
-    terminal.show(record, *tables.overlap_tables(record), *lines, as_json=as_json)
-
-
-@terminal.grouped
-def check(
-    model: ModelName,
-    task: OneTask,
-    scores: Annotated[Path, option("The score file to check.", metavar="FILE")],
-    rows: RowOptions,
-    units: Annotated[int, measured("Units of each kind that are removed, one at a time.")] = 64,
-    examples: Annotated[int, measured("The most calibration rows on which they are removed.")] = 64,
-    orders: Annotated[int, measured("Random orders of deletion, 2 to 10.")] = 5,
-    fractions: Annotated[str, measured("Of the units that are deleted.", metavar="A,B,...")] = DELETED,
-    split: Annotated[str, measured("Rows to test on while units are deleted.")] = "dev",
-    limit: Annotated[int, measured("The most of them.")] = 256,
-    seed: Annotated[int, measured("Of the sample of units and of the random orders.")] = 0,
-    batch_size: Annotated[int, measured("Examples in a batch.")] = 32,
-    chunk: Annotated[int, measured("Units closed together, for accelerators with room.")] = 1,
-    picture: Annotated[
-        Path | None, option("A picture to write, .png or .svg.", "--output", "-o", metavar="PICTURE")
-    ] = None,
-    dark: Dark = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Checks whether scores can be trusted: completeness, true removal of units, deletion against random orders.
-
-    Example: [cyan]jaxprune check multi --scores sst2.safetensors --task sst2 --data data[/cyan]
-
-    The exit code is 1 if a check fails, and 0 if none does.
-    """
-    with terminal.working() as bars:
-        from jaxprune.cli.checking import check_model
-        from jaxprune.cli.render import tables
-        from jaxprune.pruning import checks
-
-        checking = checks.Checking(
-            units=units,
-            examples=examples,
-            chunk=chunk,
-            orders=orders,
-            fractions=read_fractions("--fractions", fractions)[::-1],
-            split=split,
-            limit=limit,
-            seed=seed,
-            batch_size=batch_size,
-        )
-        how = {"picture": picture, "dark": dark, "overwrite": overwrite, "watch": bars}
-        record = check_model(model, scores, rows.of(task), checking, **how)
-    lines = [f"Verdict: {record['verdict']}"] + ([] if picture is None else [f"Picture: {picture}"])
-    terminal.show(record, *tables.check_tables(record), *lines, as_json=as_json)
-    if record["verdict"] == checks.FAIL:
-        raise typer.Exit(1)
-
-
-@terminal.grouped
-def evaluate(
-    model: ModelName,
-    task: Tasks,
-    rows: RowOptions,
-    batches: BatchOptions,
-    split: Annotated[str, rows("train, calibration, dev (for choices) or test (to report).")] = "test",
-    head: Head = None,
-    limit: Annotated[int | None, rows("The most examples of each task.")] = None,
-    generate: Annotated[bool, rows("Text-to-text models: they have to write the label's words.", "--generate")] = False,
-    as_json: Json = False,
-) -> None:
-    """Measures a model on one or several tasks.
-
-    Example: [cyan]jaxprune evaluate small --task sst2 --task mrpc --data data[/cyan]
-    """
-    with terminal.working() as bars:
-        from jaxprune.cli import workflow
-        from jaxprune.cli.render import tables
-
-        measuring = workflow.Measuring(head=head, limit=limit, **asdict(batches))
-        record = workflow.evaluate_model(
-            model, [rows.of(name) for name in task], split=split, generated=generate, measuring=measuring, watch=bars
-        )
-    terminal.show(record, tables.evaluation_table(record["results"]), as_json=as_json)

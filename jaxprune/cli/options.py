@@ -6,13 +6,14 @@ The library is imported only when an option is put to use, so `--help` answers a
 from __future__ import annotations
 
 import difflib
+import inspect
 import pkgutil
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast, get_type_hints
 
 import typer
 
@@ -162,6 +163,32 @@ Head: TypeAlias = Annotated[str | None, rows("The task head; by default the one 
 Dark: TypeAlias = Annotated[bool, option("Draw for dark pages.", "--dark")]
 Json: TypeAlias = Annotated[bool, option("One JSON object on stdout, and nothing else.", "--json")]
 Overwrite: TypeAlias = Annotated[bool, option("Replace what is there.", "--overwrite")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions:
+    """A picture of what a command shows."""
+
+    picture: Annotated[
+        Path | None, option("A picture to write, .png or .svg.", "--output", "-o", metavar="PICTURE")
+    ] = None
+    dark: Dark = False
+    overwrite: Overwrite = False
+
+    def check(self) -> None:
+        """Refuses a picture that cannot be written, before any work is done."""
+        if self.picture is not None:
+            from jaxprune.checkpoints.files import check_file
+            from jaxprune.cli.render.pictures import check_picture
+
+            check_picture(self.picture)
+            check_file(self.picture, self.overwrite)
+
+    def draw(self, figure: Callable[..., None], record: dict[str, Any], *more: Any) -> None:
+        """Writes the picture, if one is asked for, and adds it to the record."""
+        if self.picture is not None:
+            figure(self.picture, record, *more, dark=self.dark)
+            record["picture"] = str(self.picture)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -487,3 +514,33 @@ def given(context: typer.Context, *options: str | type) -> str:
         if source is not None and source.name == "COMMANDLINE":
             found.append("--" + name.replace("_", "-"))
     return ", ".join(found)
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Lets a command take groups of options: of a parameter that is a dataclass, every field becomes an option."""
+    own = inspect.signature(command, eval_str=True).parameters
+    groups: dict[str, Any] = {name: p.annotation for name, p in own.items() if is_dataclass(p.annotation)}
+    parameters = []
+    for name, parameter in own.items():
+        if name not in groups:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        hints = get_type_hints(groups[name], include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+            )
+            for field in fields(groups[name])
+        ]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        packed = {
+            name: cast(Any, group)(**{field.name: given.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**given, **packed)
+
+    run.__dict__["__signature__"] = inspect.Signature(parameters)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run

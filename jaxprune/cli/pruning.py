@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxprune.checkpoints.folder import load, save, split_task
+from jaxprune.checkpoints.folder import check_destination, load, save, split_task
 from jaxprune.cli.accounting import Accounting, account_for, check_accounting
 from jaxprune.cli.planning import Tables, asked_of_table, met, outcome, settle, timed
 from jaxprune.cli.render.cards import CARD, model_card
@@ -16,7 +16,6 @@ from jaxprune.cli.workflow import (
     Measuring,
     Scoring,
     Watch,
-    check_folder,
     costs,
     kinds_of,
     measure,
@@ -63,7 +62,7 @@ def prune_model(
     interruption and for other budgets. A budget of latency goes by one of the `tables`, and is measured in the end.
     With `accounting` the rows that were scored say what the selection loses, and perhaps lead to a better one.
     """
-    check_folder(output, overwrite)
+    check_destination(output, overwrite)
     kept = scored if isinstance(scored, Path) else output.with_name(f"{output.name}.scores.safetensors")
     scores = load_scores(scored) if isinstance(scored, Path) else None
     check_scope(scored if scores is None else scores, rules)

@@ -17,18 +17,7 @@ from jaxprune.checkpoints.files import read_json, remove_folder
 from jaxprune.checkpoints.folder import PRUNING, check_destination, digest, load, model_digest, save
 from jaxprune.checkpoints.gate_file import recorded_gates
 from jaxprune.cli.pruning import check_scope, facts_of, measure_both, recovery_record, write_pruned
-from jaxprune.cli.workflow import (
-    Data,
-    Measuring,
-    Progress,
-    Scoring,
-    Watch,
-    check_folder,
-    costs,
-    kinds_of,
-    ratios,
-    score_once,
-)
+from jaxprune.cli.workflow import Data, Measuring, Progress, Scoring, Watch, costs, kinds_of, ratios, score_once
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import Task
 from jaxprune.evaluation.evaluate import fitting_head
@@ -69,7 +58,7 @@ def prune_model_in_rounds(
     Raises:
         ValueError: As `prune_in_rounds`, or if `OUTPUT.rounds` belongs to another command and may not be replaced.
     """
-    check_folder(output, overwrite)
+    check_destination(output, overwrite)
     check_scope(scoring, rules)
     model, params = load(source)
     check_selection(model, params, budget, rules, kinds_of(model, params, scoring))

@@ -6,20 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxprune.checkpoints.folder import load
+from jaxprune.checkpoints.files import check_file
+from jaxprune.checkpoints.folder import check_destination, load
 from jaxprune.checkpoints.gate_file import GATES, read
 from jaxprune.checkpoints.shared import add_gates, check_new, save_shared
 from jaxprune.cli.planning import Tables, settle
 from jaxprune.cli.pruning import check_scope
-from jaxprune.cli.workflow import (
-    Watch,
-    check_file,
-    check_folder,
-    costs,
-    kinds_of,
-    ratios,
-    stored_type,
-)
+from jaxprune.cli.workflow import Watch, costs, kinds_of, ratios, stored_type
 from jaxprune.compaction import compact
 from jaxprune.models import Model
 from jaxprune.models.cost import Length, file_size
@@ -63,7 +56,7 @@ def share_model(
         ValueError: If two score files are of one task, or they are not of this model.
     """
     if output is not None:
-        check_folder(output, overwrite)
+        check_destination(output, overwrite)
     files: dict[str, Path] = {}
     scores: dict[str, Scores] = {}
     for file in scored:

@@ -9,10 +9,9 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxprune.checkpoints.files import read_json
-from jaxprune.checkpoints.folder import PRUNING, load, read_pruning, save
+from jaxprune.checkpoints.folder import PRUNING, check_destination, load, read_pruning, save
 from jaxprune.checkpoints.sparse_file import linear_maps
 from jaxprune.checkpoints.weights import CONFIG, WEIGHTS, open_tensors
-from jaxprune.cli.workflow import check_folder
 from jaxprune.models import Model
 from jaxprune.models.cost import file_size
 from jaxprune.units import Params, flatten, path_name
@@ -38,7 +37,7 @@ def pack_model(
     Returns:
         The bytes of the linear maps and of the whole file before and after, and the share of weights that are not zero.
     """
-    check_folder(output, overwrite)
+    check_destination(output, overwrite)
     model, params = load(source, dtype=None)
     folder = Path(model.source or source)
     extra, pruning = _other_files(folder)

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxprune.checkpoints.folder import as_loaded, load, model_digest, save
+from jaxprune.checkpoints.folder import as_loaded, check_destination, load, model_digest, save
 from jaxprune.checkpoints.shared import pruning_of, split_task
 from jaxprune.cli.render.cards import CARD, LEARNED, student_card
 from jaxprune.cli.render.pictures import training_picture
 from jaxprune.cli.render.tables import exam_line
-from jaxprune.cli.workflow import Data, Measuring, Watch, check_folder, measure
+from jaxprune.cli.workflow import Data, Measuring, Watch, measure
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import Task, remove_leaks
 from jaxprune.evaluation.evaluate import Evaluation, fitting_head
@@ -58,7 +58,7 @@ def teach_model(
     The run is kept in `OUTPUT.state` until the folder is written. Teacher and student are tested in the end, if
     `measuring` says so and the task has test rows; the student as it is written, rounded if it is.
     """
-    check_folder(output, overwrite)
+    check_destination(output, overwrite)
     state = output.with_name(f"{output.name}.state")
     model, student = load(source)
     teacher_model, theirs = load(teacher)

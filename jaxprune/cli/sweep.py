@@ -20,19 +20,10 @@ import jax
 import numpy as np
 
 from jaxprune import __version__
-from jaxprune.checkpoints.files import file_stem, read_json, write_atomic
+from jaxprune.checkpoints.files import check_file, file_stem, read_json, write_atomic
 from jaxprune.checkpoints.folder import load, model_digest
 from jaxprune.cli.render.pictures import sweep_figure
-from jaxprune.cli.workflow import (
-    Data,
-    Measuring,
-    Progress,
-    Scoring,
-    Watch,
-    check_file,
-    measure,
-    score_once,
-)
+from jaxprune.cli.workflow import Data, Measuring, Progress, Scoring, Watch, measure, score_once
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Task
 from jaxprune.evaluation.evaluate import fitting_head

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 import os
 import platform
@@ -13,17 +12,11 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
-from functools import wraps
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast, get_type_hints
+from typing import Any, Self
 
-import typer
-from typer.core import TyperGroup
-
-BAD_INPUT = (ValueError, TypeError, OSError, MemoryError)  # what is raised for a wrong argument, file or folder
 LINE_EVERY = 30.0  # seconds between two lines of progress where stderr is not a terminal
 MIN_COMPILE_TIME = 0.1  # seconds; what compiles faster is not worth a file in the cache
 
@@ -45,6 +38,7 @@ class Bars:
         from rich.progress import TimeRemainingColumn as Remaining
 
         self.interrupted = False  # by Ctrl-C
+        self._bars: dict[str, Bar] = {}
         self._console = plain_console(stderr=True)
         self._shown = self._console.is_terminal
         columns = (
@@ -66,8 +60,12 @@ class Bars:
         self._progress.stop()
 
     def open(self, label: str) -> Bar:
-        """A new stage."""
-        return Bar(self, label)
+        """A stage; one of the same name that is there already starts anew."""
+        bar = self._bars.get(label)
+        if bar is None:
+            bar = self._bars[label] = Bar(self, label)
+        bar.restart()
+        return bar
 
     def say(self, message: Any) -> None:
         """Prints a line, or a table, above the bars."""
@@ -79,15 +77,21 @@ class Bar:
 
     def __init__(self, bars: Bars, label: str):
         self._bars, self._label = bars, visible(label)
+        self._task: Any = None  # shown from the first call on
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins to measure the time."""
         self._begun = self._said = time.monotonic()
         self._first: int | None = None  # what was done before: a run that is resumed
-        self._task = bars._progress.add_task(self._label, total=None, note="")
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Shows how far the stage is; stops if Ctrl-C was pressed and what ran then swallowed it."""
         if self._bars.interrupted:
             raise KeyboardInterrupt
-        self._bars._progress.update(self._task, completed=done, total=total, note=visible(note))
+        progress = self._bars._progress
+        self._task = progress.add_task(self._label, total=None, note="") if self._task is None else self._task
+        progress.update(self._task, completed=done, total=total, note=visible(note))
         now = time.monotonic()
         self._first = done if self._first is None else self._first
         if not self._bars._shown and (done == total or now - self._said >= LINE_EVERY):
@@ -186,75 +190,3 @@ def plain_console(*, stderr: bool) -> Any:
             return super().render_str(visible(text), **how)
 
     return Plain(stderr=stderr, highlight=False, markup=False, emoji=False)
-
-
-def complain(message: str) -> None:
-    """Prints an error in one line on stderr."""
-    print(f"jaxprune: error: {visible(' '.join(message.split()))}", file=sys.stderr)
-
-
-def describe(error: BaseException) -> str:
-    """An error in words; of the system's errors the reason and the file."""
-    if isinstance(error, OSError) and error.strerror:
-        files = [str(name) for name in (error.filename, error.filename2) if name]
-        return f"{error.strerror}: {' and '.join(files)}" if files else error.strerror
-    return str(error) or type(error).__name__
-
-
-class Commands(TyperGroup):
-    """Turns what went wrong into one line on stderr and an exit code."""
-
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
-        """Runs a command: exit code 2 for bad input, 130 after Ctrl-C."""
-        try:
-            code = super().main(*args, standalone_mode=False, **extra)
-        except typer.TyperException as error:
-            context = getattr(error, "ctx", None)
-            hint = f" See `{context.command_path} --help`." if context is not None else ""
-            complain(error.format_message() + hint)
-            code = 2
-        except BAD_INPUT as error:
-            if os.environ.get("JAXPRUNE_TRACEBACK"):
-                raise
-            complain(describe(error))
-            code = 2
-        except RuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or os.environ.get("JAXPRUNE_TRACEBACK"):
-                raise
-            complain(f"out of memory: use a smaller --batch-size ({str(error).splitlines()[0]})")
-            code = 2
-        if code == 130:
-            print("interrupted; run the same command again to go on", file=sys.stderr)
-        if standalone_mode:
-            sys.exit(code or 0)
-        return code
-
-
-def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Lets a command take groups of options: of a parameter that is a dataclass, every field becomes an option."""
-    own = inspect.signature(command, eval_str=True).parameters
-    groups: dict[str, Any] = {name: p.annotation for name, p in own.items() if is_dataclass(p.annotation)}
-    parameters = []
-    for name, parameter in own.items():
-        if name not in groups:
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-            continue
-        hints = get_type_hints(groups[name], include_extras=True)
-        parameters += [
-            inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
-            )
-            for field in fields(groups[name])
-        ]
-
-    @wraps(command)
-    def run(**given: Any) -> None:
-        packed = {
-            name: cast(Any, group)(**{field.name: given.pop(field.name) for field in fields(group)})
-            for name, group in groups.items()
-        }
-        command(**given, **packed)
-
-    run.__dict__["__signature__"] = inspect.Signature(parameters)
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run

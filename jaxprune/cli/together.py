@@ -8,18 +8,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from jaxprune.checkpoints.files import file_stem
-from jaxprune.checkpoints.folder import digest, load
+from jaxprune.checkpoints.folder import check_destination, digest, load
 from jaxprune.cli.accounting import Account, Accounting, account_for
 from jaxprune.cli.planning import Tables, asked_of_table, met, outcome, settle, timed
 from jaxprune.cli.pruning import check_scope, facts_of, measure_both, recovery_record, write_pruned
-from jaxprune.cli.workflow import (
-    Data,
-    Measuring,
-    Scoring,
-    Watch,
-    check_folder,
-    score_once,
-)
+from jaxprune.cli.workflow import Data, Measuring, Scoring, Watch, score_once
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Task, remove_leaks
 from jaxprune.evaluation.evaluate import fitting_head
@@ -81,7 +74,7 @@ def prune_together(
     Raises:
         ValueError: If two tasks or files are the same, or the scores are not of one model and the same sites.
     """
-    check_folder(output, overwrite)
+    check_destination(output, overwrite)
     if accounting is not None and accounting.rounds:
         raise ValueError("several tasks have several losses: units are selected again by the receipt of one task only.")
     files = [] if isinstance(scored, Scoring) else list(scored)

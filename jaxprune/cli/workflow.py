@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxprune.checkpoints.files import check_file
 from jaxprune.checkpoints.folder import check_destination, digest_keeper, load, model_digest, save
 from jaxprune.checkpoints.tensors import FLOATS
 from jaxprune.checkpoints.weights import open_tensors
@@ -149,30 +149,6 @@ def score_model(
     }
 
 
-def evaluate_model(
-    source: str,
-    tasks: Sequence[Data],
-    *,
-    split: str = "test",
-    generated: bool = False,
-    measuring: Measuring,
-    watch: Watch,
-) -> dict[str, Any]:
-    """Measures a model on tasks."""
-    model, params = load(source)
-    if generated and not model.answers_in_text:
-        raise ValueError(f"{source} has task heads and writes no text: leave --generate out.")
-    loaded = [data.load(watch) for data in tasks]
-    for task in loaded:  # all of them before the first is measured
-        task.rows(split)
-        fitting_head(model, task, measuring.head)
-    results = [
-        measure(model, params, task, measuring, watch.open(f"testing {task.name}"), split, generated=generated)
-        for task in loaded
-    ]
-    return {"command": "evaluate", "source": source, "results": [result.to_json() for result in results]}
-
-
 def finetune_model(
     source: str,
     tasks: Sequence[Data],
@@ -187,7 +163,7 @@ def finetune_model(
 
     The run is kept in `OUTPUT.state` until the folder is written.
     """
-    check_folder(output, overwrite)
+    check_destination(output, overwrite)
     state = output.with_name(f"{output.name}.state")
     model, params = load(source)
     cleaned, leaks = remove_leaks([data.load(watch) for data in tasks])
@@ -285,41 +261,6 @@ def stored_type(model: Model) -> str:
     with contextlib.ExitStack() as files:
         kinds = {source.entry.dtype for source in open_tensors(model.source, files).values()} & set(FLOATS)
     return str(FLOATS[kinds.pop()]) if len(kinds) == 1 else "float32"
-
-
-def check_folder(path: Path, overwrite: bool) -> None:
-    """Refuses an output folder that cannot be written, before any work is done.
-
-    Raises:
-        FileExistsError: If something is there and may not be replaced.
-        PermissionError: If the folder above it cannot be written.
-    """
-    check_destination(path, overwrite)
-    _check_writable(path)
-
-
-def check_file(path: Path, overwrite: bool) -> None:
-    """Refuses an output file that cannot be written, before any work is done.
-
-    Raises:
-        FileExistsError: If the file is there and may not be replaced, or is a folder.
-        PermissionError: If its folder cannot be written.
-    """
-    if path.is_dir():
-        raise FileExistsError(f"{path} is a folder: name a file.")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already: choose another name, or replace it with --overwrite.")
-    _check_writable(path)
-
-
-def _check_writable(path: Path) -> None:
-    above = path.absolute().parent
-    while not above.exists():
-        above = above.parent
-    if not above.is_dir():
-        raise NotADirectoryError(f"{path} cannot be written: {above} is not a folder.")
-    if not os.access(above, os.W_OK):
-        raise PermissionError(f"{path} cannot be written: no permission to write into {above}.")
 
 
 def kinds_of(model: Model, params: Params, scored: Any) -> tuple[str, ...]:
