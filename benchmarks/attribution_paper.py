@@ -218,7 +218,12 @@ def cost(paper: Paper) -> dict[str, Any]:
     for turn in range(rounds + 1):
         for name, criterion in CRITERIA.items():
             begun = time.perf_counter()
-            found = jp.score(paper.bench.model, paper.bench.params, task, criterion=criterion, examples=count, key=turn)
+            found = jp.score(
+                paper.bench.model,
+                paper.bench.params,
+                task,
+                jp.Scoring(criterion=criterion, rows=jp.Rows(examples=count, key=turn)),
+            )
             jax.block_until_ready(found.values)
             if turn:
                 seconds[name].append(time.perf_counter() - begun)
@@ -263,7 +268,9 @@ def measure_memory(name: str, model: str, data: str, task: str, examples: str) -
 
     def run() -> None:
         jax.block_until_ready(
-            jp.score(loaded, params, own, criterion=CRITERIA[name], examples=int(examples), key=0).values
+            jp.score(
+                loaded, params, own, jp.Scoring(criterion=CRITERIA[name], rows=jp.Rows(examples=int(examples)))
+            ).values
         )
 
     print(growth(run))

@@ -142,7 +142,10 @@ class Bench:
             path.parent.mkdir(exist_ok=True)
             if not path.exists():
                 found = jp.score(
-                    self.model, self.params, self.task(task), criterion=criterion, examples=examples, key=seed
+                    self.model,
+                    self.params,
+                    self.task(task),
+                    jp.Scoring(criterion=criterion, rows=jp.Rows(examples=examples, key=seed)),
                 )
                 jp.save_scores(path, found)
             self.scored[name] = jp.load_scores(path)

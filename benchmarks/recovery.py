@@ -177,7 +177,9 @@ def cost(bench: Bench, record: Mapping[str, Any]) -> dict[str, Any]:
     twenty = jp.IntegratedGradients(nodes=20)
     fitted = jp.Rows(examples=rows)
     work: dict[str, Callable[[], Any]] = {
-        "scoring, 20 nodes": lambda: jp.score(bench.model, bench.params, task, criterion=twenty, examples=rows).values,
+        "scoring, 20 nodes": lambda: (
+            jp.score(bench.model, bench.params, task, jp.Scoring(criterion=twenty, rows=fitted)).values
+        ),
         "reconstruct": lambda: jp.recover(bench.model, bench.params, small, task, jp.Recovery(rows=fitted))[0],
         "rescale": lambda: jp.recover(
             bench.model, bench.params, small, task, jp.Recovery(method=jp.Rescaling(), rows=fitted)
@@ -218,11 +220,15 @@ def _peak(source: Path, data: Path, name: str, count: int, what: str) -> int:
     model, params = jp.load(source)
     task = jp.load_task(name, data=data)
     rows = draw(task, count, 0)
-    scores = jp.score(model, params, task, criterion=jp.Magnitude(), examples=rows[:8])
+    scores = jp.score(model, params, task, jp.Scoring(criterion=jp.Magnitude(), rows=jp.Rows(examples=rows[:8])))
     small = jp.compact(model, params, jp.select(model, params, scores, jp.budgets.Flops(0.5)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if what == "scoring":
-        jax.block_until_ready(jp.score(model, params, task, criterion=jp.IntegratedGradients(), examples=rows).values)
+        jax.block_until_ready(
+            jp.score(
+                model, params, task, jp.Scoring(criterion=jp.IntegratedGradients(), rows=jp.Rows(examples=rows))
+            ).values
+        )
     else:
         jax.block_until_ready(jp.recover(model, params, small, task, jp.Recovery(rows=jp.Rows(examples=rows)))[0])
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

@@ -118,7 +118,10 @@ def budgets(setting: Setting) -> dict[str, Any]:
     for seed in range(setting.draws):
         chosen = draw(task, min(SCORED, len(calibration)), seed)
         scores = jp.score(
-            model, params, task, criterion=jp.IntegratedGradients(), examples=chosen, key=seed, max_length=length
+            model,
+            params,
+            task,
+            jp.Scoring(criterion=jp.IntegratedGradients(), rows=jp.Rows(examples=chosen, key=seed, max_length=length)),
         )
         tokens = usable.encode(chosen).mean_length
         for budget in BUDGETS:

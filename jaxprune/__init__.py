@@ -54,7 +54,7 @@ if TYPE_CHECKING:
         Wanda,
     )
     from jaxprune.scoring.objectives import log_probability, margin, probability
-    from jaxprune.scoring.run import score
+    from jaxprune.scoring.run import Scoring, score
     from jaxprune.scoring.scores import Scores, load_scores, merge, save_scores
     from jaxprune.scoring.stability import Stability, stability
     from jaxprune.sparse.masks import Sparsity, apply_masks, masks_of, one_shot, sparsity_of
@@ -105,6 +105,7 @@ _SOURCES = {
     "Rules": "pruning.budgets",
     "Schedule": "sparse.schedules",
     "Scores": "scoring.scores",
+    "Scoring": "scoring.run",
     "Sparsification": "training.distillation",
     "Sparsity": "sparse.masks",
     "Stability": "scoring.stability",
@@ -208,6 +209,7 @@ __all__ = [
     "Rules",
     "Schedule",
     "Scores",
+    "Scoring",
     "Sparsification",
     "Sparsity",
     "Stability",

@@ -13,7 +13,6 @@ from commands import Place, place, record_of, run
 import jaxprune as jp
 from jaxprune.checkpoints.folder import load, read_pruning
 from jaxprune.cli.accounting import Accounting, check_accounting
-from jaxprune.cli.workflow import Scoring
 from jaxprune.data.splits import row_key
 from jaxprune.data.tasks import load_task
 from jaxprune.models.layers import max_tokens
@@ -22,6 +21,7 @@ from jaxprune.pruning.selection import select
 from jaxprune.scoring.attribution import GradientActivation
 from jaxprune.scoring.baselines import Magnitude
 from jaxprune.scoring.objectives import log_probability, maximum
+from jaxprune.scoring.run import Scoring
 from jaxprune.scoring.scores import load_scores
 
 __all__ = ["place"]  # a fixture

@@ -20,7 +20,7 @@ from test_compilations import compiled
 from tiny import tiny_batch, tiny_model
 
 from jaxprune.checkpoints.folder import load, save
-from jaxprune.data.tasks import Example, Task, load_task
+from jaxprune.data.tasks import Example, Rows, Task, load_task
 from jaxprune.evaluation.evaluate import predict
 from jaxprune.models import Model
 from jaxprune.pruning.checks import (
@@ -35,7 +35,7 @@ from jaxprune.scoring.activations import calibration_means
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients
 from jaxprune.scoring.baselines import LeaveOneOut, Magnitude, Removal, TopLayers
 from jaxprune.scoring.objectives import every, probability, signed
-from jaxprune.scoring.run import score, score_batches
+from jaxprune.scoring.run import Scoring, score, score_batches
 from jaxprune.scoring.scores import Scores, load_scores, save_scores
 from jaxprune.units import Params, flatten, open_gates, unflatten
 
@@ -78,7 +78,7 @@ def known(place: Any) -> tuple[Model, Params, Task]:
 
 @pytest.fixture(scope="module")
 def scores(known: tuple[Model, Params, Task]) -> Scores:
-    return score(*known, criterion=GradientActivation(), examples=60)
+    return score(*known, Scoring(criterion=GradientActivation(), rows=Rows(examples=60)))
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ def test_good_scores_pass_and_reversed_ones_fail(known: tuple[Model, Params, Tas
 
 def test_true_removal_correlates_with_itself(known: tuple[Model, Params, Task]):
     model, params, task = known
-    truth = score(model, params, task, criterion=LeaveOneOut(), examples=24)
+    truth = score(model, params, task, Scoring(criterion=LeaveOneOut(), rows=Rows(examples=24)))
     found = {own.name: own for own in check(model, params, task, truth, checking=FEW)}
     assert found["removal of heads"].value == pytest.approx(1.0)
     assert set(found) == {"completeness", "removal of heads", "deletion"}
@@ -272,7 +272,7 @@ def test_true_removal_correlates_with_itself(known: tuple[Model, Params, Task]):
     "criterion", [Magnitude(), TopLayers(), IntegratedGradients(nodes=2, closed=calibration_means)]
 )
 def test_other_scores_are_checked_too(known: tuple[Model, Params, Task], criterion: Any):
-    found = check(*known, score(*known, criterion=criterion, examples=16), checking=FEW)
+    found = check(*known, score(*known, Scoring(criterion=criterion, rows=Rows(examples=16))), checking=FEW)
     applies = isinstance(criterion, IntegratedGradients)
     assert (found[0].verdict == "does not apply") == (not applies)
     assert all(own.verdict in ("pass", "fail", "undecided") for own in found[1:])

@@ -33,7 +33,7 @@ from jaxprune.pruning.latency import write_table
 from jaxprune.pruning.selection import select
 from jaxprune.scoring import attribution, baselines
 from jaxprune.scoring.objectives import predicted
-from jaxprune.scoring.run import score
+from jaxprune.scoring.run import Scoring, score
 from jaxprune.scoring.scores import load_scores
 from jaxprune.units import widths
 
@@ -64,7 +64,7 @@ def test_score_writes_what_the_library_scores(place, tmp_path):
     model, params = load(place.model)
     criterion = attribution.IntegratedGradients(nodes=2, labels=predicted, path=attribution.layer)
     task = load_task("mood", data=place.data)
-    wanted = score(model, params, task, criterion=criterion, examples=16, key=3, batch_size=8)
+    wanted = score(model, params, task, Scoring(criterion=criterion, rows=Rows(examples=16, key=3, batch_size=8)))
     found = load_scores(out)
     assert found.header == wanted.header
     for name, value in wanted.values.items():

@@ -28,8 +28,8 @@ from jaxprune.scoring.baselines import LeaveOneOut
 from jaxprune.scoring.objectives import every, margin, sampled
 from jaxprune.data.prompts import Prompt
 from jaxprune.scoring.scores import save_scores
-from jaxprune.scoring.run import score
-from jaxprune.data.tasks import Task
+from jaxprune.scoring.run import Scoring, score
+from jaxprune.data.tasks import Rows, Task
 
 assert len(jax.devices()) == 4, jax.devices()
 model, params = tiny_model(layers=1, heads=HEADS)
@@ -49,7 +49,7 @@ for name, criterion in criteria.items():
     for devices in (jax.devices()[:1], jax.devices()):
         # 13 examples in batches of 6, rounded up to 8: a device gets two rows, some of them only padding
         own = models.get(name, (model, params, task))
-        found = score(*own, criterion=criterion, examples=13, batch_size=6, devices=devices)
+        found = score(*own, Scoring(criterion=criterion, rows=Rows(examples=13, batch_size=6)), devices=devices)
         assert all(len(value.devices()) == len(devices) for value in found.values.values()), name
         save_scores(Path(sys.argv[1]) / f"{name}-{len(devices)}", found)
 """

@@ -19,7 +19,7 @@ from tiny import TEXT_TYPES, tiny_model
 from jaxprune.checkpoints.folder import digest
 from jaxprune.data.batches import IGNORED, encode, encode_words, pack
 from jaxprune.data.prompts import Prompt
-from jaxprune.data.tasks import Example, Task
+from jaxprune.data.tasks import Example, Rows, Task
 from jaxprune.evaluation import likelihood
 from jaxprune.evaluation.evaluate import evaluate, predict
 from jaxprune.evaluation.likelihood import answered, candidates_of, rank, teacher_forced, without_end
@@ -38,7 +38,7 @@ from jaxprune.scoring.objectives import (
     signed,
     value_and_cotangent,
 )
-from jaxprune.scoring.run import score
+from jaxprune.scoring.run import Scoring, score
 from jaxprune.training.finetuning import FineTuning, finetune
 from jaxprune.training.loop import Step
 from jaxprune.units import Params, open_gates
@@ -282,7 +282,7 @@ def test_a_text_to_text_model_learns_a_task_and_resumes_to_the_same_bits(tmp_pat
     tables = [own["attention"]["relative"]["embedding"] for own in again.params["decoder"]["layers"].values()]
     for table in tables[1:]:
         np.testing.assert_array_equal(table, tables[0])
-    scores = score(model, whole.params, task, examples=12, criterion=GradientActivation(), key=0)
+    scores = score(model, whole.params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=12)))
     assert scores.header["prompt"]["words"] == ["bad", "very good"] and scores.header["head"] == "language"
     assert len(scores.header["mean_length"]) == 2
     found = predict(model, whole.params, task.rows("test")[:5], prompt=PROMPT)

@@ -21,7 +21,7 @@ def test_the_receipt_sums_to_the_score_lost(model_type: str):
     model, params = jp.load(jp.bundled_model() if model_type == "bert" else jp.bundled_text_model())
     task = jp.load_task("sst2", data=jp.bundled_data())
     rows = task.rows("calibration")[:16]
-    scores = jp.score(model, params, task, criterion=jp.Magnitude(), examples=4)
+    scores = jp.score(model, params, task, jp.Scoring(criterion=jp.Magnitude(), rows=jp.Rows(examples=4)))
     gates = jp.select(model, params, scores, jp.budgets.Units(0.7))
     found = jp.loss_receipt(model, params, task, gates, examples=rows, nodes=16, batch_size=8)
     assert found.found == pytest.approx(sum(float(own.sum()) for own in found.units.values()), abs=1e-5)

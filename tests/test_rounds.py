@@ -22,7 +22,7 @@ from tiny import tiny_batch, tiny_model
 from jaxprune.checkpoints.folder import digest, load, model_digest, read_pruning, save
 from jaxprune.checkpoints.gate_file import recorded_gates
 from jaxprune.cli.rounds import prune_model_in_rounds
-from jaxprune.cli.workflow import Data, Measuring, Scoring
+from jaxprune.cli.workflow import Data, Measuring
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Rows
 from jaxprune.models import Model
@@ -32,6 +32,7 @@ from jaxprune.pruning.prune import geometric, prune_in_rounds, units_left
 from jaxprune.pruning.recovery import Recovery
 from jaxprune.pruning.selection import Values, per_layer_l2, select
 from jaxprune.scoring.attribution import GradientActivation
+from jaxprune.scoring.run import Scoring
 from jaxprune.scoring.scores import Scores, load_scores
 from jaxprune.units import Params, flatten, open_gates, widths
 
@@ -294,7 +295,7 @@ def commanded(place: Place, output: Path, watch: Silent, **changes: Any) -> dict
         "budget": Flops(0.3),
         "rules": Rules(multiple_of={"neurons": 2}),
         "rounds": 3,
-        "scoring": Scoring(criterion=GradientActivation(), examples=16, batch_size=8),
+        "scoring": Scoring(criterion=GradientActivation(), rows=Rows(examples=16, batch_size=8)),
         "data": Data(task="mood", data=place.data),
         "recovery": Recovery(rows=Rows(examples=24)),
         "recover_each_round": True,
@@ -357,7 +358,7 @@ def test_another_command_does_not_go_on_from_it(place, whole, tmp_path):
     others: list[tuple[str, dict[str, Any]]] = [
         ("flops", {"budget": Flops(0.4)}),
         ("rounds", {"rounds": 4}),
-        ("seed", {"scoring": Scoring(criterion=GradientActivation(), examples=16, batch_size=8, seed=1)}),
+        ("key", {"scoring": Scoring(criterion=GradientActivation(), rows=Rows(examples=16, batch_size=8, key=1))}),
         ("recovery", {"recovery": None}),
     ]
     for name, changes in others:
@@ -450,7 +451,7 @@ def test_a_text_to_text_model_in_rounds(tmp_path):
         "budget": Flops(0.4),
         "rules": Rules(multiple_of={"neurons": 8}),
         "rounds": 2,
-        "scoring": Scoring(criterion=GradientActivation(), examples=8, batch_size=8),
+        "scoring": Scoring(criterion=GradientActivation(), rows=Rows(examples=8, batch_size=8)),
         "measuring": Measuring(evaluate=False, batches=()),
         "data": asked,
     }

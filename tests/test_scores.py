@@ -18,13 +18,13 @@ from tiny import tiny_model
 from jaxprune.checkpoints.files import write_atomic
 from jaxprune.checkpoints.folder import model_digest
 from jaxprune.checkpoints.tensors import write_tensors
-from jaxprune.data.tasks import Example, Task, row_key
+from jaxprune.data.tasks import Example, Rows, Task, row_key
 from jaxprune.models import Model, TaskHead
 from jaxprune.scoring.activations import calibration_means
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, layer
 from jaxprune.scoring.baselines import Activation, Fisher, LeaveOneOut, Magnitude, Random
 from jaxprune.scoring.objectives import every, margin, maximum, predicted
-from jaxprune.scoring.run import PARTIAL, SAVE_EVERY, score, score_batches
+from jaxprune.scoring.run import PARTIAL, SAVE_EVERY, Scoring, score, score_batches
 from jaxprune.scoring.scores import METADATA, Scores, describe, load_scores, merge, save_scores, with_relative
 from jaxprune.units import Params, widths
 
@@ -42,6 +42,10 @@ def texts(rows: int, seed: int = 0) -> tuple[Example, ...]:
     return tuple(Example(" ".join(own), None, row % 2) for row, own in enumerate(words))
 
 
+def scoring(criterion: Any, until_stable: float | None = None, **rows: Any) -> Scoring:
+    return Scoring(criterion=criterion, rows=Rows(**rows), until_stable=until_stable)
+
+
 @pytest.fixture(scope="module")
 def model_and_params() -> tuple[Model, Params]:
     model, params = tiny_model(heads=HEADS)
@@ -57,7 +61,9 @@ def task() -> Task:
 
 @pytest.fixture(scope="module")
 def scores(model_and_params: tuple[Model, Params], task: Task) -> Scores:
-    return score(*model_and_params, task, criterion=IntegratedGradients(nodes=2), examples=12, batch_size=4)
+    return score(
+        *model_and_params, task, Scoring(criterion=IntegratedGradients(nodes=2), rows=Rows(examples=12, batch_size=4))
+    )
 
 
 PARTS = ("values", "means", "variance", "halves", "signed")
@@ -117,21 +123,24 @@ def test_the_criterion_is_called_on_every_batch(model_and_params: tuple[Model, P
 def test_progress_counts_finished_batches(model_and_params: tuple[Model, Params], task: Task):
     seen = []
     score(
-        *model_and_params, task, criterion=Activation(), examples=10, batch_size=4, progress=lambda *n: seen.append(n)
+        *model_and_params,
+        task,
+        Scoring(criterion=Activation(), rows=Rows(examples=10, batch_size=4)),
+        progress=lambda *n: seen.append(n),
     )
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_examples_may_be_given(model_and_params: tuple[Model, Params], task: Task):
     rows = task.rows("calibration")[:5]
-    found = score(*model_and_params, task, criterion=GradientActivation(), examples=rows)
+    found = score(*model_and_params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=rows)))
     assert found.header["split"] == "given" and found.header["rows"] == sorted(map(row_key, rows))
 
 
 @pytest.mark.parametrize("criterion", [Random(), Magnitude()])
 def test_criteria_that_read_no_example_say_so(model_and_params: tuple[Model, Params], task: Task, criterion: Any):
-    found = score(*model_and_params, task, criterion=criterion, key=3)
-    again = score(*model_and_params, task, criterion=criterion, key=jax.random.key(3))
+    found = score(*model_and_params, task, Scoring(criterion=criterion, rows=Rows(key=3)))
+    again = score(*model_and_params, task, Scoring(criterion=criterion, rows=Rows(key=jax.random.key(3))))
     assert equal(found, again) and found.header["keys"] == [[0, 3]]
     assert (found.header["examples"], found.header["rows"], found.header["completeness"]) == (0, [], None)
 
@@ -144,43 +153,45 @@ def test_labels_are_needed_only_by_criteria_that_use_them(model_and_params: tupl
         Activation(),
         IntegratedGradients(nodes=1, labels=every),
     ):
-        score(*model_and_params, task, criterion=criterion, examples=rows)
+        score(*model_and_params, task, Scoring(criterion=criterion, rows=Rows(examples=rows)))
     with pytest.raises(ValueError, match="4 of 4 examples have no label: use labels=predicted, sampled or every"):
-        score(*model_and_params, task, examples=rows)
+        score(*model_and_params, task, Scoring(rows=Rows(examples=rows)))
 
 
 def test_what_cannot_be_scored_is_refused(model_and_params: tuple[Model, Params], task: Task):
     model, params = model_and_params
     with pytest.raises(ValueError, match=r"examples must lie in 1 to 30, the calibration rows of 'moods', got 31"):
-        score(model, params, task, examples=31)
+        score(model, params, task, Scoring(rows=Rows(examples=31)))
     with pytest.raises(ValueError, match="label 2 is outside 0 to 1, the labels of head 'moods'"):
-        score(model, params, task, examples=[Example("a dog", None, 2)])
+        score(model, params, task, Scoring(rows=Rows(examples=[Example("a dog", None, 2)])))
     with pytest.raises(ValueError, match="the model has no task head 'ratings'"):
-        score(model, params, task, head="ratings")
+        score(model, params, task, Scoring(head="ratings"))
     with pytest.raises(ValueError, match="the head 'stars' is a regression, but 'moods' is a classification"):
-        score(model, params, task, head="stars")
+        score(model, params, task, Scoring(head="stars"))
     with pytest.raises(ValueError, match="there are no examples"):
-        score(model, params, task, examples=[])
+        score(model, params, task, Scoring(rows=Rows(examples=[])))
     with pytest.raises(ValueError, match="there are no examples to score"):
         score_batches(model, params, [], GradientActivation(), head="moods")
     with pytest.raises(ValueError, match="means were given, but this criterion closes units to zero"):
-        score(model, params, task, criterion=GradientActivation(), means={}, examples=4)
+        score(model, params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=4)), means={})
     broken = params | {"heads": jax.tree.map(lambda x: x * jnp.nan, params["heads"])}
     with pytest.raises(ValueError, match=r"scores of 0.attention.heads, .* are not finite"):
-        score(model, broken, task, criterion=GradientActivation(), examples=4)
+        score(model, broken, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=4)))
 
 
 def test_means_are_kept_with_the_scores(model_and_params: tuple[Model, Params], task: Task):
     model, params = model_and_params
     rows = task.rows("calibration")[:6]
     criterion = GradientActivation(closed=calibration_means)
-    found = score(model, params, task, criterion=criterion, examples=rows, batch_size=4)
+    found = score(model, params, task, Scoring(criterion=criterion, rows=Rows(examples=rows, batch_size=4)))
     batch = dict(model.tokenizer([row.text for row in rows], padding=True, return_tensors="np"))
     expected = calibration_means(model, params, [batch])
     assert found.means is not None and found.means.keys() == expected.keys()
     for name, mean in expected.items():
         np.testing.assert_allclose(found.means[name], mean, rtol=1e-4, atol=1e-6)
-    given = score(model, params, task, criterion=criterion, examples=rows, batch_size=4, means=found.means)
+    given = score(
+        model, params, task, Scoring(criterion=criterion, rows=Rows(examples=rows, batch_size=4)), means=found.means
+    )
     assert equal(found, given)
 
 
@@ -274,8 +285,11 @@ def test_the_relative_error_is_left_out_where_it_means_nothing():
 @pytest.mark.parametrize("criterion", [IntegratedGradients(nodes=2, path=layer), GradientActivation(examples=maximum)])
 def test_scores_of_two_halves_combine_to_the_whole(model_and_params: tuple[Model, Params], task: Task, criterion: Any):
     rows = task.rows("calibration")[:9]
-    parts = [score(*model_and_params, task, criterion=criterion, examples=part) for part in (rows[:2], rows[2:])]
-    whole = score(*model_and_params, task, criterion=criterion, examples=rows)
+    parts = [
+        score(*model_and_params, task, Scoring(criterion=criterion, rows=Rows(examples=part)))
+        for part in (rows[:2], rows[2:])
+    ]
+    whole = score(*model_and_params, task, Scoring(criterion=criterion, rows=Rows(examples=rows)))
     merged = merge(*parts)
     for name, value in whole.values.items():
         np.testing.assert_allclose(merged.values[name], value, rtol=1e-4, atol=1e-7)
@@ -336,11 +350,13 @@ def test_a_run_that_goes_on_equals_an_uninterrupted_one(
         if done == SAVE_EVERY:
             raise Interrupted
 
-    whole = score(*model_and_params, task, **settings)
+    whole = score(*model_and_params, task, scoring(**settings))
     with pytest.raises(Interrupted):
-        score(*model_and_params, task, **settings, progress=interrupt, resume=path)
+        score(*model_and_params, task, scoring(**settings), progress=interrupt, resume=path)
     assert path.exists()
-    found = score(*model_and_params, task, **settings, progress=lambda done, _: counted.append(done), resume=path)
+    found = score(
+        *model_and_params, task, scoring(**settings), progress=lambda done, _: counted.append(done), resume=path
+    )
     assert equal(found, whole) and not path.exists()
     assert counted == [SAVE_EVERY, SAVE_EVERY + 1, SAVE_EVERY + 2]  # those before were not computed again
 
@@ -353,22 +369,22 @@ def test_a_run_goes_on_only_with_its_own_settings(model_and_params: tuple[Model,
         if done == SAVE_EVERY:
             raise Interrupted
 
-    settings: Any = {"examples": 24, "batch_size": 4, "resume": path}
+    settings: Any = {"examples": 24, "batch_size": 4}
     with pytest.raises(Interrupted):
-        score(model, params, task, criterion=Activation(), **settings, progress=interrupt)
+        score(model, params, task, scoring(criterion=Activation(), **settings), progress=interrupt, resume=path)
     with pytest.raises(ValueError, match=r"was begun with other settings \(criterion\)"):
-        score(model, params, task, criterion=GradientActivation(), **settings)
+        score(model, params, task, scoring(criterion=GradientActivation(), **settings), resume=path)
     with pytest.raises(ValueError, match=r"was begun with other settings \(.*rows.*\)"):
-        score(model, params, task, criterion=Activation(), **settings, key=1)
+        score(model, params, task, scoring(criterion=Activation(), key=1, **settings), resume=path)
     with pytest.raises(ValueError, match=r"was begun with other settings \(batch_size\)"):
-        score(model, params, task, criterion=Activation(), **(settings | {"batch_size": 5}))
+        score(model, params, task, scoring(criterion=Activation(), **(settings | {"batch_size": 5})), resume=path)
     other = jax.tree.map(lambda x: x + 1.0, params)
     with pytest.raises(ValueError, match=r"was begun with other settings \(model\)"):
-        score(model, other, task, criterion=Activation(), **settings)
+        score(model, other, task, scoring(criterion=Activation(), **settings), resume=path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="is not a complete safetensors file"):
-        score(model, params, task, criterion=Activation(), **settings)
-    save_scores(path, score(model, params, task, criterion=Activation(), examples=4))
+        score(model, params, task, scoring(criterion=Activation(), **settings), resume=path)
+    save_scores(path, score(model, params, task, Scoring(criterion=Activation(), rows=Rows(examples=4))))
     with pytest.raises(ValueError, match="does not hold an interrupted scoring run"):
-        score(model, params, task, criterion=Activation(), **settings)
+        score(model, params, task, scoring(criterion=Activation(), **settings), resume=path)
     assert PARTIAL != METADATA

@@ -50,7 +50,7 @@ from jaxprune.scoring.objectives import (
     signed,
     value_and_cotangent,
 )
-from jaxprune.scoring.run import score
+from jaxprune.scoring.run import Scoring, score
 from jaxprune.training.finetuning import FineTuning, finetune
 from jaxprune.units import Params, open_gates
 
@@ -413,27 +413,29 @@ def test_scores_leave_out_what_is_cut_off_and_count_it(monkeypatch: pytest.Monke
     task = task_of(near, splits={"calibration": (*near[:10], *far), "dev": near[10:20], "test": near[20:]})
     read: list[int] = []
     monkeypatch.setattr("jaxprune.data.spans.tokenise", lambda *given: read.append(len(given[1])) or tokenise(*given))
-    found = score(model, params, task, criterion=GradientActivation(), examples=10, max_length=16)
+    found = score(model, params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=10, max_length=16)))
     assert found.header["cut_off"] == 4 and found.header["examples"] == 10
     assert read == [14]  # rows are tokenised once, to find the cut ones and to score
-    same = score(model, params, task, criterion=GradientActivation(), examples=near[:10], max_length=16)
+    same = score(
+        model, params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=near[:10], max_length=16))
+    )
     for name, value in found.values.items():
         np.testing.assert_allclose(value, same.values[name], rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="examples must lie in 1 to 10"):
-        score(model, params, task, criterion=GradientActivation(), examples=11, max_length=16)
+        score(model, params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=11, max_length=16)))
     with pytest.raises(ValueError, match="4 of 4 examples have no answer within 16 tokens: leave them out, raise max"):
-        score(model, params, task, criterion=GradientActivation(), examples=far, max_length=16)
+        score(model, params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=far, max_length=16)))
     unknown = [replace(row, answers=()) for row in near[:10]]
     with pytest.raises(ValueError, match="10 of 10 examples have no label: use labels=predicted"):
-        score(model, params, task, criterion=GradientActivation(), examples=unknown)
-    score(model, params, task, criterion=GradientActivation(labels=predicted), examples=unknown)
-    score(model, params, task, criterion=baselines.Fisher(), examples=unknown)
+        score(model, params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=unknown)))
+    score(model, params, task, Scoring(criterion=GradientActivation(labels=predicted), rows=Rows(examples=unknown)))
+    score(model, params, task, Scoring(criterion=baselines.Fisher(), rows=Rows(examples=unknown)))
 
 
 def test_scores_of_spans_are_checked_and_repaired():
     model, params = spans_model(layers=2)
     task = task_of(questions(60))
-    scores = score(model, params, task, criterion=IntegratedGradients(nodes=4), examples=16)
+    scores = score(model, params, task, Scoring(criterion=IntegratedGradients(nodes=4), rows=Rows(examples=16)))
     assert scores.header["completeness"] is not None and scores.header["max_length"] == 64
     few = Checking(units=8, examples=8, orders=2, fractions=(0.5,), limit=8)
     found = {own.name: own for own in check(model, params, task, scores, checking=few)}

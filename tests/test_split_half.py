@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 from commands import Place, place, record_of, run
 from test_compilations import compiled
-from test_scores import HEADS, WORDS, Interrupted, equal, texts
+from test_scores import HEADS, WORDS, Interrupted, equal, scoring, texts
 from tiny import tiny_model
 
 from jaxprune.checkpoints.files import write_atomic
 from jaxprune.checkpoints.tensors import write_tensors
 from jaxprune.data.batches import make_batches
 from jaxprune.data.splits import half_of
-from jaxprune.data.tasks import Example, Task, draw
+from jaxprune.data.tasks import Example, Rows, Task, draw
 from jaxprune.models import Model
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, Measured
 from jaxprune.scoring.baselines import Activation, Fisher, Magnitude
 from jaxprune.scoring.objectives import maximum, signed
-from jaxprune.scoring.run import FIRST, _choose, add, halves_of, nothing, score, variance_of
+from jaxprune.scoring.run import FIRST, Scoring, _choose, add, halves_of, nothing, score, variance_of
 from jaxprune.scoring.scores import METADATA, Scores, load_scores, merge, save_scores
 from jaxprune.scoring.stability import least_reliability, needed, noise_of, reliability, stability
 from jaxprune.units import Params
@@ -46,7 +46,7 @@ def task() -> Task:
 
 @pytest.fixture(scope="module")
 def scores(model_and_params: tuple[Model, Params], task: Task) -> Scores:
-    return score(*model_and_params, task, criterion=GradientActivation(), examples=24, batch_size=8)
+    return score(*model_and_params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=24, batch_size=8)))
 
 
 def known(*pairs: list[list[float]], counts: tuple[int, int] = (5, 5)) -> Scores:
@@ -164,7 +164,7 @@ def test_the_variance_is_that_of_the_examples(
 ):
     model, params = model_and_params
     rows = task.rows("calibration")[:12]
-    found = score(model, params, task, criterion=criterion, examples=rows, batch_size=batch_size)
+    found = score(model, params, task, Scoring(criterion=criterion, rows=Rows(examples=rows, batch_size=batch_size)))
     [batch] = make_batches(model, rows, batch_size=12)
     each = criterion(model, params, batch, head="moods", key=jax.random.key(0)).scores
     first = np.array([half_of(rows[i]) == 0 for i in batch["index"]])
@@ -207,7 +207,9 @@ def test_how_examples_are_ordered_and_batched_changes_nothing(model_and_params: 
     rows = task.rows("calibration")[:20]
     how: list[tuple[Any, int]] = [(rows, 32), (rows[::-1], 32), (rows, 3), (rows[::-1], 7)]
     one, *others = (
-        score(*model_and_params, task, criterion=GradientActivation(), examples=own, batch_size=size)
+        score(
+            *model_and_params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=own, batch_size=size))
+        )
         for own, size in how
     )
     for other in others:
@@ -228,7 +230,7 @@ def test_a_half_is_known_by_the_text_alone():
 def test_scores_that_are_no_means_have_no_variance(
     model_and_params: tuple[Model, Params], task: Task, tmp_path: Path, criterion: Any
 ):
-    found = score(*model_and_params, task, criterion=criterion, examples=8)
+    found = score(*model_and_params, task, Scoring(criterion=criterion, rows=Rows(examples=8)))
     assert (found.variance, found.halves, found.header["halves"], found.header["stability"]) == (None, None, None, None)
     assert stability(found) is None
     assert equal(load_scores(save_scores(tmp_path / "s.safetensors", found)), found)
@@ -236,7 +238,7 @@ def test_scores_that_are_no_means_have_no_variance(
 
 def test_one_example_has_no_variance(model_and_params: tuple[Model, Params], task: Task):
     rows = task.rows("calibration")[:1]
-    found = score(*model_and_params, task, criterion=GradientActivation(), examples=rows)
+    found = score(*model_and_params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=rows)))
     assert found.variance is None and sorted(found.header["halves"]) == [0, 1]
     assert found.header["stability"] is None and stability(found) is None
 
@@ -293,7 +295,7 @@ def test_merged_parts_have_the_variance_and_halves_of_the_whole(
 ):
     rows = task.rows("calibration")[:21]
     whole, *parts = (
-        score(*model_and_params, task, criterion=GradientActivation(), examples=own)
+        score(*model_and_params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=own)))
         for own in (rows, rows[:cut], rows[cut:])
     )
     merged = merge(*parts)
@@ -312,7 +314,9 @@ def test_merged_parts_have_the_variance_and_halves_of_the_whole(
 def test_it_stops_as_soon_as_it_is_stable(model_and_params: tuple[Model, Params], task: Task):
     counted: list[int] = []
     how: Any = {"criterion": Activation(), "batch_size": 8}
-    found = score(*model_and_params, task, **how, until_stable=0.6, progress=lambda done, _: counted.append(done))
+    found = score(
+        *model_and_params, task, scoring(until_stable=0.6, **how), progress=lambda done, _: counted.append(done)
+    )
     assert found.header["until_stable"] == {"target": 0.6, "reached": True, "most": 100}
     assert found.header["examples"] == len(found.header["rows"]) == FIRST == 32
     assert counted == [1, 2, 3, 4]  # batches of 8
@@ -322,8 +326,8 @@ def test_it_stops_as_soon_as_it_is_stable(model_and_params: tuple[Model, Params]
 def test_steps_equal_all_at_once(model_and_params: tuple[Model, Params], task: Task):
     """32, 32 more, and 36 more are never stable enough: what comes out are the scores of all 100."""
     how: Any = {"criterion": GradientActivation(), "batch_size": 8}
-    found = score(*model_and_params, task, **how, until_stable=0.9999)
-    whole = score(*model_and_params, task, **how, examples=100)
+    found = score(*model_and_params, task, scoring(until_stable=0.9999, **how))
+    whole = score(*model_and_params, task, scoring(examples=100, **how))
     assert found.header["until_stable"] == {"target": 0.9999, "reached": False, "most": 100}
     for part in ("values", "variance", "halves", "signed"):
         close(getattr(found, part), getattr(whole, part))
@@ -334,11 +338,11 @@ def test_steps_equal_all_at_once(model_and_params: tuple[Model, Params], task: T
 
 def test_a_run_that_stops_equals_one_of_its_examples(model_and_params: tuple[Model, Params], task: Task):
     how: Any = {"criterion": GradientActivation(), "key": 3}
-    target = score(*model_and_params, task, **how, examples=64).header["stability"]["reliability"] - 1e-3
-    found = score(*model_and_params, task, **how, until_stable=target)
+    target = score(*model_and_params, task, scoring(examples=64, **how)).header["stability"]["reliability"] - 1e-3
+    found = score(*model_and_params, task, scoring(until_stable=target, **how))
     used = found.header["examples"]
     assert used in (32, 64)
-    whole = score(*model_and_params, task, **how, examples=used)
+    whole = score(*model_and_params, task, scoring(examples=used, **how))
     assert found.header["rows"] == whole.header["rows"]
     close(found.values, whole.values)
     assert found.header["mean_length"] == pytest.approx(whole.header["mean_length"])
@@ -348,7 +352,7 @@ def test_a_run_that_stops_equals_one_of_its_examples(model_and_params: tuple[Mod
 def test_every_step_holds_what_a_draw_of_its_size_holds(labels: int):
     rows = tuple(dataclasses.replace(row, label=i % labels) for i, row in enumerate(texts(150)))
     task = Task(name="moods", splits={"calibration": rows}, labels=tuple(map(str, range(labels))))
-    taken, steps = _choose(task, None, jax.random.key(1), "calibration", True, True)
+    taken, steps = _choose(task, Rows(key=jax.random.key(1)), True, True)
     assert steps == [32, 64, 128, 150] and len(set(taken)) == len(taken) == 150
     for size in steps:
         assert len(set(draw(task, size, jax.random.key(1))) ^ set(taken[:size])) <= 2  # rounded shares of labels
@@ -356,9 +360,9 @@ def test_every_step_holds_what_a_draw_of_its_size_holds(labels: int):
 
 def test_given_examples_and_few_ones_stop_too(model_and_params: tuple[Model, Params], task: Task):
     rows = task.rows("calibration")[:10]
-    found = score(*model_and_params, task, criterion=Activation(), examples=rows, until_stable=0.5)
+    found = score(*model_and_params, task, Scoring(criterion=Activation(), rows=Rows(examples=rows), until_stable=0.5))
     assert (found.header["split"], found.header["examples"], found.header["until_stable"]["most"]) == ("given", 10, 10)
-    found = score(*model_and_params, task, criterion=Activation(), examples=40, until_stable=0.9999)
+    found = score(*model_and_params, task, Scoring(criterion=Activation(), rows=Rows(examples=40), until_stable=0.9999))
     assert found.header["examples"] == found.header["until_stable"]["most"] == 40
 
 
@@ -375,14 +379,14 @@ def test_a_stable_run_that_goes_on_equals_an_uninterrupted_one(
         if done == stop:
             raise Interrupted
 
-    whole = score(*model_and_params, task, **settings)
+    whole = score(*model_and_params, task, scoring(**settings))
     with pytest.raises(Interrupted):
-        score(*model_and_params, task, **settings, progress=interrupt, resume=path)
+        score(*model_and_params, task, scoring(**settings), progress=interrupt, resume=path)
     assert path.exists()
     for field, value in (("until_stable", 0.9), ("examples", 81)):
         with pytest.raises(ValueError, match=r"was begun with other settings"):
-            score(*model_and_params, task, **settings | {field: value}, resume=path)
-    assert equal(score(*model_and_params, task, **settings, resume=path), whole) and not path.exists()
+            score(*model_and_params, task, scoring(**settings | {field: value}), resume=path)
+    assert equal(score(*model_and_params, task, scoring(**settings), resume=path), whole) and not path.exists()
 
 
 def test_a_damaged_file_of_totals_is_refused(model_and_params: tuple[Model, Params], task: Task, tmp_path: Path):
@@ -390,14 +394,14 @@ def test_a_damaged_file_of_totals_is_refused(model_and_params: tuple[Model, Para
     from jaxprune.scoring.run import PARTIAL
 
     path = tmp_path / "partial.safetensors"
-    settings: Any = {"criterion": Activation(), "examples": 40, "batch_size": 8, "resume": path}
+    settings: Any = {"criterion": Activation(), "examples": 40, "batch_size": 8}
 
     def interrupt(done: int, total: int) -> None:
         if done == 4:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        score(*model_and_params, task, **settings, progress=interrupt)
+        score(*model_and_params, task, scoring(**settings), progress=interrupt, resume=path)
     with TensorFile(path) as file:
         arrays, text = {name: file.read(name) for name in file.entries}, file.metadata[PARTIAL]
     for changed, message in (
@@ -406,7 +410,7 @@ def test_a_damaged_file_of_totals_is_refused(model_and_params: tuple[Model, Para
     ):
         write_atomic(path, lambda file, own=changed: write_tensors(file, own, {PARTIAL: text}))
         with pytest.raises(ValueError, match=message):
-            score(*model_and_params, task, **settings)
+            score(*model_and_params, task, scoring(**settings), resume=path)
 
 
 def test_steps_compile_nothing_more(model_and_params: tuple[Model, Params], task: Task, compiled: list[int]):
@@ -415,20 +419,20 @@ def test_steps_compile_nothing_more(model_and_params: tuple[Model, Params], task
         jax.clear_caches()
         before = compiled[0]
         how: Any = {"criterion": GradientActivation(), "examples": 100, "batch_size": 8, "until_stable": target}
-        score(*model_and_params, task, **how)
+        score(*model_and_params, task, scoring(**how))
         programs.append(compiled[0] - before)
     assert 0 < programs[0] <= programs[1], programs
 
 
 def test_what_cannot_become_stable_is_refused(model_and_params: tuple[Model, Params], task: Task):
     with pytest.raises(ValueError, match=r"a stability must lie in \(0, 1\), got 1.5"):
-        score(*model_and_params, task, until_stable=1.5)
+        score(*model_and_params, task, Scoring(until_stable=1.5))
     with pytest.raises(ValueError, match=r"criterion Magnitude reads no example: .* leave until_stable out"):
-        score(*model_and_params, task, criterion=Magnitude(), until_stable=0.9)
+        score(*model_and_params, task, Scoring(criterion=Magnitude(), until_stable=0.9))
     with pytest.raises(ValueError, match="criterion GradientActivation takes the largest of the examples"):
-        score(*model_and_params, task, criterion=GradientActivation(examples=maximum), until_stable=0.9)
+        score(*model_and_params, task, Scoring(criterion=GradientActivation(examples=maximum), until_stable=0.9))
     with pytest.raises(ValueError, match="examples must lie in 1 to 100"):
-        score(*model_and_params, task, criterion=Activation(), until_stable=0.9, examples=101)
+        score(*model_and_params, task, Scoring(criterion=Activation(), rows=Rows(examples=101), until_stable=0.9))
 
 
 # the command

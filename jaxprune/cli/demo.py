@@ -27,7 +27,7 @@ from jaxprune.pruning.record import pruning_record, settings_of
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.attribution import Criterion, IntegratedGradients
 from jaxprune.scoring.baselines import Magnitude, Random
-from jaxprune.scoring.run import score
+from jaxprune.scoring.run import Scoring, score
 from jaxprune.scoring.scores import Scores, save_scores
 from jaxprune.units import Gates, Params
 
@@ -190,7 +190,9 @@ def _scores(model: Model, params: Params, task: Task, examples: int, watch: Watc
     found = {}
     for name, criterion in CRITERIA.items():
         bar = watch.open(f"scoring {task.name}") if criterion.examples is not None else None
-        found[name] = score(model, params, task, criterion=criterion, examples=examples, key=0, progress=bar)
+        found[name] = score(
+            model, params, task, Scoring(criterion=criterion, rows=Rows(examples=examples)), progress=bar
+        )
     return found
 
 

@@ -20,11 +20,12 @@ import typer
 if TYPE_CHECKING:
     from jaxprune.cli.accounting import Accounting
     from jaxprune.cli.planning import Tables
-    from jaxprune.cli.workflow import Data, Scoring
+    from jaxprune.cli.workflow import Data
     from jaxprune.models.cost import Length
     from jaxprune.pruning.budgets import Budget, Rules
     from jaxprune.pruning.recovery import Recovery
     from jaxprune.scoring.attribution import Criterion
+    from jaxprune.scoring.run import Scoring
 
 # What the names on the command line stand for: option -> name -> function or class, imported when it is asked for.
 FUNCTIONS: Mapping[str, Mapping[str, str]] = {
@@ -298,10 +299,12 @@ class ScoringOptions:
         Raises:
             ValueError: If the criterion does not have one of the options.
         """
-        from jaxprune.cli.workflow import Scoring
+        from jaxprune.data.tasks import Rows
+        from jaxprune.scoring.run import Scoring
 
         criterion = settings.build(self.criterion)[self.criterion]
-        return Scoring(criterion=criterion, examples=self.examples, seed=self.seed, head=head, **asdict(batches))
+        rows = Rows(examples=self.examples, key=self.seed, **asdict(batches))
+        return Scoring(criterion=criterion, rows=rows, head=head)
 
 
 @dataclass(frozen=True, kw_only=True)

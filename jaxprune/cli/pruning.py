@@ -14,7 +14,6 @@ from jaxprune.cli.render.cards import CARD, model_card
 from jaxprune.cli.workflow import (
     Data,
     Measuring,
-    Scoring,
     Watch,
     costs,
     kinds_of,
@@ -35,6 +34,7 @@ from jaxprune.pruning.record import pruning_record
 from jaxprune.pruning.recovery import Recovery, RecoveryReport, check_method, recover
 from jaxprune.pruning.selection import check_selection, select
 from jaxprune.scoring.baselines import TopLayers
+from jaxprune.scoring.run import Scoring
 from jaxprune.scoring.scores import Scores, check_scores, describe, load_scores
 from jaxprune.units import KINDS, Params
 

@@ -17,7 +17,7 @@ from jaxprune.checkpoints.files import read_json, remove_folder
 from jaxprune.checkpoints.folder import PRUNING, check_destination, digest, load, model_digest, save
 from jaxprune.checkpoints.gate_file import recorded_gates
 from jaxprune.cli.pruning import check_scope, facts_of, measure_both, recovery_record, write_pruned
-from jaxprune.cli.workflow import Data, Measuring, Progress, Scoring, Watch, costs, kinds_of, ratios, score_once
+from jaxprune.cli.workflow import Data, Measuring, Progress, Watch, costs, kinds_of, ratios, score_once
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import Task
 from jaxprune.evaluation.evaluate import fitting_head
@@ -29,6 +29,7 @@ from jaxprune.pruning.record import pruning_record, settings_of
 from jaxprune.pruning.recovery import Recovery, RecoveryReport, recover
 from jaxprune.pruning.selection import check_selection, parts_of
 from jaxprune.scoring.objectives import name_of
+from jaxprune.scoring.run import Scoring
 from jaxprune.scoring.scores import Scores, describe
 from jaxprune.units import Gates, Params
 
@@ -213,7 +214,9 @@ def _settings(
     prompt = prompt_of(model, task)
     found = {
         **arguments,
-        **describe(scoring),
+        **describe(scoring.rows),
+        "until_stable": scoring.until_stable,
+        "head": scoring.head,
         "name": task.name,
         "criterion": describe(scoring.criterion),
         "recovery": recovery,

@@ -23,9 +23,9 @@ from jaxprune import __version__
 from jaxprune.checkpoints.files import check_file, file_stem, read_json, write_atomic
 from jaxprune.checkpoints.folder import load, model_digest
 from jaxprune.cli.render.pictures import sweep_figure
-from jaxprune.cli.workflow import Data, Measuring, Progress, Scoring, Watch, measure, score_once
+from jaxprune.cli.workflow import Data, Measuring, Progress, Watch, measure, score_once
 from jaxprune.compaction import compact
-from jaxprune.data.tasks import Task
+from jaxprune.data.tasks import Rows, Task
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
 from jaxprune.models.cost import Length, elements, matmul_flops, parameters, unit_costs
@@ -34,6 +34,7 @@ from jaxprune.pruning.record import pruning_record
 from jaxprune.pruning.selection import check_selection, select
 from jaxprune.scoring.attribution import Criterion
 from jaxprune.scoring.baselines import Magnitude, TopLayers
+from jaxprune.scoring.run import Scoring
 from jaxprune.scoring.scores import describe
 from jaxprune.units import KINDS, Gates, Intervention, Params
 
@@ -143,11 +144,10 @@ def sweep_model(
         for name, seed in dict.fromkeys((one.criterion, one.seed) for one in missing):
             how = Scoring(
                 criterion=criteria[name],
-                examples=examples,
-                seed=seed,
+                rows=Rows(
+                    examples=examples, key=seed, batch_size=measuring.batch_size, max_length=measuring.max_length
+                ),
                 head=measuring.head,
-                batch_size=measuring.batch_size,
-                max_length=measuring.max_length,
             )
             file = output / SCORES / f"{stems[task.name]}.{name}.{seed}.safetensors"
             scores = score_once(model, params, task, how, file, scoring)

@@ -12,7 +12,7 @@ from jaxprune.checkpoints.folder import check_destination, digest, load
 from jaxprune.cli.accounting import Account, Accounting, account_for
 from jaxprune.cli.planning import Tables, asked_of_table, met, outcome, settle, timed
 from jaxprune.cli.pruning import check_scope, facts_of, measure_both, recovery_record, write_pruned
-from jaxprune.cli.workflow import Data, Measuring, Scoring, Watch, score_once
+from jaxprune.cli.workflow import Data, Measuring, Watch, score_once
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Task, remove_leaks
 from jaxprune.evaluation.evaluate import fitting_head
@@ -23,6 +23,7 @@ from jaxprune.pruning.pooling import mean_closed, mean_length, pooled
 from jaxprune.pruning.record import pruning_record
 from jaxprune.pruning.recovery import Recovery, check_method, recover
 from jaxprune.pruning.selection import check_selection
+from jaxprune.scoring.run import Scoring
 from jaxprune.scoring.scores import Scores, check_same_model, check_scores, load_scores
 from jaxprune.units import Gates
 

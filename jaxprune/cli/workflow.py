@@ -33,8 +33,7 @@ from jaxprune.models.cost import (
     prunable_parameters,
 )
 from jaxprune.pruning.latency import compare_latency
-from jaxprune.scoring.attribution import Criterion
-from jaxprune.scoring.run import EXAMPLES, score
+from jaxprune.scoring.run import EXAMPLES, Scoring, score
 from jaxprune.scoring.scores import Scores, describe, load_scores, save_scores
 from jaxprune.training.finetuning import FineTuning, finetune
 from jaxprune.training.loop import Step
@@ -88,19 +87,6 @@ class Data:
             return task
         own = prompt_for(task, self.prompt) if self.prompt in STYLES else fit(read_prompt(self.prompt), task)
         return replace(task, prompt=own)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scoring:
-    """How units are scored; see `score`."""
-
-    criterion: Criterion
-    examples: int | None = None
-    until_stable: float | None = None
-    seed: int = 0
-    head: str | None = None
-    batch_size: int = 32
-    max_length: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,13 +264,7 @@ def _score(model: Model, params: Params, task: Task, scoring: Scoring, output: P
         model,
         params,
         task,
-        criterion=scoring.criterion,
-        examples=scoring.examples,
-        until_stable=scoring.until_stable,
-        key=scoring.seed,
-        head=scoring.head,
-        batch_size=scoring.batch_size,
-        max_length=scoring.max_length,
+        scoring,
         progress=watch.open(f"scoring {task.name}") if scoring.criterion.examples is not None else None,
         resume=output.with_name(f"{output.name}.partial"),
     )
@@ -296,19 +276,20 @@ def _score(model: Model, params: Params, task: Task, scoring: Scoring, output: P
 def score_once(model: Model, params: Params, task: Task, scoring: Scoring, kept: Path, watch: Watch) -> Scores:
     """Scores and writes the file, unless it holds what would come out."""
     if kept.is_file():
-        found, key = load_scores(kept), jax.random.key(scoring.seed)
-        count = EXAMPLES if scoring.examples is None else scoring.examples
-        own = usable_rows(model, task, Rows(max_length=scoring.max_length)).task
-        rows = draw(own, count, key) if scoring.criterion.examples is not None else ()
+        found, rows = load_scores(kept), scoring.rows
+        key = jax.random.key(rows.key) if isinstance(rows.key, int) else rows.key
+        count = EXAMPLES if rows.examples is None else rows.examples
+        own = usable_rows(model, task, rows).task
+        drawn = draw(own, count, key) if scoring.criterion.examples is not None else ()
         wanted = {
             "criterion": describe(scoring.criterion),
             "task": task.name,
             "head": fitting_head(model, task, scoring.head),
-            "examples": len(rows),
+            "examples": len(drawn),
             "keys": [list(seed_words(key))],
             "model": model_digest(model, params),
-            "data": [digest(rows)] if rows else [],
-            "max_length": scoring.max_length or default_length(model, task.spans),
+            "data": [digest(drawn)] if drawn else [],
+            "max_length": rows.max_length or default_length(model, task.spans),
             "prompt": None if (prompt := prompt_of(model, task)) is None else prompt.to_json(),
         }
         if all(found.header.get(name) == value for name, value in wanted.items()):

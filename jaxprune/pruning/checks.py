@@ -24,7 +24,7 @@ from jaxprune.pruning.selection import select
 from jaxprune.scoring.activations import calibration_means, zero
 from jaxprune.scoring.baselines import Removal
 from jaxprune.scoring.objectives import gold
-from jaxprune.scoring.run import score
+from jaxprune.scoring.run import Scoring, score
 from jaxprune.scoring.scores import Scores
 from jaxprune.scoring.stability import spearman
 from jaxprune.units import Intervention, Params
@@ -156,12 +156,13 @@ def removal_checks(
         model,
         params,
         task,
-        criterion=_removal_of(model, scores, sampled, checking.chunk),
-        examples=rows,
-        key=checking.seed,
-        head=scores.header["head"],
-        batch_size=checking.batch_size,
-        max_length=scores.header["max_length"],
+        Scoring(
+            criterion=_removal_of(model, scores, sampled, checking.chunk),
+            rows=Rows(
+                examples=rows, key=checking.seed, batch_size=checking.batch_size, max_length=scores.header["max_length"]
+            ),
+            head=scores.header["head"],
+        ),
         means=scores.means,
         progress=lambda done, total: progress(done, total, "removal"),
     ).values

@@ -16,6 +16,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -38,7 +39,7 @@ from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model, encoder_inputs, model_inputs
 from jaxprune.scoring.activations import zero
 from jaxprune.scoring.attribution import Criterion, IntegratedGradients, Measured
-from jaxprune.scoring.objectives import gold, key_or_default
+from jaxprune.scoring.objectives import gold
 from jaxprune.scoring.scores import FORMAT, Scores, describe, with_relative, with_stability
 from jaxprune.scoring.stability import TARGET, check_target, least_reliability
 from jaxprune.units import UNITS, Gates, Params
@@ -224,66 +225,68 @@ FIRST = 32  # examples before the stability is looked at first; then after twice
 SAVE_EVERY = 4  # batches between two saves of the running totals
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How a model is scored for a task; see `score`."""
+
+    criterion: Criterion = IntegratedGradients()
+    rows: Rows = Rows()  # examples=None: 128, with `until_stable` all of the split; the key also is the criterion's
+    until_stable: float | None = None  # the stability at which to stop, in (0, 1)
+    head: str | None = None  # the task head; None: the one of the task's name, else the only one
+
+    def __post_init__(self):
+        if self.until_stable is not None:
+            _check_stable(self.criterion, self.until_stable)
+
+
 def score(
     model: Model,
     params: Params,
     task: Task,
+    scoring: Scoring = Scoring(),
     *,
-    criterion: Criterion = IntegratedGradients(),
-    examples: int | Sequence[Example] | None = None,
-    until_stable: float | None = None,
-    key: int | Array | None = None,
-    head: str | None = None,
-    split: str = "calibration",
-    batch_size: int = 32,
-    max_length: int | None = None,
-    devices: Devices | None = None,
     means: Gates | None = None,
+    devices: Devices | None = None,
     progress: Callable[[int, int], None] | None = None,
     resume: str | Path | None = None,
 ) -> Scores:
     """Scores every unit of a model by how much a task needs it.
 
-    Of spans, rows are drawn from those whose answer is not cut off; the header counts the others (`cut_off`).
+    Examples are drawn from the split stratified by label. For span tasks, rows whose answer is cut off are left out;
+    the header counts them (`cut_off`).
+
+    With `until_stable`, 32 of the examples are scored, then 64, 128 and so on, none twice, until the estimated rank
+    correlation with another run (see `jaxprune.scoring.stability`) reaches it. The estimate is looked at several times,
+    so a first one above the target is a little too high on average.
 
     Args:
         model: The architecture.
         params: Parameters.
         task: The task.
-        criterion: How scores are made.
-        examples: How many to draw from the split, stratified by label; or the examples themselves. None is 128, with
-            `until_stable` all of the split.
-        until_stable: Score 32 of the examples, then 64, 128 and so on, those that are scored never again, and stop as
-            soon as the estimated rank correlation with another run (see `jaxprune.scoring.stability`) reaches this, in
-            (0, 1). It is looked at several times, and a first time above the target is a little too good on average.
-        key: A seed or a `jax.random.key`, for the draw and for criteria that draw; None is 0.
-        head: The task head; by default the one of the task's name, else the only one.
-        split: Where to draw from.
-        batch_size: Examples in a batch, rounded up to a multiple of the number of devices.
-        max_length: Tokens to which a text is cut; by default 128, of spans 384, or the most that the model reads.
-        devices: Devices to share every batch out over; by default all of this process.
+        scoring: The criterion, and the rows to score with.
         means: What closed units are replaced by, if `criterion.closed` is not `zero`; by default `criterion.closed`
             computes it from all of the examples, in a forward pass of its own.
-        progress: Called with the number of batches that are finished, and of all.
-        resume: File that keeps the running totals; the run goes on from it if it is there, and removes it at the end.
+        devices: Devices over which the rows of every batch are spread; the batch size is rounded up to a multiple of
+            their number. By default all of this process.
+        progress: Called with the number of finished batches, and of all.
+        resume: File that keeps the running totals; an existing one is continued, and it is removed at the end.
 
     Returns:
         The scores, with all that is needed to make them again.
 
     Raises:
-        ValueError: If the head does not fit the task, there are too few examples or labels, a score is not finite,
-            scores of this criterion cannot become stable, or the file to resume from is damaged or belongs to a run
-            with other settings.
+        ValueError: If the head does not fit the task, there are too few examples or labels, a score is not finite, or
+            the file to resume from is damaged or belongs to a run with other settings.
     """
-    key = jax.random.key(key) if isinstance(key, int) else key_or_default(key)
-    head = fitting_head(model, task, head)
+    criterion, chosen, until_stable = scoring.criterion, scoring.rows, scoring.until_stable
+    split = "calibration" if chosen.split is None else chosen.split
+    given = isinstance(chosen.examples, tuple)
+    key = jax.random.key(chosen.key) if isinstance(chosen.key, int) else chosen.key
+    head = fitting_head(model, task, scoring.head)
     reads = criterion.examples is not None
-    if until_stable is not None:
-        _check_stable(criterion, until_stable)
-    given = tuple(examples) if isinstance(examples, Sequence) else examples
-    usable = usable_rows(model, task, Rows(examples=given, split=split, max_length=max_length))
+    usable = usable_rows(model, task, chosen)
     task, prompt = usable.task, prompt_of(model, task)
-    rows, steps = _choose(task, examples, key, split, reads, until_stable is not None)
+    rows, steps = _choose(task, replace(chosen, split=split, key=key), reads, until_stable is not None)
     _check_labels(criterion, model, head, len(task.labels), rows)
     encoded = usable.encode(rows)
     if task.spans and getattr(criterion, "labels", None) is gold and (lost := int((encoded.labels < 0).any(1).sum())):
@@ -295,7 +298,7 @@ def score(
         "format": FORMAT,
         "criterion": describe(criterion),
         "task": task.name,
-        "split": "given" if isinstance(examples, Sequence) else split,
+        "split": "given" if given else split,
         "head": head,
         "largest": criterion.examples is not None and criterion.examples.largest,
         "keys": [list(seed_words(key))],
@@ -306,15 +309,10 @@ def score(
         **({"cut_off": usable.cut_off} if task.spans else {}),
     }
     devices = jax.local_devices() if devices is None else devices
-    batch_size = -(-batch_size // len(devices)) * len(devices)
+    batch_size = -(-chosen.batch_size // len(devices)) * len(devices)
     run = settings | _facts(rows, reads) | {"batch_size": batch_size, "devices": len(devices), "until": until_stable}
-    kept = None if resume is None else TotalsFile(resume, run)
-    shape_cost = _shape_cost(criterion)
-    target = 1.0 if until_stable is None else until_stable
-    batches = pack(encoded, batch_size=batch_size, shape_cost=shape_cost, steps=steps) if reads else ()
-    after = np.cumsum(
-        [-(-size // batch_size) for size in np.diff([0, *steps])]
-    ).tolist()  # batches that a step ends with
+    file = None if resume is None else TotalsFile(resume, run)
+    batches = pack(encoded, batch_size=batch_size, shape_cost=_shape_cost(criterion), steps=steps) if reads else ()
     values, totals, means = _accumulate(
         model,
         params,
@@ -323,22 +321,25 @@ def score(
         head=head,
         key=key,
         means=means,
-        devices=devices,
-        progress=progress,
-        keep=kept,
-        seconds=np.array([half_of(row) for row in rows], np.float32),
-        looks=after,
-        enough=lambda totals: (_reliability(totals) or 0.0) >= target,
+        run=_Run(
+            devices=devices,
+            progress=progress,
+            file=file,
+            second=np.array([half_of(row) for row in rows], np.float32),
+            # batches that a step ends with
+            looks=np.cumsum([-(-size // batch_size) for size in np.diff([0, *steps])]).tolist(),
+            target=1.0 if until_stable is None else until_stable,
+        ),
     )
-    if kept is not None:
-        kept.path.unlink(missing_ok=True)
+    if file is not None:
+        file.path.unlink(missing_ok=True)
     used = rows if totals is None else rows[: round(float(totals.weight))]
     header = settings | _facts(used, reads) | {"mean_length": encoded.mean_length_of(len(used))}
     if totals is None:
         return Scores(values, header | {"completeness": None, "halves": None, "stability": None}, means or None)
     if until_stable is not None:
-        found = _reliability(totals) or 0.0
-        header["until_stable"] = {"target": until_stable, "reached": found >= until_stable, "most": len(rows)}
+        reached = (_reliability(totals) or 0.0) >= until_stable
+        header["until_stable"] = {"target": until_stable, "reached": reached, "most": len(rows)}
     header |= {"completeness": completeness_of(totals), "halves": None}
     if halves := halves_of(totals):
         header["halves"] = np.asarray(totals.counts).round().astype(int).tolist()
@@ -355,7 +356,6 @@ def score_batches(
     head: str | None = None,
     key: Array | None = None,
     means: Gates | None = None,
-    devices: Devices | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Gates, dict[str, float | None] | None, Gates]:
     """Calls a criterion on every batch and combines the examples.
@@ -368,7 +368,6 @@ def score_batches(
         head: The task head; None is the only one.
         key: Randomness of the criterion.
         means: See `score`.
-        devices: Devices to share every batch out over; None is the default device.
         progress: See `score`.
 
     Returns:
@@ -377,10 +376,21 @@ def score_batches(
     Raises:
         ValueError: If there is no example, or a score is not finite.
     """
-    values, totals, closed = _accumulate(
-        model, params, batches, criterion, head=head, key=key, means=means, devices=devices, progress=progress
-    )
+    run = _Run(progress=progress)
+    values, totals, closed = _accumulate(model, params, batches, criterion, head=head, key=key, means=means, run=run)
     return values, None if totals is None else completeness_of(totals), closed
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """How a run over batches is watched, kept and stopped."""
+
+    devices: Devices | None = None  # over which the rows of every batch are spread; None: the default device
+    progress: Callable[[int, int], None] | None = None
+    file: TotalsFile | None = None  # keeps the running totals
+    second: np.ndarray | None = None  # by index, 1 for examples of the second half, else 0; None: odd indices
+    looks: Collection[int] = ()  # numbers of batches after which the stability is estimated
+    target: float = 1.0  # the stability at which the other batches are left out
 
 
 def _accumulate(
@@ -392,48 +402,29 @@ def _accumulate(
     head: str | None,
     key: Array | None,
     means: Gates | None,
-    devices: Devices | None,
-    progress: Callable[[int, int], None] | None,
-    keep: TotalsFile | None = None,
-    seconds: np.ndarray | None = None,
-    looks: Collection[int] = (),
-    enough: Callable[[Totals], bool] = lambda _: False,
+    run: _Run,
 ) -> tuple[Gates, Totals | None, Gates]:
-    """The scores, the totals they come from (None if no example is read), and the means.
-
-    Args:
-        model: The architecture.
-        params: Parameters.
-        batches: See `score_batches`.
-        criterion: How scores are made.
-        head: The task head.
-        key: Randomness of the criterion.
-        means: See `score`.
-        devices: See `score_batches`.
-        progress: See `score`.
-        keep: The file that keeps the running totals.
-        seconds: By index, 1 for the examples of the second half and 0 for the others; None is by odd and even index.
-        looks: Numbers of batches after which to ask whether they are enough.
-        enough: Whether to leave the other batches out.
-    """
+    """The scores, the totals they come from (None if no example is read), and the means."""
     if criterion.examples is None:
-        found = criterion(model, params, {}, head=head, key=key, means={})
-        return {name: value[0] for name, value in found.scores.items()}, None, {}
-    largest = criterion.examples.largest
-    params, place = _placement(model, params, devices or jax.local_devices()[:1])
+        measured = criterion(model, params, {}, head=head, key=key, means={})
+        return {name: value[0] for name, value in measured.scores.items()}, None, {}
+    largest, progress = criterion.examples.largest, run.progress
+    params, place = _placement(model, params, run.devices or jax.local_devices()[:1])
     closed = place.everywhere(_means(model, params, batches, criterion, means, place))
-    totals, done = (None, 0) if keep is None else keep.load()
-    while done < len(batches) and not (totals is not None and done in looks and enough(totals)):
-        batch = place.batch(batches[done], seconds)
-        found = criterion(model, params, batch, head=head, key=key, means=closed)
+    totals, done = (None, 0) if run.file is None else run.file.load()
+    while done < len(batches):
+        if totals is not None and done in run.looks and (_reliability(totals) or 0.0) >= run.target:
+            break
+        batch = place.batch(batches[done], run.second)
+        measured = criterion(model, params, batch, head=head, key=key, means=closed)
         if totals is not None:
             jax.block_until_ready(totals)  # the batch before: one is being computed, one is waiting
             if progress is not None:
                 progress(done, len(batches))
-        totals = add(largest, totals or nothing(largest, found), found, batch["weight"], batch["second"])
+        totals = add(largest, totals or nothing(largest, measured), measured, batch["weight"], batch["second"])
         done += 1
-        if keep is not None and done % SAVE_EVERY == 0:
-            keep.save(totals, done)
+        if run.file is not None and done % SAVE_EVERY == 0:
+            run.file.save(totals, done)
     if totals is None or not float(totals.weight):
         raise ValueError("there are no examples to score.")
     if progress is not None:
@@ -497,27 +488,25 @@ def _shape_cost(criterion: Criterion) -> int:
     return 3 * SHAPE_COST // (2 * getattr(criterion, "nodes", 1) + 1)
 
 
-def _choose(
-    task: Task, examples: int | Sequence[Example] | None, key: Array, split: str, reads: bool, growing: bool
-) -> tuple[tuple[Example, ...], list[int]]:
+def _choose(task: Task, chosen: Rows, reads: bool, growing: bool) -> tuple[tuple[Example, ...], list[int]]:
     """The examples, and if their number grows how many the steps end with, all of them last.
 
     Every step is what `draw` would draw by itself, as far as draws of one key contain each other. They do, but for
     single examples when the labels' shares are rounded.
     """
-    if isinstance(examples, Sequence):
-        rows = tuple(examples)
-        return rows, _steps(len(rows)) if growing else []
+    if isinstance(chosen.examples, Sequence):
+        return chosen.examples, _steps(len(chosen.examples)) if growing else []
+    split = chosen.split or "calibration"
     most = len(task.rows(split))
     if not growing:
-        wanted = EXAMPLES if examples is None else examples
+        wanted = EXAMPLES if chosen.examples is None else chosen.examples
         # if none is read, they only say how long the texts are
-        return draw(task, wanted if reads else min(wanted, most), key, split=split), []
-    steps = _steps(most if examples is None else examples)
+        return draw(task, wanted if reads else min(wanted, most), chosen.key, split=split), []
+    steps = _steps(most if chosen.examples is None else chosen.examples)
     taken: list[Example] = []
     for size in steps:
         known, new = Counter(taken), []
-        for row in draw(task, size, key, split=split):
+        for row in draw(task, size, chosen.key, split=split):
             known[row] -= 1
             if known[row] < 0:
                 new.append(row)
