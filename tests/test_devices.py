@@ -58,7 +58,9 @@ NAMES = ("answers", "integrated", "drawn", "leave_one_out")
 
 def test_scores_on_four_devices_equal_those_on_one(tmp_path: Path):
     here = Path(__file__).parent
-    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join(
+        [str(here), str(here.parent), str(here.parent / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    )
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
     run = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], env=environment, capture_output=True, text=True)

@@ -146,7 +146,7 @@ def test_criteria_that_read_no_example_say_so(model_and_params: tuple[Model, Par
 
 
 def test_labels_are_needed_only_by_criteria_that_use_them(model_and_params: tuple[Model, Params], task: Task):
-    rows = [dataclasses.replace(row, label=None) for row in task.rows("calibration")[:4]]
+    rows = tuple(dataclasses.replace(row, label=None) for row in task.rows("calibration")[:4])
     for criterion in (
         GradientActivation(labels=predicted),
         Fisher(),
@@ -163,13 +163,13 @@ def test_what_cannot_be_scored_is_refused(model_and_params: tuple[Model, Params]
     with pytest.raises(ValueError, match=r"examples must lie in 1 to 30, the calibration rows of 'moods', got 31"):
         score(model, params, task, Scoring(rows=Rows(examples=31)))
     with pytest.raises(ValueError, match="label 2 is outside 0 to 1, the labels of head 'moods'"):
-        score(model, params, task, Scoring(rows=Rows(examples=[Example("a dog", None, 2)])))
+        score(model, params, task, Scoring(rows=Rows(examples=(Example("a dog", None, 2),))))
     with pytest.raises(ValueError, match="the model has no task head 'ratings'"):
         score(model, params, task, Scoring(head="ratings"))
     with pytest.raises(ValueError, match="the head 'stars' is a regression, but 'moods' is a classification"):
         score(model, params, task, Scoring(head="stars"))
     with pytest.raises(ValueError, match="there are no examples"):
-        score(model, params, task, Scoring(rows=Rows(examples=[])))
+        score(model, params, task, Scoring(rows=Rows(examples=())))
     with pytest.raises(ValueError, match="there are no examples to score"):
         score_batches(model, params, [], GradientActivation(), head="moods")
     with pytest.raises(ValueError, match="means were given, but this criterion closes units to zero"):

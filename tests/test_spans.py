@@ -425,7 +425,7 @@ def test_scores_leave_out_what_is_cut_off_and_count_it(monkeypatch: pytest.Monke
         score(model, params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=11, max_length=16)))
     with pytest.raises(ValueError, match="4 of 4 examples have no answer within 16 tokens: leave them out, raise max"):
         score(model, params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=far, max_length=16)))
-    unknown = [replace(row, answers=()) for row in near[:10]]
+    unknown = tuple(replace(row, answers=()) for row in near[:10])
     with pytest.raises(ValueError, match="10 of 10 examples have no label: use labels=predicted"):
         score(model, params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=unknown)))
     score(model, params, task, Scoring(criterion=GradientActivation(labels=predicted), rows=Rows(examples=unknown)))

@@ -159,7 +159,10 @@ def removal_checks(
         Scoring(
             criterion=_removal_of(model, scores, sampled, checking.chunk),
             rows=Rows(
-                examples=rows, key=checking.seed, batch_size=checking.batch_size, max_length=scores.header["max_length"]
+                examples=tuple(rows),
+                key=checking.seed,
+                batch_size=checking.batch_size,
+                max_length=scores.header["max_length"],
             ),
             head=scores.header["head"],
         ),
