@@ -40,7 +40,7 @@ import jaxprune as jp
 from jaxprune.checkpoints.files import write_atomic
 from jaxprune.checkpoints.folder import model_digest
 from jaxprune.cli.storage import disk_sizes
-from jaxprune.cli.students import count_weights
+from jaxprune.cli.training import count_weights
 from jaxprune.data.batches import encode, training_batches
 from jaxprune.data.tasks import Rows
 from jaxprune.evaluation.evaluate import evaluate, predict

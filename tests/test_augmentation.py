@@ -13,7 +13,7 @@ from commands import Place, place, record_of, run
 from test_likelihood import speaker
 from test_training import encoder, moods
 
-from jaxprune.cli.augmentation import RECORD, augment_model
+from jaxprune.cli.training import AUGMENTATION
 from jaxprune.data.augmentation import Augmentation, augment, copies_of, word_candidates
 from jaxprune.data.splits import Example, marks, row_key, rows_of
 from jaxprune.data.tasks import Task, load_task
@@ -128,7 +128,7 @@ def test_augment_writes_a_data_set(place: Place, tmp_path: Path):
     assert len(after.rows("train")) == record["sizes"]["train"] > 3 * len(before.rows("train"))
     held = marks(rows_of(row for split in ("calibration", "dev", "test") for row in after.rows(split)))
     assert not held & {row_key(row) for row in after.rows("train")} and not after.dropped
-    assert json.loads((more / "mood" / RECORD).read_text()) == record
+    assert json.loads((more / "mood" / AUGMENTATION).read_text()) == record
     files = {file.name: file.read_bytes() for file in (more / "mood").iterdir()}
     again = run(*how)
     assert again.exit_code == 0 and "of an earlier run" in " ".join(again.stderr.split())
@@ -153,8 +153,8 @@ def test_an_interrupted_augmentation_leaves_nothing(place: Place, tmp_path: Path
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxprune.cli.augmentation._shown", stop)
+    monkeypatch.setattr("jaxprune.cli.training._first_copies", stop)
     more = tmp_path / "more"
     result = run("augment", place.model, "--task", "mood", "--data", place.data, "-o", more, "--frequent", 2)
     assert result.exit_code == 130 and not (more / "mood").exists()
-    assert not list(more.glob("*")) and augment_model is not None
+    assert not list(more.glob("*"))

@@ -19,10 +19,9 @@ from test_training import DATA, encoder, lengths, moods
 from tiny import tiny_model
 
 from jaxprune.checkpoints.folder import digest, load, model_digest, read_pruning, save
-from jaxprune.cli.learning import read_pattern
 from jaxprune.cli.render.cards import CARD, LEARNED
 from jaxprune.cli.render.pictures import training_picture
-from jaxprune.cli.students import DISTILLATION
+from jaxprune.cli.training import DISTILLATION, read_pattern
 from jaxprune.models import Model, TaskHead
 from jaxprune.sparse.masks import one_shot, sparsity_of
 from jaxprune.sparse.matrices import linear_maps
@@ -248,7 +247,7 @@ def test_sparsify_goes_on_where_it_was_interrupted(place: Place, pretrained: Pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("jaxprune.cli.students.exam_line", interrupt)
+        patch.setattr("jaxprune.cli.render.tables.exam_line", interrupt)
         assert run(*how, "-o", tmp_path / "out").exit_code == 130
     assert (tmp_path / "out.state").exists() and not (tmp_path / "out").exists()
     assert run(*how, "-o", tmp_path / "out").exit_code == 0

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from jaxprune import __version__
-from jaxprune.cli import learning, looking, terminal
+from jaxprune.cli import looking, terminal, training
 from jaxprune.cli import scoring as scores
 from jaxprune.cli.options import (
     BatchOptions,
@@ -307,7 +307,7 @@ def plan(
 
 for command in (
     *(looking.sweep, looking.inspect, scores.compare, scores.check, looking.evaluate),
-    *(learning.finetune, learning.sparsify, learning.distill, learning.augment),
+    *(training.finetune, training.sparsify, training.distill, training.augment),
 ):
     app.command()(command)
 

@@ -446,6 +446,13 @@ class SelectionOptions:
         )
 
 
+def build(settings: Any, *groups: Any, **more: Any) -> Any:
+    """Settings of the library, a dataclass, from the options of the same names and from what is given by name."""
+    names = {field.name for field in fields(settings) if field.init} - more.keys()
+    given = {name: value for group in groups for name, value in vars(group).items() if name in names}
+    return settings(**given, **more)
+
+
 def read_length(text: str) -> Length:
     """Reads `128`, or `128,4` of a model that writes text."""
     try:

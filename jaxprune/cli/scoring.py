@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from jaxprune.cli.options import (
     OneTask,
     PictureOptions,
     RowOptions,
+    build,
     grouped,
     measured,
     option,
@@ -31,6 +32,21 @@ FRACTIONS = "0.7,0.5,0.3"
 DELETED = "0.1,0.3,0.5,0.7,0.9"
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckingOptions:
+    """How much is measured to check scores."""
+
+    units: Annotated[int, measured("Units of each kind that are removed, one at a time.")] = 64
+    examples: Annotated[int, measured("The most calibration rows on which they are removed.")] = 64
+    orders: Annotated[int, measured("Random orders of deletion, 2 to 10.")] = 5
+    fractions: Annotated[str, measured("Of the units that are deleted.", metavar="A,B,...")] = DELETED
+    split: Annotated[str, measured("Rows to test on while units are deleted.")] = "dev"
+    limit: Annotated[int, measured("The most of them.")] = 256
+    seed: Annotated[int, measured("Of the sample of units and of the random orders.")] = 0
+    batch_size: Annotated[int, measured("Examples in a batch.")] = 32
+    chunk: Annotated[int, measured("Units closed together, for accelerators with room.")] = 1
+
+
 @grouped
 def check(
     model: ModelName,
@@ -38,15 +54,7 @@ def check(
     scores: Annotated[Path, option("The score file to check.", metavar="FILE")],
     rows: RowOptions,
     picture: PictureOptions,
-    units: Annotated[int, measured("Units of each kind that are removed, one at a time.")] = 64,
-    examples: Annotated[int, measured("The most calibration rows on which they are removed.")] = 64,
-    orders: Annotated[int, measured("Random orders of deletion, 2 to 10.")] = 5,
-    fractions: Annotated[str, measured("Of the units that are deleted.", metavar="A,B,...")] = DELETED,
-    split: Annotated[str, measured("Rows to test on while units are deleted.")] = "dev",
-    limit: Annotated[int, measured("The most of them.")] = 256,
-    seed: Annotated[int, measured("Of the sample of units and of the random orders.")] = 0,
-    batch_size: Annotated[int, measured("Examples in a batch.")] = 32,
-    chunk: Annotated[int, measured("Units closed together, for accelerators with room.")] = 1,
+    options: CheckingOptions,
     as_json: Json = False,
 ) -> None:
     """Checks whether scores can be trusted: completeness, true removal of units, deletion against random orders.
@@ -60,17 +68,8 @@ def check(
         from jaxprune.cli.render.pictures import deletion_figure
         from jaxprune.pruning import checks
 
-        checking = checks.Checking(
-            units=units,
-            examples=examples,
-            chunk=chunk,
-            orders=orders,
-            fractions=read_fractions("--fractions", fractions)[::-1],
-            split=split,
-            limit=limit,
-            seed=seed,
-            batch_size=batch_size,
-        )
+        fractions = read_fractions("--fractions", options.fractions)[::-1]
+        checking = build(checks.Checking, options, fractions=fractions)
         picture.check()
         record = check_model(model, scores, rows.of(task), checking, bars)
         picture.draw(deletion_figure, record)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,14 +13,13 @@ import jax
 import numpy as np
 
 from jaxprune.checkpoints.files import check_file
-from jaxprune.checkpoints.folder import check_destination, digest_keeper, load, model_digest, save
+from jaxprune.checkpoints.folder import digest_keeper, load, model_digest
 from jaxprune.checkpoints.tensors import FLOATS
 from jaxprune.checkpoints.weights import open_tensors
-from jaxprune.cli.render.tables import evaluation_table
 from jaxprune.data.batches import default_length, usable_rows
 from jaxprune.data.prompts import STYLES, fit, prompt_for, prompt_of, read_prompt
 from jaxprune.data.splits import MISPLACED, MISSING, digest
-from jaxprune.data.tasks import Rows, Task, draw, load_task, remove_leaks, seed_words
+from jaxprune.data.tasks import Rows, Task, draw, load_task, seed_words
 from jaxprune.evaluation.evaluate import Evaluation, evaluate, fitting_head
 from jaxprune.models import Model
 from jaxprune.models.cost import (
@@ -35,12 +33,9 @@ from jaxprune.models.cost import (
 from jaxprune.pruning.latency import compare_latency
 from jaxprune.scoring.run import EXAMPLES, Scoring, score
 from jaxprune.scoring.scores import Scores, describe, load_scores, save_scores
-from jaxprune.training.finetuning import FineTuning, finetune
-from jaxprune.training.loop import Step
 from jaxprune.units import KINDS, UNITS, Params, sites, widths
 
 RATIOS = ("units", "prunable_parameters", "parameters", "memory", "flops", "file_bytes")  # what remains after by before
-FINETUNING = "finetuning.json"  # in the folder of a fine-tuned model: how it was made, and how well it did
 
 
 class Progress(Protocol):
@@ -133,63 +128,6 @@ def score_model(
         "sites": len(scores.values),
         "means": scores.means is not None,
     }
-
-
-def finetune_model(
-    source: str,
-    tasks: Sequence[Data],
-    output: Path,
-    training: FineTuning,
-    *,
-    dtype: str | None = None,
-    overwrite: bool = False,
-    watch: Watch,
-) -> dict[str, Any]:
-    """Fine-tunes an encoder on several tasks and writes the folder; an interrupted run goes on where it was.
-
-    The run is kept in `OUTPUT.state` until the folder is written.
-    """
-    check_destination(output, overwrite)
-    state = output.with_name(f"{output.name}.state")
-    model, params = load(source)
-    cleaned, leaks = remove_leaks([data.load(watch) for data in tasks])
-    for (task, other), count in leaks.items():
-        watch.say(f"{task}: {count:,} rows dropped, held out in {other}")
-    bar = watch.open("fine-tuning")
-
-    def progress(step: Step) -> None:
-        epoch = f"epoch {step.epoch} of {training.epochs}"
-        bar(step.step, step.steps, f"{epoch}, loss {step.loss:.4f}")
-        if step.evaluation is not None:
-            watch.say(evaluation_table(step.evaluation["results"], f"{epoch}, dev"))
-
-    done = finetune(model, params, cleaned, training, state=state, progress=progress)
-    for name, count in done.cut_off.items():
-        watch.say(f"{name}: {count:,} train rows left out, their answer is cut off; --max-length reaches further")
-    record = {
-        "command": "finetune",
-        "source": source,
-        "output": str(output),
-        "recipe": training.to_json(),
-        "best_epoch": done.best + 1,
-        "epochs": [[result.to_json() for result in epoch] for epoch in done.evaluations],
-        "leaks": [{"task": task, "held_out_in": other, "rows": count} for (task, other), count in leaks.items()],
-        "tasks": {
-            task.name: {
-                "source": task.source,
-                "license": task.license,
-                "rows": task.sizes,
-                **({"cut_off": done.cut_off.get(task.name, 0)} if task.spans else {}),
-                "digests": {split: task.digest(split) for split in task.splits},
-            }
-            for task in cleaned
-        },
-        "model": model_digest(done.model, done.params),
-    }
-    extra = {FINETUNING: (json.dumps(record, indent=1) + "\n").encode()}
-    save(output, done.model, done.params, overwrite=overwrite, dtype=dtype, extra=extra)
-    state.unlink(missing_ok=True)
-    return record
 
 
 def costs(model: Model, params: Params, length: Length) -> dict[str, Any]:
