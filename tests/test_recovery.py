@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from tiny import random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
@@ -16,6 +17,7 @@ from jaxprune.compaction import compact
 from jaxprune.data.tasks import Rows
 from jaxprune.models import Model
 from jaxprune.pruning.recovery import (
+    EVERY,
     BiasCompensation,
     Fit,
     Moments,
@@ -23,7 +25,7 @@ from jaxprune.pruning.recovery import (
     Recovery,
     Rescaling,
     check_method,
-    choose,
+    fit_module,
     recover_batches,
 )
 from jaxprune.units import flatten, unflatten
@@ -138,7 +140,7 @@ def test_reconstruction_is_ridge_regression_towards_the_old_weights():
     random = np.random.default_rng(0)
     inputs, targets = random.standard_normal((50, 6)) + 1.0, random.standard_normal((50, 3))
     old = Fit(random.standard_normal((6, 3)), np.zeros(3))
-    found = Reconstruction(ridges=(0.1,))(moments_of(inputs, targets), old, np.arange(6))["ridge 0.1"]
+    found = Reconstruction(ridges=(0.1,))(moments_of(inputs, targets), old, np.arange(6))["ridge 0.1"](EVERY)
     a, y = inputs - inputs.mean(0), targets - targets.mean(0)
     ridge = 0.1 * np.square(a).sum() / 6
     stacked = np.concatenate([a, np.sqrt(ridge) * np.eye(6)])
@@ -155,7 +157,7 @@ def test_units_are_rescaled_by_least_squares():
     first, second = inputs[:, :2] @ kernel[:2], inputs[:, 2:] @ kernel[2:]
     targets = 2.0 * first + 0.5 * second
     method = Rescaling(ridges=(0.0,))
-    found = method(moments_of(inputs, targets), Fit(kernel, None), np.array([0, 0, 1, 1]))["ridge 0"]
+    found = method(moments_of(inputs, targets), Fit(kernel, None), np.array([0, 0, 1, 1]))["ridge 0"](EVERY)
     np.testing.assert_allclose(found.kernel, kernel * np.array([2.0, 2.0, 0.5, 0.5])[:, None], rtol=1e-9)
     assert found.bias is None
 
@@ -167,12 +169,31 @@ def test_each_direction_of_the_output_has_its_own_ridge():
     inputs = [random.standard_normal((40, 30)) for _ in range(2)]
     targets = [own @ (kernel * np.array([1.0, 0.0])) + random.standard_normal((40, 2)) * (0.0, 3.0) for own in inputs]
     fit, held = (moments_of(*pair) for pair in zip(inputs, targets, strict=True))
-    found = choose(fit, held, old, np.arange(30), Reconstruction())
+    found = fit_module(fit, held, old, np.arange(30), Reconstruction())
     assert found.fit is not None and found.after < found.before and len(found.chosen) == 2
     clean, noise = np.square(found.fit.kernel - kernel * np.array([1.0, 0.0])).sum(0)
     assert clean < 0.05 * np.square(kernel[:, 0]).sum() and noise < 1.0
-    together = Reconstruction(ridges=(1e-3,))(fit, old, np.arange(30))["ridge 0.001"]
+    together = Reconstruction(ridges=(1e-3,))(fit, old, np.arange(30))["ridge 0.001"](EVERY)
     assert np.square(together.kernel[:, 1]).sum() > 10 * noise
+
+
+def test_one_decomposition_serves_all_ridges(monkeypatch):
+    """One for the rows that fit, and one for all rows: no ridge is solved for by itself."""
+    random, decomposed = np.random.default_rng(0), []
+    inputs, targets = random.standard_normal((2, 40, 30)), random.standard_normal((2, 40, 3))
+    fit, held = (moments_of(*pair) for pair in zip(inputs, targets, strict=True))
+    for module, name in ((np.linalg, "eigh"), (scipy.linalg, "cho_factor")):
+        original = getattr(module, name)
+
+        def counted(matrix: Any, *args: Any, original: Any = original, **settings: Any) -> Any:
+            decomposed.append(len(matrix))
+            return original(matrix, *args, **settings)
+
+        monkeypatch.setattr(module, name, counted)
+    for method in (Reconstruction(), Rescaling()):
+        decomposed.clear()
+        fit_module(fit, held, Fit(np.zeros((30, 3)), np.zeros(3)), np.arange(30), method)
+        assert decomposed.count(30) <= 2
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -181,7 +202,7 @@ def test_what_is_chosen_is_never_worse_on_the_rows_held_out(seed: int):
     old = Fit(random.standard_normal((8, 3)), random.standard_normal(3))
     rows = [(own := random.standard_normal((12, 8)), own @ old.kernel + random.standard_normal((12, 3))) for _ in "ab"]
     for method in (BiasCompensation(), Rescaling(), Reconstruction()):
-        found = choose(moments_of(*rows[0]), moments_of(*rows[1]), old, np.arange(8), method)
+        found = fit_module(moments_of(*rows[0]), moments_of(*rows[1]), old, np.arange(8), method)
         assert found.after <= found.before
         if found.fit is not None:
             (inputs, targets), fitted = rows[1], found.fit

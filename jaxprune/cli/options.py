@@ -79,7 +79,7 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
         "intersection": "pruning.pooling:kept_by_all",
     },
     "recover": {
-        "none": "pruning.recovery:Untouched",
+        "none": "",
         "bias": "pruning.recovery:BiasCompensation",
         "rescale": "pruning.recovery:Rescaling",
         "reconstruct": "pruning.recovery:Reconstruction",
@@ -141,8 +141,9 @@ def option(text: str, *names: str, metavar: str | None = None, panel: str | None
 
 
 def find(option: str, name: str) -> Any:
-    """The function or class that a name on the command line stands for."""
-    return pkgutil.resolve_name(f"jaxprune.{FUNCTIONS[option][name]}")
+    """The function or class that a name on the command line stands for; of `none` it is None."""
+    place = FUNCTIONS[option][name]
+    return pkgutil.resolve_name(f"jaxprune.{place}") if place else None
 
 
 rows = partial(option, panel="Task and data")

@@ -1,16 +1,13 @@
-"""Closed-form repair of a pruned model: its output maps are fitted to what the dense model does, module by module.
+"""Closed-form repair of a pruned model: the output maps of its modules are fitted to what the dense model does.
 
 From the bottom up, each module (an attention, a feed-forward network) of the pruned model is given new weights for what
-reads its units, and a new bias, so that what it adds to its own residual comes close to the dense model's sum there:
-what was lost below is made up for, too. All of it is least squares on sums over tokens: no gradient steps, no labels.
+reads its units, and a new bias, so that what it adds to its residual comes close to the dense model's sum there: what
+was lost below is made up for, too. All of it is least squares on sums over tokens: no gradient steps, no labels. A
+method makes candidates from the rows that fit; the rows held out choose between them and the weights as they are.
 
 References:
     Kwon et al., A Fast Post-Training Pruning Framework for Transformers, 2022 (rescaled units).
     Park et al., Accurate Retraining-free Pruning for Pretrained Encoder-based Language Models, 2024 (reconstruction).
-
-Least squares for one module, from sums over tokens: new weights for what reads its units, and a new bias.
-
-A method makes candidates from the rows that fit; the rows held out choose between them and the weights as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +31,13 @@ from jaxprune.data.tasks import Example, Rows, Task, draw, row_key
 from jaxprune.evaluation.likelihood import answered
 from jaxprune.models import Layer, Mask, Model, State, block_compiled, enter, mask_of, model_layers, own_mask
 from jaxprune.scoring.scores import describe
-from jaxprune.units import UNITS, Params, Path, axes_of, flatten, reads, unflatten
+from jaxprune.units import UNITS, Params, Path, axes_of, flatten, reads, sites, subtree, unflatten
 
+EXAMPLES = 256  # to repair with, unless asked otherwise
+HELD_OUT = 4  # every fourth row only chooses between candidates
 ROUNDING = 1e-6  # of the spread of what is fitted: a smaller gain is none
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)  # of the mean square of the inputs
+EVERY = slice(None)  # output
 
 
 class Moments(NamedTuple):
@@ -51,13 +51,13 @@ class Moments(NamedTuple):
     tokens: float
 
     @classmethod
-    def nothing(cls, k: int, e: int) -> Moments:
-        """No token."""
+    def zeros(cls, k: int, e: int) -> Moments:
+        """The sums over no token."""
         return cls(np.zeros((k, k)), np.zeros((k, e)), np.zeros((e, e)), np.zeros(k), np.zeros(e), 0.0)
 
-    def plus(self, sums: Sequence[Any]) -> Moments:
-        """With the sums of more tokens."""
-        return Moments._make(mine + np.asarray(own, np.float64) for mine, own in zip(self, sums, strict=True))
+    def plus(self, more: Sequence[Any]) -> Moments:
+        """The sums with those over more tokens."""
+        return Moments._make(a + np.asarray(b, np.float64) for a, b in zip(self, more, strict=True))
 
 
 class Fit(NamedTuple):
@@ -67,8 +67,11 @@ class Fit(NamedTuple):
     bias: Float[np.ndarray, " e"] | None  # None: the module has none
 
 
+Candidate: TypeAlias = Callable[[Any], Fit]  # an index of outputs -> the fit for these
+
+
 class Method(Protocol):
-    """How a module is fitted."""
+    """A way to fit a module."""
 
     by_direction: ClassVar[bool]  # whether each direction of the output may choose a candidate of its own
 
@@ -77,32 +80,20 @@ class Method(Protocol):
         """Whether the target is the dense sum less the residual as it is now, or just the dense module's output."""
         ...
 
-    def __call__(self, moments: Moments, old: Fit, units: np.ndarray) -> dict[str, Fit]:
-        """Candidates by name: of the sums of tokens, the weights as they are, and the unit of each input `[k]`."""
+    def __call__(self, moments: Moments, old: Fit, units: np.ndarray) -> Mapping[str, Candidate]:
+        """Candidates by name, from the sums over tokens, the weights as they are, and the unit of each input `[k]`."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Untouched:
-    """Nothing is repaired."""
-
-    drift: bool = True
-    by_direction: ClassVar[bool] = False
-
-    def __call__(self, moments: Moments, old: Fit, units: np.ndarray) -> dict[str, Fit]:
-        """No candidate."""
-        return {}
-
-
-@dataclass(frozen=True, kw_only=True)
 class BiasCompensation:
-    """The mean of what is missing goes into the bias."""
+    """Puts the mean of what is missing into the bias."""
 
     drift: bool = True
     by_direction: ClassVar[bool] = False
 
-    def __call__(self, moments: Moments, old: Fit, units: np.ndarray) -> dict[str, Fit]:
-        """Candidates.
+    def __call__(self, moments: Moments, old: Fit, units: np.ndarray) -> Mapping[str, Candidate]:
+        """The one candidate.
 
         Raises:
             ValueError: If the module has no bias.
@@ -111,18 +102,18 @@ class BiasCompensation:
             raise ValueError(
                 "this model has no biases, so nothing can be put into them: recover by rescale or reconstruct."
             )
-        return {"bias": Fit(old.kernel, _mean_bias(moments, old.kernel, old.bias))}
+        return {"bias": partial(_fitted, moments, old)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rescaling:
-    """Every unit that stays is multiplied by a number: least squares, damped towards 1. A bias is fitted, too."""
+    """Multiplies every unit that stays by a number: least squares, damped towards 1. A bias is fitted, too."""
 
     ridges: tuple[float, ...] = RIDGES
     drift: bool = True
     by_direction: ClassVar[bool] = False
 
-    def __call__(self, moments: Moments, old: Fit, units: np.ndarray) -> dict[str, Fit]:
+    def __call__(self, moments: Moments, old: Fit, units: np.ndarray) -> Mapping[str, Candidate]:
         """Candidates, one for each ridge."""
         if not len(units):
             return {}
@@ -130,12 +121,12 @@ class Rescaling:
         member = (units[:, None] == np.arange(int(units.max()) + 1)[None, :]).astype(np.float64)  # [k, units]
         between = member.T @ (gram * (old.kernel @ old.kernel.T)) @ member
         towards = member.T @ (cross * old.kernel).sum(1)
-        found = {}
-        for ridge in self.ridges:
-            scales = 1.0 + _solve(between, towards - between.sum(1), ridge)
-            kernel = old.kernel * (member @ scales)[:, None]
-            found[f"ridge {ridge:g}"] = Fit(kernel, _mean_bias(moments, kernel, old.bias))
-        return found
+        change = _ridge_path(between, (towards - between.sum(1))[:, None])
+
+        def rescaled(ridge: float, outputs: Any) -> Fit:
+            return _fitted(moments, old, outputs, old.kernel[:, outputs] * (member @ change(ridge, EVERY)))
+
+        return {f"ridge {ridge:g}": partial(rescaled, ridge) for ridge in self.ridges}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,20 +141,55 @@ class Reconstruction:
     drift: bool = True
     by_direction: ClassVar[bool] = True
 
-    def __call__(self, moments: Moments, old: Fit, units: np.ndarray) -> dict[str, Fit]:
+    def __call__(self, moments: Moments, old: Fit, units: np.ndarray) -> Mapping[str, Candidate]:
         """Candidates, one for each ridge, and one with nothing but the bias."""
-        gram, cross = _centred(moments, old)
-        missing, found = cross - gram @ old.kernel, {}
-        for ridge in self.ridges if len(units) else ():
-            kernel = old.kernel + _solve(gram, missing, ridge)
-            found[f"ridge {ridge:g}"] = Fit(kernel, _mean_bias(moments, kernel, old.bias))
-        if old.bias is not None:
-            found["bias"] = Fit(old.kernel, _mean_bias(moments, old.kernel, old.bias))
-        return found
+        found: dict[str, Candidate] = {}
+        if len(units):
+            gram, cross = _centred(moments, old)
+            change = _ridge_path(gram, cross - gram @ old.kernel)
+
+            def reconstructed(ridge: float, outputs: Any) -> Fit:
+                return _fitted(moments, old, outputs, change(ridge, outputs))
+
+            found = {f"ridge {ridge:g}": partial(reconstructed, ridge) for ridge in self.ridges}
+        return found if old.bias is None else found | {"bias": partial(_fitted, moments, old)}
+
+
+def _ridge_path(gram: np.ndarray, right: np.ndarray) -> Callable[[float, Any], np.ndarray]:
+    """Solves `(gram + ridge * mean diagonal) x = right[:, columns]` for any ridge, by one eigendecomposition."""
+    size = float(np.trace(gram)) / len(gram)
+    if size <= 0.0:
+        return lambda ridge, columns: np.zeros_like(right[:, columns])
+    values, vectors = np.linalg.eigh(gram)
+    turned = vectors.T @ right
+    least = len(gram) * np.finfo(np.float64).eps * values[-1]  # what is smaller is rounding: no change along it
+
+    def solve(ridge: float, columns: Any) -> np.ndarray:
+        damped = values + ridge * size
+        inverse = np.divide(1.0, damped, out=np.zeros_like(damped), where=damped > least)
+        return vectors @ (inverse[:, None] * turned[:, columns])
+
+    return solve
+
+
+def _centred(moments: Moments, old: Fit) -> tuple[np.ndarray, np.ndarray]:
+    """Gram matrix and cross products of the deviations from the means; of the values themselves without a bias."""
+    if old.bias is None or not moments.tokens:
+        return moments.gram, moments.cross
+    mean = moments.inputs / moments.tokens
+    return moments.gram - np.outer(mean, moments.inputs), moments.cross - np.outer(mean, moments.outputs)
+
+
+def _fitted(moments: Moments, old: Fit, outputs: Any, change: np.ndarray | float = 0.0) -> Fit:
+    """Some outputs of a kernel that is changed, with the bias that makes their mean error zero."""
+    kernel = old.kernel[:, outputs] + change
+    if old.bias is None or not moments.tokens:
+        return Fit(kernel, None if old.bias is None else old.bias[outputs])
+    return Fit(kernel, (moments.outputs[outputs] - moments.inputs @ kernel) / moments.tokens)
 
 
 class Choice(NamedTuple):
-    """What was fitted to one module."""
+    """The fit of one module."""
 
     fit: Fit | None  # None: nothing is better than what is there
     before: float  # squared error on the rows held out, as a share of the spread of the target
@@ -171,14 +197,14 @@ class Choice(NamedTuple):
     chosen: Mapping[str, int]  # how many directions of the output each candidate was chosen for
 
 
-def choose(fit: Moments, held: Moments, old: Fit, units: np.ndarray, method: Method) -> Choice:
+def fit_module(fit: Moments, held: Moments, old: Fit, units: np.ndarray, method: Method) -> Choice:
     """Fits a module to some rows, and lets the others choose between the candidates and the weights as they are.
 
     On the rows held out the chosen weights are never worse than the old ones.
 
     Args:
-        fit: The sums of the rows that candidates are made from.
-        held: The sums of the rows that choose.
+        fit: The sums over the rows that candidates are made from.
+        held: The sums over the rows that choose.
         old: The weights as they are.
         units: The unit of each input, `[k]`.
         method: How candidates are made.
@@ -189,30 +215,29 @@ def choose(fit: Moments, held: Moments, old: Fit, units: np.ndarray, method: Met
     basis = _directions(fit, old) if method.by_direction else None
     if basis is not None:  # least squares is the same in any basis of the output; in this one a direction is a column
         fit, held, old = _turned(fit, basis), _turned(held, basis), _in_basis(old, basis)
-    candidates = {"none": old} | method(fit, old, units)
-    names = list(candidates)
-    errors = np.stack([_errors(held, own) for own in candidates.values()])  # [candidates, outputs]
+    candidates = {"none": lambda outputs: old, **method(fit, old, units)}
+    errors = np.stack([_errors(held, candidate(EVERY)) for candidate in candidates.values()])  # [candidates, outputs]
     if basis is None:
         errors = errors.sum(1, keepdims=True)
     mean = held.outputs if old.bias is not None else np.zeros_like(held.outputs)
     spread = max(float(np.trace(held.targets) - mean @ mean / max(held.tokens, 1.0)), 1e-30)
-    bar = np.zeros((len(names), 1))
+    bar = np.zeros((len(errors), 1))
     bar[0] = ROUNDING * spread / errors.shape[1]
-    picked = (errors - bar).argmin(0)
-    before, after = float(errors[0].sum()), float(np.take_along_axis(errors, picked[None], 0).sum())
-    chosen = Counter(names[i] for i in picked)
+    lowest = (errors - bar).argmin(0)
+    before, after = float(errors[0].sum()), float(np.take_along_axis(errors, lowest[None], 0).sum())
+    picked = [[*candidates][i] for i in lowest]
     best = None
-    if set(chosen) != {"none"}:
-        best = _mixed([old, *method(fit.plus(held), old, units).values()], picked)
+    if set(picked) != {"none"}:
+        best = _mixed(old, method(fit.plus(held), old, units), picked)
         if _errors(held, best).sum() > before:
-            best = _mixed(list(candidates.values()), picked)
+            best = _mixed(old, candidates, picked)
         best = best if basis is None else _in_basis(best, basis.T)
-    return Choice(best, before / spread, after / spread, dict(chosen))
+    return Choice(best, before / spread, after / spread, dict(Counter(picked)))
 
 
 def _directions(moments: Moments, old: Fit) -> Float[np.ndarray, "e e"]:
     """The directions of the output in which what is missing does not correlate: the columns."""
-    kernel, bias = old.kernel, _mean_bias(moments, old.kernel, old.bias)
+    kernel, bias = _fitted(moments, old, EVERY)
     cross = kernel.T @ moments.cross
     missing = moments.targets - cross - cross.T + kernel.T @ (moments.gram @ kernel)
     if bias is not None:
@@ -233,49 +258,24 @@ def _in_basis(fit: Fit, basis: np.ndarray) -> Fit:
 
 def _errors(moments: Moments, fit: Fit) -> Float[np.ndarray, " e"]:
     """The squared error of every output, summed over tokens."""
-    found = np.diag(moments.targets) + (fit.kernel * (moments.gram @ fit.kernel - 2.0 * moments.cross)).sum(0)
+    errors = np.diag(moments.targets) + (fit.kernel * (moments.gram @ fit.kernel - 2.0 * moments.cross)).sum(0)
     if fit.bias is not None:
-        found = found + fit.bias * (2.0 * (moments.inputs @ fit.kernel - moments.outputs) + moments.tokens * fit.bias)
-    return np.maximum(found, 0.0)
+        errors = errors + fit.bias * (2.0 * (moments.inputs @ fit.kernel - moments.outputs) + moments.tokens * fit.bias)
+    return np.maximum(errors, 0.0)
 
 
-def _mixed(candidates: Sequence[Fit], picked: np.ndarray) -> Fit:
+def _mixed(old: Fit, candidates: Mapping[str, Candidate], picked: Sequence[str]) -> Fit:
     """For each output the candidate that was picked for it, or one for all."""
     if len(picked) == 1:
-        return candidates[picked[0]]
-    columns = np.arange(len(picked))
-    kernel = np.stack([own.kernel for own in candidates])[picked, :, columns].T
-    biases = [own.bias for own in candidates if own.bias is not None]
-    return Fit(kernel, np.stack(biases)[picked, columns] if biases else None)
-
-
-def _centred(moments: Moments, old: Fit) -> tuple[np.ndarray, np.ndarray]:
-    """Gram matrix and cross products of the deviations from the means; of the values themselves without a bias."""
-    if old.bias is None or not moments.tokens:
-        return moments.gram, moments.cross
-    mean = moments.inputs / moments.tokens
-    return moments.gram - np.outer(mean, moments.inputs), moments.cross - np.outer(mean, moments.outputs)
-
-
-def _mean_bias(moments: Moments, kernel: np.ndarray, old: np.ndarray | None) -> np.ndarray | None:
-    """The bias with which the mean error is zero."""
-    if old is None or not moments.tokens:
-        return old
-    return (moments.outputs - moments.inputs @ kernel) / moments.tokens
-
-
-def _solve(gram: np.ndarray, right: np.ndarray, ridge: float) -> np.ndarray:
-    """Solves `(gram + ridge * mean diagonal) x = right`."""
-    size = float(np.trace(gram)) / len(gram)
-    if size <= 0.0:
-        return np.zeros_like(right)
-    from scipy.linalg import cho_factor, cho_solve  # slow to import, and most commands fit nothing
-
-    return cho_solve(cho_factor(gram + ridge * size * np.eye(len(gram)), lower=True), right)
-
-
-EXAMPLES = 256  # to repair with, unless asked otherwise
-HELD_OUT = 4  # every fourth row only chooses between candidates
+        return candidates[picked[0]](EVERY)
+    kernel, bias = old.kernel.copy(), None if old.bias is None else old.bias.copy()
+    for name in {*picked} - {"none"}:
+        outputs = np.flatnonzero(np.array(picked) == name)
+        part = candidates[name](outputs)
+        kernel[:, outputs] = part.kernel
+        if bias is not None and part.bias is not None:
+            bias[outputs] = part.bias
+    return Fit(kernel, bias)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,37 +404,34 @@ def recover_batches(
     dense: list[State | None] = [None] * len(inputs)
     current: list[State | None] = [None] * len(inputs)
     flat, repairs = flatten(small), []
-    whole = model_layers(model, params)
-    for place, big in enumerate(whole):
-        readers, targets = _readers(model, big), []
+    layers = model_layers(model, params)
+    for place, whole in enumerate(layers):
+        readers, targets = _readers(model, whole), []
         for i, batch in enumerate(inputs):
-            state = enter(model, big, batch, dense[i])
-            found = _targets(model, readers, big.params, state, mask_of(big, batch), method.drift)
-            dense[i], sums = jax.device_get(found)
+            state, mask = enter(model, whole, batch, dense[i]), mask_of(whole, batch)
+            outputs = _targets(model, readers, whole.params, state, mask, method.drift)
+            dense[i], sums = jax.device_get(outputs)
             targets.append(sums)
         for reader in readers:
             layer = model_layers(model, unflatten(flat))[place]
-            *units, outputs = _leaf(layer.params, reader.kernel).shape
-            found = [Moments.nothing(math.prod(units), outputs)] * 2
+            *units, outputs = subtree(layer.params, reader.kernel).shape
+            sums = [Moments.zeros(math.prod(units), outputs)] * 2  # over the rows that fit, and those that choose
             for i, batch in enumerate(inputs):
                 state, mask = enter(model, layer, batch, current[i]), mask_of(layer, batch)
-                own = _moments(
-                    model, reader, layer.params, state, mask, weights[i], targets[i][reader.module], method.drift
-                )
-                found = [total.plus(one) for total, one in zip(found, own, strict=True)]
-            fitted, repair = _fit(f"{layer.name}.{reader.module}", reader, layer.params, *found, method)
-            if found[0].tokens < len(found[0].gram):
-                scarce[repair.module] = found[0].tokens, len(found[0].gram)
-            flat |= {(*layer.path, *path): array for path, array in fitted.items()}
+                target = targets[i][reader.module]
+                more = _moments(model, reader, layer.params, state, mask, weights[i], target, method.drift)
+                sums = [total.plus(one) for total, one in zip(sums, more, strict=True)]
+            arrays, repair = _repair(f"{layer.name}.{reader.module}", reader, layer.params, *sums, method)
+            if sums[0].tokens < len(sums[0].gram):
+                scarce[repair.module] = sums[0].tokens, len(sums[0].gram)
+            flat |= {(*layer.path, *path): array for path, array in arrays.items()}
             repairs.append(repair)
         layer = model_layers(model, unflatten(flat))[place]
         for i, batch in enumerate(inputs):
-            state = enter(model, layer, batch, current[i])
-            current[i] = jax.device_get(
-                block_compiled(model, layer.params, state, mask_of(layer, batch), {}, {}, None)[0]
-            )
+            state, mask = enter(model, layer, batch, current[i]), mask_of(layer, batch)
+            current[i] = jax.device_get(block_compiled(model, layer.params, state, mask, {}, {}, None)[0])
         if progress is not None:
-            progress(place + 1, len(whole))
+            progress(place + 1, len(layers))
     if scarce:
         name, (tokens, width) = next(iter(scarce.items()))
         warnings.warn(
@@ -456,11 +453,11 @@ def check_method(model: Model, params: Params, method: Method) -> None:
         for _, _, kernel in _readers(model, layer):
             outputs, bias = flat[kernel].shape[-1], (*kernel[:-1], "bias") in flat
             nothing = Fit(np.zeros((0, outputs)), np.zeros(outputs) if bias else None)
-            method(Moments.nothing(0, outputs), nothing, np.zeros(0, int))
+            method(Moments.zeros(0, outputs), nothing, np.zeros(0, int))
 
 
 class _Reader(NamedTuple):
-    """What reads the units of one module of a layer, by local names."""
+    """The kernel that reads the units of one module of a layer, by local names."""
 
     module: str  # "ffn"
     site: str  # "ffn.neurons"
@@ -468,37 +465,30 @@ class _Reader(NamedTuple):
 
 
 def _readers(model: Model, layer: Layer) -> tuple[_Reader, ...]:
-    """The readers of a layer, in the order in which its modules run; the axis table knows them."""
+    """The readers of a layer, in the order in which its modules run: that of the axis table."""
+    whole = unflatten({(*layer.path, *path): array for path, array in flatten(layer.params).items()})
     found = []
-    for path in flatten(layer.params):
-        axes = axes_of(model.axes, (*layer.path, *path))
-        if reads(axes, path):
-            module = ".".join(map(str, path[:-2]))
-            found.append(_Reader(module, f"{module}.{axes[0]}", path))
-    return tuple(sorted(found, key=lambda reader: _ORDER.index(reader.module)))
-
-
-_ORDER = ("attention", "cross", "ffn")
-
-
-def _leaf(params: Params, path: Path) -> Any:
-    for step in path:
-        params = params[step]
-    return params
+    for site in sites(model.axes, whole):
+        for path in flatten(subtree(whole, site.module)):
+            if reads(axes_of(model.axes, (*site.module, *path)), path):
+                local = site.module[len(layer.path) :]
+                name = ".".join(map(str, local))
+                found.append(_Reader(name, f"{name}.{site.kind}", (*local, *path)))
+    return tuple(found)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 5))
 def _targets(
     model: Model, readers: tuple[_Reader, ...], params: Params, state: State, mask: Mask, drift: bool
 ) -> tuple[State, dict[str, Float[Array, "b t e"]]]:
-    """What the layer returns, and by module its output, with what it is added to if drift is to be made up for."""
-    after, found = model.block(params, state, mask, kinds=UNITS, residuals=True)
+    """The state after the layer, and by module its output, with what it is added to if drift is to be made up for."""
+    after, values_of = model.block(params, state, mask, kinds=UNITS, residuals=True)
     flat, sums = flatten(params), {}
     for module, site, kernel in readers:
-        values, weight = found[site].astype(jnp.float32), flat[kernel].astype(jnp.float32)
+        values, weight = values_of[site].astype(jnp.float32), flat[kernel].astype(jnp.float32)
         output = jnp.tensordot(values, weight, weight.ndim - 1, precision="highest")
         offset = flat.get((*kernel[:-1], "bias"))
-        residual = found[f"{module}.residual"].astype(jnp.float32) if drift else 0.0
+        residual = values_of[f"{module}.residual"].astype(jnp.float32) if drift else 0.0
         sums[module] = residual + output + (0.0 if offset is None else offset)
     return after, sums
 
@@ -514,18 +504,18 @@ def _moments(
     target: Float[Array, "b t e"],
     drift: bool,
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """The sums of the rows that fit, and of those that choose."""
-    found = model.block(params, state, mask, kinds=UNITS, residuals=True)[1]
-    values = found[reader.site].astype(jnp.float32)
+    """The sums over the rows that fit, and over those that choose."""
+    values_of = model.block(params, state, mask, kinds=UNITS, residuals=True)[1]
+    values = values_of[reader.site].astype(jnp.float32)
     values = values.reshape(*target.shape[:2], math.prod(values.shape[2:]))
-    missing = target - (found[f"{reader.module}.residual"].astype(jnp.float32) if drift else 0.0)
-    there = (own_mask(mask).astype(bool) & weight[:, None]).astype(jnp.float32)[..., None]
+    missing = target - (values_of[f"{reader.module}.residual"].astype(jnp.float32) if drift else 0.0)
+    tokens = (own_mask(mask).astype(bool) & weight[:, None]).astype(jnp.float32)[..., None]
     rows = np.arange(target.shape[0]) % HELD_OUT == HELD_OUT - 1
 
     def sums(rows: np.ndarray) -> tuple[Array, ...]:
         a, y, w = (
             array[rows].reshape(rows.size * array.shape[1], array.shape[-1])
-            for array in (values * there, missing * there, there)
+            for array in (values * tokens, missing * tokens, tokens)
         )
         product = partial(jnp.matmul, precision="highest")
         return product(a.T, a), product(a.T, y), product(y.T, y), a.sum(0), y.sum(0), w.sum()
@@ -533,25 +523,24 @@ def _moments(
     return sums(np.flatnonzero(~rows)), sums(np.flatnonzero(rows))
 
 
-def _fit(
+def _repair(
     name: str, reader: _Reader, params: Params, fit: Moments, held: Moments, method: Method
 ) -> tuple[dict[Path, Array], Repair]:
-    """The weights of one module, by local path, and what was done to it."""
+    """The new weights of one module, by local path, and a report of them."""
     if not all(np.isfinite(array).all() for array in (*fit, *held)):
         raise ValueError(f"the activations of {name} are not finite: is the dense model sound in this precision?")
-    kernel, place = _leaf(params, reader.kernel), (*reader.kernel[:-1], "bias")
-    offset = flatten(params).get(place)
+    kernel, bias_path = subtree(params, reader.kernel), (*reader.kernel[:-1], "bias")
+    bias = flatten(params).get(bias_path)
     inputs = math.prod(kernel.shape[:-1])
     old = Fit(
         np.asarray(kernel, np.float64).reshape(inputs, kernel.shape[-1]),
-        None if offset is None else np.asarray(offset, np.float64),
+        None if bias is None else np.asarray(bias, np.float64),
     )
     units = np.repeat(np.arange(kernel.shape[0]), inputs // max(kernel.shape[0], 1))
-    best, before, after, chosen = choose(fit, held, old, units, method)
-    repair = Repair(name, before, after, chosen)
-    if best is None:
-        return {}, repair
-    fitted = {reader.kernel: jnp.asarray(best.kernel.reshape(kernel.shape), kernel.dtype)}
-    if best.bias is not None and offset is not None:
-        fitted[place] = jnp.asarray(best.bias, offset.dtype)
-    return fitted, repair
+    best, *repair = fit_module(fit, held, old, units, method)
+    arrays = {}
+    if best is not None:
+        arrays[reader.kernel] = jnp.asarray(best.kernel.reshape(kernel.shape), kernel.dtype)
+        if bias is not None:
+            arrays[bias_path] = jnp.asarray(best.bias, bias.dtype)
+    return arrays, Repair(name, *repair)
