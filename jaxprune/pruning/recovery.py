@@ -16,7 +16,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
@@ -25,9 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxprune.data.batches import encode, pack
-from jaxprune.data.prompts import prompt_of
-from jaxprune.data.tasks import Example, Rows, Task, draw, row_key
+from jaxprune.data.batches import pack, usable_rows
+from jaxprune.data.tasks import Rows, Task, draw, row_key
 from jaxprune.evaluation.likelihood import answered
 from jaxprune.models import Layer, Mask, Model, State, block_compiled, enter, mask_of, model_layers, own_mask
 from jaxprune.scoring.scores import describe
@@ -342,27 +341,18 @@ def recover(
         raise ValueError("there is nothing to recover with: name a task, or leave recovery out.")
     if isinstance(settings.examples, tuple) and len(several) != 1:
         raise ValueError(f"examples of {len(several)} tasks cannot be told apart: give how many to draw of each.")
+    split, usable = settings.split or "calibration", [usable_rows(model, task, settings) for task in several]
     rows, batches = [], []
-    for task, drawn in zip(several, _drawn(several, settings), strict=True):
+    for task, _, encode in usable:
+        drawn = settings.examples
+        if not isinstance(drawn, tuple):
+            count = min(EXAMPLES if drawn is None else drawn, *(len(other.task.rows(split)) for other in usable))
+            drawn = draw(task, count, settings.key, split=split)
         rows.extend(drawn)
-        encoded = encode(model, drawn, max_length=settings.max_length, prompt=prompt_of(model, task))
-        for batch in pack(encoded, batch_size=settings.batch_size):
+        for batch in pack(encode(drawn), batch_size=settings.batch_size):
             batches.append({**batch, "labels": np.full(len(batch["input_ids"]), -1, np.int32)})
     repaired, repairs = recover_batches(model, params, small, batches, method=recovery.method, progress=progress)
     return repaired, RecoveryReport(describe(recovery.method), len(rows), tuple(sorted(map(row_key, rows))), repairs)
-
-
-def _drawn(tasks: Sequence[Task], rows: Rows) -> list[tuple[Example, ...]]:
-    """As many rows of each task."""
-    if isinstance(rows.examples, tuple):
-        return [rows.examples]
-    split = rows.split or "calibration"
-    left = [
-        replace(task, splits={split: tuple(row for row in task.rows(split) if row_key(row) not in rows.exclude)})
-        for task in tasks
-    ]
-    count = min(EXAMPLES if rows.examples is None else rows.examples, *(len(task.rows(split)) for task in left))
-    return [draw(task, count, rows.key, split=split) for task in left]
 
 
 def recover_batches(
