@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from jaxprune.compaction import compact
     from jaxprune.data.augmentation import Augmentation, augment
     from jaxprune.data.prompts import Prompt, prompt_for, read_prompt
+    from jaxprune.data.splits import Example
     from jaxprune.data.tasks import Rows, Task, load_task
-    from jaxprune.evaluation.evaluate import evaluate
+    from jaxprune.evaluation.evaluate import evaluate, find_answers, predict
     from jaxprune.evaluation.generation import generate
     from jaxprune.models import Model, Output
     from jaxprune.models.cost import flops, parameters
@@ -131,7 +132,10 @@ _SOURCES = {
     "cubic_schedule": "sparse.schedules",
     "densify": "checkpoints.sparse_file",
     "distill": "training.distillation",
+    "Example": "data.splits",
     "evaluate": "evaluation.evaluate",
+    "find_answers": "evaluation.evaluate",
+    "predict": "evaluation.evaluate",
     "finetune": "training.finetuning",
     "flops": "models.cost",
     "generate": "evaluation.generation",
@@ -185,6 +189,7 @@ __all__ = [
     "Check",
     "Checking",
     "Distillation",
+    "Example",
     "FineTuning",
     "Fisher",
     "Gradient",
@@ -237,6 +242,7 @@ __all__ = [
     "densify",
     "distill",
     "evaluate",
+    "find_answers",
     "finetune",
     "flops",
     "generate",
@@ -261,6 +267,7 @@ __all__ = [
     "one_shot_schedule",
     "open_gates",
     "parameters",
+    "predict",
     "predict_loss",
     "probability",
     "prompt_for",

@@ -1,4 +1,4 @@
-"""The card of a model that was pruned or taught: its README in Markdown, with what was done, and how well it does."""
+"""The card of a pruned model or a student: its README in Markdown, with what was done and how well it does."""
 
 from __future__ import annotations
 
@@ -25,28 +25,17 @@ from jaxprune.cli.render.tables import (
 CARD = "README.md"  # in the folder of a model
 LEARNED = "training.png"  # in that of a student: how it learned
 LOADING = """import jaxprune as jp
-from jaxprune.evaluation.evaluate import predict
-from jaxprune.data.tasks import Example
 
 model, params = jp.load("FOLDER")
-logits = predict(model, params, [Example(text="a text")], head={head})  # [examples, labels]"""
-FINDING = """import jaxprune as jp
-from jaxprune.evaluation.evaluate import find_answers
-from jaxprune.data.tasks import Example
-
-model, params = jp.load("FOLDER")
-texts = find_answers(model, params, [Example("a question", "its context", answers=())], head={head})"""
-PROMPTING = """import jaxprune as jp
-from jaxprune.evaluation.evaluate import predict
-from jaxprune.data.prompts import Prompt
-from jaxprune.data.tasks import Example
-
-model, params = jp.load("FOLDER")
-prompt = Prompt(
+"""
+PREDICTING = """logits = jp.predict(model, params, [jp.Example(text="a text")], head={head})  # [examples, labels]"""
+FINDING = """questions = [jp.Example("a question", "its context", answers=())]
+texts = jp.find_answers(model, params, questions, head={head})"""
+PROMPTING = """prompt = jp.Prompt(
     template={template},
     words={words},
 )
-likelihoods = predict(model, params, [Example({texts})], prompt=prompt)  # [examples, labels]"""
+likelihoods = jp.predict(model, params, [jp.Example({texts})], prompt=prompt)  # [examples, labels]"""
 WORDS = {  # kinds of units, in a sentence
     "heads": "attention heads",
     "neurons": "neurons",
@@ -59,86 +48,90 @@ def model_card(record: Record, *, on_hub: bool) -> str:
     """The README of a pruned model, in Markdown with the front matter of the Hugging Face hub.
 
     Args:
-        record: As from `prune_model` or `prune_together`. Whatever its names hold, they are shown as they are.
+        record: As `jaxprune prune --json` prints it. Whatever its names hold, they are shown as they are.
         on_hub: Whether the source is a name on the hub, and not a folder.
     """
-    from huggingface_hub import ModelCardData
-
-    source = record["source"] if on_hub else PurePath(record["source"]).name
-    tags = ["jax", "pruning", "structured-pruning", "model-compression"]
-    facts = ModelCardData(library_name="jaxprune", base_model=source if on_hub else None, tags=tags)
     tasks = record.get("tasks", [record])
-    names = listed([_code(own["task"]) for own in tasks])
+    source, names = _source(record, on_hub), listed([_code(task["task"]) for task in tasks])
     needed = f"the task {names} needs least" if len(tasks) == 1 else f"the tasks {names} together need least"
     rules = {name: value for name, value in record["selection"].items() if value not in (None, [])}
-    widths = [[_code(name), f"{had:,}", f"{kept:,}"] for name, (had, kept) in record["widths"].items()]
-    cells = [row for section in before_after_sections(record) for row in section]
-    what = listed([WORDS[kind] for kind in record["kinds"]]).capitalize()
-    parts = [
-        f"---\n{facts.to_yaml()}\n---",
-        f"# {_code(source)}, pruned for {names}",
-        f"{what} that {needed} were cut out of {_code(source)} by jaxprune; nothing was trained. {_for_others(tasks)}",
+    budget = _code(", ".join(f"{name} {plain(value)}" for name, value in rules.items()))
+    widths = [[_code(name), f"{had:,}", f"{left:,}"] for name, (had, left) in record["widths"].items()]
+    units = listed([WORDS[kind] for kind in record["kinds"]]).capitalize()
+    how = [
+        *(_how_scored(task, len(tasks) > 1) for task in tasks),
+        f"- Budget and selection: {budget}.",
+        "- `pruning.json` has all settings, the versions, and which units stay.",
+    ]
+    receipts = receipts_of(record)
+    return _card(
+        _front_matter(record, on_hub, "pruning", "structured-pruning"),
+        f"# {source}, pruned for {names}",
+        f"{units} that {needed} were cut out of {source} by jaxprune; nothing was trained. {_for_others(tasks)}",
         "## How it was made",
-        "\n".join(
-            (
-                *(_how_scored(own, len(tasks) > 1) for own in tasks),
-                f"- Budget and selection: {_code(', '.join(f'{name} {plain(it)}' for name, it in rules.items()))}.",
-                "- `pruning.json` has all settings, the versions, and which units stay.",
-            )
-        ),
+        "\n".join(how),
         *_rounds(record),
         "## Before and after",
-        _markdown(["", *BEFORE_AFTER], cells),
+        _markdown(["", *BEFORE_AFTER], [row for section in before_after_sections(record) for row in section]),
         "\n".join(" ".join(note.split()) for note in before_after_notes(record)),
-        *(["## What was lost"] if receipts_of(record) else []),
-        *(part for own in receipts_of(record) for part in _lost(own)),
+        *(["## What was lost"] if receipts else []),
+        *(part for receipt in receipts for part in _lost(receipt)),
         "## Units",
         _markdown(["site", "before", "after"], widths),
         *_use(tasks),
-    ]
-    return "\n\n".join(parts) + "\n"
+    )
 
 
 def student_card(record: Record, *, on_hub: bool) -> str:
-    """The README of a student that a teacher taught, in Markdown with the front matter of the Hugging Face hub.
+    """The README of a student, in Markdown with the front matter of the Hugging Face hub.
 
     Args:
-        record: As from `teach_model`. Whatever its names hold, they are shown as they are.
+        record: As `jaxprune distill --json` prints it. Whatever its names hold, they are shown as they are.
         on_hub: Whether the student's source is a name on the hub, and not a folder.
     """
-    from huggingface_hub import ModelCardData
-
-    source = record["source"] if on_hub else PurePath(record["source"]).name
-    teacher, thinning, task = PurePath(record["teacher"]).name, record["thinning"], record["task"]
-    tags = ["jax", "knowledge-distillation", *(["pruning", "sparse"] if thinning else []), "model-compression"]
-    facts = ModelCardData(library_name="jaxprune", base_model=source if on_hub else None, tags=tags)
-    losses = [f"{name} {plain(it)}" for name, it in record["settings"].items() if name in LOSSES and it]
-    exam = record["exams"][record["best"]]
+    source, teacher = _source(record, on_hub), _code(PurePath(record["teacher"]).name)
+    thinning, best = record["thinning"], record["exams"][record["best"]]
+    losses = [f"{name} {plain(weight)}" for name, weight in record["settings"].items() if name in LOSSES and weight]
     how = [
-        f"- Student: {_code(source)}; teacher: {_code(teacher)}; {record['rows']['train']:,} train rows.",
+        f"- Student: {source}; teacher: {teacher}; {record['rows']['train']:,} train rows.",
         f"- {record['steps']:,} steps of {record['recipe']['batch_size']} rows, learning rate "
         f"{record['recipe']['learning_rate']:g}; losses and their weights: {_code(', '.join(losses))}.",
     ]
-    what = f"jaxprune taught it to do as its teacher, {_code(teacher)}, does."
+    what = f"It learned by jaxprune to do what its teacher, {teacher}, does."
     if thinning is not None:
-        what = f"{100 * exam['sparsity']:.1f} % of the weights of its linear maps are zero. {what}"
+        what = f"{100 * best['sparsity']:.1f} % of the weights of its linear maps are zero. {what}"
         how.append(
             f"- Criterion: {_code(thinning['criterion']['name'])}, pattern {_code(thinning['pattern']['name'])}, "
             f"{len(thinning['steps']):,} prunings until step {thinning['steps'][-1]:,}."
         )
-    how.append("- `distillation.json` has all settings, and every evaluation on the way.")
-    parts = [
-        f"---\n{facts.to_yaml()}\n---",
-        f"# {_code(source)}, {'sparse' if thinning else 'distilled'} for {_code(task)}",
-        f"{what} {_for_others([record])}" if record["prompt"] or len(record["heads"]) > 1 else what,
+    others = _for_others([record]) if record["prompt"] or len(record["heads"]) > 1 else ""
+    return _card(
+        _front_matter(record, on_hub, "knowledge-distillation", *(["pruning", "sparse"] if thinning else [])),
+        f"# {source}, {'sparse' if thinning else 'distilled'} for {_code(record['task'])}",
+        f"{what} {others}".rstrip(),
         "## How it was made",
-        "\n".join(how),
+        "\n".join([*how, "- `distillation.json` has all settings, and every evaluation during training."]),
         f"![dev metric, zeros and losses over the steps]({LEARNED})",
         "## Teacher and student",
         _markdown(["", *STUDENT], [row for section in student_sections(record) for row in section]),
         _unbroken(" ".join(student_note(record).split())),
         *_use([record]),
-    ]
+    )
+
+
+def _source(record: Record, on_hub: bool) -> str:
+    return _code(record["source"] if on_hub else PurePath(record["source"]).name)
+
+
+def _front_matter(record: Record, on_hub: bool, *tags: str) -> str:
+    from huggingface_hub import ModelCardData
+
+    base = record["source"] if on_hub else None
+    facts = ModelCardData(library_name="jaxprune", base_model=base, tags=["jax", *tags, "model-compression"])
+    return f"---\n{facts.to_yaml()}\n---"
+
+
+def _card(*parts: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
@@ -197,12 +190,13 @@ def _for_others(tasks: Sequence[Record]) -> str:
     return f"The task {which}; the other task heads are still there, but expect them to do worse."
 
 
-def _loading(record: Record) -> str:
-    prompt = record["prompt"]
+def _loading(task: Record) -> str:
+    prompt = task["prompt"]
     if prompt is None:
-        return (FINDING if record.get("spans") else LOADING).format(head=ascii(record["head"]))
+        return LOADING + (FINDING if task.get("spans") else PREDICTING).format(head=ascii(task["head"]))
     texts = 'text="a text", pair="another one"' if "{pair}" in prompt["template"] else 'text="a text"'
-    return PROMPTING.format(template=ascii(prompt["template"]), words=ascii(tuple(prompt["words"])), texts=texts)
+    template, words = ascii(prompt["template"]), ascii(tuple(prompt["words"]))
+    return LOADING + PROMPTING.format(template=template, words=words, texts=texts)
 
 
 def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

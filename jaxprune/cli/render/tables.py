@@ -15,7 +15,13 @@ Record = Mapping[str, Any]
 
 BEFORE_AFTER = ("before", "after", "kept", "speed-up")
 STUDENT = ("teacher", "student", "kept")
-LOSSES = {"attention": "attention scores", "embeddings": "embeddings", "hidden": "hidden states"}  # others by name
+LOSSES = {  # of a distillation, in words
+    "attention": "attention scores",
+    "embeddings": "embeddings",
+    "hidden": "hidden states",
+    "logits": "logits",
+    "labels": "labels",
+}
 PREDICTED = {"estimate": "predicted", "at_most": "at most"}  # what a prediction has -> its column
 
 
@@ -641,7 +647,7 @@ def storage_note(record: Record) -> str:
 def exam_line(exam: Record) -> str:
     """One evaluation on dev, in a line."""
     sparse = "" if exam["sparsity"] is None else f"{percent(exam['sparsity'])} zero, "
-    losses = ", ".join(f"{LOSSES.get(name, name)} {value:.3g}" for name, value in exam["losses"].items())
+    losses = ", ".join(f"{LOSSES[name]} {value:.3g}" for name, value in exam["losses"].items())
     return f"step {exam['step']:,}: {sparse}dev {metrics_text(exam['evaluation']['metrics'], ' %')}; losses: {losses}"
 
 
