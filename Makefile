@@ -11,6 +11,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 # takes that build, which is ten times smaller than the CUDA one; elsewhere it takes the usual one.
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+# A file's tests stay on one worker, so that they share its models and scores.
+PARALLEL := -n $(WORKERS) --dist loadscope
 # A Python that compiles quickly rather than well: halves the time of the tests (tests/quick.py says how).
 quickly = XLA_FLAGS="$$XLA_FLAGS $$($(1) tests/quick.py)" $(1)
 # Tests of what depends on jax and flax most: the laws, parity and lowering.
@@ -22,7 +24,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo notebooks test test-reference test-oldest test-faults lint bench bench-reference clean
+.PHONY: help demo notebooks test test-slow test-reference test-oldest test-faults lint bench bench-reference clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -31,14 +33,17 @@ help:  ## list the targets
 demo: .venv/.stamp-runtime  ## prune the bundled model for one task and show before and after (offline)
 	$(BIN)/jaxprune demo
 
-test: .venv/.stamp-test  ## all tests that need neither PyTorch nor much time
-	$(call quickly,$(BIN)/python) -m pytest -m "not reference and not faults" -n $(WORKERS) --dist worksteal
+test: .venv/.stamp-test  ## the tests that need neither PyTorch nor much time (under five minutes)
+	$(call quickly,$(BIN)/python) -m pytest -m "not slow and not reference and not faults" $(PARALLEL)
+
+test-slow: .venv/.stamp-test  ## the others: killed and resumed runs, memory, bundled models, devices, the README's example
+	$(call quickly,$(BIN)/python) -m pytest -m slow $(PARALLEL)
 
 test-reference: .venv/.stamp-reference  ## compare with PyTorch, captum and scikit-learn
-	$(BIN)/python -m pytest -m reference -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m reference $(PARALLEL)
 
 test-oldest: .venv-oldest/.stamp  ## the laws with the oldest supported jax and flax, in .venv-oldest
-	$(call quickly,.venv-oldest/bin/python) -m pytest -m "not reference and not faults" -n $(WORKERS) --dist worksteal $(LAWS)
+	$(call quickly,.venv-oldest/bin/python) -m pytest -m "not slow and not reference and not faults" $(PARALLEL) $(LAWS)
 
 test-faults: .venv/.stamp-test  ## kill and damage things at random, write benchmarks/results/faults.json
 	JAXPRUNE_FAULTS_RECORD=benchmarks/results/faults.json $(BIN)/python -m pytest -m faults
@@ -57,7 +62,7 @@ bench: .venv/.stamp-runtime  ## time scoring and the pruned model, write benchma
 bench-reference: .venv/.stamp-reference  ## the same beside PyTorch and captum
 	$(BIN)/python benchmarks/speed.py --model jaxprune/bundled/model -o benchmarks/results/speed.json
 
-clean:  ## remove caches and build products; .venv stays
+clean:  ## remove caches (compiled programs too) and build products; .venv stays
 	rm -rf build dist .pytest_cache .ruff_cache
 	find jaxprune tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 

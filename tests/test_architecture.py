@@ -19,21 +19,9 @@ import jaxprune
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxprune"
 
-# From the ground up: a room imports only from those above it in this list, and from itself.
-ROOMS = (
-    "units",
-    "models",
-    "compaction",
-    "checkpoints",
-    "data",
-    "evaluation",
-    "scoring",
-    "pruning",
-    "sparse",
-    "training",
-    "bundled",
-    "cli",
-)
+# From the ground up, as the page has them: a room imports only from those above it, and from itself.
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
+ROOMS = re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {file: ast.parse(file.read_text()) for file in FILES}
@@ -84,8 +72,15 @@ def importers(package: str) -> set[str]:
     return {name_of(file) for file in FILES for name in imports(file) if name.split(".")[0] == package}
 
 
-def test_the_rooms_are_those_of_the_list():
+def test_the_rooms_are_those_of_the_page():
     assert {room(name) for name in MODULES} - {"", "__main__"} == set(ROOMS)
+    assert len(ROOMS) == len(set(ROOMS)) == 12
+
+
+def test_the_places_that_the_page_names_exist():
+    named = re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", PAGE)
+    assert named
+    assert [name for name in named if not (PACKAGE / name).exists() and not (ROOT / name).exists()] == []
 
 
 def test_a_room_imports_only_from_rooms_above_it():
