@@ -10,22 +10,10 @@ from typing import Any
 import datasets
 import pytest
 
-from jaxprune.data.splits import (
-    MISPLACED,
-    MISSING,
-    SPLITS,
-    Answer,
-    Example,
-    digest,
-    exact_match,
-    plain,
-    read_answers,
-    row_key,
-    squad,
-    standing,
-    word_f1,
-)
+from jaxprune.data.records import MISPLACED, MISSING, read_answers, standing
+from jaxprune.data.splits import SPLITS, Answer, Example, digest, row_key
 from jaxprune.data.tasks import TASKS, draw, from_hub, load_task, remove_leaks
+from jaxprune.evaluation.evaluate import exact_match, plain, squad, word_f1
 
 CONTEXT = "The dog was old. Its owner, a baker from York, was not."
 

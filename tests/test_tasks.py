@@ -9,6 +9,7 @@ import itertools
 import json
 import random
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from jaxprune.data.tasks import (
     draw,
     from_hub,
     load_task,
-    overlap,
     remove_leaks,
     row_key,
     seed_words,
@@ -95,12 +95,6 @@ def test_pairs_in_either_order_have_one_key():
     assert row_key(one) not in (row_key(Example("a dog a cat")), row_key(Example("a dog")))
 
 
-def test_overlap_counts_rows_by_key():
-    rows = [Example("a"), Example("B."), Example("c"), Example("b")]
-    assert overlap(rows, [Example("b"), Example("d")]) == 2
-    assert overlap(rows, []) == 0
-
-
 def test_digest_sees_texts_and_labels_but_not_their_order():
     rows = [Example("one", None, 0), Example("two", None, 1)]
     digest = task("t", train=rows).digest("train")
@@ -112,6 +106,10 @@ def test_digest_sees_texts_and_labels_but_not_their_order():
 
 
 # Splits
+
+
+def overlap(rows: Sequence[Example], others: Sequence[Example]) -> set[str]:
+    return {row_key(row) for row in rows} & {row_key(row) for row in others}
 
 
 def shares_nothing(task: Task) -> bool:

@@ -18,7 +18,8 @@ from jaxprune.checkpoints.tensors import FLOATS
 from jaxprune.checkpoints.weights import open_tensors
 from jaxprune.data.batches import default_length, usable_rows
 from jaxprune.data.prompts import STYLES, fit, prompt_for, prompt_of, read_prompt
-from jaxprune.data.splits import MISPLACED, MISSING, digest
+from jaxprune.data.records import MISPLACED, MISSING
+from jaxprune.data.splits import digest
 from jaxprune.data.tasks import Rows, Task, draw, load_task, seed_words
 from jaxprune.evaluation.evaluate import Evaluation, evaluate, fitting_head
 from jaxprune.models import Model

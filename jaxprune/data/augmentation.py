@@ -1,4 +1,4 @@
-"""More training texts from those at hand: words are exchanged for others with a similar vector (after TinyBERT).
+"""Copies of training texts in which words are exchanged for others with a similar vector (after TinyBERT).
 
 The vectors are rows of the model's own embedding table. Labels are copied, but they may no longer be true: the copies
 are for students that learn from a teacher's answers. Only train rows are copied; dev, test and calibration stay as they
@@ -27,7 +27,7 @@ BLOCK = 1024  # words whose neighbours are searched at once
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How copies of training texts are made.
+    """The settings of copies of training texts.
 
     References:
         Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding, 2020, algorithm 1, where a masked
@@ -53,19 +53,10 @@ class Augmentation:
 def word_candidates(
     model: Model, params: Params, texts: Sequence[str], settings: Augmentation
 ) -> dict[str, tuple[str, ...]]:
-    """Which words may stand in the place of each word of some texts, the most similar first.
+    """The words that may take the place of each word of some texts, in lower case, the most similar first.
 
-    Words are compared by the cosine of their vectors. A word of several tokens has no vector, and stays; so do the most
-    frequent ones.
-
-    Args:
-        model: A model with its tokenizer.
-        params: Its parameters, of which only the word embeddings are read.
-        texts: The texts.
-        settings: How many candidates.
-
-    Returns:
-        The candidates of every word that has some, in lower case.
+    Words are compared by the cosine of their rows in the embedding table. A word of several tokens has no vector, and
+    stays; so do the most frequent ones. Only words with candidates are listed.
     """
     counts = Counter(word.casefold() for text in texts for word in WORD.findall(text))
     ranked = sorted(counts, key=lambda word: (-counts[word], word))
@@ -78,18 +69,18 @@ def word_candidates(
     vectors = table[[vocabulary[word] for word in known]]
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     place = {word: index for index, word in enumerate(known)}
-    asked = [word for word in wanted if word in place]
-    found: dict[str, tuple[str, ...]] = {}
+    wanted = [word for word in wanted if word in place]
+    candidates: dict[str, tuple[str, ...]] = {}
     most = min(settings.candidates, len(known) - 1)
-    for begin in range(0, len(asked), BLOCK):
-        rows = np.array([place[word] for word in asked[begin : begin + BLOCK]])
+    for begin in range(0, len(wanted), BLOCK):
+        rows = np.array([place[word] for word in wanted[begin : begin + BLOCK]])
         likeness = vectors[rows] @ vectors.T
         likeness[np.arange(len(rows)), rows] = -np.inf  # a word is no candidate for itself
         nearest = np.sort(np.argpartition(-likeness, most - 1, axis=1)[:, :most], axis=1)
         order = np.argsort(-np.take_along_axis(likeness, nearest, axis=1), axis=1, kind="stable")
         nearest = np.take_along_axis(nearest, order, axis=1)
-        found |= {known[row]: tuple(known[i] for i in own) for row, own in zip(rows, nearest, strict=True)}
-    return found
+        candidates |= {known[row]: tuple(known[i] for i in near) for row, near in zip(rows, nearest, strict=True)}
+    return candidates
 
 
 def copies_of(
@@ -97,13 +88,8 @@ def copies_of(
 ) -> Iterator[Example]:
     """The copies of some examples, one after another, none of them twice and none with a text that is held out.
 
-    What becomes of an example depends on its text and the seed alone, not on the others or their order.
-
-    Args:
-        examples: The examples; of a pair, both texts are copied.
-        candidates: As of `word_candidates`.
-        settings: How many copies, and how different.
-        held_out: The keys (`row_key`) of texts that may not occur.
+    The copies of an example depend on its text and the seed alone, not on the others or their order. Both texts of a
+    pair are copied. `held_out` are the keys (`row_key`) of texts that may not occur.
     """
     seen = held_out | {row_key(example) for example in examples}
     for example in examples:
@@ -170,14 +156,14 @@ def _exchanged(
 
 def _whole_words(tokenizer: Any) -> dict[str, int]:
     """The words, in lower case, that are one token where they stand behind a space."""
-    found: dict[str, int] = {}
     special = set(tokenizer.all_special_ids)
     texts = enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))]))
     words = [(i, text.strip()) for i, text in texts if i not in special and WORD.fullmatch(text.strip())]
     if not words:
-        return found
+        return {}
+    whole: dict[str, int] = {}
     read = tokenizer([f" {text}" for _, text in words], add_special_tokens=False)["input_ids"]
     for (i, text), tokens in zip(words, read, strict=True):
         if list(tokens) == [i]:
-            found.setdefault(text.casefold(), i)
-    return found
+            whole.setdefault(text.casefold(), i)
+    return whole

@@ -1,13 +1,14 @@
 """Texts to batches: tokenised once, ahead of the device, then padded to few fixed shapes.
 
-`encode` turns examples into token indices. `make_batches` and `training_batches` arrange them into *batches*: plain
-dicts of NumPy arrays that all have `batch_size` rows and one of a few lengths, so that few programs are compiled. A row
-that only fills up the last batch is all padding: attention mask 0, weight 0, index -1. How examples are batched changes
-no result: each has its `index`, and padding its weight of 0.
+`encode` turns examples into token indices; `pack` and `training_batches` arrange these into *batches*: plain dicts of
+NumPy arrays that all have `batch_size` rows and one of a few lengths, so that few programs are compiled. A row that
+only fills up the last batch is all padding: attention mask 0, weight 0, index -1. Batching changes no result: each
+example has its `index`, and padding its weight of 0.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,14 +19,13 @@ import numpy as np
 from jaxprune.data import spans
 from jaxprune.data.prompts import Prompt, prompt_of
 from jaxprune.data.tasks import Example, Rows, Task, row_key, seed_words
+from jaxprune.models import Model
 from jaxprune.models.cost import Length
 
 if TYPE_CHECKING:
     import jax
 
-    from jaxprune.models import Model
-
-# input_ids, attention_mask, (token_type_ids), labels, weight, index; with a prompt also candidates, of spans answerable
+# input_ids, attention_mask, (token_type_ids), labels, weight, index; with a prompt candidates, for spans answerable
 Batch: TypeAlias = dict[str, np.ndarray]
 
 IGNORED = -100  # no token: Hugging Face's index of what a loss leaves out
@@ -45,12 +45,12 @@ class Encoded:
     input_ids: np.ndarray  # the tokens of all examples, end to end
     token_type_ids: np.ndarray | None  # their segments, if the tokenizer has any
     offsets: np.ndarray  # example i has the tokens offsets[i] to offsets[i + 1]
-    labels: np.ndarray  # int32, or float32 in a regression; of spans [examples, 2] tokens; -1 where there is none
+    labels: np.ndarray  # int32, or float32 in a regression; for spans [examples, 2] tokens; -1 where there is none
     max_length: int
     cut: np.ndarray  # bool, by example: whether it was cut to max_length tokens
     padding: int  # index of the padding token
     candidates: np.ndarray | None = None  # [labels, tokens]: what a text-to-text model may answer, see `likelihood`
-    characters: np.ndarray | None = None  # of spans, [all tokens, 2]: where in its context a token is, see `spans`
+    characters: np.ndarray | None = None  # for spans [all tokens, 2]: the place of a token in its context, see `spans`
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -67,18 +67,17 @@ class Encoded:
 
     @property
     def mean_length(self) -> Length:
-        """Mean number of tokens of an example, without padding; of a text-to-text model that of its answer, too."""
+        """Mean number of tokens of an example, without padding; for text-to-text models that of its answer, too."""
         return self.mean_length_of(len(self))
 
     def mean_length_of(self, count: int) -> Length:
         """The same of the first examples alone."""
-        own = float(self.lengths[:count].mean())
+        read = float(self.lengths[:count].mean())
         if self.candidates is None:
-            return own
-        tokens = (self.candidates != IGNORED).sum(1)
-        labels = self.labels[:count]
+            return read
+        tokens, labels = (self.candidates != IGNORED).sum(1), self.labels[:count]
         known = labels[labels >= 0]
-        return [own, float(tokens[known].mean() if len(known) else tokens.mean())]
+        return [read, float(tokens[known].mean() if len(known) else tokens.mean())]
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Encoded:
         """Some of the examples, in this order."""
@@ -164,22 +163,21 @@ def encode(
         model_or_tokenizer: A model, or a Hugging Face tokenizer.
         examples: The examples.
         max_length: The most tokens of an example, special ones included; None is `default_length`.
-        prompt: What a text-to-text model is asked, fitted to the task. Its own words are never cut.
+        prompt: The prompt of a text-to-text model, fitted to the task. Its own words are never cut.
 
     Raises:
         ValueError: If there is no example, if only some have a label or a second text, or if the model has fewer
             positions than `max_length`; if a text-to-text model has no prompt, a word of the prompt no tokens of its
             own, or the tokenizer is not the model's.
     """
-    tokenizer = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
-    most = getattr(model_or_tokenizer, "max_length", None) or tokenizer.model_max_length
+    tokenizer, most, model = _reader(model_or_tokenizer)
     if not examples:
         raise ValueError("there are no examples to tokenise.")
-    if prompt is None and getattr(model_or_tokenizer, "answers_in_text", False):
+    if prompt is None and model is not None and model.answers_in_text:
         raise ValueError("the model answers in text: say with prompt= what it is asked, see jaxprune.data.prompts.")
-    paired = _all_or_none([example.pair is not None for example in examples], "a second text")
-    labelled = _all_or_none([example.label is not None for example in examples], "a label")
-    answered = _all_or_none([example.answers is not None for example in examples], "any answers")
+    paired = _all_or_none([example.pair is not None for example in examples], "second text")
+    labelled = _all_or_none([example.label is not None for example in examples], "label")
+    answered = _all_or_none([example.answers is not None for example in examples], "answers")
     if answered and not paired:
         raise ValueError("the examples have answers, but no second text: give the context that they are in.")
     if answered and prompt is not None:
@@ -192,54 +190,49 @@ def encode(
         )
     if length <= special:
         raise ValueError(f"max_length must exceed the {special} special tokens of an example, got {length}.")
-    padding = tokenizer.pad_token_id or 0
-    segmented = "token_type_ids" in tokenizer.model_input_names
+    characters, labels = None, [example.label for example in examples] if labelled else [-1] * len(examples)
     if answered:
         rows = spans.tokenise(tokenizer, examples, length)
-        return Encoded(
-            input_ids=np.concatenate([row.ids for row in rows]),
-            token_type_ids=np.concatenate([row.types for row in rows]) if segmented else None,
-            offsets=np.cumsum([0, *(len(row.ids) for row in rows)]),
-            labels=np.array([row.target for row in rows], np.int32),
-            max_length=length,
-            cut=np.array([row.cut for row in rows]),
-            padding=padding,
-            characters=np.concatenate([row.characters for row in rows]),
-        )
-    if prompt is None:
-        texts = [example.text for example in examples]
-        pairs = [example.pair for example in examples] if paired else None
+        ids, types, characters, labels, cut = zip(*rows, strict=True)
+    elif prompt is not None:
+        ids, _ = _tokenise(tokenizer, [prompt.render(example) for example in examples])
+        cut = [len(row) > length for row in ids]
+        ids = [
+            _shortened(tokenizer, prompt, example, length) if long else row
+            for row, example, long in zip(ids, examples, cut, strict=True)
+        ]
+        types = [np.zeros_like(row) for row in ids]
     else:
-        texts, pairs = [prompt.render(example) for example in examples], None
-    ids, types = _tokenise(tokenizer, texts, pairs)
-    long = [row for row, tokens in enumerate(ids) if len(tokens) > length]
-    if long and prompt is not None:
-        for row in long:
-            ids[row] = _cut(tokenizer, prompt, examples[row], length)
-            types[row] = np.zeros_like(ids[row])
-    elif long:
-        some = [texts[row] for row in long], None if pairs is None else [pairs[row] for row in long]
-        for row, tokens, segments in zip(long, *_tokenise(tokenizer, *some, length), strict=True):
-            ids[row], types[row] = tokens, segments
-    floats = any(isinstance(example.label, float) for example in examples)
-    labels = [example.label for example in examples] if labelled else [-1] * len(examples)
+        texts = [(example.text, example.pair) for example in examples]
+        ids, types = _tokenise(tokenizer, *_columns(texts))
+        cut = [len(row) > length for row in ids]
+        if any(cut):
+            shorter = _tokenise(tokenizer, *_columns(list(itertools.compress(texts, cut))), length)
+            for place, row, segments in zip(np.flatnonzero(cut), *shorter, strict=True):
+                ids[place], types[place] = row, segments
     return Encoded(
         input_ids=np.concatenate(ids),
-        token_type_ids=np.concatenate(types) if segmented else None,
+        token_type_ids=np.concatenate(types) if "token_type_ids" in tokenizer.model_input_names else None,
         offsets=np.cumsum([0, *map(len, ids)]),
-        labels=np.array(labels, np.float32 if floats else np.int32),
+        labels=np.array(labels, np.float32 if any(isinstance(label, float) for label in labels) else np.int32),
         max_length=length,
-        cut=np.isin(np.arange(len(ids)), long),
-        padding=padding,
+        cut=np.array(cut),
+        padding=tokenizer.pad_token_id or 0,
         candidates=None if prompt is None else encode_words(model_or_tokenizer, prompt.words),
+        characters=None if characters is None else np.concatenate(characters),
     )
+
+
+def _reader(model_or_tokenizer: Any) -> tuple[Any, int, Model | None]:
+    """The tokenizer, the most tokens that can be read, and the model if there is one."""
+    if isinstance(model_or_tokenizer, Model):
+        return model_or_tokenizer.tokenizer, model_or_tokenizer.max_length, model_or_tokenizer
+    return model_or_tokenizer, model_or_tokenizer.model_max_length, None
 
 
 def default_length(model_or_tokenizer: Any, answers: bool) -> int:
     """The most tokens of an example unless asked otherwise: 128, with answers in a context 384, or what can be read."""
-    tokenizer = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
-    most = getattr(model_or_tokenizer, "max_length", None) or tokenizer.model_max_length
-    return min(spans.MAX_LENGTH if answers else MAX_LENGTH, most)
+    return min(spans.MAX_LENGTH if answers else MAX_LENGTH, _reader(model_or_tokenizer)[1])
 
 
 class UsableRows(NamedTuple):
@@ -295,19 +288,20 @@ def encode_words(model_or_tokenizer: Any, words: Sequence[str]) -> np.ndarray:
         ValueError: If there are no words, one has no tokens or unknown ones, is longer than 32 tokens, or two have the
             same tokens; or if the tokenizer's special tokens are not those of the model.
     """
-    tokenizer = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
-    end = tokenizer.eos_token_id
-    config = getattr(model_or_tokenizer, "config", None)
-    if config is not None and (end, tokenizer.pad_token_id) != (config.end_id, config.pad_id):
+    tokenizer, _, model = _reader(model_or_tokenizer)
+    end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if model is not None and (end, padding) != (model.config.end_id, model.config.pad_id):
         raise ValueError(
-            f"the tokenizer ends a text with {end} and pads with {tokenizer.pad_token_id}, the model with "
-            f"{config.end_id} and {config.pad_id}: is this its tokenizer?"
+            f"the tokenizer ends a text with {end} and pads with {padding}, the model with "
+            f"{model.config.end_id} and {model.config.pad_id}: is this its tokenizer?"
         )
-    if config is not None and len(tokenizer) > config.vocab:
-        raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens, the model {config.vocab:,}: is this its own?")
+    if model is not None and len(tokenizer) > model.config.vocab:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer):,} tokens, the model {model.config.vocab:,}: is this its own?"
+        )
     if not words:
         raise ValueError("the prompt has no words to answer with: give one per label.")
-    found: dict[tuple[int, ...], str] = {}
+    known: dict[tuple[int, ...], str] = {}
     for word in words:
         tokens = tuple(tokenizer(word, add_special_tokens=False)["input_ids"])
         if not tokens:
@@ -316,21 +310,20 @@ def encode_words(model_or_tokenizer: Any, words: Sequence[str]) -> np.ndarray:
             raise ValueError(f"the word {word!r} has characters that the tokenizer does not know: choose another one.")
         if len(tokens) >= MAX_ANSWER:
             raise ValueError(f"the word {word[:40]!r} has {len(tokens)} tokens, at most {MAX_ANSWER - 1} are possible.")
-        if tokens in found:
-            raise ValueError(f"the words {found[tokens]!r} and {word!r} have the same tokens: choose others.")
-        found[tokens] = word
-    candidates = np.full((len(found), max(map(len, found)) + 1), IGNORED, np.int32)
-    for row, tokens in zip(candidates, found, strict=True):
+        if tokens in known:
+            raise ValueError(f"the words {known[tokens]!r} and {word!r} have the same tokens: choose others.")
+        known[tokens] = word
+    candidates = np.full((len(known), max(map(len, known)) + 1), IGNORED, np.int32)
+    for row, tokens in zip(candidates, known, strict=True):
         row[: len(tokens) + 1] = (*tokens, end)
     return candidates
 
 
-def _cut(tokenizer: Any, prompt: Prompt, example: Example, length: int) -> np.ndarray:
+def _shortened(tokenizer: Any, prompt: Prompt, example: Example, length: int) -> np.ndarray:
     """The tokens of a prompt with its longer text cut at the end until all of it fits."""
     texts = [example.text] if example.pair is None else [example.text, example.pair]
     while True:
-        shortened = Example(texts[0], texts[1] if len(texts) == 2 else None)
-        (tokens,), _ = _tokenise(tokenizer, [prompt.render(shortened)], None)
+        (tokens,), _ = _tokenise(tokenizer, [prompt.render(Example(*texts))])
         excess = len(tokens) - length
         if excess <= 0:
             return tokens
@@ -339,24 +332,28 @@ def _cut(tokenizer: Any, prompt: Prompt, example: Example, length: int) -> np.nd
         if not sizes[longest]:
             raise ValueError(f"the prompt alone has {len(tokens)} tokens, max_length is {length}: make that longer.")
         text = texts[longest]
-        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        kept = max(0, len(spans) - excess)
-        texts[longest] = text[: min(spans[kept][0], len(text) - 1)]  # always shorter, whatever the tokenizer says
+        places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        begin, _ = places[max(0, len(places) - excess)]
+        texts[longest] = text[: min(begin, len(text) - 1)]  # always shorter, whatever the tokenizer says
 
 
 def _all_or_none(have: list[bool], what: str) -> bool:
     if any(have) and not all(have):
-        raise ValueError(
-            f"example {have.index(False)} has no {what.split(maxsplit=1)[1]}, but others have; give all or none."
-        )
+        raise ValueError(f"example {have.index(False)} has no {what}, but others have; give all or none.")
     return have[0]
 
 
+def _columns(texts: Sequence[tuple[str, str | None]]) -> tuple[list[str], list[Any] | None]:
+    """First and second texts; None if there are no second ones."""
+    first, second = map(list, zip(*texts, strict=True))
+    return first, None if second[0] is None else second
+
+
 def _tokenise(
-    tokenizer: Any, texts: list[str], pairs: list[Any] | None, max_length: int | None = None
+    tokenizer: Any, texts: list[str], pairs: list[Any] | None = None, max_length: int | None = None
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Token indices and segments of each text. Without `max_length` nothing is cut, whatever the tokenizer says."""
-    found = tokenizer(
+    read = tokenizer(
         texts,
         pairs,
         padding=False,
@@ -366,16 +363,16 @@ def _tokenise(
         return_attention_mask=False,
         verbose=False,
     )
-    ids, types = found["input_ids"], found["token_type_ids"]
-    return [np.array(row, np.int32) for row in ids], [np.array(row, np.int32) for row in types]
+    ids, types = ([np.array(row, np.int32) for row in read[name]] for name in ("input_ids", "token_type_ids"))
+    return ids, types
 
 
 def _shapes(lengths: np.ndarray, buckets: Sequence[int], max_length: int, shape_cost: int) -> np.ndarray:
     """The length to which each row is padded: those buckets for which padding and compiling together cost least."""
     steps = np.array(sorted({bucket for bucket in buckets if 0 < bucket < max_length} | {max_length}))
-    own = np.searchsorted(steps, lengths)  # the shortest bucket that holds the row
-    last = int(own.max())
-    rows = np.concatenate([[0], np.cumsum(np.bincount(own, minlength=last + 1))])
+    shortest = np.searchsorted(steps, lengths)  # the shortest bucket that holds the row
+    last = int(shortest.max())
+    rows = np.concatenate([[0], np.cumsum(np.bincount(shortest, minlength=last + 1))])
     # cheapest[j]: cost of all rows that fit in fewer than j buckets, the last of them being used; dynamic programming
     cheapest, before = [0.0], [0]
     for j in range(1, last + 2):
@@ -386,8 +383,8 @@ def _shapes(lengths: np.ndarray, buckets: Sequence[int], max_length: int, shape_
     while j > 0:
         used.append(int(steps[j - 1]))
         j = before[j]
-    kept = np.array(used[::-1])
-    return kept[np.searchsorted(kept, lengths)]
+    chosen = np.array(used[::-1])
+    return chosen[np.searchsorted(chosen, lengths)]
 
 
 def _plan(order: np.ndarray, padded: np.ndarray, batch_size: int) -> list[tuple[np.ndarray, int]]:
@@ -431,13 +428,10 @@ def make_batches(
     *,
     batch_size: int = 32,
     max_length: int | None = None,
-    buckets: Sequence[int] = BUCKETS,
-    shape_cost: int = SHAPE_COST,
     prompt: Prompt | None = None,
 ) -> list[Batch]:
     """`encode`, then `pack`: the batches of some examples, all at once."""
-    encoded = encode(model_or_tokenizer, examples, max_length=max_length, prompt=prompt)
-    return list(pack(encoded, batch_size=batch_size, buckets=buckets, shape_cost=shape_cost))
+    return list(pack(encode(model_or_tokenizer, examples, max_length=max_length, prompt=prompt), batch_size=batch_size))
 
 
 def training_batches(
@@ -451,8 +445,7 @@ def training_batches(
 ) -> Batches:
     """The batches of one epoch: rows shuffled within their shape, then the batches shuffled.
 
-    A function of its arguments alone, so an interrupted epoch can go on where it stopped. All epochs have the same
-    shapes.
+    A function of its arguments alone, so an interrupted epoch can be resumed. All epochs have the same shapes.
 
     Args:
         encoded: The examples.

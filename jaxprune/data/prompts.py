@@ -1,4 +1,4 @@
-"""Prompts: how a text-to-text model is asked about an example, and the words it answers with.
+"""Prompts: the question that a text-to-text model reads about an example, and the words it answers with.
 
 A *template* is the model's input with fields in braces: `{text}` and `{pair}` stand for an example's first and second
 text, and so do the names of their columns, such as `{sentence1}`. *Words* are the answers, one per label. A prompt is
@@ -21,8 +21,6 @@ from jaxprune.data.splits import Example
 from jaxprune.data.tasks import TASKS, Task
 from jaxprune.models import Model
 
-__all__ = ["PROMPTS", "STYLES", "Prompt", "fit", "prompt_for", "prompt_of", "read_prompt"]
-
 STYLES = ("t5", "flan")  # of the built-in prompts
 FIELDS = ("text", "pair")  # what the fields of a fitted prompt are called
 KEYS = ("template", "words", "name")  # of a prompt's file
@@ -32,7 +30,7 @@ TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What a text-to-text model reads and what it answers for each label."""
+    """The input of a text-to-text model, and its answer for each label."""
 
     template: str  # "sst2 sentence: {text}"; {{ and }} stand for braces
     words: tuple[str, ...]  # one per label; () if the answer is free text
@@ -80,8 +78,8 @@ class Prompt:
         Raises:
             ValueError: If the template names something else, leaves a text out, or the words are not one per label.
         """
-        own = FIELDS[: len(columns)]
-        meaning = dict(zip(columns, own, strict=True)) | dict(zip(own, own, strict=True))
+        fixed = FIELDS[: len(columns)]
+        meaning = dict(zip(columns, fixed, strict=True)) | dict(zip(fixed, fixed, strict=True))
         parts = _parts(self.template)
         fields = [part for is_field, part in parts if is_field]
         for field in fields:
@@ -89,7 +87,7 @@ class Prompt:
                 raise ValueError(
                     f"the prompt names the column {field!r}; the task has {_some(meaning)}: write one of these."
                 )
-        for field, column in zip(own, columns, strict=True):
+        for field, column in zip(fixed, columns, strict=True):
             if field not in map(meaning.get, fields):
                 raise ValueError(
                     f"the prompt never uses the text of the column {column!r}; put {{{field}}} into its template."
@@ -119,7 +117,7 @@ class Prompt:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What a file's header says of the prompt."""
+        """The prompt as plain values, for the header of a file."""
         return {"name": self.name, "template": self.template, "words": list(self.words), "labels": list(self.labels)}
 
 
@@ -131,16 +129,16 @@ def _some(names: Sequence[str] | Mapping[str, str]) -> str:
 def _parts(template: str) -> list[tuple[bool, str]]:
     """A template cut into literal texts (False) and names of fields (True)."""
     parts, end = [], 0
-    for found in TOKEN.finditer(template):
-        token = found.group()
+    for match in TOKEN.finditer(template):
+        token = match.group()
         if token in ("{", "}"):
             raise ValueError(
-                f"the template has a lone {token!r} at character {found.start() + 1}; "
+                f"the template has a lone {token!r} at character {match.start() + 1}; "
                 f"write {{text}} for a field, {token * 2} for a brace."
             )
-        parts.append((False, template[end : found.start()]))
-        parts.append((False, token[0]) if found[1] is None else (True, found[1]))
-        end = found.end()
+        parts.append((False, template[end : match.start()]))
+        parts.append((False, token[0]) if match[1] is None else (True, match[1]))
+        end = match.end()
     return [*parts, (False, template[end:])]
 
 
@@ -236,7 +234,7 @@ def _refuse_regression(task: Task) -> None:
 
 
 def prompt_of(model: Model, task: Task) -> Prompt | None:
-    """What a model is asked for a task: the task's prompt, or the one built in; None if the model has task heads.
+    """The prompt of a model for a task: the task's own, or the one built in; None if the model has task heads.
 
     Raises:
         ValueError: If a text-to-text model has no prompt for the task, or the prompt does not fit it.
@@ -294,7 +292,7 @@ def read_prompt(path: str | os.PathLike[str]) -> Prompt:
     text = _content(Path(path))
     try:
         return _prompt(text)
-    except _Wrong as error:
+    except _FileError as error:
         raise ValueError(f"{path}:{error}") from error
     except yaml.reader.ReaderError as error:
         line, character = text.count("\n", 0, error.position) + 1, ascii(chr(error.character))
@@ -305,7 +303,7 @@ def read_prompt(path: str | os.PathLike[str]) -> Prompt:
         raise ValueError(f"{path}:{line}: not YAML ({str(error.problem)[:80]}); put texts in quotes.") from error
 
 
-class _Wrong(ValueError):
+class _FileError(ValueError):
     """An error with its line in front."""
 
     def __init__(self, mark: yaml.Mark | None, message: str):
@@ -330,28 +328,30 @@ def _prompt(text: str) -> Prompt:
     _refuse_more_than_data(text)
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     if root is None or (root.tag.endswith(":null") and not root.value):
-        raise _Wrong(None, "the file is empty; expected template: and words:.")
+        raise _FileError(None, "the file is empty; expected template: and words:.")
     if not isinstance(root, yaml.MappingNode):
-        raise _Wrong(root.start_mark, "expected a mapping with template: and words:.")
-    found = _entries(root, "key")
-    for key, (mark, _) in found.items():
+        raise _FileError(root.start_mark, "expected a mapping with template: and words:.")
+    entries = _entries(root, "key")
+    for key, (mark, _) in entries.items():
         if key not in KEYS:
             close = difflib.get_close_matches(key.lower(), KEYS, 1)
             hint = f" did you mean {close[0]!r}?" if close else ""
-            raise _Wrong(mark, f"unknown key {key[:40]!r};{hint} the keys are {', '.join(KEYS)}.")
+            raise _FileError(mark, f"unknown key {key[:40]!r};{hint} the keys are {', '.join(KEYS)}.")
     for key in KEYS[:2]:
-        if key not in found:
-            raise _Wrong(root.start_mark, f"the key {key!r} is missing.")
-    node = found["template"][1]
+        if key not in entries:
+            raise _FileError(root.start_mark, f"the key {key!r} is missing.")
+    node = entries["template"][1]
     template = _text(node, "template")
     if isinstance(node, yaml.ScalarNode) and node.style is None and re.match(r"[ \t]+#", text[node.end_mark.index :]):
-        raise _Wrong(node.end_mark, "template: YAML takes what follows ' #' for a comment; put the template in quotes.")
+        raise _FileError(
+            node.end_mark, "template: YAML takes what follows ' #' for a comment; put the template in quotes."
+        )
     try:
         _parts(template)
     except ValueError as error:
-        raise _Wrong(node.start_mark, str(error)) from error
-    labels, words = _words(found["words"][1])
-    name = _text(found["name"][1], "name") if "name" in found else ""
+        raise _FileError(node.start_mark, str(error)) from error
+    labels, words = _words(entries["words"][1])
+    name = _text(entries["name"][1], "name") if "name" in entries else ""
     return Prompt(template=template, words=words, labels=labels, name=name)
 
 
@@ -363,7 +363,7 @@ def _events(text: str) -> Iterator[yaml.Event]:
                 return
             event = loader.get_event()
         except (OverflowError, ValueError) as error:  # a number that PyYAML does not check, as in "\\UFFFFFFFF"
-            raise _Wrong(loader.get_mark(), f"not YAML ({error}); put texts in quotes.") from error
+            raise _FileError(loader.get_mark(), f"not YAML ({error}); put texts in quotes.") from error
         yield event
 
 
@@ -374,27 +374,27 @@ def _refuse_more_than_data(text: str) -> None:
         documents += isinstance(event, yaml.DocumentStartEvent)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if getattr(event, "anchor", None) is not None:
-            raise _Wrong(event.start_mark, "anchors (&) and aliases (*) are refused; put texts in quotes.")
+            raise _FileError(event.start_mark, "anchors (&) and aliases (*) are refused; put texts in quotes.")
         if getattr(event, "tag", None) is not None:
-            raise _Wrong(event.start_mark, "tags (!) are refused; put texts in quotes.")
+            raise _FileError(event.start_mark, "tags (!) are refused; put texts in quotes.")
         if depth > 2:
-            raise _Wrong(event.start_mark, "nested too deeply: a word is one text; put texts in quotes.")
+            raise _FileError(event.start_mark, "nested too deeply: a word is one text; put texts in quotes.")
         if documents > 1:
-            raise _Wrong(event.start_mark, "a second document begins; a file holds one prompt.")
+            raise _FileError(event.start_mark, "a second document begins; a file holds one prompt.")
 
 
 def _text(node: yaml.Node, what: str) -> str:
     kind = node.tag.rpartition(":")[2]
     if not isinstance(node, yaml.ScalarNode):
-        raise _Wrong(
+        raise _FileError(
             node.start_mark, f"{what} must be text, got a {'list' if kind == 'seq' else 'mapping'}; put it in quotes."
         )
     if kind == "null" and not node.value:
-        raise _Wrong(node.start_mark, f"{what} has no value; expected text.")
+        raise _FileError(node.start_mark, f"{what} has no value; expected text.")
     if kind != "str":
-        raise _Wrong(node.start_mark, f"{what}: YAML reads {node.value[:40]!r} as {kind}; put it in quotes.")
+        raise _FileError(node.start_mark, f"{what}: YAML reads {node.value[:40]!r} as {kind}; put it in quotes.")
     if any("\ud800" <= character <= "\udfff" for character in node.value):
-        raise _Wrong(node.start_mark, f"{what}: half of a character (such as \\ud800) is no text; remove it.")
+        raise _FileError(node.start_mark, f"{what}: half of a character (such as \\ud800) is no text; remove it.")
     return node.value
 
 
@@ -404,7 +404,9 @@ def _entries(node: yaml.MappingNode, what: str) -> dict[str, tuple[yaml.Mark, ya
         name = _text(key, f"a {what}")
         if name in entries:
             first = entries[name][0].line + 1
-            raise _Wrong(key.start_mark, f"the {what} {name[:40]!r} occurs twice, first in line {first}; remove one.")
+            raise _FileError(
+                key.start_mark, f"the {what} {name[:40]!r} occurs twice, first in line {first}; remove one."
+            )
         entries[name] = key.start_mark, value
     return entries
 
@@ -417,11 +419,11 @@ def _words(node: yaml.Node) -> tuple[tuple[str, ...], tuple[str, ...]]:
     elif isinstance(node, yaml.SequenceNode):
         labels, nodes = (), node.value
     else:
-        raise _Wrong(node.start_mark, "words must be a list, or a mapping of labels to words; [] for free text.")
+        raise _FileError(node.start_mark, "words must be a list, or a mapping of labels to words; [] for free text.")
     words, known = tuple(_text(value, "a word") for value in nodes), set[str]()
     for word, value in zip(words, nodes, strict=True):
         try:
             _add_word(word, known)
         except ValueError as error:
-            raise _Wrong(value.start_mark, str(error)) from error
+            raise _FileError(value.start_mark, str(error)) from error
     return labels, words

@@ -1,6 +1,8 @@
-"""Reads rows of text and their labels from JSON lines, CSV, TSV and Parquet files.
+"""Reads rows of text and their labels or answers from JSON lines, CSV, TSV and Parquet files.
 
-Whatever is wrong with a file is one `ValueError` with the file, the line and what was expected there.
+Every fault of a file is one `ValueError` with the file, the line and what was expected there. Answers are stored in
+SQuAD's format, `{"text": ["in 1912", ...], "answer_start": [37, ...]}`: each with the place of its first character in
+the *context*, the text that holds it.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from jaxprune.data.splits import MISPLACED, MISSING, SPAN_COLUMNS, Example, read_answers, standing
+from jaxprune.data.splits import Answer, Example
 
 PAIR = ("sentence1", "sentence2")
+SPAN_COLUMNS = ("question", "context")
+ANSWERS = "answers"
+MISSING, MISPLACED = "no answer", "no answer stands where it says"  # why rows are left out
 HIDDEN = -1  # what the hub writes where a label is kept secret
 KINDS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 FILES = {  # split -> file names, without their ending
@@ -75,28 +80,25 @@ def read_folder(folder: Path) -> dict[str, Records]:
         FileNotFoundError: If there is none.
         ValueError: If one of them is broken, or there are two for one split.
     """
-    found: dict[str, Records] = {}
+    records: dict[str, Records] = {}
     for split, names in FILES.items():
         paths = [folder / f"{name}{kind}" for name in names for kind in KINDS if (folder / f"{name}{kind}").is_file()]
         if len(paths) > 1:
             raise ValueError(f"{folder} has {' and '.join(path.name for path in paths)}: keep one of them.")
         if paths:
-            found[split] = read(paths[0])
-    if not found:
+            records[split] = read(paths[0])
+    if not records:
         raise FileNotFoundError(
             f"{folder} has no train.jsonl, validation.jsonl or test.jsonl (or .jsonl.gz, .csv, ...)."
         )
-    return found
+    return records
 
 
 def _lines(path: Path) -> Iterator[str]:
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rt", encoding="utf-8-sig", newline="") as file:
-                yield from file
-        else:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                yield from file
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+            yield from file
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason}): convert it first.") from error
     except (EOFError, gzip.BadGzipFile) as error:
@@ -107,13 +109,6 @@ def _refuse_twice(columns: Sequence[str], where: str) -> None:
     for column, count in Counter(columns).items():
         if count > 1:
             raise ValueError(f"{where}: column {column!r} occurs {count} times; rename or remove one.")
-
-
-def _refuse_surrogates(cells: Mapping[str, Any], where: str) -> None:
-    try:
-        json.dumps(cells, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: half of a character (such as \\ud800) is no text: remove it.") from error
 
 
 def _read_jsonl(path: Path) -> Records:
@@ -135,8 +130,11 @@ def _read_jsonl(path: Path) -> Records:
             raise ValueError(f"{where}: broken JSON, nested too deeply.") from error
         if not isinstance(cells, dict):
             raise ValueError(f'{where}: expected an object such as {{"sentence": "...", "label": 0}}.')
-        if "\\u" in line:
-            _refuse_surrogates(cells, where)
+        try:
+            if "\\u" in line:
+                json.dumps(cells, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: half of a character (such as \\ud800) is no text: remove it.") from error
         rows.append((number, cells))
     return Records(str(path), tuple(rows[0][1]) if rows else (), rows)
 
@@ -195,12 +193,12 @@ class Labels:
     @staticmethod
     def found(records: Iterable[Records], column: str) -> Labels:
         """The labels in the data, sorted (whole numbers as numbers); fractions make a regression."""
-        found = {_label_text(cells.get(column), r.place(number)) for r in records for number, cells in r.rows}
-        numbers = [_number(text) for text in found]
+        texts = {_label_text(cells.get(column), r.place(number)) for r in records for number, cells in r.rows}
+        numbers = [_number(text) for text in texts]
         if None in numbers:
-            names = sorted(found)
+            names = sorted(texts)
         elif all(number is not None and number.is_integer() for number in numbers):
-            names = sorted(found, key=int)
+            names = sorted(texts, key=int)
         else:
             return Labels(("score",), True)
         return Labels(tuple(names), False, {name: place for place, name in enumerate(names)})
@@ -261,22 +259,38 @@ def text_columns(records: Mapping[str, Records], wanted: tuple[str, ...] | None,
     columns = wanted or next((c for c in usual if set(c) <= set(first.columns)), None)
     if columns is None:
         raise ValueError(f"{first.where} has the columns {list(first.columns)}: name the text with text=, text_pair=.")
-    for found in records.values():
+    for given in records.values():
         for column in (*columns, label):
-            if column not in found.columns:
-                raise ValueError(f"{found.where} has no column {column!r}; it has {list(found.columns)}.")
+            if column not in given.columns:
+                raise ValueError(f"{given.where} has no column {column!r}; it has {list(given.columns)}.")
     return columns
 
 
-def is_hidden(records: Records, label: str) -> bool:
-    """Whether all labels are kept secret."""
-    return all(cells.get(label) in (HIDDEN, str(HIDDEN)) for _, cells in records.rows)
+def read_answers(stored: Any, where: str) -> tuple[Answer, ...]:
+    """The answers of a row in SQuAD's format; none where the question has none, as in SQuAD 2.
+
+    Raises:
+        ValueError: If it is something else; `where` names the cell.
+    """
+    cell: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
+    texts: Any = cell.get("text")
+    starts: Any = cell.get("answer_start")
+    lists = isinstance(texts, list | tuple) and isinstance(starts, list | tuple) and len(texts) == len(starts)
+    if not lists or not all(isinstance(text, str) for text in texts) or not all(type(start) is int for start in starts):
+        shown, example = repr(stored), '{"text": ["in 1912"], "answer_start": [37]}'
+        raise ValueError(
+            f"{where}: the answers must be an object such as {example}, got {shown[:77]}{'...' * (len(shown) > 77)}."
+        )
+    return tuple(Answer(start, text) for text, start in zip(texts, starts, strict=True))
 
 
-def holds_answers(records: Mapping[str, Records], column: str) -> bool:
-    """Whether a column has answers in SQuAD's format; the first row tells."""
-    _, cells = next(iter(records.values())).rows[0]
-    return isinstance(cells.get(column), Mapping)
+def standing(answers: Sequence[Answer], context: str) -> tuple[Answer, ...]:
+    """Those of the answers that are in the context where they say, and are more than white space."""
+    return tuple(
+        answer
+        for answer in answers
+        if answer.text.strip() and answer.start >= 0 and context.startswith(answer.text, answer.start)
+    )
 
 
 def read_examples(
@@ -314,8 +328,8 @@ def read_examples(
             examples.append(Example(texts[0], texts[1] if len(texts) == 2 else None, codec.read(cells[label], where)))
             continue
         given = read_answers(cells[label], where)
-        if found := standing(given, texts[1]):
-            examples.append(Example(texts[0], texts[1], answers=found))
+        if answers := standing(given, texts[1]):
+            examples.append(Example(texts[0], texts[1], answers=answers))
         else:
             left_out[MISPLACED if given else MISSING] += 1
     return examples, left_out

@@ -1,8 +1,7 @@
 """Spans among tokens: questions and contexts tokenised, the tokens of an answer, and the likeliest span.
 
-A question comes first, then its context, which alone is cut where the two are too long and alone holds answers. Where
-an answer is cut off, nothing marks it: such a row is no example to learn or to score from, and in an evaluation it is
-wrong.
+A question comes first, then its context; only the context holds answers, and only the context is cut where the two are
+too long. A row whose answer is cut off is no example to learn or to score from, and in an evaluation it is wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Tokens(NamedTuple):
 
     ids: Int[np.ndarray, " t"]
     types: Int[np.ndarray, " t"]
-    characters: Int[np.ndarray, "t 2"]  # what a token is of the context, from and to; (0, 0): it is none of it
+    characters: Int[np.ndarray, "t 2"]  # where in the context a token begins and ends; (0, 0): it is not of it
     target: tuple[int, int]  # first and last token of the first answer that is not cut off; or `UNKNOWN`
     cut: bool  # whether there was too much
 
@@ -49,7 +48,7 @@ def tokenise(tokenizer: Any, examples: Sequence[Example], length: int) -> list[T
         raise ValueError(
             f"{type(tokenizer).__name__} does not say where its tokens stand: spans need a fast tokenizer."
         )
-    found = tokenizer(
+    read = tokenizer(
         [example.text for example in examples],
         [example.pair for example in examples],
         return_offsets_mapping=True,
@@ -59,19 +58,19 @@ def tokenise(tokenizer: Any, examples: Sequence[Example], length: int) -> list[T
     )
     rows = []
     for i, example in enumerate(examples):
-        parts = np.array([-1 if part is None else part for part in found.sequence_ids(i)])
-        places = np.where(parts[:, None] == 1, np.array(found["offset_mapping"][i], np.int32), 0)
-        kept = _kept(parts, length)
-        if (parts == 1).any() and not (parts[kept] == 1).any():
+        parts = np.array([-1 if part is None else part for part in read.sequence_ids(i)])
+        places = np.where(parts[:, None] == 1, np.array(read["offset_mapping"][i], np.int32), 0)
+        staying = _staying(parts, length)
+        if (parts == 1).any() and not (parts[staying] == 1).any():
             raise ValueError(f"max_length must leave room for the context beside the question, got {length}.")
-        whole = len(kept) == len(parts)
-        target = _target(example, places[kept], whole)
-        ids, types = (np.array(found[name][i], np.int32)[kept] for name in ("input_ids", "token_type_ids"))
-        rows.append(Tokens(ids, types, places[kept], target, not whole))
+        whole = len(staying) == len(parts)
+        target = _target(example, places[staying], whole)
+        ids, types = (np.array(read[name][i], np.int32)[staying] for name in ("input_ids", "token_type_ids"))
+        rows.append(Tokens(ids, types, places[staying], target, not whole))
     return rows
 
 
-def _kept(parts: Int[np.ndarray, " t"], length: int) -> Int[np.ndarray, " k"]:
+def _staying(parts: Int[np.ndarray, " t"], length: int) -> Int[np.ndarray, " k"]:
     """The tokens that stay: the first of the question, and as many of the context's first as there is room for."""
     question, context = np.flatnonzero(parts == 0), np.flatnonzero(parts == 1)
     room = length - (len(parts) - len(context) - len(question[QUESTION:]))
@@ -90,7 +89,8 @@ def _target(example: Example, places: Int[np.ndarray, "t 2"], whole: bool) -> tu
 
 def cut_off(examples: Sequence[Example], targets: Int[np.ndarray, "b 2"]) -> list[bool]:
     """Of each example, whether it has answers and none of them is among its tokens."""
-    return [bool(own.answers) and int(target[0]) == UNKNOWN for own, target in zip(examples, targets, strict=True)]
+    pairs = zip(examples, targets, strict=True)
+    return [bool(example.answers) and int(target[0]) == UNKNOWN for example, target in pairs]
 
 
 def best_spans(logits: Float[Array, "b 2 t"], longest: int = LONGEST) -> Int[Array, "b 2"]:
@@ -114,5 +114,5 @@ def find_spans(logits: Float[Array, "b 2 t"]) -> Int[Array, "b 3"]:
 
 
 def text_of(example: Example, characters: Int[np.ndarray, "t 2"], span: Sequence[int]) -> str:
-    """What a span of tokens is in the example's context, as it is written there."""
+    """The text of a span of tokens, as it is written in the example's context."""
     return (example.pair or "")[characters[span[0], 0] : characters[span[1], 1]]

@@ -1,13 +1,8 @@
-"""Which texts are the same, and splits that share none.
+"""Examples and their texts: which texts are the same, and splits that share none.
 
 Two texts are the same if they are equal without case, white space and punctuation, so that differently tokenised copies
 of a sentence match; the two texts of a pair may swap places. Rows are chosen by the hash of their text: the choice does
 not depend on their order, and a smaller choice is part of a larger one as far as the proportions of the labels allow.
-
-Answers that stand in a text: how they are stored, and SQuAD's measures of how well one is found.
-
-A question's *context* is the text that holds its answer. Data in SQuAD's format have the answers of a row as
-`{"text": ["in 1912", ...], "answer_start": [37, ...]}`, each with the place of its first character in the context.
 """
 
 from __future__ import annotations
@@ -15,22 +10,17 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import jax
 
-
-SPAN_COLUMNS = ("question", "context")
-ANSWERS = "answers"
-MISSING, MISPLACED = "no answer", "no answer stands where it says"  # why rows are left out
-_STORED = 'an object such as {"text": ["in 1912"], "answer_start": [37]}'
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+SPLITS = ("train", "calibration", "dev", "test")  # a text found in several of them stays in the last one
+MOST_ROWS = 2_048  # of a split that is cut from another one
 
 
 class Answer(NamedTuple):
@@ -38,73 +28,6 @@ class Answer(NamedTuple):
 
     start: int  # the place of its first character
     text: str
-
-
-def read_answers(stored: Any, where: str) -> tuple[Answer, ...]:
-    """The answers of a row in SQuAD's format; none where the question has none, as in SQuAD 2.
-
-    Args:
-        stored: The cell.
-        where: Its place, for the error.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-    cell: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
-    texts: Any = cell.get("text")
-    starts: Any = cell.get("answer_start")
-    fits = isinstance(texts, list | tuple) and isinstance(starts, list | tuple) and len(texts) == len(starts)
-    if not fits or not all(isinstance(text, str) for text in texts) or not all(map(_is_place, starts)):
-        shown = repr(stored)
-        raise ValueError(f"{where}: the answers must be {_STORED}, got {shown[:77]}{'...' * (len(shown) > 77)}.")
-    return tuple(Answer(start, text) for text, start in zip(texts, starts, strict=True))
-
-
-def _is_place(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def standing(answers: Sequence[Answer], context: str) -> tuple[Answer, ...]:
-    """Those of the answers that are in the context where they say, and are more than white space."""
-    return tuple(
-        answer
-        for answer in answers
-        if answer.text.strip() and answer.start >= 0 and context.startswith(answer.text, answer.start)
-    )
-
-
-def plain(text: str) -> str:
-    """What SQuAD compares: lower case, without punctuation, the articles a, an, the, and repeated white space."""
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split())
-
-
-def exact_match(found: str, text: str) -> float:
-    """1 if two answers are the same when made plain, else 0."""
-    return float(plain(found) == plain(text))
-
-
-def word_f1(found: str, text: str) -> float:
-    """F1 of the words that two answers share when made plain; 0 if they share none."""
-    ours, theirs = plain(found).split(), plain(text).split()
-    shared = (Counter(ours) & Counter(theirs)).total()
-    return 2 * shared / (len(ours) + len(theirs)) if shared else 0.0
-
-
-def squad(found: Sequence[str], answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
-    """Mean F1 and exact match, each example by the answer that suits it best, as SQuAD 1.1's own script computes them.
-
-    References:
-        Rajpurkar, Zhang, Lopyrev and Liang, SQuAD: 100,000+ Questions for Machine Comprehension of Text, 2016.
-    """
-    pairs = list(zip(found, answers, strict=True))
-    return {
-        name: sum(max((measure(text, answer.text) for answer in own), default=0.0) for text, own in pairs) / len(pairs)
-        for name, measure in (("f1", word_f1), ("exact_match", exact_match))
-    }
-
-
-SPLITS = ("train", "calibration", "dev", "test")  # a text found in several of them stays in the last one
-MOST_ROWS = 2_048  # of a split that is cut from another one
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +71,6 @@ def half_of(example: Example) -> int:
     return int(row_key(example)[-1], 16) % 2
 
 
-def overlap(rows: Iterable[Example], others: Iterable[Example]) -> int:
-    """How many of `rows` have a text that also occurs in `others`."""
-    known = {row_key(example) for example in others}
-    return sum(row_key(example) in known for example in rows)
-
-
 def digest(examples: Iterable[Example]) -> str:
     """SHA-256 over the normalised texts and the labels or answers; the order of the examples does not matter."""
     rows = sorted(f"{normalise(e.text)}\x1f{normalise(e.pair or '')}\x1f{_target(e)}" for e in examples)
@@ -178,9 +95,9 @@ def marks(rows: Iterable[Row]) -> set[str]:
     return {mark for row in rows for mark in (row.key, row.group)}
 
 
-def without(rows: Sequence[Row], found: set[str]) -> list[Row]:
-    """The rows whose key and group are not in `found`."""
-    return [row for row in rows if row.key not in found and row.group not in found]
+def without(rows: Sequence[Row], taken: set[str]) -> list[Row]:
+    """The rows of which neither the key nor the group is taken."""
+    return [row for row in rows if row.key not in taken and row.group not in taken]
 
 
 def choose(
@@ -192,7 +109,7 @@ def choose(
     stratified: bool = True,
     distinct: bool = True,
 ) -> list[Row]:
-    """Takes rows by the hash of their text, whatever order they come in.
+    """Takes rows by the hash of their text, in its order, whatever order they come in.
 
     Args:
         rows: Where to choose from.
@@ -201,9 +118,6 @@ def choose(
         regression: Whether labels are numbers; then the fifths of their distribution take the place of classes.
         stratified: Whether the labels keep their proportions.
         distinct: Whether to take a text only once.
-
-    Returns:
-        The rows in the order of their hash.
     """
     ranked = sorted(rows, key=lambda row: (_rank(row.group, salt), row.key, _target(row.example), row.example.text))
     if distinct:
@@ -260,14 +174,6 @@ def seed_words(key: int | jax.Array) -> tuple[int, ...]:
     return tuple(int(word) for word in jax.random.key_data(key).ravel())
 
 
-def _share(rows: int) -> int:
-    """Rows to cut off so many different ones: a tenth; of a small set up to a quarter, until 256. At most 2,048.
-
-    256 rows are twice what scoring takes by default, and show an accuracy to within 6 points (95 %).
-    """
-    return max(1, min(MOST_ROWS, max(rows // 10, min(256, rows // 4))))
-
-
 def divide(
     given: Mapping[str, Sequence[Example]],
     *,
@@ -277,6 +183,9 @@ def divide(
     max_calibration: int = MOST_ROWS,
 ) -> tuple[dict[str, tuple[Example, ...]], dict[str, int]]:
     """Makes train, calibration, dev and test of what a source offers; no text is in two of them.
+
+    A cut takes a tenth of the different texts (of a small set up to a quarter, until 256) and at most 2,048: 256 rows
+    are twice what scoring takes by default, and show an accuracy to within 6 points (95 %).
 
     Args:
         given: The source's `train`, `validation`, `test` and `calibration` examples, those of them it has.
@@ -291,13 +200,15 @@ def divide(
     Raises:
         ValueError: If there are too few rows.
     """
-    pool, dev, test = (rows_of(given.get(split, ()), grouped) for split in ("train", "validation", "test"))
+    pool, dev, test, calibration = (
+        rows_of(given.get(split, ()), grouped) for split in ("train", "validation", "test", "calibration")
+    )
     dropped: Counter[str] = Counter()
 
     def drop(rows: list[Row], others: Sequence[Row], split: str) -> list[Row]:
-        kept = without(rows, marks(others))
-        dropped[split] += len(rows) - len(kept)
-        return kept
+        left = without(rows, marks(others))
+        dropped[split] += len(rows) - len(left)
+        return left
 
     def cut(count: int, split: str) -> list[Row]:
         nonlocal pool
@@ -313,17 +224,17 @@ def divide(
         pool, dev, test, rest = dev or test, [], [], "test"
     elif not test:
         dev, test = [], dev
-    rows, size = len(pool), _share(len({row.key for row in pool}))
+    rows, texts = len(pool), len({row.key for row in pool})
+    size = max(1, min(MOST_ROWS, max(texts // 10, min(256, texts // 4))))
     if not test and rest != "test":
         test = cut(size, "test")
     dev, pool = drop(dev, test, "dev"), drop(pool, test, rest)
     if not dev and rest != "dev":
         dev = cut(size, "dev")
     pool = drop(pool, dev, rest)
-    own = rows_of(given.get("calibration", ()), grouped)
-    if own:
-        kept = drop(own, [*dev, *test, *(pool if rest != "train" else [])], "calibration")
-        calibration = choose(kept, max_calibration, f"calibration:{seed}", regression=regression)
+    if calibration:
+        left = drop(calibration, [*dev, *test, *(pool if rest != "train" else [])], "calibration")
+        calibration = choose(left, max_calibration, f"calibration:{seed}", regression=regression)
         pool = drop(pool, calibration, rest)
     else:
         calibration = cut(min(size, max_calibration), "calibration")

@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 from jaxprune.data import splits
 from jaxprune.data.records import (
+    ANSWERS,
     HIDDEN,
     PAIR,
+    SPAN_COLUMNS,
     Labels,
     Records,
-    holds_answers,
-    is_hidden,
     kind_of,
     read,
     read_examples,
     read_folder,
     text_columns,
 )
-from jaxprune.data.splits import ANSWERS, MOST_ROWS, SPAN_COLUMNS, SPLITS, Example, Row, overlap, row_key, seed_words
+from jaxprune.data.splits import MOST_ROWS, SPLITS, Example, Row, row_key, seed_words
 from jaxprune.models import ENDS
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from jaxprune.data.prompts import Prompt
 
 __all__ = [
-    "SPLITS", "TASKS", "Example", "Source", "Task", "draw", "from_hub", "load_task", "overlap", "remove_leaks",
-    "row_key", "seed_words",
+    "SPLITS", "TASKS", "Example", "Rows", "Source", "Task", "draw", "from_hub", "load_task", "remove_leaks", "row_key",
+    "seed_words",
 ]  # fmt: skip
 
 
@@ -81,7 +81,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a built-in task comes from and what its files mean."""
+    """The origin of a built-in task, and the meaning of its files."""
 
     labels: tuple[str, ...]  # in the order of the local files
     folders: tuple[str, ...]  # names of the local folder; the first that exists is read
@@ -275,16 +275,17 @@ def load_task(
         wanted = (text,) if text_pair is None else (text, text_pair)
     else:
         wanted = None if source is None else source.hub_columns if hub else source.columns
+    first = next(iter(records.values()))
     if label is None and source is not None:
         label = source.hub_label if hub or source.spans else "label"
     elif label is None:
-        first = next(iter(records.values())).columns
-        label = ANSWERS if ANSWERS in first and "label" not in first else "label"
+        label = ANSWERS if ANSWERS in first.columns and "label" not in first.columns else "label"
     columns = text_columns(records, wanted, label)
-    shown = {split: found for split, found in records.items() if not is_hidden(found, label)}
-    if not shown:
+    labelled = {split: given for split, given in records.items() if not _hidden(given, label)}
+    if not labelled:
         raise ValueError(f"{title}: every label is {HIDDEN}, which means hidden; there is nothing to learn from.")
-    spans = source.spans if source is not None else holds_answers(shown, label)
+    stored = next(iter(labelled.values())).rows[0][1].get(label)
+    spans = isinstance(stored, Mapping) if source is None else source.spans
     if spans and (labels is not None or len(columns) != 2):
         raise ValueError(f"{title}: answers need a question, its context and no label names; got the texts {columns}.")
     if spans:
@@ -292,20 +293,20 @@ def load_task(
     elif source is not None:
         codec = Labels.of(source.labels, source.regression).renamed(labels or source.labels)
     else:
-        codec = Labels.found(shown.values(), label) if labels is None else Labels.of(labels)
-    read_as = None if spans else codec
-    found = {split: read_examples(own, columns, label, read_as, skip_empty=hub) for split, own in shown.items()}
-    given = {split: examples for split, (examples, _) in found.items()}
-    left_out = sum((own for _, own in found.values()), Counter[str]())
-    distinct = {example.label for examples in given.values() for example in examples}
-    if spans and not any(given.values()):
+        codec = Labels.found(labelled.values(), label) if labels is None else Labels.of(labels)
+    examples, left_out = {}, Counter[str]()
+    for split, given in labelled.items():
+        examples[split], unusable = read_examples(given, columns, label, None if spans else codec, skip_empty=hub)
+        left_out += unusable
+    distinct = {example.label for rows in examples.values() for example in rows}
+    if spans and not any(examples.values()):
         raise ValueError(f"{title}: no row has an answer that stands in its context; left out: {dict(left_out)}.")
     if not spans and len(distinct) < 2:
         raise ValueError(f"{title}: every label is {next(iter(distinct), None)!r}; a task needs two different ones.")
     grouped = spans or (source is not None and source.grouped and len(columns) == 2)
     try:
         divided, dropped = splits.divide(
-            given, grouped=grouped, regression=codec.regression, seed=seed, max_calibration=max_calibration
+            examples, grouped=grouped, regression=codec.regression, seed=seed, max_calibration=max_calibration
         )
     except ValueError as error:
         raise ValueError(f"{title}: {error}") from error
@@ -322,6 +323,11 @@ def load_task(
         license=source.license if source is not None else "",
         dropped=dropped | dict(left_out),
     )
+
+
+def _hidden(records: Records, label: str) -> bool:
+    """Whether all labels are kept secret."""
+    return all(cells.get(label) in (HIDDEN, str(HIDDEN)) for _, cells in records.rows)
 
 
 def remove_leaks(tasks: Sequence[Task]) -> tuple[tuple[Task, ...], dict[tuple[str, str], int]]:
@@ -343,30 +349,30 @@ def remove_leaks(tasks: Sequence[Task]) -> tuple[tuple[Task, ...], dict[tuple[st
     if twice:
         raise ValueError(f"two tasks are named {twice[0]!r}; task names must differ.")
     rows = {t.name: {split: splits.rows_of(t.splits[split], t.grouped) for split in SPLITS} for t in tasks}
-    held = {name: splits.marks([*own["dev"], *own["test"]]) for name, own in rows.items()}
+    held = {name: splits.marks([*parts["dev"], *parts["test"]]) for name, parts in rows.items()}
     counts: Counter[tuple[str, str]] = Counter()
     dropped = {task.name: Counter(task.dropped) for task in tasks}
 
     def clean(split: str, held: Mapping[str, set[str]]) -> None:
-        for name, own in rows.items():
-            kept: list[Row] = own[split]
-            for other, found in held.items():
-                counts[name, other] += len(own[split]) - len(splits.without(own[split], found))
-                kept = splits.without(kept, found)
-            dropped[name][f"leaks.{split}"] += len(own[split]) - len(kept)
-            own[split] = kept
+        for name, parts in rows.items():
+            left: list[Row] = parts[split]
+            for other, marks in held.items():
+                counts[name, other] += len(parts[split]) - len(splits.without(parts[split], marks))
+                left = splits.without(left, marks)
+            dropped[name][f"leaks.{split}"] += len(parts[split]) - len(left)
+            parts[split] = left
 
     clean("calibration", held)
-    clean("train", {name: held[name] | splits.marks(own["calibration"]) for name, own in rows.items()})
-    cleaned = [
+    clean("train", {name: held[name] | splits.marks(parts["calibration"]) for name, parts in rows.items()})
+    cleaned = tuple(
         replace(
             task,
             splits={split: tuple(row.example for row in rows[task.name][split]) for split in SPLITS},
             dropped=dict(+dropped[task.name]),
         )
         for task in tasks
-    ]
-    return tuple(cleaned), dict(+counts)
+    )
+    return cleaned, dict(+counts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,7 +382,7 @@ class Rows:
     examples: int | tuple[Example, ...] | None = None  # how many to draw, or the rows; None: as many as is usual
     split: str | None = None  # None: the calibration rows to score and to repair with, the test rows to evaluate
     key: int | jax.Array = 0  # a seed or a `jax.random.key`, for the draw and for what else is random
-    exclude: Collection[str] = ()  # keys of rows (`row_key`) that are left out
+    exclude: Collection[str] = ()  # keys of rows (`row_key`) that are not drawn; an evaluation refuses to meet them
     batch_size: int = 32
     max_length: int | None = None  # tokens to which a text is cut; None: 128, for spans 384, or all the model reads
 
@@ -414,28 +420,29 @@ def draw(
     return tuple(row.example for row in chosen)
 
 
-def from_hub(source: Source, found: Mapping[str, Any]) -> dict[str, Records]:
+def from_hub(source: Source, stored: Mapping[str, Any]) -> dict[str, Records]:
     """Turns what `datasets.load_dataset` returns into records, with class labels by name.
 
     Raises:
         ValueError: If the splits or the label names are not those expected.
     """
     records = {}
-    for split, stored in {"train": "train", "validation": source.hub_validation, "test": "test"}.items():
-        if stored not in found:
+    for split, hub_split in {"train": "train", "validation": source.hub_validation, "test": "test"}.items():
+        if hub_split not in stored:
             continue
-        rows: list[dict[str, Any]] = found[stored].to_list()
-        names = getattr(found[stored].features.get(source.hub_label), "names", None)
+        rows: list[dict[str, Any]] = stored[hub_split].to_list()
+        names = getattr(stored[hub_split].features.get(source.hub_label), "names", None)
         if names is not None:
-            own = dict(zip(source.hub_labels or source.labels, source.labels, strict=True))
-            if set(own) != set(names):
-                raise ValueError(f"{source.hub} has the labels {sorted(names)}, expected {sorted(own)}.")
-            meaning = {i: own[hub_name] for i, hub_name in enumerate(names)}
+            ours = dict(zip(source.hub_labels or source.labels, source.labels, strict=True))
+            if set(ours) != set(names):
+                raise ValueError(f"{source.hub} has the labels {sorted(names)}, expected {sorted(ours)}.")
+            meaning = {i: ours[hub_name] for i, hub_name in enumerate(names)}
             rows = [row | {source.hub_label: meaning.get(row[source.hub_label], HIDDEN)} for row in rows]
-        columns = tuple(found[stored].column_names)
-        records[split] = Records(f"{source.hub} ({stored})", columns, list(enumerate(rows, 1)), "row")
+        columns = tuple(stored[hub_split].column_names)
+        records[split] = Records(f"{source.hub} ({hub_split})", columns, list(enumerate(rows, 1)), "row")
     if not records:
-        raise ValueError(f"{source.hub} has the splits {sorted(found)}, expected train, {source.hub_validation}, test.")
+        expected = f"train, {source.hub_validation}, test"
+        raise ValueError(f"{source.hub} has the splits {sorted(stored)}, expected {expected}.")
     return records
 
 
@@ -443,13 +450,13 @@ def _download(name: str, source: Source) -> dict[str, Records]:
     import datasets
 
     try:
-        found: Any = datasets.load_dataset(source.hub, name=source.config, revision=source.revision)
+        stored: Any = datasets.load_dataset(source.hub, name=source.config, revision=source.revision)
     except (OSError, RuntimeError, ValueError) as error:
         raise FileNotFoundError(
             f"task {name!r} could not be fetched from the hub: {error}. "
             f"Without a network, give a folder that has {source.folders[0]}/train.jsonl with data=."
         ) from error
-    return from_hub(source, found)
+    return from_hub(source, stored)
 
 
 def _find(name: str, data: Path | None) -> tuple[str, Source | None, dict[str, Records], str]:
@@ -458,15 +465,14 @@ def _find(name: str, data: Path | None) -> tuple[str, Source | None, dict[str, R
         raise FileNotFoundError(f"the data folder {data} does not exist.")
     if name in TASKS and data is None:
         return name, TASKS[name], _pooled(TASKS[name], _download(name, TASKS[name])), f"hub {TASKS[name].hub}"
-    if name in TASKS and data is not None:
-        folders = TASKS[name].folders
+    if data is not None and (name in TASKS or (data / name).is_dir()):
+        folders = TASKS[name].folders if name in TASKS else (name,)
         folder = next((data / folder for folder in folders if (data / folder).is_dir()), None)
         if folder is None:
             raise FileNotFoundError(f"no folder for task {name!r} in {data}: looked for {', '.join(folders)}.")
-        return name, TASKS[name], _pooled(TASKS[name], read_folder(folder)), f"folder {folder.name}"
-    if data is not None and (data / name).is_dir():
-        source = next((source for source in TASKS.values() if name in source.folders), None)
-        return Path(name).name, source, _pooled(source, read_folder(data / name)), f"folder {Path(name).name}"
+        source = TASKS.get(name) or next((source for source in TASKS.values() if name in source.folders), None)
+        title = name if name in TASKS else Path(name).name
+        return title, source, _pooled(source, read_folder(folder)), f"folder {folder.name}"
     path = Path(name)
     if path.is_dir():
         return path.resolve().name, None, read_folder(path), f"folder {path.resolve().name}"
@@ -485,7 +491,7 @@ def _pooled(source: Source | None, records: dict[str, Records]) -> dict[str, Rec
     """The rows by split; those that stand for train where there are no others."""
     if source is None or "train" in records or source.pool not in records:
         return records
-    return {"train" if split == source.pool else split: own for split, own in records.items()}
+    return {"train" if split == source.pool else split: rows for split, rows in records.items()}
 
 
 def _metric(source: Source | None, labels: Labels) -> str:

@@ -1,28 +1,35 @@
-"""How well a model does a task: GLUE's own metrics, beside the chance of always saying the same.
+"""How well a model does a task: its predictions, and the task's own metrics beside the chance level.
 
 `predict` gives the logits of examples in their order, however they are batched; `evaluate` compares them with labels.
 """
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+import scipy.stats
 
 from jaxprune.data.batches import IGNORED, Batch, Encoded, encode, pack
 from jaxprune.data.prompts import Prompt, prompt_of
 from jaxprune.data.spans import find_spans, text_of
-from jaxprune.data.splits import squad
+from jaxprune.data.splits import Answer
 from jaxprune.data.tasks import Example, Rows, Task, draw, row_key
 from jaxprune.evaluation.generation import generate
 from jaxprune.evaluation.likelihood import candidates_in, rank
 from jaxprune.models import INPUTS, NOWHERE, Model
 from jaxprune.units import Intervention, Params
 
-Metric: TypeAlias = Callable[[Any, Any], dict[str, float]]  # (what is predicted, labels), an entry per example
+Metric: TypeAlias = Callable[[Any, Any], dict[str, float]]  # (predictions, labels), an entry per example
+Progress: TypeAlias = Callable[[int, int], None]  # (batches sent to the device, all batches)
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
@@ -55,14 +62,14 @@ def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
 
 
 def pearson(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """The linear correlation; 0 if one of the two is constant."""
+    """The linear correlation; 0 if one of the two is constant, where that of SciPy is not a number."""
     p, y = predicted.astype(np.float64), labels.astype(np.float64)
     return _correlation(p - p.mean(), y - y.mean())
 
 
 def spearman(predicted: np.ndarray, labels: np.ndarray) -> float:
     """The correlation of the ranks; equal values share their mean rank."""
-    return pearson(_ranks(predicted), _ranks(labels))
+    return pearson(scipy.stats.rankdata(predicted), scipy.stats.rankdata(labels))
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -71,25 +78,46 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.sum(a * b)) / scale if scale else 0.0
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[place]
+def plain(text: str) -> str:
+    """What SQuAD compares: lower case, without punctuation, the articles a, an, the, and repeated white space."""
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split())
 
 
-def _accuracy_f1(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    return {"accuracy": accuracy(predicted, labels), "f1": f1(predicted, labels)}
+def exact_match(predicted: str, text: str) -> float:
+    """1 if two answers are the same when made plain, else 0."""
+    return float(plain(predicted) == plain(text))
+
+
+def word_f1(predicted: str, text: str) -> float:
+    """F1 of the words that two answers share when made plain; 0 if they share none."""
+    ours, theirs = plain(predicted).split(), plain(text).split()
+    shared = (Counter(ours) & Counter(theirs)).total()
+    return 2 * shared / (len(ours) + len(theirs)) if shared else 0.0
+
+
+def squad(predicted: Sequence[str], answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
+    """Mean F1 and exact match, each example by the answer that suits it best, as SQuAD 1.1's own script computes them.
+
+    References:
+        Rajpurkar, Zhang, Lopyrev and Liang, SQuAD: 100,000+ Questions for Machine Comprehension of Text, 2016.
+    """
+    pairs = list(zip(predicted, answers, strict=True))
+    return {
+        name: sum(max((measure(text, true.text) for true in known), default=0.0) for text, known in pairs) / len(pairs)
+        for name, measure in (("f1", word_f1), ("exact_match", exact_match))
+    }
 
 
 def _pearson_spearman(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    found = {"pearson": pearson(predicted, labels), "spearman": spearman(predicted, labels)}
-    return {"pearson_spearman": sum(found.values()) / 2} | found
+    both = {"pearson": pearson(predicted, labels), "spearman": spearman(predicted, labels)}
+    return {"pearson_spearman": sum(both.values()) / 2} | both
 
 
-# GLUE's metrics by the name that a task gives, and SQuAD's, of texts and answers; the first of each is the primary one.
-# For MRPC and QQP that is accuracy: always answering "equivalent" has an F1 of 81 on MRPC.
+# The metrics of GLUE, and SQuAD's of texts and answers, by the name that a task gives; the first of each is the primary
+# one. For MRPC and QQP that is accuracy: always answering "equivalent" has an F1 of 81 on MRPC.
 METRICS: Mapping[str, Metric] = {
     "accuracy": lambda predicted, labels: {"accuracy": accuracy(predicted, labels)},
-    "accuracy_f1": _accuracy_f1,
+    "accuracy_f1": lambda p, labels: {"accuracy": accuracy(p, labels), "f1": f1(p, labels)},
     "matthews": lambda p, labels: {"matthews": matthews(p, labels), "accuracy": accuracy(p, labels)},
     "pearson_spearman": _pearson_spearman,
     "squad": squad,
@@ -98,13 +126,13 @@ METRICS: Mapping[str, Metric] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What a model scores on a split of a task."""
+    """The metrics of a model on a split of a task."""
 
     task: str
     split: str
     head: str
     metrics: Mapping[str, float]  # the primary one first; fractions, not percent
-    # primary metric of always predicting the most frequent label (a constant, in a regression); 0 of spans
+    # primary metric of always predicting the most frequent label (a constant, in a regression); 0 for spans
     chance: float
     n: int  # examples
     truncated: int = 0  # how many of them were cut to the maximal length
@@ -129,12 +157,12 @@ class Evaluation:
         return asdict(self) | {"metrics": dict(self.metrics), "primary": self.primary[0]}
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Evaluation:
+    def from_json(cls, record: Mapping[str, Any]) -> Evaluation:
         """From what `to_json` gave, also if a file has its names in another order."""
-        first = fields["primary"]
-        metrics = {first: fields["metrics"][first]} | fields["metrics"]
-        own = {name: value for name, value in fields.items() if name in cls.__dataclass_fields__}
-        return cls(**own | {"metrics": metrics})
+        first = record["primary"]
+        metrics = {first: record["metrics"][first]} | record["metrics"]
+        fields = {name: value for name, value in record.items() if name in cls.__dataclass_fields__}
+        return cls(**fields | {"metrics": metrics})
 
 
 def predict(
@@ -146,12 +174,12 @@ def predict(
     intervention: Intervention = Intervention(),
     batch_size: int = 32,
     prompt: Prompt | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> np.ndarray:
     """The logits of examples, `[examples, labels]` in float32, in the order of the examples.
 
-    Of a text-to-text model they are the log-likelihoods of the labels' words; of spans `[examples, 2, tokens]`, -1e9
-    where none may start or end.
+    Text-to-text models give the log-likelihoods of the labels' words, heads for spans `[examples, 2, tokens]`, with
+    -1e9 where none may start or end.
 
     Args:
         model: The model.
@@ -160,7 +188,7 @@ def predict(
         head: The task head; None is the only one.
         intervention: Gates to apply, and what closed units are replaced by.
         batch_size: Examples in a batch.
-        prompt: What a text-to-text model is asked, fitted to the task.
+        prompt: The prompt of a text-to-text model, fitted to the task.
         progress: Called with the number of batches sent to the device, and of all.
 
     Raises:
@@ -170,25 +198,19 @@ def predict(
     longest = int(encoded.lengths.max())
 
     def run(batch: Batch) -> Any:
-        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        inputs = _inputs(batch)
         if model.answers_in_text:
             return rank(model, params, inputs, candidates_in(batch), intervention)
         logits: Any = model.apply(params, inputs, intervention.gates, head=head, means=intervention.means).logits
         if not model.head(head).spans:
             return logits
-        found = np.full((*np.shape(logits)[:2], longest), NOWHERE, np.float32)
-        found[..., : np.shape(logits)[2]] = np.asarray(logits)[..., :longest]
-        return found
+        padded = np.full((*np.shape(logits)[:2], longest), NOWHERE, np.float32)
+        padded[..., : np.shape(logits)[2]] = np.asarray(logits)[..., :longest]
+        return padded
 
     logits = _in_order(encoded, batch_size, run, progress).astype(np.float32)
-    _refuse_broken(np.asarray(np.isfinite(logits)).reshape(len(encoded), -1).all(axis=1))
+    _refuse_broken(np.isfinite(logits).reshape(len(encoded), -1).all(axis=1))
     return logits
-
-
-def _refuse_broken(finite: Any) -> None:
-    """Raises an error if some of the examples have no finite logits."""
-    if broken := int((~finite).sum()):
-        raise ValueError(f"the logits of {broken} of {len(finite)} examples are not finite: the model is broken.")
 
 
 def find_answers(
@@ -200,15 +222,15 @@ def find_answers(
     head: str | None = None,
     intervention: Intervention = Intervention(),
     batch_size: int = 32,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[str]:
-    """What the contexts of questions answer, word for word: the likeliest spans, of at most 30 tokens.
+    """Answers to questions, word for word from their contexts: the likeliest spans, of at most 30 tokens.
 
     Args:
         model: The model.
         params: Its parameters, of any widths.
         examples: The questions: `Example(question, context, answers=())`, or with the answers that are known.
-        encoded: What `encode` made of them; None: not done yet, contexts are cut after 384 tokens.
+        encoded: What `encode` made of them; None: contexts are cut after 384 tokens.
         head: The task head, one for spans; None is the only one.
         intervention: Gates to apply, and what closed units are replaced by.
         batch_size: Examples in a batch.
@@ -225,8 +247,8 @@ def find_answers(
         raise ValueError(f"answers are found by a head for spans, in examples with answers=() or known ones; {what}.")
 
     def run(batch: Batch) -> Any:
-        inputs = {name: batch[name] for name in INPUTS if name in batch}
-        return find_spans(model.apply(params, inputs, intervention.gates, head=head, means=intervention.means).logits)
+        logits = model.apply(params, _inputs(batch), intervention.gates, head=head, means=intervention.means).logits
+        return find_spans(logits)
 
     spans = _in_order(encoded, batch_size, run, progress)
     _refuse_broken(spans[:, 2] == 1)
@@ -241,20 +263,17 @@ def write_answers(
     *,
     intervention: Intervention = Intervention(),
     batch_size: int = 32,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> np.ndarray:
-    """The labels whose words a text-to-text model writes, token by token; -1 where it writes something else.
+    """The labels whose words a text-to-text model writes, int32 `[examples]`; -1 where it writes something else.
 
     Args:
         model: The model.
         params: Its parameters, of any widths.
-        encoded: What `encode` made of the examples.
+        encoded: What `encode` made of the examples and their prompt.
         intervention: Gates to apply, and what closed units are replaced by.
         batch_size: Examples in a batch.
         progress: Called with the number of batches sent to the device, and of all.
-
-    Returns:
-        int32 labels `[examples]`, in their order.
     """
     if encoded.candidates is None:
         raise ValueError("the examples were encoded without a prompt: there are no words to compare answers with.")
@@ -267,21 +286,27 @@ def write_answers(
     return np.where(same.any(1), same.argmax(1), -1).astype(np.int32)
 
 
-def _in_order(
-    encoded: Encoded, batch_size: int, run: Callable[[Batch], Any], progress: Callable[[int, int], None] | None
-) -> np.ndarray:
-    """What a function returns for batches, row by row in the order of the examples."""
+def _inputs(batch: Batch) -> Batch:
+    return {name: batch[name] for name in INPUTS if name in batch}
+
+
+def _refuse_broken(finite: Any) -> None:
+    if broken := int((~finite).sum()):
+        raise ValueError(f"the logits of {broken} of {len(finite)} examples are not finite: the model is broken.")
+
+
+def _in_order(encoded: Encoded, batch_size: int, run: Callable[[Batch], Any], progress: Progress | None) -> np.ndarray:
+    """The results of a function on batches, row by row in the order of the examples."""
     batches = pack(encoded, batch_size=batch_size)
-    indices, found = [], []
+    indices, results = [], []
     for done, batch in enumerate(batches, 1):
-        found.append(run(batch))  # stays on the device
+        results.append(run(batch))  # stays on the device
         indices.append(batch["index"])
         if progress is not None:
             progress(done, len(batches))
-    rows, index = np.concatenate(jax.device_get(found)), np.concatenate(indices)
-    real = index >= 0
+    rows, index = np.concatenate(jax.device_get(results)), np.concatenate(indices)
     ordered = np.empty((len(encoded), *rows.shape[1:]), rows.dtype)
-    ordered[index[real]] = rows[real]
+    ordered[index[index >= 0]] = rows[index >= 0]
     return ordered
 
 
@@ -294,19 +319,18 @@ def evaluate(
     head: str | None = None,
     intervention: Intervention = Intervention(),
     generated: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Measures a model on a split of a task.
 
-    Of spans: exact match and F1 of the likeliest one. An answer that is cut off counts as not found.
+    For span tasks: exact match and F1 of the likeliest span. An answer that is cut off counts as not found.
 
     Args:
         model: The model.
         params: Its parameters, of any widths.
         task: The task.
         rows: The rows to evaluate on, by default all test rows; choose on `dev`, report `test`. Fewer `examples` are a
-            stratified draw, the same for the same `key`; none of them may be in `exclude`, such as those used for
-            scoring.
+            stratified draw, the same for the same `key`. No row may be in `exclude`, such as those used for scoring.
         head: The task head; by default the one of the task's name, else the only one.
         intervention: Gates to apply, and what closed units are replaced by.
         generated: Whether a text-to-text model has to write the words of the label by itself; otherwise the likeliest
@@ -314,17 +338,15 @@ def evaluate(
         progress: Called with the number of batches sent to the device, and of all.
 
     Raises:
-        ValueError: If the head does not fit the task, the split is empty, an example is in `exclude`, or the logits are
-            not finite.
+        ValueError: If the head does not fit the task, the split is empty, a row is in `exclude`, or the logits are not
+            finite.
     """
     head = fitting_head(model, task, head)
-    split = rows.split or "test"
+    split, scored = rows.split or "test", frozenset(rows.exclude)
     examples = rows.examples if isinstance(rows.examples, tuple) else task.rows(split)
     if not examples:
         raise ValueError(f"{task.name!r} has no {split} rows.")
-    scored = frozenset(rows.exclude)
-    seen = sum(row_key(example) in scored for example in examples) if scored else 0
-    if seen:
+    if scored and (seen := sum(row_key(example) in scored for example in examples)):
         raise ValueError(
             f"{seen} of the {len(examples)} {split} rows of {task.name!r} are among the {len(scored)} rows used for "
             "scoring; score on calibration rows and evaluate on dev or test, loaded with the same seed."
@@ -346,14 +368,13 @@ def evaluate(
             predicted = logits[:, 0] if task.regression else logits.argmax(1)
         values, counts = np.unique(labels, return_counts=True)
         constant = np.full_like(labels, values[counts.argmax()])
-    metrics = METRICS[task.metric](predicted, labels)
-    chance = next(iter(METRICS[task.metric](constant, labels).values()))
+    measure = METRICS[task.metric]
     return Evaluation(
         task=task.name,
         split=split,
         head=head,
-        metrics=metrics,
-        chance=chance,
+        metrics=measure(predicted, labels),
+        chance=next(iter(measure(constant, labels).values())),
         n=len(encoded),
         truncated=encoded.truncated,
         generated=generated,
@@ -367,8 +388,7 @@ def fitting_head(model: Model, task: Task, head: str | None = None) -> str:
         ValueError: If there is no such head, or its labels are not the task's; of a text-to-text model, if there is no
             prompt for the task.
     """
-    prompt = prompt_of(model, task)
-    if prompt is not None:
+    if prompt_of(model, task) is not None:
         return model.head(head).name
     chosen = model.head(task.name if head is None and task.name in model.heads else head)
     kind = "a regression" if task.regression else "for spans" if task.spans else "a classification"

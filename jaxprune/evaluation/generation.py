@@ -1,7 +1,7 @@
-"""Text from an encoder-decoder, token by token: at every place the token that the model finds most likely.
+"""Text from an encoder-decoder, token by token: at every place the most likely token.
 
-The encoder runs once, in the programs that `Model.apply` uses. All tokens are written by one program, which keeps the
-keys and values of the tokens before, computes those of the encoder's output once, and ends early when every row has.
+The encoder runs once, in the programs that `Model.apply` uses. One program writes all tokens: it caches the keys and
+values of the tokens before, computes those of the encoder's output once, and ends early when every row has ended.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def generate(
 ) -> Int[Array, "b n"]:
     """Writes the most likely next token until the end token, row by row: greedy, as Hugging Face's `generate`.
 
-    Rows do not see each other. With gates it writes what the compacted model writes.
+    Rows do not affect each other. With gates the text is that of the compacted model.
 
     Args:
         model: A model that answers in text.
@@ -71,14 +71,15 @@ def generate(
     inputs = encoder_inputs(model, params, batch)
     check_intervention(model, params, inputs, gates, means)
     layers = model_layers(model, params)
-    encoded = advance(model, [layer for layer in layers if layer.stack == "encoder"], inputs, None, gates, means)
-    decoding = tuple(
+    writer = model.stacks[-1].name
+    encoded = advance(model, [layer for layer in layers if layer.stack != writer], inputs, None, gates, means)
+    writing = tuple(
         _Layer(layer.params, layer_entries(gates, layer.name), layer_entries(means, layer.name))
         for layer in layers
-        if layer.stack == "decoder"
+        if layer.stack == writer
     )
-    entry, output = part(params, model.embed_places("decoder")), part(params, model.readout_places(LANGUAGE))
-    decoder = _Decoder(entry, decoding, output)
+    entry, output = part(params, model.embed_places(writer)), part(params, model.readout_places(LANGUAGE))
+    decoder = _Decoder(entry, writing, output)
     return _write(model, int(max_new_tokens), decoder, encoded, inputs["attention_mask"])
 
 
@@ -122,10 +123,10 @@ class _Written(NamedTuple):
 def _write(
     model: Model, length: int, decoder: _Decoder, encoded: Float[Array, "b s d"], mask: Bool[Array, "b s"]
 ) -> Int[Array, "b n"]:
-    rows, config = mask.shape[0], model.config
+    rows, config, writer = mask.shape[0], model.config, model.stacks[-1].name
 
     def read(token: Int[Array, " b"]) -> Any:  # a `Decoding`
-        return model.embed(decoder.entry, {"decoder_input_ids": token[:, None]}, stack="decoder", before=encoded)
+        return model.embed(decoder.entry, {"decoder_input_ids": token[:, None]}, stack=writer, before=encoded)
 
     def unfinished(text: _Written) -> Bool[Array, ""]:
         return (text.count < length) & ~text.ended.all()

@@ -1,4 +1,4 @@
-"""How likely a text-to-text model finds given answers: label words ranked by it, and teacher forcing for gradients.
+"""The likelihood of given answers under a text-to-text model: label words ranked by it, and teacher forcing.
 
 A *target* is the tokens of an answer, end of sequence included, `[b, u]`; `IGNORED` fills it up. The candidates of an
 example, one per label, are `[b, labels, u]`.
@@ -69,21 +69,21 @@ def rank(
     encoded = encoder_inputs(model, params, batch)
     check_intervention(model, params, encoded, gates, means)
     layers = model_layers(model, params)
-    encoder = [layer for layer in layers if layer.stack == "encoder"]
+    encoder = [layer for layer in layers if layer.stack != model.stacks[-1].name]
     decoder = layers[len(encoder) :]
     memory = advance(model, encoder, encoded, None, gates, means)
-    own = part(params, model.readout_places(LANGUAGE))
+    output = part(params, model.readout_places(LANGUAGE))
     together = max(1, min(labels, MOST_ROWS // rows))
-    found = []
+    likelihoods = []
     for first in range(0, labels, together):
         some = _filled(candidates[:, first : first + together], together)
         state, tiled = repeat_rows((memory, encoded), together)
         targets = some.reshape(rows * together, length)
         tiled = model_inputs(model, params, teacher_forced(model, tiled, targets))
         state = advance(model, decoder, tiled, state, gates, means)
-        logits = readout_compiled(model, LANGUAGE, own, state, mask_of(decoder[-1], tiled), None)
-        found.append(_log_likelihood(logits, targets).reshape(rows, together))
-    return jnp.concatenate(found, axis=1)[:, :labels]
+        logits = readout_compiled(model, LANGUAGE, output, state, mask_of(decoder[-1], tiled), None)
+        likelihoods.append(_log_likelihood(logits, targets).reshape(rows, together))
+    return jnp.concatenate(likelihoods, axis=1)[:, :labels]
 
 
 def _filled(candidates: Int[Array, "b l u"], labels: int) -> Int[Array, "b k u"]:
@@ -102,8 +102,8 @@ def _log_likelihood(logits: Float[Array, "b u v"], targets: Int[Array, "b u"]) -
 def answered(model: Model, params: Params, batch: Mapping[str, Any]) -> dict[str, Array]:
     """The model's inputs, with the answer that the decoder is to read.
 
-    That is the answer of the example's label; of an example without one (label -1) the likeliest candidate. A batch
-    that has decoder inputs, and one of a model that does not write text, stay as they are.
+    This is the answer of the example's label, or without one (label -1) the likeliest candidate. A batch that has
+    decoder inputs, and one of a model that does not answer in text, stay as they are.
     """
     if not model.answers_in_text or "decoder_input_ids" in batch:
         return model_inputs(model, params, batch)
