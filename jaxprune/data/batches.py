@@ -323,7 +323,7 @@ def _shortened(tokenizer: Any, prompt: Prompt, example: Example, length: int) ->
     """The tokens of a prompt with its longer text cut at the end until all of it fits."""
     texts = [example.text] if example.pair is None else [example.text, example.pair]
     while True:
-        (tokens,), _ = _tokenise(tokenizer, [prompt.render(Example(*texts))])
+        (tokens,), _ = _tokenise(tokenizer, [prompt.render(Example(texts[0], texts[1] if len(texts) == 2 else None))])
         excess = len(tokens) - length
         if excess <= 0:
             return tokens
