@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from commands import Place, place
 from tiny import random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
 from jaxprune.compaction import compact
-from jaxprune.data.tasks import Rows
+from jaxprune.data.tasks import Rows, draw, row_key
 from jaxprune.models import Model
 from jaxprune.pruning.recovery import (
     EVERY,
@@ -29,6 +30,8 @@ from jaxprune.pruning.recovery import (
     recover_batches,
 )
 from jaxprune.units import flatten, unflatten
+
+__all__ = ["place"]  # a fixture
 
 
 def batches_of(model: Model, count: int = 3, rows: int = 16, length: int = 9) -> list[dict[str, np.ndarray]]:
@@ -233,12 +236,15 @@ def test_what_is_not_finite_is_refused():
         recover_batches(model, params, params, [tiny_batch(model, 3)])
 
 
-def test_examples_of_several_tasks_are_drawn_from_each():
-    model, params = jp.load(jp.bundled_model())
-    tasks = [jp.load_task(name, data=jp.bundled_data()) for name in ("sst2", "qnli")]
+def test_examples_of_several_tasks_are_drawn_from_each(place: Place):
+    model, params = jp.load(place.model)
+    tasks = [jp.load_task(name, data=place.data) for name in ("mood", "topic")]
     small = compact(model, params, random_gates(model, params, 1))
-    _, found = jp.recover(model, params, small, tasks, Recovery(method=jp.BiasCompensation(), rows=Rows(examples=32)))
-    assert found.examples == 64 and len(found.rows) == 64
-    assert found.method == {"name": "BiasCompensation", "drift": True}
+    _, report = jp.recover(model, params, small, tasks, Recovery(method=jp.BiasCompensation(), rows=Rows(examples=12)))
+    assert report.method == {"name": "BiasCompensation", "drift": True}
+    drawn = [row for task in tasks for row in draw(task, 12, jax.random.key(0))]  # a seed is the key that it makes
+    assert report.examples == 24 and report.rows == tuple(sorted(map(row_key, drawn)))
     with pytest.raises(ValueError, match="examples of 2 tasks cannot be told apart"):
         jp.recover(model, params, small, tasks, Recovery(rows=Rows(examples=tasks[0].rows("calibration")[:8])))
+    with pytest.raises(ValueError, match="nothing to recover with"):
+        jp.recover(model, params, small, [])
