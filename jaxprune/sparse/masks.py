@@ -29,13 +29,6 @@ Masks: TypeAlias = Any  # the structure of the parameters: boolean arrays, and M
 def masks_of(params: Any, prunable: Prunable) -> Masks:
     """The masks of weights that are not zero, such as those of a file that holds a sparse model.
 
-    Args:
-        params: Any pytree of arrays.
-        prunable: What is pruned.
-
-    Returns:
-        The masks; `MaskedNode()` for what is not pruned.
-
     Raises:
         TypeError, ValueError: As `find_matrices`.
     """
@@ -52,15 +45,7 @@ def _not_zero(weight: Array) -> Bool[Array, ...]:
 
 
 def apply_masks(params: Any, masks: Masks) -> Any:
-    """The parameters with exactly 0 where a mask is False, whatever stood there; what has no mask stays as it is.
-
-    Args:
-        params: Any pytree of arrays.
-        masks: In its structure.
-
-    Returns:
-        The same structure, shapes and types.
-    """
+    """The parameters with exactly 0 where a mask is False, whatever stood there; what has no mask stays as it is."""
     return jax.tree.map(
         lambda mask, weight: weight if is_hole(mask) else jnp.where(mask, weight, jnp.zeros((), weight.dtype)),
         masks,
@@ -70,7 +55,7 @@ def apply_masks(params: Any, masks: Masks) -> Any:
 
 
 class Sparsity(NamedTuple):
-    """How many weights are zero."""
+    """The number of weights that are zero, of how many."""
 
     zeros: int
     size: int
@@ -78,7 +63,7 @@ class Sparsity(NamedTuple):
 
     @property
     def fraction(self) -> float:
-        """Of all weights, those that are zero; 0 if there is no weight."""
+        """The zeros as a fraction of all weights; 0 if there is no weight."""
         return self.zeros / self.size if self.size else 0.0
 
 
@@ -91,17 +76,11 @@ def sparsity_of(tree: Any, prunable: Prunable | None = None) -> Sparsity:
     Args:
         tree: Masks or parameters.
         prunable: Which arrays to count; None: all.
-
-    Returns:
-        The count of every array, and in total.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    chosen = [True] * len(leaves) if prunable is None else [m is not None for m in find_matrices(tree, prunable)]
-    arrays = {}
-    for (path, array), counted in zip(leaves, chosen, strict=True):
-        if counted:
-            arrays[leaf_name(path)] = int(np.sum(np.asarray(array) == 0)), int(array.size)
-    zeros, size = (sum(own[i] for own in arrays.values()) for i in (0, 1))
+    counted = leaves if prunable is None else pruned_leaves(leaves, find_matrices(tree, prunable))
+    arrays = {leaf_name(path): (int(np.sum(np.asarray(array) == 0)), int(array.size)) for path, array in counted}
+    zeros, size = (sum(counts[i] for counts in arrays.values()) for i in (0, 1))
     return Sparsity(zeros, size, arrays)
 
 
@@ -110,8 +89,8 @@ def one_shot(
     sparsity: float,
     *,
     prunable: Prunable,
-    criterion: WeightCriterion | None = None,
-    pattern: Pattern | None = None,
+    criterion: WeightCriterion = WeightMagnitude(),
+    pattern: Pattern = Unstructured(),
     together: bool = False,
     gradients: Any = None,
     masks: Masks | None = None,
@@ -125,8 +104,8 @@ def one_shot(
         params: Any pytree of arrays, such as the parameters of a Flax module.
         sparsity: Fraction of the weights that become zero, in [0, 1).
         prunable: What is pruned.
-        criterion: How weights are scored; None: `WeightMagnitude()`. A weight whose score is not a number goes first.
-        pattern: Which weights may be zero together; None: `Unstructured()`.
+        criterion: How weights are scored. A weight whose score is not a number goes first.
+        pattern: Which weights may be zero together.
         together: Whether all matrices are ranked together, so that some lose more than others.
         gradients: Of the loss, in the structure of the parameters, for a criterion that needs them: taken as one step.
         masks: What was pruned before and stays pruned, counted in `sparsity`; None: nothing.
@@ -139,23 +118,20 @@ def one_shot(
         ValueError: If `sparsity` is outside [0, 1) or not the pattern's, a criterion lacks its gradients, a matrix does
             not fit the pattern, or as `find_matrices`.
     """
-    criterion, pattern = criterion or WeightMagnitude(), pattern or Unstructured()
     check_sparsity("sparsity", sparsity)
     pattern.check_final(sparsity)
     leaves, structure = jax.tree.flatten(params)
-    found = find_matrices(params, prunable)
-    matrices = tuple(filter(None, found))
-    weights = pruned_leaves(leaves, found)
+    matrices = find_matrices(params, prunable)
+    weights, pruned = pruned_leaves(leaves, matrices), tuple(filter(None, matrices))
     totals = []
     if criterion.accumulates:
         if gradients is None:
             raise ValueError(f"{type(criterion).__name__} scores weights by gradients: give gradients.")
-        slopes = pruned_leaves(structure.flatten_up_to(gradients), found)
+        slopes = pruned_leaves(structure.flatten_up_to(gradients), matrices)
         totals = [add_step(criterion, jnp.zeros(w.shape), w, g) for w, g in zip(weights, slopes, strict=True)]
-    before = start_masks(structure, found, weights, masks)
-    keep = jnp.asarray(pattern.keep(matrices, sparsity, together))
-    chosen = choose(matrices, pattern, criterion, keep, before, weights, totals)
-    after = join_masks(structure, found, chosen)
+    before = start_masks(structure, matrices, weights, masks)
+    keep = jnp.asarray(pattern.keep(pruned, sparsity, together))
+    after = join_masks(structure, matrices, choose(pruned, pattern, criterion, keep, before, weights, totals))
     return apply_masks(params, after), after
 
 
@@ -175,28 +151,32 @@ def choose(
     return pattern(matrices, scores, masks, keep)
 
 
-def start_masks(structure: Any, found: Sequence[Matrix | None], weights: Sequence[Array], masks: Masks) -> list[Array]:
-    """The masks to begin with, as arrays of their own: those that are given, else all True.
+def start_masks(
+    structure: Any, matrices: Sequence[Matrix | None], weights: Sequence[Array], masks: Masks
+) -> list[Array]:
+    """The masks to begin with, as new arrays: those that are given, else all True.
 
     Raises:
         ValueError: If the masks that are given are of other parameters.
     """
     if masks is None:
         return [jnp.ones_like(weight, dtype=bool) for weight in weights]
-    given, expected = jax.tree.structure(masks), jax.tree.structure(join_masks(structure, found, weights))
+    given, expected = jax.tree.structure(masks), jax.tree.structure(join_masks(structure, matrices, weights))
     if given != expected:
         raise ValueError(f"masks must be of the parameters that are pruned, {expected}; got {given}.")
     leaves = jax.tree.leaves(masks)
-    wrong = [m.name for m, own in zip(filter(None, found), leaves, strict=True) if own.shape != m.shape]
-    if wrong:
-        raise ValueError(f"masks must have the shapes of their parameters; those of {', '.join(wrong)} do not.")
+    pairs = zip(filter(None, matrices), leaves, strict=True)
+    differing = [matrix.name for matrix, mask in pairs if mask.shape != matrix.shape]
+    if differing:
+        raise ValueError(f"masks must have the shapes of their parameters; those of {', '.join(differing)} do not.")
     return [jnp.array(mask, dtype=bool, copy=True) for mask in leaves]
 
 
 def join_masks(structure: Any, matrices: Sequence[Matrix | None], masks: Sequence[Any]) -> Masks:
     """The pytree of masks from those of the pruned leaves."""
     rest = iter(masks)
-    return jax.tree.unflatten(structure, [optax.MaskedNode() if own is None else next(rest) for own in matrices])
+    leaves = [optax.MaskedNode() if matrix is None else next(rest) for matrix in matrices]
+    return jax.tree.unflatten(structure, leaves)
 
 
 def is_hole(node: Any) -> bool:

@@ -6,7 +6,6 @@ steps of the schedule, behind `jax.lax.cond`; every other step costs a selection
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from jaxprune.sparse.schedules import Schedule
 
 
 class SparseState(NamedTuple):
-    """What `sparse_optimizer` keeps between updates: a pytree of arrays, saved and restored with the optimizer's."""
+    """The state of a `sparse_optimizer`: a pytree of arrays."""
 
     inner: optax.OptState  # of the optimizer that is wrapped
     masks: Masks  # True where a weight stays
@@ -37,8 +36,8 @@ def sparse_optimizer(
     *,
     schedule: Schedule,
     prunable: Prunable,
-    criterion: WeightCriterion | None = None,
-    pattern: Pattern | None = None,
+    criterion: WeightCriterion = WeightMagnitude(),
+    pattern: Pattern = Unstructured(),
     together: bool = False,
     masks: Masks | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -57,8 +56,8 @@ def sparse_optimizer(
         inner: The whole optimizer, clipping and weight decay included.
         schedule: When to prune, and to which sparsity.
         prunable: What is pruned; for the models of this package `linear_maps(model)`. See `jaxprune.sparse.matrices`.
-        criterion: How weights are scored; None: `WeightMagnitude()`. A weight whose score is not a number goes first.
-        pattern: Which weights may be zero together; None: `Unstructured()`.
+        criterion: How weights are scored. A weight whose score is not a number goes first.
+        pattern: Which weights may be zero together.
         together: Whether all matrices are ranked together, so that some lose more than others.
         masks: What is pruned from the first update on, such as what `one_shot` returned; None: nothing.
 
@@ -107,41 +106,36 @@ def sparse_optimizer(
         >>> int((params["hidden"]["kernel"] == 0).sum())
         144
     """
-    criterion, pattern = criterion or WeightMagnitude(), pattern or Unstructured()
     pattern.check_final(schedule.final)
     optimizer = optax.with_extra_args_support(inner)
 
-    def table(found: Sequence[Matrix | None]) -> np.ndarray:
+    def table(matrices: tuple[Matrix, ...]) -> np.ndarray:
         """How many weights stay after 0, 1, ... prunings; the first is never used."""
-        matrices = tuple(filter(None, found))
-        return np.stack([pattern.keep(matrices, own, together) for own in (0.0, *schedule.sparsities)])
+        return np.stack([pattern.keep(matrices, sparsity, together) for sparsity in (0.0, *schedule.sparsities)])
 
     def init(params: optax.Params) -> SparseState:
-        found = find_matrices(params, prunable)
-        table(found)  # refuses what does not fit the pattern before the first step
+        matrices = find_matrices(params, prunable)
+        table(tuple(filter(None, matrices)))  # refuses what does not fit the pattern before the first step
         leaves, structure = jax.tree.flatten(params)
-        weights = pruned_leaves(leaves, found)
-        first = start_masks(structure, found, weights, masks)
+        weights = pruned_leaves(leaves, matrices)
+        first = join_masks(structure, matrices, start_masks(structure, matrices, weights, masks))
         totals = [jnp.zeros_like(w, dtype=jnp.float32) for w in weights] if criterion.accumulates else []
-        return SparseState(
-            optimizer.init(params), join_masks(structure, found, first), tuple(totals), jnp.zeros((), jnp.int32)
-        )
+        return SparseState(optimizer.init(params), first, tuple(totals), jnp.zeros((), jnp.int32))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, SparseState]:
         if params is None:
             raise ValueError("sparse_optimizer ranks and zeroes weights: call update(grads, state, params).")
-        found = find_matrices(params, prunable)
+        matrices = find_matrices(params, prunable)
+        pruned = tuple(filter(None, matrices))
         leaves, structure = jax.tree.flatten(params)
-        weights, slopes = (pruned_leaves(own, found) for own in (leaves, structure.flatten_up_to(updates)))
+        weights, slopes = (pruned_leaves(own, matrices) for own in (leaves, structure.flatten_up_to(updates)))
         totals = tuple(add_step(criterion, *own) for own in zip(state.totals, weights, slopes, strict=False))
         step = jnp.asarray(optax.safe_increment(state.step))
-        keep = jnp.asarray(table(found))[schedule.done(step)]
-        settings, before = (tuple(filter(None, found)), pattern, criterion), jax.tree.leaves(state.masks)
-        after = join_masks(
-            structure, found, _ranked(*settings, schedule.due(step), keep, before, weights, list(totals))
-        )
+        keep, before = jnp.asarray(table(pruned))[schedule.done(step)], jax.tree.leaves(state.masks)
+        chosen = _ranked(pruned, pattern, criterion, schedule.due(step), keep, before, weights, list(totals))
+        after = join_masks(structure, matrices, chosen)
         updates, moved = optimizer.update(apply_masks(updates, after), state.inner, params, **extra)
         updates = jax.tree.map(
             lambda mask, update, weight: update if is_hole(mask) else _towards_zero(mask, update, weight),
@@ -180,8 +174,7 @@ def _zero_moments(state: optax.OptState, params: optax.Params, masks: Masks) -> 
 
     Parts of an optimizer of some parameters alone (`optax.masked`, `optax.partition`) have holes for the others.
     """
-    structure = jax.tree.structure(params, is_leaf=is_hole)
-    own = jax.tree.leaves(masks, is_leaf=is_hole)
+    structure, holes = jax.tree.structure(params, is_leaf=is_hole), jax.tree.leaves(masks, is_leaf=is_hole)
 
     def like(node: Any) -> bool:
         return jax.tree.structure(node, is_leaf=is_hole) == structure
@@ -189,7 +182,7 @@ def _zero_moments(state: optax.OptState, params: optax.Params, masks: Masks) -> 
     def zero(node: Any) -> Any:
         if not like(node):
             return node
-        return jax.tree.unflatten(structure, list(map(_zero, own, jax.tree.leaves(node, is_leaf=is_hole))))
+        return jax.tree.unflatten(structure, list(map(_zero, holes, jax.tree.leaves(node, is_leaf=is_hole))))
 
     return jax.tree.map(zero, state, is_leaf=like)
 

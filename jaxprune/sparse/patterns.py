@@ -1,15 +1,7 @@
-"""Which weights of a matrix may be zero together: any of them, N of M along the inputs, or whole blocks.
+"""Patterns of zeros in a matrix: any weights, N of M along the inputs, or whole blocks; exactly as many as asked for.
 
 Inputs and outputs are those of `jaxprune.sparse.matrices`: in an attention's output kernel `[heads, channels, embed]`
 groups and blocks run over the channels of a head, and on into the next head where they do not divide its channels.
-
-Which entries of arrays are the best: exactly so many, whatever the ties, without a sort.
-
-The threshold is found bit by bit: the bits of a float, read as an unsigned integer, are in the order of the floats, and
-32 times it is counted how many are at or above a candidate. Ties at the threshold go by index, lower ones first, by the
-same search over the index. All of it is comparisons and integer sums: arrays may be sharded in any way, the number to
-keep may be traced, and nothing larger than the scores is stored. The program does not grow with the number of arrays,
-only with the number of different shapes.
 """
 
 from __future__ import annotations
@@ -17,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxprune.sparse.matrices import Matrix
 
+Arrays: TypeAlias = Sequence[Array]  # one per matrix, in its shape
 LARGEST = 2**31 - 1  # entries that are ranked together: counts are int32
 
 
@@ -50,6 +44,12 @@ def keep_best(
     Equal to a stable sort by falling score: ties go by index, row by row and, if the arrays are ranked together, array
     by array. Keeping fewer keeps a subset. If fewer are alive than are to be kept, these are kept.
 
+    It does not sort. The threshold is built bit by bit: the bits of a float, read as an unsigned integer, are in the
+    order of the floats, and 32 times it is counted how many are at or above a candidate. Ties at the threshold are
+    resolved by the same search over the index. All of it is comparisons and integer sums: arrays may be sharded in any
+    way, the number to keep may be traced, and nothing larger than the scores is stored. The program grows with the
+    number of different shapes, not of arrays.
+
     Args:
         scores: Arrays of any shapes; float32 inside. An entry that is not a number is kept last.
         alive: Of the same shapes; the others are never kept.
@@ -61,74 +61,66 @@ def keep_best(
     Raises:
         ValueError: If more than 2^31 - 1 entries are ranked together.
     """
-    together = keep.ndim == 0
-    sizes = [math.prod(array.shape) for array in scores]
-    most = sum(sizes) if together else max(sizes, default=0)
+    if not scores:
+        return []
+    together, sizes = keep.ndim == 0, [math.prod(array.shape) for array in scores]
+    most = sum(sizes) if together else max(sizes)
     check_size(most)
-    keys = [ordered_bits(*pair) for pair in zip(scores, alive, strict=True)]
     groups: dict[tuple[int, ...], list[int]] = {}  # arrays of one shape are searched as one
-    for index, key in enumerate(keys):
-        groups.setdefault(key.shape, []).append(index)
-    order = jnp.asarray([index for own in groups.values() for index in own], jnp.int32)
-    stacks = [jnp.stack([keys[index] for index in own]) for own in groups.values()]
-    places = [
-        _positions(shape, [sum(sizes[:index]) if together else 0 for index in own]) for shape, own in groups.items()
-    ]
-    starts = [0]
-    for own in groups.values():
-        starts.append(starts[-1] + len(own))
+    for index, array in enumerate(scores):
+        groups.setdefault(array.shape, []).append(index)
+    # All lists below have one entry per group
+    stacks = [jnp.stack([ordered_bits(scores[i], alive[i]) for i in group]) for group in groups.values()]
+    offsets = [[sum(sizes[:i]) if together else 0 for i in group] for group in groups.values()]
+    places = [_positions(shape, own) for shape, own in zip(groups, offsets, strict=True)]
 
-    def spread(numbers: Array, group: int) -> Array:
-        """The numbers of one group's arrays, one per array, against its stack."""
-        own = numbers[starts[group] : starts[group + 1]]
-        return own.reshape(-1, *(1,) * (stacks[group].ndim - 1))
+    def spread(numbers: list[Array]) -> list[Array]:
+        """Numbers, one per array, against the stacks."""
+        return [n.reshape(-1, *(1,) * (stack.ndim - 1)) for n, stack in zip(numbers, stacks, strict=True)]
 
-    def count(chosen: Callable[[int], Array]) -> Array:
-        """How many are chosen in each array, in the order of the groups; together, of all, as often."""
-        rows = [chosen(group) for group in range(len(stacks))]
-        counts = jnp.concatenate([row.sum(tuple(range(1, row.ndim)), dtype=jnp.int32) for row in rows])
-        return jnp.broadcast_to(counts.sum(), counts.shape) if together else counts
+    def count(chosen: list[Array]) -> list[Array]:
+        """How many are chosen in each array; together, of all, as often."""
+        rows = [own.sum(tuple(range(1, own.ndim)), dtype=jnp.int32) for own in chosen]
+        total = jnp.stack([row.sum() for row in rows]).sum()
+        return [jnp.broadcast_to(total, row.shape) for row in rows] if together else rows
 
-    def search(bits: int, passes: Array | int, fits: Callable[[Array], Array]) -> Array:
+    def search(bits: int, passes: Array | int, fits: Callable[[list[Array]], list[Array]]) -> list[Array]:
         """The largest unsigned integers that fit, one per array, built from the highest bit down."""
 
-        def narrow(step: Array, found: Array) -> Array:
-            candidate = found | (jnp.uint32(1 << (bits - 1)) >> step.astype(jnp.uint32))
-            return jnp.where(fits(candidate), candidate, found)
+        def narrow(step: Array, best: list[Array]) -> list[Array]:
+            larger = [own | (jnp.uint32(1 << (bits - 1)) >> step.astype(jnp.uint32)) for own in best]
+            return jax.tree.map(jnp.where, fits(larger), larger, best)
 
-        return jax.lax.fori_loop(0, passes, narrow, jnp.zeros(len(keys), jnp.uint32))
+        return jax.lax.fori_loop(0, passes, narrow, [jnp.zeros(len(own), jnp.uint32) for own in groups.values()])
 
-    if not keys:
-        return []
-    left = count(lambda g: stacks[g] > jnp.uint32(0))
-    wanted = jnp.clip(jnp.broadcast_to(keep, left.shape) if together else keep[order], 0, left)
-    threshold = search(32, 32, lambda at: count(lambda g: stacks[g] >= spread(at, g)) >= wanted)
-    above = count(lambda g: stacks[g] > spread(threshold, g))
-    tied = count(lambda g: stacks[g] == spread(threshold, g))
-    excess = above + tied > wanted
-    bits = most.bit_length()
+    left = count([stack > jnp.uint32(0) for stack in stacks])
+    asked = [
+        jnp.broadcast_to(keep, own.shape) if together else keep[np.asarray(group)]
+        for own, group in zip(left, groups.values(), strict=True)
+    ]
+    wanted = [jnp.clip(own, 0, most) for own, most in zip(asked, left, strict=True)]
+    compare = partial(jax.tree.map, jnp.greater_equal)
+    threshold = search(32, 32, lambda at: compare(count(compare(stacks, spread(at))), wanted))
+    above = jax.tree.map(jnp.greater, stacks, spread(threshold))
+    tied = jax.tree.map(jnp.equal, stacks, spread(threshold))
+    room = jax.tree.map(jnp.subtract, wanted, count(above))  # for ties
+    excess = jax.tree.map(jnp.greater, count(tied), room)
 
-    def few(bound: Array) -> Array:  # ties with an index below the bound
-        within = count(lambda g: (stacks[g] == spread(threshold, g)) & (places[g] < spread(bound, g)))
-        return within <= wanted - above
+    def first_ties(bound: list[Array]) -> list[Array]:
+        return [own & (place < end) for own, place, end in zip(tied, places, spread(bound), strict=True)]
 
-    bound = search(bits, jnp.where(excess.any(), bits, 0), few)
-    bound = jnp.where(excess, bound, jnp.uint32(most))  # every index is below it
-    kept: list[Array] = [jnp.zeros(())] * len(keys)
-    for group, own in enumerate(groups.values()):
-        at = spread(threshold, group)
-        chosen = (stacks[group] > at) | ((stacks[group] == at) & (places[group] < spread(bound, group)))
-        for row, index in enumerate(own):
-            kept[index] = chosen[row]
-    return kept
+    bits, any_excess = most.bit_length(), jnp.concatenate(excess).any()
+    bound = search(bits, jnp.where(any_excess, bits, 0), lambda bound: compare(room, count(first_ties(bound))))
+    bound = [
+        jnp.where(own, end, jnp.uint32(most)) for own, end in zip(excess, bound, strict=True)
+    ]  # all are below most
+    chosen = jax.tree.map(jnp.logical_or, above, first_ties(bound))
+    rows = {i: own[row] for own, group in zip(chosen, groups.values(), strict=True) for row, i in enumerate(group)}
+    return [rows[i] for i in range(len(scores))]
 
 
 def check_size(entries: int) -> None:
-    """Refuses more entries than can be ranked together.
-
-    Raises:
-        ValueError: If there are more than 2^31 - 1.
-    """
+    """Refuses more entries than can be ranked together."""
     if entries > LARGEST:
         raise ValueError(f"at most {LARGEST} weights can be ranked together, got {entries}.")
 
@@ -143,7 +135,7 @@ def _positions(shape: tuple[int, ...], offsets: Sequence[int]) -> UInt32[Array, 
 
 
 class Pattern(Protocol):
-    """What a pattern does; a frozen dataclass, since it is a static argument of a compiled program."""
+    """A choice of the weights that stay: a frozen dataclass, since it is a static argument of a compiled program."""
 
     def keep(self, matrices: Sequence[Matrix], sparsity: float, together: bool) -> np.ndarray:
         """How many stay at a sparsity, int32, in the form that the call takes. Refuses what does not fit."""
@@ -153,14 +145,8 @@ class Pattern(Protocol):
         """Refuses a sparsity at which the pattern cannot end."""
         ...
 
-    def __call__(
-        self,
-        matrices: Sequence[Matrix],
-        scores: Sequence[Float[Array, ...]],
-        masks: Sequence[Bool[Array, ...]],
-        keep: Int[Array, ...],
-    ) -> list[Bool[Array, ...]]:
-        """The masks of the weights that stay, each a subset of the one that is given."""
+    def __call__(self, matrices: Sequence[Matrix], scores: Arrays, masks: Arrays, keep: Array) -> list[Array]:
+        """The masks of the weights that stay, each a subset of the one that is given; `keep` as of the method."""
         ...
 
 
@@ -178,13 +164,7 @@ class Unstructured:
     def check_final(self, sparsity: float) -> None:
         """Any sparsity is possible."""
 
-    def __call__(
-        self,
-        matrices: Sequence[Matrix],
-        scores: Sequence[Float[Array, ...]],
-        masks: Sequence[Bool[Array, ...]],
-        keep: Int[Array, ...],
-    ) -> list[Bool[Array, ...]]:
+    def __call__(self, matrices: Sequence[Matrix], scores: Arrays, masks: Arrays, keep: Array) -> list[Array]:
         """Keeps the weights with the highest scores."""
         return keep_best(scores, masks, keep)
 
@@ -230,23 +210,17 @@ class NM:
             raise ValueError("together must be False for an N:M pattern: weights compete within their group alone.")
         return np.asarray(max(self.n, self.m - pruned_of(sparsity, self.m)), np.int32)
 
-    def __call__(
-        self,
-        matrices: Sequence[Matrix],
-        scores: Sequence[Float[Array, ...]],
-        masks: Sequence[Bool[Array, ...]],
-        keep: Int[Array, ...],
-    ) -> list[Bool[Array, ...]]:
+    def __call__(self, matrices: Sequence[Matrix], scores: Arrays, masks: Arrays, keep: Array) -> list[Array]:
         """Keeps the weights with the highest scores in each group: a weight's rank is how many are before it."""
-        kept = []
+        chosen = []
         earlier = jnp.asarray(np.tri(self.m, k=-1, dtype=bool))[:, :, None]  # [m, m, 1]: the second is before the first
         for matrix, score, mask in zip(matrices, scores, masks, strict=True):
             inputs, outputs = matrix.sides
             keys = ordered_bits(score, mask).reshape(inputs // self.m, self.m, outputs)
-            own, other = keys[:, :, None], keys[:, None]
-            rank = ((other > own) | ((other == own) & earlier)).sum(2, dtype=jnp.int32)
-            kept.append((rank < keep).reshape(matrix.shape) & mask)
-        return kept
+            one, other = keys[:, :, None], keys[:, None]
+            rank = ((other > one) | ((other == one) & earlier)).sum(2, dtype=jnp.int32)
+            chosen.append((rank < keep).reshape(matrix.shape) & mask)
+        return chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,13 +252,7 @@ class Block:
         _divide(matrices, "outputs", 1, self.outputs)
         return _left([matrix.size // (self.inputs * self.outputs) for matrix in matrices], sparsity, together)
 
-    def __call__(
-        self,
-        matrices: Sequence[Matrix],
-        scores: Sequence[Float[Array, ...]],
-        masks: Sequence[Bool[Array, ...]],
-        keep: Int[Array, ...],
-    ) -> list[Bool[Array, ...]]:
+    def __call__(self, matrices: Sequence[Matrix], scores: Arrays, masks: Arrays, keep: Array) -> list[Array]:
         """Keeps the blocks with the highest scores."""
         cut = [self._blocks(matrix) for matrix in matrices]
         sums = [score.reshape(shape).sum((1, 3)) for score, shape in zip(scores, cut, strict=True)]
@@ -301,7 +269,7 @@ class Block:
 
 
 def pruned_of(sparsity: float, size: int) -> int:
-    """How many of `size` are zero at a sparsity: rounded to the nearest, halves up."""
+    """The number of zeros among `size` weights at a sparsity: rounded to the nearest, halves up."""
     return math.floor(sparsity * size + 0.5)
 
 
@@ -313,10 +281,10 @@ def _left(sizes: Sequence[int], sparsity: float, together: bool) -> np.ndarray:
 
 
 def _divide(matrices: Sequence[Matrix], what: str, side: int, by: int) -> None:
-    wrong = [f"{matrix.name} has {matrix.sides[side]}" for matrix in matrices if matrix.sides[side] % by]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    uneven = [f"{matrix.name} has {matrix.sides[side]}" for matrix in matrices if matrix.sides[side] % by]
+    if uneven:
+        more = f" and {len(uneven) - 3} more" if len(uneven) > 3 else ""
         raise ValueError(
-            f"the {what} of every matrix must be a multiple of {by}: {', '.join(wrong[:3])}{more}. "
+            f"the {what} of every matrix must be a multiple of {by}: {', '.join(uneven[:3])}{more}. "
             "Leave these out by prunable, or take Unstructured()."
         )

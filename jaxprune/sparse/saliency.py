@@ -1,7 +1,6 @@
-"""How much single weights matter: by their magnitude, by their movement, by the loss to second order.
+"""Scores of single weights: by their magnitude, by their movement, by the loss to second order.
 
-The criteria of `jaxprune.scoring.baselines` and `jaxprune.scoring.attribution` score whole units; these score every
-weight of a matrix.
+The criteria of `jaxprune.scoring` score whole units; these score every weight of a matrix.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float
 
 
 class WeightCriterion(Protocol):
-    """How weights are scored: a frozen dataclass, called with float32 arrays in the shape of a parameter.
+    """A score for weights: a frozen dataclass, called with float32 arrays in the shape of a parameter.
 
     Higher means more needed. Gradients are those of the loss, as the optimizer gets them.
     """
@@ -43,7 +42,7 @@ class WeightMagnitude:
     accumulates: ClassVar[bool] = False
 
     def add(self, total: Array, weight: Array, gradient: Array) -> Array:
-        """Nothing is added."""
+        """Adds nothing."""
         return total
 
     def __call__(self, weight: Array, total: Array | None) -> Array:
@@ -52,7 +51,19 @@ class WeightMagnitude:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightMovement:
+class _Accumulating:
+    """A criterion with a total that decays."""
+
+    decay: float = 1.0  # of the total, per step; 1: all steps count alike
+    accumulates: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay must lie in (0, 1], got {self.decay}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightMovement(_Accumulating):
     """`-Σ w ∂loss/∂w` over the steps: weights that training moves towards zero go first. Signed.
 
     The paper also lets gradients through to weights that are zero, so that they may come back; here they do not.
@@ -60,12 +71,6 @@ class WeightMovement:
     References:
         Sanh, Wolf and Rush, Movement Pruning, 2020, arXiv 2005.07683, eq. 3, up to the learning rate.
     """
-
-    decay: float = 1.0  # of the total, per step; 1: all steps count alike
-    accumulates: ClassVar[bool] = True
-
-    def __post_init__(self):
-        _check_decay(self.decay)
 
     def add(self, total: Array, weight: Array, gradient: Array) -> Array:
         """Adds one step."""
@@ -77,7 +82,7 @@ class WeightMovement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightFisher:
+class WeightFisher(_Accumulating):
     """`w^2 E[g^2] / 2`: by how much the loss rises without the weight, to second order and weight by weight.
 
     The diagonal of the Hessian is approximated by the mean square of the gradients that the optimizer gets. These are
@@ -89,11 +94,7 @@ class WeightFisher:
         with dense networks and Fisher pruning, 2018, arXiv 1801.05787 (squared gradients in place of the Hessian).
     """
 
-    decay: float = 0.999  # of the mean square, per step
-    accumulates: ClassVar[bool] = True
-
-    def __post_init__(self):
-        _check_decay(self.decay)
+    decay: float = 0.999
 
     def add(self, total: Array, weight: Array, gradient: Array) -> Array:
         """Adds one step; with a decay of 1 it is a sum."""
@@ -107,8 +108,3 @@ class WeightFisher:
 def add_step(criterion: WeightCriterion, total: Array, weight: Array, gradient: Array) -> Array:
     """The criterion's total after a step, in float32."""
     return criterion.add(total, weight.astype(jnp.float32), gradient.astype(jnp.float32))
-
-
-def _check_decay(decay: float) -> None:
-    if not 0 < decay <= 1:
-        raise ValueError(f"decay must lie in (0, 1], got {decay}.")

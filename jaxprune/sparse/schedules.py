@@ -1,4 +1,4 @@
-"""When weights are pruned during training, and how many: a table of steps and sparsities.
+"""Pruning schedules: the steps of a training at which weights become zero, and how many are zero after each.
 
 *Sparsity* is the fraction of weights that are zero. A *step* is one update of the optimizer; the first has number 1. A
 schedule holds after its steps: with `cubic_schedule(0.95, 1000)`, 95 % of the weights are zero after 1000 updates.
@@ -29,11 +29,11 @@ class Schedule:
             raise ValueError(
                 f"steps and sparsities must be as many, at least one, got {len(self.steps)} and {len(self.sparsities)}."
             )
-        if self.steps[0] < 1 or any(b <= a for a, b in zip(self.steps, self.steps[1:], strict=False)):
+        if self.steps[0] < 1 or list(self.steps) != sorted(set(self.steps)):
             raise ValueError(f"steps must rise from at least 1, got {self.steps}.")
         for sparsity in self.sparsities:
             check_sparsity("sparsities", sparsity)
-        if any(b < a for a, b in zip(self.sparsities, self.sparsities[1:], strict=False)):
+        if list(self.sparsities) != sorted(self.sparsities):
             raise ValueError(f"sparsities must not fall, got {self.sparsities}.")
 
     @property
@@ -42,7 +42,7 @@ class Schedule:
         return self.sparsities[-1]
 
     def done(self, step: Int[Array, ""] | int) -> Int[Array, ""]:
-        """How many of the prunings are at `step` or before it."""
+        """The number of prunings at `step` or before it."""
         return (jnp.asarray(self.steps, jnp.int32) <= step).sum(dtype=jnp.int32)
 
     def due(self, step: Int[Array, ""] | int) -> Bool[Array, ""]:
@@ -67,9 +67,6 @@ def cubic_schedule(final: float, steps: int, *, start: int = 0, initial: float =
         prunings: How often weights are pruned, at even distances (rounded down to whole updates), the last time at
             `steps`. If there are fewer updates, at each of them.
 
-    Returns:
-        The schedule.
-
     Raises:
         ValueError: If a sparsity is outside [0, 1), they fall, `start` is not within `steps`, or nothing is to be done.
 
@@ -81,11 +78,7 @@ def cubic_schedule(final: float, steps: int, *, start: int = 0, initial: float =
 
 
 def linear_schedule(final: float, steps: int, *, start: int = 0, initial: float = 0.0, prunings: int = 100) -> Schedule:
-    """Prunes as much every time: `s = f + (i - f)(1 - n/N)`; the arguments are those of `cubic_schedule`.
-
-    Raises:
-        ValueError: As `cubic_schedule`.
-    """
+    """Prunes as much every time: `s = f + (i - f)(1 - n/N)`; arguments and errors are those of `cubic_schedule`."""
     return _curve(lambda left: final + (initial - final) * left, final, steps, start, initial, prunings)
 
 
@@ -99,11 +92,7 @@ def one_shot_schedule(final: float, step: int) -> Schedule:
 
 
 def check_sparsity(name: str, sparsity: float) -> None:
-    """Refuses a fraction of zeros that is none, or that leaves nothing.
-
-    Raises:
-        ValueError: If it is outside [0, 1).
-    """
+    """Refuses a fraction of zeros outside [0, 1): that is none, or leaves nothing."""
     if not 0 <= sparsity < 1:
         raise ValueError(f"{name} must lie in [0, 1), the fraction of weights that become zero; got {sparsity}.")
 

@@ -22,14 +22,13 @@ from jaxprune.evaluation.evaluate import Evaluation, evaluate, fitting_head
 from jaxprune.models import Model
 from jaxprune.scoring.scores import describe
 from jaxprune.sparse.masks import masks_of, sparsity_of
-from jaxprune.sparse.matrices import linear_maps
+from jaxprune.sparse.matrices import PROJECTION, linear_maps
 from jaxprune.sparse.optimizer import SparseState, sparse_optimizer
 from jaxprune.sparse.patterns import Pattern, Unstructured
 from jaxprune.sparse.saliency import WeightCriterion, WeightMagnitude
 from jaxprune.sparse.schedules import Schedule
 from jaxprune.training.finetuning import check_rows
 from jaxprune.training.joint_loss import (
-    PROJECTION,
     Distillation,
     Pair,
     initialise_projection,

@@ -43,13 +43,12 @@ from jaxprune.models import (
     score_mask,
 )
 from jaxprune.models.backward import Saved, gradients_at
+from jaxprune.sparse.matrices import PROJECTION
 from jaxprune.training.loop import share_gradients
 from jaxprune.units import Params, Path, flatten, unflatten, widths
 
 Pair: TypeAlias = tuple[Model, Params]  # what `load` returns
 LayerMap: TypeAlias = Callable[[int, int], Sequence[int | None]]  # see `Distillation.layers`
-
-PROJECTION = "projection"  # the place of its matrices, beside the student's parameters
 WEIGHTS = ("attention", "embeddings", "hidden", "logits", "labels")  # of `Distillation`, in the order of its fields
 
 
