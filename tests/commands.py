@@ -103,12 +103,9 @@ def make_place(folder: Path) -> Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """The model and its data; compiled programs of child processes are kept beside them."""
-    folder = tmp_path_factory.mktemp("place")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
-        yield make_place(folder)
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """The model and its data."""
+    return make_place(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="module")

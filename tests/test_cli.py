@@ -308,7 +308,7 @@ def test_a_scoring_run_that_was_interrupted_and_killed_ends_with_the_same_bits(p
     stdout, stderr = first.communicate()
     assert first.returncode == 130, stderr
     assert stdout == ""
-    assert "interrupted; run the same command again to go on" in stderr
+    assert "interrupted; run the same command again to resume" in stderr
     assert "Traceback" not in stderr
 
     before = part.read_bytes()

@@ -41,9 +41,9 @@ from jaxprune.cli.options import (
 )
 
 EPILOG = (
-    "Long commands go on where they were interrupted: run the same one again. Bad input ends with exit code 2 and one "
-    "line on stderr; JAXPRUNE_TRACEBACK=1 shows where it came from. Compiled programs, latency tables and models' "
-    "digests are kept in ~/.cache/jaxprune; JAX_COMPILATION_CACHE_DIR names another folder for the programs."
+    "Long-running commands resume after an interruption: run the same one again. Bad input ends with exit code 2 and "
+    "one line on stderr; JAXPRUNE_TRACEBACK=1 shows where it came from. Compiled programs, latency tables and digests "
+    "of models are kept in ~/.cache/jaxprune; JAX_COMPILATION_CACHE_DIR names another folder for the programs."
 )
 
 BAD_INPUT = (ValueError, TypeError, OSError, MemoryError)  # what is raised for a wrong argument, file or folder
@@ -63,7 +63,7 @@ def describe(error: BaseException) -> str:
 
 
 class Commands(TyperGroup):
-    """Turns what went wrong into one line on stderr and an exit code."""
+    """Turns errors into one line on stderr and an exit code."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         """Runs a command: exit code 2 for bad input, 130 after Ctrl-C."""
@@ -85,7 +85,7 @@ class Commands(TyperGroup):
             complain(f"out of memory: use a smaller --batch-size ({str(error).splitlines()[0]})")
             code = 2
         if code == 130:
-            print("interrupted; run the same command again to go on", file=sys.stderr)
+            print("interrupted; run the same command again to resume", file=sys.stderr)
         if standalone_mode:
             sys.exit(code or 0)
         return code
@@ -158,15 +158,17 @@ def prune(
     recovery: RecoveryOptions,
     receipts: ReceiptOptions,
     scores: Annotated[
-        list[Path] | None, option("A score file, or one per task; without it --task is scored.", metavar="FILE")
+        list[Path] | None, option("A score file, or one per task; otherwise --task is scored.", metavar="FILE")
     ] = None,
-    task: Annotated[list[str] | None, rows("What to score, and to test before and after; one or several.")] = None,
+    task: Annotated[
+        list[str] | None, rows("The task to score, and to test before and after; repeat it for several.")
+    ] = None,
     together: Annotated[
         str | None,
-        choice("together", "Several tasks: mean scores (default), or what any or all keep.", "What stays"),
+        choice("together", "Several tasks: mean scores (default), or units that any or all keep.", "Selection"),
     ] = None,
     rounds: Annotated[
-        int, kept("Steps to the budget; before each, what is left is scored again.", "--rounds", metavar="N")
+        int, kept("Rounds to the budget; the rest is scored again before each.", "--rounds", metavar="N")
     ] = 1,
     head: Head = None,
     evaluate: Annotated[bool, measured("Test before and after.", "--evaluate/--no-evaluate")] = True,
@@ -289,11 +291,11 @@ def plan(
     selection: SelectionOptions,
     as_json: Json = False,
 ) -> None:
-    """Shows what a budget would leave, layer by layer, and what that would cost; needs no data, writes no model.
+    """Shows what a budget would leave, layer by layer, and what that would cost; needs no data and writes no model.
 
     Example: [cyan]jaxprune plan multi --scores sst2.safetensors --latency 0.5[/cyan]
 
-    For a latency, the modules are measured on this device unless that was done before; the table is kept.
+    For a latency, the modules are measured on this device, once: the table is kept.
     """
     with terminal.working() as bars:
         from jaxprune.cli import planning

@@ -1,4 +1,4 @@
-"""The options of the commands, in groups that several commands share, and what the names in them stand for.
+"""The options of the commands, in groups that several commands share, and the meaning of the names in them.
 
 The library is imported only when an option is put to use, so `--help` answers at once.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from jaxprune.scoring.attribution import Criterion
     from jaxprune.scoring.run import Scoring
 
-# What the names on the command line stand for: option -> name -> function or class, imported when it is asked for.
+# Option -> name on the command line -> the function or class that it means, imported when it is needed.
 FUNCTIONS: Mapping[str, Mapping[str, str]] = {
     "criterion": {
         "integrated-gradients": "scoring.attribution:IntegratedGradients",
@@ -103,7 +103,7 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
 }
 BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-SETTINGS = {  # option -> the setting of a criterion that it sets
+SETTINGS = {  # option -> the setting of a criterion
     "nodes": "nodes",
     "chunk": "chunk",
     "path": "path",
@@ -148,8 +148,8 @@ def find(option: str, name: str) -> Any:
 
 rows = partial(option, panel="Task and data")
 scoring = partial(option, panel="Scoring")
-kept = partial(option, panel="What stays")
-measured = partial(option, panel="What is measured")
+kept = partial(option, panel="Selection")
+measured = partial(option, panel="Testing")
 training = partial(option, panel="Training")
 
 ModelName: TypeAlias = Annotated[
@@ -157,14 +157,12 @@ ModelName: TypeAlias = Annotated[
     typer.Argument(help="A model folder, or a name on the Hugging Face hub; FOLDER#TASK: a task of a shared one."),
 ]
 OneTask: TypeAlias = Annotated[str, rows("A built-in task, a folder in --data, or your own file or folder.", "--task")]
-Tasks: TypeAlias = Annotated[
-    list[str], rows("As often as there are tasks: a built-in one, or your own file.", "--task")
-]
+Tasks: TypeAlias = Annotated[list[str], rows("A built-in task, or your own file; repeat it for several.", "--task")]
 Folder: TypeAlias = Annotated[Path, option("The folder to write.", "--output", "-o", metavar="FOLDER")]
-Head: TypeAlias = Annotated[str | None, rows("The task head; by default the one of the task's name, or the only one.")]
-Dark: TypeAlias = Annotated[bool, option("Draw for dark pages.", "--dark")]
-Json: TypeAlias = Annotated[bool, option("One JSON object on stdout, and nothing else.", "--json")]
-Overwrite: TypeAlias = Annotated[bool, option("Replace what is there.", "--overwrite")]
+Head: TypeAlias = Annotated[str | None, rows("The task head; by default the one named like the task, or the only one.")]
+Dark: TypeAlias = Annotated[bool, option("Draw for a dark page.", "--dark")]
+Json: TypeAlias = Annotated[bool, option("Print one JSON object on stdout, and nothing else.", "--json")]
+Overwrite: TypeAlias = Annotated[bool, option("Replace existing output.", "--overwrite")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,17 +193,17 @@ class PictureOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RowOptions:
-    """Where the rows of a task come from."""
+    """The source of a task's rows."""
 
-    data: Annotated[Path | None, rows("Folder with TASK/train.jsonl and so on. Without it: the hub.")] = None
-    text: Annotated[str | None, rows("Own files: column of the text or the question.", metavar="COLUMN")] = None
-    text_pair: Annotated[str | None, rows("Own files: that of the second text or the context.", metavar="COLUMN")] = (
-        None
-    )
-    label: Annotated[str | None, rows("Own files: column of the label or the answers.", metavar="COLUMN")] = None
-    label_names: Annotated[str | None, rows("Own files: names in the order of the task head.", metavar="A,B,...")] = (
-        None
-    )
+    data: Annotated[Path | None, rows("Folder with TASK/train.jsonl and so on; by default the hub.")] = None
+    text: Annotated[str | None, rows("Your own files: column of the text or the question.", metavar="COLUMN")] = None
+    text_pair: Annotated[
+        str | None, rows("Your own files: column of the second text or the context.", metavar="COLUMN")
+    ] = None
+    label: Annotated[str | None, rows("Your own files: column of the label or the answers.", metavar="COLUMN")] = None
+    label_names: Annotated[
+        str | None, rows("Your own files: labels in the order of the task head.", metavar="A,B,...")
+    ] = None
 
     prompt: Annotated[
         str | None, rows("Text-to-text models: t5 (default), flan, or a YAML file of your own.", metavar="PROMPT")
@@ -229,34 +227,36 @@ class RowOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions:
-    """How texts are batched."""
+    """Batches of texts."""
 
     batch_size: Annotated[int, rows("Examples in a batch.")] = 32
-    max_length: Annotated[int | None, rows("Tokens to which texts are cut; 128 by default, for spans 384.")] = None
+    max_length: Annotated[int | None, rows("Tokens after which texts are cut; by default 128, for spans 384.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class CriterionOptions:
-    """The settings of criteria. What is None is the criterion's own default."""
+    """The settings of criteria; None is the criterion's own default."""
 
-    nodes: Annotated[int | None, scoring("Quadrature nodes of integrated gradients; 8 by default.")] = None
-    chunk: Annotated[int | None, scoring("Nodes, or heads left out, evaluated together; 1 by default.")] = None
+    nodes: Annotated[int | None, scoring("Quadrature nodes of integrated gradients; by default 8.")] = None
+    chunk: Annotated[int | None, scoring("Nodes, or heads left out, evaluated together; by default 1.")] = None
     path: Annotated[str | None, choice("path", "All gates together (default), or one module at a time: slower.")] = None
-    start: Annotated[float | None, scoring("Where the path starts, in [0, 1); 0 by default.")] = None
-    rule: Annotated[str | None, choice("rule", "The quadrature; gauss-legendre by default.")] = None
+    start: Annotated[float | None, scoring("Start of the path, in [0, 1); by default 0.")] = None
+    rule: Annotated[str | None, choice("rule", "The quadrature; by default gauss-legendre.")] = None
     objective: Annotated[
-        str | None, choice("objective", "What must be kept; probability by default, squared-error in a regression.")
+        str | None, choice("objective", "What must be kept; by default probability, in a regression squared-error.")
     ] = None
-    labels: Annotated[str | None, choice("labels", "For which label; gold by default, sampled for fisher.")] = None
-    tokens: Annotated[str | None, choice("tokens", "Over the tokens of an example; sum by default.")] = None
+    labels: Annotated[str | None, choice("labels", "The label it is about; by default gold, for fisher sampled.")] = (
+        None
+    )
+    tokens: Annotated[str | None, choice("tokens", "How tokens of an example combine; by default sum.")] = None
     examples_reduction: Annotated[
-        str | None, choice("examples-reduction", "Over the examples; absolute by default.")
+        str | None, choice("examples-reduction", "How examples combine; by default absolute.")
     ] = None
-    closed: Annotated[str | None, choice("closed", "What a removed unit is replaced by; zero by default.")] = None
+    closed: Annotated[str | None, choice("closed", "What replaces a removed unit; by default zero.")] = None
 
     kinds: Annotated[
         str | None,
-        scoring("Units by commas: heads,neurons (default), channels, query_channels.", metavar="channels,neurons"),
+        scoring("Kinds of units: heads,neurons (default), channels, query_channels.", metavar="channels,neurons"),
     ] = None
 
     def build(self, *names: str) -> dict[str, Criterion]:
@@ -286,13 +286,13 @@ class CriterionOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions:
-    """How units are scored, and with which rows."""
+    """The criterion, and the rows to score with."""
 
     criterion: Annotated[str, choice("criterion", "How units are scored")] = "integrated-gradients"
-    examples: Annotated[int | None, scoring("Calibration rows to score with, stratified by label; 128 by default.")] = (
+    examples: Annotated[int | None, scoring("Calibration rows to score with, stratified by label; by default 128.")] = (
         None
     )
-    seed: Annotated[int, scoring("Of the draw of the rows, and of criteria that draw.")] = 0
+    seed: Annotated[int, scoring("Seed of the draw of rows, and of random criteria.")] = 0
 
     def build(self, settings: CriterionOptions, head: str | None, batches: BatchOptions) -> Scoring:
         """The settings of a scoring run.
@@ -310,14 +310,14 @@ class ScoringOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryOptions:
-    """How what is left is repaired."""
+    """The repair of what is left."""
 
     recover: Annotated[
         str | None,
         choice(
             "recover",
-            "Repair in closed form, without labels; reconstruct by default, with --scores none.",
-            "What stays",
+            "Repair in closed form, without labels; by default reconstruct, with --scores none.",
+            "Selection",
         ),
     ] = None
     recover_examples: Annotated[int, kept("Calibration rows to repair with.")] = 256
@@ -326,7 +326,7 @@ class RecoveryOptions:
     ] = None
 
     def build(self, seed: int, batches: BatchOptions, rounds: int = 1, *, scoring: bool = True) -> Recovery | None:
-        """How to repair; None: not at all, which is the default where nothing is scored: score files need no rows.
+        """The settings; None: no repair, which is the default where nothing is scored: score files need no rows.
 
         Raises:
             ValueError: If `--recover-rounds` is none of its words, or there is nothing that it could be about.
@@ -349,7 +349,7 @@ class RecoveryOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ReceiptOptions:
-    """What a selection loses, and whether units are selected again by it."""
+    """The loss of a selection, and re-selection by it."""
 
     receipt: Annotated[
         bool, measured("What of the objective is lost on the scored rows, by layer, predicted and true.", "--receipt")
@@ -369,20 +369,20 @@ class ReceiptOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetOptions:
-    """How much stays."""
+    """The budget: how much stays."""
 
     flops: Annotated[float | None, kept("Fraction of the FLOPs that may stay.")] = None
     parameters: Annotated[float | None, kept("Fraction of the units' parameters that may stay.")] = None
     units: Annotated[float | None, kept("Fraction of the units that may stay.")] = None
     memory: Annotated[
-        str | None, kept("What all weights may take in memory, or the fraction that may stay.", metavar="40MB|0.5")
+        str | None, kept("Memory that all weights may take, or the fraction that may stay.", metavar="40MB|0.5")
     ] = None
     latency: Annotated[
-        str | None, kept("What a forward pass may take on this device, or the fraction.", metavar="12ms|0.5")
+        str | None, kept("Time that a forward pass may take on this device, or the fraction.", metavar="12ms|0.5")
     ] = None
-    latency_batch: Annotated[int | None, kept("Examples in that pass; 1 by default.")] = None
+    latency_batch: Annotated[int | None, kept("Examples in that pass; by default 1.")] = None
     latency_table: Annotated[
-        Path | None, kept("Its table; by default the one in the cache, else it is measured.", metavar="FILE")
+        Path | None, kept("Its table; by default the one in the cache, measured if needed.", metavar="FILE")
     ] = None
 
     def build(self, length: Length | None) -> Budget:
@@ -414,19 +414,19 @@ class BudgetOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionOptions:
-    """Which units stay, within a budget."""
+    """The units that stay, within a budget."""
 
     length: Annotated[
         str | None,
-        kept("Tokens of an example, for FLOPs; by default as scored. Of T5: read,written.", metavar="128"),
+        kept("Tokens per example, for FLOPs; by default as scored. For T5: read,written.", metavar="128"),
     ] = None
     per_layer: Annotated[bool, kept("The same fraction everywhere, or all units compete.", "--per-layer/--global")] = (
         True
     )
     multiple_of: Annotated[list[str] | None, kept("Round widths down to a multiple.", metavar="neurons=8")] = None
-    floor: Annotated[list[str] | None, kept("What stays in each layer at least.", metavar="heads=1")] = None
+    floor: Annotated[list[str] | None, kept("The least that stays in each layer.", metavar="heads=1")] = None
     protect: Annotated[list[str] | None, kept("Layers (0) and sites (3.ffn.neurons) that stay whole.")] = None
-    normalise: Annotated[str | None, choice("normalise", "Divide each site's scores by their norm.", "What stays")] = (
+    normalise: Annotated[str | None, choice("normalise", "Divide each site's scores by their norm.", "Selection")] = (
         None
     )
 
@@ -457,10 +457,10 @@ def build(settings: Any, *groups: Any, **more: Any) -> Any:
 def read_length(text: str) -> Length:
     """Reads `128`, or `128,4` of a model that writes text."""
     try:
-        found = tuple(map(float, text.split(",")))
+        numbers = tuple(map(float, text.split(",")))
     except ValueError as error:
         raise ValueError(f"--length {text!r} is no number of tokens; write 128, or 128,4 for T5.") from error
-    return found[0] if len(found) == 1 else found
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def read_amount(name: str, text: str | None, unit: str, factors: Mapping[str, float]) -> dict[str, float]:
@@ -471,16 +471,16 @@ def read_amount(name: str, text: str | None, unit: str, factors: Mapping[str, fl
     """
     if text is None:
         return {}
-    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)(?:[eE]([+-]?\d+))?\s*([A-Za-z]*)", text.strip())
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)(?:[eE]([+-]?\d+))?\s*([A-Za-z]*)", text.strip())
     words = f"a fraction in (0, 1], or a number and one of {', '.join(factors)}"
-    if found is None or (found[3] and found[3] not in factors):
+    if match is None or (match[3] and match[3] not in factors):
         raise ValueError(f"--{name} takes {words}; got {text!r}.")
-    value = float(f"{found[1]}e{found[2] or 0}") * factors.get(found[3], 1.0)
+    value = float(f"{match[1]}e{match[2] or 0}") * factors.get(match[3], 1.0)
     if not 0 < value < float("inf"):
         raise ValueError(f"--{name} must lie above 0: {words}; got {text!r}.")
-    if not found[3] and value > 1:
+    if not match[3] and value > 1:
         raise ValueError(f"--{name} needs a unit: {words}; got {text!r}.")
-    return {f"{name}_{unit}" if found[3] else name: value}
+    return {f"{name}_{unit}" if match[3] else name: value}
 
 
 def by_kind(name: str, values: list[str] | None) -> int | dict[str, int] | None:
@@ -517,7 +517,7 @@ def read_fractions(name: str, text: str) -> tuple[float, ...]:
 
 
 def given(context: typer.Context, *options: str | type) -> str:
-    """Those of some options, and of groups of options, that are on the command line."""
+    """The options, of those named and of groups of options, that are on the command line."""
     named = [[it] if isinstance(it, str) else [field.name for field in fields(it)] for it in options]
     found = []
     for name in (name for names in named for name in names):

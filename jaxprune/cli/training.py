@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
     Pair = tuple[Model, Params]
 
-learned = partial(option, panel="What is learned")
-zeroed = partial(option, panel="What becomes zero")
+learned = partial(option, panel="Learning from the teacher")
+zeroed = partial(option, panel="Sparsity")
 exchanged = partial(option, panel="Copies")
 
 SPARSITY = 0.95  # of SparseBERT
@@ -124,7 +124,7 @@ class DistillationOptions:
     ] = None
     temperature: Annotated[float, learned("Of the logits.")] = 1.0
     layers: Annotated[
-        str, choice("layers", "The teacher's layers to learn from, for another depth", "What is learned")
+        str, choice("layers", "The teacher's layers to learn from, for another depth", "Learning from the teacher")
     ] = "one-to-one"
     head: Annotated[str | None, learned("The teacher's task head; by default the one of the task's name.")] = None
 
@@ -148,11 +148,11 @@ class SparsificationOptions:
     sparsity: Annotated[
         float | None, zeroed("Fraction of the layers' weights that become zero; 0.95 by default, or the pattern's.")
     ] = None
-    schedule: Annotated[str, choice("schedule", "How sparsity rises", "What becomes zero")] = "cubic"
+    schedule: Annotated[str, choice("schedule", "How sparsity rises", "Sparsity")] = "cubic"
     prune_from: Annotated[float, zeroed("Where in the training it begins, as a fraction.")] = 0.0
     prune_until: Annotated[float, zeroed("Where it ends; what follows is recovery.")] = 1.0
     prunings: Annotated[int, zeroed("How often, at even distances.")] = 100
-    weights: Annotated[str, choice("weights", "Weights that go first", "What becomes zero")] = "magnitude"
+    weights: Annotated[str, choice("weights", "Weights that go first", "Sparsity")] = "magnitude"
     pattern: Annotated[
         str, zeroed("Any weights, N of M inputs, or whole blocks, such as 2:4 or 4x4.", metavar="any|N:M|RxC")
     ] = "any"
@@ -498,7 +498,7 @@ class StudentRun:
         from jaxprune.evaluation.evaluate import evaluate
 
         (clean,), _ = remove_leaks([task])
-        limits = {"dev": self.options.dev_limit}
+        limits: dict[str, int | None] = {"dev": self.options.dev_limit}
         if self.options.evaluate and clean.rows("test"):
             limits["test"] = self.options.limit
         results: dict[str, dict[str, Any]] = {who: {} for who in pairs}

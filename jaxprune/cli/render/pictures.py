@@ -21,7 +21,7 @@ MARKERS = "osD^vPX*<ph"
 DASHES = ("-", (0, (6, 2)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 SCORES_MAP = "cividis"  # evenly brighter from blue to yellow, for every kind of colour vision
 FORMATS = ("png", "svg")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.axisbelow": True, "axes.spines.right": False, "axes.spines.top": False, "axes.titlelocation": "left",
     "axes.titlesize": 11, "figure.dpi": 120, "grid.alpha": 0.6, "grid.linewidth": 0.4, "legend.fontsize": 8,
     "legend.frameon": False, "legend.handlelength": 3.5, "legend.title_fontsize": 8, "lines.linewidth": 1.8,
@@ -64,7 +64,9 @@ def _drawing(
         check_picture(to)
     page, kind = DARK if dark else LIGHT, to.suffix.lower().lstrip(".") if isinstance(to, Path) else "png"
     ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "lines.markeredgecolor")
-    colours = dict.fromkeys(ink, page.ink) | dict.fromkeys(("figure.facecolor", "axes.facecolor"), page.background)
+    colours: dict[Any, Any] = dict.fromkeys(ink, page.ink) | dict.fromkeys(
+        ("figure.facecolor", "axes.facecolor"), page.background
+    )
     with mpl.rc_context({**STYLE, **colours, "grid.color": page.faint}):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)  # needs no display
@@ -343,7 +345,7 @@ def _heat_map(
 
     for y, row in enumerate(table):
         for x, value in enumerate(row):
-            face = "none" if value is None else mpl.colormaps[SCORES_MAP](value)
+            face: Any = "none" if value is None else mpl.colormaps[SCORES_MAP](value)
             axes.add_patch(Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, facecolor=face, edgecolor=page.faint, lw=0.4))
             if value is not None:
                 red, green, blue, _ = face
