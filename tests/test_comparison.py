@@ -217,8 +217,14 @@ def test_tables(scored, monkeypatch):
     assert "mood, third" in three.stdout and "mean of 3 pairs" in three.stdout
 
 
-@pytest.mark.parametrize("files", [("mood", "topic"), ("mood", "topic", "third"), ("heads", "mood_heads")])
-@pytest.mark.parametrize(("ending", "dark"), [("png", ()), ("svg", ("--dark",))])
+@pytest.mark.parametrize(
+    ("files", "ending", "dark"),
+    [
+        (("mood", "topic"), "png", ()),
+        (("mood", "topic", "third"), "svg", ("--dark",)),
+        (("heads", "mood_heads"), "png", ()),
+    ],
+)
 def test_pictures(scored, tmp_path, files, ending, dark):
     scores = load_scores(scored["heads"])
     scored = scored | {"mood_heads": save_scores(tmp_path / "mood_heads.safetensors", scores)}
