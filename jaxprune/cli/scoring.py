@@ -38,7 +38,7 @@ class CheckingOptions:
 
     units: Annotated[int, measured("Units of each kind that are removed, one at a time.")] = 64
     examples: Annotated[int, measured("The most calibration rows on which they are removed.")] = 64
-    orders: Annotated[int, measured("Random orders of deletion, 2 to 10.")] = 5
+    orders: Annotated[int, measured("Random orders of deletion, at least 2.")] = 5
     fractions: Annotated[str, measured("Of the units that are deleted.", metavar="A,B,...")] = DELETED
     split: Annotated[str, measured("Rows to test on while units are deleted.")] = "dev"
     limit: Annotated[int, measured("The most of them.")] = 256

@@ -1,7 +1,7 @@
-"""Sanity checks of scores: do they sum to what they should, do they rank as removal does, do they beat chance?
+"""Sanity checks of scores: that they sum to what they should, rank units as removal does, and beat chance.
 
-Every check gives a verdict by a rule that is stated beside it. *Undecided* says that what was measured is too little to
-tell: more units, examples or orders would help.
+Every check gives a verdict by a rule that is stated beside it. *Undecided* says that too little was measured to tell:
+more units, examples or orders would help.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import NormalDist, mean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from jaxprune.pruning.budgets import Rules, Units
 from jaxprune.pruning.record import origin_of, scored_rows
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.activations import calibration_means, zero
-from jaxprune.scoring.baselines import Removal
+from jaxprune.scoring.baselines import Removal, TopLayers
 from jaxprune.scoring.objectives import gold
 from jaxprune.scoring.run import Scoring, score
 from jaxprune.scoring.scores import Scores
@@ -33,20 +33,19 @@ PASS, FAIL, UNDECIDED, NOT_APPLICABLE = "pass", "fail", "undecided", "does not a
 MOST_ERROR = 0.05  # of completeness, relative; 8 nodes usually leave less than a tenth of it
 LEAST_CORRELATION = 0.2  # with removal; scores that are certainly below are no measure of what removal does
 FEWEST_UNITS = 4  # of a site, for a rank correlation with a margin of error
-DEVIATIONS = 1.96  # standard errors to either side: 95 % of a normal distribution
-T_VALUES = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 97.5 %, 1 to 9 degrees of freedom
+CONFIDENCE = 0.95
 
 Progress = Callable[[int, int, str], None]  # what is done, of how much, and which check it is
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checking:
-    """How much is measured for the checks."""
+    """The extent of the checks."""
 
     units: int = 64  # of each kind, removed one at a time
     examples: int = 64  # the most calibration rows on which they are removed
     chunk: int = 1  # units closed together, each in rows of its own; sets the memory, not the result
-    orders: int = 5  # random orders of deletion, 2 to 10
+    orders: int = 5  # random orders of deletion, at least 2
     fractions: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the units, deleted
     split: str = "dev"  # rows on which quality is measured while units are deleted
     limit: int | None = 256  # the most of them
@@ -54,17 +53,15 @@ class Checking:
     batch_size: int = 32
 
     def __post_init__(self):
-        if not 2 <= self.orders <= len(T_VALUES) + 1:
-            raise ValueError(f"orders must lie in 2 to {len(T_VALUES) + 1}, got {self.orders}.")
-        for name in ("units", "examples", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name, least in (("orders", 2), ("units", 1), ("examples", 1), ("chunk", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if not self.fractions or not all(0 < fraction < 1 for fraction in self.fractions):
             raise ValueError(f"fractions must lie in (0, 1), got {self.fractions}.")
 
 
 class Check(NamedTuple):
-    """What one check found."""
+    """The result of one check."""
 
     name: str
     verdict: str  # pass, fail, undecided, or does not apply
@@ -78,19 +75,29 @@ def check(
     params: Params,
     task: Task,
     scores: Scores,
-    *,
     checking: Checking = Checking(),
+    *,
     progress: Progress = lambda done, total, note: None,
 ) -> list[Check]:
     """Checks scores against the model and the task they were made with.
+
+    *Removal*: units are sampled from all sites alike, and within a site from the lowest to the highest score, and
+    really removed, one at a time. The change of the objective is reduced over the examples as the scores are, such as
+    the mean of its size. Its rank correlation with the scores is that within a site, mean over the sites, with a 95 %
+    interval from Fisher's transformation.
+
+    *Deletion*: the same fraction of the units goes at every site that has scores (of top layers, of all units
+    together), lowest scores first, highest first, and in random orders. The area of a curve is the mean of the task's
+    primary metric over the fractions; that of another random order would lie within Student's t times the spread of
+    those measured, with 95 % confidence.
 
     Args:
         model: The architecture.
         params: The parameters that were scored.
         task: The task, with the rows that were scored, and rows to measure quality on.
         scores: The scores.
-        checking: How much is measured.
-        progress: Called with what is done of a check, and its name.
+        checking: The extent of the checks.
+        progress: Called with what is done of a check, of how much, and its name.
 
     Returns:
         Completeness; removal, for every kind of units; deletion.
@@ -98,116 +105,88 @@ def check(
     Raises:
         ValueError: If the scores are of another model or task, its calibration rows are missing, or they were made with
             an objective or labels of the user's own.
+
+    References:
+        Bonett and Wright, Sample size requirements for estimating Pearson, Kendall and Spearman correlations, 2000.
     """
     most = checking.examples
     rows = scored_rows(model, params, task, scores, limit=most, drawn=most, key=checking.seed)
     return [
         completeness_check(scores),
-        *removal_checks(model, params, task, scores, rows, checking=checking, progress=progress),
-        deletion_check(model, params, task, scores, checking=checking, progress=progress),
+        *_removal_checks(model, params, task, scores, rows, checking, progress),
+        _deletion_check(model, params, task, scores, checking, progress),
     ]
 
 
 def completeness_check(scores: Scores) -> Check:
-    """Whether integrated gradients sum to the objective's difference between the ends of their path."""
-    found = scores.header["completeness"]
+    """Checks that integrated gradients sum to the objective's difference between the ends of their path."""
+    completeness = scores.header["completeness"]
     rule = f"relative error at most {MOST_ERROR:g}"
-    if found is None:
+    if completeness is None:
         return Check("completeness", NOT_APPLICABLE, None, rule, {})
-    error = found["relative"]
+    error = completeness["relative"]
     verdict = UNDECIDED if error is None else PASS if error <= MOST_ERROR else FAIL
-    return Check("completeness", verdict, error, rule, dict(found))
+    return Check("completeness", verdict, error, rule, dict(completeness))
 
 
-def removal_checks(
+def _removal_checks(
     model: Model,
     params: Params,
     task: Task,
     scores: Scores,
-    rows: Sequence[Example],
-    *,
-    checking: Checking = Checking(),
-    progress: Progress = lambda done, total, note: None,
+    examples: Sequence[Example],
+    checking: Checking,
+    progress: Progress,
 ) -> list[Check]:
-    """Whether scores rank units as their removal does: a sample of units is really removed, one at a time.
-
-    The change of the objective is reduced over the examples as the scores are, such as the mean of its size. Units are
-    sampled from all sites alike, and within a site from the lowest to the highest score.
-
-    Args:
-        model: The architecture.
-        params: The parameters that were scored.
-        task: The task.
-        scores: The scores.
-        rows: Calibration rows.
-        checking: How many units are sampled.
-        progress: Called with finished batches.
-
-    Returns:
-        For every kind of units the rank correlation of scores and changes within a site, mean over the sites, with a
-        95 % interval from Fisher's transformation.
-
-    References:
-        Bonett and Wright, Sample size requirements for estimating Pearson, Kendall and Spearman correlations, 2000.
-    """
+    """Checks that scores rank units as their removal does, for every kind of units."""
     values = {site: np.asarray(value, np.float64) for site, value in scores.values.items()}
     sampled = sample_units(values, checking.units, checking.seed)
-    found = score(
+    origin = origin_of(model, scores)
+    removal = Removal(
+        units=sampled,
+        chunk=checking.chunk,
+        objective=origin.objective,
+        labels=origin.labels or gold,
+        examples=origin.examples,
+        closed=zero if scores.means is None else calibration_means,
+    )
+    rows = Rows(
+        examples=tuple(examples),
+        key=checking.seed,
+        batch_size=checking.batch_size,
+        max_length=scores.header["max_length"],
+    )
+    changes = score(
         model,
         params,
         task,
-        Scoring(
-            criterion=_removal_of(model, scores, sampled, checking.chunk),
-            rows=Rows(
-                examples=tuple(rows),
-                key=checking.seed,
-                batch_size=checking.batch_size,
-                max_length=scores.header["max_length"],
-            ),
-            head=scores.header["head"],
-        ),
+        Scoring(criterion=removal, rows=rows, head=scores.header["head"]),
         means=scores.means,
         progress=lambda done, total: progress(done, total, "removal"),
     ).values
-    kinds = dict.fromkeys(site.rpartition(".")[2] for site in sampled)
     rule = f"correlation above 0 with 95 % confidence; fails if it is below {LEAST_CORRELATION:g} with 95 % confidence"
     checks = []
-    for kind in kinds:
-        own = [site for site in sampled if site.rpartition(".")[2] == kind]
-        pairs = [(values[site][sampled[site]], np.asarray(found[site], np.float64)) for site in own]
+    for kind in dict.fromkeys(site.rpartition(".")[2] for site in sampled):
+        places = [site for site in sampled if site.rpartition(".")[2] == kind]
+        pairs = [(values[site][sampled[site]], np.asarray(changes[site], np.float64)) for site in places]
         correlation, interval = correlation_within(pairs)
-        facts = {"units": sum(len(sampled[site]) for site in own), "sites": len(own), "examples": len(rows)}
         verdict = UNDECIDED
         if interval is not None:
             verdict = PASS if interval[0] > 0 else FAIL if interval[1] < LEAST_CORRELATION else UNDECIDED
-        facts |= {"interval": None if interval is None else [*interval]}
+        facts = {
+            "units": sum(len(sampled[site]) for site in places),
+            "sites": len(places),
+            "examples": len(examples),
+            "interval": None if interval is None else [*interval],
+        }
         checks.append(Check(f"removal of {kind.replace('_', ' ')}", verdict, correlation, rule, facts))
     return checks
 
 
-def deletion_check(
-    model: Model,
-    params: Params,
-    task: Task,
-    scores: Scores,
-    *,
-    checking: Checking = Checking(),
-    progress: Progress = lambda done, total, note: None,
+def _deletion_check(
+    model: Model, params: Params, task: Task, scores: Scores, checking: Checking, progress: Progress
 ) -> Check:
-    """Whether deleting the lowest scores first does less harm than random orders, and than the reversed order.
-
-    The same fraction of the units goes at every site that has scores; of top layers, of all units together. The area of
-    a curve is the mean of the task's primary metric over the fractions. Random orders scatter; the area of another one
-    would lie within Student's t times their spread of their mean, with 95 % confidence.
-
-    Args:
-        model: The architecture.
-        params: The parameters that were scored.
-        task: The task.
-        scores: The scores.
-        checking: How many random orders, fractions and rows.
-        progress: Called with finished evaluations.
-    """
+    """Checks that deleting the lowest scores first does less harm than random orders, and than the reversed order."""
     values = {site: np.asarray(value, np.float64) for site, value in scores.values.items()}
     generator = np.random.default_rng(checking.seed)
     orders = {
@@ -218,46 +197,39 @@ def deletion_check(
             for i in range(checking.orders)
         },
     }
-    rules = Rules(per_layer=scores.header["criterion"]["name"] != "TopLayers")
+    rules = Rules(per_layer=scores.header["criterion"]["name"] != TopLayers.__name__)
+    rows = Rows(
+        split=checking.split,
+        batch_size=checking.batch_size,
+        examples=checking.limit,
+        max_length=scores.header["max_length"],
+        exclude=scores.header["rows"],
+    )
     total, done = 1 + len(orders) * len(checking.fractions), 0
 
     def quality(gates: Any) -> Any:
         nonlocal done
-        found = evaluate(
-            model,
-            params,
-            task,
-            head=scores.header["head"],
-            rows=Rows(
-                split=checking.split,
-                batch_size=checking.batch_size,
-                examples=checking.limit,
-                max_length=scores.header["max_length"],
-                exclude=scores.header["rows"],
-            ),
-            intervention=Intervention(gates, scores.means),
-        )
+        intervention = Intervention(gates, scores.means)
+        result = evaluate(model, params, task, head=scores.header["head"], rows=rows, intervention=intervention)
         done += 1
         progress(done, total, "deletion")
-        return found
+        return result
 
     dense = quality(None)
     sizes = {site: len(gate) for site, gate in select(model, params, values, Units(1.0)).items()}
     share = sum(map(len, values.values())) / sum(sizes.values())  # of the units that have scores
     curves = {
         name: [
-            quality(select(model, params, own, Units(1.0 - share * fraction), rules=rules)).primary[1]
+            quality(select(model, params, order, Units(1.0 - share * fraction), rules=rules)).primary[1]
             for fraction in checking.fractions
         ]
-        for name, own in orders.items()
+        for name, order in orders.items()
     }
     metric, whole = dense.primary
     areas = {name: mean(curve) for name, curve in curves.items()}
-    verdict, least = judge_deletion(
-        areas["lowest first"],
-        areas["highest first"],
-        [area for name, area in areas.items() if name.startswith("random")],
-        something_to_lose=whole > dense.chance,
+    random = [area for name, area in areas.items() if name.startswith("random")]
+    verdict, reached = judge_deletion(
+        areas["lowest first"], areas["highest first"], random, something_to_lose=whole > dense.chance
     )
     facts = {
         "metric": metric,
@@ -268,31 +240,33 @@ def deletion_check(
         "fractions": [*checking.fractions],
         "curves": curves,
         "areas": areas,
-        "random": mean(area for name, area in areas.items() if name.startswith("random")),
-        "random_reaches": least,
+        "random": mean(random),
+        "random_reaches": reached,
     }
     rule = "area above random orders with 95 % confidence, and above highest first; fails if below one of them"
     return Check("deletion", verdict, areas["lowest first"], rule, facts)
 
 
 def judge_deletion(
-    own: float, reverse: float, random: Sequence[float], *, something_to_lose: bool
+    area: float, reverse: float, random: Sequence[float], *, something_to_lose: bool
 ) -> tuple[str, float]:
-    """The verdict on an area, and what another random order reaches at most, with 95 % confidence.
+    """The verdict on the area of an order, and what another random order reaches at most, with 95 % confidence.
 
     Args:
-        own: The area of the order to judge.
+        area: The area of the order to judge.
         reverse: That of the reversed order.
-        random: Those of random orders, 2 to 10.
+        random: Those of random orders, at least 2.
         something_to_lose: Whether the dense model is better than chance. If not, no order shows anything.
     """
-    spread = T_VALUES[len(random) - 2] * stdev(random) * math.sqrt(1 + 1 / len(random))
+    from scipy.stats import t  # slow to import
+
+    spread = t.ppf((1 + CONFIDENCE) / 2, len(random) - 1) * stdev(random) * math.sqrt(1 + 1 / len(random))
     least, most = mean(random) - spread, mean(random) + spread
     if not something_to_lose:
         return UNDECIDED, most
-    if own < least or own < reverse:
+    if area < least or area < reverse:
         return FAIL, most
-    return PASS if own > most and own > reverse else UNDECIDED, most
+    return PASS if area > most and area > reverse else UNDECIDED, most
 
 
 def sample_units(values: Mapping[str, np.ndarray], count: int, seed: int) -> dict[str, list[int]]:
@@ -308,10 +282,10 @@ def sample_units(values: Mapping[str, np.ndarray], count: int, seed: int) -> dic
     """
     generator = np.random.default_rng(seed)
     kinds: dict[str, list[str]] = {}
-    for site, own in values.items():
-        if len(own):
+    for site, value in values.items():
+        if len(value):
             kinds.setdefault(site.rpartition(".")[2], []).append(site)
-    found = {}
+    sampled = {}
     for sites in kinds.values():
         shares = dict.fromkeys(sites, 0)
         left = min(count, sum(len(values[site]) for site in sites))
@@ -323,8 +297,8 @@ def sample_units(values: Mapping[str, np.ndarray], count: int, seed: int) -> dic
         for site, share in shares.items():
             stretch = len(values[site]) / max(share, 1)
             places = np.floor((np.arange(share) + generator.random(share)) * stretch).astype(int)
-            found[site] = sorted(np.argsort(values[site], kind="stable")[places].tolist())
-    return {site: found[site] for site in values if found.get(site)}
+            sampled[site] = sorted(np.argsort(values[site], kind="stable")[places].tolist())
+    return {site: sampled[site] for site in values if sampled.get(site)}
 
 
 def correlation_within(
@@ -340,18 +314,6 @@ def correlation_within(
         return None, None
     correlation = mean(r for _, r in known)
     variance = sum((1 + correlation**2 / 2) / (n - 3) for n, _ in known) / len(known) ** 2
-    centre, width = math.atanh(min(max(correlation, -0.999999), 0.999999)), DEVIATIONS * math.sqrt(variance)
+    centre = math.atanh(min(max(correlation, -0.999999), 0.999999))
+    width = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.sqrt(variance)
     return correlation, (math.tanh(centre - width), math.tanh(centre + width))
-
-
-def _removal_of(model: Model, scores: Scores, units: Mapping[str, Sequence[int]], chunk: int) -> Removal:
-    """What removal is to be compared with these scores: the same objective, labels, reduction and closed value."""
-    origin = origin_of(model, scores)
-    return Removal(
-        units=units,
-        chunk=chunk,
-        objective=origin.objective,
-        labels=origin.labels or gold,
-        examples=origin.examples,
-        closed=zero if scores.means is None else calibration_means,
-    )
