@@ -146,7 +146,7 @@ def main() -> None:
         train_tokenizer(texts, start)
         (start / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     module = family("t5")
-    blank = module.build(module.parse_config(CONFIG))
+    blank = Model(module.parse_config(CONFIG))
     pretrained = work / "pretrained"
     recipe = PRETRAINING._replace(steps=arguments.steps)
     if not pretrained.exists():

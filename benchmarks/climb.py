@@ -21,19 +21,23 @@ from jaxprune.data.batches import Batch, encode, pack
 from jaxprune.data.tasks import Example, Task
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import (
+    BlockSettings,
     Layer,
+    Mask,
     Model,
     State,
-    block_compiled,
+    advance,
     enter,
     layer_entries,
     mask_of,
     model_inputs,
     model_layers,
 )
-from jaxprune.models.cost import Length, checked_length, matmul_flops, unit_costs
+from jaxprune.models.cost import Length, matmul_flops, unit_costs
 from jaxprune.pruning.selection import SLACK
-from jaxprune.units import UNITS, Params, Path, axes_of, flatten, open_gates, reads, sites, subtree, unflatten, widths
+from jaxprune.units import UNITS, Intervention, Params, Path, flatten, open_gates, readers, subtree, unflatten, widths
+
+_SETTINGS = BlockSettings(returns=(*UNITS, "residual"))
 
 Masks: TypeAlias = dict[str, np.ndarray]  # site name -> one float32 multiplier per unit
 
@@ -112,7 +116,7 @@ def allowance(model: Model, params: Params, flops: float, length: Length) -> tup
     """
     if not 0 < flops <= 1:
         raise ValueError(f"flops must lie in (0, 1], got {flops}.")
-    costs = unit_costs(model, params, matmul_flops(checked_length(model, length)))
+    costs = unit_costs(model, params, matmul_flops(model, length))
     whole = sum(units * costs[name] for name, units in widths(model.axes, params).items())
     return costs, (flops + SLACK) * whole
 
@@ -200,10 +204,9 @@ def climb(
             if changed is not None:
                 flat[kernel] = jnp.asarray(changed, flat[kernel].dtype)
         layer = model_layers(model, unflatten(flat))[place]
-        gates = layer_entries(masks, layer.name)
+        gates: Any = masks
         for i, batch in enumerate(inputs):
-            found = block_compiled(model, layer.params, current[i], mask_of(layer, batch), gates, {}, None)[0]
-            current[i] = jax.device_get(found)
+            current[i] = jax.device_get(advance(model, [layer], batch, current[i], Intervention(gates)))
     return unflatten(flat), masks
 
 
@@ -217,11 +220,7 @@ class _Reader(NamedTuple):
 
 def _kernels(model: Model, params: Params) -> dict[str, Path]:
     """Where the kernels are that read units, by site, in the order in which the modules run."""
-    found = {}
-    for site in sites(model.axes, params):
-        places = [(*site.module, *path) for path in flatten(subtree(params, site.module))]
-        found[site.name] = next(path for path in places if reads(axes_of(model.axes, path), path))
-    return found
+    return readers(model.axes, params)
 
 
 def _readers(model: Model, params: Params, layer: Layer) -> tuple[_Reader, ...]:
@@ -236,12 +235,12 @@ def _readers(model: Model, params: Params, layer: Layer) -> tuple[_Reader, ...]:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _targets(
-    model: Model, readers: tuple[_Reader, ...], params: Params, state: State, mask: Array
+    model: Model, places: tuple[_Reader, ...], params: Params, state: State, mask: Mask
 ) -> tuple[State, dict[str, Float[Array, "b t e"]]]:
     """What the layer returns, and the residual sum behind every module."""
-    after, found = model.block(params, state, mask, kinds=UNITS, residuals=True)
+    after, found = model.block(params, state, mask, settings=_SETTINGS)
     flat, sums = flatten(params), {}
-    for module, site, kernel in readers:
+    for module, site, kernel in places:
         values, weight = found[site].astype(jnp.float32), flat[kernel].astype(jnp.float32)
         output = jnp.tensordot(values, weight, weight.ndim - 1, precision="highest")
         sums[module] = found[f"{module}.residual"].astype(jnp.float32) + output + _bias(flat, kernel)
@@ -272,15 +271,15 @@ def _sums(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _products(
-    model: Model, reader: _Reader, params: Params, state: State, mask: Array, gates: Any, target: Float[Array, "b t e"]
+    model: Model, reader: _Reader, params: Params, state: State, mask: Mask, gates: Any, target: Float[Array, "b t e"]
 ) -> tuple[Float[Array, "k k"], Float[Array, "k e"]]:
     """The products of a module's gated values with themselves, and with what is missing from its residual sum."""
-    found = model.block(params, state, mask, gates, kinds=UNITS, residuals=True)[1]
+    found = model.block(params, state, mask, Intervention(gates), settings=_SETTINGS)[1]
     values = found[reader.site].astype(jnp.float32)
     missing = target - found[f"{reader.module}.residual"].astype(jnp.float32) - _bias(flatten(params), reader.kernel)
-    there = mask[..., None].astype(jnp.float32)
-    a = (values.reshape(*mask.shape, -1) * there).reshape(mask.size, -1)
-    y = (missing * there).reshape(mask.size, -1)
+    there = mask.tokens[..., None].astype(jnp.float32)
+    a = (values.reshape(*there.shape[:2], -1) * there).reshape(there.size, -1)
+    y = (missing * there).reshape(there.size, -1)
     product = partial(jnp.matmul, precision="highest")
     return product(a.T, a), product(a.T, y)
 

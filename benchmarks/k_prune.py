@@ -38,10 +38,10 @@ from jaxtyping import Array, Float
 
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Example, Task
-from jaxprune.models import Model, State, enter, layer_entries, mask_of, model_inputs, model_layers
+from jaxprune.models import BlockSettings, Mask, Model, State, enter, layer_entries, mask_of, model_inputs, model_layers
 from jaxprune.models.backward import Prefix, forward
 from jaxprune.models.cost import Length
-from jaxprune.units import Gates, Params
+from jaxprune.units import Gates, Intervention, Params
 
 
 class Knowledge(NamedTuple):
@@ -171,7 +171,7 @@ def knowledge(
         rows = len(batch["weight"])
         gates = {name: jnp.asarray(np.tile(mask, (rows, 1))) for name, mask in masks.items()}
         start = Prefix(state, visit.layer)
-        found, pull = forward(model, visit.params, batch, gates, head=calibration.head, prefix=start)
+        found, pull = forward(model, visit.params, batch, Intervention(gates), head=calibration.head, prefix=start)
         for name, own in pull(_divergence_slope(found, logits, batch["weight"], temperature))[0].items():
             slopes[name] += 0.5 * np.square(np.asarray(own, np.float64)).sum(0)
         inputs = model_inputs(model, visit.params, batch)
@@ -235,10 +235,11 @@ def _divergence_slope(
 
 
 @partial(jax.jit, static_argnums=0)
-def _squares(model: Model, params: Params, state: State, mask: Array, gates: Gates) -> tuple[State, dict[str, Array]]:
+def _squares(model: Model, params: Params, state: State, mask: Mask, gates: Gates) -> tuple[State, dict[str, Array]]:
     """What the layer returns, and the sum of every channel's and neuron's square over the tokens, by local name."""
-    state, found = model.block(params, state, mask, gates, kinds=("channels", "neurons"))
-    there = mask[..., None]
+    settings = BlockSettings(returns=("channels", "neurons"))
+    state, found = model.block(params, state, mask, Intervention(gates), settings=settings)
+    there = mask.tokens[..., None]
     return state, {
         name: jnp.where(there, jnp.square(value.astype(jnp.float32)), 0.0).sum((0, 1)) for name, value in found.items()
     }

@@ -7,7 +7,8 @@ behind it. One axis table says which array has units along which axis.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from jaxprune.models import Model
 from jaxprune.units import (
     KINDS,
+    UNREAD,
     AxisTable,
     Params,
     Path,
@@ -24,11 +26,14 @@ from jaxprune.units import (
     axes_of,
     check_gates,
     flatten,
+    has_units,
     merge_units,
     path_name,
+    readers,
     reads,
     sites,
     subtree,
+    take_units,
     takes_gate,
     unflatten,
     unit_axes,
@@ -69,12 +74,11 @@ def compact(model: Model, params: Params, gates: Mapping[str, Any], means: Mappi
     _refuse([f"gates of {name} have one row per example" for name, gate in gates.items() if gate.ndim != 1])
     _refuse([f"gates of {name} hold NaN or infinity" for name, gate in gates.items() if not np.isfinite(gate).all()])
     _refuse([f"means of {name}: there is no such site" for name in means if name not in places])
-    _refuse([f"means of {name}: no kernel reads its units" for name in means if places[name].kind == "query_channels"])
+    _refuse([f"means of {name}: no kernel reads its units" for name in means if places[name].kind in UNREAD])
     small = {path: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for path, leaf in flatten(params).items()}
     for name, gate in gates.items():
-        changed = compact_site(
-            model.axes, flatten(subtree(params, places[name].module)), places[name], gate, means.get(name)
-        )
+        arrays = flatten(subtree(params, places[name].module))
+        changed = compact_site(model.axes, arrays, places[name], gate, means.get(name))
         small |= {path: jax.device_put(array) for path, array in changed.items()}  # asarray compiles for every shape
     return unflatten(small)
 
@@ -91,16 +95,17 @@ def compacted_shapes(model: Model, params: Params, gates: Mapping[str, Any]) -> 
         ValueError: If the gates do not fit the parameters.
     """
     check_gates(model, params, gates)
-    small = {path: tuple(leaf.shape) for path, leaf in flatten(params).items()}
+    flat = flatten(params)
+    small = {path: list(leaf.shape) for path, leaf in flat.items()}
     for site in sites(model.axes, params, KINDS):
-        for local in flatten(subtree(params, site.module)) if site.name in gates else ():
-            path = (*site.module, *local)
+        for path in flat if site.name in gates else ():
             axes = axes_of(model.axes, path)
-            if site.kind in axes:
-                units, shape = unit_axes(axes, site.kind), small[path]
-                kept = _kept(np.asarray(gates[site.name], np.float32), shape[units])
-                small[path] = (*shape[: units.start], *kept.shape, *shape[units.stop :])
-    return unflatten({path: jax.ShapeDtypeStruct(small[path], leaf.dtype) for path, leaf in flatten(params).items()})
+            if path[: len(site.module)] == site.module and has_units(axes, site.kind):
+                units = unit_axes(axes, site.kind)
+                kept = _kept(np.asarray(gates[site.name], np.float32), [small[path][i] for i in units])
+                for i, size in zip(units, kept.shape, strict=True):
+                    small[path][i] = size
+    return unflatten({path: jax.ShapeDtypeStruct(tuple(small[path]), leaf.dtype) for path, leaf in flat.items()})
 
 
 def check_biases(model: Model, params: Params, names: Collection[str]) -> None:
@@ -109,15 +114,9 @@ def check_biases(model: Model, params: Params, names: Collection[str]) -> None:
     Raises:
         ValueError: Naming every such site.
     """
-    wrong = []
-    for site in sites(model.axes, params, KINDS):
-        arrays = flatten(subtree(params, site.module)) if site.name in names else {}
-        for local in arrays:
-            path = (*site.module, *local)
-            axes = axes_of(model.axes, path)
-            if site.kind in axes and reads(axes, path) and (*local[:-1], "bias") not in arrays:
-                wrong.append(_homeless(site, path))
-    _refuse(wrong)
+    flat = flatten(params)
+    kernels = {name: path for name, path in readers(model.axes, params, KINDS).items() if name in names}
+    _refuse([_homeless(name, path) for name, path in kernels.items() if (*path[:-1], "bias") not in flat])
 
 
 def compact_site(
@@ -139,41 +138,33 @@ def compact_site(
     for local, leaf in arrays.items():
         path = (*site.module, *local)
         axes = axes_of(table, path)
-        if site.kind not in axes or (gate == 1.0).all():
+        if not has_units(axes, site.kind) or (gate == 1.0).all():
             continue
-        units, array = unit_axes(axes, site.kind), np.asarray(leaf)
-        kept = _kept(gate, array.shape[units])
-        merged = merge_units(array, axes, site.kind)
+        array = np.asarray(leaf)
+        kept = _kept(gate, [array.shape[i] for i in unit_axes(axes, site.kind)])
         if mean is not None and reads(axes, path):
             bias = (*local[:-1], "bias")
             if bias not in arrays:
-                _refuse([_homeless(site, path)])
-            changed[(*site.module, *bias)] = _shift(merged, gate, mean, np.asarray(arrays[bias]), site.name)
+                _refuse([_homeless(site.name, path)])
+            kernel, _ = merge_units(array, axes, site.kind)
+            changed[(*site.module, *bias)] = _shift(kernel, gate, mean, np.asarray(arrays[bias]), site.name)
         if takes_gate(axes, path, site.kind):
-            after = [1] * (array.ndim - units.stop)
-            changed[path] = _scale(np.take(merged, kept, units.start), gate[kept].reshape(*kept.shape, *after))
+            changed[path] = take_units(array, axes, site.kind, kept, gate[kept])
         elif kept.size < gate.size:
-            changed[path] = np.take(merged, kept, units.start)
+            changed[path] = take_units(array, axes, site.kind, kept)
     return changed
 
 
-def _kept(gate: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The units that stay, in order; `[heads, channels]` where these are their axes, as many in every head."""
-    if len(shape) == 1:
-        return np.flatnonzero(gate)
-    closed = (gate == 0.0).reshape(shape)
+def _kept(gate: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """The units that stay, in order and in the shape of their axes: along the last one, as many in every entry."""
+    closed = (gate == 0.0).reshape(math.prod(shape[:-1]), shape[-1])
     most = int((~closed).sum(1).max(initial=0))
-    own = np.sort(np.argsort(closed, axis=1, kind="stable")[:, :most], axis=1)  # the open ones, then the closed ones
-    return own + np.arange(shape[0])[:, None] * shape[1]
-
-
-def _scale(array: np.ndarray, gate: np.ndarray) -> np.ndarray:
-    """The array with every unit's part multiplied by its gate."""
-    return array if (gate == 1.0).all() else (array.astype(np.float32) * gate).astype(array.dtype)
+    places = np.sort(np.argsort(closed, axis=1, kind="stable")[:, :most], axis=1)  # the open ones, then closed ones
+    return (places + np.arange(len(closed))[:, None] * shape[-1]).reshape(*shape[:-1], most)
 
 
 def _shift(kernel: np.ndarray, gate: np.ndarray, mean: np.ndarray, bias: np.ndarray, name: str) -> np.ndarray:
-    """The bias with `(1 - gate) * mean` added, seen through the kernel."""
+    """The bias with `(1 - gate) * mean` added, seen through the kernel, whose first axis is that of the units."""
     if mean.shape != kernel.shape[:-1] or not np.isfinite(mean).all():
         _refuse([f"means of {name} must be finite, of shape {kernel.shape[:-1]}, and have shape {mean.shape}"])
     rows = (1.0 - gate.astype(np.float64)).reshape(-1, *[1] * (mean.ndim - 1)) * mean
@@ -181,10 +172,10 @@ def _shift(kernel: np.ndarray, gate: np.ndarray, mean: np.ndarray, bias: np.ndar
     return (bias.astype(np.float64) + added).astype(bias.dtype)
 
 
-def _homeless(site: Site, path: Path) -> str:
-    return f"means of {site.name} have nowhere to go: {path_name(path)} has no bias"
+def _homeless(name: str, path: Path) -> str:
+    return f"means of {name} have nowhere to go: {path_name(path)} has no bias"
 
 
-def _refuse(wrong: list[str]) -> None:
-    if wrong:
-        raise ValueError(f"the model cannot be compacted: {'; '.join(wrong)}.")
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"the model cannot be compacted: {'; '.join(problems)}.")

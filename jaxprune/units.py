@@ -1,4 +1,4 @@
-"""What can be removed from a model: units, the sites where they are gated, and the names of every parameter's axes.
+"""Units that can be removed from a model, the sites where they are gated, and the names of every parameter's axes.
 
 A *unit* is removed as a whole: an FFN neuron, an attention head, or a channel inside a head. A *site* is a place in the
 model where units of one kind are gated, named by its key in `Gates` (`"3.ffn.neurons"`). A *gate* is the multiplier of
@@ -9,6 +9,9 @@ Units are heads and neurons unless channels are asked for. `channels` are those 
 reads; a `query_channel` is a channel of the query and of the key, whose product its gate multiplies. Their gates stand
 head by head, and all heads of a module keep as many, so that arrays stay rectangular. Rotary embeddings couple query
 channels in pairs: a family that has them gives this axis another name, and then it has no such units.
+
+The axes of a kind of units need not stand side by side, and a family may call its own what it likes: what is known of
+units is what its table says.
 
 There is one kind of unit per tensor: gates of two sites that share a parameter, such as a module's heads and its
 channels, are refused. Channels and query channels share none and go together.
@@ -28,7 +31,8 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxprune.models import Model
 
-# Kind of unit -> the axes its units stand along, side by side in every parameter that has them; the last is its own
+# Kind of unit -> the axes its units stand along, in every parameter that has all of them. Along all but the last, as
+# many units stay in every entry: channels in every head.
 KINDS: Mapping[str, tuple[str, ...]] = {
     "heads": ("heads",),
     "neurons": ("neurons",),
@@ -36,6 +40,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "query_channels": ("heads", "query_channels"),
 }
 UNITS = ("heads", "neurons")  # the kinds that are meant where none are named
+UNREAD = ("query_channels",)  # the kinds that no kernel reads
 
 Params: TypeAlias = dict[Any, Any]  # nested dict of arrays; layers have int keys
 Path: TypeAlias = tuple[str | int, ...]
@@ -43,8 +48,15 @@ Gates: TypeAlias = dict[str, jax.Array]  # site name -> [units] (or [batch, unit
 AxisTable: TypeAlias = Mapping[str, tuple[str, ...]]  # "layers.*.ffn.up.kernel" -> ("embed", "neurons")
 
 
+class TakesGate(tuple[str, ...]):
+    """The axes of a parameter whose units are multiplied by their gates when these are folded into the weights.
+
+    Only units that no kernel reads need one: where a kernel does, it is that kernel.
+    """
+
+
 class Intervention(NamedTuple):
-    """What is done to the units of a model while it runs."""
+    """The gates of a model's units, and what takes the place of closed ones."""
 
     gates: Gates | None = None  # None: all are open
     means: Gates | None = None  # what closed units are replaced by; None: zero
@@ -53,15 +65,15 @@ class Intervention(NamedTuple):
 class Site(NamedTuple):
     """A place where the units of one kind are gated."""
 
-    name: str  # key in `Gates`, such as "3.ffn.neurons" or "decoder.3.cross.heads"
+    name: str  # key in `Gates`, such as "3.ffn.neurons"; of a model with several stacks "encoder.3.ffn.neurons"
     kind: str  # a key of `KINDS`
-    module: Path  # where in the parameters the arrays with this axis are: ("layers", 3, "ffn")
+    module: Path  # where in the parameters the arrays with these units are: ("layers", 3, "ffn")
     layer: int  # index of the layer within its stack
-    stack: str  # "" in an encoder-only or decoder-only model, else "encoder" or "decoder"
+    stack: str  # its name; "" in a model with one stack
 
     @property
     def layer_name(self) -> str:
-        """What the names of all sites of its layer begin with: "3" or "decoder.3"."""
+        """The beginning of the names of all sites of its layer: "3" or "encoder.3"."""
         return f"{self.stack}.{self.layer}" if self.stack else str(self.layer)
 
 
@@ -111,11 +123,6 @@ def path_name(path: Path) -> str:
     return ".".join(map(str, path))
 
 
-def _matches(pattern: str, path: Path) -> bool:
-    steps = pattern.split(".")
-    return len(steps) == len(path) and all(s in ("*", str(p)) for s, p in zip(steps, path, strict=True))
-
-
 def axes_of(table: AxisTable, path: Path) -> tuple[str, ...]:
     """The names of the axes of the parameter at `path`.
 
@@ -129,50 +136,87 @@ def axes_of(table: AxisTable, path: Path) -> tuple[str, ...]:
     Raises:
         ValueError: If no pattern of the table matches.
     """
-    return table[_pattern_of(table, path)]
-
-
-def _pattern_of(table: AxisTable, path: Path) -> str:
-    found = _first_match(tuple(table), path)
-    if found is None:
-        raise ValueError(
-            f"no axis names for parameter {path_name(path)!r}: the family's axis table has no such pattern."
-        )
-    return found
+    return table[_pattern_of(tuple(table), path)]
 
 
 @lru_cache(maxsize=4096)
-def _first_match(patterns: tuple[str, ...], path: Path) -> str | None:
-    return next((pattern for pattern in patterns if _matches(pattern, path)), None)
+def _pattern_of(patterns: tuple[str, ...], path: Path) -> str:
+    for pattern in patterns:
+        steps = pattern.split(".")
+        if len(steps) == len(path) and _matches(steps, path):
+            return pattern
+    raise ValueError(f"no axis names for parameter {path_name(path)!r}: the family's axis table has no such pattern.")
+
+
+def _matches(steps: Sequence[str], path: Path) -> bool:
+    return all(step in ("*", str(own)) for step, own in zip(steps, path, strict=False))
+
+
+def has_units(axes: tuple[str, ...], kind: str) -> bool:
+    """Whether units of this kind stand along axes of a parameter."""
+    return set(KINDS[kind]) <= set(axes)
 
 
 def reads(axes: tuple[str, ...], path: Path) -> bool:
     """Whether a parameter contracts gated values: a kernel whose first axis is a unit axis."""
-    return path[-1] == "kernel" and axes[0] in UNITS
+    return path[-1] == "kernel" and any(axes[0] in names for names in KINDS.values())
+
+
+def input_axes(axes: tuple[str, ...]) -> int:
+    """How many axes of a kernel, the first ones, are summed over: all that come before the embedding, else one."""
+    return (axes.index("embed") if "embed" in axes else 0) or 1
 
 
 def takes_gate(axes: tuple[str, ...], path: Path, kind: str) -> bool:
     """Whether multiplying this parameter's units by their gates does what the gates do.
 
-    That is the kernel that reads them; what makes the queries, for query channels, which no kernel reads.
+    That is the kernel that reads them; for units that none reads, what the table marks as `TakesGate`.
     """
-    return path[-2] == "query" if kind == "query_channels" else reads(axes, path)
+    return isinstance(axes, TakesGate) if kind in UNREAD else reads(axes, path)
 
 
-def unit_axes(axes: tuple[str, ...], kind: str) -> slice:
-    """Which axes of a parameter the units of a kind stand along."""
-    stop = axes.index(kind) + 1
-    return slice(stop - len(KINDS[kind]), stop)
+def unit_axes(axes: tuple[str, ...], kind: str) -> tuple[int, ...]:
+    """Which axes of a parameter the units of a kind stand along, in the order of `KINDS`."""
+    return tuple(map(axes.index, KINDS[kind]))
 
 
-def merge_units(array: Any, axes: tuple[str, ...], kind: str) -> Any:
-    """The array with one axis for the units of a kind, where it may have two: heads, then their channels."""
-    return array.reshape(_merged(array.shape, axes, kind))
+def merge_units(array: Any, axes: tuple[str, ...], kind: str) -> tuple[Any, int]:
+    """The array with one axis for the units of a kind, where it may have several, and which axis that is."""
+    order, first = _side_by_side(axes, kind)
+    return array.transpose(order).reshape(_merged(array.shape, axes, kind)), first
+
+
+def take_units(array: np.ndarray, axes: tuple[str, ...], kind: str, kept: np.ndarray, gate: Any = 1.0) -> np.ndarray:
+    """Some units of an array, each multiplied by its gate.
+
+    Args:
+        array: A parameter that has units of this kind.
+        axes: The names of its axes.
+        kind: The kind of units.
+        kept: The indices of the units that stay, in the shape that they have along the axes of the kind.
+        gate: One float32 multiplier per kept unit; products are taken in float32 where one is not 1.
+    """
+    order, first = _side_by_side(axes, kind)
+    merged, _ = merge_units(array, axes, kind)
+    taken = np.take(merged, kept, first)
+    if not np.all(gate == 1.0):
+        after = [1] * (array.ndim - first - kept.ndim)
+        taken = (taken.astype(np.float32) * gate.reshape(*kept.shape, *after)).astype(array.dtype)
+    return np.ascontiguousarray(taken.transpose(np.argsort(order)))
+
+
+def _side_by_side(axes: tuple[str, ...], kind: str) -> tuple[tuple[int, ...], int]:
+    """The order of axes in which those of the units stand side by side, and where they begin."""
+    units = unit_axes(axes, kind)
+    rest = [i for i in range(len(axes)) if i not in units]
+    first = sum(i < units[0] for i in rest)
+    return (*rest[:first], *units, *rest[first:]), first
 
 
 def _merged(shape: tuple[int, ...], axes: tuple[str, ...], kind: str) -> tuple[int, ...]:
-    units = unit_axes(axes, kind)
-    return *shape[: units.start], math.prod(shape[units]), *shape[units.stop :]
+    order, first = _side_by_side(axes, kind)
+    sizes, last = [shape[i] for i in order], first + len(KINDS[kind])
+    return *sizes[:first], math.prod(sizes[first:last]), *sizes[last:]
 
 
 def check_kinds(kinds: tuple[str, ...]) -> None:
@@ -193,7 +237,16 @@ def sites(table: AxisTable, params: Params, kinds: Collection[str] = UNITS) -> t
 def widths(table: AxisTable, params: Params, kinds: Collection[str] = UNITS) -> dict[str, int]:
     """The number of units at every site, in site order."""
     flat = flatten(params)
-    return {place.site.name: math.prod(flat[place.path].shape[place.units]) for place in _places(table, flat, kinds)}
+    return {
+        place.site.name: math.prod(flat[place.path].shape[i] for i in place.units)
+        for place in _places(table, flat, kinds)
+    }
+
+
+def readers(table: AxisTable, params: Params, kinds: Collection[str] = UNITS) -> dict[str, Path]:
+    """Where the kernels are that read the units of each site, in site order; units that none reads are left out."""
+    places = _places(table, flatten(params), kinds)
+    return {place.site.name: place.reader for place in places if place.reader is not None}
 
 
 def check_sharing(table: AxisTable, params: Params, names: Collection[str]) -> None:
@@ -221,7 +274,7 @@ class _Place(NamedTuple):
 
     site: Site
     path: Path  # an array with the unit axes
-    units: slice  # which of its axes those are
+    units: tuple[int, ...]  # which of its axes those are
     reader: Path | None  # the kernel that contracts the gated values
     arrays: tuple[Path, ...]  # all arrays with the unit axes
 
@@ -233,21 +286,27 @@ def _places(table: AxisTable, flat: Mapping[Path, Any], kinds: Collection[str]) 
 @lru_cache(maxsize=64)  # every gated forward pass asks, and the answer depends on names alone
 def _find_places(table: tuple[tuple[str, tuple[str, ...]], ...], paths: tuple[Path, ...]) -> tuple[_Place, ...]:
     axes = dict(table)
-    order = {pattern: index for index, pattern in enumerate(axes)}
-    members: dict[Site, list[tuple[int, Path, str]]] = {}
+    members: dict[Site, dict[Path, tuple[str, ...]]] = {}
     for path in paths:
-        pattern = _pattern_of(axes, path)
+        names = axes_of(axes, path)
         for kind in KINDS:
-            if kind in axes[pattern]:
-                members.setdefault(_site(kind, path[:-2]), []).append((order[pattern], path, pattern))
-    found = []
+            if has_units(names, kind):
+                members.setdefault(_site(kind, path[:-2]), {})[path] = names
+    places = []
     for site, arrays in members.items():
-        first, path, pattern = min(arrays)
-        reader = next((path for _, path, pattern in arrays if reads(axes[pattern], path)), None)
-        stack = "" if site.stack == "encoder" else site.stack  # comes first
-        place = _Place(site, path, unit_axes(axes[pattern], site.kind), reader, tuple(own for _, own, _ in arrays))
-        found.append(((stack, site.layer, first), place))
-    return tuple(place for _, place in sorted(found, key=lambda item: item[0]))
+        first = min(arrays, key=lambda path: list(axes).index(_pattern_of(tuple(axes), path)))
+        reader = next((path for path, names in arrays.items() if reads(names, path)), None)
+        places.append(_Place(site, first, unit_axes(arrays[first], site.kind), reader, tuple(arrays)))
+    return tuple(sorted(places, key=lambda place: _order(axes, place.site) or ()))
+
+
+def _order(table: AxisTable, site: Site) -> tuple[int, int, int] | None:
+    """Sorts sites: stacks and modules as in the table, layers by number; None if the table has no such site."""
+    patterns = [pattern.split(".") for pattern in table]
+    for i, (steps, axes) in enumerate(zip(patterns, table.values(), strict=True)):
+        if len(steps) == len(site.module) + 2 and has_units(axes, site.kind) and _matches(steps, site.module):
+            return next(k for k, own in enumerate(patterns) if own[0] == steps[0]), site.layer, i
+    return None
 
 
 def _site(kind: str, module: Path) -> Site:
@@ -260,9 +319,7 @@ def _site(kind: str, module: Path) -> Site:
 
 
 def site_of(name: str) -> Site:
-    """The site of a name, such as `"3.ffn.neurons"` or `"decoder.1.cross.heads"`, without a model.
-
-    The same as `sites` gives; sorted by `site_order` they stand in the order of a model's sites.
+    """The site of a name, such as `"3.ffn.neurons"` or `"encoder.1.ffn.neurons"`, without a model.
 
     Raises:
         ValueError: If it is no such name.
@@ -272,26 +329,31 @@ def site_of(name: str) -> Site:
     if kind in KINDS and kind not in UNITS:
         raise ValueError(f"{name!r} has {kind}: only scores of {' and '.join(UNITS)} are compared without a model.")
     if kind not in UNITS or at not in (0, 1) or len(steps) != at + 2 or not all(steps):
-        raise ValueError(f"{name!r} is not the name of a site, such as 3.ffn.neurons or decoder.1.cross.heads.")
+        raise ValueError(f"{name!r} is not the name of a site, such as 3.ffn.neurons or encoder.1.ffn.neurons.")
     return _site(kind, (*steps[:at], "layers", int(steps[at]), *steps[at + 1 :]))
 
 
-def site_order(site: Site) -> tuple[Any, ...]:
-    """Sorts sites: the encoder first, layer by layer, and within a layer attention, cross-attention, FFN."""
-    return "" if site.stack == "encoder" else site.stack, site.layer, site.module, site.kind
+def named_sites(tables: Iterable[AxisTable], names: Iterable[str]) -> tuple[Site, ...]:
+    """The sites of some names, in the order of a model that has them, but without a model.
+
+    Args:
+        tables: The axis tables that there are; the first that has all sites says their order.
+        names: The names of sites, in any order.
+
+    Raises:
+        ValueError: If one is no such name, or no table has them all.
+    """
+    places = [site_of(name) for name in names]
+    for table in tables:
+        order = {site: _order(table, site) for site in places}
+        if None not in order.values():
+            return tuple(sorted(places, key=lambda site: order[site] or ()))
+    raise ValueError(f"no family of models has the sites {_some(site.name for site in places)}.")
 
 
 def without(table: AxisTable, params: Params, emptied: Sequence[Site]) -> Params:
     """The parameters with no unit left at some sites: what gates of 0 leave of them, and computed at no cost."""
-    kinds = {(site.module, site.kind) for site in emptied}
-
-    def cut(path: Path, leaf: Any) -> Any:
-        axes = axes_of(table, path)
-        gone = [any(name == kind and path[: len(module)] == module for module, kind in kinds) for name in axes]
-        shape = [0 if empty else size for empty, size in zip(gone, leaf.shape, strict=True)]
-        return np.zeros(shape, leaf.dtype) if any(gone) else leaf
-
-    return unflatten({path: cut(path, leaf) for path, leaf in flatten(params).items()})
+    return narrow(table, params, dict.fromkeys(emptied, 0))
 
 
 def narrow(table: AxisTable, params: Params, kept: Mapping[Site, int]) -> Params:
@@ -300,19 +362,25 @@ def narrow(table: AxisTable, params: Params, kept: Mapping[Site, int]) -> Params
     Args:
         table: The family's axis table.
         params: Parameters of any widths; they are not changed.
-        kept: Heads or neurons of every site; the sites that are not named stay as they are.
+        kept: Units of every site, of those with several axes along the last; a site that is not named stays as it is.
 
     Returns:
         NumPy arrays where something was cut, else the same objects as in `params`.
     """
-    units = {(site.module, site.kind): count for site, count in kept.items()}
 
     def cut(path: Path, leaf: Any) -> Any:
         axes = axes_of(table, path)
-        own = {kind: count for (module, kind), count in units.items() if path[: len(module)] == module}
-        if all(own.get(name, size) >= size for name, size in zip(axes, leaf.shape, strict=True)):
+        most = {
+            KINDS[site.kind][-1]: count
+            for site, count in kept.items()
+            if path[: len(site.module)] == site.module and has_units(axes, site.kind)
+        }
+        if all(most.get(name, size) >= size for name, size in zip(axes, leaf.shape, strict=True)):
             return leaf
-        return np.ascontiguousarray(np.asarray(leaf)[tuple(slice(own.get(name)) for name in axes)])
+        if 0 in most.values():  # nothing to copy
+            sizes = zip(axes, leaf.shape, strict=True)
+            return np.zeros([min(size, most.get(name, size)) for name, size in sizes], leaf.dtype)
+        return np.ascontiguousarray(np.asarray(leaf)[tuple(slice(most.get(name)) for name in axes)])
 
     return unflatten({path: cut(path, leaf) for path, leaf in flatten(params).items()})
 
@@ -350,23 +418,23 @@ def check_gates(model: Model, params: Params, gates: Mapping[str, Any], *, rows:
     """
     _check_arrays("gates", gates)
     expected = widths(model.axes, params, KINDS)
-    wrong = []
+    problems = []
     for name, gate in gates.items():
         if name not in expected:
-            wrong.append(f"{name} is not a site")
+            problems.append(f"{name} is not a site")
         elif gate.ndim not in (1, 2):
-            wrong.append(f"{name} has {gate.ndim} axes, expected [units] or [batch, units]")
+            problems.append(f"{name} has {gate.ndim} axes, expected [units] or [batch, units]")
         elif gate.shape[-1] != expected[name]:
-            wrong.append(f"{name} has {gate.shape[-1]} gates for {expected[name]} units")
+            problems.append(f"{name} has {gate.shape[-1]} gates for {expected[name]} units")
         elif gate.ndim == 2 and rows is not None and gate.shape[0] != rows:
-            wrong.append(f"{name} has gates for {gate.shape[0]} examples, the batch has {rows}")
-    if wrong:
-        raise ValueError(f"gates do not fit the parameters: {'; '.join(wrong)}. Sites: {_some(expected)}.")
+            problems.append(f"{name} has gates for {gate.shape[0]} examples, the batch has {rows}")
+    if problems:
+        raise ValueError(f"gates do not fit the parameters: {'; '.join(problems)}. Sites: {_some(expected)}.")
     check_sharing(model.axes, params, gates)
 
 
 def mean_shapes(table: AxisTable, params: Params) -> dict[str, tuple[int, ...]]:
-    """The shape of what closed units are replaced by, for every site whose units a kernel reads.
+    """The shapes of what closed units are replaced by, for every site whose units a kernel reads.
 
     It is `[units]`, and `[heads, channels]` for heads. Of the parameters only the shapes are read.
     """
@@ -393,14 +461,14 @@ def check_means(model: Model, params: Params, means: Mapping[str, Any]) -> None:
     _check_arrays("means", means)
     places = [site.name for site in sites(model.axes, params, KINDS)]
     expected = mean_shapes(model.axes, params)
-    wrong = [f"{name} is not a site" for name in means if name not in places]
+    problems = [f"{name} is not a site" for name in means if name not in places]
     for name, mean in means.items():
         if name in places and name not in expected:
-            wrong.append(f"{name} has none: no kernel reads its units")
+            problems.append(f"{name} has none: no kernel reads its units")
         elif name in expected and mean.shape != expected[name]:
-            wrong.append(f"{name} has shape {tuple(mean.shape)}, expected {expected[name]}")
-    if wrong:
-        raise ValueError(f"means do not fit the parameters: {'; '.join(wrong)}. Sites: {_some(places)}.")
+            problems.append(f"{name} has shape {tuple(mean.shape)}, expected {expected[name]}")
+    if problems:
+        raise ValueError(f"means do not fit the parameters: {'; '.join(problems)}. Sites: {_some(places)}.")
 
 
 def _check_arrays(what: str, entries: Any) -> None:

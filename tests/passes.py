@@ -23,7 +23,7 @@ def logits_of(model: Model, params: Params, batch: Any, gates: Gates | None = No
 
 def sites_of(model: Model, params: Params, batch: Any) -> dict[str, jax.Array]:
     """The gated values, by `Model.apply`."""
-    return model.apply(params, batch, sites=True).sites or {}
+    return model.apply(params, batch, returns=("sites",)).sites or {}
 
 
 def token_slopes(model: Model, params: Params, batch: Any, objective: Callable[[jax.Array], jax.Array]) -> Any:

@@ -12,7 +12,10 @@ from tiny import MODEL_TYPES, lively, random_gates, tiny_batch, tiny_config, tin
 
 from jaxprune.compaction import compact
 from jaxprune.models import (
+    BlockSettings,
+    Mask,
     Model,
+    State,
     TaskHead,
     enter,
     family,
@@ -22,9 +25,9 @@ from jaxprune.models import (
     part,
     values_compiled,
 )
-from jaxprune.models.backward import Prefix, forward
+from jaxprune.models.backward import Gradients, Prefix, forward
 from jaxprune.models.layers import TokenReduction, absolute_tokens, max_tokens, squared_tokens, sum_tokens
-from jaxprune.units import Gates, Params, open_gates, widths
+from jaxprune.units import Gates, Intervention, Params, open_gates, widths
 
 ROWS, LENGTH = 3, 9
 
@@ -74,7 +77,7 @@ def test_gate_gradients_equal_those_of_apply(model_type: str, rows: bool):
     gates = random_gates(model, params, fractional=True)
     gates = per_example(gates) if rows else gates
     expected = jax.jit(jax.grad(lambda g: weighted(model, params, batch, g, toward)))(gates)
-    logits, pull = forward(model, params, batch, gates)
+    logits, pull = forward(model, params, batch, Intervention(gates))
     np.testing.assert_allclose(logits, np.asarray(model.apply(params, batch, gates).logits), rtol=1e-5, atol=1e-5)
     found, weights = pull(toward)
     assert weights is None and list(found) == list(gates)
@@ -85,7 +88,11 @@ def test_gate_gradients_equal_those_of_apply(model_type: str, rows: bool):
 def test_what_a_forward_pass_keeps_shares_the_weights(weights: bool):
     model, params = tiny_model()
     _, pull = forward(
-        model, params, tiny_batch(model, ROWS, LENGTH), per_example(open_gates(model, params)), weights=weights
+        model,
+        params,
+        tiny_batch(model, ROWS, LENGTH),
+        Intervention(per_example(open_gates(model, params))),
+        gradients=Gradients(weights=weights),
     )
     layers = [step for step in pull.steps if step.layer is not None]
     assert [step.layer for step in layers] == ["0", "1"]
@@ -102,7 +109,7 @@ def test_gates_towards_means():
     batch, toward, means = tiny_batch(model, ROWS, LENGTH), cotangent(), means_for(*tiny_model())
     gates = per_example(open_gates(model, params))
     expected = jax.jit(jax.grad(lambda g: weighted(model, params, batch, g, toward, means=means)))(gates)
-    logits, pull = forward(model, params, batch, gates, means=means)
+    logits, pull = forward(model, params, batch, Intervention(gates, means))
     np.testing.assert_allclose(
         logits, np.asarray(model.apply(params, batch, gates, means=means).logits), rtol=1e-5, atol=1e-5
     )
@@ -115,7 +122,7 @@ def test_only_named_gates_are_differentiated(names: tuple[str, ...]):
     batch, toward = tiny_batch(model, ROWS, LENGTH), cotangent()
     some = {name: gate for name, gate in random_gates(model, params, fractional=True).items() if name in names}
     expected = jax.jit(jax.grad(lambda g: weighted(model, params, batch, g, toward)))(some)
-    _, pull = forward(model, params, batch, some)
+    _, pull = forward(model, params, batch, Intervention(some))
     assert len(pull.steps) == (3 if names else 1)  # layers below the lowest gate are not differentiated
     assert_same(pull(toward)[0], expected)
 
@@ -128,7 +135,7 @@ def test_weight_gradients_equal_those_of_apply(model_type: str):
     if model_type != "distilbert":
         dropout = {"hidden_dropout_prob": rate, "attention_probs_dropout_prob": rate, "classifier_dropout": rate}
     module = family(model_type)
-    model = module.build(module.parse_config(tiny_config(model_type) | dropout, heads))
+    model = Model(module.parse_config(tiny_config(model_type) | dropout, heads))
     params = lively(model)
     batch, toward, key = tiny_batch(model, ROWS, LENGTH), cotangent(), jax.random.key(7)
 
@@ -137,7 +144,7 @@ def test_weight_gradients_equal_those_of_apply(model_type: str):
 
     used = params | {"heads": {"task": params["heads"]["task"]}}
     expected = jax.jit(jax.grad(total))(used)
-    logits, pull = forward(model, params, batch, head="task", weights=True, key=key)
+    logits, pull = forward(model, params, batch, head="task", gradients=Gradients(weights=True), key=key)
     np.testing.assert_allclose(logits, model.apply(params, batch, head="task", key=key).logits, rtol=1e-5, atol=1e-5)
     gates, found = pull(toward)
     assert gates == {} and found is not None and list(found["layers"]) == [0, 1]
@@ -149,13 +156,16 @@ def test_gates_and_weights_together():
     batch, toward = tiny_batch(model, ROWS, LENGTH), cotangent()
     gates = random_gates(model, params, fractional=True)
     expected = jax.jit(jax.grad(lambda g, p: weighted(model, p, batch, g, toward), argnums=(0, 1)))(gates, params)
-    assert_same(forward(model, params, batch, gates, weights=True)[1](toward), expected)
+    assert_same(
+        forward(model, params, batch, Intervention(gates), gradients=Gradients(weights=True))[1](toward),
+        expected,
+    )
 
 
 def test_a_pullback_is_linear_and_can_be_used_again():
     model, params = tiny_model()
     gates = open_gates(model, params)
-    _, pull = forward(model, params, tiny_batch(model, ROWS, LENGTH), gates)
+    _, pull = forward(model, params, tiny_batch(model, ROWS, LENGTH), Intervention(gates))
     one, two = cotangent(seed=1), cotangent(seed=2)
     expected = jax.tree.map(lambda a, b: 2.0 * a - b, pull(one)[0], pull(two)[0])
     assert_same(pull(2.0 * one - two)[0], expected)
@@ -165,11 +175,11 @@ def test_a_pullback_is_linear_and_can_be_used_again():
 def test_starting_at_a_layer_changes_nothing(layer: int):
     model, params = tiny_model(layers=2)
     batch, toward = tiny_batch(model, ROWS, LENGTH), cotangent()
-    states = model.apply(params, batch, hidden=True).hidden
+    states = model.apply(params, batch, returns=("hidden",)).hidden
     assert states is not None
     gates = {name: gate for name, gate in open_gates(model, params).items() if int(name.split(".")[0]) >= layer}
-    logits, pull = forward(model, params, batch, gates, prefix=Prefix(states[layer], layer))
-    expected, whole = forward(model, params, batch, gates)
+    logits, pull = forward(model, params, batch, Intervention(gates), prefix=Prefix(State(states[layer]), layer))
+    expected, whole = forward(model, params, batch, Intervention(gates))
     np.testing.assert_allclose(logits, expected, rtol=1e-6, atol=1e-6)
     assert_same(pull(toward)[0], whole(toward)[0])
 
@@ -182,15 +192,15 @@ def test_pruned_and_empty_layers():
     gates = open_gates(model, small)
     assert gates["0.attention.heads"].size == gates["1.ffn.neurons"].size == 0
     expected = jax.jit(jax.grad(lambda g: weighted(model, small, batch, g, toward)))(gates)
-    assert_same(forward(model, small, batch, gates)[1](toward)[0], expected)
+    assert_same(forward(model, small, batch, Intervention(gates))[1](toward)[0], expected)
 
 
 def test_gates_of_integers_have_gradients_too():
     model, params = tiny_model()
     batch, toward = tiny_batch(model, ROWS, LENGTH), cotangent()
     whole = {name: jnp.ones(units, jnp.int32) for name, units in widths(model.axes, params).items()}
-    expected = forward(model, params, batch, open_gates(model, params))[1](toward)[0]
-    assert_same(forward(model, params, batch, whole)[1](toward)[0], expected)
+    expected = forward(model, params, batch, Intervention(open_gates(model, params)))[1](toward)[0]
+    assert_same(forward(model, params, batch, Intervention(whole))[1](toward)[0], expected)
 
 
 # Reductions over tokens
@@ -238,7 +248,7 @@ def test_token_reductions_equal_one_gate_per_token(value: float, closed_at_means
     mask = batch["attention_mask"] > 0
     means = means_for(model, params) if closed_at_means else {}
     zeros = {"0.attention.heads": jnp.zeros((4, 4)), "0.ffn.neurons": jnp.zeros(32)}
-    output = model.apply(params, batch, hidden=True, sites=True)
+    output = model.apply(params, batch, returns=("hidden", "sites"))
     assert output.hidden is not None and output.sites is not None
     x, attended = output.hidden[0], output.sites["0.attention.heads"]
     sizes = widths(model.axes, params)
@@ -246,18 +256,22 @@ def test_token_reductions_equal_one_gate_per_token(value: float, closed_at_means
 
     def total(gates: Gates) -> jax.Array:
         hidden = explicit(params["layers"][0], x, attended, gates, means or zeros)
-        return (model.readout(params["heads"]["task"], hidden, jnp.asarray(mask), model.head()) * toward).sum()
+        return (
+            model.readout(params["heads"]["task"], State(hidden), Mask(jnp.asarray(mask)), model.head()) * toward
+        ).sum()
 
     expected_total, slopes = jax.jit(jax.value_and_grad(total))(each)
     per_row = {name: gate[:, 0] for name, gate in each.items()}
     per_batch = {name: gate[0, 0] for name, gate in each.items()}
     for tokens in (sum_tokens, absolute_tokens, squared_tokens, max_tokens):
         expected = {name: reduced(np.asarray(slope), tokens, mask) for name, slope in slopes.items()}
-        logits, pull = forward(model, params, batch, per_row, tokens=tokens, means=means)
+        logits, pull = forward(model, params, batch, Intervention(per_row, means), gradients=Gradients(tokens=tokens))
         np.testing.assert_allclose((logits * toward).sum(), expected_total, rtol=1e-4)
         assert_same(pull(toward)[0], expected)
     assert_same(
-        forward(model, params, batch, per_batch, tokens=max_tokens, means=means)[1](toward)[0],
+        forward(model, params, batch, Intervention(per_batch, means), gradients=Gradients(tokens=max_tokens))[1](
+            toward
+        )[0],
         {name: slope.sum(0) for name, slope in expected.items()},
     )
 
@@ -266,8 +280,14 @@ def test_token_reductions_leave_the_other_gradients_alone():
     model, params = tiny_model()
     batch, toward = tiny_batch(model, ROWS, LENGTH), cotangent()
     gates = random_gates(model, params, fractional=True)
-    expected = forward(model, params, batch, gates, weights=True)[1](toward)[1]
-    found = forward(model, params, batch, gates, weights=True, tokens=absolute_tokens)[1](toward)[1]
+    expected = forward(model, params, batch, Intervention(gates), gradients=Gradients(weights=True))[1](toward)[1]
+    found = forward(
+        model,
+        params,
+        batch,
+        Intervention(gates),
+        gradients=Gradients(weights=True, tokens=absolute_tokens),
+    )[1](toward)[1]
     assert_same(found, expected)
 
 
@@ -278,23 +298,23 @@ def test_what_does_not_fit_is_refused():
     model, params = tiny_model()
     batch = tiny_batch(model, ROWS, LENGTH)
     gates = open_gates(model, params)
-    states = model.apply(params, batch, hidden=True).hidden
+    states = model.apply(params, batch, returns=("hidden",)).hidden
     assert states is not None
-    later = Prefix(states[1], 1)
+    later = Prefix(State(states[1]), 1)
     with pytest.raises(ValueError, match="cannot start at layer 1: gates of layer 0 come before it"):
-        forward(model, params, batch, gates, prefix=later)
+        forward(model, params, batch, Intervention(gates), prefix=later)
     with pytest.raises(ValueError, match="cannot start at layer 1: the weights come before it"):
-        forward(model, params, batch, weights=True, prefix=later)
+        forward(model, params, batch, gradients=Gradients(weights=True), prefix=later)
     with pytest.raises(ValueError, match=r"5\.ffn\.neurons is not a site"):
-        forward(model, params, batch, {"5.ffn.neurons": jnp.ones(32)})
+        forward(model, params, batch, Intervention({"5.ffn.neurons": jnp.ones(32)}))
     with pytest.raises(ValueError, match=r"0\.ffn\.neurons has gates for 2 examples, the batch has 3"):
-        forward(model, params, batch, {"0.ffn.neurons": jnp.ones((2, 32))})
+        forward(model, params, batch, Intervention({"0.ffn.neurons": jnp.ones((2, 32))}))
     with pytest.raises(ValueError, match=r"means do not fit the parameters: 0.ffn.neurons has shape \(3,\)"):
-        forward(model, params, batch, gates, means={"0.ffn.neurons": jnp.ones(3)})
+        forward(model, params, batch, Intervention(gates, {"0.ffn.neurons": jnp.ones(3)}))
     with pytest.raises(ValueError, match="no task head 'other'; it has: task"):
-        forward(model, params, batch, gates, head="other")
+        forward(model, params, batch, Intervention(gates), head="other")
     with pytest.raises(ValueError, match=r"the parameters have no 'heads\.task'"):
-        forward(model, params | {"heads": {}}, batch, gates)
+        forward(model, params | {"heads": {}}, batch, Intervention(gates))
     with pytest.raises(ValueError, match="the parameters have the layers"):
         forward(model, params | {"layers": {0: params["layers"][0]}}, batch)
 
@@ -304,15 +324,16 @@ def test_known_values_change_nothing(model_type: str):
     model, params = tiny_model(model_type)
     batch = tiny_batch(model, ROWS, LENGTH)
     gates = random_gates(model, params, fractional=True)
-    logits, pull = forward(model, params, batch, gates)
+    logits, pull = forward(model, params, batch, Intervention(gates))
     inputs = model_inputs(model, params, batch)
     layer = model_layers(model, params)[0]
     state = enter(model, layer, inputs, None)
-    known = values_compiled(model, ("attention.heads",), layer.params, state, mask_of(layer, inputs))
-    found, other = forward(model, params, batch, gates, prefix=Prefix(state, 0, known))
+    settings = BlockSettings(kind=layer.kind, returns=("attention.heads",))
+    known = values_compiled(model, settings, layer.params, state, mask_of(layer, inputs))
+    found, other = forward(model, params, batch, Intervention(gates), prefix=Prefix(state, 0, known))
     np.testing.assert_allclose(found, logits, rtol=1e-5, atol=1e-5)
     toward = jnp.asarray(np.random.default_rng(0).standard_normal(logits.shape), jnp.float32)
     assert_same(other(toward)[0], pull(toward)[0])
     wrong = {name: value + 1.0 for name, value in known.items()}  # and they are what is used
-    changed = forward(model, params, batch, gates, prefix=Prefix(state, 0, wrong))[0]
+    changed = forward(model, params, batch, Intervention(gates), prefix=Prefix(state, 0, wrong))[0]
     assert np.abs(changed - logits).max() > 0.01

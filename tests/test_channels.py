@@ -19,8 +19,8 @@ from tiny import TEXT_TYPES, random_gates, tiny_batch, tiny_model
 
 from jaxprune.checkpoints.folder import load, save
 from jaxprune.compaction import compact
-from jaxprune.models import Decoding, Masks, Model, TaskHead
-from jaxprune.models.backward import forward
+from jaxprune.models import BlockSettings, Mask, Model, State, TaskHead
+from jaxprune.models.backward import Gradients, forward
 from jaxprune.models.cost import elements, flops, matmul_flops, parameters, unit_costs
 from jaxprune.models.layers import absolute_tokens, max_tokens
 from jaxprune.pruning.budgets import Flops, Rules, Units
@@ -34,6 +34,7 @@ from jaxprune.scoring.scores import describe
 from jaxprune.units import (
     KINDS,
     Gates,
+    Intervention,
     Params,
     axes_of,
     check_gates,
@@ -120,10 +121,10 @@ def test_channels_are_gated_head_by_head():
     model, params = tiny("bert", layers=1)
     batch = tiny_batch(model)
     gates = random_gates(model, params, 0, True, ("channels",))
-    values, gated = sites_of(model, params, batch), model.apply(params, batch, gates, sites=True).sites or {}
+    values, gated = sites_of(model, params, batch), model.apply(params, batch, gates, returns=("sites",)).sites or {}
     expected = values["0.attention.heads"] * gates["0.attention.channels"].reshape(4, 4)
     np.testing.assert_allclose(gated["0.attention.heads"], expected, rtol=1e-6, atol=1e-6)
-    fine = model.apply(params, batch, gates, sites=FINE).sites or {}
+    fine = model.apply(params, batch, gates, returns=FINE).sites or {}
     assert list(fine) == ["0.attention.channels", "0.attention.query_channels", "0.ffn.neurons"]
     np.testing.assert_array_equal(fine["0.attention.channels"].reshape(3, 9, 4, 4), gated["0.attention.heads"])
 
@@ -133,7 +134,7 @@ def test_query_channels_multiply_the_products_of_queries_and_keys():
     batch = tiny_batch(model)
     gates = random_gates(model, params, 0, True, ("query_channels",))
     own = subtree(params, ("layers", 0, "attention"))
-    output = model.apply(params, batch, gates, hidden=True, scores=True)
+    output = model.apply(params, batch, gates, returns=("hidden", "scores"))
     assert output.hidden is not None and output.scores is not None
     query, key = (
         jnp.einsum("btd,dnh->btnh", output.hidden[0], own[name]["kernel"]) + own[name]["bias"]
@@ -214,7 +215,7 @@ def test_compaction_to_no_channels_keeps_the_function(model_type: str, kinds: tu
     small = compact(model, params, gates)
     assert set(widths(model.axes, small, kinds).values()) == {0}
     assert_same_logits(logits_of(model, small, batch), logits_of(model, params, batch, gates))
-    found = model.apply(small, batch, open_gates(model, small, kinds), sites=True, scores=True)  # empty gates fit
+    found = model.apply(small, batch, open_gates(model, small, kinds), returns=("sites", "scores"))  # empty gates fit
     assert_same_logits(found.logits, logits_of(model, small, batch))
 
 
@@ -230,7 +231,7 @@ def test_heads_go_after_their_channels(model_type: str):
     assert_same_logits(logits_of(model, compact(model, thin, heads), batch), logits_of(model, thin, batch, heads))
     none = {name: jnp.zeros_like(gate) for name, gate in heads.items() if name.endswith("heads")}
     empty = compact(model, thin, none)
-    found = model.apply(empty, batch, open_gates(model, empty, FINE), sites=FINE)
+    found = model.apply(empty, batch, open_gates(model, empty, FINE), returns=FINE)
     assert found.sites is not None and found.logits is not None
     assert {array.shape[-1] for name, array in found.sites.items() if name.endswith("channels")} == {0}
     assert_same_logits(found.logits, logits_of(model, thin, batch, none))
@@ -299,7 +300,7 @@ def test_gate_gradients_are_activation_times_gradient(model_type: str):
     """Summed over positions, `h dh` of a unit is `W dW` of the weights that its values go through, or come from."""
     model, params = tiny(model_type, layers=1)
     batch, gates = tiny_batch(model), open_gates(model, params, FINE)
-    logits, pull = forward(model, params, batch, gates, weights=True)
+    logits, pull = forward(model, params, batch, Intervention(gates), gradients=Gradients(weights=True))
     toward = jnp.asarray(np.random.default_rng(0).standard_normal(logits.shape), jnp.float32)
     slopes, grads = pull(toward)
     flat = flatten(grads or {})
@@ -309,7 +310,7 @@ def test_gate_gradients_are_activation_times_gradient(model_type: str):
             axes = axes_of(model.axes, (*site.module, *path))
             if site.kind in axes and takes_gate(axes, path, site.kind):
                 product = np.asarray(array, np.float64) * np.asarray(flat[*site.module, *path])
-                own = range(*unit_axes(axes, site.kind).indices(product.ndim))
+                own = unit_axes(axes, site.kind)
                 expected += product.sum(tuple(axis for axis in range(product.ndim) if axis not in own)).reshape(-1)
         scale = np.abs(expected).max()
         assert scale > 0
@@ -362,7 +363,7 @@ def test_per_example_scores_sum_to_the_batch(model_type: str):
     toward = None
     found = []
     for gates in (ones, {name: jnp.broadcast_to(gate, (3, gate.size)) for name, gate in ones.items()}):
-        logits, pull = forward(model, params, batch, gates)
+        logits, pull = forward(model, params, batch, Intervention(gates))
         toward = jnp.cos(jnp.arange(logits.size, dtype=jnp.float32)).reshape(logits.shape)
         found.append(pull(toward)[0])
     for name, value in found[0].items():
@@ -392,7 +393,7 @@ def test_every_head_keeps_its_best_channels(model_type: str, budget: str, per_la
             best = sorted(range(size), key=lambda unit, own=own, head=head: (-own[head, unit], unit))
             assert sorted(best[: len(units) // heads]) == inside.tolist()
     small = compact(model, params, gates)
-    measure = {"parameters": elements, "flops": matmul_flops(length)}.get(budget)
+    measure = {"parameters": elements, "flops": matmul_flops(model, length)}.get(budget)
     costs = dict.fromkeys(width, 1.0) if measure is None else unit_costs(model, params, measure, FINE)
     left = widths(model.axes, small, FINE)
     spent, whole = (math.fsum(costs[name] * count[name] for name in width) for count in (left, width))
@@ -470,21 +471,24 @@ def test_flops_are_those_of_the_program(model_type: str, kept: int):
     length, found = length_of(model), 0
     read, answer = (jnp.ones((1, tokens, 16)) for tokens in (11, 4))
     for stack in model.stacks:
-        state: Any = Decoding(answer, read) if stack.name == "decoder" else read
-        masks = Masks(jnp.ones((1, 4), bool), jnp.ones((1, 11), bool))
-        run = partial(model.block, hidden=state, mask=masks if stack.name == "decoder" else masks.memory)
+        state, mask = State(read), Mask(jnp.ones((1, 11), bool))
+        if stack.memory:
+            state, mask = State(answer, read), Mask(jnp.ones((1, 4), bool), mask.tokens)
+        run = partial(model.block, state=state, mask=mask, settings=BlockSettings(kind=stack.kinds[0]))
         layers = subtree(small, stack.path)
-        found += sum(dot_flops(jax.make_jaxpr(lambda p, run=run: run(p)[0])(own).jaxpr) for own in layers.values())
+        found += sum(
+            dot_flops(jax.make_jaxpr(lambda p, run=run: run(p)[0].hidden)(own).jaxpr) for own in layers.values()
+        )
     assert flops(model, small, length) == found
     removed = {name: int((np.asarray(gate) == 0).sum()) for name, gate in gates.items()}
-    cost, count = (unit_costs(model, params, measure, FINE) for measure in (matmul_flops(length), elements))
+    cost, count = (unit_costs(model, params, measure, FINE) for measure in (matmul_flops(model, length), elements))
     assert flops(model, params, length) - flops(model, small, length) == sum(removed[n] * cost[n] for n in removed)
     assert parameters(params) - parameters(small) == sum(removed[n] * count[n] for n in removed)
 
 
 def test_costs_of_channels_by_hand():
     model, params = tiny("bert", layers=1, embed=8, attention_heads=2, neurons=6)
-    count, cost = (unit_costs(model, params, measure, KINDS) for measure in (elements, matmul_flops(10.5)))
+    count, cost = (unit_costs(model, params, measure, KINDS) for measure in (elements, matmul_flops(model, 10.5)))
     assert count["0.attention.channels"] == 8 + 1 + 8  # value and its bias; out
     assert count["0.attention.query_channels"] == 2 * (8 + 1)  # query and key
     assert cost["0.attention.channels"] == cost["0.attention.query_channels"] == 2 * 10.5 * 16 + 2 * 10.5**2
@@ -545,7 +549,7 @@ def test_statistics_of_queries(dense: tuple[Model, Params]):
     model, params = dense
     batch = labelled(model)
     found = site_statistics(model, params, batch, token_mean, ("query_channels",))
-    hidden = model.apply(params, batch, hidden=True).hidden
+    hidden = model.apply(params, batch, returns=("hidden",)).hidden
     assert hidden is not None
     own, mask = params["layers"][1]["attention"]["query"], batch["attention_mask"][..., None]
     query = jnp.einsum("btd,dnh->btnh", hidden[1], own["kernel"]) + own["bias"]

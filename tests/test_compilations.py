@@ -14,7 +14,10 @@ from tiny import tiny_batch, tiny_config, tiny_model
 
 from jaxprune.compaction import compact
 from jaxprune.models import (
+    BlockSettings,
+    Mask,
     Model,
+    State,
     TaskHead,
     advance,
     backward,
@@ -27,7 +30,7 @@ from jaxprune.models import (
     t5,
     values_compiled,
 )
-from jaxprune.models.layers import max_tokens, sum_tokens
+from jaxprune.models.layers import max_tokens
 from jaxprune.pruning.budgets import Rules, Units
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.activations import calibration_means
@@ -36,7 +39,7 @@ from jaxprune.scoring.baselines import Fisher, LeaveOneOut, Wanda
 from jaxprune.scoring.objectives import every
 from jaxprune.scoring.run import score_batches
 from jaxprune.training.joint_loss import joint_loss_and_gradients
-from jaxprune.units import widths
+from jaxprune.units import Intervention, widths
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # one event per program
 
@@ -150,15 +153,18 @@ def test_one_node_costs_two_forward_passes():
     head = TaskHead(name="task", labels=("no", "yes"), dense="tanh")
     model = Model(bert.parse_config(raw, (head,)))
     params = jax.eval_shape(model.initialise, jax.random.key(0))
-    hidden, mask = jax.ShapeDtypeStruct((2, 128, 768), jnp.float32), jax.ShapeDtypeStruct((2, 128), jnp.bool_)
+    state = State(jax.ShapeDtypeStruct((2, 128, 768), jnp.float32))
+    mask = Mask(jax.ShapeDtypeStruct((2, 128), jnp.bool_))
     units = {"attention.heads": 12, "ffn.neurons": 3072}
     gates = {name: jax.ShapeDtypeStruct((2, n), jnp.float32) for name, n in units.items()}
-    arrays = (params["layers"][1], hidden, mask, gates, {}, None, {})
-    forward = flops_of(block_compiled, model, params["layers"][1], hidden, mask, {}, {}, None)
+    before = (params["layers"][1], state, {})
+    arrays = (before, mask, Intervention(gates, {}), None)
+    settings = BlockSettings()
+    forward = flops_of(block_compiled, model, settings, *before[:2], mask, Intervention(), None)
     for inner in (False, True):  # the lowest layer, whose input is not differentiated, and any other
-        static = (model, sum_tokens, False, inner)
+        static = (model, settings, False, inner)
         output, saved = jax.eval_shape(partial(backward._block_forward, *static), *arrays)
-        pullback = saved.restore((params["layers"][1], hidden, {}))
+        pullback = saved.restore(before)
         node = flops_of(backward._block_forward, *static, *arrays) + flops_of(backward._pull, pullback, output)
         assert 1.5 * forward < node <= 2.1 * forward
 
@@ -184,9 +190,10 @@ def test_one_node_of_a_text_to_text_model_costs_two_forward_passes(stack: str):
     gates = {
         name: jax.ShapeDtypeStruct((2, count), jnp.float32) for name, count in layer_entries(units, layer.name).items()
     }
-    arrays = (layer.params, state, mask, gates, {}, None, {})
-    forward = flops_of(block_compiled, model, layer.params, state, mask, {}, {}, None)
-    static = (model, sum_tokens, False, True)
+    arrays = ((layer.params, state, {}), mask, Intervention(gates, {}), None)
+    settings = BlockSettings(kind=layer.kind)
+    forward = flops_of(block_compiled, model, settings, layer.params, state, mask, Intervention(), None)
+    static = (model, settings, False, True)
     output, saved = jax.eval_shape(partial(backward._block_forward, *static), *arrays)
     pullback = saved.restore((layer.params, state, {}))
     node = flops_of(backward._block_forward, *static, *arrays) + flops_of(backward._pull, pullback, output)
@@ -209,14 +216,18 @@ def test_what_the_lowest_gates_multiply_is_not_computed_again():
     raw = tiny_config("bert", layers=1, embed=768, attention_heads=12, neurons=3072, vocab=100)
     model = Model(bert.parse_config(raw, ()))
     params = jax.eval_shape(model.initialise, jax.random.key(0))["layers"][0]
-    hidden, mask = jax.ShapeDtypeStruct((2, 128, 768), jnp.float32), jax.ShapeDtypeStruct((2, 128), jnp.bool_)
+    state = State(jax.ShapeDtypeStruct((2, 128, 768), jnp.float32))
+    mask = Mask(jax.ShapeDtypeStruct((2, 128), jnp.bool_))
     known = {"attention.heads": jax.ShapeDtypeStruct((2, 128, 12, 64), jnp.float32)}
     gates = {"attention.heads": jax.ShapeDtypeStruct((2, 12), jnp.float32)}
     whole, rest = (
-        flops_of(backward._block_forward, model, sum_tokens, False, False, params, hidden, mask, gates, {}, None, own)
+        flops_of(
+            backward._block_forward,
+            *(model, BlockSettings(), False, False, (params, state, own), mask, Intervention(gates, {}), None),
+        )
         for own in ({}, known)
     )
-    first = flops_of(values_compiled, model, ("attention.heads",), params, hidden, mask)
+    first = flops_of(values_compiled, model, BlockSettings(returns=("attention.heads",)), params, state, mask)
     products = 2 * 2 * 128 * (3 * 768 * 768 + 2 * 128 * 768)  # of queries, keys, values, scores and their mixture
     assert products < first < 1.1 * products
     assert whole - rest > 0.99 * first - 0.01 * whole

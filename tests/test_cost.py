@@ -12,7 +12,7 @@ import pytest
 from tiny import MODEL_TYPES, random_gates, tiny_config, tiny_model
 
 from jaxprune.compaction import compact
-from jaxprune.models import Model, family
+from jaxprune.models import Mask, Model, State, family
 from jaxprune.models.cost import (
     elements,
     file_size,
@@ -28,7 +28,7 @@ from jaxprune.units import Params, widths
 def shapes_of(**sizes: int) -> tuple[Model, Params]:
     """A BERT without task heads and the shapes of its parameters, without computing any."""
     module = family("bert")
-    model = module.build(module.parse_config(tiny_config("bert", **sizes), ()))
+    model = Model(module.parse_config(tiny_config("bert", **sizes), ()))
     return model, jax.eval_shape(model.initialise, jax.random.key(0))
 
 
@@ -54,7 +54,7 @@ def test_bert_base_by_hand():
 )
 def test_one_head_costs_many_neurons(sizes, length, neurons):
     model, params = shapes_of(**sizes)
-    costs = unit_costs(model, params, matmul_flops(length))
+    costs = unit_costs(model, params, matmul_flops(model, length))
     # (8 d h L + 4 h L^2) / (4 d L) = 2 h + h L / d
     assert costs["0.attention.heads"] / costs["0.ffn.neurons"] == pytest.approx(neurons, rel=1e-12)
 
@@ -64,7 +64,7 @@ def test_unit_costs_by_hand():
     count = unit_costs(model, params, elements)
     assert count["0.attention.heads"] == 3 * (8 * 4 + 4) + 4 * 8  # q, k, v with biases; out
     assert count["1.ffn.neurons"] == 8 + 1 + 8  # up, its bias; down
-    cost = unit_costs(model, params, matmul_flops(10.5))  # a mean length
+    cost = unit_costs(model, params, matmul_flops(model, 10.5))  # a mean length
     assert cost["0.attention.heads"] == 2 * 10.5 * 4 * (8 * 4) + 2 * 2 * 4 * 10.5**2
     assert cost["1.ffn.neurons"] == 2 * 10.5 * 2 * 8
 
@@ -90,10 +90,10 @@ def test_flops_are_those_of_the_program(model_type, seed):
     model, params = tiny_model(model_type, layers=3, seed=seed)
     small = compact(model, params, random_gates(model, params, seed) | {"1.attention.heads": np.zeros(4)})
     length = 7 + seed
-    hidden, mask = jnp.ones((1, length, 16)), jnp.ones((1, length), bool)
+    hidden, mask = State(jnp.ones((1, length, 16))), Mask(jnp.ones((1, length), bool))
     for tree in (params, small):
         found = sum(
-            dot_flops(jax.make_jaxpr(lambda p: model.block(p, hidden, mask)[0])(own).jaxpr)
+            dot_flops(jax.make_jaxpr(lambda p: model.block(p, hidden, mask)[0].hidden)(own).jaxpr)
             for own in tree["layers"].values()
         )
         assert flops(model, tree, length) == found
@@ -101,8 +101,8 @@ def test_flops_are_those_of_the_program(model_type, seed):
 
 def test_flops_are_close_to_the_compiled_ones():
     model, params = shapes_of(**(BERT_BASE | {"layers": 1}))
-    hidden, mask = jnp.ones((1, 128, 768)), jnp.ones((1, 128), bool)
-    compiled = jax.jit(lambda p: model.block(p, hidden, mask)[0]).lower(params["layers"][0]).compile()
+    hidden, mask = State(jnp.ones((1, 128, 768))), Mask(jnp.ones((1, 128), bool))
+    compiled = jax.jit(lambda p: model.block(p, hidden, mask)[0].hidden).lower(params["layers"][0]).compile()
     analysis = compiled.cost_analysis()
     assert analysis is not None
     # The compiler also counts softmax, norms, biases and the activation: 1.6 % here.
@@ -117,8 +117,8 @@ def test_costs_are_additive(seed):
     removed = {name: int((np.asarray(gate) == 0).sum()) for name, gate in gates.items()}
     for tree in (small, compact(model, params, {name: np.zeros(len(gate)) for name, gate in gates.items()})):
         assert unit_costs(model, tree, elements) == unit_costs(model, params, elements)
-        assert unit_costs(model, tree, matmul_flops(9)) == unit_costs(model, params, matmul_flops(9))
-    cost = unit_costs(model, params, matmul_flops(9))
+        assert unit_costs(model, tree, matmul_flops(model, 9)) == unit_costs(model, params, matmul_flops(model, 9))
+    cost = unit_costs(model, params, matmul_flops(model, 9))
     assert flops(model, params, 9) - flops(model, small, 9) == sum(removed[name] * cost[name] for name in removed)
     count = unit_costs(model, params, elements)
     assert parameters(params) - parameters(small) == sum(removed[name] * count[name] for name in removed)

@@ -12,11 +12,12 @@ import pytest
 from tiny import MODEL_TYPES, random_gates, tiny_batch, tiny_model
 
 from jaxprune.compaction import compact
-from jaxprune.models import Model
+from jaxprune.models import Mask, Model, State
 from jaxprune.models.layers import absolute_tokens, gate, sum_tokens
 from jaxprune.units import (
     UNITS,
     Gates,
+    Intervention,
     Params,
     axes_of,
     check_gates,
@@ -40,7 +41,7 @@ def logits(model: Model, params: Params, batch: Any, gates: Gates | None = None,
 
 
 def gated_values(model: Model, params: Params, batch: Any, gates: Gates | None = None, **settings: Any) -> Any:
-    found = model.apply(params, batch, gates, sites=True, **settings).sites
+    found = model.apply(params, batch, gates, returns=("sites",), **settings).sites
     assert found is not None
     return found
 
@@ -59,11 +60,11 @@ def test_gates_of_ones_change_nothing(model_type: str):
 
 def test_no_gates_multiply_nothing():
     model, params = tiny_model()
-    hidden, mask = jnp.zeros((2, 5, 16)), jnp.ones((2, 5), bool)
+    hidden, mask = State(jnp.zeros((2, 5, 16))), Mask(jnp.ones((2, 5), bool))
     own = {name: jnp.ones(units) for name, units in zip(LOCAL, (4, 32), strict=True)}
 
     def multiplications(gates: Gates | None) -> int:
-        program = jax.make_jaxpr(lambda g: model.block(params["layers"][0], hidden, mask, g))(gates)
+        program = jax.make_jaxpr(lambda g: model.block(params["layers"][0], hidden, mask, Intervention(g)))(gates)
         return str(program).count(" mul ")
 
     assert multiplications(None) == multiplications({}) == multiplications(own) - 2
@@ -142,7 +143,7 @@ def test_closed_sites_equal_zero_width_modules(model_type: str):
     emptied = without(model.axes, params, sites(model.axes, params))
     jax.tree.map(np.testing.assert_array_equal, small, emptied)
     np.testing.assert_allclose(logits(model, small, batch), logits(model, params, batch, closed), rtol=1e-5, atol=1e-5)
-    found = model.apply(small, batch, open_gates(model, small), sites=True, scores=True)
+    found = model.apply(small, batch, open_gates(model, small), returns=("sites", "scores"))
     assert found.sites is not None and found.scores is not None
     assert [array.shape for array in found.sites.values()] == [(3, 9, 0, 4), (3, 9, 0)] * 2
     assert [array.shape for array in found.scores] == [(3, 0, 9, 9)] * 2

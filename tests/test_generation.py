@@ -16,7 +16,7 @@ from tiny import TEXT_TYPES, random_gates, tiny_batch, tiny_model
 
 from jaxprune.compaction import compact
 from jaxprune.evaluation.generation import generate, texts
-from jaxprune.models import Decoding, Masks, Model, Output
+from jaxprune.models import BlockSettings, Mask, Model, Output, State
 from jaxprune.units import Intervention, Params, flatten, open_gates, unflatten, widths
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # one event per program
@@ -81,15 +81,16 @@ def test_a_step_computes_what_the_block_does_at_its_place(kind: str, dtype: Any)
     }
     gates |= {"ffn.neurons": jnp.linspace(0.0, 1.0, 32)}
     means = {"attention.heads": jnp.ones((4, 3)), "ffn.neurons": jnp.ones(32)}
-    state, _ = model.block(layer, Decoding(hidden, memory), Masks(jnp.ones((2, 26), bool), mask), gates, means=means)
-    assert isinstance(state, Decoding)
+    given, masks = State(hidden, memory), Mask(jnp.ones((2, 26), bool), mask)
+    intervention, settings = Intervention(gates, means), BlockSettings(kind="decoder")
+    state, _ = model.block(layer, given, masks, intervention, settings=settings)
     step = jax.jit(model.step)
     cache = model.prepare(layer, memory, 26)
     assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(dtype)}
-    assert [leaf.shape for leaf in cache.own] == [(2, 26, 4, 3)] * 2
+    assert [leaf.shape for leaf in cache.tokens] == [(2, 26, 4, 3)] * 2
     for place in range(26):
         token = hidden[:, place : place + 1]
-        output, cache = step(layer, token, cache, jnp.int32(place), mask, gates, means=means)
+        output, cache = step(layer, token, cache, jnp.int32(place), mask, intervention)
         expected = np.asarray(state.hidden[:, place : place + 1], np.float32)
         atol = (1e-5 if dtype == jnp.float32 else 0.03) * np.abs(expected).max()  # bfloat16 has 8 bits
         np.testing.assert_allclose(np.asarray(output, np.float32), expected, rtol=0, atol=atol)

@@ -76,7 +76,7 @@ def test_parts_equal_those_of_whole_forward_passes(model_type: str):
     model, params, teacher = pair(model_type)
     batch = batch_of(model)
     total, parts = joint_loss((model, params), (model, teacher), batch, ALL)
-    ours, theirs = (model.apply(own, batch, hidden=True, scores=True) for own in (params, teacher))
+    ours, theirs = (model.apply(own, batch, returns=("hidden", "scores")) for own in (params, teacher))
     assert ours.hidden and theirs.hidden and ours.scores and theirs.scores
     real = batch["attention_mask"].astype(bool)
     hidden = [mean((a - b) ** 2, real[:, :, None]) for a, b in zip(ours.hidden, theirs.hidden, strict=True)]
@@ -105,7 +105,7 @@ def test_parts_of_a_text_to_text_model_equal_those_of_whole_forward_passes():
     own = targets >= 0
     shifted = np.concatenate([np.full((3, 1), model.config.start_id), np.where(own, targets, 0)[:, :-1]], 1)
     forced = batch | {"decoder_input_ids": shifted.astype(np.int32), "decoder_attention_mask": own}
-    ours, theirs = (model.apply(p, forced, hidden=True, scores=True) for p in (params, teacher))
+    ours, theirs = (model.apply(p, forced, returns=("hidden", "scores")) for p in (params, teacher))
     assert ours.hidden and theirs.hidden and ours.scores and theirs.scores
     read, earlier = batch["attention_mask"].astype(bool), np.tri(4, dtype=bool)
     masks = [

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.models import Masks, score_mask
+from jaxprune.models import Mask, score_mask
 from jaxprune.training.joint_loss import label_loss, mean_squared_error, mean_where, soft_cross_entropy
 
 
@@ -47,14 +47,15 @@ def test_mean_squared_error_by_hand():
 
 def test_scores_count_where_query_and_key_are_tokens():
     mask = jnp.array([[True, True, False]])
-    found = score_mask(mask)
+    found = score_mask(Mask(mask), mask)
     assert found[0, 0].astype(int).tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
     scores = jnp.arange(18, dtype=jnp.float32).reshape(1, 2, 3, 3)
     # 0 1 3 4 of the first head, 9 10 12 13 of the second
     assert float(mean_squared_error(scores, jnp.zeros_like(scores), found)) == (26 + 81 + 100 + 144 + 169) / 8
-    decoder = Masks(mask, jnp.array([[True, False]]))
-    assert score_mask(decoder)[0, 0].astype(int).tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0]]
-    assert score_mask(decoder, "cross")[0, 0].astype(int).tolist() == [[1, 0], [1, 0], [0, 0]]
+    memory = jnp.array([[True, False]])
+    decoder, earlier = Mask(mask, memory), mask[:, None] & np.tri(3, dtype=bool)
+    assert score_mask(decoder, earlier)[0, 0].astype(int).tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0]]
+    assert score_mask(decoder, memory)[0, 0].astype(int).tolist() == [[1, 0], [1, 0], [0, 0]]
 
 
 def test_what_is_masked_may_be_anything_and_gets_no_gradient():
@@ -88,7 +89,7 @@ def test_losses_equal_pytorch():
     scores = [random.standard_normal((3, 2, 7, 7)).astype(np.float32) for _ in "ab"]
     pairs = [mask[:, None, :, None] & mask[:, None, None, :], mask[:, :, None]]
     for (first, second), chosen, own in zip(
-        (scores, hidden), pairs, (score_mask, lambda mask: mask[:, :, None]), strict=True
+        (scores, hidden), pairs, (lambda mask: score_mask(Mask(mask), mask), lambda mask: mask[:, :, None]), strict=True
     ):
         real = torch.tensor(np.broadcast_to(chosen, first.shape).copy())
         expected = functional.mse_loss(torch.tensor(first)[real], torch.tensor(second)[real]).item()

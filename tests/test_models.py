@@ -16,10 +16,10 @@ from tiny import LENGTH, MODEL_TYPES, TEXT_TYPES, lively, random_gates, tiny_bat
 
 from jaxprune import models
 from jaxprune.compaction import compact
-from jaxprune.models import Model, Output, TaskHead, families, family, model_inputs, running
+from jaxprune.models import BlockSettings, Mask, Model, Output, State, TaskHead, families, family, model_inputs, running
 from jaxprune.models import bert as bert_family
 from jaxprune.models.layers import Affine, attend, bind, describe, dropout, fused_attention, has_fused_attention
-from jaxprune.units import Params, flatten, open_gates, unflatten
+from jaxprune.units import UNITS, Intervention, Params, flatten, open_gates, unflatten
 
 HEADS = (TaskHead(name="task", labels=("no", "yes")),)
 DROPOUT = {
@@ -32,7 +32,7 @@ DROPOUT = {
 def model_with(model_type: str, **settings: Any) -> tuple[Model, Params]:
     """A tiny model with other settings."""
     module = family(model_type)
-    model = module.build(module.parse_config(tiny_config(model_type) | settings, HEADS))
+    model = Model(module.parse_config(tiny_config(model_type) | settings, HEADS))
     return model, lively(model)
 
 
@@ -86,21 +86,24 @@ def test_apply_composes_embed_block_and_readout(model_type: str):
     model, params = tiny_model(model_type)
     batch = tiny_batch(model)
     inputs = {name: jnp.asarray(array) for name, array in batch.items()}
-    mask = inputs["attention_mask"] > 0
+    mask = Mask(inputs["attention_mask"] > 0)
     gates = random_gates(model, params)
-    hidden = [model.embed(params["embeddings"], inputs)]
+    states = [model.embed(params["embeddings"], inputs)]
+    settings = BlockSettings(returns=UNITS)
     values = {}
     for i, layer in params["layers"].items():
-        own = {name: gates[f"{i}.{name}"] for name in ("attention.heads", "ffn.neurons")}
-        state, found = model.block(layer, hidden[-1], mask, own)
-        hidden.append(state)
+        local = Intervention({name: gates[f"{i}.{name}"] for name in ("attention.heads", "ffn.neurons")})
+        state, found = model.block(layer, states[-1], mask, local, settings=settings)
+        states.append(state)
         values |= {f"{i}.{name}": value for name, value in found.items()}
-    expected = model.readout(params["heads"]["task"], hidden[-1], mask, model.head())
-    output = model.apply(params, batch, gates, hidden=True, sites=True)
+    expected = model.readout(params["heads"]["task"], states[-1], mask, model.head())
+    output = model.apply(params, batch, gates, returns=("hidden", "sites"))
     assert output.hidden is not None and output.sites is not None
     np.testing.assert_allclose(np.asarray(output.logits), expected, rtol=1e-5, atol=1e-5)  # another order
     assert list(output.sites) == list(values) == list(gates)
-    for found, value in zip((*output.hidden, *output.sites.values()), (*hidden, *values.values()), strict=True):
+    for found, value in zip(
+        (*output.hidden, *output.sites.values()), (*(state.hidden for state in states), *values.values()), strict=True
+    ):
         np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
 
 
@@ -108,7 +111,7 @@ def test_parts_that_were_not_asked_for_are_none():
     model, params = tiny_model()
     output = model.apply(params, tiny_batch(model))
     assert output == Output(output.logits)
-    assert model.apply(params, tiny_batch(model), scores=True).sites is None
+    assert model.apply(params, tiny_batch(model), returns=("scores",)).sites is None
 
 
 def test_layers_run_in_the_order_of_their_numbers():
@@ -156,10 +159,10 @@ def test_a_row_of_padding_has_finite_gradients():
     model, params = tiny_model()
     batch = tiny_batch(model)
     empty = {name: array * 0 for name, array in batch.items()}
-    for scores in (False, True):
+    for returns in ((), ("scores",)):
 
-        def total(params: Params, scores: bool = scores) -> jax.Array:
-            found = model.apply(params, empty, scores=scores).logits
+        def total(params: Params, returns: tuple[str, ...] = returns) -> jax.Array:
+            found = model.apply(params, empty, returns=returns).logits
             assert found is not None
             return found.sum()
 
@@ -266,7 +269,7 @@ def test_facts_of_a_family():
 
 def test_an_encoder_without_task_heads():
     model, params = tiny_model(heads=())
-    output = model.apply(params, tiny_batch(model), hidden=True)
+    output = model.apply(params, tiny_batch(model), returns=("hidden",))
     assert output.logits is None and output.hidden is not None
     with pytest.raises(ValueError, match="no task head 'task'; it has: none"):
         model.apply(params, tiny_batch(model), head="task")
@@ -282,7 +285,10 @@ def test_an_encoder_without_task_heads():
         ((TaskHead(name="1", labels=("x",)),), "letter first"),
         ((TaskHead(name="a", labels=()),), "has 0 labels"),
         ((TaskHead(name="a", labels=("x", "y"), regression=True),), "has 2 labels"),
-        ((TaskHead(name="a", labels=("x",), pooling="max"),), "pooling must be 'first', 'mean' or 'none', got 'max'"),
+        (
+            (TaskHead(name="a", labels=("x",), pooling="max"),),
+            "pooling must be 'first', 'mean', 'last' or 'none'",
+        ),
         ((TaskHead(name="a", labels=("x",), dense="sine"),), "dense must be None or an activation, got 'sine'"),
     ],
 )
@@ -388,7 +394,7 @@ def test_settings_that_are_not_supported_are_refused(settings: dict[str, Any], m
 def test_every_wrong_setting_is_in_one_error():
     raw = tiny_config("bert") | {"is_decoder": True, "vocab_size": 0}
     del raw["hidden_size"]
-    with pytest.raises(ValueError, match=r"hidden_size is missing; is_decoder is True.*; vocab_size is 0") as caught:
+    with pytest.raises(ValueError, match=r"is_decoder is True.*; vocab_size is 0.*; hidden_size is missing") as caught:
         bert_family.parse_config(raw)
     assert str(caught.value).count("hidden_size") == 1
 
@@ -469,11 +475,11 @@ def test_dropout_keeps_the_mean():
 def test_layers_draw_different_dropout():
     model, params = model_with("bert", hidden_dropout_prob=0.5)
     same = params | {"layers": {0: params["layers"][0], 1: params["layers"][0]}}
-    output = model.apply(same, tiny_batch(model), hidden=True, key=jax.random.key(0))
+    output = model.apply(same, tiny_batch(model), returns=("hidden",), key=jax.random.key(0))
     assert output.hidden is not None
-    mask = jnp.asarray(tiny_batch(model)["attention_mask"]) > 0
+    mask = Mask(jnp.asarray(tiny_batch(model)["attention_mask"]) > 0)
     drawn = [
-        np.asarray(model.block(params["layers"][0], output.hidden[0], mask, key=key)[0])
+        np.asarray(model.block(params["layers"][0], State(output.hidden[0]), mask, key=key)[0].hidden)
         for key in jax.random.split(jax.random.key(0), 4)
     ]
     np.testing.assert_allclose(output.hidden[1], drawn[0], rtol=1e-5, atol=1e-5)
@@ -559,7 +565,7 @@ def test_half_precision_stays_close(dtype: Any):
     model, params = tiny_model()
     batch = tiny_batch(model)
     half = jax.tree.map(lambda array: array.astype(dtype), params)
-    output = model.apply(half, batch, random_gates(model, params), hidden=True)
+    output = model.apply(half, batch, random_gates(model, params), returns=("hidden",))
     assert output.logits is not None and output.hidden is not None
     assert output.logits.dtype == jnp.float32 and output.hidden[-1].dtype == dtype
     expected = logits(model, params, batch, random_gates(model, params))

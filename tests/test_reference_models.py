@@ -52,7 +52,7 @@ def test_hidden_states_and_attention_equal_hugging_face(model_type: str, tmp_pat
     model, params = load(saved(tmp_path, theirs))
     batch = random_batch(theirs, 7)
     expected = run(theirs, batch, output_hidden_states=True, output_attentions=True)
-    found = model.apply(params, batch, hidden=True, scores=True)
+    found = model.apply(params, batch, returns=("hidden", "scores"))
     assert found.hidden is not None and found.scores is not None
     assert len(found.hidden) == len(expected.hidden_states) == SIZES["layers"] + 1
     assert len(found.scores) == len(expected.attentions) == SIZES["layers"]

@@ -102,7 +102,7 @@ def test_logits_equal_hugging_face(kind: str, tmp_path: Path):
     for length, targets in ((1, 1), (7, 3), (33, 9)):
         batch = random_batch(length, targets)
         expected = run(theirs, batch, output_hidden_states=True)
-        found = model.apply(params, batch, hidden=True)
+        found = model.apply(params, batch, returns=("hidden",))
         own = batch["decoder_attention_mask"] > 0  # what stands at padding is nobody's business
         assert found.hidden is not None
         assert_close(found.logits, expected.logits, own)

@@ -66,7 +66,7 @@ def cost_of(model: Model, params: Params, name: str) -> float:
 def site_costs(model: Model, params: Params, name: str) -> dict[str, float]:
     if name == "units":
         return dict.fromkeys(widths(model.axes, params), 1.0)
-    return unit_costs(model, params, elements if name == "parameters" else matmul_flops(LENGTH))
+    return unit_costs(model, params, elements if name == "parameters" else matmul_flops(model, LENGTH))
 
 
 def ordered_blocks(
@@ -250,7 +250,7 @@ def test_global_selection_is_a_threshold_on_score_per_cost(dense, name, ratio):
 
 def test_heads_and_neurons_compete_by_score_per_flop(dense):
     model, params = dense
-    cost = unit_costs(model, params, matmul_flops(LENGTH))
+    cost = unit_costs(model, params, matmul_flops(model, LENGTH))
     scores = {name: np.full(units, cost[name]) for name, units in widths(model.axes, params).items()}
     scores["2.attention.heads"] = 1.001 * scores["2.attention.heads"]
     scores["2.ffn.neurons"] = 1.002 * scores["2.ffn.neurons"]

@@ -179,7 +179,7 @@ def test_logits_are_of_every_token(model_type: str, tmp_path: Path):
     model, params = load(write_checkpoint(tmp_path / "theirs", config, tensors))
     assert model.head() == TaskHead(name="default", labels=ENDS, pooling="none") and model.head().spans
     batch = tiny_batch(model)
-    output = model.apply(params, batch, hidden=True)
+    output = model.apply(params, batch, returns=("hidden",))
     assert output.hidden is not None
     expected = np.asarray(output.hidden[-1]) @ tensors["qa_outputs.weight"].T + tensors["qa_outputs.bias"]
     expected = np.where(batch["attention_mask"][:, None] > 0, expected.swapaxes(1, 2), NOWHERE)

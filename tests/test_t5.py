@@ -16,8 +16,8 @@ from tiny import TEXT_TYPES, random_gates, tiny_batch, tiny_config, tiny_model
 
 from jaxprune.checkpoints.folder import digest, load, save
 from jaxprune.compaction import compact
-from jaxprune.models import Decoding, Masks, Model, family
-from jaxprune.models.backward import Prefix, forward
+from jaxprune.models import BlockSettings, Mask, Model, State, family
+from jaxprune.models.backward import Gradients, Prefix, forward
 from jaxprune.models.cost import flops
 from jaxprune.models.t5 import bucket_of
 from jaxprune.pruning.budgets import Flops, Rules
@@ -27,7 +27,7 @@ from jaxprune.scoring.attribution import IntegratedGradients, joint, layer
 from jaxprune.scoring.objectives import log_probability, signed
 from jaxprune.scoring.run import score_batches
 from jaxprune.training.loop import share_gradients
-from jaxprune.units import Gates, Params, flatten, open_gates, sites, subtree, unflatten, widths
+from jaxprune.units import Gates, Intervention, Params, flatten, open_gates, sites, subtree, unflatten, widths
 
 
 def logits(model: Model, params: Params, batch: Any, gates: Gates | None = None) -> np.ndarray:
@@ -92,7 +92,13 @@ def test_gradient_times_activation(model_type: str):
     batch = tiny_batch(model)
     toward = jnp.asarray(np.random.default_rng(1).standard_normal((3, 5, 60)), jnp.float32)
     toward = toward * batch["decoder_attention_mask"][..., None].astype(np.float32)
-    _, pull = forward(model, params, batch, open_gates(model, params), weights=True)
+    _, pull = forward(
+        model,
+        params,
+        batch,
+        Intervention(open_gates(model, params)),
+        gradients=Gradients(weights=True),
+    )
     gates, grads = pull(toward)
     assert grads is not None and list(gates) == list(widths(model.axes, params))
     for site in sites(model.axes, params):
@@ -115,7 +121,7 @@ def test_gradients_block_by_block_equal_those_of_apply(model_type: str):
         return (found * toward).sum()
 
     expected = jax.jit(jax.grad(total, (0, 1)))(gates, params)
-    found = forward(model, params, batch, gates, weights=True)[1](toward)
+    found = forward(model, params, batch, Intervention(gates), gradients=Gradients(weights=True))[1](toward)
     assert jax.tree.structure(found[1]) == jax.tree.structure(expected[1])
     for ours, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, other, rtol=1e-3, atol=1e-4 * (1e-3 + float(jnp.abs(other).max())))
@@ -175,14 +181,18 @@ def test_flops_are_those_of_the_program(model_type: str, seed: int):
     small = compact(model, params, random_gates(model, params, seed) | {"decoder.1.cross.heads": np.zeros(4)})
     read, written = 7 + seed, 3
     hidden, memory = jnp.ones((1, written, 16)), jnp.ones((1, read, 16))
-    states = {"encoder": memory, "decoder": Decoding(hidden, memory)}
+    states = {"encoder": State(memory), "decoder": State(hidden, memory)}
     masks = {
-        "encoder": jnp.ones((1, read), bool),
-        "decoder": Masks(jnp.ones((1, written), bool), jnp.ones((1, read), bool)),
+        "encoder": Mask(jnp.ones((1, read), bool)),
+        "decoder": Mask(jnp.ones((1, written), bool), jnp.ones((1, read), bool)),
     }
     for tree in (params, small):
         found = sum(
-            dot_flops(jax.make_jaxpr(lambda p, s=stack: model.block(p, states[s], masks[s])[0])(own).jaxpr)
+            dot_flops(
+                jax.make_jaxpr(
+                    lambda p, s=stack: model.block(p, states[s], masks[s], settings=BlockSettings(kind=s))[0].hidden
+                )(own).jaxpr
+            )
             for stack in states
             for own in tree[stack]["layers"].values()
         )
@@ -235,22 +245,22 @@ def test_a_forward_pass_can_start_at_any_layer():
     model, params = tiny_model("mt5")
     batch = tiny_batch(model)
     expected = np.asarray(model.apply(params, batch).logits)
-    states = model.apply(params, batch, hidden=True).hidden
+    states = model.apply(params, batch, returns=("hidden",)).hidden
     assert states is not None and len(states) == 3 + 4
     np.testing.assert_allclose(
-        forward(model, params, batch, prefix=Prefix(states[1], 1))[0], expected, rtol=1e-5, atol=1e-5
+        forward(model, params, batch, prefix=Prefix(State(states[1]), 1))[0], expected, rtol=1e-5, atol=1e-5
     )
     gates = random_gates(model, params, fractional=True)
     later = {name: gate for name, gate in gates.items() if name.startswith("decoder.1")}
-    _, pull = forward(model, params, batch, later)
+    _, pull = forward(model, params, batch, Intervention(later))
     assert [step.layer for step in pull.steps] == ["decoder.1", "decoder.2", None]
-    _, pull = forward(model, params, batch, {"encoder.1.ffn.neurons": gates["encoder.1.ffn.neurons"]})
+    _, pull = forward(model, params, batch, Intervention({"encoder.1.ffn.neurons": gates["encoder.1.ffn.neurons"]}))
     assert [step.layer for step in pull.steps] == ["encoder.1", None, "decoder.0", "decoder.1", "decoder.2", None]
 
 
 def test_parts_of_a_text_to_text_model():
     model, params = tiny_model("t5")
-    output = model.apply(params, tiny_batch(model), sites=True, scores=True)
+    output = model.apply(params, tiny_batch(model), returns=("sites", "scores"))
     assert output.sites is not None and list(output.sites) == list(widths(model.axes, params))
     assert output.scores is not None and len(output.scores) == 2 + 2 * 3  # decoder layers attend twice
     assert output.sites["decoder.0.cross.heads"].shape == (3, 5, 4, 3)
@@ -263,7 +273,7 @@ def test_tables_of_relative_positions_stay_the_same_in_all_layers():
     model, params = tiny_model("t5")
     params = model.initialise(jax.random.key(0))
     batch = tiny_batch(model)
-    _, pull = forward(model, params, batch, weights=True)
+    _, pull = forward(model, params, batch, gradients=Gradients(weights=True))
     grads = pull(jnp.ones((3, 5, 60)))[1]
     assert grads is not None
     shared = share_gradients(model, grads)

@@ -100,7 +100,7 @@ def tiny_model(
         dense = "relu" if model_type == "distilbert" else "tanh"
         heads = (TaskHead(name="task", labels=("no", "maybe", "yes"), dense=dense),)
     module = family(model_type)
-    model = module.build(module.parse_config(raw, heads))
+    model = Model(module.parse_config(raw, heads))
     return model, lively(model, seed)
 
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -212,7 +212,7 @@ def opened(path_or_hub_id: str | Path, revision: str | None = None) -> Iterator[
         config = module.parse_config(raw, None if section is None else _task_heads(section))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
-    model = replace(module.build(config), source=folder.absolute())
+    model = Model(config, folder.absolute())
     with contextlib.ExitStack() as files:
         tensors = open_tensors(folder, files)
         check_layers(model, tensors, folder)

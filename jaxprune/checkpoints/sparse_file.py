@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from jaxprune.checkpoints.tensors import FLOATS, Entry, TensorFile, blocks
-from jaxprune.units import AxisTable, Params, axes_of, flatten, path_name, unflatten
+from jaxprune.units import AxisTable, Params, axes_of, flatten, input_axes, path_name, unflatten
 
 INT8 = "I8"
 ENCODINGS = {"all": (), "bits": ("bits",), "deltas": ("deltas",)}  # -> the part that says where the values are
@@ -181,8 +181,9 @@ def column_scales(array: Any, columns: int) -> np.ndarray:
 def linear_maps(table: AxisTable, params: Params) -> dict[str, int]:
     """The weights that sparse pruning is about, the kernels of the layers, by name; and how many outputs each has."""
     kernels = {path: array for path, array in flatten(params).items() if path[-1] == "kernel" and "layers" in path}
-    inputs = {path: 2 if axes_of(table, path)[0] == "heads" else 1 for path in kernels}  # axes; a head has channels
-    return {path_name(path): math.prod(array.shape[inputs[path] :]) for path, array in kernels.items()}
+    return {
+        path_name(path): math.prod(array.shape[input_axes(axes_of(table, path)) :]) for path, array in kernels.items()
+    }
 
 
 def pack_tensors(

@@ -29,9 +29,9 @@ _LEGACY = re.compile(r"(LayerNorm\.|layer_norm\.)(gamma|beta)$")  # as TensorFlo
 _LAYOUTS: dict[str, Callable[[Any], Any]] = {
     "copy": lambda a: a,
     "linear": lambda a: a.T,
-    "split_out": lambda a: a.reshape(a.shape[0], a.shape[1] * a.shape[2]).T,
-    "split_bias": lambda a: a.reshape(a.shape[0] * a.shape[1]),
-    "merge_in": lambda a: a.reshape(a.shape[0] * a.shape[1], a.shape[2]).T,
+    "split_out": lambda a: a.reshape(a.shape[0], math.prod(a.shape[1:])).T,
+    "split_bias": lambda a: a.reshape(math.prod(a.shape)),
+    "merge_in": lambda a: a.reshape(math.prod(a.shape[:-1]), a.shape[-1]).T,
 }
 
 

@@ -186,7 +186,7 @@ def kept(model: Model, params: Params, gates: Gates, length: Length) -> dict[str
     def total(costs: Mapping[str, float], units: Mapping[str, int]) -> float:
         return sum(costs[name] * units[name] for name in had)
 
-    flops, sizes = (unit_costs(model, params, measure, KINDS) for measure in (matmul_flops(length), elements))
+    flops, sizes = (unit_costs(model, params, measure, KINDS) for measure in (matmul_flops(model, length), elements))
     every = parameters(params)
     return {
         "flops_kept": total(flops, left) / total(flops, had),

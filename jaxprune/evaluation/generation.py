@@ -13,22 +13,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from jaxprune.models import (
     LANGUAGE,
     Cache,
-    Decoding,
-    Masks,
+    Mask,
     Model,
+    State,
     advance,
     check_intervention,
-    encoder_inputs,
-    layer_entries,
+    layer_intervention,
     model_layers,
     part,
+    prompt_inputs,
 )
-from jaxprune.units import Gates, Intervention, Params
+from jaxprune.units import Intervention, Params
 
 
 def generate(
@@ -67,20 +67,16 @@ def generate(
         raise TypeError(f"max_new_tokens must be an integer, got {type(max_new_tokens).__name__}.")
     if not 1 <= max_new_tokens <= model.max_length:
         raise ValueError(f"max_new_tokens must lie in 1 to {model.max_length}, got {max_new_tokens}.")
-    gates, means = intervention
-    inputs = encoder_inputs(model, params, batch)
-    check_intervention(model, params, inputs, gates, means)
-    layers = model_layers(model, params)
-    writer = model.stacks[-1].name
-    encoded = advance(model, [layer for layer in layers if layer.stack != writer], inputs, None, gates, means)
-    writing = tuple(
-        _Layer(layer.params, layer_entries(gates, layer.name), layer_entries(means, layer.name))
-        for layer in layers
-        if layer.stack == writer
+    inputs = prompt_inputs(model, params, batch)
+    check_intervention(model, params, inputs, intervention)
+    layers, writer = model_layers(model, params), model.stacks[-1]
+    encoded = advance(model, layers[: -writer.layers], inputs, None, intervention)
+    decoding = tuple(
+        _Layer(layer.params, layer_intervention(intervention, layer.name)) for layer in layers[-writer.layers :]
     )
-    entry, output = part(params, model.embed_places(writer)), part(params, model.readout_places(LANGUAGE))
-    decoder = _Decoder(entry, writing, output)
-    return _write(model, int(max_new_tokens), decoder, encoded, inputs["attention_mask"])
+    entry, output = part(params, model.embed_places(writer.name)), part(params, model.readout_places(LANGUAGE))
+    decoder = _Decoder(entry, decoding, output)
+    return _write(model, int(max_new_tokens), decoder, encoded, inputs[model.stacks[0].inputs[1]])
 
 
 def texts(model: Model, tokens: Int[Array, "b n"] | np.ndarray) -> list[str]:
@@ -94,11 +90,10 @@ def texts(model: Model, tokens: Int[Array, "b n"] | np.ndarray) -> list[str]:
 
 
 class _Layer(NamedTuple):
-    """A decoder layer's parameters, gates and means."""
+    """A layer's parameters, gates and means."""
 
     params: Params
-    gates: Gates
-    means: Gates
+    intervention: Intervention
 
 
 class _Decoder(NamedTuple):
@@ -120,13 +115,12 @@ class _Written(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _write(
-    model: Model, length: int, decoder: _Decoder, encoded: Float[Array, "b s d"], mask: Bool[Array, "b s"]
-) -> Int[Array, "b n"]:
-    rows, config, writer = mask.shape[0], model.config, model.stacks[-1].name
+def _write(model: Model, length: int, decoder: _Decoder, encoded: State, mask: Bool[Array, "b s"]) -> Int[Array, "b n"]:
+    rows, config, writer = mask.shape[0], model.config, model.stacks[-1]
 
-    def read(token: Int[Array, " b"]) -> Any:  # a `Decoding`
-        return model.embed(decoder.entry, {"decoder_input_ids": token[:, None]}, stack=writer, before=encoded)
+    def read(token: Int[Array, " b"]) -> State:
+        inputs = {writer.inputs[0]: token[:, None]}
+        return model.embed(decoder.entry, inputs, stack=writer.name, before=encoded)
 
     def unfinished(text: _Written) -> Bool[Array, ""]:
         return (text.count < length) & ~text.ended.all()
@@ -134,16 +128,16 @@ def _write(
     def write(text: _Written) -> _Written:
         hidden, caches = read(text.last).hidden, []
         for layer, cache in zip(decoder.layers, text.caches, strict=True):
-            hidden, cache = model.step(layer.params, hidden, cache, text.count, mask, layer.gates, means=layer.means)
+            hidden, cache = model.step(layer.params, hidden, cache, text.count, mask, layer.intervention)
             caches.append(cache)
-        state, masks = Decoding(hidden, memory), Masks(jnp.ones((rows, 1), bool), mask)
+        state, masks = State(hidden, memory), Mask(jnp.ones((rows, 1), bool), mask)
         best = model.readout(decoder.output, state, masks, LANGUAGE)[:, 0].argmax(-1).astype(jnp.int32)
         token = jnp.where(text.ended, config.pad_id, best)
         tokens = jax.lax.dynamic_update_slice_in_dim(text.tokens, token[:, None], text.count, axis=1)
         return _Written(text.count + 1, tokens, token, text.ended | (token == config.end_id), tuple(caches))
 
     start = jnp.full(rows, config.start_id, jnp.int32)
-    memory = read(start).memory
+    memory: Any = read(start).memory
     nothing = _Written(
         count=jnp.zeros((), jnp.int32),
         tokens=jnp.full((rows, length), config.pad_id, jnp.int32),

@@ -22,11 +22,11 @@ from jaxprune.models import (
     Model,
     advance,
     check_intervention,
-    encoder_inputs,
     mask_of,
     model_inputs,
     model_layers,
     part,
+    prompt_inputs,
     readout_compiled,
     repeat_rows,
 )
@@ -64,14 +64,12 @@ def rank(
         candidates: The tokens of the answers.
         intervention: Gates by site name, and what closed units are replaced by.
     """
-    candidates, (gates, means) = jnp.asarray(candidates), intervention
+    candidates = jnp.asarray(candidates)
     rows, labels, length = candidates.shape
-    encoded = encoder_inputs(model, params, batch)
-    check_intervention(model, params, encoded, gates, means)
-    layers = model_layers(model, params)
-    encoder = [layer for layer in layers if layer.stack != model.stacks[-1].name]
-    decoder = layers[len(encoder) :]
-    memory = advance(model, encoder, encoded, None, gates, means)
+    encoded = prompt_inputs(model, params, batch)
+    check_intervention(model, params, encoded, intervention)
+    layers, last = model_layers(model, params), model.stacks[-1].layers
+    memory = advance(model, layers[:-last], encoded, None, intervention)
     output = part(params, model.readout_places(LANGUAGE))
     together = max(1, min(labels, MOST_ROWS // rows))
     likelihoods = []
@@ -80,8 +78,8 @@ def rank(
         state, tiled = repeat_rows((memory, encoded), together)
         targets = some.reshape(rows * together, length)
         tiled = model_inputs(model, params, teacher_forced(model, tiled, targets))
-        state = advance(model, decoder, tiled, state, gates, means)
-        logits = readout_compiled(model, LANGUAGE, output, state, mask_of(decoder[-1], tiled), None)
+        state = advance(model, layers[-last:], tiled, state, intervention)
+        logits = readout_compiled(model, LANGUAGE, output, state, mask_of(layers[-1], tiled), None)
         likelihoods.append(_log_likelihood(logits, targets).reshape(rows, together))
     return jnp.concatenate(likelihoods, axis=1)[:, :labels]
 

@@ -17,31 +17,41 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxprune.models import (
+    BlockSettings,
     Mask,
     Model,
     Places,
     State,
     TaskHead,
-    block_compiled,
     check_intervention,
     embed_compiled,
     entry_key,
     layer_entries,
+    layer_intervention,
     layer_keys,
     mask_of,
     model_inputs,
     model_layers,
     part,
     readout_mask,
+    run_layer,
 )
 from jaxprune.models.layers import TokenReduction, sum_tokens
-from jaxprune.units import Gates, Params, Path, flatten, unflatten
+from jaxprune.units import Gates, Intervention, Params, Path, flatten, unflatten
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """The gradients that a backward pass is to give."""
+
+    weights: bool = False  # of the parameters too; gates alone cost one forward pass less
+    tokens: TokenReduction = sum_tokens  # of gates over tokens; all others are no gradients but a criterion's business
 
 
 class Prefix(NamedTuple):
     """A forward pass up to one layer: start here instead of at the embeddings."""
 
-    hidden: State  # input of `layer`
+    state: State  # input of `layer`
     layer: int  # its place among the layers of all stacks
     known: Mapping[str, Array] = {}  # values in this layer that its gates do not change, see `Model.block`
 
@@ -98,15 +108,15 @@ class Pull(NamedTuple):
         flat: dict[Path, Array] = {}
         gates: list[Gates] = []
         for layer, places, inner, pullback in reversed(self.steps):
-            found = list(_pull(pullback, cotangent))  # of the gates, of what the step reads, of its parameters
+            slopes = list(_pull(pullback, cotangent))  # of the gates, of what the step reads, of its parameters
             if layer is not None:
-                gates.append({f"{layer}.{name}": slope for name, slope in found.pop(0).items()})
+                gates.append({f"{layer}.{name}": slope for name, slope in slopes.pop(0).items()})
             if inner:
-                cotangent = found.pop(0)
+                cotangent = slopes.pop(0)
             if self.weights:
-                for path, slope in gradients_at(places, found.pop(0)).items():
+                for path, slope in gradients_at(places, slopes.pop(0)).items():
                     flat[path] = flat[path] + slope if path in flat else slope
-        named = {name: slope for own in reversed(gates) for name, slope in own.items()}
+        named = {name: slope for local in reversed(gates) for name, slope in local.items()}
         return named, unflatten({path: flat[path] for path in sorted(flat)}) if self.weights else None
 
 
@@ -114,19 +124,17 @@ def gradients_at(places: Places, grads: Params) -> dict[Path, Array]:
     """The gradients of the parameters at some places, by path."""
     if isinstance(places, tuple):
         return {(*places, *path): slope for path, slope in flatten(grads).items()}
-    return {(*places[name], *path): slope for name, own in grads.items() for path, slope in flatten(own).items()}
+    return {(*places[name], *path): slope for name, local in grads.items() for path, slope in flatten(local).items()}
 
 
 def forward(
     model: Model,
     params: Params,
     batch: Mapping[str, Any],
-    gates: Gates | None = None,
+    intervention: Intervention = Intervention(),
     *,
     head: str | None = None,
-    means: Gates | None = None,
-    tokens: TokenReduction = sum_tokens,
-    weights: bool = False,
+    gradients: Gradients = Gradients(),
     key: Array | None = None,
     prefix: Prefix | None = None,
 ) -> tuple[Float[Array, "b l"], Pull]:
@@ -138,13 +146,11 @@ def forward(
         model: The architecture.
         params: Parameters.
         batch: As for `Model.apply`.
-        gates: The gates to differentiate; sites that are not named are open and cost nothing.
+        intervention: The gates to differentiate, and the means; sites that are not named are open and cost nothing.
         head: The task head; None is the only one.
-        means: What closed units are replaced by; a missing one is zero.
-        tokens: How gate gradients reduce over tokens; all but `sum_tokens` are no gradients but a criterion's business.
-        weights: Whether to differentiate the parameters too. Gates alone cost one forward pass less.
+        gradients: Whether to differentiate the parameters too, and how gate gradients reduce over tokens.
         key: Switches dropout on.
-        prefix: A forward pass up to some layer, to start from; not with `weights`.
+        prefix: A forward pass up to some layer, to start from; not if weights are differentiated.
 
     Returns:
         The logits `[b, labels]` in float32, and the backward pass.
@@ -154,10 +160,11 @@ def forward(
         ValueError: If a gate lies below the prefix, weights are asked for from a prefix, or something does not fit
             the model as in `Model.apply`.
     """
-    chosen = model.head(head)
+    chosen, weights = model.head(head), gradients.weights
     inputs = model_inputs(model, params, batch)
-    check_intervention(model, params, inputs, gates, means)
-    gates = {name: jnp.asarray(gate, jnp.float32) for name, gate in (gates or {}).items()}
+    check_intervention(model, params, inputs, intervention)
+    gates = {name: jnp.asarray(gate, jnp.float32) for name, gate in (intervention.gates or {}).items()}
+    intervention = Intervention(gates, intervention.means)
     layers = model_layers(model, params)
     keys = layer_keys(key, len(layers))
     gated = [i for i, layer in enumerate(layers) if layer_entries(gates, layer.name)]
@@ -166,7 +173,7 @@ def forward(
     if prefix is not None and (weights or lowest < first):
         below = "the weights" if weights else f"gates of layer {lowest}"
         raise ValueError(f"cannot start at layer {first}: {below} come before it.")
-    state = None if prefix is None else prefix.hidden
+    state: Any = None if prefix is None else prefix.state
     steps: list[Step] = []
     for i, layer in enumerate(layers[first:], first):
         differentiated = weights or i > lowest  # whether a gate or a weight lies below
@@ -174,24 +181,24 @@ def forward(
             entry_args = (layer.entry, inputs, state, entry_key(keys, layer))
             if differentiated:
                 inner = state is not None
-                state, pullback = _embed_forward(model, layer.stack, weights, *entry_args)
-                steps.append(Step(None, model.embed_places(layer.stack), inner, pullback))
+                state, pullback = _embed_forward(model, layer.stack.name, weights, *entry_args)
+                steps.append(Step(None, model.embed_places(layer.stack.name), inner, pullback))
             else:
-                state = embed_compiled(model, layer.stack, *entry_args)
-        own, own_means = layer_entries(gates, layer.name), layer_entries(means, layer.name)
-        args = (layer.params, state, mask_of(layer, inputs), own, own_means, keys[i])
+                state = embed_compiled(model, layer.stack.name, *entry_args)
         if i < lowest:
-            state, _ = block_compiled(model, *args)
-        else:
-            known = prefix.known if prefix is not None and i == first else {}
-            before = (layer.params, state, known)
-            state, saved = _block_forward(model, tokens, weights, differentiated, *args, known)
-            steps.append(Step(layer.name, layer.path, differentiated, saved.restore(before)))
+            state, _ = run_layer(model, layer, inputs, state, intervention, key=keys[i])
+            continue
+        known = prefix.known if prefix is not None and i == first else {}
+        before = (layer.params, state, known)
+        settings = BlockSettings(kind=layer.kind, tokens=gradients.tokens)
+        args = mask_of(layer, inputs), layer_intervention(intervention, layer.name), keys[i]
+        state, saved = _block_forward(model, settings, weights, differentiated, before, *args)
+        steps.append(Step(layer.name, layer.path, differentiated, saved.restore(before)))
     places = model.readout_places(chosen)
-    own = part(params, places)
+    before = (part(params, places), state)
     mask = readout_mask(chosen, layers[-1], inputs)
-    logits, saved = _readout_forward(model, chosen, weights, own, state, mask, keys[-2])
-    steps.append(Step(None, places, True, saved.restore((own, state))))
+    logits, saved = _readout_forward(model, chosen, weights, *before, mask, keys[-2])
+    steps.append(Step(None, places, True, saved.restore(before)))
     return logits, Pull(weights, tuple(steps))
 
 
@@ -216,34 +223,35 @@ def _embed_forward(
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _block_forward(
     model: Model,
-    tokens: TokenReduction,
+    settings: BlockSettings,
     weights: bool,
     inner: bool,  # whether the layer's input is differentiated
-    params: Params,
-    hidden: State,
+    before: tuple[Params, State, Mapping[str, Array]],  # the layer's parameters, its input, and known values in it
     mask: Mask,
-    gates: Gates,
-    means: Gates,
+    intervention: Intervention,
     key: Array | None,
-    known: Mapping[str, Array],
 ) -> tuple[State, Saved]:
-    def run(gates: Gates, hidden: State = hidden, params: Params = params) -> State:
-        return model.block(params, hidden, mask, gates, means=means, tokens=tokens, key=key, known=known)[0]
+    params, state, known = before
 
-    differentiated = (gates, hidden, params) if weights else (gates, hidden) if inner else (gates,)
+    def run(gates: Gates, state: State = state, params: Params = params) -> State:
+        gated = Intervention(gates, intervention.means)
+        return model.block(params, state, mask, gated, settings=settings, key=key, known=known)[0]
+
+    gates = intervention.gates
+    differentiated = (gates, state, params) if weights else (gates, state) if inner else (gates,)
     output, pullback = jax.vjp(run, *differentiated)
-    return output, Saved.of(pullback, (params, hidden, known))
+    return output, Saved.of(pullback, before)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _readout_forward(
-    model: Model, head: TaskHead, weights: bool, params: Params, hidden: State, mask: Mask, key: Array | None
+    model: Model, head: TaskHead, weights: bool, params: Params, state: State, mask: Mask, key: Array | None
 ):
-    def run(hidden: State, params: Params = params) -> Array:
-        return model.readout(params, hidden, mask, head, key=key)
+    def run(state: State, params: Params = params) -> Array:
+        return model.readout(params, state, mask, head, key=key)
 
-    logits, pullback = jax.vjp(run, hidden, params) if weights else jax.vjp(run, hidden)
-    return logits, Saved.of(pullback, (params, hidden))
+    logits, pullback = jax.vjp(run, state, params) if weights else jax.vjp(run, state)
+    return logits, Saved.of(pullback, (params, state))
 
 
 @jax.jit

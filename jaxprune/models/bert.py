@@ -2,47 +2,43 @@
 
 Devlin et al. 2019, Liu et al. 2019, Conneau et al. 2020, Sanh et al. 2019. They share post-norm blocks and differ in
 position indices, segment embeddings, the layer before the classifier and the names in their checkpoints.
-
-What a BERT-family configuration says, and what of it is supported.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.models import ENDS, NOWHERE, Model, Places, Stack, State, TaskHead
+from jaxprune.models.config import ConfigReader, is_count
+from jaxprune.models.heads import ENDS, Classifier, TaskHead, check_heads
 from jaxprune.models.layers import (
     ACTIVATIONS,
     Affine,
     Embedding,
     LayerNorm,
     Part,
-    TokenReduction,
+    Sites,
     attend,
-    attention_sites,
     bind,
     describe,
     dropout,
-    gate,
 )
 from jaxprune.models.layers import initialise as initialise_part
-from jaxprune.units import Gates, Params, Path
+from jaxprune.models.running import Mask, Places, Stack, State
+from jaxprune.units import Params, Path, TakesGate
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """What the architecture is. Sizes are those of fresh parameters; running a model reads them from the arrays."""
+    """The architecture. Sizes are those of fresh parameters; running a model reads them from the arrays."""
 
     model_type: str
     vocab: int
@@ -63,7 +59,6 @@ class EncoderConfig:
     raw: str  # the Hugging Face configuration as read, canonical JSON
 
     answers_in_text: ClassVar[bool] = False
-    causal: ClassVar[bool] = False
 
     @property
     def max_length(self) -> int:
@@ -87,58 +82,37 @@ def parse_config(raw: Mapping[str, Any], task_heads: tuple[TaskHead, ...] | None
     Raises:
         ValueError: Listing every value that is missing or not supported.
     """
-    kind = raw["model_type"]
-    names = _DISTILBERT_NAMES if kind == "distilbert" else _BERT_NAMES
-    value = {ours: raw.get(theirs, _DEFAULTS.get(theirs)) for ours, theirs in names.items()}
-    wrong = [f"{name} is missing" for name in names.values() if name not in raw and name not in _DEFAULTS]
-    wrong += [
-        f"{name} is {raw[name]!r}, supported: {', '.join(map(repr, values))}"
-        for name, values in _SUPPORTED.items()
-        if name in raw and raw[name] not in values
-    ]
-
-    def expect(name: str, found: Any, fits: bool, expected: str) -> None:
-        if not fits and f"{name} is missing" not in wrong:
-            wrong.append(f"{name} is {found!r}, expected {expected}")
-
-    for ours in ("vocab", "positions", "embed", "layers", "attention_heads", "neurons"):
-        expect(names[ours], value[ours], _is_count(value[ours]) and value[ours] > 0, "a positive integer")
-    head_dropout_name = "seq_classif_dropout" if kind == "distilbert" else "classifier_dropout"
-    head_dropout = raw.get(head_dropout_name, _DEFAULTS.get(head_dropout_name))
-    head_dropout = value["hidden_dropout"] if head_dropout is None else head_dropout
-    rates = {names[ours]: value[ours] for ours in ("hidden_dropout", "attention_dropout")}
-    for name, rate in (rates | {head_dropout_name: head_dropout}).items():
-        expect(name, rate, _is_number(rate) and 0 <= rate < 1, "a number in [0, 1)")
-    activation = value["activation"]
-    known = isinstance(activation, str) and activation in ACTIVATIONS
-    expect(names["activation"], activation, known, f"one of {', '.join(ACTIVATIONS)}")
-    eps = 1e-12 if kind == "distilbert" else raw.get("layer_norm_eps", 1e-12)  # DistilBERT's is not a setting
-    expect("layer_norm_eps", eps, _is_number(eps) and 0 < eps < 1, "a small positive number")
-    segments = 0 if kind == "distilbert" else raw.get("type_vocab_size", 2)
-    expect("type_vocab_size", segments, _is_count(segments), "a number of segments")
-    counts_from_padding = kind in ("roberta", "xlm-roberta")
-    pad_id = raw.get("pad_token_id", 1 if counts_from_padding else 0)
-    if pad_id is None and not counts_from_padding:
-        pad_id = 0  # a model without padding: only RoBERTa's positions depend on it
-    expect("pad_token_id", pad_id, _is_count(pad_id), "a token index")
-    value.update(pad_id=pad_id)
+    kind, reader = raw["model_type"], ConfigReader(raw, _SUPPORTED)
+    distil, counts_from_padding = kind == "distilbert", kind in ("roberta", "xlm-roberta")
+    names = _DISTILBERT_NAMES if distil else _BERT_NAMES
+    value = {size: reader.size(names[size]) for size in ("vocab", "embed", "layers", "attention_heads", "neurons")}
+    value["positions"] = reader.size(names["positions"], 512)
+    value |= {rate: reader.rate(names[rate], 0.1) for rate in ("hidden_dropout", "attention_dropout")}
+    head_dropout = raw.get(names["head_dropout"], 0.2 if distil else None)
+    head_dropout = value["hidden_dropout"] if head_dropout is None else reader.rate(names["head_dropout"], head_dropout)
+    value["activation"] = reader.activation(names["activation"], "gelu")
+    eps = 1e-12 if distil else reader.eps("layer_norm_eps", 1e-12)  # DistilBERT's is not a setting
+    segments = 0 if distil else reader.get("type_vocab_size", is_count, "a number of segments", 2)
+    given = raw.get("pad_token_id", int(counts_from_padding))
+    pad_id = 0 if given is None and not counts_from_padding else given  # only RoBERTa's positions depend on it
+    reader.expect("pad_token_id", pad_id, is_count(pad_id), "a token index")
     first_position = 0
-    if not wrong:
-        first_position = value["pad_id"] + 1 if counts_from_padding else 0
-        heads = value["attention_heads"]
-        expect("pad_token_id", pad_id, value["pad_id"] < value["vocab"], f"one of the {value['vocab']} tokens")
-        expect(names["positions"], value["positions"], value["positions"] > first_position, f"over {first_position}")
-        expect(names["embed"], value["embed"], value["embed"] % heads == 0, f"a multiple of the {heads} heads")
-    if task_heads is None and not wrong:
+    if not reader.problems:
+        first_position = pad_id + 1 if counts_from_padding else 0
+        vocab, positions, heads = value["vocab"], value["positions"], value["attention_heads"]
+        reader.expect("pad_token_id", pad_id, pad_id < vocab, f"one of the {vocab} tokens")
+        reader.expect(names["positions"], positions, positions > first_position, f"over {first_position}")
+        reader.expect(names["embed"], value["embed"], value["embed"] % heads == 0, f"a multiple of the {heads} heads")
+    if task_heads is None and not reader.problems:
         task_heads, refused = _head_of(raw)
-        wrong += refused
-    if wrong:
-        raise ValueError(f"config.json of a {kind} model cannot be used: {'; '.join(wrong)}.")
+        reader.problems += refused
+    reader.check()
     config = EncoderConfig(
         model_type=kind,
         **value,
         segments=segments,
         eps=float(eps),
+        pad_id=pad_id,
         first_position=first_position,
         head_dropout=float(head_dropout),
         task_heads=(),
@@ -157,6 +131,7 @@ _BERT_NAMES = {
     "activation": "hidden_act",
     "hidden_dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
+    "head_dropout": "classifier_dropout",
 }
 _DISTILBERT_NAMES = _BERT_NAMES | {
     "embed": "dim",
@@ -166,16 +141,7 @@ _DISTILBERT_NAMES = _BERT_NAMES | {
     "activation": "activation",
     "hidden_dropout": "dropout",
     "attention_dropout": "attention_dropout",
-}
-_DEFAULTS = {  # what Hugging Face assumes where a file does not say
-    "hidden_act": "gelu",
-    "activation": "gelu",
-    "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1,
-    "dropout": 0.1,
-    "attention_dropout": 0.1,
-    "seq_classif_dropout": 0.2,
-    "max_position_embeddings": 512,
+    "head_dropout": "seq_classif_dropout",
 }
 _SUPPORTED: dict[str, tuple[Any, ...]] = {  # settings that change what is computed
     "position_embedding_type": ("absolute", None),
@@ -187,22 +153,14 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {  # settings that change what is compu
 }
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
-
-
 def _head_of(raw: Mapping[str, Any]) -> tuple[tuple[TaskHead, ...], list[str]]:
-    """The task head of a Hugging Face model, named "default", and what is wrong with its description."""
+    """The task head of a Hugging Face model, named "default", and the problems of its description."""
     if "ForQuestionAnswering" in str(raw.get("architectures")):
         return (TaskHead(name="default", labels=ENDS, pooling="none"),), []
     if "ForSequenceClassification" not in str(raw.get("architectures")):
         return (), []
     names, count = raw.get("id2label"), raw.get("num_labels", 2)
-    if not names and not (_is_count(count) and count < 2**20):  # beyond, they are not made up before they are found
+    if not names and not (is_count(count) and count < 2**20):  # beyond, they are not made up before they are found
         return (), [f"num_labels is {count!r}, expected a number of labels below {2**20:,}"]
     names = names or {str(i): f"LABEL_{i}" for i in range(count)}
     if not isinstance(names, Mapping):
@@ -220,27 +178,8 @@ def _head_of(raw: Mapping[str, Any]) -> tuple[tuple[TaskHead, ...], list[str]]:
 
 
 def with_heads(config: EncoderConfig, task_heads: tuple[TaskHead, ...]) -> EncoderConfig:
-    """The same architecture with other task heads.
-
-    Raises:
-        ValueError: If two heads share a name or a head is not usable.
-    """
-    names = Counter(head.name for head in task_heads)
-    for head in task_heads:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", head.name) or names[head.name] > 1:
-            raise ValueError(
-                f"task head {head.name!r}: names must differ and be made of letters, digits, _ and -, letter first."
-            )
-        if not head.labels or (head.regression and len(head.labels) != 1):
-            raise ValueError(f"task head {head.name!r} has {len(head.labels)} labels.")
-        if head.pooling not in ("first", "mean", "none"):
-            raise ValueError(
-                f"task head {head.name!r}: pooling must be 'first', 'mean' or 'none', got {head.pooling!r}."
-            )
-        if head.spans and (head.labels != ENDS or head.regression):
-            raise ValueError(f"task head {head.name!r} is for spans: its labels are {ENDS}, got {head.labels}.")
-        if head.dense is not None and head.dense not in ACTIVATIONS:
-            raise ValueError(f"task head {head.name!r}: dense must be None or an activation, got {head.dense!r}.")
+    """The same architecture with other task heads; see `Model.with_heads`."""
+    check_heads(task_heads)
     return replace(config, task_heads=tuple(task_heads))
 
 
@@ -257,8 +196,10 @@ AXES: dict[str, tuple[str, ...]] = {
     "layers.*.attention.norm.*": ("embed",),
     "layers.*.attention.value.kernel": ("embed", "heads", "channels"),
     "layers.*.attention.value.bias": ("heads", "channels"),
-    "layers.*.attention.*.kernel": ("embed", "heads", "query_channels"),  # query, key
-    "layers.*.attention.*.bias": ("heads", "query_channels"),
+    "layers.*.attention.query.kernel": TakesGate(("embed", "heads", "query_channels")),
+    "layers.*.attention.query.bias": TakesGate(("heads", "query_channels")),
+    "layers.*.attention.key.kernel": ("embed", "heads", "query_channels"),
+    "layers.*.attention.key.bias": ("heads", "query_channels"),
     "layers.*.ffn.up.kernel": ("embed", "neurons"),
     "layers.*.ffn.up.bias": ("neurons",),
     "layers.*.ffn.down.kernel": ("neurons", "embed"),
@@ -269,14 +210,6 @@ AXES: dict[str, tuple[str, ...]] = {
     "heads.*.out.kernel": ("pooled", "labels"),
     "heads.*.out.bias": ("labels",),
 }
-
-
-def build(config: EncoderConfig) -> Model:
-    """The model of a configuration."""
-    return Model(config)
-
-
-Gated: TypeAlias = Callable[[str, Array], Array]  # (local name of a site, its values) -> the values times their gates
 
 
 class Embeddings(nnx.Module):
@@ -308,21 +241,15 @@ class Attention(nnx.Module):
         self.rates = (config.attention_dropout, 0.0 if config.model_type == "distilbert" else config.hidden_dropout)
 
     def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        mask: Bool[Array, "b t"],
-        scale: float,
-        gated: Gated,
-        key: Array | None,
-        scores: bool,
-    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
+        self, x: Float[Array, "b t d"], mask: Bool[Array, "b t"], scale: float, sites: Sites, key: Array | None
+    ) -> Float[Array, "b t d"]:
         inner, outer = (None, None) if key is None else jax.random.split(key)
-        if self.query.kernel.shape[1] == 0:  # no head is left: what stays is the output's bias
+        if self.query.kernel.shape[1] == 0:  # no head is left: the output's bias is all that stays
             b, t, _ = x.shape
             query, mixed = (jnp.zeros((b, t, 0, own.kernel.shape[2]), x.dtype) for own in (self.query, self.value))
             raw, y = jnp.zeros((b, 0, t, t), jnp.float32), jnp.broadcast_to(self.out.bias[...], x.shape).astype(x.dtype)
         else:
-            query = gated("attention.query_channels", self.query(x))
+            query = sites.gate("attention.query_channels", self.query(x))
             mixed, raw = attend(
                 query,
                 self.key(x),
@@ -331,12 +258,13 @@ class Attention(nnx.Module):
                 scale=scale,
                 rate=self.rates[0],
                 dropout_key=inner,
-                scores=scores,
+                scores=sites.wants("attention.scores"),
             )
-            mixed = gated("attention.channels", gated("attention.heads", mixed))
+            mixed = sites.gate("attention.channels", sites.gate("attention.heads", mixed))
             y = self.out(mixed)
-        found = attention_sites("attention", query, mixed, raw if scores else None)
-        return self.norm(x + dropout(y, self.rates[1], outer)), found | {"attention.residual": x}
+        sites.keep_attention("attention", query, mixed, raw, mask)
+        sites.keep("attention.residual", x)
+        return self.norm(x + dropout(y, self.rates[1], outer))
 
 
 class FeedForward(nnx.Module):
@@ -350,16 +278,16 @@ class FeedForward(nnx.Module):
         self.activation = config.activation
         self.rate = config.hidden_dropout
 
-    def __call__(
-        self, x: Float[Array, "b t d"], gated: Gated, key: Array | None
-    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
-        if self.up.kernel.shape[1] == 0:  # no neuron is left: what stays is the output's bias
+    def __call__(self, x: Float[Array, "b t d"], sites: Sites, key: Array | None) -> Float[Array, "b t d"]:
+        if self.up.kernel.shape[1] == 0:  # no neuron is left: the output's bias is all that stays
             inner = jnp.zeros((*x.shape[:2], 0), x.dtype)
             y = jnp.broadcast_to(self.down.bias[...], x.shape).astype(x.dtype)
         else:
-            inner = gated("ffn.neurons", ACTIVATIONS[self.activation](self.up(x)))
+            inner = sites.gate("ffn.neurons", ACTIVATIONS[self.activation](self.up(x)))
             y = self.down(inner)
-        return self.norm(x + dropout(y, self.rate, key)), {"ffn.neurons": inner, "ffn.residual": x}
+        sites.keep("ffn.neurons", inner)
+        sites.keep("ffn.residual", x)
+        return self.norm(x + dropout(y, self.rate, key))
 
 
 class Block(nnx.Module):
@@ -368,35 +296,6 @@ class Block(nnx.Module):
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.attention = Attention(config, rngs=rngs)
         self.ffn = FeedForward(config, rngs=rngs)
-
-
-class Classifier(nnx.Module):
-    """A task head on the pooled hidden state, or for spans on that of every token."""
-
-    def __init__(self, config: EncoderConfig, head: TaskHead, *, rngs: nnx.Rngs):
-        d = config.embed
-        if head.dense is not None:
-            self.dense = Affine((d, d), (d,), rngs=rngs)
-        self.out = Affine((d, len(head.labels)), (len(head.labels),), rngs=rngs)
-        self.activation = head.dense
-        self.pooling = head.pooling
-        self.rate = 0.0 if head.spans else config.head_dropout  # BERT's own head for SQuAD drops nothing
-
-    def __call__(
-        self, hidden: Float[Array, "b t d"], mask: Bool[Array, "b t"], key: Array | None
-    ) -> Float[Array, "b l"] | Float[Array, "b l t"]:
-        hidden = hidden.astype(jnp.float32)
-        if self.pooling == "none":
-            pooled = hidden
-        elif self.pooling == "mean":
-            tokens = jnp.maximum(mask.sum(1, keepdims=True), 1).astype(jnp.float32)
-            pooled = jnp.where(mask[..., None], hidden, 0.0).sum(1) / tokens
-        else:
-            pooled = hidden[:, 0]
-        if self.activation is not None:
-            pooled = ACTIVATIONS[self.activation](self.dense(pooled))
-        logits = self.out(dropout(pooled, self.rate, key))
-        return jnp.where(mask[:, None], logits.swapaxes(1, 2), NOWHERE) if self.pooling == "none" else logits
 
 
 def _without_heads(config: EncoderConfig) -> EncoderConfig:
@@ -413,14 +312,22 @@ def _block(config: EncoderConfig) -> Part:
     return describe(lambda rngs: Block(config, rngs=rngs))
 
 
+def _make_classifier(config: EncoderConfig, head: TaskHead, rngs: nnx.Rngs) -> Classifier:
+    return Classifier(config.embed, head, config.head_dropout, rngs=rngs)
+
+
 @lru_cache
 def _classifier(config: EncoderConfig, head: TaskHead) -> Part:
-    return describe(lambda rngs: Classifier(config, head, rngs=rngs))
+    return describe(lambda rngs: _make_classifier(config, head, rngs))
+
+
+# The functions of a family, which `Model` calls
 
 
 def stacks(config: EncoderConfig) -> tuple[Stack, ...]:
     """The stacks of layers; see `Model.stacks`."""
-    return (Stack("", config.layers, ("layers",)),)
+    inputs = ("input_ids", "attention_mask", "token_type_ids", "answerable")
+    return (Stack("", ("layers",), ("",) * config.layers, inputs),)
 
 
 def tied_places(config: EncoderConfig) -> tuple[tuple[Path, ...], ...]:
@@ -438,6 +345,12 @@ def readout_places(config: EncoderConfig, head: TaskHead) -> Places:
     return ("heads", head.name)
 
 
+def products(path: Path, lengths: tuple[float, ...]) -> tuple[float, float, float]:
+    """How often a kernel is multiplied; see `Model.products`."""
+    (tokens,) = lengths
+    return tokens, tokens, tokens if "attention" in path else 0.0
+
+
 def embed(
     config: EncoderConfig,
     params: Params,
@@ -445,7 +358,7 @@ def embed(
     stack: str,
     before: State | None,
     key: Array | None,
-) -> Array:
+) -> State:
     """The embedding output `[b, t, d]`; see `Model.embed`."""
     ids = batch["input_ids"]
     segments = batch.get("token_type_ids", jnp.zeros_like(ids))
@@ -455,39 +368,25 @@ def embed(
     else:
         positions = jnp.arange(ids.shape[1])[None]
     module = bind(_embeddings(_without_heads(config)), params)
-    return dropout(module(ids, positions, segments), config.hidden_dropout, key)
+    return State(dropout(module(ids, positions, segments), config.hidden_dropout, key))
 
 
 def block(
-    config: EncoderConfig,
-    params: Params,
-    hidden: Array,
-    mask: Array,
-    gates: Gates,
-    means: Gates,
-    tokens: TokenReduction,
-    key: Array | None,
-    scores: bool,
-    known: Mapping[str, Array],
-) -> tuple[Array, dict[str, Array]]:
+    config: EncoderConfig, kind: str, params: Params, state: State, mask: Mask, sites: Sites, key: Array | None
+) -> State:
     """One layer; see `Model.block`."""
     module = bind(_block(_without_heads(config)), params)
-
-    def gated(name: str, values: Array) -> Array:
-        return gate(known.get(name, values), gates.get(name), means.get(name), mask, tokens)
-
     first, second = (None, None) if key is None else jax.random.split(key)
     scale = config.head_dim**-0.5  # Vaswani et al. 2017, eq. 1; removing query channels does not change it
-    hidden, attention = module.attention(hidden, mask, scale, gated, first, scores)
-    hidden, ffn = module.ffn(hidden, gated, second)
-    return hidden, attention | ffn
+    hidden = module.attention(state.hidden, mask.tokens, scale, sites, first)
+    return State(module.ffn(hidden, sites, second))
 
 
 def readout(
-    config: EncoderConfig, params: Params, hidden: Array, mask: Array, head: TaskHead, key: Array | None
+    config: EncoderConfig, params: Params, state: State, mask: Mask, head: TaskHead, key: Array | None
 ) -> Array:
     """The logits `[b, l]`, of spans `[b, 2, t]`; see `Model.readout`."""
-    return bind(_classifier(_without_heads(config), head), params)(hidden, mask, key)
+    return bind(_classifier(_without_heads(config), head), params)(state.hidden, mask.tokens, key)
 
 
 def initialise(config: EncoderConfig, key: Array) -> Params:
@@ -507,7 +406,7 @@ def initialise(config: EncoderConfig, key: Array) -> Params:
 
 def initialise_head(config: EncoderConfig, head: TaskHead, key: Array) -> Params:
     """Random parameters of one task head."""
-    return initialise_part(lambda rngs: Classifier(config, head, rngs=rngs), key)
+    return initialise_part(lambda rngs: _make_classifier(config, head, rngs), key)
 
 
 def checkpoint_names(config: EncoderConfig) -> dict[Path, tuple[str, str]]:

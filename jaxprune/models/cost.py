@@ -1,4 +1,4 @@
-"""What a model costs: parameters, FLOPs, and bytes in memory and on disk.
+"""The costs of a model and of its units: parameters, FLOPs, and bytes in memory and on disk.
 
 Costs are additive over units: with one length, every unit of a site costs the same, and what can be pruned costs
 `sum(width * cost of one unit)` over the sites. All of it is read from the axis table and the shapes of the arrays.
@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from jaxprune.models import Model
-from jaxprune.units import UNITS, Params, axes_of, flatten, sites, subtree, unit_axes, widths
+from jaxprune.units import UNITS, Params, axes_of, flatten, has_units, sites, subtree, unit_axes, widths
 from jaxprune.units import Path as ParameterPath
 
 
@@ -22,7 +22,6 @@ class Slice(NamedTuple):
     """The part of one parameter that belongs to one unit."""
 
     path: ParameterPath  # of the parameter
-    kind: str  # of the unit
     axes: tuple[str, ...]  # without the unit axes
     shape: tuple[int, ...]  # without the unit axes
 
@@ -68,7 +67,7 @@ def flops(model: Model, params: Params, length: Length) -> float:
     Raises:
         ValueError: If `length` is not positive, or not the one number or the two that the model needs.
     """
-    return _total(model, params, matmul_flops(checked_length(model, length)))
+    return _total(model, params, matmul_flops(model, length))
 
 
 def usual_length(model: Model) -> Length:
@@ -96,7 +95,7 @@ def unit_costs(model: Model, params: Params, measure: Measure, kinds: Collection
     Args:
         model: The architecture.
         params: Parameters of any widths; a site without units has a cost, too.
-        measure: What one parameter adds to the cost: `elements`, `weight_bytes(params)` or `matmul_flops(length)`.
+        measure: The cost that a parameter adds: `elements`, `weight_bytes(params)` or `matmul_flops(model, length)`.
         kinds: Kinds of units. A head costs what its channels and query channels cost together.
 
     Returns:
@@ -118,30 +117,26 @@ def weight_bytes(params: Params) -> Measure:
     return lambda part: part.size * np.dtype(subtree(params, part.path).dtype).itemsize
 
 
-def matmul_flops(length: Length) -> Measure:
-    """Measures FLOPs per example at this many tokens; two numbers are those of an encoder and of a decoder.
+def matmul_flops(model: Model, length: Length) -> Measure:
+    """Measures FLOPs per example at this many tokens.
 
-    A kernel costs `2 * length` per element. Attention multiplies queries with keys and probabilities with values, each
-    `2 * length^2` per channel. Half of it is booked on either factor (the second product's result is what the output
-    kernel reads), so each of the four kernels of a head adds `length^2` per channel. Where a decoder attends to the
-    encoder's output, keys and values are made of the encoder's tokens, and the square becomes a product.
+    A kernel costs `2 * tokens` per element. Attention multiplies queries with keys and probabilities with values, each
+    `2 * queries * keys` per channel. Half of it is booked on either factor (the second product's result is what the
+    output kernel reads), so the four kernels of a head add `queries * keys` per channel each; see `Model.products`.
 
     Raises:
-        ValueError: If `length` is not positive.
+        ValueError: If `length` is not positive, or not the one number or the two that the model needs.
     """
-    lengths = [float(own) for own in np.atleast_1d(np.asarray(length, np.float64))]
-    if not all(math.isfinite(own) and own > 0 for own in lengths):
+    lengths = tuple(float(tokens) for tokens in np.atleast_1d(np.asarray(checked_length(model, length), np.float64)))
+    if not all(math.isfinite(tokens) and tokens > 0 for tokens in lengths):
         raise ValueError(f"length must be a positive number of tokens, got {length}.")
-    read, written = lengths[0], lengths[-1]
 
     def measure(part: Slice) -> float:
         if part.path[-1] != "kernel":
             return 0.0
-        own = written if part.path[0] == "decoder" else read
-        seen = read if "cross" in part.path else own
-        tokens = seen if part.path[-2] in ("key", "value") else own
-        channels = 0 if part.kind == "neurons" else part.size // part.shape[part.axes.index("embed")]  # 1, or a head's
-        return 2.0 * tokens * part.size + channels * own * seen
+        tokens, queries, keys = model.products(part.path, lengths)
+        channels = part.size // part.shape[part.axes.index("embed")]  # 1, or a head's
+        return 2.0 * tokens * part.size + channels * queries * keys
 
     return measure
 
@@ -165,10 +160,10 @@ def _slices(model: Model, params: Params, kinds: Collection[str]) -> Iterator[tu
         for local, array in flatten(subtree(params, site.module)).items():
             path = (*site.module, *local)
             axes = axes_of(model.axes, path)
-            if site.kind in axes:
-                units, shape = unit_axes(axes, site.kind), tuple(array.shape)
-                rest = axes[: units.start] + axes[units.stop :], shape[: units.start] + shape[units.stop :]
-                yield site.name, Slice(path, site.kind, *rest)
+            if has_units(axes, site.kind):
+                units = unit_axes(axes, site.kind)
+                rest = [i for i in range(len(axes)) if i not in units]
+                yield site.name, Slice(path, tuple(axes[i] for i in rest), tuple(array.shape[i] for i in rest))
 
 
 def _total(model: Model, params: Params, measure: Measure) -> float:

@@ -1,16 +1,15 @@
-"""What model families share: affine maps, norms, gates and attention; every width is read from the arrays.
+"""Building blocks that model families share: affine maps, norms, gates and attention; widths are read from the arrays.
 
-Splits a Flax module into a static description and plain arrays, and puts the two together again by name.
-
-The one place that merges: `nnx.merge` matches arrays to variables by position, so a renamed key would silently permute
-the weights. `bind` compares the full key paths first.
+A Flax module is split into a static description and plain arrays, and put together again by name. `nnx.merge` matches
+arrays to variables by position, so a renamed key would silently permute the weights: `bind`, the one place that merges,
+compares the full key paths first.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -20,7 +19,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.units import Params, Path, flatten, path_name
+from jaxprune.units import KINDS, Intervention, Params, Path, flatten, path_name
 
 
 class Part(NamedTuple):
@@ -54,10 +53,10 @@ def bind(part: Part, params: Params) -> Any:
     Raises:
         ValueError: If the names of the parameters are not exactly those of the module.
     """
-    found = tuple(flatten(params))
-    if found != part.paths:
-        unknown = [path_name(p) for p in found if p not in part.paths]
-        missing = [path_name(p) for p in part.paths if p not in found]
+    paths = tuple(flatten(params))
+    if paths != part.paths:
+        unknown = [path_name(p) for p in paths if p not in part.paths]
+        missing = [path_name(p) for p in part.paths if p not in paths]
         raise ValueError(f"parameters and module disagree: unknown {unknown}, missing {missing}.")
     return nnx.merge(part.graphdef, params)
 
@@ -218,9 +217,8 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 
 
 def contribution(values: Array, cotangent: Array) -> Float[Array, "b t u"]:
-    """What each unit adds at each token, to first order: `h * dh`, summed over a head's channels."""
-    product = values * cotangent
-    return product.sum(-1) if product.ndim == 4 else product
+    """Each unit's first-order contribution at each token: `h * dh`, summed over a head's channels."""
+    return (values * cotangent).sum(tuple(range(3, values.ndim)))
 
 
 def sum_tokens(values: Array, cotangent: Array, mask: Bool[Array, "b t"]) -> Float[Array, "b u"]:
@@ -244,9 +242,10 @@ def max_tokens(values: Array, cotangent: Array, mask: Bool[Array, "b t"]) -> Flo
     return jnp.where(mask.any(1)[:, None], largest, 0.0)
 
 
-def merge_channels(values: Float[Array, "b t n h"]) -> Float[Array, "b t nh"]:
-    """The channels of all heads side by side."""
-    return values.reshape(*values.shape[:2], math.prod(values.shape[2:]))
+def merge_axes(values: Array, axes: int) -> Float[Array, "b t u *rest"]:
+    """The values with one axis for units that have several."""
+    b, t, *sizes = values.shape
+    return values.reshape(b, t, math.prod(sizes[:axes]), *sizes[axes:])
 
 
 def gate(
@@ -255,6 +254,7 @@ def gate(
     mean: Array | None,
     mask: Bool[Array, "b t"],
     tokens: TokenReduction = sum_tokens,
+    axes: int = 1,
 ) -> Array:
     """Multiplies the units of a site by their gates: `g * h + (1 - g) * mean`, in float32.
 
@@ -262,20 +262,20 @@ def gate(
     becomes that reduction of `h - mean` and `dh`: it needs no gate per token.
 
     Args:
-        values: `[b, t, units]`, or `[b, t, heads, channels]` where the units are heads or channels.
+        values: `[b, t, units, ...]`, with one axis or several for the units; of heads the channels come after them.
         gates: `[units]` or one row per example `[b, units]`; None is open.
         mean: What a closed unit is replaced by, `[units]`, for heads `[heads, channels]`; None is zero.
         mask: `[b, t]`, true where there is a token.
         tokens: How the backward pass reduces over tokens.
+        axes: The number of axes of the units: 2 for channels, which are numbered through all heads.
 
     Returns:
         The gated values, in the shape and type of `values`.
     """
     if gates is None:
         return values
-    if values.ndim == 4 and gates.shape[-1] == math.prod(values.shape[2:]):  # channels: gated as neurons are
-        mean = None if mean is None else mean.reshape(-1)
-        return gate(merge_channels(values), gates, mean, mask, tokens).reshape(values.shape)
+    if axes > 1:
+        return gate(merge_axes(values, axes), gates, mean, mask, tokens).reshape(values.shape)
     if tokens is sum_tokens:
         return _gated(values, gates, mean)
     return _reduced_gate(tokens, values, gates, mean, mask)
@@ -284,7 +284,7 @@ def gate(
 def _gated(values: Array, gates: Array, mean: Array | None) -> Array:
     g = gates.astype(jnp.float32)
     g = g[:, None] if g.ndim == 2 else g
-    g = g[..., None] if values.ndim == 4 else g
+    g = g.reshape(*g.shape, *[1] * (values.ndim - 3))
     gated = values.astype(jnp.float32) * g
     if mean is not None:
         gated = gated + (1.0 - g) * mean.astype(jnp.float32)
@@ -312,18 +312,68 @@ def _reduced_gate_backward(tokens: TokenReduction, residuals: tuple, cotangent: 
 _reduced_gate.defvjp(_reduced_gate_forward, _reduced_gate_backward)
 
 
-def attention_sites(
-    module: str, query: Float[Array, "b t n h"], mixed: Float[Array, "b t n h"], scores: Float[Array, "b n t s"] | None
-) -> dict[str, Array]:
-    """The gated values of an attention by local name, and its scores if there are any."""
-    found = {"heads": mixed, "channels": merge_channels(mixed), "query_channels": merge_channels(query)}
-    return {f"{module}.{name}": value for name, value in (found | {"scores": scores}).items() if value is not None}
+class Sites:
+    """The gated places of one layer while it runs: multiplies units by their gates, and keeps values on request.
+
+    Args:
+        intervention: The layer's gates and means, by local name (`"attention.heads"`).
+        mask: `[b, t]`, true where there is a token.
+        tokens: How gate gradients reduce over tokens.
+        returns: The values to keep: local names, or what they end with.
+        known: Values before their gates, by local name, that are taken instead of those computed.
+    """
+
+    def __init__(
+        self,
+        intervention: Intervention,
+        mask: Bool[Array, "b t"],
+        tokens: TokenReduction,
+        returns: Collection[str],
+        known: Mapping[str, Array],
+    ):
+        self.gates, self.means = intervention.gates or {}, intervention.means or {}
+        self.mask, self.tokens, self.returns, self.known = mask, tokens, returns, known
+        self.values: dict[str, Array] = {}
+
+    def gate(self, name: str, values: Array) -> Array:
+        """The values of a site times their gates. The axes of its units come first after `[b, t]`."""
+        axes = len(KINDS[name.rpartition(".")[2]])
+        values = self.known.get(name, values)
+        return gate(values, self.gates.get(name), self.means.get(name), self.mask, self.tokens, axes)
+
+    def wants(self, name: str) -> bool:
+        """Whether this value is to be kept."""
+        return name in self.returns or name.rpartition(".")[2] in self.returns
+
+    def keep(self, name: str, value: Array | None) -> None:
+        """Keeps a value if it is wanted; that of a site with one axis for its units."""
+        if value is not None and self.wants(name):
+            kind = name.rpartition(".")[2]
+            self.values[name] = merge_axes(value, len(KINDS[kind])) if kind in KINDS else value
+
+    def keep_attention(
+        self,
+        module: str,
+        query: Float[Array, "b t *q h"],
+        mixed: Float[Array, "b t *q v"],
+        scores: Float[Array, "b n t s"] | None,
+        allowed: Bool[Array, "b *t s"],
+    ) -> None:
+        """Keeps what is wanted of an attention: gated values, scores, and the mask of its softmax."""
+        for name, value in (
+            ("heads", mixed),
+            ("channels", mixed),
+            ("query_channels", query),
+            ("scores", scores),
+            ("allowed", allowed),
+        ):
+            self.keep(f"{module}.{name}", value)
 
 
 def attend(
-    query: Float[Array, "b t n h"],
+    query: Float[Array, "b t *q h"],
     key: Float[Array, "b s n h"],
-    value: Float[Array, "b s n h"],
+    value: Float[Array, "b s n v"],
     mask: Bool[Array, "b *t s"],
     *,
     scale: float | None = None,
@@ -331,11 +381,11 @@ def attend(
     rate: float = 0.0,
     dropout_key: Array | None = None,
     scores: bool = False,
-) -> tuple[Float[Array, "b t n h"], Float[Array, "b n t s"] | None]:
+) -> tuple[Float[Array, "b t *q v"], Float[Array, "b heads t s"] | None]:
     """Softmax attention; fused where the hardware has it.
 
     Args:
-        query: Queries of every head.
+        query: Queries of every head, `[b, t, n, h]`; or `[b, t, n, m, h]`, where `m` of them share a key and a value.
         key: Keys.
         value: Values.
         mask: True where a position may be attended to, by all queries or query by query. A row with none attends
@@ -349,16 +399,27 @@ def attend(
     Returns:
         The mixed values per head, and the scores if asked for.
     """
+    b, t, *heads, h = query.shape
     if bias is None and not scores and (dropout_key is None or rate == 0.0) and has_fused_attention(query, value):
-        return fused_attention(query, key, value, mask, implementation="cudnn", scale=scale), None
-    factor = query.shape[-1] ** -0.5 if scale is None else scale  # Vaswani et al. 2017, eq. 1
+        mixed = fused_attention(
+            query.reshape(b, t, math.prod(heads), h), key, value, mask, implementation="cudnn", scale=scale
+        )
+        return mixed.reshape(b, t, *heads, value.shape[-1]), None
+    factor = h**-0.5 if scale is None else scale  # Vaswani et al. 2017, eq. 1
+    if len(heads) == 2:  # queries that share a key stand one behind the other
+        query = query.transpose(0, 3, 1, 2, 4).reshape(b, heads[1] * t, heads[0], h)
     query, key, value = (_heads_first(x) for x in (query, key, value))
     raw = jnp.einsum("bnth,bnsh->bnts", query, key, preferred_element_type=jnp.float32)
     raw = raw if factor == 1.0 else factor * raw
+    raw = raw.reshape(b, math.prod(heads), t, raw.shape[-1])
     raw = raw if bias is None else raw + bias.astype(jnp.float32)
     weights = dropout(masked_softmax(raw, mask).astype(value.dtype), rate, dropout_key)
+    weights = weights.reshape(*query.shape[:3], weights.shape[-1])
     mixed = jnp.einsum("bnts,bnsh->bnth", weights, value, preferred_element_type=jnp.float32).astype(value.dtype)
-    return mixed.transpose(0, 2, 1, 3), (raw if scores else None)
+    raw = raw if scores else None
+    if len(heads) == 2:
+        return mixed.reshape(b, *heads, t, value.shape[-1]).transpose(0, 3, 1, 2, 4), raw
+    return mixed.transpose(0, 2, 1, 3), raw
 
 
 def _heads_first(x: Float[Array, "b t n h"]) -> Float[Array, "b n t h"]:
@@ -371,7 +432,7 @@ def _heads_first(x: Float[Array, "b t n h"]) -> Float[Array, "b n t h"]:
 
 
 def fused_attention(
-    query: Float[Array, "b t n h"],
+    query: Float[Array, "b t q h"],
     key: Float[Array, "b s n h"],
     value: Float[Array, "b s n h"],
     mask: Bool[Array, "b *t s"],
@@ -386,7 +447,7 @@ def fused_attention(
 
 
 def has_fused_attention(
-    query: Float[Array, "b t n h"], value: Float[Array, "b s n h"], capability: float | None = None
+    query: Float[Array, "b t *n h"], value: Float[Array, "b s n h"], capability: float | None = None
 ) -> bool:
     """Whether the device has a fused kernel for these shapes and types, and for their gradients.
 
@@ -402,7 +463,7 @@ def has_fused_attention(
     return (
         query.dtype in (jnp.bfloat16, jnp.float16)
         and query.dtype == value.dtype
-        and query.shape[2] > 0
+        and query.size > 0
         and head_dim == value.shape[-1]
         and head_dim % 8 == 0
         and 0 < head_dim <= 128
@@ -414,5 +475,5 @@ def has_fused_attention(
 
 def _compute_capability() -> float:
     """Of the default device; 0 if it is no NVIDIA GPU."""
-    found = str(getattr(jax.devices()[0], "compute_capability", ""))  # "9.0"; AMD has names such as "gfx90a"
-    return float(found) if re.fullmatch(r"\d+\.\d+", found) else 0.0
+    number = str(getattr(jax.devices()[0], "compute_capability", ""))  # "9.0"; AMD has names such as "gfx90a"
+    return float(number) if re.fullmatch(r"\d+\.\d+", number) else 0.0

@@ -1,13 +1,13 @@
-"""Runs a model layer by layer: one compiled program for all layers of equal shape, whatever stack they stand in.
+"""Models layer by layer: checked inputs, what layers pass on, and one program for layers of equal kind and shape.
 
-What is passed from layer to layer: hidden states, masks, and what a decoder keeps while it writes.
-
-The arrays of a batch that a model reads, checked before anything is computed.
+A stack says what it reads of a batch and whether it attends causally, a layer has a static kind. All of that comes from
+the model's family; what runs them is here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -16,33 +16,43 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.units import Gates, Params, check_gates, check_means, subtree
+from jaxprune.models.layers import TokenReduction, sum_tokens
+from jaxprune.units import Intervention, Params, check_gates, check_means, subtree
 from jaxprune.units import Path as ParamPath
 
 if TYPE_CHECKING:
-    from jaxprune.models import Model, TaskHead
+    from jaxprune.models.heads import TaskHead
+    from jaxprune.models.model import Model
 
 
 class Stack(NamedTuple):
-    """Layers that run one after the other: an encoder or a decoder."""
+    """Layers that run one after the other."""
 
-    name: str  # "" in a model with one stack, else "encoder" or "decoder"
-    layers: int
+    name: str  # "" in a model with one stack
     path: ParamPath  # of its layers in the parameters
+    kinds: tuple[str, ...]  # of its layers: those of equal kind and shape share one compiled program
+    inputs: tuple[str, ...]  # what it reads of a batch: first its tokens, second their mask
+    memory: str | None = None  # the mask of what the stack before returns, if its layers read that, too
+    causal: bool = False  # whether a token attends to itself and to those before alone
+
+    @property
+    def layers(self) -> int:
+        """The number of layers."""
+        return len(self.kinds)
 
 
-class Decoding(NamedTuple):
-    """The state of a decoder: what its layers pass on, and what they all read."""
+class State(NamedTuple):
+    """What the layers of a stack pass on."""
 
     hidden: Float[Array, "b t d"]
-    memory: Float[Array, "b s d"]  # the encoder's output
+    memory: Float[Array, "b s d"] | None = None  # what the stack before has returned, if they all read it
 
 
-class Masks(NamedTuple):
-    """Where a decoder's tokens are, and the encoder's."""
+class Mask(NamedTuple):
+    """Where there are tokens."""
 
-    own: Bool[Array, "b t"]
-    memory: Bool[Array, "b s"]
+    tokens: Bool[Array, "b t"]  # among those that a layer computes
+    memory: Bool[Array, "b s"] | None = None  # among those of the stack before
 
 
 class KeysValues(NamedTuple):
@@ -53,15 +63,13 @@ class KeysValues(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What a decoder layer keeps from one token to the next."""
+    """What a layer keeps from one token to the next."""
 
-    own: KeysValues  # of the tokens before; room for all that are to come
-    memory: KeysValues  # of the encoder's output
+    tokens: KeysValues  # of the tokens before; room for all that are to come
+    memory: KeysValues  # of what the stack before has returned
 
 
 Places: TypeAlias = ParamPath | Mapping[str, ParamPath]  # a subtree of the parameters, or several by local name
-State: TypeAlias = Array | Decoding  # an encoder's hidden states [b, t, d], or a decoder's
-Mask: TypeAlias = Array | Masks  # an encoder's [b, t], or a decoder's
 
 
 def part(params: Params, places: Places) -> Params:
@@ -71,49 +79,23 @@ def part(params: Params, places: Places) -> Params:
     return {name: subtree(params, path) for name, path in places.items()}
 
 
-def own_mask(mask: Mask) -> Bool[Array, "b t"]:
-    """Where the tokens are that a layer computes."""
-    return mask.own if isinstance(mask, Masks) else mask
-
-
-def score_mask(mask: Mask, module: str = "attention") -> Bool[Array, "b 1 t s"]:
-    """Where attention scores `[b, n, t, s]` count: those that the softmax reads, of queries that are tokens.
-
-    In an encoder that is where query and key are tokens; in a decoder's attention to itself, where the key comes no
-    later than the query, too; in its attention to the encoder (`cross`), where the key is a token of the encoder.
+def score_mask(mask: Mask, allowed: Bool[Array, "b *t s"]) -> Bool[Array, "b 1 t s"]:
+    """The attention scores `[b, n, t, s]` that count: those that the softmax reads, of queries that are tokens.
 
     Args:
         mask: What the layer reads.
-        module: The attention whose scores they are: "attention" or "cross".
+        allowed: What the softmax reads, which `Model.block` returns: the same for all queries, or query by query.
     """
-    if not isinstance(mask, Masks):
-        return mask[:, None, :, None] & mask[:, None, None, :]
-    if module == "cross":
-        return mask.own[:, None, :, None] & mask.memory[:, None, None, :]
-    places = jnp.arange(mask.own.shape[1])
-    return score_mask(mask.own) & (places[None, :] <= places[:, None])
+    keys = allowed[:, None, None, :] if allowed.ndim == 2 else allowed[:, None]
+    return mask.tokens[:, None, :, None] & keys
 
 
-def hidden_of(state: State) -> Float[Array, "b t d"]:
-    """The hidden states that a layer passes on."""
-    return state.hidden if isinstance(state, Decoding) else state
-
-
-# What a model reads from a batch, as Hugging Face calls it; other keys are ignored.
+# What models read from a batch, as Hugging Face calls it; other keys are ignored.
 INPUTS = (
     "input_ids", "attention_mask", "token_type_ids", "answerable", "decoder_input_ids", "decoder_attention_mask",
 )  # fmt: skip
-
-
-class _Sequence(NamedTuple):
-    """The arrays of a batch that describe one sequence of tokens; the first has the indices, the second is the mask."""
-
-    names: tuple[str, ...]
-    tables: Mapping[str, str]  # of those that are indices: the part of the embeddings that they look up
-
-
-_ENCODED = _Sequence(INPUTS[:4], {"input_ids": "word", "token_type_ids": "token_type"})
-_DECODED = _Sequence(INPUTS[4:], {"decoder_input_ids": "word"})
+# Of those that are indices: the part of the embeddings that they look up
+_TABLES = {"input_ids": "word", "token_type_ids": "token_type", "decoder_input_ids": "word"}
 
 
 def model_inputs(model: Model, params: Params, batch: Mapping[str, Any]) -> dict[str, Array]:
@@ -124,24 +106,25 @@ def model_inputs(model: Model, params: Params, batch: Mapping[str, Any]) -> dict
         ValueError: If one is missing or has another shape, the batch is longer than the model's positions, or
             (for arrays on the host) an index is outside its table.
     """
-    inputs = encoder_inputs(model, params, batch)
-    if len(model.stacks) == 1:
-        return inputs
-    _check_there(batch, _DECODED.names[:1])
-    ids = batch["decoder_input_ids"]
-    if getattr(ids, "ndim", None) == 2 and ids.shape[0] != inputs["input_ids"].shape[0]:
-        raise ValueError(
-            f"decoder_input_ids have {ids.shape[0]} rows, input_ids have {inputs['input_ids'].shape[0]}: give one each."
-        )
-    if "decoder_attention_mask" not in batch and hasattr(ids, "shape"):
-        batch = {**batch, "decoder_attention_mask": np.ones(ids.shape, bool)}
-    return inputs | _sequence(model, params, batch, _DECODED)
+    inputs = prompt_inputs(model, params, batch)
+    first = model.stacks[0].inputs[0]
+    for stack in model.stacks[1:]:
+        name, mask = stack.inputs[:2]
+        _check_there(batch, [name])
+        ids, rows = batch[name], inputs[first].shape[0]
+        if getattr(ids, "ndim", None) == 2 and ids.shape[0] != rows:
+            raise ValueError(f"{name} have {ids.shape[0]} rows, {first} have {rows}: give one each.")
+        if mask not in batch and hasattr(ids, "shape"):
+            batch = {**batch, mask: np.ones(ids.shape, bool)}
+        inputs |= _stack_inputs(model, params, batch, stack)
+    return inputs
 
 
-def encoder_inputs(model: Model, params: Params, batch: Mapping[str, Any]) -> dict[str, Array]:
-    """The arrays of a batch that its first stack reads; see `model_inputs`."""
-    _check_there(batch, _ENCODED.names[:2])
-    return _sequence(model, params, batch, _ENCODED)
+def prompt_inputs(model: Model, params: Params, batch: Mapping[str, Any]) -> dict[str, Array]:
+    """The arrays of a batch that its first stack reads, which is all but the answer in text; see `model_inputs`."""
+    stack = model.stacks[0]
+    _check_there(batch, stack.inputs[:2])
+    return _stack_inputs(model, params, batch, stack)
 
 
 def _check_there(batch: Mapping[str, Any], names: Sequence[str]) -> None:
@@ -150,9 +133,9 @@ def _check_there(batch: Mapping[str, Any], names: Sequence[str]) -> None:
             raise ValueError(f"the batch has no {name!r}; it has {sorted(batch)}: pass what the tokenizer returns.")
 
 
-def _sequence(model: Model, params: Params, batch: Mapping[str, Any], kind: _Sequence) -> dict[str, Array]:
+def _stack_inputs(model: Model, params: Params, batch: Mapping[str, Any], stack: Stack) -> dict[str, Array]:
     embeddings = subtree(params, ("embeddings",))
-    first = kind.names[0]
+    first = stack.inputs[0]
     ids = batch[first]
     if getattr(ids, "ndim", None) != 2:
         raise ValueError(f"{first} must be a [batch, length] array: tokenize with padding=True, return_tensors='np'.")
@@ -161,17 +144,17 @@ def _sequence(model: Model, params: Params, batch: Mapping[str, Any], kind: _Seq
             f"the batch has {ids.shape[1]} tokens and the model reads 1 to {model.max_length}: truncate the text."
         )
     inputs: dict[str, Array] = {}
-    for name, array in ((name, batch[name]) for name in kind.names if name in batch):
-        shape = getattr(array, "shape", type(array).__name__)
+    for name, given in ((name, batch[name]) for name in stack.inputs if name in batch):
+        shape = getattr(given, "shape", type(given).__name__)
         if shape != ids.shape:
             raise ValueError(f"{name} must be an array of shape {ids.shape}, as {first}, got {shape}.")
-        found = jnp.asarray(array)
-        if name in kind.tables:
-            if not jnp.issubdtype(found.dtype, jnp.integer):
-                raise TypeError(f"{name} must be integers, got {found.dtype}.")
-            if isinstance(array, np.ndarray) and array.size and kind.tables[name] in embeddings:
-                _check_indices(name, array, embeddings[kind.tables[name]]["embedding"].shape[0])
-        inputs[name] = found.astype(jnp.int32 if name in kind.tables else jnp.bool_)
+        array, table = jnp.asarray(given), _TABLES.get(name)
+        if table is not None:
+            if not jnp.issubdtype(array.dtype, jnp.integer):
+                raise TypeError(f"{name} must be integers, got {array.dtype}.")
+            if isinstance(given, np.ndarray) and given.size and table in embeddings:
+                _check_indices(name, given, embeddings[table]["embedding"].shape[0])
+        inputs[name] = array.astype(jnp.bool_ if table is None else jnp.int32)
     return inputs
 
 
@@ -179,6 +162,31 @@ def _check_indices(name: str, indices: np.ndarray, rows: int) -> None:
     low, high = int(indices.min()), int(indices.max())
     if low < 0 or high >= rows:
         raise ValueError(f"{name} go from {low} to {high}, the model knows 0 to {rows - 1}: is this its tokenizer?")
+
+
+def check_intervention(model: Model, params: Params, inputs: Mapping[str, Array], intervention: Intervention) -> None:
+    """Refuses gates and means that do not belong to these parameters, or gates for another number of examples.
+
+    Raises:
+        TypeError: If they are not dicts of arrays.
+        ValueError: Naming everything that does not fit.
+    """
+    if intervention.gates is not None:
+        check_gates(model, params, intervention.gates, rows=inputs[model.stacks[0].inputs[0]].shape[0])
+    if intervention.means is not None:
+        check_means(model, params, intervention.means)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSettings:
+    """What is static when a layer runs."""
+
+    kind: str = ""  # of the layer, see `Stack.kinds`
+    tokens: TokenReduction = sum_tokens  # how gate gradients reduce over tokens
+    # The values to return by local name: whole names, or what they end with: kinds of units (the gated values),
+    # "scores" (attention scores before mask and softmax), "allowed" (what the softmax reads) and "residual" (what a
+    # module's output is added to)
+    returns: tuple[str, ...] = ()
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -189,44 +197,42 @@ def embed_compiled(
     return model.embed(params, batch, stack=stack, before=before, key=key)
 
 
-@partial(jax.jit, static_argnums=(0, 7, 8))
+@partial(jax.jit, static_argnums=(0, 1))
 def block_compiled(
     model: Model,
+    settings: BlockSettings,
     params: Params,
-    hidden: State,
+    state: State,
     mask: Mask,
-    gates: Gates,
-    means: Gates,
+    intervention: Intervention,
     key: Array | None,
-    scores: bool = False,
-    kinds: tuple[str, ...] = (),
 ) -> tuple[State, dict[str, Array]]:
-    """`Model.block`, compiled: one program for all layers of equal shape. It returns no gated values unless asked."""
-    return model.block(params, hidden, mask, gates, means=means, key=key, scores=scores, kinds=kinds)
+    """`Model.block`, compiled: one program for all layers of equal kind and shape."""
+    return model.block(params, state, mask, intervention, settings=settings, key=key)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def values_compiled(
-    model: Model, names: tuple[str, ...], params: Params, hidden: State, mask: Mask
+    model: Model, settings: BlockSettings, params: Params, state: State, mask: Mask
 ) -> dict[str, Array]:
-    """The values of some sites of an open layer, by local name; what comes after them is not computed."""
-    found = model.block(params, hidden, mask)[1]
-    return {name: found[name] for name in names}
+    """The values that an open layer returns beside its output; what comes after them is not computed."""
+    return model.block(params, state, mask, settings=settings)[1]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def readout_compiled(
-    model: Model, head: TaskHead, params: Params, hidden: State, mask: Mask, key: Array | None
+    model: Model, head: TaskHead, params: Params, state: State, mask: Mask, key: Array | None
 ) -> Array:
     """`Model.readout`, compiled."""
-    return model.readout(params, hidden, mask, head, key=key)
+    return model.readout(params, state, mask, head, key=key)
 
 
 class Layer(NamedTuple):
     """One layer among those of all stacks."""
 
-    name: str  # "3" or "decoder.3": what the names of its sites begin with
-    stack: str
+    name: str  # "3", or with its stack "encoder.3": what the names of its sites begin with
+    stack: Stack
+    kind: str  # see `Stack.kinds`
     path: ParamPath  # where its parameters are
     params: Params
     entry: Params | None  # of the first layer of a stack: what `embed` reads
@@ -238,7 +244,7 @@ def model_layers(model: Model, params: Params) -> list[Layer]:
     Raises:
         ValueError: If they are not the layers that the model has, numbered from 0.
     """
-    found = []
+    every = []
     for stack in model.stacks:
         layers = subtree(params, stack.path)
         if set(layers) != set(range(stack.layers)):
@@ -247,47 +253,56 @@ def model_layers(model: Model, params: Params) -> list[Layer]:
                 f"the parameters have the {where} {list(layers)}, the model 0 to {stack.layers - 1} (as integers)."
             )
         prefix = f"{stack.name}." if stack.name else ""
-        for i in range(stack.layers):
+        for i, kind in enumerate(stack.kinds):
             entry = part(params, model.embed_places(stack.name)) if i == 0 else None
-            found.append(Layer(f"{prefix}{i}", stack.name, (*stack.path, i), layers[i], entry))
-    return found
+            every.append(Layer(f"{prefix}{i}", stack, kind, (*stack.path, i), layers[i], entry))
+    return every
 
 
 def mask_of(layer: Layer, inputs: Mapping[str, Array]) -> Mask:
     """The mask that a layer reads."""
-    if layer.stack == "decoder":
-        return Masks(inputs["decoder_attention_mask"], inputs["attention_mask"])
-    return inputs["attention_mask"]
+    memory = layer.stack.memory
+    return Mask(inputs[layer.stack.inputs[1]], None if memory is None else inputs[memory])
 
 
 def readout_mask(head: TaskHead, layer: Layer, inputs: Mapping[str, Array]) -> Mask:
     """The mask that a task head reads after the last layer; of spans, the tokens at which one may start or end."""
-    return inputs["answerable"] if head.spans and "answerable" in inputs else mask_of(layer, inputs)
-
-
-def check_intervention(
-    model: Model, params: Params, inputs: Mapping[str, Array], gates: Gates | None, means: Gates | None
-) -> None:
-    """Refuses gates and means that do not belong to these parameters, or gates for another number of examples.
-
-    Raises:
-        TypeError: If they are not dicts of arrays.
-        ValueError: Naming everything that does not fit.
-    """
-    if gates is not None:
-        check_gates(model, params, gates, rows=inputs["input_ids"].shape[0])
-    if means is not None:
-        check_means(model, params, means)
+    return Mask(inputs["answerable"]) if head.spans and "answerable" in inputs else mask_of(layer, inputs)
 
 
 def enter(model: Model, layer: Layer, inputs: dict[str, Array], state: State | None, key: Array | None = None) -> State:
     """What a layer reads: `state` itself, unless the layer is the first of a stack that `state` has not entered."""
-    entered = state is not None and (layer.stack != "decoder" or isinstance(state, Decoding))
+    entered = state is not None and (layer.stack.memory is None or state.memory is not None)
     if state is not None and (entered or layer.entry is None):
         return state
     if layer.entry is None:
         raise ValueError(f"layer {layer.name} is not the first of its stack: it needs what the layer before returned.")
-    return embed_compiled(model, layer.stack, layer.entry, inputs, state, key)
+    return embed_compiled(model, layer.stack.name, layer.entry, inputs, state, key)
+
+
+def run_layer(
+    model: Model,
+    layer: Layer,
+    inputs: Mapping[str, Array],
+    state: State,
+    intervention: Intervention = Intervention(),
+    *,
+    returns: tuple[str, ...] = (),
+    key: Array | None = None,
+) -> tuple[State, dict[str, Array]]:
+    """Runs one layer on what `enter` returns: its output, and the values to return by local name.
+
+    Args:
+        model: The architecture.
+        layer: One of `model_layers`.
+        inputs: What `model_inputs` returns.
+        state: What the layer reads.
+        intervention: Gates and means by the names of their sites; those of other layers are left out.
+        returns: See `BlockSettings`.
+        key: Switches dropout on.
+    """
+    settings, local = BlockSettings(kind=layer.kind, returns=returns), layer_intervention(intervention, layer.name)
+    return block_compiled(model, settings, layer.params, state, mask_of(layer, inputs), local, key)
 
 
 def advance(
@@ -295,8 +310,7 @@ def advance(
     layers: Sequence[Layer],
     inputs: dict[str, Array],
     state: State | None = None,
-    gates: Gates | None = None,
-    means: Gates | None = None,
+    intervention: Intervention = Intervention(),
 ) -> State:
     """Runs some layers one after the other, without dropout and without keeping anything for a backward pass.
 
@@ -305,13 +319,10 @@ def advance(
         layers: Consecutive layers of `model_layers`, at least one.
         inputs: What `model_inputs` returns.
         state: What the layer before them returned; None: they are the first.
-        gates: Site name to gates.
-        means: What closed units are replaced by.
+        intervention: Gates and means by the names of their sites.
     """
     for layer in layers:
-        own, own_means = layer_entries(gates, layer.name), layer_entries(means, layer.name)
-        state = enter(model, layer, inputs, state)
-        state, _ = block_compiled(model, layer.params, state, mask_of(layer, inputs), own, own_means, None)
+        state, _ = run_layer(model, layer, inputs, enter(model, layer, inputs, state), intervention)
     if state is None:
         raise ValueError("there are no layers to run.")
     return state
@@ -323,6 +334,11 @@ def layer_entries(entries: Mapping[str, Any] | None, layer: str) -> dict[str, An
     return {name[len(prefix) :]: value for name, value in (entries or {}).items() if name.startswith(prefix)}
 
 
+def layer_intervention(intervention: Intervention, layer: str) -> Intervention:
+    """Gates and means of one layer, by local name."""
+    return Intervention(*(layer_entries(entries, layer) for entries in intervention))
+
+
 def layer_keys(key: Array | None, layers: int) -> list[Array | None]:
     """One random key per layer, then one for the task head and one for the embeddings; all None without a key."""
     if key is None:
@@ -332,7 +348,7 @@ def layer_keys(key: Array | None, layers: int) -> list[Array | None]:
 
 def entry_key(keys: list[Array | None], layer: Layer) -> Array | None:
     """The random key for the embeddings of a layer's stack."""
-    return jax.random.fold_in(keys[-1], 1) if layer.stack == "decoder" and keys[-1] is not None else keys[-1]
+    return keys[-1] if layer.stack.memory is None or keys[-1] is None else jax.random.fold_in(keys[-1], 1)
 
 
 def repeat_rows(tree: Any, times: int) -> Any:

@@ -6,18 +6,16 @@ own copy, so that a head that is removed takes its column along.
 
 Types: float32 and bfloat16. float16 overflows in the feed-forward networks of the larger checkpoints: a file may hold
 it, nothing is computed in it.
-
-What a T5-family configuration says, and what of it is supported.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,30 +23,31 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.models import Cache, Decoding, KeysValues, Mask, Masks, Model, Places, Stack, State, TaskHead
+from jaxprune.models.config import ConfigReader, is_count
+from jaxprune.models.heads import TaskHead
 from jaxprune.models.layers import (
     ACTIVATIONS,
     Embedding,
     Linear,
     Part,
     RMSNorm,
-    TokenReduction,
+    Sites,
     attend,
-    attention_sites,
     bind,
     describe,
     dropout,
-    gate,
+    sum_tokens,
 )
 from jaxprune.models.layers import initialise as initialise_part
-from jaxprune.units import Gates, Params, Path
+from jaxprune.models.running import Cache, KeysValues, Mask, Places, Stack, State
+from jaxprune.units import Intervention, Params, Path, TakesGate
 
 MAX_LENGTH = 1 << 20  # tokens; relative positions know no end, this only refuses nonsense
 
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config:
-    """What the architecture is. Sizes are those of fresh parameters; running a model reads them from the arrays."""
+    """The architecture. Sizes are those of fresh parameters; running a model reads them from the arrays."""
 
     model_type: str
     vocab: int
@@ -74,7 +73,6 @@ class T5Config:
     task_heads: tuple[TaskHead, ...] = ()  # there are none: tasks are told apart by their prompts
 
     answers_in_text: ClassVar[bool] = True
-    causal: ClassVar[bool] = True
 
     @property
     def layers(self) -> int:
@@ -99,11 +97,7 @@ _NAMES = {
     "attention_heads": "num_heads",
     "neurons": "d_ff",
     "encoder_layers": "num_layers",
-    "decoder_layers": "num_decoder_layers",
-    "buckets": "relative_attention_num_buckets",
-    "max_distance": "relative_attention_max_distance",
 }
-_DEFAULTS = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
 _SUPPORTED: dict[str, tuple[Any, ...]] = {  # settings that change what is computed
     "is_decoder": (False, None),
     "is_encoder_decoder": (True, None),
@@ -121,78 +115,53 @@ def parse_config(raw: Mapping[str, Any], task_heads: tuple[TaskHead, ...] | None
     Raises:
         ValueError: Listing every value that is missing or not supported.
     """
-    kind = raw["model_type"]
-    value = {ours: raw.get(theirs, _DEFAULTS.get(theirs)) for ours, theirs in _NAMES.items()}
-    if value["decoder_layers"] is None:
-        value["decoder_layers"] = value["encoder_layers"]
-    wrong = [
-        f"{name} is {raw[name]!r}, supported: {', '.join(map(repr, values))}"
-        for name, values in _SUPPORTED.items()
-        if name in raw and raw[name] not in values
-    ]
-
-    def expect(name: str, found: Any, fits: bool, expected: str) -> None:
-        if found is None and name not in raw:
-            wrong.append(f"{name} is missing")
-        elif not fits:
-            wrong.append(f"{name} is {found!r}, expected {expected}")
-
-    for ours, theirs in _NAMES.items():
-        expect(theirs, value[ours], _is_count(value[ours]) and value[ours] > 0, "a positive integer")
-    expect("relative_attention_num_buckets", value["buckets"], _divides(4, value["buckets"]), "a multiple of 4")
-    if _is_count(value["buckets"]) and _is_count(value["max_distance"]):
-        fits = value["max_distance"] > value["buckets"] // 2
-        expect("relative_attention_max_distance", value["max_distance"], fits, "more than half of the buckets")
-    rate, eps = raw.get("dropout_rate", 0.1), raw.get("layer_norm_epsilon", 1e-6)
-    expect("dropout_rate", rate, _is_number(rate) and 0 <= rate < 1, "a number in [0, 1)")
-    expect("layer_norm_epsilon", eps, _is_number(eps) and 0 < eps < 1, "a small positive number")
+    kind, reader = raw["model_type"], ConfigReader(raw, _SUPPORTED)
+    value = {ours: reader.size(theirs) for ours, theirs in _NAMES.items()}
+    decoder_layers = raw.get("num_decoder_layers")
+    layers = value["encoder_layers"] if decoder_layers is None else reader.size("num_decoder_layers")
+    buckets_name, distance_name = "relative_attention_num_buckets", "relative_attention_max_distance"
+    buckets, distance = reader.size(buckets_name, 32), reader.size(distance_name, 128)
+    reader.expect(buckets_name, buckets, is_count(buckets) and buckets > 0 and buckets % 4 == 0, "a multiple of 4")
+    if is_count(buckets) and is_count(distance):
+        reader.expect(distance_name, distance, distance > buckets // 2, "more than half of the buckets")
+    rate, eps = reader.rate("dropout_rate", 0.1), reader.eps("layer_norm_epsilon", 1e-6)
     projection = raw.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
     gated, activation = str(projection).startswith("gated-"), str(projection).removeprefix("gated-")
     activation = "gelu_new" if projection == "gated-gelu" else activation  # the approximation by tanh, as in T5 1.1
-    expect("feed_forward_proj", projection, activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}, or gated-…")
-    tokens = {
-        "pad_token_id": raw.get("pad_token_id", 0),
-        "decoder_start_token_id": raw.get("decoder_start_token_id", raw.get("pad_token_id", 0)),
-        "eos_token_id": raw.get("eos_token_id", 1),
-    }
-    for name, index in tokens.items():
-        fits = _is_count(index) and (not _is_count(value["vocab"]) or index < value["vocab"])
-        expect(name, index, fits, "the index of a token")
+    known = f"one of {', '.join(ACTIVATIONS)}, or gated-…"
+    reader.expect("feed_forward_proj", projection, activation in ACTIVATIONS, known)
+
+    def token(name: str, default: Any) -> Any:
+        fits = lambda index: is_count(index) and (not is_count(value["vocab"]) or index < value["vocab"])  # noqa: E731
+        return reader.get(name, fits, "the index of a token", default)
+
+    pad_id, end_id = token("pad_token_id", 0), token("eos_token_id", 1)
+    start_id = token("decoder_start_token_id", raw.get("pad_token_id", 0))
     tied, scaled = raw.get("tie_word_embeddings", True), raw.get("scale_decoder_outputs")
-    expect("tie_word_embeddings", tied, isinstance(tied, bool), "true or false")
-    expect("scale_decoder_outputs", scaled or False, scaled in (True, False, None), "true or false")
+    reader.expect("tie_word_embeddings", tied, isinstance(tied, bool), "true or false")
+    reader.expect("scale_decoder_outputs", scaled, scaled in (True, False, None), "true or false")
     if task_heads:
-        wrong.append(f"it has the task heads {', '.join(head.name for head in task_heads)}, supported: none")
-    if wrong:
-        raise ValueError(f"config.json of a {kind} model cannot be used: {'; '.join(dict.fromkeys(wrong))}.")
+        reader.problems.append(f"it has the task heads {', '.join(head.name for head in task_heads)}, supported: none")
+    reader.check()
     # T5 1.0 shares one table and scales by it; T5 1.1 does neither. Newer files always say "tied" and keep the scaling.
     untied = tied is False or scaled is False
     return T5Config(
         model_type=kind,
         **value,
+        decoder_layers=layers,
+        buckets=buckets,
+        max_distance=distance,
         activation=activation,
         gated=gated,
         tied=not untied,
         scaled=not untied,
         eps=float(eps),
-        pad_id=tokens["pad_token_id"],
-        start_id=tokens["decoder_start_token_id"],
-        end_id=tokens["eos_token_id"],
+        pad_id=pad_id,
+        start_id=start_id,
+        end_id=end_id,
         dropout=float(rate),
         raw=json.dumps(raw, sort_keys=True),
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
-
-
-def _divides(divisor: int, value: Any) -> bool:
-    return _is_count(value) and value > 0 and value % divisor == 0
 
 
 def with_heads(config: T5Config, task_heads: tuple[TaskHead, ...]) -> T5Config:
@@ -212,32 +181,29 @@ def with_heads(config: T5Config, task_heads: tuple[TaskHead, ...]) -> T5Config:
 MODEL_TYPES = ("t5", "mt5")
 PREFIXES = {"t5": "", "mt5": ""}
 
+_ATTENTION = {
+    "out.kernel": ("heads", "channels", "embed"),
+    "norm.scale": ("embed",),
+    "value.kernel": ("embed", "heads", "channels"),
+    "query.kernel": TakesGate(("embed", "heads", "query_channels")),
+    "key.kernel": ("embed", "heads", "query_channels"),
+}
+_LAYER = {
+    **{f"attention.{name}": axes for name, axes in _ATTENTION.items()},
+    "attention.relative.embedding": ("buckets", "heads"),
+    **{f"cross.{name}": axes for name, axes in _ATTENTION.items()},
+    "ffn.gating.kernel": ("embed", "neurons"),
+    "ffn.up.kernel": ("embed", "neurons"),
+    "ffn.down.kernel": ("neurons", "embed"),
+    "ffn.norm.scale": ("embed",),
+}
 AXES: dict[str, tuple[str, ...]] = {
     "embeddings.word.embedding": ("vocab", "embed"),
-    "*.layers.*.attention.out.kernel": ("heads", "channels", "embed"),
-    "*.layers.*.attention.norm.scale": ("embed",),
-    "*.layers.*.attention.relative.embedding": ("buckets", "heads"),
-    "*.layers.*.attention.value.kernel": ("embed", "heads", "channels"),
-    "*.layers.*.attention.*.kernel": ("embed", "heads", "query_channels"),  # query, key
-    "decoder.layers.*.cross.out.kernel": ("heads", "channels", "embed"),
-    "decoder.layers.*.cross.norm.scale": ("embed",),
-    "decoder.layers.*.cross.value.kernel": ("embed", "heads", "channels"),
-    "decoder.layers.*.cross.*.kernel": ("embed", "heads", "query_channels"),
-    "*.layers.*.ffn.gating.kernel": ("embed", "neurons"),
-    "*.layers.*.ffn.up.kernel": ("embed", "neurons"),
-    "*.layers.*.ffn.down.kernel": ("neurons", "embed"),
-    "*.layers.*.ffn.norm.scale": ("embed",),
+    **{f"encoder.layers.*.{name}": axes for name, axes in _LAYER.items() if not name.startswith("cross.")},
+    **{f"decoder.layers.*.{name}": axes for name, axes in _LAYER.items()},
     "*.norm.scale": ("embed",),
     "language.out.kernel": ("embed", "vocab"),
 }
-
-
-def build(config: T5Config) -> Model:
-    """The model of a configuration."""
-    return Model(config)
-
-
-Gated: TypeAlias = Callable[[str, Array], Array]  # (local name of a site, its values) -> the values times their gates
 
 
 class Attention(nnx.Module):
@@ -261,17 +227,16 @@ class Attention(nnx.Module):
         memory: Float[Array, "b s d"] | None,
         mask: Bool[Array, "b *t s"],
         buckets: Array | None,
-        gated: Gated,
+        sites: Sites,
         key: Array | None,
-        scores: bool,
-    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
-        """The output, the gated values and the scores; `memory` is what is attended to, None is the input itself."""
+    ) -> Float[Array, "b t d"]:
+        """The output; `memory` is what is attended to, None is the input itself."""
         y = self.norm(x)
         query = self.query(y)  # first: gradients are added up in this order
-        return self.mix(x, query, self.read(y if memory is None else memory), mask, buckets, gated, key, scores)
+        return self.mix(x, query, self.read(y if memory is None else memory), mask, buckets, sites, key)
 
     def read(self, x: Float[Array, "b s d"]) -> KeysValues:
-        """What there is to attend to."""
+        """The keys and values of what there is to attend to."""
         return KeysValues(self.key(x), self.value(x))
 
     def mix(
@@ -281,19 +246,20 @@ class Attention(nnx.Module):
         read: KeysValues,
         mask: Bool[Array, "b *t s"],
         buckets: Array | None,
-        gated: Gated,
+        sites: Sites,
         key: Array | None = None,
-        scores: bool = False,
-    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
+    ) -> Float[Array, "b t d"]:
         """As the module itself, given the queries and what is attended to."""
         inner, outer = (None, None) if key is None else jax.random.split(key)
         b, t, _ = x.shape
+        sites.keep(f"{self.name}.residual", x)
         if self.query.kernel.shape[1] == 0:  # no head is left, and there is no bias: the residual is all
             query, mixed = (jnp.zeros((b, t, 0, own.kernel.shape[2]), x.dtype) for own in (self.query, self.value))
-            raw = jnp.zeros((b, 0, t, read.keys.shape[1]), jnp.float32) if scores else None
-            return x, attention_sites(self.name, query, mixed, raw) | {f"{self.name}.residual": x}
+            raw = jnp.zeros((b, 0, t, read.keys.shape[1]), jnp.float32)
+            sites.keep_attention(self.name, query, mixed, raw, mask)
+            return x
         bias = None if buckets is None else self.relative(buckets).transpose(2, 0, 1)
-        query = gated(f"{self.name}.query_channels", query)
+        query = sites.gate(f"{self.name}.query_channels", query)
         mixed, raw = attend(
             query,
             read.keys,
@@ -303,11 +269,11 @@ class Attention(nnx.Module):
             bias=bias,
             rate=self.rate,
             dropout_key=inner,
-            scores=scores,
+            scores=sites.wants(f"{self.name}.scores"),
         )
-        mixed = gated(f"{self.name}.channels", gated(f"{self.name}.heads", mixed))
-        found = attention_sites(self.name, query, mixed, raw) | {f"{self.name}.residual": x}
-        return x + dropout(self.out(mixed), self.rate, outer), found
+        mixed = sites.gate(f"{self.name}.channels", sites.gate(f"{self.name}.heads", mixed))
+        sites.keep_attention(self.name, query, mixed, raw, mask)
+        return x + dropout(self.out(mixed), self.rate, outer)
 
 
 class FeedForward(nnx.Module):
@@ -324,17 +290,17 @@ class FeedForward(nnx.Module):
         self.gated = config.gated
         self.rate = config.dropout
 
-    def __call__(
-        self, x: Float[Array, "b t d"], gated: Gated, key: Array | None
-    ) -> tuple[Float[Array, "b t d"], dict[str, Array]]:
+    def __call__(self, x: Float[Array, "b t d"], sites: Sites, key: Array | None) -> Float[Array, "b t d"]:
+        sites.keep("ffn.residual", x)
         if self.up.kernel.shape[1] == 0:  # no neuron is left: the residual is all
-            return x, {"ffn.neurons": jnp.zeros((*x.shape[:2], 0), x.dtype), "ffn.residual": x}
+            sites.keep("ffn.neurons", jnp.zeros((*x.shape[:2], 0), x.dtype))
+            return x
         first, second = (None, None) if key is None else jax.random.split(key)
         y, activation = self.norm(x), ACTIVATIONS[self.activation]
         inner = activation(self.gating(y)) * self.up(y) if self.gated else activation(self.up(y))
-        inner = gated("ffn.neurons", inner)
-        y = self.down(dropout(inner, self.rate, first))
-        return x + dropout(y, self.rate, second), {"ffn.neurons": inner, "ffn.residual": x}
+        inner = sites.gate("ffn.neurons", inner)
+        sites.keep("ffn.neurons", inner)
+        return x + dropout(self.down(dropout(inner, self.rate, first)), self.rate, second)
 
 
 class Block(nnx.Module):
@@ -373,11 +339,16 @@ def _positions(config: T5Config, queries: Array, keys: Array, *, both_ways: bool
     return bucket_of(distance, config.buckets, config.max_distance, both_ways=both_ways)
 
 
+# The functions of a family, which `Model` calls
+
+
 def stacks(config: T5Config) -> tuple[Stack, ...]:
     """The stacks of layers; see `Model.stacks`."""
+    read, written = ("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")
+    kinds = ("encoder",) * config.encoder_layers, ("decoder",) * config.decoder_layers
     return (
-        Stack("encoder", config.encoder_layers, ("encoder", "layers")),
-        Stack("decoder", config.decoder_layers, ("decoder", "layers")),
+        Stack("encoder", ("encoder", "layers"), kinds[0], read),
+        Stack("decoder", ("decoder", "layers"), kinds[1], written, memory=read[1], causal=True),
     )
 
 
@@ -392,6 +363,14 @@ def embed_places(config: T5Config, stack: str) -> Places:
 def readout_places(config: T5Config, head: TaskHead) -> Places:
     """Where the parameters are that `readout` reads; see `Model.readout_places`."""
     return {"norm": ("decoder", "norm"), **({"word": _WORD} if config.tied else {"out": _LANGUAGE})}
+
+
+def products(path: Path, lengths: tuple[float, ...]) -> tuple[float, float, float]:
+    """How often a kernel is multiplied; see `Model.products`. In cross-attention, keys are made of what is read."""
+    read, written = lengths
+    queries = written if path[0] == "decoder" else read
+    keys = read if "cross" in path else queries
+    return keys if path[-2] in ("key", "value") else queries, queries, 0.0 if "ffn" in path else keys
 
 
 @lru_cache
@@ -422,49 +401,32 @@ def embed(
     before: State | None,
     key: Array | None,
 ) -> State:
-    """What the first layer of a stack reads; see `Model.embed`. The decoder gets the encoder's normalised output."""
+    """The input of a stack's first layer; see `Model.embed`. The decoder gets the encoder's normalised output."""
     if params["word"]["embedding"].dtype == jnp.float16:
         raise TypeError("the feed-forward networks of T5 overflow in float16: load the model in float32 or bfloat16.")
     word = bind(_embedding(config), params["word"])
-    if stack == "encoder":
-        return dropout(word(batch["input_ids"]), config.dropout, key)
+    if before is None:
+        return State(dropout(word(batch["input_ids"]), config.dropout, key))
     first, second = (None, None) if key is None else jax.random.split(key)
-    memory = bind(_norm(config), params["norm"])(before)
+    memory = bind(_norm(config), params["norm"])(before.hidden)
     hidden = dropout(word(batch["decoder_input_ids"]), config.dropout, first)
-    return Decoding(hidden, dropout(memory, config.dropout, second))
+    return State(hidden, dropout(memory, config.dropout, second))
 
 
 def block(
-    config: T5Config,
-    params: Params,
-    state: State,
-    mask: Mask,
-    gates: Gates,
-    means: Gates,
-    tokens: TokenReduction,
-    key: Array | None,
-    scores: bool,
-    known: Mapping[str, Array],
-) -> tuple[State, dict[str, Array]]:
+    config: T5Config, kind: str, params: Params, state: State, mask: Mask, sites: Sites, key: Array | None
+) -> State:
     """One layer; see `Model.block`."""
-    decoder = isinstance(state, Decoding)
+    decoder = kind == "decoder"
     module = bind(_block(config, decoder), params)
-    own = mask.own if isinstance(mask, Masks) else mask
     keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
-
-    def gated(name: str, values: Array) -> Array:
-        return gate(known.get(name, values), gates.get(name), means.get(name), own, tokens)
-
-    hidden = state.hidden if isinstance(state, Decoding) else state
-    places = jnp.arange(hidden.shape[1])
-    seen = own[:, None, :] & (places[None, :] <= places[:, None]) if decoder else own
+    places = jnp.arange(state.hidden.shape[1])
+    allowed = mask.tokens[:, None, :] & (places[None, :] <= places[:, None]) if decoder else mask.tokens
     buckets = _positions(config, places, places, both_ways=not decoder)
-    hidden, values = module.attention(hidden, None, seen, buckets, gated, keys[0], scores)
-    if isinstance(state, Decoding) and isinstance(mask, Masks):
-        hidden, cross = module.cross(hidden, state.memory, mask.memory, None, gated, keys[1], scores)
-        values |= cross
-    hidden, ffn = module.ffn(hidden, gated, keys[2])
-    return Decoding(hidden, state.memory) if isinstance(state, Decoding) else hidden, values | ffn
+    hidden = module.attention(state.hidden, None, allowed, buckets, sites, keys[0])
+    if decoder:
+        hidden = module.cross(hidden, state.memory, mask.memory, None, sites, keys[1])
+    return State(module.ffn(hidden, sites, keys[2]), state.memory)
 
 
 def prepare(config: T5Config, params: Params, memory: Float[Array, "b s d"], length: int) -> Cache:
@@ -481,41 +443,34 @@ def step(
     hidden: Float[Array, "b 1 d"],
     cache: Cache,
     position: Array,
-    mask: Bool[Array, "b s"],
-    gates: Gates,
-    means: Gates,
+    memory_mask: Bool[Array, "b s"],
+    intervention: Intervention,
 ) -> tuple[Float[Array, "b 1 d"], Cache]:
     """One decoder layer for one token; see `Model.step`."""
     module = bind(_block(config, True), params)
-    token = jnp.ones(hidden.shape[:2], bool)
-
-    def gated(name: str, values: Array) -> Array:
-        return gate(values, gates.get(name), means.get(name), token)
-
+    sites = Sites(intervention, jnp.ones(hidden.shape[:2], bool), sum_tokens, (), {})
     y = module.attention.norm(hidden)
-    own = KeysValues(
+    tokens = KeysValues(
         *(
             jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=1)
-            for old, new in zip(cache.own, module.attention.read(y), strict=True)
+            for old, new in zip(cache.tokens, module.attention.read(y), strict=True)
         )
     )
-    places = jnp.arange(own.keys.shape[1])
-    seen = jnp.broadcast_to(places <= position, (hidden.shape[0], places.size))
+    places = jnp.arange(tokens.keys.shape[1])
+    allowed = jnp.broadcast_to(places <= position, (hidden.shape[0], places.size))
     buckets = _positions(config, position[None], places, both_ways=False)
-    query = module.attention.query(y)
-    hidden, _ = module.attention.mix(hidden, query, own, seen, buckets, gated)
+    hidden = module.attention.mix(hidden, module.attention.query(y), tokens, allowed, buckets, sites)
     query = module.cross.query(module.cross.norm(hidden))
-    hidden, _ = module.cross.mix(hidden, query, cache.memory, mask, None, gated)
-    hidden, _ = module.ffn(hidden, gated, None)
-    return hidden, Cache(own, cache.memory)
+    hidden = module.cross.mix(hidden, query, cache.memory, memory_mask, None, sites)
+    return module.ffn(hidden, sites, None), Cache(tokens, cache.memory)
 
 
 def readout(
     config: T5Config, params: Params, state: State, mask: Mask, head: TaskHead, key: Array | None
 ) -> Float[Array, "b t v"]:
     """The logits of the next token; see `Model.readout`."""
-    hidden = state.hidden if isinstance(state, Decoding) else state
-    hidden = dropout(bind(_norm(config), params["norm"])(hidden), config.dropout, key).astype(jnp.float32)
+    hidden = bind(_norm(config), params["norm"])(state.hidden)
+    hidden = dropout(hidden, config.dropout, key).astype(jnp.float32)
     if config.scaled:
         hidden = hidden * config.embed**-0.5
     if not config.tied:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 import numpy as np
 
 from jaxprune.models import Model
-from jaxprune.models.cost import Length, checked_length, elements, matmul_flops, unit_costs, weight_bytes
+from jaxprune.models.cost import Length, elements, matmul_flops, unit_costs, weight_bytes
 from jaxprune.units import KINDS, Params, widths
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Flops(Budget):
             raise ValueError(
                 "a FLOPs budget needs length=, tokens per example: these scores do not say their mean length."
             )
-        return unit_costs(model, params, matmul_flops(checked_length(model, self.length)), KINDS)
+        return unit_costs(model, params, matmul_flops(model, self.length), KINDS)
 
     def settings(self) -> dict[str, Any]:
         """Its amount by its name in records, and the length."""

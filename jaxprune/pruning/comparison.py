@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxprune.models import order_sites
 from jaxprune.pruning.selection import select_units
 from jaxprune.scoring.scores import Scores
 from jaxprune.scoring.stability import FRACTIONS, chance, jaccard, joined, spearman
-from jaxprune.units import UNITS, site_of, site_order
+from jaxprune.units import UNITS
 
 
 class Group(NamedTuple):
@@ -85,7 +86,7 @@ def grouped(values: Mapping[str, Any]) -> list[Group]:
 
     Heads of self- and of cross-attention in one layer of a decoder count together.
     """
-    sites = sorted(map(site_of, values), key=site_order)
+    sites = order_sites(values)
     layers = [*dict.fromkeys(site.layer_name for site in sites), None]
     groups = [
         Group(

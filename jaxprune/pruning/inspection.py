@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxprune.checkpoints.gate_file import units_kept
 from jaxprune.models import Model
-from jaxprune.models.cost import Length, checked_length, elements, matmul_flops, unit_costs, usual_length
+from jaxprune.models.cost import Length, elements, matmul_flops, unit_costs, usual_length
 from jaxprune.scoring.scores import Scores, check_scores
 from jaxprune.units import KINDS, UNITS, Params, Site, sites, widths
 
@@ -48,7 +48,7 @@ def inspect(
     kinds = tuple(kind for kind in KINDS if kind in UNITS or kind in named)
     units = _units(model, params, pruning, scores, kinds)
     length = _length(model, pruning, scores)
-    flops = unit_costs(model, params, matmul_flops(checked_length(model, length)))  # those of channels are their heads'
+    flops = unit_costs(model, params, matmul_flops(model, length))  # those of channels are their heads'
     sizes = unit_costs(model, params, elements)
 
     def cost(own: Sequence[SiteUnits], costs: Mapping[str, float]) -> float:

@@ -31,9 +31,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.checkpoints.files import write_atomic
-from jaxprune.models import Mask, Model, State, block_compiled, enter, mask_of, model_inputs, model_layers
+from jaxprune.models import (
+    BlockSettings,
+    Mask,
+    Model,
+    State,
+    block_compiled,
+    enter,
+    mask_of,
+    model_inputs,
+    model_layers,
+)
 from jaxprune.models.cost import checked_length
-from jaxprune.units import Gates, Params, Site, axes_of, flatten, narrow, path_name, sites, subtree
+from jaxprune.units import Gates, Intervention, Params, Site, axes_of, flatten, narrow, path_name, sites, subtree
 from jaxprune.units import Path as ParameterPath
 from jaxprune.units import widths as widths_of
 
@@ -171,16 +181,19 @@ def pass_inputs(model: Model, batch: int, length: Tokens) -> dict[str, jax.Array
         ValueError: If `length` is not the one number or the two that the model needs.
     """
     inputs = {}
-    for prefix, tokens in zip(("", "decoder_"), np.atleast_1d(np.asarray(checked_length(model, length))), strict=False):
-        inputs[f"{prefix}input_ids"] = jnp.full((batch, int(tokens)), model.config.pad_id + 1, jnp.int32)
-        inputs[f"{prefix}attention_mask"] = jnp.ones((batch, int(tokens)), jnp.int32)
+    lengths = np.atleast_1d(np.asarray(checked_length(model, length)))
+    for stack, tokens in zip(model.stacks, lengths, strict=True):
+        ids, mask = stack.inputs[:2]
+        inputs[ids] = jnp.full((batch, int(tokens)), model.config.pad_id + 1, jnp.int32)
+        inputs[mask] = jnp.ones((batch, int(tokens)), jnp.int32)
     return inputs
 
 
 @partial(jax.jit, static_argnums=(0, 3))
 def _forward(model: Model, params: Params, batch: dict[str, jax.Array], head: str | None) -> Any:
     """The logits; the hidden states of a model without task heads, of which XLA would otherwise compute nothing."""
-    output = model.apply(params, batch, head=head, hidden=not (model.heads or model.answers_in_text))
+    returns = () if model.heads or model.answers_in_text else ("hidden",)
+    output = model.apply(params, batch, head=head, returns=returns)
     return output.logits, output.hidden
 
 
@@ -436,7 +449,7 @@ def _entered(model: Model, params: Params, inputs: dict[str, jax.Array]) -> dict
     for layer in model_layers(model, params):
         if layer.entry is not None:
             state = enter(model, layer, inputs, state)
-            found[layer.stack] = state, mask_of(layer, inputs)
+            found[layer.stack.name] = state, mask_of(layer, inputs)
     return found
 
 
@@ -444,15 +457,17 @@ def _run_of(
     model: Model, params: Params, modules: Sequence[ParameterPath], entered: tuple[State, Mask]
 ) -> Callable[[], Any]:
     """A function that runs the layers of some modules, one after the other, and waits for them."""
-    ends = [next(i for i, step in enumerate(module) if isinstance(step, int)) + 1 for module in modules]
-    layers = jax.device_put([subtree(params, module[:end]) for module, end in zip(modules, ends, strict=True)])
-    return lambda: jax.block_until_ready(_layers(model, layers, *entered))
+    every = model_layers(model, params)
+    layers = [layer for module in modules for layer in every if module[: len(layer.path)] == layer.path]
+    settings = tuple(BlockSettings(kind=layer.kind) for layer in layers)
+    weights = jax.device_put([layer.params for layer in layers])
+    return lambda: jax.block_until_ready(_layers(model, settings, weights, *entered))
 
 
-@partial(jax.jit, static_argnums=0)
-def _layers(model: Model, layers: list[Params], state: State, mask: Mask) -> State:
-    for params in layers:
-        state, _ = block_compiled(model, params, state, mask, {}, {}, None)
+@partial(jax.jit, static_argnums=(0, 1))
+def _layers(model: Model, settings: tuple[BlockSettings, ...], layers: list[Params], state: State, mask: Mask) -> State:
+    for static, params in zip(settings, layers, strict=True):
+        state, _ = block_compiled(model, static, params, state, mask, Intervention(), None)
     return state
 
 

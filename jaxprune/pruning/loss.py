@@ -51,7 +51,7 @@ from jaxprune.scoring.objectives import (
 )
 from jaxprune.scoring.run import score_batches
 from jaxprune.scoring.scores import Scores
-from jaxprune.units import Gates, Params, check_gates
+from jaxprune.units import Gates, Intervention, Params, check_gates
 
 WORTH = "worth:"  # before a site's name: what all its units are worth along the path
 
@@ -134,19 +134,20 @@ class _Lost:
         """Attributes a batch; see `Criterion`."""
         chosen = model.head(head)
         objective = objective_for(self.objective, chosen)
-        run = partial(forward, model, params, head=chosen.name, means=means)
+        run = partial(forward, model, params, intervention=Intervention(means=means), head=chosen.name)
         slopes: list[Gates] = []
         shares: tuple[Array, ...] = ()
         expected = jnp.zeros(())
         for own in questions(model, params, batch, self.labels, chosen.regression, key, run):
             rows = own.batch["input_ids"]
-            pruned = run(own.batch, _between(self.selected, 0.0, rows))[0]
+            pruned = run(own.batch, intervention=Intervention(_between(self.selected, 0.0, rows), means))[0]
             for target, share in zip(own.targets, own.weights, strict=True):
                 after, before = (value_and_cotangent(objective, it, target)[0] for it in (own.logits, pruned))
                 expected = expected + share * (after - before)
             totals: list[Gates] = [{name: jnp.zeros(()) for name in self.selected} for _ in own.targets]
             for point, weight in zip(self.points, self.weights, strict=True):
-                logits, pull = run(own.batch, _between(self.selected, point, rows))
+                gates = _between(self.selected, point, rows)
+                logits, pull = run(own.batch, intervention=Intervention(gates, means))
                 for i, target in enumerate(own.targets):
                     totals[i] = _more(totals[i], pull(value_and_cotangent(objective, logits, target)[1])[0], weight)
                 del logits, pull  # before the next node needs the memory

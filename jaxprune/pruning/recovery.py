@@ -28,9 +28,21 @@ from jaxtyping import Array, Float
 from jaxprune.data.batches import pack, usable_rows
 from jaxprune.data.tasks import Rows, Task, draw, row_key
 from jaxprune.evaluation.likelihood import answered
-from jaxprune.models import Layer, Mask, Model, State, block_compiled, enter, mask_of, model_layers, own_mask
+from jaxprune.models import (
+    BlockSettings,
+    Layer,
+    Mask,
+    Model,
+    State,
+    advance,
+    enter,
+    layer_entries,
+    mask_of,
+    model_layers,
+)
 from jaxprune.scoring.scores import describe
-from jaxprune.units import UNITS, Params, Path, axes_of, flatten, reads, sites, subtree, unflatten
+from jaxprune.units import UNITS, Params, Path, flatten, subtree, unflatten
+from jaxprune.units import readers as readers_of
 
 EXAMPLES = 256  # to repair with, unless asked otherwise
 HELD_OUT = 4  # every fourth row only chooses between candidates
@@ -400,7 +412,7 @@ def recover_batches(
         readers, targets = _readers(model, whole), []
         for i, batch in enumerate(inputs):
             state, mask = enter(model, whole, batch, dense[i]), mask_of(whole, batch)
-            outputs = _targets(model, readers, whole.params, state, mask, method.drift)
+            outputs = _targets(model, whole.kind, readers, whole.params, state, mask, method.drift)
             dense[i], sums = jax.device_get(outputs)
             targets.append(sums)
         for reader in readers:
@@ -410,7 +422,8 @@ def recover_batches(
             for i, batch in enumerate(inputs):
                 state, mask = enter(model, layer, batch, current[i]), mask_of(layer, batch)
                 target = targets[i][reader.module]
-                more = _moments(model, reader, layer.params, state, mask, weights[i], target, method.drift)
+                rows = state, mask, weights[i]
+                more = _moments(model, layer.kind, reader, layer.params, *rows, target, method.drift)
                 sums = [total.plus(one) for total, one in zip(sums, more, strict=True)]
             arrays, repair = _repair(f"{layer.name}.{reader.module}", reader, layer.params, *sums, method)
             if sums[0].tokens < len(sums[0].gram):
@@ -419,8 +432,7 @@ def recover_batches(
             repairs.append(repair)
         layer = model_layers(model, unflatten(flat))[place]
         for i, batch in enumerate(inputs):
-            state, mask = enter(model, layer, batch, current[i]), mask_of(layer, batch)
-            current[i] = jax.device_get(block_compiled(model, layer.params, state, mask, {}, {}, None)[0])
+            current[i] = jax.device_get(advance(model, [layer], batch, current[i]))
         if progress is not None:
             progress(place + 1, len(layers))
     if scarce:
@@ -458,22 +470,19 @@ class _Reader(NamedTuple):
 def _readers(model: Model, layer: Layer) -> tuple[_Reader, ...]:
     """The readers of a layer, in the order in which its modules run: that of the axis table."""
     whole = unflatten({(*layer.path, *path): array for path, array in flatten(layer.params).items()})
-    found = []
-    for site in sites(model.axes, whole):
-        for path in flatten(subtree(whole, site.module)):
-            if reads(axes_of(model.axes, (*site.module, *path)), path):
-                local = site.module[len(layer.path) :]
-                name = ".".join(map(str, local))
-                found.append(_Reader(name, f"{name}.{site.kind}", (*local, *path)))
-    return tuple(found)
+    kernels = layer_entries(readers_of(model.axes, whole), layer.name)
+    return tuple(_Reader(site.rpartition(".")[0], site, path[len(layer.path) :]) for site, path in kernels.items())
 
 
-@partial(jax.jit, static_argnums=(0, 1, 5))
+_RETURNS = (*UNITS, "residual")  # of a block
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 6))
 def _targets(
-    model: Model, readers: tuple[_Reader, ...], params: Params, state: State, mask: Mask, drift: bool
+    model: Model, kind: str, readers: tuple[_Reader, ...], params: Params, state: State, mask: Mask, drift: bool
 ) -> tuple[State, dict[str, Float[Array, "b t e"]]]:
     """The state after the layer, and by module its output, with what it is added to if drift is to be made up for."""
-    after, values_of = model.block(params, state, mask, kinds=UNITS, residuals=True)
+    after, values_of = model.block(params, state, mask, settings=BlockSettings(kind=kind, returns=_RETURNS))
     flat, sums = flatten(params), {}
     for module, site, kernel in readers:
         values, weight = values_of[site].astype(jnp.float32), flat[kernel].astype(jnp.float32)
@@ -484,9 +493,10 @@ def _targets(
     return after, sums
 
 
-@partial(jax.jit, static_argnums=(0, 1, 7))
+@partial(jax.jit, static_argnums=(0, 1, 2, 8))
 def _moments(
     model: Model,
+    kind: str,
     reader: _Reader,
     params: Params,
     state: State,
@@ -496,11 +506,11 @@ def _moments(
     drift: bool,
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """The sums over the rows that fit, and over those that choose."""
-    values_of = model.block(params, state, mask, kinds=UNITS, residuals=True)[1]
+    values_of = model.block(params, state, mask, settings=BlockSettings(kind=kind, returns=_RETURNS))[1]
     values = values_of[reader.site].astype(jnp.float32)
     values = values.reshape(*target.shape[:2], math.prod(values.shape[2:]))
     missing = target - (values_of[f"{reader.module}.residual"].astype(jnp.float32) if drift else 0.0)
-    tokens = (own_mask(mask).astype(bool) & weight[:, None]).astype(jnp.float32)[..., None]
+    tokens = (mask.tokens.astype(bool) & weight[:, None]).astype(jnp.float32)[..., None]
     rows = np.arange(target.shape[0]) % HELD_OUT == HELD_OUT - 1
 
     def sums(rows: np.ndarray) -> tuple[Array, ...]:

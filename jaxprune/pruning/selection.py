@@ -29,13 +29,13 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 
-from jaxprune.models import Model
+from jaxprune.models import Model, order_sites
 from jaxprune.models.cost import memory as memory_of
 from jaxprune.models.cost import usual_length
 from jaxprune.pruning.budgets import SLACK, Budget, Latency, Memory, Rules, Units
 from jaxprune.pruning.latency import LatencyTable, check_table
 from jaxprune.scoring.scores import Scores, fitting_values
-from jaxprune.units import KINDS, UNITS, Gates, Params, Site, check_sharing, site_of, site_order, sites, widths
+from jaxprune.units import KINDS, UNITS, Gates, Params, Site, check_sharing, sites, widths
 
 CELLS = 1 << 15  # into which `knapsack` divides what there is to spend
 
@@ -310,7 +310,7 @@ def select_units(scores: Values, fraction: float) -> Gates:
     Returns:
         Site name to float32 gates, in the order of a model's sites.
     """
-    places = tuple(sorted(map(site_of, scores), key=site_order))
+    places = order_sites(scores)
     ranked = {site.name: np.asarray(scores[site.name], np.float64) for site in places}
     shapes = {site: (1, len(value)) for site, value in ranked.items()}
     ground = _ground(places, shapes, ranked, Rules(), set())

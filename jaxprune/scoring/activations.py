@@ -15,17 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxprune.evaluation.likelihood import answered
-from jaxprune.models import (
-    INPUTS,
-    Mask,
-    Model,
-    State,
-    enter,
-    mask_of,
-    model_layers,
-    own_mask,
-)
-from jaxprune.units import UNITS, Gates, Params
+from jaxprune.models import BlockSettings, Mask, Model, State, enter, mask_of, model_layers
+from jaxprune.units import UNITS, UNREAD, Gates, Params, sites
 
 # (values [b, t, units(, channels)] float32, mask [b, t]) -> [b, units] or [b, units, channels]
 Statistic: TypeAlias = Callable[[Array, Array], Array]
@@ -36,7 +27,7 @@ Closed: TypeAlias = Callable[[Model, Params, Iterable[Mapping[str, Any]], tuple[
 
 def magnitudes(values: Array) -> Float[Array, "b t u"]:
     """The size of each unit's value at each token: `|h|` of a neuron, the norm over the channels of a head."""
-    return jnp.abs(values) if values.ndim == 3 else jnp.sqrt(jnp.square(values).sum(-1))
+    return jnp.abs(values) if values.ndim == 3 else jnp.sqrt(jnp.square(values).sum(tuple(range(3, values.ndim))))
 
 
 def token_mean(values: Array, mask: Bool[Array, "b t"]) -> Array:
@@ -69,17 +60,18 @@ def site_statistics(
     state, found = None, {}
     for layer in model_layers(model, params):
         state = enter(model, layer, inputs, state)
-        state, values = _block_statistics(model, statistic, kinds, layer.params, state, mask_of(layer, inputs))
+        settings = BlockSettings(kind=layer.kind, returns=kinds)
+        state, values = _block_statistics(model, settings, statistic, layer.params, state, mask_of(layer, inputs))
         found |= {f"{layer.name}.{name}": value for name, value in values.items()}
     return found
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _block_statistics(
-    model: Model, statistic: Statistic, kinds: tuple[str, ...], params: Params, state: State, mask: Mask
+    model: Model, settings: BlockSettings, statistic: Statistic, params: Params, state: State, mask: Mask
 ) -> tuple[State, dict[str, Array]]:
-    state, sites = model.block(params, state, mask, kinds=kinds)
-    return state, {name: statistic(values.astype(jnp.float32), own_mask(mask)) for name, values in sites.items()}
+    state, values = model.block(params, state, mask, settings=settings)
+    return state, {name: statistic(value.astype(jnp.float32), mask.tokens) for name, value in values.items()}
 
 
 def zero(model: Model, params: Params, batches: Iterable[Mapping[str, Any]], kinds: tuple[str, ...] = UNITS) -> Gates:
@@ -99,22 +91,18 @@ def calibration_means(
         ValueError: If the batches hold no token, or query channels are asked for: their values are multiplied with the
             keys, and no bias behind them can stand for a mean.
     """
-    if "query_channels" in kinds:
+    if set(UNREAD) & set(kinds):
         raise ValueError("a closed query channel has no mean to be worth, since no kernel reads it: use closed=zero.")
     sums: dict[str, Array] = {}
     tokens: list[dict[str, Array]] = []
     for batch in batches:
         batch = answered(model, params, batch)
         sums = _add_rows(sums, site_statistics(model, params, batch, token_sum, kinds))
-        tokens.append({name: batch[name].sum() for name in INPUTS if name.endswith("attention_mask") and name in batch})
+        tokens.append({stack.name: batch[stack.inputs[1]].sum() for stack in model.stacks})
     counts = {name: sum(int(own[name]) for own in tokens) for name in (tokens[0] if tokens else {})}
     if not counts or not all(counts.values()):
         raise ValueError("the batches hold no token: there is nothing to take means of.")
-    decoded = counts.get("decoder_attention_mask", 0)
-    return {
-        name: value / (decoded if name.startswith("decoder.") else counts["attention_mask"])
-        for name, value in sums.items()
-    }
+    return {site.name: sums[site.name] / counts[site.stack] for site in sites(model.axes, params, kinds)}
 
 
 @jax.jit

@@ -20,15 +20,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxprune.models import (
+    BlockSettings,
     Model,
-    block_compiled,
+    advance,
     enter,
     mask_of,
     model_layers,
     repeat_rows,
     values_compiled,
 )
-from jaxprune.models.backward import Prefix, Pull, forward
+from jaxprune.models.backward import Gradients, Prefix, Pull, forward
 from jaxprune.models.layers import TokenReduction, sum_tokens
 from jaxprune.scoring.activations import Closed, zero
 from jaxprune.scoring.objectives import (
@@ -46,7 +47,20 @@ from jaxprune.scoring.objectives import (
     value_and_cotangent,
     weigh,
 )
-from jaxprune.units import UNITS, Gates, Params, Site, check_kinds, check_sharing, open_gates, sites, without
+from jaxprune.units import (
+    KINDS,
+    UNITS,
+    Gates,
+    Intervention,
+    Params,
+    Site,
+    check_kinds,
+    check_sharing,
+    open_gates,
+    readers,
+    sites,
+    without,
+)
 
 Points: TypeAlias = tuple[np.ndarray, np.ndarray]  # nodes in [0, 1] and weights that sum to 1, float64
 Rule: TypeAlias = Callable[[int], Points]
@@ -236,7 +250,9 @@ class GradientActivation:
         if objective is negative_squared_error and self.labels is predicted:
             raise ValueError("the squared error has no gradient at the prediction itself: use labels=gold.")
         _, gates = _open_rows(model, params, batch, self.kinds)
-        run = partial(forward, model, params, gates=gates, head=chosen.name, means=means, tokens=self.tokens)
+        gradients = Gradients(tokens=self.tokens)
+        intervention = Intervention(gates, means)
+        run = partial(forward, model, params, intervention=intervention, head=chosen.name, gradients=gradients)
         found, weights = [], ()
         for own in questions(model, params, batch, self.labels, chosen.regression, key, run):
             found += [_slope(own.pull, objective, own.logits, target) for target in own.targets]
@@ -316,7 +332,7 @@ class IntegratedGradients:
             check_sharing(model.axes, params, [site.name for site in path])
         scaled = [{site.name: ones[site.name] for site in path} for path in paths]
         along = partial(self._along, model, params, paths, scaled, objective, chosen.name, means)
-        run = partial(forward, model, params, head=chosen.name, means=means)
+        run = partial(forward, model, params, intervention=Intervention(means=means), head=chosen.name)
         found, weights = [], ()
         completeness: list[list[Completeness]] = [[] for _ in paths]
         for own in questions(model, params, batch, self.labels, chosen.regression, key, run):
@@ -354,29 +370,29 @@ class IntegratedGradients:
             logits: Those of the open model.
             targets: What the objective is taken for.
         """
-        run = partial(forward, model, params, head=head, means=means)
+        run = partial(forward, model, params, head=head)
         groups = _groups(self.rule, self.nodes, self.start, self.chunk)
-        prefixes = open_prefixes(model, params, batch, {_lowest(path) for path in paths})
+        lowest = [_lowest(model, params, path) for path in paths]
+        prefixes = open_prefixes(model, params, batch, set(lowest))
         ends = [value_and_cotangent(objective, logits, target)[0] for target in targets]
         found: list[Gates] = [{} for _ in targets]
         completeness = []
-        for path, end in zip(paths, scaled, strict=True):
-            prefix = prefixes[_lowest(path)]
+        for path, end, layer_name in zip(paths, scaled, lowest, strict=True):
+            prefix = prefixes[layer_name]
             if self.start == 0.0 and not means:  # nothing of the path is left: a model without its units is cheaper
                 logits = forward(model, without(model.axes, params, path), batch, head=head, prefix=prefix)[0]
             else:
-                logits = run(batch, _scale(end, np.array([self.start], np.float32), batch["input_ids"]), prefix=prefix)[
-                    0
-                ]
+                gates = _scale(end, np.array([self.start], np.float32), batch["input_ids"])
+                logits = run(batch, Intervention(gates, means), prefix=prefix)[0]
             starts = [value_and_cotangent(objective, logits, target)[0] for target in targets]
             known = _known(model, params, batch, prefix, path)
-            tiled, shared, aims = repeat_rows((batch, (prefix.hidden, known), targets), groups[0][0].size)
+            tiled, shared, aims = repeat_rows((batch, (prefix.state, known), targets), groups[0][0].size)
             start = Prefix(shared[0], prefix.layer, shared[1])
             nothing = _scale(end, np.zeros(1, np.float32), batch["input_ids"])
             totals = [nothing for _ in targets]
             for points, shares in groups:
                 gates = _scale(end, points, batch["input_ids"])
-                logits, pull = run(tiled, gates, prefix=start)
+                logits, pull = run(tiled, Intervention(gates, means), prefix=start)
                 for i, aim in enumerate(aims):
                     totals[i] = _add(totals[i], _slope(pull, objective, logits, aim), shares)
                 del logits, pull  # before the next node needs the memory
@@ -408,9 +424,10 @@ def reduce(
     return Measured(weigh(examples.each, found, weights), dict(completeness or {}), own)
 
 
-def _lowest(path: Sequence[Site]) -> str:
+def _lowest(model: Model, params: Params, path: Sequence[Site]) -> str:
     """The name of the layer that runs first."""
-    return min(path, key=lambda site: (site.stack == "decoder", site.layer)).layer_name
+    gated = {site.layer_name for site in path}
+    return next(layer.name for layer in model_layers(model, params) if layer.name in gated)
 
 
 def _open_rows(model: Model, params: Params, batch: Mapping[str, Any], kinds: tuple[str, ...]) -> tuple[Gates, Gates]:
@@ -429,7 +446,7 @@ def open_prefixes(model: Model, params: Params, batch: dict[str, Array], layers:
             found[layer.name] = Prefix(state, place)
         if len(found) == len(layers):
             break
-        state, _ = block_compiled(model, layer.params, state, mask_of(layer, batch), {}, {}, None)
+        state = advance(model, [layer], batch, state)
     return found
 
 
@@ -438,11 +455,13 @@ def _known(
 ) -> dict[str, Array]:
     """What the lowest layer's gates multiply first, if nothing below changes it: it is the same at all nodes."""
     layer = model_layers(model, params)[prefix.layer]
-    gated = {site.name.removeprefix(f"{layer.name}.") for site in path}
-    if not gated & {"attention.heads", "attention.channels"} or "attention.query_channels" in gated:
+    kernels = readers(model.axes, params, KINDS)
+    first = next(site for site in sites(model.axes, params) if site.layer_name == layer.name)
+    gated = [site.name for site in path if site.module == first.module]
+    if not gated or not set(gated) <= set(kernels):
         return {}
-    mask = mask_of(layer, batch)
-    return values_compiled(model, ("attention.heads",), layer.params, prefix.hidden, mask)
+    settings = BlockSettings(kind=layer.kind, returns=(first.name.removeprefix(f"{layer.name}."),))
+    return values_compiled(model, settings, layer.params, prefix.state, mask_of(layer, batch))
 
 
 def _groups(rule: Rule, nodes: int, start: float, chunk: int) -> list[tuple[np.ndarray, np.ndarray]]:

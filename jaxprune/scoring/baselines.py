@@ -50,17 +50,19 @@ from jaxprune.scoring.objectives import (
 from jaxprune.units import (
     KINDS,
     UNITS,
+    UNREAD,
     Gates,
+    Intervention,
     Params,
     axes_of,
     check_kinds,
     flatten,
+    has_units,
     merge_units,
     reads,
     sites,
     subtree,
     takes_gate,
-    unit_axes,
     widths,
 )
 
@@ -130,7 +132,7 @@ class Removal:
             units = np.asarray(self.units[site.name], np.int32)
             together = max(1, min(self.chunk, len(units)))
             prefix = prefixes[site.layer_name]
-            rows, state, aims = repeat_rows((batch, prefix.hidden, targets), together)
+            rows, state, aims = repeat_rows((batch, prefix.state, targets), together)
             lost: list[list[Array]] = [[] for _ in targets]
             for first in range(0, len(units), together):
                 some = np.pad(units[first : first + together], (0, max(0, first + together - len(units))), mode="edge")
@@ -155,7 +157,7 @@ def _finish(
 ) -> Float[Array, "b l"]:
     """The logits, from a prefix on, without keeping anything for a backward pass."""
     layers = model_layers(model, params)
-    state = advance(model, layers[prefix.layer :], batch, prefix.hidden, gates, means)
+    state = advance(model, layers[prefix.layer :], batch, prefix.state, Intervention(gates, means))
     return forward(model, params, batch, head=head, prefix=Prefix(state, len(layers)))[0]
 
 
@@ -212,8 +214,9 @@ class Magnitude(_OfKinds):
             squares = {False: jnp.zeros(()), True: jnp.zeros(())}  # of what makes the unit, of what reads it
             for axes, path, array in _arrays_of(model, params, site.name):
                 if path[-1] == "kernel":
-                    square = jnp.square(merge_units(array, axes, site.kind).astype(jnp.float32))
-                    others = tuple(i for i in range(square.ndim) if i != unit_axes(axes, site.kind).start)
+                    merged, axis = merge_units(array, axes, site.kind)
+                    square = jnp.square(merged.astype(jnp.float32))
+                    others = tuple(i for i in range(square.ndim) if i != axis)
                     squares[takes_gate(axes, path, site.kind)] += square.sum(others)
             found[site.name] = jnp.sqrt(squares[False] * squares[True])[None]
         return Measured(found, {})
@@ -263,14 +266,14 @@ class Wanda(_OfKinds):
 
     def __post_init__(self):
         super().__post_init__()
-        if "query_channels" in self.kinds:
+        if set(UNREAD) & set(self.kinds):
             raise ValueError("Wanda weighs a unit by the kernel that reads it, and none reads query channels.")
 
     def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **_: Any) -> Measured:
         """Scores a batch; see `Criterion`."""
         squares = site_statistics(model, params, batch, _mean_square, self.kinds)
         readers = {
-            site.name: merge_units(array, axes, site.kind)
+            site.name: merge_units(array, axes, site.kind)[0]
             for site in sites(model.axes, params, self.kinds)
             for axes, path, array in _arrays_of(model, params, site.name)
             if reads(axes, path)
@@ -378,7 +381,7 @@ def _times_reader(squares: dict[str, Array], readers: dict[str, Array]) -> Gates
     found = {}
     for name, square in squares.items():
         product = square * jnp.square(readers[name].astype(jnp.float32)).sum(-1)
-        found[name] = product.sum(-1) if product.ndim == 3 else product
+        found[name] = product.sum(tuple(range(2, product.ndim)))
     return found
 
 
@@ -388,6 +391,6 @@ def _arrays_of(model: Model, params: Params, name: str) -> list[tuple[tuple[str,
     found = []
     for path, array in flatten(subtree(params, site.module)).items():
         axes = axes_of(model.axes, (*site.module, *path))
-        if site.kind in axes:
+        if has_units(axes, site.kind):
             found.append((axes, path, array))
     return found

@@ -36,7 +36,7 @@ from jaxprune.data.prompts import prompt_of
 from jaxprune.data.splits import Example, digest, half_of, row_key
 from jaxprune.data.tasks import Rows, Task, draw, seed_words
 from jaxprune.evaluation.evaluate import fitting_head
-from jaxprune.models import Model, encoder_inputs, model_inputs
+from jaxprune.models import Model, model_inputs, prompt_inputs
 from jaxprune.scoring.activations import zero
 from jaxprune.scoring.attribution import Criterion, IntegratedGradients, Measured
 from jaxprune.scoring.objectives import gold
@@ -447,7 +447,7 @@ class _Placement(NamedTuple):
         given |= {name: batch[name] for name in ("labels", "weight", "index", "candidates") if name in batch}
         index = np.asarray(given["index"])
         given["second"] = (index % 2).astype(np.float32) if seconds is None else seconds[index]  # any half for padding
-        read = encoder_inputs if self.model.answers_in_text else model_inputs
+        read = prompt_inputs if self.model.answers_in_text else model_inputs
         arrays: dict[str, Any] = read(self.model, self.params, batch) | given
         return jax.device_put(arrays, self.rows) if self.rows is not None else jax.tree.map(jnp.asarray, arrays)
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.units import UNITS, Path, axes_of, path_name
+from jaxprune.units import KINDS, Path, axes_of, has_units, input_axes, path_name
 
 if TYPE_CHECKING:
     from jaxprune.models import Model
@@ -58,9 +58,8 @@ def linear_maps(model: Model) -> Callable[[Path, Any], int]:
         if path[0] == PROJECTION:
             return 0
         axes = axes_of(model.axes, path)
-        if path[-1] != "kernel" or "embed" not in axes or not set(axes) & set(UNITS):
-            return 0
-        return axes.index("embed") or 1  # what stands before it is contracted, or it is itself
+        prunable = path[-1] == "kernel" and "embed" in axes and any(has_units(axes, kind) for kind in KINDS)
+        return input_axes(axes) if prunable else 0
 
     return inputs
 

@@ -25,7 +25,7 @@ from jaxprune.data.tasks import Rows, Task, remove_leaks
 from jaxprune.evaluation.evaluate import Evaluation, evaluate
 from jaxprune.evaluation.likelihood import candidates_in, candidates_of, teacher_forced
 from jaxprune.models import Model, TaskHead
-from jaxprune.models.backward import forward
+from jaxprune.models.backward import Gradients, forward
 from jaxprune.training.loop import (
     OPTIMIZERS,
     Run,
@@ -207,7 +207,9 @@ def text_loss_and_gradients(
 ) -> tuple[Array, Params]:
     """The mean cross-entropy of a text-to-text model towards some targets `[b, u]`, and its gradient."""
     targets = jnp.asarray(targets)
-    logits, pull = forward(model, params, teacher_forced(model, batch, targets), weights=True, key=key)
+    logits, pull = forward(
+        model, params, teacher_forced(model, batch, targets), gradients=Gradients(weights=True), key=key
+    )
     loss, cotangent = _text_loss(logits, targets, jnp.asarray(batch["weight"]))
     return loss, share_gradients(model, pull(cotangent)[1] or {})
 
@@ -216,7 +218,7 @@ def _loss_and_gradients(
     model: Model, params: Params, batch: Mapping[str, np.ndarray], head: str, key: Array | None
 ) -> tuple[Array, Params]:
     """The loss of a task head, and its gradient."""
-    logits, pull = forward(model, params, batch, head=head, weights=True, key=key)
+    logits, pull = forward(model, params, batch, head=head, gradients=Gradients(weights=True), key=key)
     labels, weight = jnp.asarray(batch["labels"]), jnp.asarray(batch["weight"])
     loss, cotangent = _loss(model.head(head).regression, logits, labels, weight)
     return loss, share_gradients(model, pull(cotangent)[1] or {})

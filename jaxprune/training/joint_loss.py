@@ -23,23 +23,22 @@ from jaxtyping import Array, Bool, Float
 from jaxprune.data.batches import IGNORED
 from jaxprune.evaluation.likelihood import answered, candidates_in, candidates_of
 from jaxprune.models import (
+    BlockSettings,
     Layer,
     Mask,
     Model,
     Places,
     State,
     TaskHead,
-    block_compiled,
     enter,
     entry_key,
-    hidden_of,
     layer_keys,
     mask_of,
     model_inputs,
     model_layers,
-    own_mask,
     part,
     readout_compiled,
+    run_layer,
     score_mask,
 )
 from jaxprune.models.backward import Saved, gradients_at
@@ -451,12 +450,12 @@ def _run(
             target = _next(targets, _entry_name(layer)) if distillation.embeddings else None
             moved = _Differentiated(state, layer.entry, projection.get("embeddings"))
             fixed = _Fixed(inputs, layer_counts, target, entry_key(keys, layer))
-            places = model.embed_places(layer.stack)
-            state = call(_embed, (model, layer.stack), moved, fixed, places, "embeddings")
+            places = model.embed_places(layer.stack.name)
+            state = call(_embed, (model, layer.stack.name), moved, fixed, places, "embeddings")
         target, index = target_of(layer)
         moved = _Differentiated(state, layer.params, projection.get("hidden"))
         fixed = _Fixed(mask_of(layer, inputs), layer_counts, target, layer_key, index)
-        state = call(_block, (model, bool(distillation.hidden)), moved, fixed, layer.path, "hidden")
+        state = call(_block, (model, layer.kind, bool(distillation.hidden)), moved, fixed, layer.path, "hidden")
     if distillation.logits or distillation.labels:
         target = None
         if distillation.logits and "teacher_logits" in batch:
@@ -465,7 +464,7 @@ def _run(
             target = _next(targets, LOGITS)
         labels = _labels(model, batch) if distillation.labels else None
         places = model.readout_places(head)
-        tokens = own_mask(mask_of(layers[-1], counts))
+        tokens = mask_of(layers[-1], counts).tokens
         answers = tokens if model.answers_in_text else tokens.any(1)
         fixed = _Fixed(mask_of(layers[-1], inputs), answers, target, keys[-2], {}, labels, distillation.temperature)
         call(_readout, (model, head), _Differentiated(state, part(params, places)), fixed, places)
@@ -497,16 +496,16 @@ def _targets(
     for layer in layers:
         state = enter(model, layer, inputs, state)
         if layer.entry is not None:
-            yield _entry_name(layer), Target(hidden_of(state))
-        wanted = layer.name in scored
-        state, scores = block_compiled(model, layer.params, state, mask_of(layer, inputs), {}, {}, None, wanted)
-        yield layer.name, Target(hidden_of(state), scores)
+            yield _entry_name(layer), Target(state.hidden)
+        wanted = ("scores",) if layer.name in scored else ()
+        state, scores = run_layer(model, layer, inputs, state, returns=wanted)
+        yield layer.name, Target(state.hidden, scores)
     readout = part(params, model.readout_places(head))
     yield LOGITS, Target(readout_compiled(model, head, readout, state, mask_of(layers[-1], inputs), None))
 
 
 def _entry_name(layer: Layer) -> str:
-    return f"{layer.stack}.embeddings"
+    return f"{layer.stack.name}.embeddings"
 
 
 def _next(targets: Iterator[tuple[str, Target]], name: str) -> Target:
@@ -538,10 +537,11 @@ def _embed(model: Model, stack: str, moved: _Differentiated, fixed: _Fixed) -> t
     return state, {"embeddings": _hidden_loss(state, fixed.target, moved.matrix, fixed.counts)}
 
 
-def _block(model: Model, hidden: bool, moved: _Differentiated, fixed: _Fixed) -> tuple[State, Parts]:
+def _block(model: Model, kind: str, hidden: bool, moved: _Differentiated, fixed: _Fixed) -> tuple[State, Parts]:
     target = fixed.target
     scored = bool(target and target.scores)
-    state, scores = model.block(moved.params, moved.state, fixed.inputs, key=fixed.key, scores=scored, kinds=())
+    settings = BlockSettings(kind=kind, returns=("scores", "allowed") if scored else ())
+    state, values = model.block(moved.params, moved.state, fixed.inputs, settings=settings, key=fixed.key)
     losses: Parts = {}
     if target is not None and hidden:
         losses["hidden"] = _hidden_loss(state, target, moved.matrix, fixed.counts)
@@ -549,8 +549,8 @@ def _block(model: Model, hidden: bool, moved: _Differentiated, fixed: _Fixed) ->
         each = []
         for name, theirs in target.scores.items():
             theirs = theirs[:, fixed.heads[name]] if name in fixed.heads else theirs
-            mask = score_mask(fixed.counts, name.removesuffix(".scores"))
-            each.append(mean_squared_error(scores[name], jax.lax.stop_gradient(theirs), mask))
+            mask = score_mask(fixed.counts, values[name.removesuffix("scores") + "allowed"])
+            each.append(mean_squared_error(values[name], jax.lax.stop_gradient(theirs), mask))
         losses["attention"] = jnp.stack(each).sum()
     return state, losses
 
@@ -574,7 +574,7 @@ def _readout(model: Model, head: TaskHead, moved: _Differentiated, fixed: _Fixed
 
 
 def _hidden_loss(state: State, target: Target, matrix: Array | None, counts: Mask) -> Array:
-    ours, theirs = hidden_of(state), jax.lax.stop_gradient(target.values)
+    ours, theirs = state.hidden, jax.lax.stop_gradient(target.values)
     if matrix is not None:
         ours = jnp.einsum("btd,de->bte", ours.astype(jnp.float32), matrix)
     if ours.shape != theirs.shape:
@@ -582,7 +582,7 @@ def _hidden_loss(state: State, target: Target, matrix: Array | None, counts: Mas
             f"the student's hidden states have the width {ours.shape[-1]}, the teacher's {theirs.shape[-1]}: train "
             'params | {"projection": initialise_projection(model, teacher_model, key)}.'
         )
-    return mean_squared_error(ours, theirs, own_mask(counts)[:, :, None])
+    return mean_squared_error(ours, theirs, counts.tokens[:, :, None])
 
 
 @partial(jax.jit, static_argnums=(0, 1))
