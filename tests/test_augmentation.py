@@ -142,11 +142,6 @@ def test_augment_writes_a_data_set(place: Place, tmp_path: Path):
     mine.mkdir(parents=True)
     refused = run(*how[:7], mine.parent, "--frequent", 2, "--overwrite")
     assert refused.exit_code == 2 and "it is not replaced" in refused.stderr and not list(mine.iterdir())
-    taught = run(
-        *("sparsify", place.model, "--teacher", place.model, "--task", "mood", "--data", more),
-        *("--steps", 2, "--no-evaluate", "-o", tmp_path / "sparse"),
-    )
-    assert taught.exit_code == 0, taught.stderr
 
 
 def test_an_interrupted_augmentation_leaves_nothing(place: Place, tmp_path: Path, monkeypatch):

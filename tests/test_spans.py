@@ -433,7 +433,7 @@ def test_scores_leave_out_what_is_cut_off_and_count_it(monkeypatch: pytest.Monke
 
 
 def test_scores_of_spans_are_checked_and_repaired():
-    model, params = spans_model(layers=2)
+    model, params = spans_model()
     task = task_of(questions(60))
     scores = score(model, params, task, Scoring(criterion=IntegratedGradients(nodes=4), rows=Rows(examples=16)))
     assert scores.header["completeness"] is not None and scores.header["max_length"] == 64
