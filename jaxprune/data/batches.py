@@ -440,22 +440,14 @@ def training_batches(
     batch_size: int,
     key: int | jax.Array,
     epoch: int,
-    buckets: Sequence[int] = BUCKETS,
     shape_cost: int = SHAPE_COST,
 ) -> Batches:
     """The batches of one epoch: rows shuffled within their shape, then the batches shuffled.
 
-    A function of its arguments alone, so an interrupted epoch can be resumed. All epochs have the same shapes.
-
-    Args:
-        encoded: The examples.
-        batch_size: Rows of every batch.
-        key: A seed or a `jax.random.key`.
-        epoch: Counts from 0; each has another order.
-        buckets: Lengths to choose from; `max_length` is always one.
-        shape_cost: Padded tokens that one more shape must save.
+    A function of its arguments alone, so an interrupted epoch can be resumed. Each epoch, counted from 0, has another
+    order and the same shapes. `key` is a seed or a `jax.random.key`, `shape_cost` as of `pack`.
     """
     generator = np.random.default_rng([epoch, *seed_words(key)])
-    padded = _shapes(encoded.lengths, buckets, encoded.max_length, shape_cost)
+    padded = _shapes(encoded.lengths, BUCKETS, encoded.max_length, shape_cost)
     plan = _plan(generator.permutation(len(encoded)), padded, batch_size)
     return Batches(encoded, [plan[i] for i in generator.permutation(len(plan))], batch_size)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -355,8 +355,9 @@ def _prompt(text: str) -> Prompt:
     return Prompt(template=template, words=words, labels=labels, name=name)
 
 
-def _events(text: str) -> Iterator[yaml.Event]:
-    loader = yaml.SafeLoader(text)
+def _refuse_more_than_data(text: str) -> None:
+    """Looks at the stream of events, which needs no recursion, before nodes are made of it."""
+    loader, depth, documents = yaml.SafeLoader(text), 0, 0
     while True:
         try:
             if not loader.check_event():
@@ -364,23 +365,19 @@ def _events(text: str) -> Iterator[yaml.Event]:
             event = loader.get_event()
         except (OverflowError, ValueError) as error:  # a number that PyYAML does not check, as in "\\UFFFFFFFF"
             raise _FileError(loader.get_mark(), f"not YAML ({error}); put texts in quotes.") from error
-        yield event
-
-
-def _refuse_more_than_data(text: str) -> None:
-    """Looks at the stream of events, which needs no recursion, before nodes are made of it."""
-    depth = documents = 0
-    for event in _events(text):
         documents += isinstance(event, yaml.DocumentStartEvent)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if getattr(event, "anchor", None) is not None:
-            raise _FileError(event.start_mark, "anchors (&) and aliases (*) are refused; put texts in quotes.")
-        if getattr(event, "tag", None) is not None:
-            raise _FileError(event.start_mark, "tags (!) are refused; put texts in quotes.")
-        if depth > 2:
-            raise _FileError(event.start_mark, "nested too deeply: a word is one text; put texts in quotes.")
-        if documents > 1:
-            raise _FileError(event.start_mark, "a second document begins; a file holds one prompt.")
+        for refused, what in (
+            (
+                getattr(event, "anchor", None) is not None,
+                "anchors (&) and aliases (*) are refused; put texts in quotes.",
+            ),
+            (tag, "tags (!) are refused; put texts in quotes."),
+            (depth > 2, "nested too deeply: a word is one text; put texts in quotes."),
+            (documents > 1, "a second document begins; a file holds one prompt."),
+        ):
+            if refused:
+                raise _FileError(event.start_mark, what)
 
 
 def _text(node: yaml.Node, what: str) -> str:

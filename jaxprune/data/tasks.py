@@ -243,9 +243,9 @@ def load_task(
 
     A cut takes a tenth of the texts (of a small set up to a quarter, until 256) and at most 2,048, stratified by label,
     by the hash of their text, whatever the order of the rows. A text that occurs in several splits stays in the last
-    of train, calibration, dev, test; `Task.dropped` counts the others. In QNLI and BoolQ the passage alone decides, of
-    spans the context. Spans are data in SQuAD's format (see `jaxprune.data.splits`); rows without an answer, or whose
-    answers are not where they say, are left out and counted.
+    of train, calibration, dev, test; `Task.dropped` counts the others. In QNLI and BoolQ the passage alone decides, in
+    span tasks the context. Span tasks are data in SQuAD's format (see `jaxprune.data.records`); rows without an answer,
+    or whose answers are not where they say, are left out and counted.
 
     Args:
         name: A built-in task (`TASKS`), the name of a folder in `data`, or the path of your own file or folder. A

@@ -232,9 +232,9 @@ def find_answers(
         examples: The questions: `Example(question, context, answers=())`, or with the answers that are known.
         encoded: What `encode` made of them; None: contexts are cut after 384 tokens.
         head: The task head, one for spans; None is the only one.
-        intervention: Gates to apply, and what closed units are replaced by.
-        batch_size: Examples in a batch.
-        progress: Called with the number of batches sent to the device, and of all.
+        intervention: See `predict`.
+        batch_size: See `predict`.
+        progress: See `predict`.
 
     Raises:
         ValueError: If the head is not for spans, the examples have no answers in the place of labels, or a logit is not
@@ -256,7 +256,7 @@ def find_answers(
     return [text_of(*row) for row in zip(examples, characters, spans, strict=True)]
 
 
-def write_answers(
+def _write_answers(
     model: Model,
     params: Params,
     encoded: Encoded,
@@ -265,16 +265,7 @@ def write_answers(
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """The labels whose words a text-to-text model writes, int32 `[examples]`; -1 where it writes something else.
-
-    Args:
-        model: The model.
-        params: Its parameters, of any widths.
-        encoded: What `encode` made of the examples and their prompt.
-        intervention: Gates to apply, and what closed units are replaced by.
-        batch_size: Examples in a batch.
-        progress: Called with the number of batches sent to the device, and of all.
-    """
+    """The labels whose words a text-to-text model writes, int32 `[examples]`; -1 where it writes something else."""
     if encoded.candidates is None:
         raise ValueError("the examples were encoded without a prompt: there are no words to compare answers with.")
     words = np.where(encoded.candidates == IGNORED, model.config.pad_id, encoded.candidates)
@@ -362,7 +353,7 @@ def evaluate(
         constant: Any = [""] * len(labels)
     else:
         if generated:
-            predicted = write_answers(model, params, encoded, **settings)
+            predicted = _write_answers(model, params, encoded, **settings)
         else:
             logits = predict(model, params, encoded, head=head, **settings)
             predicted = logits[:, 0] if task.regression else logits.argmax(1)
