@@ -367,11 +367,9 @@ def _refuse_more_than_data(text: str) -> None:
             raise _FileError(loader.get_mark(), f"not YAML ({error}); put texts in quotes.") from error
         documents += isinstance(event, yaml.DocumentStartEvent)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        anchor, tag = (getattr(event, name, None) is not None for name in ("anchor", "tag"))
         for refused, what in (
-            (
-                getattr(event, "anchor", None) is not None,
-                "anchors (&) and aliases (*) are refused; put texts in quotes.",
-            ),
+            (anchor, "anchors (&) and aliases (*) are refused; put texts in quotes."),
             (tag, "tags (!) are refused; put texts in quotes."),
             (depth > 2, "nested too deeply: a word is one text; put texts in quotes."),
             (documents > 1, "a second document begins; a file holds one prompt."),
