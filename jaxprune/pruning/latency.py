@@ -1,15 +1,12 @@
-"""A table of what a model's modules take by their width, measured on this device; a forward pass is their sum.
+"""Measured latency: whole forward passes side by side, and tables of what a model's modules take by their width.
 
-A row is of all modules of one shape, such as the attention of every layer: seconds by heads. The rest of a pass,
-embeddings, norms and task head, is what a model takes whose modules are all of width 0. A table holds for one device,
-version of JAX, batch and length; it is kept on disk, and one of another device is refused.
+A row of a table is of all modules of one shape, such as the attention of every layer: seconds by heads. The rest of a
+pass, embeddings, norms and task head, is what a model takes whose modules are all of width 0. A table holds for one
+device, version of JAX, batch and length; it is kept on disk, and one of another device is refused. Its times are those
+of the quickest of many passes, taken in turns: whatever else a machine does can only add to them.
 
-Times are those of the quickest of many passes, taken in turns: whatever else a machine does can only add to them.
-
-Meets a budget of latency by measuring what was selected, and asking for more or less where the table was wrong.
-
-A table adds up modules that were measured one by one; a whole model may take longer or less. What counts is the whole:
-it runs beside the dense model, and the budget that the table is asked for is corrected by the ratio that is found.
+A table adds up modules that were measured one by one; a whole model may take longer or less. So what was selected by a
+table is measured beside the dense model, and the budget that the table is asked for is corrected by the ratio.
 """
 
 from __future__ import annotations
@@ -61,14 +58,14 @@ _FORMAT = 1
 
 
 class Timing(NamedTuple):
-    """How long one forward pass takes, in seconds."""
+    """The time of one forward pass, in seconds."""
 
     median: float
     p95: float  # 95th percentile
     batch: int  # examples per pass
     length: Tokens  # tokens per example, none of them padding; of text-to-text those written, too
     device: str
-    least: float  # the quickest pass: what else the machine did can only have added to the others
+    least: float  # the quickest pass
 
 
 class LatencyComparison(NamedTuple):
@@ -88,23 +85,7 @@ def latency(
     repeats: int = 20,
     warmup: int = 3,
 ) -> Timing:
-    """Measures the forward pass, compiled as one program.
-
-    Args:
-        model: The architecture.
-        params: Parameters of any widths.
-        batch: Examples per pass.
-        length: Tokens per example; of a text-to-text model those it reads and those it writes.
-        head: The task head; None is the only one. A model without task heads is measured up to its last hidden state.
-        repeats: Passes that are timed.
-        warmup: Passes before, the first of which compiles.
-
-    Returns:
-        Median and 95th percentile in seconds, of passes that are waited for one by one.
-
-    Raises:
-        ValueError: If a number is less than 1, or the model cannot read that many tokens.
-    """
+    """Measures the forward pass, compiled as one program; see `compare_latency`."""
     compared = compare_latency([(model, params)], batch=batch, length=length, head=head, repeats=repeats, warmup=warmup)
     return compared.latencies[0]
 
@@ -124,8 +105,8 @@ def compare_latency(
         models: Pairs of a model and its parameters; the first is what the others are compared with.
         batch: Examples per pass.
         length: Tokens per example; of a text-to-text model those it reads and those it writes.
-        head: The task head; None is the only one.
-        repeats: Rounds that are timed; in a round every model runs once.
+        head: The task head; None is the only one. A model without task heads runs up to its last hidden state.
+        repeats: Rounds that are timed; in a round every model runs once, and is waited for.
         warmup: Rounds before, the first of which compiles.
 
     Returns:
@@ -136,50 +117,43 @@ def compare_latency(
     """
     if not models:
         raise ValueError("there is no model to measure.")
-    for name, value in (("batch", batch), ("length", length), ("repeats", repeats), ("warmup", warmup)):
-        if np.min(value) < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    passes = [forward_pass(model, params, batch, length, head) for model, params in models]
+    _check_positive(batch=batch, length=length, repeats=repeats, warmup=warmup)
+    passes = [_forward_pass(model, params, batch, length, head) for model, params in models]
     for _ in range(warmup):
         for run in passes:
             run()
-    seconds = np.empty((repeats, len(passes)))
-    for i in range(repeats):
-        for j, run in enumerate(passes):
-            start = time.perf_counter()
-            run()
-            seconds[i, j] = time.perf_counter() - start
-    device = _device_name()
+    seconds = np.array([[_seconds(run) for run in passes] for _ in range(repeats)])
+    device = jax.devices()[0]
+    name = f"{os.cpu_count()}-core CPU" if device.platform == "cpu" else device.device_kind
     return LatencyComparison(
         tuple(
-            Timing(float(np.median(own)), float(np.percentile(own, 95)), batch, length, device, float(own.min()))
-            for own in seconds.T
+            Timing(float(np.median(taken)), float(np.percentile(taken, 95)), batch, length, name, float(taken.min()))
+            for taken in seconds.T
         ),
         tuple(float(ratio) for ratio in np.median(seconds[:, :1] / seconds, axis=0)),
     )
 
 
-def forward_pass(model: Model, params: Params, batch: int, length: Tokens, head: str | None) -> Callable[[], Any]:
-    """A function that runs one forward pass and waits for it; its inputs are on the device already.
+def _check_positive(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if np.min(value) < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
 
-    Args:
-        model: The architecture.
-        params: Parameters of any widths.
-        batch: Examples per pass.
-        length: Tokens per example; of a text-to-text model those it reads and those it writes.
-        head: The task head; None is the only one. A model without task heads runs up to its last hidden state.
-    """
-    inputs = pass_inputs(model, batch, length)
-    params = jax.device_put(params)
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _forward_pass(model: Model, params: Params, batch: int, length: Tokens, head: str | None) -> Callable[[], Any]:
+    """A function that runs one forward pass and waits for it; its inputs are on the device already."""
+    inputs, params = _inputs(model, batch, length), jax.device_put(params)
     return lambda: jax.block_until_ready(_forward(model, params, inputs, head))
 
 
-def pass_inputs(model: Model, batch: int, length: Tokens) -> dict[str, jax.Array]:
-    """A batch without padding to measure with, `[batch, length]` tokens that are all the same.
-
-    Raises:
-        ValueError: If `length` is not the one number or the two that the model needs.
-    """
+def _inputs(model: Model, batch: int, length: Tokens) -> dict[str, jax.Array]:
+    """A batch without padding, `[batch, length]` tokens that are all the same."""
     inputs = {}
     lengths = np.atleast_1d(np.asarray(checked_length(model, length)))
     for stack, tokens in zip(model.stacks, lengths, strict=True):
@@ -197,14 +171,9 @@ def _forward(model: Model, params: Params, batch: dict[str, jax.Array], head: st
     return output.logits, output.hidden
 
 
-def _device_name() -> str:
-    device = jax.devices()[0]
-    return f"{os.cpu_count()}-core CPU" if device.platform == "cpu" else device.device_kind
-
-
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What a table holds for."""
+    """The device, the programs and the model that a table holds for."""
 
     device: str
     jax: str  # its version
@@ -221,30 +190,22 @@ class Conditions:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What modules of one shape take by their width."""
+    """The seconds that modules of one shape take by their width."""
 
     sites: tuple[str, ...]  # whose modules have this shape, whatever their own widths
     widths: tuple[int, ...]  # measured, narrowest first: 0 to the widest there is
     seconds: tuple[float, ...]  # of each, beyond a module of width 0
 
     def rising(self) -> np.ndarray:
-        """The seconds `[widths]`, nowhere falling: where a wider module was quicker, both get their mean.
+        """The closest seconds `[widths]` that nowhere fall: where a wider module was quicker, both get their mean."""
+        from scipy.optimize import isotonic_regression  # slow to import
 
-        The closest such numbers by least squares (isotonic regression, by pooling adjacent violators).
-        """
-        pools: list[tuple[float, int]] = []  # mean and size
-        for seconds in np.maximum(self.seconds, 0.0):
-            mean, size = float(seconds), 1
-            while pools and pools[-1][0] >= mean:
-                other, count = pools.pop()
-                mean, size = (mean * size + other * count) / (size + count), size + count
-            pools.append((mean, size))
-        return np.concatenate([np.full(size, mean) for mean, size in pools])
+        return isotonic_regression(np.maximum(self.seconds, 0.0)).x
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyTable:
-    """What a forward pass takes, in seconds, by the widths of its modules.
+    """The seconds that a forward pass takes by the widths of its modules.
 
     The rows are scaled to what whole passes of several widths took, by the median of these; the last one of `wholes`
     had no part in it and shows how far predictions are to be trusted.
@@ -288,8 +249,8 @@ class LatencyTable:
         Raises:
             ValueError: If a site has no row.
         """
-        rows = {name: self.row(name) for name in widths}
         rising = {row: row.rising() for row in self.rows}
+        rows = {name: self.row(name) for name in widths}
         return self.fixed + math.fsum(
             float(np.interp(units, rows[name].widths, rising[rows[name]])) for name, units in widths.items()
         )
@@ -327,30 +288,25 @@ def measure_latency_table(
     Raises:
         ValueError: If a number is less than 1, the model cannot read that many tokens, or has no units.
     """
-    for name, value in (("batch", batch), ("length", length), ("points", points), ("rounds", rounds)):
-        if np.min(value) < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+    _check_positive(batch=batch, length=length, points=points, rounds=rounds)
     groups = _groups(model, params)
     if not groups:
         raise ValueError("this model has no units: there is nothing to measure by width.")
-    programs, grids = _programs(model, params, groups, batch, length, points)
-    least = _least(programs, rounds, progress)
-
+    programs, grids, wholes = _programs(model, params, groups, batch, length, points)
+    least = _quickest(programs, rounds, progress)
     rows = []
-    for (stack, group), widths in zip(groups, grids, strict=True):
-        beyond = [least[group[0].name, width] - least[stack, count] for width, count in widths.items()]
-        each = [seconds / count for seconds, count in zip(beyond, widths.values(), strict=True)]
-        rows.append(Row(sites=tuple(site.name for site in group), widths=(0, *widths), seconds=(0.0, *each)))
-    known = conditions(model, params, batch=batch, length=length)
-    fixed = least[WHOLE, 0]
+    for (stack, group), counts in zip(groups, grids, strict=True):
+        beyond = [(least[group[0].name, width] - least[stack, count]) / count for width, count in counts.items()]
+        names = tuple(site.name for site in group)
+        rows.append(Row(sites=names, widths=(0, *counts), seconds=(0.0, *beyond)))
+    known, fixed = conditions(model, params, batch=batch, length=length), least[WHOLE, 0]
     table = LatencyTable(conditions=known, rows=tuple(rows), fixed=fixed, scale=1.0, wholes=())
-    kept = _whole_widths(groups, grids, model, params)
-    found = [(table.predict(own), least[WHOLE, i]) for i, own in enumerate(kept, 1)]
-    ratios = [(measured - fixed) / (sum_ - fixed) for sum_, measured in found[:-1] if sum_ > fixed]
+    pairs = [(table.predict(width), least[WHOLE, i]) for i, width in enumerate(wholes) if i]
+    ratios = [(measured - fixed) / (predicted - fixed) for predicted, measured in pairs[:-1] if predicted > fixed]
     scale = max(float(np.median(ratios)), 0.0) if ratios else 1.0
-    scaled = tuple(replace(row, seconds=tuple(scale * own for own in row.seconds)) for row in rows)
-    wholes = tuple((fixed + scale * (sum_ - fixed), measured) for sum_, measured in found)
-    return replace(table, rows=scaled, scale=scale, wholes=wholes)
+    scaled = tuple(replace(row, seconds=tuple(scale * seconds for seconds in row.seconds)) for row in rows)
+    compared = tuple((fixed + scale * (predicted - fixed), measured) for predicted, measured in pairs)
+    return replace(table, rows=scaled, scale=scale, wholes=compared)
 
 
 def kept_table(
@@ -362,7 +318,7 @@ def kept_table(
     length: Tokens,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatencyTable:
-    """The table in a folder that holds here and for this batch and length; measured and written if there is none."""
+    """Reads the table in a folder that holds here, for this batch and length; measures and writes it if missing."""
     file = table_file(folder, conditions(model, params, batch=batch, length=length))
     if file.is_file():
         return read_table(file)
@@ -372,23 +328,23 @@ def kept_table(
 
 
 def table_file(folder: Path, known: Conditions) -> Path:
-    """Where in a folder the table of some conditions is kept."""
+    """The file in a folder where the table of some conditions is kept."""
     return folder / f"{known.key}.json"
 
 
 def _groups(model: Model, params: Params) -> list[tuple[str, list[Site]]]:
     """Sites whose modules have the same shape but for their widths, the widest first, and their stack."""
-    found: dict[tuple[Any, ...], list[Site]] = {}
+    groups: dict[tuple[Any, ...], list[Site]] = {}
     width = widths_of(model.axes, params)
     for site in sites(model.axes, params):
-        local = tuple(step for step in site.module if not isinstance(step, int))
         shapes = []
         for path, leaf in flatten(subtree(params, site.module)).items():
             axes = axes_of(model.axes, (*site.module, *path))
             shape = tuple(size for name, size in zip(axes, leaf.shape, strict=True) if name != site.kind)
             shapes.append((path, shape, str(leaf.dtype)))
-        found.setdefault((local, site.kind, tuple(shapes)), []).append(site)
-    ordered = [sorted(group, key=lambda site: -width[site.name]) for group in found.values()]
+        local = tuple(step for step in site.module if not isinstance(step, int))
+        groups.setdefault((local, site.kind, tuple(shapes)), []).append(site)
+    ordered = [sorted(group, key=lambda site: -width[site.name]) for group in groups.values()]
     return [(group[0].stack, group) for group in ordered if width[group[0].name]]
 
 
@@ -399,58 +355,50 @@ def _grid(kind: str, most: int, points: int) -> list[int]:
     return [*range(step, most, step), most]
 
 
+Programs: TypeAlias = dict[tuple[str, int], Callable[[], Any]]  # site or stack and width or layers -> a pass
+
+
 def _programs(
     model: Model, params: Params, groups: list[tuple[str, list[Site]]], batch: int, length: Tokens, points: int
-) -> tuple[dict[tuple[str, int], Callable[[], Any]], list[dict[int, int]]]:
-    """What is run; also the widths of every group, and in how many layers each was measured."""
-    every = sites(model.axes, params)
-    width = widths_of(model.axes, params)
-    inputs = model_inputs(model, params, pass_inputs(model, batch, length))
-    entered = _entered(model, params, inputs)
-    programs: dict[tuple[str, int], Callable[[], Any]] = {}
+) -> tuple[Programs, list[dict[int, int]], list[dict[str, int]]]:
+    """The passes to run; for each group its widths and in how many layers each stands; the widths of whole models."""
+    every, width = sites(model.axes, params), widths_of(model.axes, params)
+    entered = _entered(model, params, model_inputs(model, params, _inputs(model, batch, length)))
+    empty = narrow(model.axes, params, dict.fromkeys(every, 0))
+    programs: Programs = {}
     grids: list[dict[int, int]] = []
     for stack, group in groups:
         grid = _grid(group[0].kind, width[group[0].name], points)
         size = sum(leaf.nbytes for leaf in flatten(subtree(params, group[0].module)).values())
         layers = max(1, min(LAYERS, int(ROOM / (size * sum(grid) / grid[-1]))))
-        counts = {own: min(layers, sum(width[site.name] >= own for site in group)) for own in grid}
-        for own, count in counts.items():
-            chosen = group[:count]
-            small = narrow(model.axes, params, {site: own if site in chosen else 0 for site in every})
-            programs[group[0].name, own] = _run_of(model, small, [site.module for site in chosen], entered[stack])
-            if (stack, count) not in programs:
-                empty = narrow(model.axes, params, dict.fromkeys(every, 0))
-                programs[stack, count] = _run_of(model, empty, [site.module for site in chosen], entered[stack])
+        counts = {units: min(layers, sum(width[site.name] >= units for site in group)) for units in grid}
+        for units, count in counts.items():
+            modules = [site.module for site in group[:count]]
+            small = narrow(model.axes, params, {site: units if site in group[:count] else 0 for site in every})
+            programs[group[0].name, units] = _run_of(model, small, modules, entered[stack])
+            programs.setdefault((stack, count), _run_of(model, empty, modules, entered[stack]))
         grids.append(counts)
-    head = model.heads[0] if model.heads else None  # they cost next to nothing, and about the same
-    wholes = [dict.fromkeys(width, 0), *_whole_widths(groups, grids, model, params)]
-    for i, kept in enumerate(wholes):
-        own = narrow(model.axes, params, {site: kept[site.name] for site in every})
-        programs[WHOLE, i] = forward_pass(model, own, batch, length, head)
-    return programs, grids
-
-
-def _whole_widths(
-    groups: list[tuple[str, list[Site]]], grids: list[dict[int, int]], model: Model, params: Params
-) -> list[dict[str, int]]:
-    """The widths of the passes that the sums are compared with: all units, then measured widths by lot."""
-    width, random = widths_of(model.axes, params), np.random.default_rng(0)
-    drawn = [dict(width) for _ in range(WHOLES)]
-    for own in drawn[1:]:
+    random = np.random.default_rng(0)
+    wholes = [dict.fromkeys(width, 0), *(dict(width) for _ in range(WHOLES))]  # empty, whole, then widths by lot
+    for drawn in wholes[2:]:
         for (_, group), grid in zip(groups, grids, strict=True):
             for site in group:
-                own[site.name] = int(random.choice([0, *(each for each in grid if each <= width[site.name])]))
-    return drawn
+                drawn[site.name] = int(random.choice([0, *(units for units in grid if units <= width[site.name])]))
+    head = model.heads[0] if model.heads else None  # they cost next to nothing, and about the same
+    for i, drawn in enumerate(wholes):
+        small = narrow(model.axes, params, {site: drawn[site.name] for site in every})
+        programs[WHOLE, i] = _forward_pass(model, small, batch, length, head)
+    return programs, grids, wholes
 
 
 def _entered(model: Model, params: Params, inputs: dict[str, jax.Array]) -> dict[str, tuple[State, Mask]]:
-    """What the first layer of every stack reads, as if the stacks before it had no layers."""
-    state, found = None, {}
+    """The input of the first layer of every stack, as if the stacks before it had no layers."""
+    state, entered = None, {}
     for layer in model_layers(model, params):
         if layer.entry is not None:
             state = enter(model, layer, inputs, state)
-            found[layer.stack.name] = state, mask_of(layer, inputs)
-    return found
+            entered[layer.stack.name] = state, mask_of(layer, inputs)
+    return entered
 
 
 def _run_of(
@@ -471,8 +419,8 @@ def _layers(model: Model, settings: tuple[BlockSettings, ...], layers: list[Para
     return state
 
 
-def _least(
-    programs: Mapping[tuple[str, int], Callable[[], Any]], rounds: int, progress: Callable[[int, int], None] | None
+def _quickest(
+    programs: Programs, rounds: int, progress: Callable[[int, int], None] | None
 ) -> dict[tuple[str, int], float]:
     """The seconds of the quickest pass of every program."""
     total, done, begun = len(programs) * (rounds + 1), 0, time.perf_counter()
@@ -481,9 +429,7 @@ def _least(
         for name, run in programs.items():
             if number == 0 or name[0] == WHOLE:
                 run()  # compiles, or brings the weights back into the caches
-            start = time.perf_counter()
-            run()
-            least[name] = min(least[name], time.perf_counter() - start) if number else math.inf
+            least[name] = min(least[name], _seconds(run)) if number else math.inf
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -497,7 +443,7 @@ def _least(
 
 
 def conditions(model: Model, params: Params, *, batch: int, length: Tokens) -> Conditions:
-    """What a table of this model, measured here and now, would hold for."""
+    """The conditions of a table of this model that is measured here and now."""
     return Conditions(
         device=device_label(),
         jax=jax.__version__,
@@ -536,18 +482,14 @@ def check_table(table: LatencyTable, model: Model, params: Params) -> None:
         ValueError: If it was measured on another device, with another version of JAX or other compiler flags, or for
             parameters of other shapes.
     """
-    own, here = (
-        table.conditions,
-        conditions(model, params, batch=table.conditions.batch, length=table.conditions.length),
-    )
+    known = table.conditions
+    here = conditions(model, params, batch=known.batch, length=known.length)
     words = {"device": "on", "jax": "with jax", "flags": "with XLA_FLAGS", "model": "for a model with the shapes"}
     for name, word in words.items():
-        found, expected = getattr(own, name), getattr(here, name)
-        if found != expected:
-            if name == "model":
-                found, expected = found[:12], expected[:12]
+        stored, expected = (str(getattr(of, name))[: 12 if name == "model" else None] for of in (known, here))
+        if getattr(known, name) != getattr(here, name):
             raise ValueError(
-                f"this latency table does not hold here: it was measured {word} {found!r}, this is {expected!r}. "
+                f"this latency table does not hold here: it was measured {word} {stored!r}, this is {expected!r}. "
                 "Measure a table of this model on this device."
             )
 
