@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from jaxprune.pruning.checks import Check, Checking, check
     from jaxprune.pruning.latency import LatencyTable, latency, measure_latency_table
     from jaxprune.pruning.loss import Prediction, Receipt, Reselection, loss_receipt, predict_loss, reselect
-    from jaxprune.pruning.prune import Round, prune_in_rounds
+    from jaxprune.pruning.prune import Pruned, Pruning, Round, State, prune, prune_in_rounds
     from jaxprune.pruning.record import pruning_record
     from jaxprune.pruning.recovery import (
         BiasCompensation,
@@ -95,6 +95,8 @@ _SOURCES = {
     "Output": "models",
     "Prediction": "pruning.loss",
     "Prompt": "data.prompts",
+    "Pruned": "pruning.prune",
+    "Pruning": "pruning.prune",
     "Random": "scoring.baselines",
     "Receipt": "pruning.loss",
     "Reconstruction": "pruning.recovery",
@@ -109,6 +111,7 @@ _SOURCES = {
     "Scoring": "scoring.run",
     "Sparsification": "training.distillation",
     "Sparsity": "sparse.masks",
+    "State": "pruning.prune",
     "Stability": "scoring.stability",
     "Task": "data.tasks",
     "TaskGates": "checkpoints.shared",
@@ -163,6 +166,7 @@ _SOURCES = {
     "predict_loss": "pruning.loss",
     "probability": "scoring.objectives",
     "prompt_for": "data.prompts",
+    "prune": "pruning.prune",
     "prune_in_rounds": "pruning.prune",
     "pruning_record": "pruning.record",
     "read_prompt": "data.prompts",
@@ -203,6 +207,8 @@ __all__ = [
     "Output",
     "Prediction",
     "Prompt",
+    "Pruned",
+    "Pruning",
     "Random",
     "Receipt",
     "Reconstruction",
@@ -218,6 +224,7 @@ __all__ = [
     "Sparsification",
     "Sparsity",
     "Stability",
+    "State",
     "Task",
     "TaskGates",
     "Taylor",
@@ -271,6 +278,7 @@ __all__ = [
     "predict_loss",
     "probability",
     "prompt_for",
+    "prune",
     "prune_in_rounds",
     "pruning_record",
     "read_prompt",

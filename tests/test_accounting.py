@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import Place, place, record_of, run
+from jaxprune.cli.accounting import Accounting, check_accounting
 
 import jaxprune as jp
 from jaxprune.checkpoints.folder import load, read_pruning
-from jaxprune.cli.accounting import Accounting, check_accounting
 from jaxprune.data.splits import row_key
 from jaxprune.data.tasks import load_task
 from jaxprune.models.layers import max_tokens

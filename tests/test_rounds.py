@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from choices import chosen
 from commands import Place, place, record_of, run, write_rows
+from jaxprune.cli.rounds import prune_model_in_rounds
 from test_likelihood import ANSWERS
 from test_selection import kept, random_scores
 from tiny import tiny_batch, tiny_model
 
 from jaxprune.checkpoints.folder import digest, load, model_digest, read_pruning, save
 from jaxprune.checkpoints.gate_file import recorded_gates
-from jaxprune.cli.rounds import prune_model_in_rounds
 from jaxprune.cli.workflow import Data, Measuring
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Rows

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from choices import chosen
 from commands import Place, place, record_of, run, start, wait_for
+from jaxprune.cli.together import Way
 from tiny import tiny_model
 
 from jaxprune.checkpoints.folder import load, read_pruning
-from jaxprune.cli.together import Way
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.evaluation.evaluate import evaluate
 from jaxprune.pruning.budgets import Flops, Units

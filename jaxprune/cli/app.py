@@ -187,7 +187,6 @@ def prune(
     """
     with terminal.working() as bars:
         scores, task = scores or [], task or []
-        several = max(len(scores), len(task)) > 1
         if not scores and not task:
             raise ValueError("name the task to score with --task, or a score file with --scores.")
         if scores and (unused := given(context, ScoringOptions, CriterionOptions)):
@@ -196,48 +195,37 @@ def prune(
             raise ValueError(f"{unused}: for testing, but there is no --task to test on.")
         if together is not None and len(scores or task) < 2:
             raise ValueError("--together is for several tasks: name more of them with --task, or of --scores.")
-        if rounds < 1:
-            raise ValueError(f"--rounds must be at least 1, got {rounds}.")
-        if rounds > 1 and (scores or several):
-            what = "score files are of the dense model alone" if scores else f"{len(task)} tasks are pruned for in one"
-            raise ValueError(f"--rounds {rounds} needs one --task to score in every round, and no --scores: {what}.")
         timed = measure.split(",")
         if not all(part.strip().isdigit() for part in timed):
             raise ValueError(f"--measure takes whole numbers, such as 1,32 (0: none), got {measure!r}.")
-        from jaxprune.cli import pruning, workflow
-        from jaxprune.cli import rounds as in_rounds
-        from jaxprune.cli import together as several_tasks
+        from jaxprune.cli.pruning import prune_model
         from jaxprune.cli.render import tables
+        from jaxprune.cli.workflow import Measuring
+        from jaxprune.pruning.prune import Pruning
 
-        measuring = workflow.Measuring(
-            evaluate=evaluate,
-            head=head,
-            limit=limit,
-            batches=tuple(int(part) for part in timed if int(part)),
-            **asdict(batches),
+        pruning = Pruning(
+            scoring=scoring.build(settings, head, batches),
+            rules=selection.build(),
+            recovery=recovery.build(scoring.seed, batches, rounds, scoring=not scores),
+            rounds=rounds,
+            recover_each_round=recovery.recover_rounds == "each",
+            together=find("together", together or "pooled"),
+            report_loss=receipts.receipt,
+            reselect=receipts.receipt_rounds,
         )
-        length, data = selection.tokens(), [rows.of(name) for name in task]
-        chosen = budget.build(length), selection.build()
-        how = {"length": length, "measuring": measuring, "overwrite": overwrite, "watch": bars}
-        how["recovery"] = recovery.build(scoring.seed, batches, rounds, scoring=not scores)
-        if rounds == 1:
-            how |= {"tables": budget.tables(), "accounting": receipts.build(batches)}
-        elif receipts.build(batches) is not None:
-            raise ValueError("--receipt is of one selection, --rounds makes several: leave one of them out.")
-        else:
-            how["recover_each_round"] = recovery.recover_rounds == "each"
-        scored = scores or scoring.build(settings, head, batches)
-        if several:
-            way = find("together", together or "pooled")
-            record = several_tasks.prune_together(model, output, *chosen, scored=scored, tasks=data, way=way, **how)
-        elif rounds > 1:
-            made = scoring.build(settings, head, batches)
-            record = in_rounds.prune_model_in_rounds(
-                model, output, *chosen, rounds=rounds, scoring=made, data=data[0], **how
-            )
-        else:
-            one = scored[0] if isinstance(scored, list) else scored
-            record = pruning.prune_model(model, output, *chosen, scored=one, data=data[0] if data else None, **how)
+        sizes = tuple(int(part) for part in timed if int(part))
+        measuring = Measuring(evaluate=evaluate, head=head, limit=limit, batches=sizes, **asdict(batches))
+        record = prune_model(
+            model,
+            output,
+            budget.build(selection.tokens()),
+            pruning,
+            tasks=[rows.of(name) for name in task],
+            scored=scores,
+            measuring=measuring,
+            overwrite=overwrite,
+            watch=bars,
+        )
     lines = [*tables.before_after_notes(record), *tables.headless_notes(record)]
     for own in tables.receipts_of(record):
         lines += [tables.receipt_table(own), *tables.receipt_notes(own)]
@@ -274,9 +262,8 @@ def share(
         from jaxprune.cli import sharing
         from jaxprune.cli.render import tables
 
-        length = selection.tokens()
-        how = {"length": length, "tables": budget.tables(), "overwrite": overwrite, "watch": bars}
-        record = sharing.share_model(model, scores, budget.build(length), selection.build(), output, **how)
+        chosen = budget.build(selection.tokens()), selection.build()
+        record = sharing.share_model(model, scores, *chosen, output, overwrite=overwrite, watch=bars)
     folder, task = record["output"], record["tasks"][0]["task"]
     lines = (tables.share_note(record), "", f"Next: jaxprune inspect {folder}#{task}")
     terminal.show(record, tables.share_table(record), *lines, as_json=as_json)
@@ -302,7 +289,7 @@ def plan(
         from jaxprune.cli.render import tables
 
         length, memory = selection.tokens(), terminal.digests_folder()
-        how = {"length": length, "tables": budget.tables(), "memory": memory, "watch": bars}
+        how = {"timing": budget.timing(length), "memory": memory, "watch": bars}
         record = planning.plan_model(model, scores, budget.build(length), selection.build(), **how)
     terminal.show(record, *tables.plan_tables(record), *tables.plan_notes(record), as_json=as_json)
 

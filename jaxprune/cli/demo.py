@@ -15,7 +15,7 @@ from jaxprune.bundled import bundled_data, bundled_model
 from jaxprune.checkpoints.files import write_atomic
 from jaxprune.checkpoints.folder import check_destination, load, save
 from jaxprune.cli.render.pictures import comparison_figure
-from jaxprune.cli.workflow import Measuring, Watch, costs, measure_latency, ratios, speedups, stored_type
+from jaxprune.cli.workflow import Measuring, Watch, measure_latency, speedups, stored_type
 from jaxprune.compaction import compact
 from jaxprune.data.prompts import PROMPTS
 from jaxprune.data.tasks import Rows, Task, load_task
@@ -23,7 +23,7 @@ from jaxprune.evaluation.evaluate import evaluate, fitting_head
 from jaxprune.models import Model
 from jaxprune.models.cost import file_size
 from jaxprune.pruning.budgets import Flops, Rules
-from jaxprune.pruning.record import pruning_record, settings_of
+from jaxprune.pruning.record import costs, pruning_record, ratios, settings_of
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.attribution import Criterion, IntegratedGradients
 from jaxprune.scoring.baselines import Magnitude, Random

@@ -18,11 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast, get_type_hint
 import typer
 
 if TYPE_CHECKING:
-    from jaxprune.cli.accounting import Accounting
-    from jaxprune.cli.planning import Tables
     from jaxprune.cli.workflow import Data
     from jaxprune.models.cost import Length
-    from jaxprune.pruning.budgets import Budget, Rules
+    from jaxprune.pruning.budgets import Budget, Latency, Rules
     from jaxprune.pruning.recovery import Recovery
     from jaxprune.scoring.attribution import Criterion
     from jaxprune.scoring.run import Scoring
@@ -358,14 +356,6 @@ class ReceiptOptions:
         int, kept("Select again, up to so often, by what was really lost, at the same budget; the best is kept.")
     ] = 0
 
-    def build(self, batches: BatchOptions) -> Accounting | None:
-        """How the receipt is made; None: there is none."""
-        from jaxprune.cli.accounting import Accounting
-
-        if not self.receipt and self.receipt_rounds == 0:
-            return None
-        return Accounting(rounds=self.receipt_rounds, batch_size=batches.batch_size)
-
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetOptions:
@@ -391,9 +381,9 @@ class BudgetOptions:
         Raises:
             ValueError: If there is not exactly one.
         """
-        from jaxprune.pruning.budgets import read_budget
+        from jaxprune.pruning.budgets import Latency, read_budget
 
-        return read_budget(
+        budget = read_budget(
             {
                 "flops": self.flops,
                 "parameters": self.parameters,
@@ -403,13 +393,18 @@ class BudgetOptions:
                 "length": length,
             }
         )
+        if not isinstance(budget, Latency):
+            return budget
+        return replace(self.timing(length), fraction=budget.fraction, seconds=budget.seconds)
 
-    def tables(self) -> Tables:
-        """Where latency tables are."""
-        from jaxprune.cli.planning import Tables
+    def timing(self, length: Length | None) -> Latency:
+        """A latency, whatever the budget is of."""
         from jaxprune.cli.terminal import cache_folder
+        from jaxprune.pruning.budgets import Latency
+        from jaxprune.pruning.latency import read_table
 
-        return Tables(folder=cache_folder("latency"), file=self.latency_table, batch=self.latency_batch)
+        table = None if self.latency_table is None else read_table(self.latency_table)
+        return Latency(1.0, length=length, table=table, batch=self.latency_batch, folder=cache_folder("latency"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,13 @@ from jaxprune.checkpoints.files import check_file
 from jaxprune.checkpoints.folder import check_destination, load
 from jaxprune.checkpoints.gate_file import GATES, read
 from jaxprune.checkpoints.shared import add_gates, check_new, save_shared
-from jaxprune.cli.planning import Tables, settle
-from jaxprune.cli.pruning import check_scope
-from jaxprune.cli.workflow import Watch, costs, kinds_of, ratios, stored_type
+from jaxprune.cli.workflow import Watch, stored_type
 from jaxprune.compaction import compact
 from jaxprune.models import Model
-from jaxprune.models.cost import Length, file_size
-from jaxprune.pruning.budgets import Budget, Rules
-from jaxprune.pruning.record import pruning_record
+from jaxprune.models.cost import file_size
+from jaxprune.pruning.budgets import Budget, Latency, Rules
+from jaxprune.pruning.prune import check_scope
+from jaxprune.pruning.record import costs, pruning_record, ratios
 from jaxprune.pruning.selection import check_selection, select
 from jaxprune.scoring.scores import Scores, check_scores, load_scores
 from jaxprune.units import Params
@@ -30,8 +29,6 @@ def share_model(
     rules: Rules,
     output: Path | None = None,
     *,
-    length: Length | None = None,
-    tables: Tables | None = None,
     overwrite: bool = False,
     watch: Watch,
 ) -> dict[str, Any]:
@@ -43,8 +40,6 @@ def share_model(
         budget: How much may stay for each task.
         rules: How units are chosen within the budget.
         output: The folder to write; None adds the tasks to `source`, itself a shared folder.
-        length: Tokens of an example; None: the mean of those scored.
-        tables: Where latency tables are, for a budget of latency.
         overwrite: Whether a folder that is there is replaced; without `output` whether tasks are.
         watch: Shows the progress.
 
@@ -69,21 +64,24 @@ def share_model(
         check_new(Path(source).expanduser(), scores, overwrite)
         check_file(Path(source).expanduser() / GATES, True)
     for own in scores.values():
-        check_scope(own, rules)
+        check_scope(own.header["criterion"], rules)
     model, params = load(source)
     for task, own in scores.items():
-        check_selection(model, params, budget, rules, kinds_of(model, params, own))
+        check_selection(model, params, budget, rules, own.values)
         try:
             check_scores(model, params, own)
         except ValueError as error:
             raise ValueError(f"{files[task]}: {error}") from error
     gates, records, rows = {}, {}, []
     for task, own in scores.items():
-        tokens, settled = settle(model, params, budget, tables, own.header["mean_length"], watch, length)
+        settled = budget.with_length(own.header["mean_length"])
+        if isinstance(settled, Latency):
+            bar = watch.open("measuring modules") if settled.table is None else None
+            settled = settled.measured(model, params, bar)
         gates[task] = select(model, params, own, settled, rules=rules)
-        records[task] = pruning_record(own, gates[task], settled, rules, length=tokens)
+        records[task] = pruning_record(own, gates[task], settled, rules)
         small = compact(model, params, gates[task], own.means)
-        rows.append(_row(model, params, small, task, files[task], own, records[task], tokens))
+        rows.append(_row(model, params, small, task, files[task], own, records[task]))
     what: dict[str, Any] = {"means": {task: own.means for task, own in scores.items()}, "records": records}
     if output is None:
         folder = add_gates(Path(source).expanduser(), gates, overwrite=overwrite, **what)
@@ -115,10 +113,9 @@ def _row(
     file: Path,
     scores: Scores,
     record: Mapping[str, Any],
-    length: Length,
 ) -> dict[str, Any]:
     """What the record says of one task."""
-    before, after = costs(model, params, length), costs(model, small, length)
+    before, after = (costs(model, each, record["settings"]["length"]) for each in (params, small))
     before["units"], after["units"] = record["units"]["had"], record["units"]["kept"]  # channels, if they were cut
     return {
         "task": task,

@@ -23,20 +23,21 @@ from jaxprune import __version__
 from jaxprune.checkpoints.files import check_file, file_stem, read_json, write_atomic
 from jaxprune.checkpoints.folder import load, model_digest
 from jaxprune.cli.render.pictures import sweep_figure
-from jaxprune.cli.workflow import Data, Measuring, Progress, Watch, measure, score_once
+from jaxprune.cli.workflow import Data, Measuring, Progress, Watch, measure
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Rows, Task
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
 from jaxprune.models.cost import Length, elements, matmul_flops, parameters, unit_costs
 from jaxprune.pruning.budgets import NAMES, Flops, Rules
+from jaxprune.pruning.prune import score_once
 from jaxprune.pruning.record import pruning_record
 from jaxprune.pruning.selection import check_selection, select
 from jaxprune.scoring.attribution import Criterion
 from jaxprune.scoring.baselines import Magnitude, TopLayers
 from jaxprune.scoring.run import Scoring
 from jaxprune.scoring.scores import describe
-from jaxprune.units import KINDS, Gates, Intervention, Params
+from jaxprune.units import KINDS, Gates, Intervention, Params, widths
 
 ONE_SEED = (Magnitude, TopLayers)  # they read no example and draw nothing: every seed gives the same scores
 RESULTS = "results.json"
@@ -115,7 +116,7 @@ def sweep_model(
     check_file(output / RESULTS, overwrite=True)
     model, params = load(source)
     for budget in budgets:
-        check_selection(model, params, Flops(budget, length=length), rules)
+        check_selection(model, params, Flops(budget, length=length), rules, widths(model.axes, params))
     loaded = {task.name: task for task in (data.load(watch) for data in tasks)}
     stems = {name: file_stem(name) for name in loaded}
     if len(set(stems.values())) < len(tasks):

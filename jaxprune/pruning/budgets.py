@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 
 from jaxprune.models import Model
 from jaxprune.models.cost import Length, elements, matmul_flops, unit_costs, weight_bytes
+from jaxprune.pruning.latency import LatencyTable, check_table, kept_table, measure_latency_table, whole_tokens
 from jaxprune.units import KINDS, Params, widths
-
-if TYPE_CHECKING:
-    from jaxprune.pruning.latency import LatencyTable
 
 SLACK = 1e-9  # of the total cost: 0.29 * 100 is 28.999999999999996 in binary and means 29
 
@@ -26,6 +26,7 @@ class Budget:
     """How much may stay: a fraction, in (0, 1], of what the model costs, or an amount in bytes or seconds."""
 
     fraction: float | None = None
+    length: Length | None = field(default=None, kw_only=True)  # tokens per example; None: the mean of those scored
 
     counted: ClassVar[str]  # "flops"
     unit: ClassVar[str | None] = None  # the field that holds an amount instead of a fraction
@@ -64,21 +65,21 @@ class Budget:
         """The same budget with another amount."""
         return replace(self, **{"fraction" if self.is_fraction else str(self.unit): amount})
 
+    def with_length(self, length: Length | None) -> Self:
+        """The same budget for examples of this mean length, unless it names one."""
+        return replace(self, length=length) if self.length is None else self
+
     def limit(self, total: float) -> float:
         """What may stay, in the unit of `total`, which is the whole."""
         return (self.amount * total if self.is_fraction else self.amount) + SLACK * total
-
-    def with_length(self, length: Length | None) -> Self:
-        """The same budget for examples of this mean length, if it depends on that and does not say any."""
-        return self
 
     def unit_costs(self, model: Model, params: Params) -> dict[str, float]:
         """The cost of one unit at every site, of all kinds."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
-        """Its amount by its name in records."""
-        return {self.name: self.amount}
+        """Its amount by its name in records, and the length."""
+        return {self.name: self.amount, "length": self.length}
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Parameters(Budget):
     counted = "parameters"
 
     def unit_costs(self, model: Model, params: Params) -> dict[str, float]:
-        """Weights and biases of one unit."""
+        """Weights and biases."""
         return unit_costs(model, params, elements, KINDS)
 
 
@@ -107,25 +108,15 @@ class Parameters(Budget):
 class Flops(Budget):
     """A fraction of the FLOPs per example may stay; see `jaxprune.models.cost.flops`."""
 
-    length: Length | None = field(default=None, kw_only=True)  # tokens per example; None: the mean of those scored
-
     counted = "flops"
 
-    def with_length(self, length: Length | None) -> Self:
-        """The same budget for examples of this mean length, unless it names one."""
-        return replace(self, length=length) if self.length is None else self
-
     def unit_costs(self, model: Model, params: Params) -> dict[str, float]:
-        """FLOPs per example of one unit."""
+        """FLOPs per example."""
         if self.length is None:
             raise ValueError(
                 "a FLOPs budget needs length=, tokens per example: these scores do not say their mean length."
             )
         return unit_costs(model, params, matmul_flops(model, self.length), KINDS)
-
-    def settings(self) -> dict[str, Any]:
-        """Its amount by its name in records, and the length."""
-        return super().settings() | {"length": self.length}
 
 
 @dataclass(frozen=True)
@@ -138,7 +129,7 @@ class Memory(Budget):
     unit = "bytes"
 
     def unit_costs(self, model: Model, params: Params) -> dict[str, float]:
-        """Bytes of one unit."""
+        """Bytes."""
         return unit_costs(model, params, weight_bytes(params), KINDS)
 
 
@@ -147,10 +138,44 @@ class Latency(Budget):
     """A fraction of the time of a forward pass may stay, or so many seconds, as a table predicts."""
 
     seconds: float | None = field(default=None, kw_only=True)
-    table: LatencyTable | None = field(default=None, kw_only=True)  # of the dense model; see `measure_latency_table`
+    table: LatencyTable | None = field(default=None, kw_only=True)  # of the dense model; None: `prune` measures one
+    batch: int | None = field(default=None, kw_only=True)  # examples per pass; None: those of the table, or 1
+    folder: Path | None = field(default=None, kw_only=True)  # where measured tables are kept, and found again
 
     counted = "latency"
     unit = "seconds"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f"the batch of a latency budget must be at least 1, got {self.batch}.")
+
+    def with_length(self, length: Length | None) -> Self:
+        """The same budget for examples of this mean length, unless it or its table names one."""
+        return super().with_length(self.table.conditions.length if self.table is not None else length)
+
+    def measured(self, model: Model, params: Params, progress: Callable[[int, int], None] | None = None) -> Self:
+        """The same budget with a table of the model on this device, which is measured if there is none.
+
+        Raises:
+            ValueError: If its table is of another device, model, batch or length, or it has no length.
+        """
+        if self.table is None:
+            if self.length is None:
+                raise ValueError("a latency budget needs length=, tokens per example, or table=.")
+            measure = measure_latency_table if self.folder is None else partial(kept_table, self.folder)
+            tokens = whole_tokens(model, self.length)
+            return replace(self, table=measure(model, params, batch=self.batch or 1, length=tokens, progress=progress))
+        check_table(self.table, model, params)
+        known = self.table.conditions
+        length = known.length if self.length is None else whole_tokens(model, self.length)
+        if (self.batch or known.batch, length) != (known.batch, known.length):
+            raise ValueError(
+                f"the latency table is for {known.batch} examples of {known.length} tokens, but "
+                f"{self.batch or known.batch} of {length} are asked for: name another table, or none to have one "
+                "measured."
+            )
+        return self
 
 
 KINDS_OF_BUDGETS = (Units, Parameters, Flops, Memory, Latency)
@@ -169,8 +194,7 @@ def read_budget(settings: Mapping[str, Any]) -> Budget:
     ((name, amount),) = given.items()
     counted, _, unit = name.partition("_")
     (kind,) = (kind for kind in KINDS_OF_BUDGETS if kind.counted == counted)
-    more = {"length": settings.get("length")} if kind is Flops else {}
-    return kind(**{unit or "fraction": amount}, **more)
+    return kind(**{unit or "fraction": amount}, length=settings.get("length"))
 
 
 @dataclass(frozen=True, kw_only=True)

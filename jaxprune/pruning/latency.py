@@ -39,7 +39,7 @@ from jaxprune.models import (
     model_inputs,
     model_layers,
 )
-from jaxprune.models.cost import checked_length
+from jaxprune.models.cost import Length, checked_length
 from jaxprune.units import Gates, Intervention, Params, Site, axes_of, flatten, narrow, path_name, sites, subtree
 from jaxprune.units import Path as ParameterPath
 from jaxprune.units import widths as widths_of
@@ -440,6 +440,15 @@ def _quickest(
     if progress is not None and done < total:
         progress(total, total)
     return least
+
+
+def whole_tokens(model: Model, length: Length) -> int | tuple[int, int]:
+    """A mean length as tokens that can be run: rounded up, and no more than the model reads."""
+    rounded = [
+        max(1, min(math.ceil(tokens), model.max_length))
+        for tokens in np.atleast_1d(np.asarray(checked_length(model, length)))
+    ]
+    return (rounded[0], rounded[1]) if len(model.stacks) > 1 else rounded[0]
 
 
 def conditions(model: Model, params: Params, *, batch: int, length: Tokens) -> Conditions:

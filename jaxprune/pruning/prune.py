@@ -1,29 +1,540 @@
-"""Pruning in rounds: what is left is scored again, cut further and, if wanted, repaired, until it fits the budget.
+"""Pruning as one recipe: score, select, compact, repair and record; for one task or several, at once or in rounds.
 
-In every round the selection is made among all units of the dense model, with those that are gone ranked below all
-others. So budgets, floors, multiples, protected layers and the fractions that are kept of each layer mean in every
-round what they mean in one, and the units of all rounds have the indices of the dense model.
+In rounds, what is left is scored again, cut further and, if wanted, repaired, until it fits the budget. In every round
+the selection is made among all units of the dense model, with those that are gone ranked below all others. So budgets,
+floors, multiples, protected layers and the fractions that are kept of each layer mean in every round what they mean in
+one, and the units of all rounds have the indices of the dense model.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import numpy as np
 
+from jaxprune import __version__
+from jaxprune.checkpoints.files import file_stem, read_json, remove_folder
+from jaxprune.checkpoints.folder import PRUNING, check_destination, digest, load, model_digest, save
+from jaxprune.checkpoints.gate_file import recorded_gates
 from jaxprune.compaction import compact
+from jaxprune.data.prompts import prompt_of
+from jaxprune.data.tasks import Task, remove_leaks
+from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
 from jaxprune.models.cost import memory
 from jaxprune.pruning.budgets import Budget, Latency, Rules
-from jaxprune.pruning.recovery import RecoveryReport
-from jaxprune.pruning.selection import Values, parts_of, select
-from jaxprune.scoring.scores import Scores, check_scores
-from jaxprune.units import Gates, Params
+from jaxprune.pruning.latency import Met, compare_latency, meet
+from jaxprune.pruning.pooling import mean_closed, mean_length, pooled
+from jaxprune.pruning.record import (
+    ScoredLoss,
+    check_reselection,
+    costs,
+    pruning_record,
+    ratios,
+    recovery_record,
+    settings_of,
+)
+from jaxprune.pruning.recovery import Recovery, RecoveryReport, check_method, recover
+from jaxprune.pruning.selection import Values, check_selection, least_latency, parts_of, select
+from jaxprune.scoring.baselines import TopLayers
+from jaxprune.scoring.objectives import name_of
+from jaxprune.scoring.run import Scoring, kept_scores, score
+from jaxprune.scoring.scores import Scores, check_same_model, check_scores, describe, save_scores
+from jaxprune.units import UNITS, Gates, Params, widths
 
 BELOW = 1e9  # times the largest score: units that are gone stay last, whatever the units of a site cost
+TRIES = 4  # selections by a budget of latency that are measured at most
+ONE_ROUND = (
+    "a budget of latency is met in one round: its widths come from a table of the dense model, and those of a smaller "
+    "budget need not lie within those of a larger one. Give flops, or one round."
+)
+
+Together: TypeAlias = Callable[..., Gates]  # (model, params, scores of every task, budget, rules=) -> gates
+
+
+class Progress(Protocol):
+    """The progress of one stage."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Shows what is done, of how much, and a note."""
+        ...
+
+
+class Watch(Protocol):
+    """Whoever watches long work."""
+
+    def open(self, label: str) -> Progress:
+        """Opens a new stage."""
+        ...
+
+    def say(self, message: Any) -> None:
+        """Shows a line, or a table."""
+        ...
+
+
+class _Silent:
+    def open(self, label: str) -> Progress:
+        return lambda done, total, note="": None
+
+    def say(self, message: Any) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A watch that says in which round a stage is."""
+
+    watch: Watch
+    number: int
+    rounds: int
+
+    def open(self, label: str) -> Progress:
+        return self.watch.open(f"round {self.number} of {self.rounds}, {label}")
+
+    def say(self, message: Any) -> None:
+        self.watch.say(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """The settings of a pruning, beside its budget; see `prune`."""
+
+    scoring: Scoring = Scoring()
+    rules: Rules = Rules()
+    recovery: Recovery | None = Recovery()  # None: what is left stays as it was
+    rounds: int = 1  # steps to the budget; before each, what is left is scored again
+    recover_each_round: bool = False  # else once, in the end
+    together: Together = pooled  # how several tasks become one selection; also `kept_by_any` and `kept_by_all`
+    report_loss: bool = False  # measure what is lost of the objective, beside what the scores predict
+    reselect: int = 0  # the most re-selections at the same budget by what was really lost; see `reselect`
+    nodes: int = 8  # quadrature nodes of that measurement
+    repeats: int = 20  # passes per measurement, for a budget of latency
+
+    def __post_init__(self):
+        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int):
+            raise TypeError(f"rounds must be a whole number, got {self.rounds!r}.")
+        for name, least in (("rounds", 1), ("reselect", 0), ("nodes", 1), ("repeats", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if self.rounds > 1 and self.measures_loss:
+            raise ValueError("the loss is measured of one selection, rounds make several: leave one of them out.")
+        if self.recover_each_round and (self.rounds == 1 or self.recovery is None):
+            raise ValueError("recover_each_round is for a recovery in several rounds: give both, or leave it out.")
+
+    @property
+    def measures_loss(self) -> bool:
+        """Whether the true loss is measured."""
+        return self.report_loss or self.reselect > 0
+
+
+@dataclass(frozen=True)
+class State:
+    """The place of intermediate results, so that the same pruning resumes after an interruption.
+
+    Scores are kept as `PATH.scores.safetensors`, of several tasks as `PATH.TASK.scores.safetensors`. What the last
+    finished round left is the model folder `PATH.rounds`, until all rounds are finished.
+    """
+
+    path: Path
+    overwrite: bool = False  # whether rounds with other settings are discarded, not refused
+
+    def score_files(self, tasks: Sequence[Task]) -> list[Path]:
+        """The score file of every task."""
+        stems = [""] if len(tasks) == 1 else [f".{file_stem(task.name)}" for task in tasks]
+        return [self.path.with_name(f"{self.path.name}{stem}.scores.safetensors") for stem in stems]
+
+    @property
+    def folder(self) -> Path:
+        """What the last finished round left."""
+        return self.path.with_name(f"{self.path.name}.rounds")
+
+    @property
+    def next_scores(self) -> Path:
+        """The score file of the next round."""
+        return self.folder.with_name(f"{self.folder.name}.scores.safetensors")
+
+    def load(self, settings: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Round | None]:
+        """The records of the finished rounds, and the last of these; none if there is no folder.
+
+        Args:
+            settings: All that the rounds depend on.
+
+        Raises:
+            FileExistsError: If the folder is something else.
+            ValueError: If the rounds have other settings.
+        """
+        check_destination(self.folder, True)
+        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return [], None
+        pruning = read_json(self.folder / PRUNING) if (self.folder / PRUNING).is_file() else {}
+        if "run" not in pruning:
+            raise FileExistsError(
+                f"{self.folder} is a model and not what an interrupted run in rounds left: move it away, or choose "
+                "another output."
+            )
+        if other := [name for name, value in settings.items() if pruning["run"].get(name) != value]:
+            if not self.overwrite:
+                raise ValueError(
+                    f"{self.folder} was begun with other settings ({', '.join(other)}): give those to go on, or "
+                    "another output, or start anew with --overwrite."
+                )
+            self.remove()
+            return [], None
+        records, (_, params) = pruning["rounds"], load(self.folder, dtype=None)
+        return records, Round(len(records), records[-1]["budget"], {}, recorded_gates(pruning), params, None)
+
+    def remove(self) -> None:
+        """Removes the rounds."""
+        for file in (self.next_scores, self.next_scores.with_name(f"{self.next_scores.name}.partial")):
+            file.unlink(missing_ok=True)
+        remove_folder(self.folder)
+
+
+class Pruned(NamedTuple):
+    """A pruned model, and how it was made."""
+
+    params: Params
+    gates: Gates  # of all units of the dense model: 1 where one is left
+    scores: tuple[Scores, ...]  # of the dense model, for each task
+    record: dict[str, Any]  # for `save(..., pruning=...)`
+    rows: tuple[str, ...]  # keys of all rows that were read: none of them may be tested on
+    budget: Budget  # with the length and the table that it was completed by
+    recovery: RecoveryReport | None = None
+    latency: Met | None = None  # the selections that were measured for a budget of latency
+
+
+def prune(
+    model: Model,
+    params: Params,
+    tasks: Task | Sequence[Task],
+    budget: Budget,
+    pruning: Pruning = Pruning(),
+    *,
+    scores: Scores | Sequence[Scores] | None = None,
+    state: State | None = None,
+    watch: Watch | None = None,
+) -> Pruned:
+    """Makes a model smaller for one or several tasks: scores, selects, compacts and repairs it.
+
+    Whatever can be refused is refused before anything is scored. Of several tasks, rows that one of them holds out are
+    dropped from what the others are scored on; FLOPs are counted at the mean of their lengths.
+
+    ```python
+    pruned = jp.prune(model, params, task, jp.budgets.Flops(0.5))
+    jp.save("small", model, pruned.params, pruning=pruned.record)
+    ```
+
+    Args:
+        model: The architecture.
+        params: The dense parameters.
+        tasks: The task to keep, or several. With `scores`, rows are only needed to repair and to measure the loss.
+        budget: How much may stay. For a latency without a table, one is measured.
+        pruning: All other settings.
+        scores: Of the dense model for every task; None: they are made.
+        state: Where intermediate results are kept; None: nowhere.
+        watch: Shows the progress.
+
+    Returns:
+        The small parameters, and how they were made.
+
+    Raises:
+        ValueError: If the settings do not fit the model, the tasks or the scores, or the budget cannot be reached.
+    """
+    tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
+    given = [] if scores is None else [scores] if isinstance(scores, Scores) else list(scores)
+    _check(model, params, tasks, budget, pruning, given)
+    watch = _Silent() if watch is None else watch
+    if len(tasks) > 1 and not given:
+        tasks, leaks = remove_leaks(tasks)
+        for (task, other), count in leaks.items():
+            watch.say(f"{task}: {count:,} rows dropped, held out in {other}")
+    run = _Run(model, params, tasks, pruning, state, watch)
+    return run.in_rounds(budget) if pruning.rounds > 1 else run.at_once(budget, given or run.scored())
+
+
+def _check(
+    model: Model, params: Params, tasks: Sequence[Task], budget: Budget, pruning: Pruning, scores: Sequence[Scores]
+) -> None:
+    """Refuses whatever can be refused before any work is done."""
+    names = [task.name for task in tasks]
+    if len(set(map(file_stem, names))) < len(names):
+        raise ValueError(f"tasks must differ in their names, in those of files too; got {', '.join(names)}.")
+    if not (tasks or scores):
+        raise ValueError("there is nothing to score with: name a task, or give scores.")
+    if not tasks and pruning.recovery is not None:
+        raise ValueError("there is nothing to recover with: name a task, or leave recovery out.")
+    several = max(len(tasks), len(scores)) > 1
+    if pruning.rounds > 1 and (scores or several):
+        what = "scores are of the dense model alone" if scores else f"{len(tasks)} tasks are pruned for in one"
+        raise ValueError(f"{pruning.rounds} rounds need one task to score in each, and no scores: {what}.")
+    if pruning.rounds > 1 and isinstance(budget, Latency):
+        raise ValueError(ONE_ROUND)
+    if several and isinstance(budget, Latency) and pruning.together is not pooled:
+        raise ValueError("a latency budget for several tasks needs pooled scores (--together pooled): it has no order.")
+    if several and pruning.reselect:
+        raise ValueError("several tasks have several losses: units are selected again by the receipt of one task only.")
+    criterion = pruning.scoring.criterion
+    for described in [each.header["criterion"] for each in scores] or [describe(criterion)]:
+        check_scope(described, pruning.rules)
+        if pruning.reselect:
+            check_reselection(described)
+    if pruning.measures_loss and (missing := {each.header["task"] for each in scores} - {*names}):
+        raise ValueError(
+            f"there is nothing to make a receipt of {', '.join(sorted(missing))} with: name the task, or leave the "
+            "receipt out."
+        )
+    for task in tasks:
+        fitting_head(model, task, pruning.scoring.head)
+    for each in scores:
+        check_selection(model, params, budget, pruning.rules, each.values)
+    if not scores:
+        scored = widths(model.axes, params, getattr(criterion, "kinds", UNITS))
+        check_selection(model, params, budget, pruning.rules, scored)
+    if pruning.recovery is not None:
+        check_method(model, params, pruning.recovery.method)
+    if scores:
+        check_same_model({f"scores {i} of {each.header['task']!r}": each for i, each in enumerate(scores, 1)})
+        check_scores(model, params, scores[0])
+
+
+def check_scope(criterion: Mapping[str, Any], rules: Rules) -> None:
+    """Refuses rules that scores of a criterion, by its description in their header, cannot be selected by."""
+    if rules.per_layer and criterion["name"] == TopLayers.__name__:
+        raise ValueError(
+            "top-layers ranks layers, and all units within a layer alike: let all layers compete (--global in the "
+            "command line, per_layer=False in Python)."
+        )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A pruning whose settings were checked."""
+
+    model: Model
+    params: Params
+    tasks: Sequence[Task]
+    pruning: Pruning
+    state: State | None
+    watch: Watch
+
+    def scored(self, watch: Watch | None = None) -> list[Scores]:
+        """The scores of the dense model for every task."""
+        files = [None] * len(self.tasks) if self.state is None else self.state.score_files(self.tasks)
+        how = self.pruning.scoring
+        return [
+            score_once(self.model, self.params, task, how, file, watch or self.watch)
+            for task, file in zip(self.tasks, files, strict=True)
+        ]
+
+    def at_once(self, budget: Budget, scores: Sequence[Scores]) -> Pruned:
+        """Selects and compacts in one step."""
+        model, params, rules = self.model, self.params, self.pruning.rules
+        budget = budget.with_length(mean_length(scores))
+        if isinstance(budget, Latency):
+            bar = self.watch.open("measuring modules") if budget.table is None else None
+            budget = budget.measured(model, params, bar)
+        several = {"together": self.pruning.together} if max(len(scores), len(self.tasks)) > 1 else {}
+        choose = (
+            partial(self.pruning.together, model, params, scores)
+            if several
+            else partial(select, model, params, scores[0])
+        )
+        means = mean_closed(scores)
+        met, selected = None, budget
+        if isinstance(budget, Latency):
+            met = self._meet(budget, scores, means, partial(choose, rules=rules))
+            selected = budget.at(met.tries[met.best].asked)
+        gates = choose(selected, rules=rules)
+        gates, losses, rows = self._losses(scores, gates, selected, means)
+        small = compact(model, params, gates, means)
+        record = pruning_record(_joined(scores, means), gates, budget, rules, **several)
+        if several:
+            record["digests"]["scores"] = [digest(dict(each.values)) for each in scores]
+        if losses:
+            record |= {"receipts": losses} if several else {"receipt": losses[0]}
+        rows |= {row for each in scores for row in each.header["rows"]}
+        return self._recovered(Pruned(small, gates, tuple(scores), record, tuple(rows), budget, None, met))
+
+    def _recovered(self, pruned: Pruned) -> Pruned:
+        """Repairs what is left, unless that is done or not wanted, and completes the record."""
+        report, small, recovery = pruned.recovery, pruned.params, self.pruning.recovery
+        if recovery is not None and report is None:
+            bar = self.watch.open("recovering")
+            small, report = recover(self.model, self.params, small, self.tasks, recovery, progress=bar)
+        record = pruned.record | ({} if report is None else {"recovery": recovery_record(report)})
+        rows = tuple(sorted({*pruned.rows, *(() if report is None else report.rows)}))
+        return pruned._replace(params=small, record=record, rows=rows, recovery=report)
+
+    def _meet(self, budget: Latency, scores: Sequence[Scores], means: Gates | None, choose: Any) -> Met:
+        """Selections by a budget of latency that were measured, each beside the dense model; see `meet`."""
+        model, params, table = self.model, self.params, budget.table
+        if table is None:
+            raise ValueError("a latency budget needs table=.")
+        dense = table.predict(widths(model.axes, params)) if budget.is_fraction else 1.0
+        least = least_latency(model, params, scores[0], table, rules=self.pruning.rules)
+        head = model.head(scores[0].header["head"]).name
+        known, bar, count = table.conditions, self.watch.open("meeting the latency"), 0
+
+        def measure(gates: Gates) -> float:
+            nonlocal count
+            pairs = [(model, params), (model, compact(model, params, gates, means))]
+            batch, length, repeats = known.batch, known.length, self.pruning.repeats
+            whole, left = compare_latency(pairs, batch=batch, length=length, head=head, repeats=repeats).latencies
+            count += 1
+            bar(count, TRIES, f"{left.least * 1e3:.2f} ms")
+            return left.least / (whole.least if budget.is_fraction else 1.0)
+
+        # one thousandth more than the least: what it is divided and multiplied by must not make it unreachable
+        bounds = {"least": 1.001 * least / dense, "most": 1.0 if budget.is_fraction else math.inf}
+        met = meet(lambda amount: choose(budget.at(amount)), measure, budget.amount, **bounds, tries=TRIES)
+        bar(TRIES, TRIES)
+        return met
+
+    def _losses(
+        self, scores: Sequence[Scores], gates: Gates, budget: Budget, means: Gates | None
+    ) -> tuple[Gates, list[dict[str, Any]], set[str]]:
+        """The selection, or a better one by the true loss; the records of what it loses; and the rows of these."""
+        pruning, records, rows = self.pruning, [], set()
+        named = {task.name: task for task in self.tasks}
+        for each in scores if pruning.measures_loss else ():
+            loss = ScoredLoss(
+                self.model,
+                self.params,
+                named[each.header["task"]],
+                each,
+                means=means,
+                nodes=pruning.nodes,
+                batch_size=pruning.scoring.rows.batch_size,
+                open_bar=self.watch.open,
+            )
+            tried = None
+            if pruning.reselect:
+                again = partial(select, self.model, self.params, budget=budget, rules=pruning.rules)
+                tried = loss.reselect(again, pruning.reselect)
+                gates = tried.gates
+            measured = loss(gates) if tried is None else tried.receipt
+            records.append(loss.record(gates, measured, tried, pruning.reselect))
+            rows |= set(measured.rows)
+        return gates, records, rows
+
+    def in_rounds(self, budget: Budget) -> Pruned:
+        """Scores, selects and compacts in rounds."""
+        model, params, pruning, (task,) = self.model, self.params, self.pruning, self.tasks
+        state, count = self.state, pruning.rounds
+        settings = _settings(model, params, task, budget, pruning)
+        records, after = ([], None) if state is None else state.load(settings)
+        if state is not None and after is not None:
+            self.watch.say(f"round {after.number} of {count}: {state.folder}, of an earlier run with the same settings")
+        (first,) = self.scored(_Stage(self.watch, 1, count))
+        budget = budget.with_length(length := first.header["mean_length"])
+        dense = costs(model, params, budget.length or length)
+
+        def score_left(small: Params) -> Scores:
+            file, stage = None if state is None else state.next_scores, _Stage(self.watch, len(records) + 1, count)
+            return first if small is params else score_once(model, small, task, pruning.scoring, file, stage)
+
+        def repair(small: Params) -> tuple[Params, RecoveryReport]:
+            bar = _Stage(self.watch, len(records) + 1, count).open("recovering")
+            return recover(model, params, small, task, pruning.recovery or Recovery(), progress=bar)
+
+        def record_of(gates: Gates) -> dict[str, Any]:
+            return pruning_record(first, gates, budget, pruning.rules, rounds=count) | {"rounds": records}
+
+        each = repair if pruning.recover_each_round else None
+        steps = prune_in_rounds(
+            model, params, score_left, budget, rules=pruning.rules, rounds=count, repair=each, after=after
+        )
+        last = after
+        for last in steps:
+            records.append(_round_record(last, dense, costs(model, last.params, budget.length or length)))
+            self.watch.say(f"round {last.number} of {count}: {records[-1]['units']:,} units are left")
+            if state is not None and last.number < count:
+                kept = record_of(last.gates) | {"run": settings}
+                save(state.folder, model, last.params, pruning=kept, overwrite=True)
+        if last is None:
+            raise ValueError(f"rounds must be at least 1, got {count}.")
+        rows, record = tuple(first.header["rows"]), record_of(last.gates)
+        return self._recovered(Pruned(last.params, last.gates, (first,), record, rows, budget, last.recovery))
+
+
+def score_once(model: Model, params: Params, task: Task, scoring: Scoring, file: Path | None, watch: Watch) -> Scores:
+    """Scores and writes the file, unless it holds what would come out."""
+    if file is not None and (scores := kept_scores(file, model, params, task, scoring)) is not None:
+        watch.say(f"scores: {file}, of an earlier run with the same settings")
+        return scores
+    return score_into(model, params, task, scoring, file, watch)
+
+
+def score_into(model: Model, params: Params, task: Task, scoring: Scoring, file: Path | None, watch: Watch) -> Scores:
+    """Scores and writes the file; an interrupted run resumes where it was."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    totals = None if file is None else file.with_name(f"{file.name}.partial")
+    bar = watch.open(f"scoring {task.name}") if scoring.criterion.examples is not None else None
+    scores = score(model, params, task, scoring, progress=bar, resume=totals)
+    if count := scores.header.get("cut_off"):
+        watch.say(f"{task.name}: {count:,} rows left out, their answers are cut off; --max-length reaches further")
+    if file is not None:
+        save_scores(file, scores)
+    return scores
+
+
+def _joined(scores: Sequence[Scores], means: Gates | None) -> Scores:
+    """The scores of several tasks as a record describes them."""
+    if len(scores) == 1:
+        return scores[0]
+    headers = [{name: value for name, value in each.header.items() if name != "rows"} for each in scores]
+    header = {"model": headers[0]["model"], "versions": headers[0]["versions"], "tasks": headers}
+    return Scores(scores[0].values, header, means)
+
+
+def _settings(model: Model, params: Params, task: Task, budget: Budget, pruning: Pruning) -> dict[str, Any]:
+    """All that rounds depend on, as JSON holds it."""
+    prompt, scoring, recovery = prompt_of(model, task), pruning.scoring, pruning.recovery
+    described = None
+    if recovery is not None:
+        every = pruning.recover_each_round
+        described = {"method": describe(recovery.method), "rows": describe(recovery.rows), "each_round": every}
+    settings = {
+        **settings_of(budget, pruning.rules, rounds=pruning.rounds),
+        **describe(scoring.rows),
+        "until_stable": scoring.until_stable,
+        "head": scoring.head,
+        "name": task.name,
+        "criterion": describe(scoring.criterion),
+        "recovery": described,
+        "model": model_digest(model, params),
+        "calibration": task.digest("calibration"),
+        "prompt": None if prompt is None else prompt.to_json(),
+        "versions": {"jaxprune": __version__, "jax": jax.__version__},
+        "devices": jax.local_device_count(),
+    }
+    return json.loads(json.dumps(settings, default=name_of))
+
+
+def _round_record(done: Round, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """A round as records hold it; `before` and `after` are costs, of the dense model first."""
+    values, header = parts_of(done.scores)
+    means = done.scores.means if isinstance(done.scores, Scores) else None
+    units, had = (sum(counts) for counts in zip(*((int(g.sum()), len(g)) for g in done.gates.values()), strict=True))
+    return {
+        "round": done.number,
+        "budget": done.budget,
+        "units": units,
+        "kept": ratios(before, after) | {"units": units / had},
+        "model": header.get("model"),  # the one that was scored
+        "scores": digest(dict(values)),
+        "means": digest(means) if means else None,
+        "gates": digest(dict(done.gates)),
+        "recovery": None if done.recovery is None else recovery_record(done.recovery),
+    }
 
 
 class Round(NamedTuple):
@@ -85,10 +596,7 @@ def prune_in_rounds(
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}.")
     if isinstance(budget, Latency):
-        raise ValueError(
-            "a budget of latency is met in one round: its widths come from a table of the dense model, and those of a "
-            "smaller budget need not lie within those of a larger one. Give flops, or one round."
-        )
+        raise ValueError(ONE_ROUND)
     amounts = geometric(rounds, budget.amount, 1.0 if budget.is_fraction else float(memory(params)))
     return _rounds(model, params, score, [budget.at(amount) for amount in amounts], rules, repair, after)
 

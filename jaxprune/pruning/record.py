@@ -1,13 +1,9 @@
-"""Says how a pruned model was made, in a record that JSON can hold: settings, digests, and which units stay.
-
-What scores were made with, found again from the header of their file: rows, objective, labels, reduction.
-
-A header names functions and keys of rows. What they stand for is needed to compare scores with the truth.
-"""
+"""The record of a pruning, which JSON can hold, and what its scores were made with, found again from their header."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +15,18 @@ from jaxprune.data.prompts import prompt_of
 from jaxprune.data.splits import Example, row_key
 from jaxprune.data.tasks import Rows, Task, draw
 from jaxprune.models import Model
+from jaxprune.models.cost import Length, flops, memory, parameters, prunable_parameters
 from jaxprune.pruning.budgets import NAMES, Budget, Rules
+from jaxprune.pruning.loss import (
+    MEANINGS,
+    Receipt,
+    Reselection,
+    loss_receipt,
+    part_of_way,
+    predict_loss,
+    reselect,
+)
+from jaxprune.pruning.recovery import RecoveryReport
 from jaxprune.pruning.selection import Values, parts_of
 from jaxprune.scoring.objectives import (
     ExampleReduction,
@@ -40,8 +47,15 @@ from jaxprune.scoring.objectives import (
     signed,
     squared,
 )
+from jaxprune.scoring.run import EXAMPLES
 from jaxprune.scoring.scores import Scores, check_scores
-from jaxprune.units import Params
+from jaxprune.units import Gates, Params, widths
+
+OBJECTIVES = (probability, log_probability, margin, negative_squared_error)
+LABELS = (gold, predicted, sampled, every)
+REDUCTIONS = (absolute, signed, squared, maximum)
+LIKELIHOOD = ("Gradient", "Taylor", "Fisher")  # criteria that are of the log-likelihood
+COUNTED = ("units", "prunable_parameters", "parameters", "memory", "flops", "file_bytes")
 
 
 def pruning_record(
@@ -108,10 +122,27 @@ def _plain(value: Any, name: str) -> Any:
     raise TypeError(f"{name} cannot be written as JSON: {value!r}.")
 
 
-OBJECTIVES = (probability, log_probability, margin, negative_squared_error)
-LABELS = (gold, predicted, sampled, every)
-REDUCTIONS = (absolute, signed, squared, maximum)
-LIKELIHOOD = ("Gradient", "Taylor", "Fisher")  # criteria that are of the log-likelihood
+def recovery_record(report: RecoveryReport) -> dict[str, Any]:
+    """A recovery as records hold it."""
+    modules = {it.module: {"before": it.before, "after": it.after, "chosen": it.chosen} for it in report.modules}
+    return {"method": report.method, "examples": report.examples, "modules": modules}
+
+
+def costs(model: Model, params: Params, length: Length) -> dict[str, Any]:
+    """The costs of a model by count, for examples of so many tokens."""
+    return {
+        "units": sum(widths(model.axes, params).values()),
+        "prunable_parameters": prunable_parameters(model, params),
+        "parameters": parameters(params),
+        "memory": memory(params),
+        "flops": flops(model, params, length),
+        "length": length,
+    }
+
+
+def ratios(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
+    """The fraction that remains of everything that is counted."""
+    return {name: after[name] / before[name] for name in COUNTED if before.get(name)}
 
 
 class Origin(NamedTuple):
@@ -185,6 +216,109 @@ def scored_rows(
             "give the data that the scores were made with."
         )
     return tuple(known[key] for key in sorted(known)[:limit])  # keys are hashes: any of the rows
+
+
+class ScoredLoss:
+    """The true loss of the objective by a selection, on the rows and with the settings of its scores.
+
+    Args:
+        model: The architecture.
+        params: The dense parameters.
+        task: The task that was scored, with its rows.
+        scores: Its scores.
+        means: What closed units are replaced by.
+        nodes: Quadrature nodes; each costs one forward and one backward pass.
+        batch_size: Examples in a batch.
+        open_bar: Opens a progress bar, for every selection that is measured.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        task: Task,
+        scores: Scores,
+        *,
+        means: Gates | None,
+        nodes: int,
+        batch_size: int,
+        open_bar: Callable[[str], Callable[[int, int], None]],
+    ):
+        origin = origin_of(model, scores)
+        self.scores, self.nodes, self.model, self.task = scores, nodes, model, task
+        self.rows = scored_rows(model, params, task, scores, drawn=EXAMPLES)
+        labelled = all(row.label is not None or row.answers for row in self.rows)
+        self.labels = origin.labels or (gold if labelled else predicted)
+        self._measure = partial(
+            loss_receipt,
+            model,
+            params,
+            task,
+            examples=self.rows,
+            nodes=nodes,
+            objective=origin.objective,
+            labels=self.labels,
+            means=means,
+            head=scores.header["head"],
+            batch_size=batch_size,
+            max_length=scores.header["max_length"],
+            reduction=absolute if origin.examples.largest else origin.examples,
+        )
+        self._open_bar = open_bar
+
+    def __call__(self, gates: Gates) -> Receipt:
+        """Measures what a selection loses."""
+        return self._measure(gates, progress=self._open_bar(f"receipt of {self.task.name}"))
+
+    def reselect(self, choose: Callable[[dict[str, np.ndarray]], Gates], rounds: int) -> Reselection:
+        """Selects again by what was really lost; see `jaxprune.pruning.loss.reselect`."""
+        power = 2 if self.scores.header["criterion"].get("examples") == squared.name else 1
+        share = part_of_way(self.scores) ** power  # the receipt's worth is of all of the way to a closed gate
+        values = {name: np.asarray(value, np.float64) / share for name, value in self.scores.values.items()}
+        return reselect(values, choose, self, rounds=rounds)
+
+    def record(self, gates: Gates, loss: Receipt, tried: Reselection | None, most: int) -> dict[str, Any]:
+        """The loss of a selection, predicted and true, as records hold it."""
+        rounds = None
+        if tried is not None:
+            rounds = [
+                {"lost": it.receipt.lost, "error": it.receipt.error, "changed": it.changed} for it in tried.rounds
+            ]
+        return {
+            "task": self.task.name,
+            "objective": objective_name(self.model, self.scores),
+            "labels": name_of(self.labels),
+            "examples": len(self.rows),
+            "nodes": self.nodes,
+            "lost": loss.lost,
+            "found": loss.found,
+            "error": loss.error,
+            "layers": loss.layers(),
+            "modules": loss.modules(),
+            "prediction": predict_loss(self.scores, gates).to_json(),
+            "rounds": rounds,
+            "best": None if tried is None else tried.best,
+            "most_rounds": most,
+        }
+
+
+def check_reselection(criterion: Mapping[str, Any]) -> None:
+    """Refuses scores that a true loss cannot be merged with.
+
+    Args:
+        criterion: The description of their criterion, as in their header.
+    """
+    if criterion["name"] not in MEANINGS or criterion.get("tokens", "sum_tokens") != "sum_tokens":
+        tokens = f" with tokens={criterion['tokens']}" if criterion["name"] in MEANINGS else ""
+        raise ValueError(
+            f"scores of {criterion['name']}{tokens} attribute no objective, so a measured loss cannot be merged with "
+            "them: score with an attribution, or leave the re-selection out."
+        )
+    if criterion.get("examples") == "maximum":
+        raise ValueError(
+            "scores that are the largest of the examples cannot be merged with a measured loss, which is a mean over "
+            "them: score with examples=absolute, or leave the re-selection out."
+        )
 
 
 def _named(setting: str, name: str | None, known: Sequence[Any]) -> Any:

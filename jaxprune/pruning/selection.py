@@ -22,7 +22,7 @@ the same fraction, or the scores that are kept add up to the most.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -281,21 +281,20 @@ def select(model: Model, params: Params, scores: Scores | Values, budget: Budget
     return _gates_of_plan(budget, _plan(budget, model, params, scores, rules))
 
 
-def check_selection(
-    model: Model, params: Params, budget: Budget, rules: Rules, kinds: Collection[str] = tuple(UNITS)
-) -> None:
+def check_selection(model: Model, params: Params, budget: Budget, rules: Rules, scored: Iterable[str]) -> None:
     """Refuses a budget and rules that cannot be met, before anything is scored.
 
     A latency that can be reached is known to its table only.
 
     Args:
         model: The architecture.
-        params: The parameters.
+        params: The parameters, or their shapes.
         budget: How much may stay; without a length, FLOPs are counted at the usual one.
         rules: How units are chosen within the budget.
-        kinds: Of the units that will have scores.
+        scored: The sites that have scores, or will have.
     """
-    blank = {name: np.zeros(units) for name, units in widths(model.axes, params, kinds).items()}
+    every = widths(model.axes, params, KINDS)
+    blank = {name: np.zeros(every[name]) for name in scored if name in every}
     countable = Units(1.0) if isinstance(budget, Latency) else budget.with_length(usual_length(model))
     select(model, params, blank, countable, rules=replace(rules, normalise=None))
 

@@ -31,7 +31,7 @@ from jaxprune import __version__
 from jaxprune.checkpoints.files import write_atomic
 from jaxprune.checkpoints.folder import model_digest
 from jaxprune.checkpoints.tensors import TensorFile, write_tensors
-from jaxprune.data.batches import SHAPE_COST, pack, usable_rows
+from jaxprune.data.batches import SHAPE_COST, default_length, pack, usable_rows
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.splits import Example, digest, half_of, row_key
 from jaxprune.data.tasks import Rows, Task, draw, seed_words
@@ -40,7 +40,7 @@ from jaxprune.models import Model, model_inputs, prompt_inputs
 from jaxprune.scoring.activations import zero
 from jaxprune.scoring.attribution import Criterion, IntegratedGradients, Measured
 from jaxprune.scoring.objectives import gold
-from jaxprune.scoring.scores import FORMAT, Scores, describe, with_relative, with_stability
+from jaxprune.scoring.scores import FORMAT, Scores, describe, load_scores, with_relative, with_stability
 from jaxprune.scoring.stability import TARGET, check_target, least_reliability
 from jaxprune.units import UNITS, Gates, Params
 
@@ -345,6 +345,30 @@ def score(
         header["halves"] = np.asarray(totals.counts).round().astype(int).tolist()
     scores = Scores(values, header, means or None, variance_of(totals), halves, signed_of(totals))
     return with_stability(scores, TARGET if until_stable is None else until_stable)
+
+
+def kept_scores(file: Path, model: Model, params: Params, task: Task, scoring: Scoring = Scoring()) -> Scores | None:
+    """The scores in a file, if they are what `score` would return with these settings."""
+    if not file.is_file():
+        return None
+    scores, chosen, criterion = load_scores(file), scoring.rows, scoring.criterion
+    key = jax.random.key(chosen.key) if isinstance(chosen.key, int) else chosen.key
+    prompt, reads, growing = prompt_of(model, task), criterion.examples is not None, scoring.until_stable is not None
+    rows: tuple[Example, ...] = ()
+    if reads:
+        rows, _ = _choose(usable_rows(model, task, chosen).task, replace(chosen, key=key), reads, growing)
+    wanted = {
+        "criterion": describe(criterion),
+        "task": task.name,
+        "split": "given" if isinstance(chosen.examples, tuple) else chosen.split or "calibration",
+        "head": fitting_head(model, task, scoring.head),
+        "keys": [list(seed_words(key))],
+        "model": model_digest(model, params),
+        "max_length": chosen.max_length or default_length(model, task.spans),
+        "prompt": None if prompt is None else prompt.to_json(),
+        **_facts(rows, reads),
+    }
+    return scores if all(scores.header.get(name) == value for name, value in wanted.items()) else None
 
 
 def score_batches(
