@@ -16,7 +16,7 @@ from commands import Place, place, record_of, run
 from tiny import tiny_model
 
 from jaxprune.checkpoints.folder import load, save
-from jaxprune.cli.workflow import costs
+from jaxprune.pruning.record import costs
 from jaxprune.scoring.scores import load_scores
 from jaxprune.sparse.masks import one_shot
 from jaxprune.sparse.matrices import linear_maps

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,21 +14,21 @@ import numpy as np
 import pytest
 from choices import chosen
 from commands import Place, place, record_of, run, write_rows
-from jaxprune.cli.rounds import prune_model_in_rounds
 from test_likelihood import ANSWERS
 from test_selection import kept, random_scores
 from tiny import tiny_batch, tiny_model
 
 from jaxprune.checkpoints.folder import digest, load, model_digest, read_pruning, save
 from jaxprune.checkpoints.gate_file import recorded_gates
+from jaxprune.cli.pruning import prune_model
 from jaxprune.cli.workflow import Data, Measuring
 from jaxprune.compaction import compact
-from jaxprune.data.tasks import Rows
+from jaxprune.data.tasks import Rows, load_task
 from jaxprune.models import Model
 from jaxprune.models.cost import memory
-from jaxprune.pruning.budgets import Flops, Memory, Rules, Units
-from jaxprune.pruning.prune import geometric, prune_in_rounds, units_left
-from jaxprune.pruning.recovery import Recovery
+from jaxprune.pruning.budgets import Budget, Flops, Latency, Memory, Rules, Units
+from jaxprune.pruning.prune import Pruning, geometric, prune, prune_in_rounds, units_left
+from jaxprune.pruning.recovery import BiasCompensation, Recovery
 from jaxprune.pruning.selection import Values, per_layer_l2, select
 from jaxprune.scoring.attribution import GradientActivation
 from jaxprune.scoring.run import Scoring
@@ -290,18 +289,29 @@ class Silent:
             raise KeyboardInterrupt
 
 
-def commanded(place: Place, output: Path, watch: Silent, **changes: Any) -> dict[str, Any]:
+SCORING = Scoring(criterion=GradientActivation(), rows=Rows(examples=16, batch_size=8))
+
+
+def commanded(
+    place: Place, output: Path, watch: Silent, budget: Budget = Flops(0.3), overwrite: bool = False, **changes: Any
+) -> dict[str, Any]:
     settings = {
-        "budget": Flops(0.3),
+        "scoring": SCORING,
         "rules": Rules(multiple_of={"neurons": 2}),
-        "rounds": 3,
-        "scoring": Scoring(criterion=GradientActivation(), rows=Rows(examples=16, batch_size=8)),
-        "data": Data(task="mood", data=place.data),
         "recovery": Recovery(rows=Rows(examples=24)),
+        "rounds": 3,
         "recover_each_round": True,
-        "measuring": Measuring(limit=10, batches=()),
     }
-    return prune_model_in_rounds(str(place.model), output, watch=watch, **settings | changes)
+    return prune_model(
+        str(place.model),
+        output,
+        budget,
+        Pruning(**settings | changes),
+        tasks=[Data(task="mood", data=place.data)],
+        measuring=Measuring(limit=10, batches=()),
+        overwrite=overwrite,
+        watch=watch,
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -359,7 +369,7 @@ def test_another_command_does_not_go_on_from_it(place, whole, tmp_path):
         ("flops", {"budget": Flops(0.4)}),
         ("rounds", {"rounds": 4}),
         ("key", {"scoring": Scoring(criterion=GradientActivation(), rows=Rows(examples=16, batch_size=8, key=1))}),
-        ("recovery", {"recovery": None}),
+        ("recovery", {"recovery": None, "recover_each_round": False}),
     ]
     for name, changes in others:
         with pytest.raises(ValueError, match=rf"small\.rounds was begun with other settings \({name}\)"):
@@ -372,7 +382,9 @@ def test_another_command_does_not_go_on_from_it(place, whole, tmp_path):
         commanded(place, out, Silent("round 2 of 3, recovering"), overwrite=True)
     watch = Silent("round 1 of 2: ")
     with pytest.raises(KeyboardInterrupt):
-        commanded(place, out, watch, overwrite=True, recovery=None, rounds=2)  # another one starts anew
+        commanded(
+            place, out, watch, overwrite=True, recovery=None, recover_each_round=False, rounds=2
+        )  # another one starts anew
     assert not any("small.rounds" in label for label in watch.labels)
     assert not (tmp_path / "small.rounds").exists() and contents(out) == contents(whole[0])
 
@@ -446,56 +458,65 @@ def test_a_text_to_text_model_in_rounds(tmp_path):
     for i, (split, rows) in enumerate({"train": 240, "validation": 8, "test": 8}.items()):
         write_rows(tmp_path / "data" / "mood" / f"{split}.jsonl", ("bad", "good"), rows, i)
     (tmp_path / "prompt.yaml").write_text('template: "mood : {sentence} ?"\nwords: [bad, very good]\n')
-    asked = Data(task="mood", data=tmp_path / "data", prompt=str(tmp_path / "prompt.yaml"))
+    rules, scoring = Rules(multiple_of={"neurons": 8}), replace(SCORING, rows=Rows(examples=8, batch_size=8))
     settings = {
-        "budget": Flops(0.4),
-        "rules": Rules(multiple_of={"neurons": 8}),
-        "rounds": 2,
-        "scoring": Scoring(criterion=GradientActivation(), rows=Rows(examples=8, batch_size=8)),
+        "pruning": Pruning(scoring=scoring, rules=rules, recovery=None, rounds=2),
+        "tasks": [Data(task="mood", data=tmp_path / "data", prompt=str(tmp_path / "prompt.yaml"))],
         "measuring": Measuring(evaluate=False, batches=()),
-        "data": asked,
     }
     source, out = str(tmp_path / "model"), tmp_path / "small"
     with pytest.raises(KeyboardInterrupt):
-        prune_model_in_rounds(source, out, watch=Silent("round 2 of 2, scoring"), **settings)
-    record = prune_model_in_rounds(source, out, watch=Silent(), **settings)
-    prune_model_in_rounds(source, tmp_path / "whole", watch=Silent(), **settings)
+        prune_model(source, out, Flops(0.4), watch=Silent("round 2 of 2, scoring"), **settings)
+    record = prune_model(source, out, Flops(0.4), watch=Silent(), **settings)
+    prune_model(source, tmp_path / "whole", Flops(0.4), watch=Silent(), **settings)
     assert contents(out) == contents(tmp_path / "whole")
     assert record["kept"]["flops"] <= 0.4
     model, params = load(source)
     assert_same(load(out)[1], compact(model, params, recorded_gates(read_pruning(out))))
 
 
-TASK = ("prune", "{model}", "--task", "mood", "--data", "{data}", "--units", 0.5, "-o", "{new}")
-BAD: dict[str, tuple[tuple[Any, ...], str]] = {
-    "no round": ((*TASK, "--rounds", 0), "--rounds must be at least 1, got 0"),
-    "scores alone": (
-        ("prune", "{model}", "--scores", "{scores}", "--units", 0.5, "--rounds", 2, "-o", "{new}"),
-        "--rounds 2 needs one --task to score in every round, and no --scores",
-    ),
-    "scores and rows": (
-        (*TASK, "--scores", "{scores}", "--rounds", 2),
-        "and no --scores: score files are of the dense",
-    ),
-    "several tasks": ((*TASK, "--task", "topic", "--rounds", 2), "needs one --task.*2 tasks are pruned for in one"),
-    "latency": ((*TASK[:6], "--latency", 0.5, "-o", "{new}", "--rounds", 2), "a budget of latency is met in one round"),
-    "repaired when": ((*TASK, "--rounds", 2, "--recover", "bias", "--recover-rounds", "never"), "none of last, each"),
-    "repaired in one round": ((*TASK, "--recover", "bias", "--recover-rounds", "each"), "in several --rounds"),
-    "not repaired": (
-        (*TASK, "--rounds", 2, "--recover", "none", "--recover-rounds", "each"),
-        "--recover-rounds is for --recover",
-    ),
-}
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"rounds": 2, "report_loss": True}, "rounds make several"),
+        ({"rounds": 2, "recovery": None, "recover_each_round": True}, "recover_each_round is for a recovery"),
+        ({"recover_each_round": True}, "recover_each_round is for a recovery in several rounds"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Pruning(**settings)
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(place, whole, tmp_path, case):
-    arguments, message = BAD[case]
-    names = {"model": place.model, "data": place.data, "scores": whole[1]["scores"], "new": tmp_path / "new"}
-    result = run(*(str(argument).format(**names) for argument in arguments))
-    assert result.exit_code == 2, (result.stderr, result.exception)
-    assert result.stdout == ""
+def test_what_rounds_cannot_do_is_refused_before_anything_is_scored(place):
+    model, params = load(place.model)
+    mood, topic = (load_task(name, data=place.data) for name in ("mood", "topic"))
+    rounds, scores = Pruning(rounds=2), Scores(random_scores(model, params, 0), {"task": "mood"})  # pyright: ignore
+    cases: list[tuple[Any, Budget, dict[str, Any], str]] = [
+        ([mood, topic], Units(0.5), {}, "need one task to score in each.*2 tasks are pruned for in one"),
+        (mood, Units(0.5), {"scores": scores}, "and no scores: scores are of the dense model alone"),
+        (mood, Latency(0.5), {}, "a budget of latency is met in one round"),
+        ([], Units(0.5), {}, "nothing to score with"),
+    ]
+    for tasks, budget, given, message in cases:
+        with pytest.raises(ValueError, match=message):
+            prune(model, params, tasks, budget, rounds, watch=Silent(""), **given)
+
+
+def test_a_recovery_that_the_model_has_no_biases_for_is_refused_before_anything_is_scored(place):
+    model, params = tiny_model("t5", layers=1)
+    task = load_task("mood", data=place.data)
+    for rounds in (1, 2):
+        how = Pruning(rounds=rounds, recovery=Recovery(method=BiasCompensation()))
+        with pytest.raises(ValueError, match="bias"):
+            prune(replace(model, source=ANSWERS), params, task, Units(0.5), how, watch=Silent(""))
+
+
+def test_rounds_of_score_files_are_bad_input_in_one_line(place, whole, tmp_path):
+    scores = whole[1]["scores"]
+    result = run("prune", place.model, "--scores", scores, "--units", 0.5, "--rounds", 2, "-o", tmp_path / "new")
+    assert result.exit_code == 2 and result.stdout == ""
     (line,) = result.stderr.splitlines()
-
-    assert line.startswith("jaxprune: error: ") and re.search(message, line), line
+    assert line.startswith("jaxprune: error: 2 rounds need one task to score in each, and no scores")
     assert list(tmp_path.iterdir()) == []

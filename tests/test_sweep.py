@@ -14,11 +14,11 @@ from commands import Place, place, record_of, run
 
 from jaxprune.checkpoints.folder import load, save
 from jaxprune.cli.sweep import Combination, combinations
-from jaxprune.cli.workflow import costs, ratios
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.evaluation.evaluate import evaluate
 from jaxprune.pruning.budgets import Flops, Rules
+from jaxprune.pruning.record import costs, ratios
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.baselines import Magnitude, Random
 from jaxprune.scoring.scores import load_scores

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from choices import chosen
 from commands import Place, place, record_of, run, start, wait_for
-from jaxprune.cli.together import Way
 from tiny import tiny_model
 
 from jaxprune.checkpoints.folder import load, read_pruning
@@ -33,6 +32,7 @@ from jaxprune.pruning.pooling import (
     pooled,
     union,
 )
+from jaxprune.pruning.prune import Together as Way
 from jaxprune.pruning.selection import select, thresholds
 from jaxprune.scoring.scores import Scores, load_scores, save_scores
 from jaxprune.units import Gates, sites, widths
@@ -337,17 +337,12 @@ BAD: dict[str, tuple[Sequence[Any], str]] = {
     ),
     "all of another model": (("prune", "{small}", *SCORES[2:], "--scores", "{topic}"), "cannot be used with these"),
     "other closed values": ((*SCORES, "--scores", "{closed}"), "same --closed"),
-    "misspelt file": ((*SCORES, "--scores", "{topic}s"), "topic.safetensorss is no file"),
     "together with none": ((*SCORES, "--together", "union"), "--together is for several tasks"),
     "unknown way": ((*TASKS, "--units", 0.5, "--together", "both"), "none of pooled, union, intersection"),
-    "no budget": (TASKS, "exactly one budget"),
-    "budget out of range": ((*TASKS, "--flops", 1.5), r"must lie in \(0, 1\]"),
-    "unknown task": ((*TASKS, "--units", 0.5, "--task", "moods"), "moods"),
     "a head of other labels": ((*TASKS, "--units", 0.5, "--head", "mood"), "the head 'mood' has 2 labels"),
     "scores and scoring": ((*SCORES, "--scores", "{topic}", "--nodes", 4), "--nodes"),
     "rows of nothing": ((*SCORES, "--scores", "{topic}", "--limit", 4), "--limit: for testing"),
     "layers compared within a layer": ((*TASKS, "--units", 0.5, "--criterion", "top-layers"), "top-layers.*--global"),
-    "folder exists": ((*SCORES, "--scores", "{topic}", "-o", "{model}"), "exists already"),
 }
 
 

@@ -17,9 +17,7 @@ from jaxprune.data.records import MISPLACED, MISSING
 from jaxprune.data.tasks import Rows, Task, load_task
 from jaxprune.evaluation.evaluate import Evaluation, evaluate
 from jaxprune.models import Model
-from jaxprune.models.cost import (
-    Length,
-)
+from jaxprune.models.cost import Length
 from jaxprune.pruning.latency import compare_latency, whole_tokens
 from jaxprune.pruning.prune import Progress, Watch, score_into
 from jaxprune.scoring.run import Scoring
