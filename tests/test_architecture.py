@@ -156,8 +156,8 @@ def test_public_names_agree_and_resolve():
     assert set(jaxprune.__all__) <= set(dir(jaxprune))
     for name, module in checked.items():
         assert getattr(jaxprune, name) is getattr(sys.modules[str(module)], name)
-    with pytest.raises(AttributeError, match="'jaxprune' has no attribute 'prune'"):
-        jaxprune.prune  # noqa: B018
+    with pytest.raises(AttributeError, match="'jaxprune' has no attribute 'pruned'"):
+        jaxprune.pruned  # noqa: B018
 
 
 def test_version_is_the_installed_one():

@@ -23,6 +23,7 @@ from jaxprune.checkpoints.gate_file import recorded_gates
 from jaxprune.cli.pruning import prune_model
 from jaxprune.cli.workflow import Data, Measuring
 from jaxprune.compaction import compact
+from jaxprune.data.prompts import prompt_for
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.models import Model
 from jaxprune.models.cost import memory
@@ -290,10 +291,11 @@ class Silent:
 
 
 SCORING = Scoring(criterion=GradientActivation(), rows=Rows(examples=16, batch_size=8))
+THIRD = Flops(0.3)
 
 
 def commanded(
-    place: Place, output: Path, watch: Silent, budget: Budget = Flops(0.3), overwrite: bool = False, **changes: Any
+    place: Place, output: Path, watch: Silent, budget: Budget = THIRD, overwrite: bool = False, **changes: Any
 ) -> dict[str, Any]:
     settings = {
         "scoring": SCORING,
@@ -507,6 +509,7 @@ def test_what_rounds_cannot_do_is_refused_before_anything_is_scored(place):
 def test_a_recovery_that_the_model_has_no_biases_for_is_refused_before_anything_is_scored(place):
     model, params = tiny_model("t5", layers=1)
     task = load_task("mood", data=place.data)
+    task = replace(task, prompt=prompt_for(replace(task, name="sst2"), "t5"))
     for rounds in (1, 2):
         how = Pruning(rounds=rounds, recovery=Recovery(method=BiasCompensation()))
         with pytest.raises(ValueError, match="bias"):

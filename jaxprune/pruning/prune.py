@@ -46,7 +46,7 @@ from jaxprune.pruning.selection import Values, check_selection, least_latency, p
 from jaxprune.scoring.baselines import TopLayers
 from jaxprune.scoring.objectives import name_of
 from jaxprune.scoring.run import Scoring, kept_scores, score
-from jaxprune.scoring.scores import Scores, check_same_model, check_scores, describe, save_scores
+from jaxprune.scoring.scores import Scores, check_same_model, check_scores, describe, load_scores, save_scores
 from jaxprune.units import UNITS, Gates, Params, widths
 
 BELOW = 1e9  # times the largest score: units that are gone stay last, whatever the units of a site cost
@@ -481,9 +481,7 @@ def score_into(model: Model, params: Params, task: Task, scoring: Scoring, file:
     scores = score(model, params, task, scoring, progress=bar, resume=totals)
     if count := scores.header.get("cut_off"):
         watch.say(f"{task.name}: {count:,} rows left out, their answers are cut off; --max-length reaches further")
-    if file is not None:
-        save_scores(file, scores)
-    return scores
+    return scores if file is None else load_scores(save_scores(file, scores))  # in the order of what is read again
 
 
 def _joined(scores: Sequence[Scores], means: Gates | None) -> Scores:
