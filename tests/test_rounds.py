@@ -23,7 +23,6 @@ from jaxprune.checkpoints.gate_file import recorded_gates
 from jaxprune.cli.pruning import prune_model
 from jaxprune.cli.workflow import Data, Measuring
 from jaxprune.compaction import compact
-from jaxprune.data.prompts import prompt_for
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.models import Model
 from jaxprune.models.cost import memory
@@ -506,10 +505,10 @@ def test_what_rounds_cannot_do_is_refused_before_anything_is_scored(place):
             prune(model, params, tasks, budget, rounds, watch=Silent(""), **given)
 
 
-def test_a_recovery_that_the_model_has_no_biases_for_is_refused_before_anything_is_scored(place):
+def test_a_recovery_that_the_model_has_no_biases_for_is_refused_before_anything_is_scored(place, tmp_path):
     model, params = tiny_model("t5", layers=1)
-    task = load_task("mood", data=place.data)
-    task = replace(task, prompt=prompt_for(replace(task, name="sst2"), "t5"))
+    (tmp_path / "prompt.yaml").write_text('template: "mood : {sentence} ?"\nwords: [bad, very good]\n')
+    task = Data(task="mood", data=place.data, prompt=str(tmp_path / "prompt.yaml")).load(Silent())
     for rounds in (1, 2):
         how = Pruning(rounds=rounds, recovery=Recovery(method=BiasCompensation()))
         with pytest.raises(ValueError, match="bias"):
