@@ -18,7 +18,7 @@ from jaxtyping import Array, Int
 
 from jaxprune.checkpoints.folder import model_digest
 from jaxprune.models import Model
-from jaxprune.training.finetuning import text_loss_and_gradients
+from jaxprune.training.finetuning import loss_and_gradients
 from jaxprune.training.loop import OPTIMIZERS, Run, Step, TrainingState, train, trainable, update
 from jaxprune.units import Params
 
@@ -160,7 +160,8 @@ def pretrain(
         random = np.random.default_rng([recipe.seed, now.done, 1])
         ids, targets = corrupt(text, corruption, sentinels, model.config.end_id, random)
         batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "weight": np.ones(len(ids), np.float32)}
-        loss, grads = text_loss_and_gradients(model, now.params, batch, targets, jax.random.fold_in(key, now.done))
+        dropout = jax.random.fold_in(key, now.done)
+        loss, grads = loss_and_gradients(model, now.params, batch, targets, key=dropout)
         return update(optimizer, now, grads), loss
 
     identity = {

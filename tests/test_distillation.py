@@ -162,6 +162,7 @@ def test_a_student_of_another_width_learns_through_a_projection(teacher):
     assert {p: a.shape for p, a in flatten(done.params).items()} == {p: a.shape for p, a in flatten(fresh).items()}
 
 
+@pytest.mark.slow
 def test_a_text_to_text_student_learns():
     model, params = speaker()
     done = distill((model, params), (model, params), asked_moods(), training=QUICKLY, sparsification=SPARSE)
@@ -291,6 +292,7 @@ def test_distill_takes_the_model_of_one_task(place: Place, tmp_path: Path):
     assert {name for name, site in read_pruning(out)["sites"].items() if site["kept"] < site["had"]}
 
 
+@pytest.mark.slow
 def test_heads_of_unknown_origin_are_refused(place: Place, tmp_path: Path):
     """A model that was pruned twice says what stays of its second pruning, not of the teacher's heads."""
     rows = ("--task", "mood", "--data", place.data)
@@ -303,6 +305,7 @@ def test_heads_of_unknown_origin_are_refused(place: Place, tmp_path: Path):
     assert run(*how, "--losses", "hidden,logits").exit_code == 0
 
 
+@pytest.mark.slow
 def test_figures_and_digest_are_those_of_the_rounded_student(place: Place, pretrained: Path, tmp_path: Path):
     out = tmp_path / "small"
     record = record_of(*sparsify(place, pretrained), "--packed", "int8", "--half", "-o", out)
@@ -328,6 +331,7 @@ def test_a_student_has_a_card(sparse):
     assert scope["logits"].shape == (1, 2)
 
 
+@pytest.mark.slow
 def test_a_packed_student_is_the_same(sparse, place: Place, pretrained: Path, tmp_path: Path):
     packed = run(*sparsify(place, pretrained), "--packed", "exact", "--no-evaluate", "-o", tmp_path / "packed")
     assert packed.exit_code == 0, packed.stderr

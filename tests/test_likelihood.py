@@ -314,6 +314,7 @@ def test_corrupted_spans_give_back_the_text():
         corrupt(windows, kind, sentinels[:2], 1, random)
 
 
+@pytest.mark.slow
 def test_pretraining_learns_and_resumes_to_the_same_bits(tmp_path: Path):
     model, params = speaker()
     stream = np.tile(np.arange(20, 36), 200).astype(np.int32)  # after 20 comes 21: there is something to learn

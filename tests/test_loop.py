@@ -155,6 +155,7 @@ train(RUN._replace(evaluate_every=50), start(), file=Path({state!r}), save_every
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path):
     run, file = RUN._replace(evaluate_every=50), tmp_path / "state"
     code = KILLED.format(tests=str(Path(__file__).parent), state=str(file))

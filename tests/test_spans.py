@@ -463,6 +463,7 @@ def moods() -> Task:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_head_for_spans_learns_beside_others_and_beside_old_ones():
     model, _ = tiny_model(layers=1, embed=32, neurons=64, heads=(MOOD,))
     model, params = replace(model, source=WORDS), model.initialise(jax.random.key(0))

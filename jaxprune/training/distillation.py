@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -242,20 +242,16 @@ def surviving_heads(record: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
     Returns:
         For every site of heads (`"3.attention.heads"`) the indices in the dense model.
-
-    Raises:
-        ValueError: If the record has no sites.
     """
     if "sites" not in record:
         raise ValueError(f"a record of a pruning has 'sites', this one has {sorted(record)}.")
-    return {name: tuple(_numbers(site["which"])) for name, site in record["sites"].items() if name.endswith(".heads")}
+    return {name: _numbers(site["which"]) for name, site in record["sites"].items() if name.endswith(".heads")}
 
 
-def _numbers(ranges: str) -> Iterator[int]:
+def _numbers(ranges: str) -> tuple[int, ...]:
     """The numbers of `0-3,7`."""
-    for run in filter(None, ranges.split(",")):
-        first, _, end = run.partition("-")
-        yield from range(int(first), int(end or first) + 1)
+    ends = [run.partition("-") for run in filter(None, ranges.split(","))]
+    return tuple(i for first, _, end in ends for i in range(int(first), int(end or first) + 1))
 
 
 def _with_head(student: Pair, teacher_model: Model, name: str | None, key: Array) -> tuple[Model, Params, bool]:

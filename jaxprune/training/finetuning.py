@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxprune.checkpoints.folder import model_digest
 from jaxprune.data.batches import IGNORED, Batches, Encoded, training_batches, usable_rows
@@ -138,14 +138,13 @@ def finetune(
     def step(now: TrainingState, visit: tuple[str, Batches, int]) -> tuple[TrainingState, Array]:
         task, batches, index = visit
         batch = batches[index]
-        own_key = jax.random.fold_in(key, now.done) if training.dropout else None
+        labels, parts, head = jnp.asarray(batch["labels"]), (ENCODER, task), task
         if model.answers_in_text:
-            targets = candidates_of(candidates_in(batch), jnp.asarray(batch["labels"]))
-            loss, grads = text_loss_and_gradients(model, now.params, batch, targets, own_key)
-        else:
-            loss, grads = _loss_and_gradients(trained, now.params, batch, task, own_key)
-        parts = (ENCODER,) if model.answers_in_text else (ENCODER, task)
-        return _updated(optimizer, training.clip, float(rates[now.done]), now, grads, parts), loss
+            labels, parts, head = candidates_of(candidates_in(batch), labels), (ENCODER,), None
+        step_key = jax.random.fold_in(key, now.done) if training.dropout else None
+        loss, grads = loss_and_gradients(trained, now.params, batch, labels, head=head, key=step_key)
+        now = now._replace(done=now.done + 1)
+        return _updated(optimizer, training.clip, rates[now.done - 1], now, grads, parts), loss
 
     def examine(now: TrainingState) -> dict[str, Any]:
         rows = Rows(split="dev", examples=training.dev_limit, max_length=training.max_length)
@@ -178,8 +177,9 @@ def check_rows(tasks: Sequence[Task]) -> None:
 
 
 def _head_for(task: Task, training: FineTuning) -> TaskHead:
-    how: dict[str, Any] = {"pooling": "none" if task.spans else training.pooling, "dense": training.dense}
-    return TaskHead(name=task.name, labels=task.labels, regression=task.regression, **how)
+    pooling = "none" if task.spans else training.pooling
+    facts: dict[str, Any] = {"name": task.name, "labels": task.labels, "regression": task.regression}
+    return TaskHead(**facts, pooling=pooling, dense=training.dense)
 
 
 def _quality(evaluation: Mapping[str, Any]) -> float:
@@ -202,57 +202,37 @@ def _visits(encoded: Mapping[str, Encoded], training: FineTuning, epoch: int) ->
     return [visits[i] for i in np.random.default_rng([training.seed, epoch]).permutation(len(visits))]
 
 
-def text_loss_and_gradients(
-    model: Model, params: Params, batch: Mapping[str, np.ndarray], targets: Any, key: Array | None
+def loss_and_gradients(
+    model: Model,
+    params: Params,
+    batch: Mapping[str, np.ndarray],
+    labels: Any,
+    *,
+    head: str | None = None,
+    key: Array | None = None,
 ) -> tuple[Array, Params]:
-    """The mean cross-entropy of a text-to-text model towards some targets `[b, u]`, and its gradient."""
-    targets = jnp.asarray(targets)
-    logits, pull = forward(
-        model, params, teacher_forced(model, batch, targets), gradients=Gradients(weights=True), key=key
-    )
-    loss, cotangent = _text_loss(logits, targets, jnp.asarray(batch["weight"]))
-    return loss, share_gradients(model, pull(cotangent)[1] or {})
-
-
-def _loss_and_gradients(
-    model: Model, params: Params, batch: Mapping[str, np.ndarray], head: str, key: Array | None
-) -> tuple[Array, Params]:
-    """The loss of a task head, and its gradient."""
-    logits, pull = forward(model, params, batch, head=head, gradients=Gradients(weights=True), key=key)
-    labels, weight = jnp.asarray(batch["labels"]), jnp.asarray(batch["weight"])
-    loss, cotangent = _loss(model.head(head).regression, logits, labels, weight)
+    """The mean loss of a task head towards labels, or of a text-to-text model towards target tokens; its gradient."""
+    labels = jnp.asarray(labels)
+    inputs = teacher_forced(model, batch, labels) if model.answers_in_text else batch
+    logits, pull = forward(model, params, inputs, head=head, gradients=Gradients(weights=True), key=key)
+    loss, cotangent = _loss(model.head(head).regression, logits, labels, jnp.asarray(batch["weight"]))
     return loss, share_gradients(model, pull(cotangent)[1] or {})
 
 
 @partial(jax.jit, static_argnums=0)
 def _loss(
-    regression: bool, logits: Float[Array, "b l"], labels: Array, weight: Float[Array, " b"]
-) -> tuple[Array, Float[Array, "b l"]]:
-    """The mean loss of the rows that are not padding, and its gradient with respect to the logits.
-
-    For spans it is the mean of the losses of their start and their end.
-    """
+    regression: bool, logits: Float[Array, "b *n l"], labels: Array, weight: Float[Array, " b"]
+) -> tuple[Array, Float[Array, "b *n l"]]:
+    """The mean loss of the labels of the rows that are not padding, and its gradient with respect to the logits."""
+    counts = jnp.broadcast_to(weight.reshape(-1, *(1,) * (labels.ndim - 1)), labels.shape)
+    if not regression:
+        counts = jnp.where(labels != IGNORED, counts, 0.0)
 
     def mean_loss(logits: Array) -> Array:
         if regression:
             each = jnp.square(logits[:, 0] - labels)
         else:
-            each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            each = each.reshape(each.shape[0], -1).mean(1)
-        return (each * weight).sum() / weight.sum()
-
-    return jax.value_and_grad(mean_loss)(logits)
-
-
-@jax.jit
-def _text_loss(
-    logits: Float[Array, "b u v"], targets: Int[Array, "b u"], weight: Float[Array, " b"]
-) -> tuple[Array, Float[Array, "b u v"]]:
-    """The mean cross-entropy of the target's tokens, and its gradient with respect to the logits."""
-
-    def mean_loss(logits: Array) -> Array:
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
-        counts = jnp.where(targets != IGNORED, weight[:, None], 0.0)
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
         return (each * counts).sum() / counts.sum()
 
     return jax.value_and_grad(mean_loss)(logits)
@@ -277,7 +257,7 @@ def _part(params: Params, name: str) -> Params:
 def _updated(
     optimizer: optax.GradientTransformation,
     clip: float,
-    rate: float,
+    rate: Any,
     now: TrainingState,
     grads: Params,
     parts: tuple[str, ...],
@@ -288,7 +268,7 @@ def _updated(
     params = after[0]
     if "heads" in now.params:
         params = params | {"heads": now.params["heads"] | dict(zip(parts[1:], after[1:], strict=True))}
-    return now._replace(params=params, moments=now.moments | dict(zip(parts, moments, strict=True)), done=now.done + 1)
+    return now._replace(params=params, moments=now.moments | dict(zip(parts, moments, strict=True)))
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
@@ -301,12 +281,10 @@ def _update(
     rate: Array,
 ) -> tuple[tuple[Params, ...], tuple[optax.OptState, ...]]:
     """One step of some parts of the parameters, clipped by their common norm. Donates parts and moments."""
-    clipped, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
-    after = []
+    clipped: Any = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())[0]
+    after: list[Any] = []
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer count
-        for part, own_moments, own_grads in zip(parts, moments, clipped, strict=True):
-            updates, moved = optimizer.update(own_grads, own_moments, part)
-            updates, _ = optax.scale(-rate).update(updates, optax.EmptyState())
-            after.append((optax.apply_updates(part, updates), moved))
-    params, states = zip(*after, strict=True)
-    return params, states
+        for part, *own in zip(parts, clipped, moments, strict=True):
+            updates, moved = optimizer.update(*own, part)
+            after.append((optax.apply_updates(part, jax.tree.map(lambda u: -rate * u, updates)), moved))
+    return tuple(part for part, _ in after), tuple(moved for _, moved in after)

@@ -55,11 +55,7 @@ WEIGHTS = ("attention", "embeddings", "hidden", "logits", "labels")  # of `Disti
 
 
 def one_to_one(student: int, teacher: int) -> tuple[int, ...]:
-    """Every layer learns from the one in its place.
-
-    Raises:
-        ValueError: If the depths differ.
-    """
+    """Every layer learns from the one in its place; the depths must be equal."""
     if student != teacher:
         raise ValueError(
             f"the student has {student} layers, the teacher {teacher}: choose a layer map such as uniform or last."
@@ -70,9 +66,6 @@ def one_to_one(student: int, teacher: int) -> tuple[int, ...]:
 def uniform(student: int, teacher: int) -> tuple[int, ...]:
     """The teacher's layers at equal distances, its last one included: of 12 the layers 3, 7 and 11.
 
-    Raises:
-        ValueError: If the student is deeper than the teacher.
-
     References:
         Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding, 2020.
     """
@@ -81,11 +74,7 @@ def uniform(student: int, teacher: int) -> tuple[int, ...]:
 
 
 def last(student: int, teacher: int) -> tuple[int, ...]:
-    """The teacher's last layers.
-
-    Raises:
-        ValueError: If the student is deeper than the teacher.
-    """
+    """The teacher's last layers."""
     _check_depths(student, teacher)
     return tuple(range(teacher - student, teacher))
 
@@ -154,11 +143,7 @@ class Distillation:
 
 
 def match_layers(layers: LayerMap, model: Model, teacher_model: Model) -> dict[str, str | None]:
-    """The teacher's layer that each of the student's learns from, by name; the map is asked once per stack.
-
-    Raises:
-        ValueError: If one has other stacks than the other, or the map is not one of these layers.
-    """
+    """The teacher's layer that each of the student's learns from, by name; the map is asked once per stack."""
     if [stack.name for stack in model.stacks] != [stack.name for stack in teacher_model.stacks]:
         raise ValueError("student and teacher must both be encoders or both text-to-text models.")
     matched: dict[str, str | None] = {}
@@ -175,11 +160,7 @@ def match_layers(layers: LayerMap, model: Model, teacher_model: Model) -> dict[s
 
 
 def head_index(site: str, ours: int, theirs: int, heads: Mapping[str, Sequence[int]]) -> np.ndarray | None:
-    """The teacher's heads that those of one site of the student learn from; None: all, in order.
-
-    Raises:
-        ValueError: If that is not known, or does not fit.
-    """
+    """The teacher's heads that those of one site of the student learn from; None: all, in order."""
     if site not in heads:
         if ours == theirs:
             return None
@@ -194,13 +175,9 @@ def head_index(site: str, ours: int, theirs: int, heads: Mapping[str, Sequence[i
 
 
 def initialise_projection(model: Model, teacher_model: Model, key: Array) -> Params:
-    """Random matrices from the student's width to the teacher's, for a student of another width.
+    """Random matrices `[student's width, teacher's width]`: train `params | {"projection": ...}` in place of `params`.
 
-    Train `params | {"projection": ...}` in place of `params`.
-
-    Returns:
-        Two matrices `[student's width, teacher's width]`, as in TinyBERT: one for the embedding output, and one for the
-        outputs of all layers.
+    There are two, as in TinyBERT: one for the embedding output, and one for the outputs of all layers.
     """
     shape = model.config.embed, teacher_model.config.embed
     scale = shape[0] ** -0.5  # what is projected keeps its size
@@ -235,12 +212,9 @@ def soft_cross_entropy(
 def label_loss(
     logits: Float[Array, "*b l"], labels: Array, *, regression: bool = False
 ) -> tuple[Float[Array, "*b"], Bool[Array, "*b"]]:
-    """The loss towards hard labels, per example, and which examples have one.
+    """The loss towards hard labels, per example, and which examples have one: those whose index is not negative.
 
-    Args:
-        logits: One number per label; in a regression the first is the prediction.
-        labels: `[*b]`. Indices, negative where there is none; in a regression numbers, and all of them count.
-        regression: Whether the loss is the squared error instead of the cross-entropy.
+    It is the cross-entropy; in a regression the squared error of the first logit, and all examples have a label.
     """
     if regression:
         return jnp.square(logits[..., 0].astype(jnp.float32) - labels.astype(jnp.float32)), jnp.ones(labels.shape, bool)
@@ -252,19 +226,7 @@ def label_loss(
 def mean_squared_error(
     student: Float[Array, "*shape"], teacher: Float[Array, "*shape"], mask: Bool[Array, ...]
 ) -> Float[Array, ""]:
-    """The mean of `(student - teacher)^2` over the entries that the mask allows; 0 if it allows none.
-
-    A plain mean that counts masked entries as 0 is this times the fraction of entries that the mask allows: it shrinks
-    when a batch is padded further.
-
-    Args:
-        student: Hidden states `[b, t, d]` or attention scores `[b, n, t, s]`.
-        teacher: The same shape.
-        mask: Broadcasts to that shape.
-
-    Raises:
-        ValueError: If the shapes differ.
-    """
+    """The mean of `(student - teacher)^2` over the entries that the mask allows, see `mean_where`."""
     if student.shape != teacher.shape:
         raise ValueError(f"the student has {student.shape}, the teacher {teacher.shape}: they must have one shape.")
     return mean_where(jnp.square(student.astype(jnp.float32) - teacher.astype(jnp.float32)), mask)
@@ -314,7 +276,7 @@ def joint_loss(
     Raises:
         ValueError: If student and teacher do not match, or the batch does not fit them.
     """
-    distillation = distillation or default_distillation(student[0])
+    distillation = distillation or Distillation.sparse_bert(regression=student[0].head().regression)
     total, parts, _ = _run(student, teacher, batch, distillation, key, differentiated=False)
     return total, parts
 
@@ -333,7 +295,7 @@ def joint_loss_and_gradients(
     heads, get a gradient of 0; those that are one in the original model all get the sum of theirs.
     """
     model, params = student
-    distillation = distillation or default_distillation(model)
+    distillation = distillation or Distillation.sparse_bert(regression=model.head().regression)
     total, parts, stages = _run(student, teacher, batch, distillation, key, differentiated=True)
     flat: dict[Path, Array] = {}
     cotangent = None
@@ -352,11 +314,6 @@ def joint_loss_and_gradients(
     return (total, parts), share_gradients(model, unflatten(flat | unused))
 
 
-def default_distillation(model: Model) -> Distillation:
-    """That of SparseBERT, for the only task head of a model."""
-    return Distillation.sparse_bert(regression=model.head(None).regression)
-
-
 class Target(NamedTuple):
     """What the teacher has at one place, for the student to match."""
 
@@ -367,7 +324,7 @@ class Target(NamedTuple):
 class _Differentiated(NamedTuple):
     """The inputs of a program with respect to which it is differentiated."""
 
-    state: Any  # what it reads, a `State`; None before the first layer
+    state: Any  # a `State`; None before the first layer
     params: Params
     matrix: Float[Array, "d e"] | None = None  # of the projection; None: the widths are equal
 

@@ -270,12 +270,7 @@ def write_state(file: Path, state: TrainingState, identity: Mapping[str, Any]) -
 
 
 def read_state(file: Path, state: TrainingState, identity: Mapping[str, Any]) -> TrainingState:
-    """Reads a run in progress: every array by its name, into the structure of `state`.
-
-    Raises:
-        ValueError: If the file is damaged, something else, of another run or another version, or its arrays are not
-            those of the state in name, shape and type.
-    """
+    """Reads a run in progress: every array by its name, into the structure of `state`; refuses what does not fit."""
     anew = "remove it to start anew."
     try:
         with safe_open(file, framework="numpy") as stored:
