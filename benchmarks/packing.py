@@ -1,28 +1,32 @@
-"""Packed files: how small they are at each sparsity, and how long loading takes beside a dense file, in turns.
+"""Sparse weights on disk: safetensors under a standard compressor, beside the layout without zeros of version 0.1.
 
     python benchmarks/packing.py -o benchmarks/results/packing.json
 
-In each kernel of the layers the same share of the smallest weights of the bundled BERT is set to zero. That model is no
-good, but its file is as large as that of a good one. Sizes are exact, against dense float32. Every round loads each
-folder once, from the page cache; a ratio of times is the median over the rounds. Seconds of the processor are recorded
-beside those of the clock: on a machine that others use, they are what the load itself takes.
+The linear maps of the bundled BERT lose the same share of their smallest weights each. Their stored values are float16;
+for float32 they get random lower bits, since values of fewer bits would flatter the compressors. `packed` is the
+layout of version 0.1 (`former_layout`): the values that are not zero, and a bit or a byte each to say where they are.
+Every round reads each file once from the page cache into dense NumPy arrays; the ratio of times is the median over the
+rounds. Processor time is recorded beside clock time: on a machine that others use, it is what reading itself takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pyarrow
+import safetensors.numpy
 from rich.console import Console
 from rich.table import Table
 from speed import environment
@@ -30,106 +34,166 @@ from timing import Setting, in_turns, spread
 
 import jaxprune as jp
 from jaxprune.checkpoints.files import write_atomic
-from jaxprune.checkpoints.sparse_file import RUN, PackedFile, linear_maps
-from jaxprune.cli.storage import disk_sizes
+from jaxprune.checkpoints.int8 import WeightFile, linear_maps, output_scales, round_to_int8
 from jaxprune.models import Model
-from jaxprune.units import Params, flatten, path_name, unflatten
+from jaxprune.units import Params, flatten, path_name
 
-SPARSITIES = "0.5,0.8,0.9,0.95,0.97"
-WAYS: Mapping[str, Mapping[str, Any]] = {  # name -> arguments of `save`
-    "float32": {"packed": "exact"},
-    "float16": {"packed": "exact", "dtype": "float16"},
-    "bfloat16": {"packed": "exact", "dtype": "bfloat16"},
-    "int8": {"packed": "int8"},
-}
-TIMED = ("float32", "int8")  # they are loaded as float32, as is the dense file
+SPARSITIES = "0.8,0.9,0.95"
+VALUES = ("float32", "float16", "int8")
+LEVELS = (3, 9, 19)  # of zstd
+NAMES = {"float32": "F32", "float16": "F16", "int8": "I8"}  # as safetensors calls them
+
+Tensors = dict[str, np.ndarray]
 
 
-def sparsified(model: Model, params: Params, sparsity: float) -> Params:
-    """The parameters without this share of the smallest weights of each kernel in the layers."""
-    names, flat = linear_maps(model.axes, params), flatten(params)
-    for path, array in flat.items():
+def sparsified(model: Model, params: Params, sparsity: float) -> Tensors:
+    """The linear maps of the layers without this share of the smallest weights of each."""
+    names, tensors = linear_maps(model.axes, params), {}
+    for path, array in flatten(params).items():
         if path_name(path) in names:
             weights = np.array(array)
-            smallest = np.argpartition(np.abs(weights), round(sparsity * weights.size), axis=None)
-            weights.reshape(-1)[smallest[: round(sparsity * weights.size)]] = 0
-            flat[path] = weights
-    return unflatten(flat)
+            count = round(sparsity * weights.size)
+            weights.reshape(-1)[np.argpartition(np.abs(weights), count, axis=None)[:count]] = 0
+            tensors[path_name(path)] = weights
+    return tensors
+
+
+def stored(tensors: Tensors, values: str, outputs: Mapping[str, int]) -> tuple[Tensors, Tensors]:
+    """The tensors in the type of a file, and the scales of their outputs if that is int8."""
+    if values == "int8":
+        scales = {name: output_scales(array, outputs[name]) for name, array in tensors.items()}
+        return {name: round_to_int8(array, scales[name]) for name, array in tensors.items()}, scales
+    random = np.random.default_rng(0)
+    noise = 2.0**-12 if values == "float32" else 0.0  # below the last bit of float16
+    return {
+        name: (array * (1 + noise * random.standard_normal(array.shape)) + 0.0).astype(values)
+        for name, array in tensors.items()
+    }, {}
+
+
+def former_layout(tensors: Tensors, scales: Tensors) -> tuple[Tensors, str]:
+    """The tensors as version 0.1 packed them, and their description for the metadata; what does not shrink is whole."""
+    parts, described = {}, {}
+    for name, array in tensors.items():
+        flat = array.reshape(-1)
+        nonzero = flat.view(f"u{array.itemsize}") != 0  # -0.0 is a value
+        places, kind = np.flatnonzero(nonzero), NAMES[str(array.dtype)]
+        zeros = np.diff(places, prepend=-1, append=flat.size) - 1
+        counts = zeros // 255 + 1  # bytes: 255 for 255 zeros and no weight, then the zeros that are left before one
+        counts[-1] -= 1
+        deltas = np.full(counts.sum(), 255, np.uint8)
+        deltas[np.cumsum(counts)[:-1] - 1] = zeros[:-1] % 255
+        where = {"bits": np.packbits(nonzero, bitorder="little")}
+        if len(deltas) < len(where["bits"]):
+            where = {"deltas": deltas}
+        encoding, values = next(iter(where)), flat[places]
+        if values.nbytes + len(where[encoding]) >= flat.nbytes:
+            encoding, where, values = "all", {}, flat
+        parts |= {f"{name}.values": values, **{f"{name}.{part}": index for part, index in where.items()}}
+        parts |= {f"{name}.scales": scales[name]} if name in scales else {}
+        described[name] = {
+            "dtype": "F32" if name in scales else kind,
+            "shape": list(array.shape),
+            "values": kind,
+            "encoding": encoding,
+            "count": len(values),
+        }
+    return parts, json.dumps({"version": 1, "tensors": described}, separators=(",", ":"))
+
+
+def read_plain(file: Path, expand: Callable[[bytes], bytes], scales: Mapping[str, Any]) -> Tensors:
+    """Every tensor of a compressed safetensors file, dense."""
+    tensors = safetensors.numpy.load(expand(file.read_bytes()))
+    products = {name: (tensors[name], tensors[f"{name}.scales"]) for name in scales}
+    return tensors | {
+        name: (array.astype(np.float32).reshape(-1, len(scale)) * scale).reshape(array.shape)
+        for name, (array, scale) in products.items()
+    }
+
+
+def read_packed(file: Path) -> Tensors:
+    """Every tensor of a file of version 0.1, dense."""
+    with WeightFile(file) as opened:
+        return {name: opened.read(name) for name in opened.entries}
 
 
 def measure(model: Model, params: Params, sparsities: list[float], *, repeats: int) -> list[dict[str, Any]]:
-    """Saves the model at every sparsity in every way, and loads it in turns with the dense file."""
-    rows = []
-    with tempfile.TemporaryDirectory() as place:
-        for sparsity in sparsities:
-            own, folder = sparsified(model, params, sparsity), Path(place) / f"{sparsity:g}"
-            jp.save(folder / "dense", model, own)
-            dense = disk_sizes(model, own, folder / "dense")
-            ways = {name: _sizes(model, own, folder / name, dense, how) for name, how in WAYS.items()}
-            folders = {"dense": folder / "dense", **{name: folder / name for name in TIMED}}
-            spent: dict[str, list[float]] = {name: [] for name in folders}
-            clock = in_turns({name: partial(_load, path, spent[name]) for name, path in folders.items()}, repeats)
-            processor = {name: np.array(seconds[1:]) for name, seconds in spent.items()}  # as `in_turns` counts
-            for name in TIMED:
-                for what, seconds in {"clock": clock, "processor": processor}.items():
-                    ways[name][f"load_{what}"] = spread(seconds[name] / seconds["dense"])
-            dense_load = {"clock": spread(clock["dense"]), "processor": spread(processor["dense"])}
-            rows.append({"sparsity": sparsity, "dense": dense, "dense_load_seconds": dense_load, "ways": ways})
+    """Writes the linear maps at every sparsity in every way, and reads the files in turns."""
+    outputs, rows = linear_maps(model.axes, params), []
+    for sparsity in sparsities:
+        dense = sparsified(model, params, sparsity)
+        for values in VALUES:
+            tensors, scales = stored(dense, values, outputs)
+            plain = safetensors.numpy.save(tensors | {f"{name}.scales": scale for name, scale in scales.items()})
+            with tempfile.TemporaryDirectory() as place:
+                rows.append(
+                    {"sparsity": sparsity, "values": values, "plain_bytes": len(plain)}
+                    | _compare(Path(place), tensors, scales, plain, repeats)
+                )
     return rows
 
 
-def _load(folder: Path, spent: list[float]) -> None:
+def _compare(folder: Path, tensors: Tensors, scales: Tensors, plain: bytes, repeats: int) -> dict[str, Any]:
+    parts, text = former_layout(tensors, scales)
+    safetensors.numpy.save_file(parts, folder / "packed", {"packed": text})
+    runs: dict[str, Callable[[], Tensors]] = {"packed": partial(read_packed, folder / "packed")}
+    compressors: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {
+        "xz": (lzma.compress, lzma.decompress)
+    }
+    for level in LEVELS:
+        codec = pyarrow.Codec("zstd", compression_level=level)
+        compressors[f"zstd {level}"] = (
+            partial(codec.compress, asbytes=True),
+            partial(codec.decompress, decompressed_size=len(plain), asbytes=True),
+        )
+    seconds_to_write = {}
+    for name, (compress, expand) in compressors.items():
+        begun = time.process_time()
+        (folder / name).write_bytes(compress(plain))
+        seconds_to_write[name] = time.process_time() - begun
+        runs[name] = partial(read_plain, folder / name, expand, scales)
+    expected = {name: array.tobytes() for name, array in runs["packed"]().items()}
+    for name, run in runs.items():
+        found = run()
+        if any(found[tensor].tobytes() != content for tensor, content in expected.items()):
+            raise ValueError(f"{name} does not give back what was written.")
+    spent: dict[str, list[float]] = {name: [] for name in runs}
+    clock = in_turns({name: partial(_timed, run, spent[name]) for name, run in runs.items()}, repeats)
+    processor = {name: np.array(seconds[1:]) for name, seconds in spent.items()}  # as `in_turns` counts
+    size = {name: (folder / name).stat().st_size for name in runs}
+    return {
+        "packed_bytes": size["packed"],
+        "packed_read_seconds": {"clock": spread(clock["packed"]), "processor": spread(processor["packed"])},
+        "ways": {
+            name: {
+                "bytes": size[name],
+                "size": size[name] / size["packed"],
+                "read_clock": spread(clock[name] / clock["packed"]),
+                "read_processor": spread(processor[name] / processor["packed"]),
+                "write_seconds": seconds,
+            }
+            for name, seconds in seconds_to_write.items()
+        },
+    }
+
+
+def _timed(run: Callable[[], Any], spent: list[float]) -> None:
     begun = time.process_time()
-    jax.block_until_ready(jp.load(folder)[1])
+    run()
     spent.append(time.process_time() - begun)
 
 
-def _sizes(
-    model: Model, params: Params, folder: Path, dense: Mapping[str, int], how: Mapping[str, Any]
-) -> dict[str, Any]:
-    jp.save(folder, model, params, **how)
-    kinds = {name: np.dtype(how.get("dtype", "float32")) for name in linear_maps(model.axes, params)}
-    typed = unflatten({path: _typed(array, kinds.get(path_name(path))) for path, array in flatten(params).items()})
-    own = disk_sizes(model, typed, folder)
-    with PackedFile(folder / "model.safetensors") as file:
-        index = {name: _index_bytes(file, name) for name in file.packed}
-        used = sorted({packed.how.encoding for packed in file.packed.values()})
-        chosen = sum(index[name][packed.how.encoding] for name, packed in file.packed.items())
-    by_encoding = {
-        encoding: dense["linear_maps"] / (own["linear_maps"] - chosen + sum(each[encoding] for each in index.values()))
-        for encoding in ("bits", "deltas")
-    }
-    ratios = {name: dense[name] / own[name] for name in own}
-    return {**own, "encodings": used, "ratios": ratios, "linear_maps_by_encoding": by_encoding}
-
-
-def _typed(array: Any, dtype: np.dtype | None) -> Any:
-    return array if dtype is None else np.asarray(array).astype(dtype)
-
-
-def _index_bytes(file: PackedFile, name: str) -> dict[str, int]:
-    """What it takes to say where the values of a tensor are, in either encoding."""
-    how, (places, _) = file.packed[name].how, file.nonzeros(name)
-    zeros = np.diff(places, prepend=-1, append=how.size) - 1
-    return {"all": 0, "bits": -(-how.size // 8), "deltas": how.count + int((zeros // RUN).sum())}
-
-
-def show(found: Mapping[str, Any]) -> None:
-    """Prints a table of all sparsities."""
-    shown = Table(title="Times smaller than dense float32, and time to load beside the dense file")
-    for column in ("zeros", "values", "encoding", "linear maps", "bits", "deltas", "whole file", "load", "processor"):
-        shown.add_column(
-            column, justify="left" if column in ("values", "encoding") else "right", no_wrap=column == "values"
-        )
-    for row in found["rows"]:
-        for name, own in row["ways"].items():
-            ratios, other = own["ratios"], own["linear_maps_by_encoding"]
-            numbers = (ratios["linear_maps"], other["bits"], other["deltas"], ratios["file"])
-            loads = (f"{own[name]['median']:.2f}" if name in own else "" for name in ("load_clock", "load_processor"))
-            shown.add_row(
-                f"{row['sparsity']:.0%}", name, ", ".join(own["encodings"]), *(f"{n:.2f}" for n in numbers), *loads
-            )
-    Console().print(shown)
+def show(record: Mapping[str, Any]) -> None:
+    """Prints a table of all files."""
+    table = Table(title="Compressed safetensors beside the packed layout of version 0.1")
+    for column in ("zeros", "values", "packed, MB", "compressor", "size / packed", "read / packed", "write, s"):
+        table.add_column(column, justify="left" if column in ("values", "compressor") else "right")
+    for row in record["rows"]:
+        for name, way in row["ways"].items():
+            numbers = (way["size"], way["read_processor"]["median"], way["write_seconds"])
+            packed = f"{row['packed_bytes'] / 1e6:.2f}"
+            table.add_row(f"{row['sparsity']:.0%}", row["values"], packed, name, *(f"{n:.2f}" for n in numbers))
+    Console().print(table)
 
 
 def main() -> None:
@@ -141,6 +205,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file")
     arguments = parser.parse_args()
     model, params = jp.load(arguments.model)
+    params = jax.tree.map(np.asarray, params)
     setting = Setting(
         model=model,
         params=params,
@@ -151,6 +216,7 @@ def main() -> None:
     sparsities = [float(sparsity) for sparsity in arguments.sparsities.split(",")]
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     record = {"command": " ".join(["python", *sys.argv]), **environment(setting, threads)}
+    record["versions"] |= {"pyarrow": pyarrow.__version__, "safetensors": safetensors.__version__}
     record["settings"] = {name: record["settings"][name] for name in ("folder", "repeats")}
     record["rows"] = measure(model, params, sparsities, repeats=arguments.repeats)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -37,14 +37,13 @@ from evidence import Cell, compare
 from parts import PACKAGES, asked, begun, each, keep
 
 import jaxprune as jp
+from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import write_atomic
-from jaxprune.checkpoints.folder import model_digest
-from jaxprune.cli.storage import disk_sizes
 from jaxprune.cli.training import count_weights
 from jaxprune.data.batches import encode, training_batches
 from jaxprune.data.tasks import Rows
 from jaxprune.evaluation.evaluate import evaluate, predict
-from jaxprune.models.cost import flops
+from jaxprune.models.cost import file_size, flops
 from jaxprune.training.loop import TrainingState, trainable, update
 
 TASKS = ("sst2", "cola", "mrpc", "rte", "qnli")
@@ -209,7 +208,7 @@ def sizes_of(model: Any, params: Any) -> dict[str, Any]:
         for way, packed in {"dense": None, "exact": "exact", "int8": "int8"}.items():
             folder = Path(place) / way
             jp.save(folder, model, params, packed=packed)
-            found[way] = disk_sizes(model, params, folder)
+            found[way] = {"file": file_size(folder)}
     return found
 
 

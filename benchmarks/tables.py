@@ -371,30 +371,30 @@ def plans_setting() -> str:
 
 
 def packing() -> str:
-    """How small packed files are, and how long they take to load."""
+    """How small compressed files of sparse weights are, and how long they take to read."""
     rows = []
     for row in record("packing")["rows"]:
-        for name, own in row["ways"].items():
-            loads = (_median_and_quartiles(own.get(name)) for name in ("load_processor", "load_clock"))
-            other = own["linear_maps_by_encoding"]
-            sizes = (own["ratios"]["linear_maps"], other["bits"], other["deltas"], own["ratios"]["file"])
-            rows.append([f"{100 * row['sparsity']:g} %, {name}", *(f"{size:.1f}" for size in sizes), *loads])
-    heading = ["zeros, values", "linear maps: times smaller", "as bits", "as deltas", "whole file"]
-    return table([*heading, "load / dense load, processor", "clock"], rows)
+        for name, way in row["ways"].items():
+            times = (_median_and_quartiles(way[kind]) for kind in ("read_processor", "read_clock"))
+            sizes = (f"{size / 1e6:.2f}" for size in (row["plain_bytes"], row["packed_bytes"], way["bytes"]))
+            zeros = f"{100 * row['sparsity']:g} %, {row['values']}, {name}"
+            rows.append([zeros, *sizes, f"{way['size']:.2f}", *times, f"{way['write_seconds']:.1f}"])
+    heading = ["zeros, values, compressor", "plain, MB", "packed, MB", "compressed, MB", "compressed / packed"]
+    return table([*heading, "time to read / packed, processor", "clock", "to write, s"], rows)
 
 
-def _median_and_quartiles(found: Mapping[str, Any] | None) -> str:
-    return "–" if found is None else "{median:.2f} [{quartiles[0]:.2f}, {quartiles[1]:.2f}]".format(**found)
+def _median_and_quartiles(found: Mapping[str, Any]) -> str:
+    return "{median:.2f} [{quartiles[0]:.2f}, {quartiles[1]:.2f}]".format(**found)
 
 
 def packing_setting() -> str:
-    """What was packed, and where it was loaded."""
+    """What was compressed, and where it was read."""
     found = record("packing")
-    dense = found["rows"][0]["dense"]
+    versions = {name: found["versions"][name] for name in ("python", "numpy", "pyarrow", "safetensors")}
     return (
-        f"Folder {found['settings']['folder']} in float32: {dense['linear_maps'] / 1e6:.1f} MB of linear maps, "
-        f"{dense['file'] / 1e6:.1f} MB in all; {found['settings']['repeats']} rounds, {found['threads']} threads, "
-        f"{found['device']}, jax {found['versions']['jax']}. Commit {found['commit'][:10]}.\n"
+        f"Folder {found['settings']['folder']}; {found['settings']['repeats']} rounds, {found['threads']} threads, "
+        f"{found['device']}, {', '.join(f'{name} {version}' for name, version in versions.items())}. "
+        f"Commit {found['commit'][:10]}.\n"
     )
 
 

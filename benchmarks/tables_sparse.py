@@ -105,14 +105,10 @@ def sizes(name: str = MAIN) -> str:
     found = record(name)["sizes"]["rows"]
     for sparsity, own in found.items():
         share = f"{own['flops_not_zero'] / 1e6:,.0f} of {own['flops'] / 1e6:,.0f} M"
-        stored = [
-            f"{own[way][what] / 1e6:.2f} of {own['dense'][what] / 1e6:.2f} MB"
-            for what in ("linear_maps", "file")
-            for way in ("exact", "int8")
-        ]
+        stored = [f"{own[way]['file'] / 1e6:.2f} of {own['dense']['file'] / 1e6:.2f} MB" for way in ("exact", "int8")]
         rows.append([f"{100 * float(sparsity):g} %", share, *stored])
     length = next(iter(found.values()))["length"]
-    heading = ["linear maps packed, exact", "int8", "whole file, exact", "int8"]
+    heading = ["file packed, exact", "int8"]
     return table(["zeros", f"FLOPs of {length} tokens by weights that are not zero", *heading], rows)
 
 

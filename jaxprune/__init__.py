@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxprune.bundled import bundled_data, bundled_model, bundled_text_model
     from jaxprune.checkpoints.folder import load, save
+    from jaxprune.checkpoints.int8 import densify
     from jaxprune.checkpoints.shared import TaskGates, add_gates, load_gates, save_shared
-    from jaxprune.checkpoints.sparse_file import densify
     from jaxprune.compaction import compact
     from jaxprune.data.augmentation import Augmentation, augment
     from jaxprune.data.prompts import Prompt, prompt_for, read_prompt
@@ -133,7 +133,7 @@ _SOURCES = {
     "check": "pruning.checks",
     "compact": "compaction",
     "cubic_schedule": "sparse.schedules",
-    "densify": "checkpoints.sparse_file",
+    "densify": "checkpoints.int8",
     "distill": "training.distillation",
     "Example": "data.splits",
     "evaluate": "evaluation.evaluate",

@@ -21,15 +21,16 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pyarrow
 from checkpoints import safetensors_bytes, write_classifier
 from safetensors.numpy import load_file
 from tiny import random_gates, tiny_model
 
-from jaxprune.checkpoints.folder import digest, load, read_pruning, save
+from jaxprune.checkpoints.digests import params_digest
+from jaxprune.checkpoints.folder import load, read_pruning, save
 from jaxprune.checkpoints.gate_file import GATES
 from jaxprune.checkpoints.gate_file import METADATA as METADATA_OF_GATES
 from jaxprune.checkpoints.shared import save_shared
-from jaxprune.checkpoints.sparse_file import METADATA as PACKED
 from jaxprune.compaction import compact
 from jaxprune.models import family
 from jaxprune.scoring.scores import METADATA, Scores, load_scores, save_scores
@@ -51,6 +52,17 @@ def split(file: bytes) -> tuple[bytes, bytes]:
     """The header of a safetensors file, and its data."""
     length = int.from_bytes(file[:8], "little")
     return file[8 : 8 + length], file[8 + length :]
+
+
+def expanded(file: Path) -> bytes:
+    """The content of a file that zstd compressed."""
+    with pyarrow.input_stream(str(file), compression="zstd") as stream:
+        return stream.read()
+
+
+def compressed(content: bytes) -> bytes:
+    """The content as zstd compresses it."""
+    return pyarrow.Codec("zstd").compress(content, asbytes=True)
 
 
 def damaged_tensors(whole: bytes, draw: random.Random) -> tuple[str, bytes]:
@@ -189,44 +201,55 @@ def outcome(folder: Path, kind: str) -> str:
 
 
 def make_packed(folder: Path) -> list[Path]:
-    """Folders with exact and with int8 values, each with deltas and with bits, whole; beside each what is in it."""
+    """Whole packed folders, exact and int8, of today and of version 0.1; beside each what is in it."""
     model, params = tiny_model(layers=1, embed=32, neurons=64)
     random, flat = np.random.default_rng(0), flatten(params)
     for path, array in flat.items():
         if path[-1] == "kernel" and "layers" in path:
-            share = 0.5 if "ffn" in path else 0.05
-            flat[path] = np.where(random.random(array.shape) < share, np.asarray(array), np.float32(0))
-    found = [save(folder / values, model, unflatten(flat), packed=values) for values in ("exact", "int8")]
-    for whole in found:
+            flat[path] = np.where(random.random(array.shape) < 0.1, np.asarray(array), np.float32(0))
+    folders = [save(folder / values, model, unflatten(flat), packed=values) for values in ("exact", "int8")]
+    for name in ("packed_exact", "packed_int8"):
+        folders.append(Path(shutil.copytree(Path(__file__).parent / "data" / "before" / name, folder / name)))
+    for whole in folders:
         arrays: dict[str, Any] = {path_name(p): np.asarray(a) for p, a in flatten(load(whole)[1]).items()}
         np.savez(whole / "whole.npz", **arrays)
-    return found
+    return folders
 
 
 def damage_packed(folder: Path, draw: random.Random) -> str:
     """Damages the file of a packed folder, or the descriptions in it, and says what was done."""
-    file = folder / "model.safetensors"
-    whole = file.read_bytes()
-    if draw.random() < 0.5:
-        what, content = damaged_tensors(whole, draw)
-        file.write_bytes(content)
-        return what
+    (file,) = folder.glob("model.safetensors*")
+    former = file.suffix != ".zst"
+    if not former and draw.random() < 0.3:
+        whole = bytearray(file.read_bytes())
+        if draw.random() < 0.5:
+            file.write_bytes(whole[: draw.randrange(len(whole))])
+            return "compressed: cut"
+        whole[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        file.write_bytes(whole)
+        return "compressed: bits"
+    whole = file.read_bytes() if former else expanded(file)
     text, data = split(whole)
     header = json.loads(text)
-    described = header["__metadata__"][PACKED]
-    if draw.random() < 0.3:
-        what, changed = damaged_json(described.encode(), draw)
-        described = changed.decode(errors="replace")
+    keys = sorted(header["__metadata__"].keys() & {"packed", "int8"})
+    if not keys or draw.random() < 0.5:
+        what, content = damaged_tensors(whole, draw)
     else:
-        content = json.loads(described)
-        what = draw.choice(("dtype", "shape", "values", "encoding", "count"))
-        fields = content["tensors"][draw.choice(sorted(content["tensors"]))]
-        near = {"shape": [[64, 32], [32, 65], [2048]], "count": [fields["count"] + 1]}.get(what, ["F16", "I8", "bits"])
-        fields[what] = draw.choice((*NUMBERS, *THINGS, *near))
-        described = json.dumps(content)
-    header["__metadata__"][PACKED] = described
-    file.write_bytes(safetensors_bytes(header, data))
-    return f"description: {what}"
+        described = header["__metadata__"][keys[0]]
+        if not former or draw.random() < 0.3:
+            what, changed = damaged_json(described.encode(), draw)
+            described = changed.decode(errors="replace")
+        else:
+            fields = json.loads(described)
+            what = draw.choice(("dtype", "shape", "values", "encoding", "count"))
+            own = fields["tensors"][draw.choice(sorted(fields["tensors"]))]
+            near = {"shape": [[64, 32], [32, 65], [2048]], "count": [own["count"] + 1]}.get(what, ["F16", "I8", "bits"])
+            own[what] = draw.choice((*NUMBERS, *THINGS, *near))
+            described = json.dumps(fields)
+        header["__metadata__"][keys[0]] = described
+        what, content = f"description: {what}", safetensors_bytes(header, data)
+    file.write_bytes(content if former else compressed(content))
+    return what
 
 
 def outcome_of_packed(folder: Path, what: str) -> str:
@@ -235,7 +258,7 @@ def outcome_of_packed(folder: Path, what: str) -> str:
         found = {path_name(path): np.asarray(array) for path, array in flatten(load(folder)[1]).items()}
     except (ValueError, FileNotFoundError) as error:
         return "refused" if str(folder) in str(error) else f"the error names no file: {error}"
-    if what == "bits of the data":  # other values are as good as those that were written
+    if what in ("bits of the data", "compressed: bits"):  # other values are as good as those that were written
         return "equal"
     with np.load(folder / "whole.npz") as whole:
         wrong = [name for name, array in found.items() if array.tobytes() != whole[name].tobytes()]
@@ -301,7 +324,7 @@ def _digests_of_tasks() -> dict[str, str]:
     """What compaction gives for them."""
     model, params = tiny_model(layers=1)
     gates = random_gates(model, params)
-    return {task: digest(compact(model, params, gates, means)) for task, means in (("a", None), ("b", MEANS))}
+    return {task: params_digest(compact(model, params, gates, means)) for task, means in (("a", None), ("b", MEANS))}
 
 
 def damage_gates(folder: Path, draw: random.Random) -> str:
@@ -316,7 +339,7 @@ def outcome_of_gates(folder: Path, kind: str) -> str:
             found = load(folder, task=task)[1]
         except (ValueError, FileNotFoundError) as error:
             return "refused" if str(folder) in str(error) else f"the error names no file: {error}"
-        if digest(found) != wanted:
+        if params_digest(found) != wanted:
             return f"wrong weights of {task}"
     return "equal"
 

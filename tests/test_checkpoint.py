@@ -27,7 +27,8 @@ from checkpoints import (
 from safetensors.numpy import load_file, save_file
 from tiny import MODEL_TYPES, tiny_batch, tiny_config, tiny_model
 
-from jaxprune.checkpoints.folder import TOKENIZER_FILES, digest, load, model_digest, read_pruning, save
+from jaxprune.checkpoints.digests import model_digest, params_digest
+from jaxprune.checkpoints.folder import TOKENIZER_FILES, load, read_pruning, save
 from jaxprune.compaction import compact
 from jaxprune.models import Model, TaskHead
 from jaxprune.units import Params, axes_of, flatten, open_gates, path_name, unflatten, widths
@@ -482,7 +483,7 @@ def test_random_damage_to_a_header_is_an_error_and_nothing_else(tmp_path, seed):
     folder = write_classifier(tmp_path / "hf")
     file = folder / "model.safetensors"
     whole, random = file.read_bytes(), np.random.default_rng(seed)
-    expected = digest(load(folder)[1])
+    expected = params_digest(load(folder)[1])
     for _ in range(15):
         damaged = bytearray(whole)
         length = int.from_bytes(whole[:8], "little")
@@ -492,7 +493,7 @@ def test_random_damage_to_a_header_is_an_error_and_nothing_else(tmp_path, seed):
             _, params = load(folder)
         except ValueError:
             continue
-        assert digest(params) == expected
+        assert params_digest(params) == expected
 
 
 @pytest.mark.parametrize(
@@ -645,20 +646,22 @@ def test_a_model_in_the_hub_cache_loads_offline(tmp_path):
 def test_a_digest_depends_on_everything_but_the_order():
     _, params = tiny_model()
     flat = flatten(params)
-    first = digest(params)
-    assert digest(unflatten(dict(reversed(flat.items())))) == first
-    assert digest(jax.tree.map(np.asarray, params)) == first
+    first = params_digest(params)
+    assert params_digest(unflatten(dict(reversed(flat.items())))) == first
+    assert params_digest(jax.tree.map(np.asarray, params)) == first
     assert len(first) == 64
-    assert digest({"a": np.zeros(2, np.float16)}) != digest({"a": np.zeros(2, HALF["bfloat16"])})  # the same bytes
+    assert params_digest({"a": np.zeros(2, np.float16)}) != params_digest(
+        {"a": np.zeros(2, HALF["bfloat16"])}
+    )  # the same bytes
     path = ("layers", 0, "ffn", "up", "bias")
     changes = {
         "value": {path: flat[path].at[3].add(1e-6)},
         "shape": {path: flat[path][None]},
         "name": {(*path[:-1], "bios"): flat[path]},
     }
-    others = {digest(unflatten(flat | change)) for change in changes.values()}
+    others = {params_digest(unflatten(flat | change)) for change in changes.values()}
     assert len(others | {first}) == 4
-    assert digest(jax.device_put(params, jax.devices()[-1])) == first
+    assert params_digest(jax.device_put(params, jax.devices()[-1])) == first
 
 
 def test_a_model_digest_depends_on_the_configuration_and_the_heads(tmp_path):

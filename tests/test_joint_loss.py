@@ -14,7 +14,7 @@ from passes import logits_of
 from tiny import lively, random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
-from jaxprune.checkpoints.folder import digest
+from jaxprune.checkpoints.digests import params_digest
 from jaxprune.models import Model, TaskHead
 from jaxprune.training.distillation import surviving_heads
 from jaxprune.training.joint_loss import (
@@ -299,11 +299,11 @@ def test_steps_reduce_the_loss_with_the_same_bits_each_time():
     model, params, teacher = pair(layers=1)
     model = replace(model, config=replace(model.config, hidden_dropout=0.1))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(3e-2, 1e-2, 8)))
-    before = digest(params)
+    before = params_digest(params)
     found, losses = taught(model, params, teacher, optimizer, 8)
     assert losses[-1] < 0.8 * losses[0]
     again, _ = taught(model, params, teacher, optimizer, 8)
-    assert digest(found) == digest(again) and digest(params) == before
+    assert params_digest(found) == params_digest(again) and params_digest(params) == before
 
 
 def test_an_optimizer_may_prune():

@@ -16,7 +16,7 @@ from test_t5 import asked
 from test_training import moods
 from tiny import TEXT_TYPES, tiny_model
 
-from jaxprune.checkpoints.folder import digest
+from jaxprune.checkpoints.digests import params_digest
 from jaxprune.data.batches import IGNORED, encode, encode_words, pack
 from jaxprune.data.prompts import Prompt
 from jaxprune.data.tasks import Example, Rows, Task
@@ -280,7 +280,7 @@ def test_a_text_to_text_model_learns_a_task_and_resumes_to_the_same_bits(tmp_pat
     with pytest.raises(KeyboardInterrupt):
         finetune(model, params, [task], short, state=tmp_path / "state", progress=stop)
     again = finetune(model, params, [task], short, state=tmp_path / "state")
-    assert digest(again.params) == digest(brief.params) and again.evaluations == brief.evaluations
+    assert params_digest(again.params) == params_digest(brief.params) and again.evaluations == brief.evaluations
     tables = [own["attention"]["relative"]["embedding"] for own in again.params["decoder"]["layers"].values()]
     for table in tables[1:]:
         np.testing.assert_array_equal(table, tables[0])
@@ -331,7 +331,7 @@ def test_pretraining_learns_and_resumes_to_the_same_bits(tmp_path: Path):
     whole = pretrain(model, params, stream, np.arange(3, 9), recipe)
     with pytest.raises(KeyboardInterrupt):
         pretrain(model, params, stream, np.arange(3, 9), recipe, state=state, progress=stop)
-    assert digest(pretrain(model, params, stream, np.arange(3, 9), recipe, state=state)) == digest(whole)
+    assert params_digest(pretrain(model, params, stream, np.arange(3, 9), recipe, state=state)) == params_digest(whole)
     with pytest.raises(ValueError, match="another run"):
         pretrain(model, params, stream, np.arange(3, 9), recipe._replace(seed=1), state=state)
     with pytest.raises(ValueError, match="the texts give 2 windows of 16 tokens"):

@@ -18,7 +18,8 @@ from test_likelihood import ANSWERS
 from test_selection import kept, random_scores
 from tiny import tiny_batch, tiny_model
 
-from jaxprune.checkpoints.folder import digest, load, model_digest, read_pruning, save
+from jaxprune.checkpoints.digests import model_digest, params_digest
+from jaxprune.checkpoints.folder import load, read_pruning, save
 from jaxprune.checkpoints.gate_file import recorded_gates
 from jaxprune.cli.pruning import prune_model
 from jaxprune.cli.workflow import Data, Measuring
@@ -418,10 +419,10 @@ def test_the_record_names_the_rounds(place, whole):
     model, params = load(place.model)
     scores = load_scores(record["scores"])  # those of the dense model serve other budgets, as always
     assert scores.header["model"] == rounds[0]["model"] == model_digest(model, params)
-    assert rounds[0]["scores"] == pruning["digests"]["scores"] == digest(dict(scores.values))
+    assert rounds[0]["scores"] == pruning["digests"]["scores"] == params_digest(dict(scores.values))
     assert len({own["model"] for own in rounds}) == len({own["scores"] for own in rounds}) == 3
     gates = recorded_gates(pruning)
-    assert pruning["digests"]["gates"] == rounds[-1]["gates"] == digest(gates)
+    assert pruning["digests"]["gates"] == rounds[-1]["gates"] == params_digest(gates)
     assert widths(model.axes, load(out)[1]) == {name: int(gate.sum()) for name, gate in gates.items()}
     card = (out / "README.md").read_text()
     assert "## Rounds" in card and f"| 2 | {rounds[1]['budget']} | {rounds[1]['units']} |" in card

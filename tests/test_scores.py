@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from tiny import tiny_model
 
+from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import write_atomic
-from jaxprune.checkpoints.folder import model_digest
 from jaxprune.checkpoints.tensors import write_tensors
 from jaxprune.data.tasks import Example, Rows, Task, row_key
 from jaxprune.models import Model, TaskHead

@@ -17,7 +17,8 @@ from hand_tables import hand_table
 from test_checkpoint import assert_same
 from tiny import tiny_model
 
-from jaxprune.checkpoints.folder import load, model_digest, save
+from jaxprune.checkpoints.digests import model_digest
+from jaxprune.checkpoints.folder import load, save
 from jaxprune.checkpoints.gate_file import GATES
 from jaxprune.checkpoints.shared import load_gates
 from jaxprune.compaction import compact

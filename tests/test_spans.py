@@ -18,7 +18,8 @@ from commands import record_of, run
 from passes import logits_of, sites_of, token_slopes
 from tiny import MODEL_TYPES, random_gates, tiny_batch, tiny_config, tiny_model
 
-from jaxprune.checkpoints.folder import load, model_digest, save
+from jaxprune.checkpoints.digests import model_digest
+from jaxprune.checkpoints.folder import load, save
 from jaxprune.compaction import compact
 from jaxprune.data.batches import encode, make_batches, usable_rows
 from jaxprune.data.prompts import prompt_for

@@ -14,8 +14,9 @@ from tiny import tiny_model
 
 from jaxprune.checkpoints import files as stamps
 from jaxprune.checkpoints import folder as checkpoint
+from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import recall, remember, stamp_of
-from jaxprune.checkpoints.folder import load, model_digest, outline, save
+from jaxprune.checkpoints.folder import load, outline, save
 from jaxprune.cli import terminal
 from jaxprune.pruning.budgets import Flops
 from jaxprune.pruning.selection import select
@@ -97,7 +98,7 @@ def test_weights_are_read_once_for_all_plans(place, scored, memory, monkeypatch)
     asked = ("plan", place.model, "--scores", scored, "--flops", 0.5)
     first = record_of(*asked)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "read_arrays", lambda *_: pytest.fail("the weights are read again"))
+        patch.setattr(checkpoint, "read_later", lambda *_: pytest.fail("the weights are read again"))
         assert record_of(*asked) == first
     (kept,) = memory.iterdir()
     kept.unlink()
@@ -107,7 +108,7 @@ def test_weights_are_read_once_for_all_plans(place, scored, memory, monkeypatch)
 def test_scoring_remembers_for_the_first_plan(place, memory, tmp_path, monkeypatch):
     rows = ("--task", "mood", "--data", place.data, "--criterion", "magnitude")
     assert run("score", place.model, *rows, "-o", tmp_path / "scores").exit_code == 0
-    monkeypatch.setattr(checkpoint, "read_arrays", lambda *_: pytest.fail("the weights are read again"))
+    monkeypatch.setattr(checkpoint, "read_later", lambda *_: pytest.fail("the weights are read again"))
     assert record_of("plan", place.model, "--scores", tmp_path / "scores", "--flops", 0.5)["command"] == "plan"
 
 

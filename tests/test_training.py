@@ -14,7 +14,7 @@ import optax
 import pytest
 from tiny import tiny_model
 
-from jaxprune.checkpoints.folder import digest
+from jaxprune.checkpoints.digests import params_digest
 from jaxprune.data.batches import encode
 from jaxprune.data.tasks import Example, Task
 from jaxprune.evaluation.evaluate import Evaluation
@@ -96,12 +96,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
         run(tasks, short, state=state, progress=interrupt)
     resumed = run(tasks, short, state=state)
-    assert digest(resumed.params) == digest(expected.params)
+    assert params_digest(resumed.params) == params_digest(expected.params)
     assert resumed.evaluations == expected.evaluations and resumed.best == expected.best
     first, again = ([[one.primary for one in own] for own in done.evaluations] for done in (expected, resumed))
     assert again == first
     other = run(tasks, replace(short, seed=1))
-    assert digest(other.params) != digest(expected.params)
+    assert params_digest(other.params) != params_digest(expected.params)
     with pytest.raises(ValueError, match=r"another run \(training differ\)"):
         run(tasks, replace(short, learning_rate=1e-3), state=state)
     with pytest.raises(ValueError, match=r"another run \(tasks differ\)"):
@@ -165,9 +165,9 @@ def test_an_update_is_one_of_adamw():
 
 def test_the_callers_parameters_are_left_alone():
     model, params = encoder()
-    before = digest(params)
+    before = params_digest(params)
     finetune(model, params, [moods()], replace(TRAINING, steps=1))
-    assert digest(params) == before
+    assert params_digest(params) == before
 
 
 def test_impossible_settings_are_refused():

@@ -2,18 +2,17 @@
 
 A model is a folder. Our own holds `config.json` (the Hugging Face configuration plus a `jaxprune` section with the task
 heads), `model.safetensors` (one tensor per parameter, named by its path; the shapes are the widths), the tokenizer's
-files and, for a pruned model, `pruning.json`. Zeros can be left out of the weights: see
-`jaxprune.checkpoints.sparse_file`. A shared folder also holds `gates.safetensors`, the gates of many tasks: see
+files and, for a pruned model, `pruning.json`. The weights can be compressed, and rounded to int8: see
+`jaxprune.checkpoints.int8`. A shared folder also holds `gates.safetensors`, the gates of many tasks: see
 `jaxprune.checkpoints.shared`. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import (
     check_writable,
     folder_for,
@@ -35,9 +35,9 @@ from jaxprune.checkpoints.files import (
 )
 from jaxprune.checkpoints.gate_file import GATES, GateFile, unpack
 from jaxprune.checkpoints.gate_file import read as read_gates
+from jaxprune.checkpoints.int8 import INT8, int8_tensors, linear_maps, reread
 from jaxprune.checkpoints.slicing import read_compacted, shapes_of
-from jaxprune.checkpoints.sparse_file import METADATA, descriptions_text, linear_maps, pack_tensors, rounded
-from jaxprune.checkpoints.tensors import BYTES, FLOATS, blocks, write_tensors
+from jaxprune.checkpoints.tensors import COMPRESSED, FLOATS, Compressor, blocks, write_tensors
 from jaxprune.checkpoints.weights import (
     CONFIG,
     WEIGHTS,
@@ -48,13 +48,13 @@ from jaxprune.checkpoints.weights import (
     fit_own,
     misfits,
     open_tensors,
-    read_arrays,
+    read_later,
     read_sparse,
     refuse,
+    weights_file,
 )
 from jaxprune.models import Model, TaskHead, family
 from jaxprune.units import Params, flatten, path_name, unflatten, widths
-from jaxprune.units import Path as ParamPath
 
 PRUNING = "pruning.json"
 TOKENIZER_FILES = (
@@ -68,7 +68,13 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "spiece.model",
 )
-_DOWNLOADED = ("*.json", "model*.safetensors", GATES, *TOKENIZER_FILES)  # from the hub: never a pickle
+_DOWNLOADED = (
+    "*.json",
+    "model*.safetensors",
+    WEIGHTS + COMPRESSED,
+    GATES,
+    *TOKENIZER_FILES,
+)  # from the hub: never a pickle
 _FORMAT = 1  # of our own folder
 
 
@@ -113,8 +119,8 @@ def load(
         dtype: Type of the parameters: float32, bfloat16, float16, or None for the type of each tensor in the file.
             The default does not depend on the file, so half-precision files compute in full precision.
         revision: Branch, tag or commit on the hub.
-        sparse: Whether what `save` packed stays sparse: arrays of the same shapes of `jax.experimental.sparse.BCOO`,
-            for which memory is taken by kept weight. `densify` makes them dense again, also inside a jit.
+        sparse: Whether arrays with so many zeros that it takes less memory are sparse, `jax.experimental.sparse.BCOO`
+            of the same shapes. `densify` makes them dense again, also inside a jit.
 
     Returns:
         The model and its parameters.
@@ -126,13 +132,11 @@ def load(
             error lists everything that is unknown, missing, or has a wrong shape, type or value. If there is no such
             task, or the gates belong to other weights.
     """
-    target = None if dtype is None else np.dtype(dtype)
-    if target is not None and target not in FLOATS.values():
-        raise ValueError(f"dtype must be float32, bfloat16, float16 or None, got {target}.")
+    target = checked_type(dtype)
     if task is None:
         path_or_hub_id, task = split_task(path_or_hub_id)
-    with opened(path_or_hub_id, revision) as found:
-        model, folder, parameters = found
+    with opened(path_or_hub_id, revision) as files:
+        model, folder, parameters = files
         if task is None:
             return model, (read_sparse if sparse else convert)(parameters, target, folder)
         if sparse:
@@ -143,8 +147,20 @@ def load(
             gates, means = unpack(model, shapes_of(parameters), packed)
         except ValueError as error:
             raise ValueError(f"the gates of {task!r} in {folder / GATES} do not fit the weights: {error}.") from error
-        check_belongs(file, found)
+        check_belongs(file, files)
         return model, read_compacted(model, parameters, gates, means or {}, target, folder)
+
+
+def checked_type(dtype: DTypeLike | None) -> np.dtype | None:
+    """A type of parameters.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    kind = None if dtype is None else np.dtype(dtype)
+    if kind is not None and kind not in FLOATS.values():
+        raise ValueError(f"dtype must be float32, bfloat16, float16 or None, got {kind}.")
+    return kind
 
 
 def outline(path_or_hub_id: str | Path, *, revision: str | None = None, memory: Path | None = None) -> Outline:
@@ -166,18 +182,15 @@ def outline(path_or_hub_id: str | Path, *, revision: str | None = None, memory: 
         model, params = load(name, task=task, revision=revision)
         shapes = {path: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in flatten(params).items()}
         return Outline(model, unflatten(shapes), model_digest(model, params))
-    with opened(name, revision) as found:
-        files, shapes = _files(found), shapes_of(found.parameters)
-        stamp = None if memory is None else stamp_of(files)
+    with opened(name, revision) as files:
+        read, shapes = _read_files(files), shapes_of(files.parameters)
+        stamp = None if memory is None else stamp_of(read)
         digest = None if memory is None else recall(memory, stamp)
         if digest is None:
-            own = {parameter.path: parameter for parameter in found.parameters}
-            arrays = read_arrays((own[path] for path in flatten(shapes)), FLOATS["F32"], found.folder)
-            weights = _digest((path, array.dtype, array.shape, blocks(array)) for path, array in arrays)
-            digest = _model_digest(found.model, weights)
+            digest = opened_digest(files)
             if memory is not None:
-                remember(memory, stamp, files, digest)
-        return Outline(found.model, shapes, digest)
+                remember(memory, stamp, read, digest)
+        return Outline(files.model, shapes, digest)
 
 
 def digest_keeper(path_or_hub_id: str | Path, memory: Path) -> Callable[[str], None]:
@@ -185,14 +198,14 @@ def digest_keeper(path_or_hub_id: str | Path, memory: Path) -> Callable[[str], N
     name, task = split_task(path_or_hub_id)
     if task is not None:
         return lambda digest: None
-    with opened(name) as found:
-        files = _files(found)
-    stamp = stamp_of(files)
-    return lambda digest: remember(memory, stamp, files, digest)
+    with opened(name) as files:
+        read = _read_files(files)
+    stamp = stamp_of(read)
+    return lambda digest: remember(memory, stamp, read, digest)
 
 
-def _files(found: Opened) -> set[Path]:
-    return {found.folder / CONFIG, *(own.source.file.path for own in found.parameters)}
+def _read_files(files: Opened) -> set[Path]:
+    return {files.folder / CONFIG, *(parameter.source.file.path for parameter in files.parameters)}
 
 
 def split_task(name: str | Path) -> tuple[str | Path, str | None]:
@@ -234,6 +247,7 @@ def save(
     """Writes a model folder. A crash leaves the folder that was there, or the new one.
 
     `load(path, dtype=None)` gives back the same bits, packed or not; `packed="int8"` rounds the layers' kernels.
+    docs/packed_files.md says what packed files look like, and how small they are.
 
     Args:
         path: The folder.
@@ -243,10 +257,9 @@ def save(
         overwrite: Whether a folder that `save` wrote may be replaced. No other folder ever is.
         dtype: Type in the file: float32, bfloat16, float16, or None for each array's own.
         extra: Other files of the folder, such as a model card.
-        packed: Leaves the zeros of sparse weights out of the file. "exact" keeps every bit of what is not zero; "int8"
-            also rounds the kernels of the layers, sparse or not, to one byte per weight and one scale per output: the
-            error is at most 1/253 of the output's largest weight. Tensors that would not become smaller stay as they
-            are.
+        packed: Compresses the weights, by which zeros take hardly any room. "exact" keeps every bit; "int8" also rounds
+            the kernels of the layers, sparse or not, to one byte per weight and one scale per output: the error is at
+            most 1/253 of the output's largest weight.
 
     Returns:
         The path.
@@ -259,41 +272,52 @@ def save(
     path = Path(path)
     if packed not in (None, "exact", "int8"):
         raise ValueError(f"packed must be 'exact', 'int8' or None, got {packed!r}.")
-    target = None if dtype is None else np.dtype(dtype)
-    if target is not None and target not in FLOATS.values():
-        raise ValueError(f"dtype must be float32, bfloat16, float16 or None, got {target}.")
+    target = checked_type(dtype)
     check_destination(interrupted(path) or path, overwrite)
-    sparse = [path_name(steps) for steps, array in flatten(params).items() if hasattr(array, "todense")]
-    if sparse:
+    arrays = {path_name(steps): array for steps, array in flatten(params).items()}
+    if sparse := [name for name, array in arrays.items() if hasattr(array, "todense")]:
         raise TypeError(f"sparse parameters cannot be saved: {', '.join(sparse)}. Make them dense with jp.densify.")
-    named = {path_name(steps): array for steps, array in flatten(params).items()}
-    refuse("parameters do not fit the model", **misfits(model, {name: tuple(a.shape) for name, a in named.items()}))
-    columns = linear_maps(model.axes, params) if packed == "int8" else {}
+    refuse("parameters do not fit the model", **misfits(model, {name: tuple(a.shape) for name, a in arrays.items()}))
+    if other := {name: str(array.dtype) for name, array in arrays.items() if array.dtype not in FLOATS.values()}:
+        raise TypeError(f"only float32, float16 and bfloat16 can be saved, got {other}.")
+    kinds = {name: target or np.dtype(array.dtype) for name, array in arrays.items()}
+    outputs = linear_maps(model.axes, params) if packed == "int8" else {}
+    if large := [name for name in outputs if not _is_finite(arrays[name], kinds[name])]:
+        raise ValueError(f"cannot save NaN, infinity or values too large for the type: {', '.join(large)}.")
     files = dict(extra or {}) | _tokenizer_files(model)
     if pruning is not None:
-        result = {"digest": model_digest(model, rounded(params, columns)), "widths": widths(model.axes, params)}
+        result = {"digest": model_digest(model, reread(params, outputs)), "widths": widths(model.axes, params)}
         files[PRUNING] = _json_bytes({**pruning, "pruned": result})
+    weights = WEIGHTS if packed is None else WEIGHTS + COMPRESSED
     for name in files:
-        if name in (CONFIG, WEIGHTS, "", "..") or Path(name).name != name:
+        if name in (CONFIG, WEIGHTS, WEIGHTS + COMPRESSED, "", "..") or Path(name).name != name:
             raise ValueError(f"extra file {name!r}: not a file name, or one that is written anyway.")
-    stored = {str(np.dtype(target or array.dtype)) for array in named.values()}
+    stored = set(map(str, kinds.values()))
     section = {
         "format": _FORMAT,
         "dtype": stored.pop() if len(stored) == 1 else "mixed",
         "heads": [asdict(model.head(name)) for name in model.heads],
-        "files": sorted({CONFIG, WEIGHTS, *files}),
+        "files": sorted({CONFIG, weights, *files}),
     }
     files[CONFIG] = _json_bytes({**json.loads(model.config.raw), "jaxprune": section})
     metadata = {"format": "jaxprune", "version": str(_FORMAT)}
-    if packed is not None:
-        named, described = pack_tensors(named, dtype=target, columns=columns)
-        metadata[METADATA], target = descriptions_text(described), None
+    if outputs:
+        names = {kind: name for name, kind in FLOATS.items()}
+        metadata[INT8] = json.dumps({name: names[kinds.pop(name)] for name in outputs})
     with folder_for(path, overwrite=overwrite) as folder:
         for name, content in files.items():
             (folder / name).write_bytes(content)
-        with open(folder / WEIGHTS, "wb") as file:
-            write_tensors(file, named, metadata, dtype=target, kinds=FLOATS if packed is None else FLOATS | BYTES)
+        with open(folder / weights, "wb") as file:
+            writer = file if packed is None else Compressor(file)
+            write_tensors(writer, int8_tensors(arrays, outputs), metadata, dtypes=kinds)
+            if isinstance(writer, Compressor):
+                writer.finish()
     return path
+
+
+def _is_finite(array: Any, kind: np.dtype) -> bool:
+    with np.errstate(over="ignore"):
+        return all(np.isfinite(block.astype(kind, copy=False)).all() for block in blocks(array))
 
 
 def as_loaded(
@@ -307,84 +331,40 @@ def as_loaded(
 
     They are `params` themselves where nothing is rounded.
     """
-    columns = linear_maps(model.axes, params) if packed == "int8" else {}
-    kinds = {np.dtype(dtype or array.dtype) for array in flatten(params).values()}
-    if not columns and kinds == {np.dtype(np.float32)}:
+    outputs = linear_maps(model.axes, params) if packed == "int8" else {}
+    flat = flatten(reread(params, outputs, checked_type(dtype), FLOATS["F32"]))
+    if all(array is flat[path] for path, array in flatten(params).items()):
         return params
-    with np.errstate(over="ignore"):  # `save` refuses what is too large
-        flat = flatten(rounded(params, columns, None if dtype is None else np.dtype(dtype)))
-        return unflatten({path: jnp.asarray(np.asarray(array), jnp.float32) for path, array in flat.items()})
-
-
-def digest(params: Params) -> str:
-    """The SHA-256 of names, shapes, types and values: equal for equal parameters, on whatever device they are."""
-    return _digest((path, array.dtype, array.shape, blocks(array)) for path, array in flatten(params).items())
-
-
-def _digest(arrays: Iterable[tuple[ParamPath, np.dtype, tuple[int, ...], Iterable[np.ndarray]]]) -> str:
-    """The digest of arrays that come in blocks, which are taken as `dtype`."""
-    found = hashlib.sha256()
-    for path, dtype, shape, parts in arrays:
-        found.update(json.dumps([path_name(path), str(dtype), list(shape)]).encode())
-        for part in parts:
-            found.update(part.astype(dtype, copy=False).reshape(-1).view(np.uint8).data)
-    return found.hexdigest()
-
-
-def model_digest(model: Model, params: Params) -> str:
-    """The SHA-256 of the configuration, the task heads and the parameters."""
-    return _model_digest(model, digest(params))
-
-
-def _model_digest(model: Model, weights: str) -> str:
-    heads = [asdict(model.head(name)) for name in model.heads]
-    known = [json.loads(model.config.raw), heads, weights]
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    return unflatten({path: jnp.asarray(np.asarray(array)) for path, array in flat.items()})
 
 
 def saved_digest(model: Model, params: Params, dtype: DTypeLike | None = None) -> str:
     """The `model_digest` of what `load` will give for parameters that `save` writes with this `dtype`."""
-
-    def parts(array: Any) -> Iterator[np.ndarray]:
-        with np.errstate(over="ignore"):  # `save` refuses what is too large
-            yield from (block.astype(dtype or array.dtype) for block in blocks(array))
-
-    kind = np.dtype(np.float32)
-    flat = flatten(params).items()
-    return _model_digest(model, _digest((path, kind, array.shape, parts(array)) for path, array in flat))
+    return model_digest(model, reread(params, {}, checked_type(dtype), FLOATS["F32"]))
 
 
-def opened_digest(found: Opened, dtype: np.dtype | None = FLOATS["F32"]) -> str:
-    """The `model_digest` of what `load` gives for a folder that `save` wrote, a slice of it in memory at a time.
+def opened_digest(files: Opened, dtype: np.dtype | None = FLOATS["F32"]) -> str:
+    """The `model_digest` of what `load` gives for an open folder; one array is in memory at a time.
 
     Args:
-        found: The model and its open files.
+        files: The model and its open files.
         dtype: The type of the parameters; None is each tensor's own.
     """
-    weights = _digest(
-        (
-            own.path,
-            dtype or FLOATS[own.source.entry.dtype],
-            own.shape,
-            (block for _, block in own.source.file.slices(own.source.name)),
-        )
-        for own in found.parameters
-    )
-    return _model_digest(found.model, weights)
+    return model_digest(files.model, read_later(files.parameters, dtype, files.folder))
 
 
-def check_belongs(file: GateFile, found: Opened) -> None:
+def check_belongs(file: GateFile, files: Opened) -> None:
     """Refuses gates of another model than the one in the folder; reads all weights once.
 
     Raises:
         ValueError: If they are.
     """
-    if any(own.layout != "copy" for own in found.parameters):
-        raise ValueError(f"{found.folder} has gates, but not the weights of a folder that jaxprune saved.")
-    if file.model != (own := opened_digest(found)):
+    if any(parameter.layout != "copy" for parameter in files.parameters):
+        raise ValueError(f"{files.folder} has gates, but not the weights of a folder that jaxprune saved.")
+    if file.model != (digest := opened_digest(files)):
         raise ValueError(
-            f"{found.folder / GATES} belongs to another model: its gates were made for {file.model[:12]}, the weights "
-            f"beside it are {own[:12]}. Share the tasks of these weights again."
+            f"{files.folder / GATES} belongs to another model: its gates were made for {file.model[:12]}, the weights "
+            f"beside it are {digest[:12]}. Share the tasks of these weights again."
         )
 
 
@@ -465,7 +445,7 @@ def check_destination(path: Path, overwrite: bool) -> None:
     if not overwrite:
         raise FileExistsError(f"{path} exists already: choose another name, or replace it with --overwrite.")
     section = read_json(path / CONFIG).get("jaxprune") if (path / CONFIG).is_file() else None
-    if not isinstance(section, dict) or not (path / WEIGHTS).is_file():
+    if not isinstance(section, dict) or weights_file(path) is None:
         raise FileExistsError(f"{path} is not a folder that jaxprune saved: it is not replaced, choose another name.")
     known = section.get("files", [])
     foreign = sorted(own.name for own in path.iterdir() if own.name not in known and not is_leftover(own.name, known))

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.checkpoints.tensors import BYTES, FLOATS, TensorFile, write_tensors
+from jaxprune.checkpoints.tensors import TensorFile, write_tensors
 from jaxprune.checkpoints.weights import refuse
 from jaxprune.compaction import check_biases
 from jaxprune.models import Model
@@ -180,7 +180,7 @@ def to_bytes(file: GateFile) -> bytes:
     header = {"format": FORMAT, "model": file.model, "tasks": entries}
     content = io.BytesIO()
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    write_tensors(content, tensors, {METADATA: text}, kinds=BYTES | FLOATS)
+    write_tensors(content, tensors, {METADATA: text})
     return content.getvalue()
 
 

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import alone, write_atomic
 from jaxprune.checkpoints.folder import (
     check_belongs,
-    model_digest,
     opened,
     opened_digest,
     read_pruning,

@@ -1,8 +1,10 @@
-"""Reads safetensors files by memory map, a slice at a time, and writes them without a second copy in memory.
+"""Reads safetensors files slice by slice, compressed or not, and writes them without a second copy in memory.
 
 A safetensors file is eight bytes (the length of the header, little-endian), a JSON header (name to type, shape and byte
 range) and the bytes of the tensors. Nothing in it is executed. The header is not trusted: a file is refused, with one
 error, unless its tensors cover the data exactly once and lie within the file.
+
+Only mapped slices keep loading within its bounds of memory: the reader of safetensors maps whole files.
 """
 
 from __future__ import annotations
@@ -10,23 +12,26 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 
 import jax.numpy as jnp
 import numpy as np
 
+COMPRESSED = ".zst"  # ending of the names of files that zstd compressed
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
-BYTES = {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8)}
-_READ = FLOATS | BYTES
+TYPES = FLOATS | {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8)}  # of the arrays that are read and written
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
 _BYTES |= {"I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8, "C64": 8}  # per element, of every type there is
 _MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 _MAX_AXES = 64  # of one tensor; NumPy's limit
 _SLICE = 2**20  # bytes of a file that are mapped at once
+_FRAME = 2**22  # bytes that are compressed at once; more need more memory and save little
+_LEVEL = 9  # of zstd; 19 makes files a tenth smaller and takes seventy times as long (benchmarks/packing.py)
 
 
 class Entry(NamedTuple):
@@ -39,7 +44,10 @@ class Entry(NamedTuple):
 
 
 class TensorFile:
-    """An open safetensors file: what it holds, and its tensors slice by slice. Close it, or use it in a `with`."""
+    """An open safetensors file: what it holds, and its tensors slice by slice. Close it, or use it in a `with`.
+
+    One whose name ends in `.zst` is expanded into a temporary file first.
+    """
 
     def __init__(self, path: str | Path):
         """Opens a file and checks its header.
@@ -50,12 +58,18 @@ class TensorFile:
         self.path = Path(path)
         self._file = open(self.path, "rb")  # noqa: SIM115, kept open: a file renamed over this one changes nothing
         try:
-            self.entries, self.metadata = _read_header(self._file)
+            if self.path.suffix == COMPRESSED:
+                self._file, self.entries, self.metadata = _expand(self._file)
+            else:
+                size = os.fstat(self._file.fileno()).st_size
+                self.entries, self.metadata, stop = _read_header(self._file, size)
+                _check_end(stop, size)
         except ValueError as error:
             self._file.close()
             raise ValueError(
                 f"{path} is not a complete safetensors file: {error}. Download it or save it again."
             ) from error
+        self._stored = dict(self.entries)
 
     def __enter__(self) -> Self:
         return self
@@ -68,8 +82,8 @@ class TensorFile:
 
         Only one block is in memory at a time. A tensor without axes is one block of shape `[1]`.
         """
-        entry = self.entries[name]
-        dtype, rows = _READ[entry.dtype], entry.shape[0] if entry.shape else 1
+        entry = self._stored[name]
+        dtype, rows = TYPES[entry.dtype], entry.shape[0] if entry.shape else 1
         inner = entry.shape[1:]
         row_bytes = math.prod(inner) * dtype.itemsize
         step = max(1, _SLICE // max(1, row_bytes))
@@ -81,20 +95,49 @@ class TensorFile:
 
     def read(self, name: str) -> np.ndarray:
         """A copy of a tensor of floats or bytes."""
-        entry = self.entries[name]
-        array = np.empty(entry.shape or (1,), _READ[entry.dtype])
+        entry = (self.entries if name in self.entries else self._stored)[name]
+        array = np.empty(entry.shape or (1,), TYPES[entry.dtype])
         for rows, block in self.slices(name):
             array[rows] = block
         return array.reshape(entry.shape)
 
 
+class Writer(Protocol):
+    """An open file, or what compresses into one."""
+
+    def write(self, data: Any, /) -> Any:
+        """Writes bytes."""
+        ...
+
+
+class Compressor:
+    """Compresses bytes into an open file, frame by frame, as zstd reads them; `finish` writes the last frame."""
+
+    def __init__(self, file: BinaryIO):
+        import pyarrow  # half a second
+
+        self._file, self._codec = file, pyarrow.Codec("zstd", compression_level=_LEVEL)
+        self._pending = bytearray()
+
+    def write(self, data: Any, /) -> None:
+        """Adds bytes."""
+        self._pending += data
+        if len(self._pending) >= _FRAME:
+            self.finish()
+
+    def finish(self) -> None:
+        """Compresses and writes what was added."""
+        if self._pending:
+            self._file.write(self._codec.compress(bytes(self._pending), asbytes=True))
+            self._pending.clear()
+
+
 def write_tensors(
-    file: BinaryIO,
+    file: Writer,
     tensors: Mapping[str, Any],
     metadata: Mapping[str, str],
     *,
-    dtype: np.dtype | None = None,
-    kinds: Mapping[str, np.dtype] = FLOATS,
+    dtypes: Mapping[str, np.dtype] | None = None,
 ) -> None:
     """Writes arrays as a safetensors file, block by block.
 
@@ -102,30 +145,27 @@ def write_tensors(
         file: An open file.
         tensors: Name to array. They are ordered by name within one item size.
         metadata: Strings for the header.
-        dtype: The type to write; None is each array's own.
-        kinds: The types that arrays may have, by the names that the file has for them: `FLOATS`, `BYTES` or both.
+        dtypes: Types to write; an array that is not named keeps its own.
 
     Raises:
-        TypeError: If an array has another type.
-        ValueError: If a value is NaN or infinite, or too large for `dtype`; it names every such tensor.
+        TypeError: If an array has a type that is not in `TYPES`.
+        ValueError: If a value is NaN or infinite, or too large for its type; it names every such tensor.
     """
-    known = {kind: name for name, kind in kinds.items()}
-    other = {name: str(array.dtype) for name, array in tensors.items() if array.dtype not in known}
-    if other:
-        *names, last = map(str, known)
-        raise TypeError(f"only {', '.join(names)} and {last} can be saved, got {other}.")
-    own = {name: dtype or np.dtype(array.dtype) for name, array in tensors.items()}
-    order = sorted(tensors, key=lambda name: (-own[name].itemsize, name))  # every array is aligned to its items
+    names = {kind: name for name, kind in TYPES.items()}
+    if unknown := {name: str(array.dtype) for name, array in tensors.items() if array.dtype not in names}:
+        raise TypeError(f"only {', '.join(map(str, names))} can be saved, got {unknown}.")
+    kinds = {name: np.dtype(array.dtype) for name, array in tensors.items()} | dict(dtypes or {})
+    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))  # every array is aligned to its items
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
     for name in order:
-        stop = start + math.prod(tensors[name].shape) * own[name].itemsize
-        header[name] = {"dtype": known[own[name]], "shape": list(tensors[name].shape), "data_offsets": [start, stop]}
+        stop = start + math.prod(tensors[name].shape) * kinds[name].itemsize
+        header[name] = {"dtype": names[kinds[name]], "shape": list(tensors[name].shape), "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    bad = [name for name in order if not _write_array(file, tensors[name], own[name])]
+    bad = [name for name in order if not _write_array(file, tensors[name], kinds[name])]
     if bad:
         raise ValueError(f"cannot save NaN, infinity or values too large for the type: {', '.join(bad)}.")
 
@@ -138,7 +178,7 @@ def blocks(array: Any) -> Iterator[np.ndarray]:
         yield flat[first : first + step]
 
 
-def _write_array(file: BinaryIO, array: Any, dtype: np.dtype) -> bool:
+def _write_array(file: Writer, array: Any, dtype: np.dtype) -> bool:
     finite = True
     for block in blocks(array):
         with np.errstate(over="ignore"):  # found by the next line
@@ -148,17 +188,44 @@ def _write_array(file: BinaryIO, array: Any, dtype: np.dtype) -> bool:
     return finite
 
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, str]]:
-    size = os.fstat(file.fileno()).st_size
-    if size < 8:
-        raise ValueError(f"it has only {size} bytes")
-    length = int.from_bytes(file.read(8), "little")
+def _expand(file: BinaryIO) -> tuple[BinaryIO, dict[str, Entry], dict[str, str]]:
+    """A temporary file with the tensors of a compressed one, which is closed, and the header; no more is expanded."""
+    import pyarrow
+
+    plain: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115
+    try:
+        with pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd") as stream:
+            entries, metadata, stop = _read_header(stream)
+            plain.seek(min((entry.start for entry in entries.values()), default=stop))
+            while piece := stream.read(min(_SLICE, stop - plain.tell())):
+                plain.write(piece)
+            _check_end(stop, plain.tell() + len(stream.read(1)))
+        plain.flush()
+    except BaseException as error:
+        plain.close()
+        if isinstance(error, OSError) and error.errno is None:  # of the compression, not of a disk
+            raise ValueError(f"it cannot be expanded ({error})") from error
+        raise
+    return plain, entries, metadata
+
+
+def _check_end(stop: int, size: int) -> None:
+    if stop != size:
+        raise ValueError(f"its tensors end at byte {stop} and the file has {size}: it is truncated or too long")
+
+
+def _read_header(file: Any, size: int | None = None) -> tuple[dict[str, Entry], dict[str, str], int]:
+    """The tensors, the metadata, and where the last tensor ends; None: it is not known how large the file is."""
+    first = file.read(8)
+    if len(first) < 8:
+        raise ValueError(f"it has only {len(first)} bytes")
+    length = int.from_bytes(first, "little")
     if length > _MAX_HEADER:
         raise ValueError(f"its header claims {length} bytes, more than the {_MAX_HEADER} allowed")
-    if 8 + length > size:
+    if size is not None and 8 + length > size:
         raise ValueError(f"its header claims {length} bytes and the file has {size}: it is truncated or something else")
     try:
-        header = json.loads(file.read(length).decode(), object_pairs_hook=_without_duplicates)
+        header = json.loads(file.read(length).decode(), object_pairs_hook=without_duplicates)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
@@ -176,17 +243,20 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, str]]:
         if entry.start != position:
             raise ValueError(f"tensor {name!r} starts at byte {entry.start}, expected {position} (overlap or gap)")
         position = entry.stop
-    if position != size:
-        raise ValueError(f"its tensors end at byte {position} and the file has {size}: it is truncated or too long")
-    return entries, metadata
+    return entries, metadata, position
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON header.
+
+    Raises:
+        ValueError: If a name stands twice in it.
+    """
+    content = dict(pairs)
+    if len(content) != len(pairs):
         twice = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise ValueError(f"its header names twice: {twice}")
-    return found
+    return content
 
 
 def _entry(name: str, fields: Any, offset: int) -> Entry:
@@ -195,14 +265,15 @@ def _entry(name: str, fields: Any, offset: int) -> Entry:
     dtype, shape, span = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BYTES:
         raise ValueError(f"tensor {name!r} has type {dtype!r}, known: {', '.join(_BYTES)}")
-    if not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2:
+    if not are_sizes(shape) or not are_sizes(span) or len(span) != 2:
         raise ValueError(f"tensor {name!r} has shape {str(shape)[:80]} and bytes {str(span)[:80]}, expected counts")
     if math.prod(shape) * _BYTES[dtype] != span[1] - span[0]:
         raise ValueError(f"tensor {name!r} of shape {shape} and type {dtype} does not fill the bytes {span}")
     return Entry(dtype, tuple(shape), offset + span[0], offset + span[1])
 
 
-def _are_sizes(values: Any) -> bool:
+def are_sizes(values: Any) -> bool:
+    """Whether a value of a JSON header is a list of counts."""
     return (
         isinstance(values, list)
         and len(values) <= _MAX_AXES

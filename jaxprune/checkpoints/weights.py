@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from jaxprune.checkpoints.files import read_json
-from jaxprune.checkpoints.sparse_file import PackedFile
-from jaxprune.checkpoints.tensors import FLOATS, Entry
+from jaxprune.checkpoints.int8 import Lazy, WeightFile, sparse_if_smaller
+from jaxprune.checkpoints.tensors import COMPRESSED, FLOATS, Entry
 from jaxprune.models import Model, family
 from jaxprune.units import KINDS, Params, axes_of, flatten, path_name, unflatten
 from jaxprune.units import Path as ParamPath
@@ -38,7 +38,7 @@ _LAYOUTS: dict[str, Callable[[Any], Any]] = {
 class Source(NamedTuple):
     """A tensor in an open file."""
 
-    file: PackedFile
+    file: WeightFile
     name: str
 
     @property
@@ -56,6 +56,12 @@ class Parameter(NamedTuple):
     layout: str  # key of `_LAYOUTS`
 
 
+def weights_file(folder: Path) -> Path | None:
+    """The one file with all weights of a folder, compressed or not; None if there is none."""
+    files = (folder / name for name in (WEIGHTS, WEIGHTS + COMPRESSED))
+    return next((file for file in files if file.is_file()), None)
+
+
 def open_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, Source]:
     """Every tensor of a folder by name, from one safetensors file or from those that an index names.
 
@@ -67,8 +73,8 @@ def open_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, Source]
         FileNotFoundError: If there are no safetensors files, or some are missing.
         ValueError: If a file or the index is damaged, or they disagree.
     """
-    if (folder / WEIGHTS).is_file():
-        file = files.enter_context(PackedFile(folder / WEIGHTS))
+    if (weights := weights_file(folder)) is not None:
+        file = files.enter_context(WeightFile(weights))
         return {name: Source(file, name) for name in file.entries}
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(_no_weights(folder))
@@ -81,7 +87,7 @@ def open_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, Source]
     absent = sorted(name for name in set(index.values()) if not (folder / name).is_file())
     if absent:
         raise FileNotFoundError(f"{folder / INDEX} names files that are not there: {absent}. Download them again.")
-    shards = {name: files.enter_context(PackedFile(folder / name)) for name in sorted(set(index.values()))}
+    shards = {name: files.enter_context(WeightFile(folder / name)) for name in sorted(set(index.values()))}
     refuse(
         f"{folder / INDEX} and its files disagree",
         missing=[f"{name} in {shard}" for name, shard in index.items() if name not in shards[shard].entries],
@@ -261,35 +267,27 @@ def read_arrays(
 
 
 def read_sparse(parameters: list[Parameter], dtype: np.dtype | None, folder: Path) -> Params:
-    """Reads packed parameters into sparse arrays of JAX (`BCOO`) of the same shapes, and the others as `convert` does.
-
-    Args:
-        parameters: What to read.
-        dtype: The type of the arrays; None is each tensor's own.
-        folder: For the error.
+    """Reads the parameters as `convert` does; those that take less memory so are sparse (`BCOO`).
 
     Raises:
-        ValueError: If nothing is packed, or a value is NaN, infinite or too large for `dtype`; it names every tensor.
+        ValueError: If there are none, or a value is NaN, infinite or too large for `dtype`; it names every tensor.
     """
-    from jax.experimental.sparse import BCOO
-
-    packed = [own for own in parameters if own.source.name in own.source.file.packed]
-    if not packed:
-        raise ValueError(f"nothing in {folder} is packed: save it with packed='exact', or load it without sparse=True.")
-    flat = flatten(convert([own for own in parameters if own not in packed], dtype, folder))
-    wrong = []
-    for path, source, shape, _ in packed:
-        places, values = source.file.nonzeros(source.name)
-        with np.errstate(over="ignore"):  # found by the next line
-            values = values.astype(dtype or values.dtype, copy=False)
-        if not np.isfinite(values).all():
-            wrong.append(source.name)
-        where = np.stack(np.unravel_index(places, shape), axis=-1).astype(np.int32)
-        flat[path] = BCOO(
-            (jax.device_put(values), jax.device_put(where)), shape=shape, indices_sorted=True, unique_indices=True
+    flat = {path: sparse_if_smaller(array) for path, array in read_arrays(parameters, dtype, folder)}
+    if not any(hasattr(array, "todense") for array in flat.values()):
+        raise ValueError(
+            f"nothing in {folder} has so many zeros that it takes less memory: load it without sparse=True."
         )
-    refuse(f"the weights in {folder} cannot be used", NaN_or_infinite_or_too_large_for_the_type=wrong)
-    return unflatten({path: flat[path] for path, *_ in parameters})
+    return unflatten(flat)
+
+
+def read_later(parameters: Iterable[Parameter], dtype: np.dtype | None, folder: Path) -> Params:
+    """The parameters as arrays that are read when they are used, and not kept; in the order of `parameters`."""
+
+    def reader(parameter: Parameter) -> Lazy:
+        kind = FLOATS[parameter.source.entry.dtype] if dtype is None else dtype
+        return Lazy(kind, parameter.shape, lambda: dict(read_arrays([parameter], kind, folder))[parameter.path])
+
+    return unflatten({parameter.path: reader(parameter) for parameter in parameters})
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -20,8 +20,9 @@ import jax
 import numpy as np
 
 from jaxprune import __version__
+from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import check_file, file_stem, read_json, write_atomic
-from jaxprune.checkpoints.folder import load, model_digest
+from jaxprune.checkpoints.folder import load
 from jaxprune.cli.render.pictures import sweep_figure
 from jaxprune.cli.workflow import Data, Measuring, Progress, Watch, measure
 from jaxprune.compaction import compact

@@ -274,7 +274,8 @@ def finetune_model(
     source: str, tasks: Any, output: Path, settings: FineTuning, bars: terminal.Bars, **stored: Any
 ) -> dict[str, Any]:
     """Fine-tunes a model and writes its folder; the run is kept in `OUTPUT.state` until then."""
-    from jaxprune.checkpoints.folder import load, model_digest, save
+    from jaxprune.checkpoints.digests import model_digest
+    from jaxprune.checkpoints.folder import load, save
     from jaxprune.cli.render.tables import evaluation_table
     from jaxprune.data.tasks import remove_leaks
     from jaxprune.training.finetuning import finetune
@@ -401,7 +402,8 @@ class StudentRun:
 
         It is tested as it is written, rounded if it is.
         """
-        from jaxprune.checkpoints.folder import as_loaded, check_destination, load, model_digest
+        from jaxprune.checkpoints.digests import model_digest
+        from jaxprune.checkpoints.folder import as_loaded, check_destination, load
         from jaxprune.checkpoints.shared import pruning_of
         from jaxprune.data.prompts import prompt_of
         from jaxprune.evaluation.evaluate import fitting_head
@@ -601,8 +603,9 @@ def augment_rows(
 
     A data set that is there already and was made in the same way is left as it is.
     """
+    from jaxprune.checkpoints.digests import params_digest
     from jaxprune.checkpoints.files import check_file, folder_for
-    from jaxprune.checkpoints.folder import digest, load
+    from jaxprune.checkpoints.folder import load
     from jaxprune.data.augmentation import augmented
 
     model, params = load(source)
@@ -610,7 +613,7 @@ def augment_rows(
     folder, count = output / task.name, len(task.rows("train"))
     made = {
         "settings": asdict(settings),
-        "embeddings": digest({"embeddings": params["embeddings"]["word"]}),
+        "embeddings": params_digest({"embeddings": params["embeddings"]["word"]}),
         "rows": {split: task.digest(split) for split in task.splits},
     }
     known = folder / AUGMENTATION

@@ -20,8 +20,9 @@ import jax
 import numpy as np
 
 from jaxprune import __version__
+from jaxprune.checkpoints.digests import model_digest, params_digest
 from jaxprune.checkpoints.files import file_stem, read_json, remove_folder
-from jaxprune.checkpoints.folder import PRUNING, check_destination, digest, load, model_digest, save
+from jaxprune.checkpoints.folder import PRUNING, check_destination, load, save
 from jaxprune.checkpoints.gate_file import recorded_gates
 from jaxprune.compaction import compact
 from jaxprune.data.prompts import prompt_of
@@ -356,7 +357,7 @@ class _Run:
         small = compact(model, params, gates, means)
         record = pruning_record(_joined(scores, means), gates, budget, rules, **several)
         if several:
-            record["digests"]["scores"] = [digest(dict(each.values)) for each in scores]
+            record["digests"]["scores"] = [params_digest(dict(each.values)) for each in scores]
         if losses:
             record |= {"receipts": losses} if several else {"receipt": losses[0]}
         rows |= {row for each in scores for row in each.header["rows"]}
@@ -528,9 +529,9 @@ def _round_record(done: Round, before: Mapping[str, Any], after: Mapping[str, An
         "units": units,
         "kept": ratios(before, after) | {"units": units / had},
         "model": header.get("model"),  # the one that was scored
-        "scores": digest(dict(values)),
-        "means": digest(means) if means else None,
-        "gates": digest(dict(done.gates)),
+        "scores": params_digest(dict(values)),
+        "means": params_digest(means) if means else None,
+        "gates": params_digest(dict(done.gates)),
         "recovery": None if done.recovery is None else recovery_record(done.recovery),
     }
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.checkpoints.folder import digest
+from jaxprune.checkpoints.digests import params_digest
 from jaxprune.checkpoints.gate_file import units_record
 from jaxprune.data.batches import usable_rows
 from jaxprune.data.prompts import prompt_of
@@ -93,9 +93,9 @@ def pruning_record(
         "settings": {name: _plain(value, name) for name, value in settings_of(budget, rules, **more).items()},
         "scores": {name: _plain(value, name) for name, value in header.items() if name != "rows"},
         "digests": {
-            "scores": digest(dict(values)),
-            "means": digest(means) if means else None,  # what closed units are replaced by; None is zero
-            "gates": digest(arrays),
+            "scores": params_digest(dict(values)),
+            "means": params_digest(means) if means else None,  # what closed units are replaced by; None is zero
+            "gates": params_digest(arrays),
         },
         **units_record(kept, had),
     }

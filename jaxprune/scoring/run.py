@@ -28,8 +28,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxprune import __version__
+from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import write_atomic
-from jaxprune.checkpoints.folder import model_digest
 from jaxprune.checkpoints.tensors import TensorFile, write_tensors
 from jaxprune.data.batches import SHAPE_COST, default_length, pack, usable_rows
 from jaxprune.data.prompts import prompt_of

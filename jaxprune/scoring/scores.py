@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import write_atomic
-from jaxprune.checkpoints.folder import model_digest
 from jaxprune.checkpoints.tensors import TensorFile, write_tensors
 from jaxprune.models import Model
 from jaxprune.scoring.objectives import name_of

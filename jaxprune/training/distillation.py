@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from jaxprune.checkpoints.folder import model_digest
+from jaxprune.checkpoints.digests import model_digest
 from jaxprune.data.batches import default_length, encode, pack, training_batches
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import Rows, Task, remove_leaks

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from jaxprune.checkpoints.folder import model_digest
+from jaxprune.checkpoints.digests import model_digest
 from jaxprune.data.batches import IGNORED, Batches, Encoded, training_batches, usable_rows
 from jaxprune.data.tasks import Rows, Task, remove_leaks
 from jaxprune.evaluation.evaluate import Evaluation, evaluate

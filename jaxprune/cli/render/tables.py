@@ -622,10 +622,8 @@ def share_note(record: Record) -> str:
 
 def storage_table(record: Record) -> Table:
     """The bytes of a model before and after it was packed."""
-    rows = [
-        (title, *(f"{record[when][name] / 1e6:,.3f}" for when in ("before", "after")), times(record["ratios"][name]))
-        for name, title in {"linear_maps": "linear maps of the layers", "file": "the whole file"}.items()
-    ]
+    sizes = (f"{record[when]['file'] / 1e6:,.3f}" for when in ("before", "after"))
+    rows = [("the weights", *sizes, times(record["ratios"]["file"]))]
     return make_table(f"{record['source']}: {record['values'] or 'dense'}", ("MB", "before", "after", "smaller"), rows)
 
 
@@ -633,11 +631,11 @@ def storage_note(record: Record) -> str:
     """What the linear maps are, and how many of their weights are not zero."""
     if record["density"] is None:
         return "The model has no layers: nothing can be packed."
-    useless = record["values"] == "exact" and record["ratios"]["linear_maps"] <= 1
+    useless = record["values"] == "exact" and record["density"] > 0.99
     return note(
         f"{percent(record['density'])} of the {record['linear_weights']:,} weights in the linear maps (the kernels of "
         "the layers) are not zero.",
-        "Without zeros nothing becomes smaller: --values int8 rounds to a byte per weight." * useless,
+        "Without zeros little becomes smaller: --values int8 rounds to a byte per weight." * useless,
     )
 
 
