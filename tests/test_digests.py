@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -43,7 +44,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         def hexdigest(self) -> str:
             return self._sha.hexdigest()
 
-    monkeypatch.setattr(digests.hashlib, "sha256", Counting)
+    monkeypatch.setattr(digests, "hashlib", SimpleNamespace(sha256=Counting))
     return sizes
 
 

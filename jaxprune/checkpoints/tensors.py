@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Protocol, Self
@@ -46,7 +46,7 @@ class Entry(NamedTuple):
 class TensorFile:
     """An open safetensors file: what it holds, and its tensors slice by slice. Close it, or use it in a `with`.
 
-    One whose name ends in `.zst` is expanded into a temporary file first.
+    One whose name ends in `.zst` is expanded on the way, or into a temporary file if it is not read from front to back.
     """
 
     def __init__(self, path: str | Path):
@@ -56,26 +56,32 @@ class TensorFile:
             ValueError: If the file is not a complete safetensors file.
         """
         self.path = Path(path)
-        self._file = open(self.path, "rb")  # noqa: SIM115, kept open: a file renamed over this one changes nothing
+        self._file: BinaryIO = open(self.path, "rb")  # noqa: SIM115, stays the same if another is renamed over it
+        self._stream: Any = None  # of a compressed file
+        self._position = 0  # in the stream
         try:
             if self.path.suffix == COMPRESSED:
-                self._file, self.entries, self.metadata = _expand(self._file)
+                self._start()
+                self.entries, self.metadata, self._stop = _read_header(self._read, None)
             else:
                 size = os.fstat(self._file.fileno()).st_size
-                self.entries, self.metadata, stop = _read_header(self._file, size)
-                _check_end(stop, size)
+                self.entries, self.metadata, self._stop = _read_header(self._file.read, size)
+                _check_end(self._stop, size)
         except ValueError as error:
             self._file.close()
-            raise ValueError(
-                f"{path} is not a complete safetensors file: {error}. Download it or save it again."
-            ) from error
+            raise self._incomplete(error) from error
         self._stored = dict(self.entries)
+
+    def _incomplete(self, reason: object) -> ValueError:
+        return ValueError(f"{self.path} is not a complete safetensors file: {reason}. Download it or save it again.")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self._file.close()
+        if self._stream is not None:
+            self._stream.close()
 
     def slices(self, name: str) -> Iterator[tuple[slice, np.ndarray]]:
         """Yields a tensor of floats or bytes in blocks of rows, each mapped from the file and valid until the next one.
@@ -90,8 +96,7 @@ class TensorFile:
         for first in range(0, rows if row_bytes else 0, step):
             last = min(first + step, rows)
             start, size = entry.start + first * row_bytes, (last - first) * row_bytes
-            mapped = np.memmap(self._file, np.uint8, "r", offset=start, shape=(size,))
-            yield slice(first, last), mapped.view(np.ndarray).view(dtype).reshape(last - first, *inner)
+            yield slice(first, last), self._bytes(start, size).view(dtype).reshape(last - first, *inner)
 
     def read(self, name: str) -> np.ndarray:
         """A copy of a tensor of floats or bytes."""
@@ -100,6 +105,57 @@ class TensorFile:
         for rows, block in self.slices(name):
             array[rows] = block
         return array.reshape(entry.shape)
+
+    def _bytes(self, start: int, size: int) -> np.ndarray:
+        """Bytes of the file, expanded; valid until the next ones."""
+        if self._stream is not None and start < self._position:
+            self._expand()
+        if self._stream is None:
+            return np.memmap(self._file, np.uint8, "r", offset=start, shape=(size,)).view(np.ndarray)
+        try:
+            while self._position < start and self._read(min(start - self._position, _SLICE)):
+                pass
+            content = self._read(size)
+            if len(content) < size or self._position == self._stop:
+                _check_end(self._stop, self._position + len(self._read(1)))
+        except ValueError as error:
+            raise self._incomplete(error) from error
+        return np.frombuffer(content, np.uint8)
+
+    def _start(self) -> None:
+        import pyarrow  # half a second
+
+        self._file.seek(0)
+        file = open(os.dup(self._file.fileno()), "rb")  # noqa: SIM115, the stream closes it
+        self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
+        self._position = 0
+
+    def _read(self, size: int) -> bytes:
+        """The next bytes of the stream."""
+        try:
+            content = self._stream.read(size)
+        except OSError as error:
+            if error.errno:  # of a disk, not of the compression
+                raise
+            raise ValueError(f"it cannot be expanded ({error})") from error
+        self._position += len(content)
+        return content
+
+    def _expand(self) -> None:
+        """Puts a temporary file in the place of the stream."""
+        plain: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115
+        self._start()
+        try:
+            while self._position <= self._stop and (piece := self._read(_SLICE)):
+                plain.write(piece)
+            _check_end(self._stop, self._position)
+        except ValueError as error:
+            plain.close()
+            raise self._incomplete(error) from error
+        plain.flush()
+        self._file.close()
+        self._stream.close()
+        self._file, self._stream = plain, None
 
 
 class Writer(Protocol):
@@ -155,7 +211,8 @@ def write_tensors(
     if unknown := {name: str(array.dtype) for name, array in tensors.items() if array.dtype not in names}:
         raise TypeError(f"only {', '.join(map(str, names))} can be saved, got {unknown}.")
     kinds = {name: np.dtype(array.dtype) for name, array in tensors.items()} | dict(dtypes or {})
-    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))  # every array is aligned to its items
+    # Every array is aligned to its items; scales come first, so that a compressed file is read from front to back.
+    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, not name.endswith(".scales"), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
     for name in order:
@@ -188,35 +245,14 @@ def _write_array(file: Writer, array: Any, dtype: np.dtype) -> bool:
     return finite
 
 
-def _expand(file: BinaryIO) -> tuple[BinaryIO, dict[str, Entry], dict[str, str]]:
-    """A temporary file with the tensors of a compressed one, which is closed, and the header; no more is expanded."""
-    import pyarrow
-
-    plain: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115
-    try:
-        with pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd") as stream:
-            entries, metadata, stop = _read_header(stream)
-            plain.seek(min((entry.start for entry in entries.values()), default=stop))
-            while piece := stream.read(min(_SLICE, stop - plain.tell())):
-                plain.write(piece)
-            _check_end(stop, plain.tell() + len(stream.read(1)))
-        plain.flush()
-    except BaseException as error:
-        plain.close()
-        if isinstance(error, OSError) and error.errno is None:  # of the compression, not of a disk
-            raise ValueError(f"it cannot be expanded ({error})") from error
-        raise
-    return plain, entries, metadata
-
-
 def _check_end(stop: int, size: int) -> None:
     if stop != size:
         raise ValueError(f"its tensors end at byte {stop} and the file has {size}: it is truncated or too long")
 
 
-def _read_header(file: Any, size: int | None = None) -> tuple[dict[str, Entry], dict[str, str], int]:
+def _read_header(read: Callable[[int], bytes], size: int | None) -> tuple[dict[str, Entry], dict[str, str], int]:
     """The tensors, the metadata, and where the last tensor ends; None: it is not known how large the file is."""
-    first = file.read(8)
+    first = read(8)
     if len(first) < 8:
         raise ValueError(f"it has only {len(first)} bytes")
     length = int.from_bytes(first, "little")
@@ -225,7 +261,7 @@ def _read_header(file: Any, size: int | None = None) -> tuple[dict[str, Entry], 
     if size is not None and 8 + length > size:
         raise ValueError(f"its header claims {length} bytes and the file has {size}: it is truncated or something else")
     try:
-        header = json.loads(file.read(length).decode(), object_pairs_hook=without_duplicates)
+        header = json.loads(read(length).decode(), object_pairs_hook=without_duplicates)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):

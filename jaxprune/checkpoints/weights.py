@@ -226,9 +226,13 @@ def refuse(what: str, **problems: list[str]) -> None:
 
 def convert(parameters: list[Parameter], dtype: np.dtype | None, folder: Path) -> Params:
     """Reads the parameters onto the device, as `read_arrays` does, in the order of the files."""
-    ordered = sorted(parameters, key=lambda p: (p.source.file.path, p.source.entry.start))
-    flat = {path: jax.device_put(array) for path, array in read_arrays(ordered, dtype, folder)}
+    flat = {path: jax.device_put(array) for path, array in read_arrays(in_file_order(parameters), dtype, folder)}
     return unflatten({path: flat[path] for path, *_ in parameters})
+
+
+def in_file_order(parameters: Iterable[Parameter]) -> list[Parameter]:
+    """The parameters in the order in which they stand in their files."""
+    return sorted(parameters, key=lambda parameter: (parameter.source.file.path, parameter.source.entry.start))
 
 
 def read_arrays(
@@ -272,12 +276,13 @@ def read_sparse(parameters: list[Parameter], dtype: np.dtype | None, folder: Pat
     Raises:
         ValueError: If there are none, or a value is NaN, infinite or too large for `dtype`; it names every tensor.
     """
-    flat = {path: sparse_if_smaller(array) for path, array in read_arrays(parameters, dtype, folder)}
+    ordered = read_arrays(in_file_order(parameters), dtype, folder)
+    flat = {path: sparse_if_smaller(array) for path, array in ordered}
     if not any(hasattr(array, "todense") for array in flat.values()):
         raise ValueError(
             f"nothing in {folder} has so many zeros that it takes less memory: load it without sparse=True."
         )
-    return unflatten(flat)
+    return unflatten({path: flat[path] for path, *_ in parameters})
 
 
 def read_later(parameters: Iterable[Parameter], dtype: np.dtype | None, folder: Path) -> Params:
