@@ -18,6 +18,8 @@ import pytest
 from checkpoints import classifier_config, classifier_tensors, encoder_shapes, safetensors_bytes, write_checkpoint
 from tiny import tiny_config
 
+from jaxprune.checkpoints.folder import load, save
+
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 
 # Peak memory of the process since `clear_refs`, the pages of mapped files included; what was there before is taken off.
@@ -157,7 +159,7 @@ def test_a_packed_file_takes_no_more_memory(tmp_path, share, packed):
     run = subprocess.run([sys.executable, "-c", PACK, *arguments, str(share), packed], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     tiny = classifier_config("bert")
-    write_checkpoint(tmp_path / "tiny", tiny, classifier_tensors(tiny))
+    save(tmp_path / "tiny", *load(write_checkpoint(tmp_path / "hf", tiny, classifier_tensors(tiny))), packed="exact")
     script = MEASURE.replace("overwrite=True)", f"overwrite=True, packed={packed!r})")
     command = [sys.executable, "-c", script, *(str(tmp_path / name) for name in ("tiny", "packed"))]
     run = subprocess.run([*command, "float32", str(tmp_path / "out")], capture_output=True, text=True, check=False)

@@ -81,7 +81,9 @@ def round_to_int8(array: Any, scales: np.ndarray) -> np.ndarray:
 def from_int8(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """The weights in float32."""
     with np.errstate(invalid="ignore", over="ignore"):  # of damaged scales; whoever reads the weights refuses those
-        return (values.reshape(-1, len(scales)).astype(np.float32) * scales).reshape(values.shape)
+        weights = values.reshape(-1, len(scales)).astype(np.float32)
+        weights *= scales
+        return weights.reshape(values.shape)
 
 
 def int8_tensors(arrays: Mapping[str, Any], outputs: Mapping[str, int]) -> dict[str, Any]:
@@ -172,7 +174,7 @@ class WeightFile(TensorFile):
             return
         for rows, block in super().slices(name):
             if name in self._scales:
-                block = from_int8(block, self._scales[name]).astype(FLOATS[self.entries[name].dtype])
+                block = from_int8(block, self._scales[name]).astype(FLOATS[self.entries[name].dtype], copy=False)
             yield rows, block
 
     def _described(self, key: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U1
 _BYTES |= {"I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8, "C64": 8}  # per element, of every type there is
 _MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 _MAX_AXES = 64  # of one tensor; NumPy's limit
-_SLICE = 2**20  # bytes of a file that are mapped at once
+_SLICE = 2**19  # bytes of a file that are mapped at once
 _FRAME = 2**22  # bytes that are compressed at once; more need more memory and save little
 _LEVEL = 9  # of zstd; 19 makes files a tenth smaller and takes seventy times as long (benchmarks/packing.py)
 

@@ -260,7 +260,7 @@ def read_arrays(
         finite = fits = True
         for rows, block in source.file.slices(source.name):
             with np.errstate(over="ignore"):  # found two lines below
-                converted = block.astype(kind)
+                converted = block.astype(kind, copy=False)
             if not np.isfinite(converted).all():
                 fits, finite = False, finite and bool(np.isfinite(block).all())
             view[rows] = converted
