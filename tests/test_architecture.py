@@ -193,3 +193,16 @@ def test_importing_the_package_imports_nothing_slow():
     code = "import sys, jaxprune; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(run.stdout.split()) & {*SLOW, "numpy"} == set()
+
+
+def test_names_of_stacks_and_modules_stay_in_the_family_that_has_them():
+    allowed = {PACKAGE / "models" / name for name in ("bert.py", "t5.py")}
+    names = {"encoder", "decoder", "cross", "query"}
+    wrong = {
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file in FILES
+        if file not in allowed
+        for node in ast.walk(TREES[file])
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    assert wrong == set()

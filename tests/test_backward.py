@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import MODEL_TYPES, lively, random_gates, tiny_batch, tiny_config, tiny_model
+from tiny import NUMERIC_TYPES, lively, random_gates, tiny_batch, tiny_config, tiny_model
 
 from jaxprune.compaction import compact
 from jaxprune.models import (
@@ -69,7 +69,7 @@ def assert_same(found: Any, expected: Any) -> None:
 
 # Here, where all optimisation is on: the sums of less optimised code have more rounding than the tolerance allows.
 @pytest.mark.reference
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", NUMERIC_TYPES)
 @pytest.mark.parametrize("rows", [False, True])
 def test_gate_gradients_equal_those_of_apply(model_type: str, rows: bool):
     model, params = tiny_model(model_type)
@@ -127,7 +127,7 @@ def test_only_named_gates_are_differentiated(names: tuple[str, ...]):
     assert_same(pull(toward)[0], expected)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", NUMERIC_TYPES)
 def test_weight_gradients_equal_those_of_apply(model_type: str):
     heads = (TaskHead(name="task", labels=("a", "b", "c"), dense="tanh"), TaskHead(name="other", labels=("a", "b")))
     rate = 0.3

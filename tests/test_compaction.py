@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import MODEL_TYPES, random_gates, tiny_batch, tiny_model
+from tiny import NUMERIC_TYPES, random_gates, tiny_batch, tiny_model
 
 from jaxprune.compaction import compact, compacted_shapes
 from jaxprune.models import Model
@@ -45,7 +45,7 @@ def closed(model: Model, params, *names: str) -> Gates:
 
 @pytest.mark.parametrize("fractional", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", NUMERIC_TYPES)
 def test_compaction_keeps_the_function(model_type, seed, fractional):
     model, params = tiny_model(model_type, seed=seed)
     batch, gates = tiny_batch(model, seed=seed), random_gates(model, params, seed, fractional)
@@ -57,7 +57,7 @@ def test_compaction_keeps_the_function(model_type, seed, fractional):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", NUMERIC_TYPES)
 def test_means_are_folded_into_the_bias(model_type, seed):
     model, params = tiny_model(model_type, seed=seed)
     batch, gates = tiny_batch(model, seed=seed), random_gates(model, params, seed, fractional=True)
@@ -86,7 +86,7 @@ def test_compaction_to_zero_width_keeps_the_function(names, with_means):
     assert_same_logits(logits(model, small, batch), logits(model, params, batch, gates, means=means))
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES[1:])
+@pytest.mark.parametrize("model_type", NUMERIC_TYPES[1:])
 def test_compaction_to_nothing_keeps_the_function(model_type):
     model, params = tiny_model(model_type)
     batch, gates = tiny_batch(model), closed(model, params, *widths(model.axes, params))
@@ -105,7 +105,7 @@ def test_a_compacted_model_can_be_compacted_again(seed):
 
 
 @pytest.mark.parametrize("kind", ["units", "channels"])
-@pytest.mark.parametrize("model_type", (*MODEL_TYPES, "t5"))
+@pytest.mark.parametrize("model_type", (*NUMERIC_TYPES, "t5"))
 def test_shapes_are_known_before_anything_is_cut(model_type, kind):
     model, params = tiny_model(model_type)
     kinds = ("heads", "neurons") if kind == "units" else ("channels", "query_channels", "neurons")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import MODEL_TYPES, random_gates, tiny_config, tiny_model
+from tiny import NUMERIC_TYPES, random_gates, tiny_config, tiny_model
 
 from jaxprune.compaction import compact
 from jaxprune.models import Mask, Model, State, family
@@ -85,7 +85,7 @@ def dot_flops(jaxpr: Any) -> int:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", NUMERIC_TYPES)
 def test_flops_are_those_of_the_program(model_type, seed):
     model, params = tiny_model(model_type, layers=3, seed=seed)
     small = compact(model, params, random_gates(model, params, seed) | {"1.attention.heads": np.zeros(4)})

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import MODEL_TYPES, random_gates, tiny_batch, tiny_model
+from tiny import NUMERIC_TYPES, random_gates, tiny_batch, tiny_model
 
 from jaxprune.compaction import compact
 from jaxprune.models import Mask, Model, State
@@ -49,7 +49,7 @@ def gated_values(model: Model, params: Params, batch: Any, gates: Gates | None =
 # What gates do
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", NUMERIC_TYPES)
 def test_gates_of_ones_change_nothing(model_type: str):
     model, params = tiny_model(model_type)
     batch = tiny_batch(model)
@@ -103,7 +103,7 @@ def test_a_gate_multiplies_each_head_and_each_neuron():
     np.testing.assert_allclose(found, values["0.ffn.neurons"] * neurons["0.ffn.neurons"], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", NUMERIC_TYPES)
 def test_a_closed_gate_equals_a_kernel_without_the_unit(model_type: str):
     model, params = tiny_model(model_type)
     batch = tiny_batch(model)
@@ -133,7 +133,7 @@ def test_a_closed_gate_leads_to_the_mean():
     np.testing.assert_array_equal(logits(model, params, batch, means=means), logits(model, params, batch))
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", NUMERIC_TYPES)
 def test_closed_sites_equal_zero_width_modules(model_type: str):
     model, params = tiny_model(model_type)
     batch = tiny_batch(model)
@@ -265,7 +265,7 @@ def test_encoder_layers_come_before_decoder_layers():
     }
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", NUMERIC_TYPES)
 def test_the_axis_table_names_every_axis(model_type: str):
     model, params = tiny_model(model_type)
     sizes: dict[str, set[int]] = {}

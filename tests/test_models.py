@@ -18,6 +18,7 @@ from jaxprune import models
 from jaxprune.compaction import compact
 from jaxprune.models import BlockSettings, Mask, Model, Output, State, TaskHead, families, family, model_inputs, running
 from jaxprune.models import bert as bert_family
+from jaxprune.models.heads import pool
 from jaxprune.models.layers import Affine, attend, bind, describe, dropout, fused_attention, has_fused_attention
 from jaxprune.units import UNITS, Intervention, Params, flatten, open_gates, unflatten
 
@@ -259,6 +260,13 @@ def test_every_array_of_a_batch_is_transferred_once(monkeypatch):
         model_inputs(model, params, batch)
         assert len(transferred) == len(batch)
         transferred.clear()
+
+
+def test_the_last_token_may_stand_for_the_text():
+    hidden = jnp.arange(18, dtype=jnp.float32).reshape(3, 3, 2)
+    mask = jnp.array([[True, True, False], [False, True, True], [False, False, False]])
+    np.testing.assert_array_equal(pool(hidden, mask, "last"), [[2, 3], [10, 11], [12, 13]])
+    np.testing.assert_array_equal(pool(hidden, mask, "first"), hidden[:, 0])
 
 
 def test_facts_of_a_family():
@@ -515,7 +523,7 @@ def test_fused_attention_has_the_same_gradient(dtype: Any):
     weights = jnp.asarray(np.random.default_rng(1).standard_normal((3, 10, 2, 8)), jnp.float32)
 
     def slopes(attention: Any) -> Any:
-        return jax.grad(lambda a: (attention(*a, mask).astype(jnp.float32) * weights).sum())(tuple(arrays))
+        return jax.jit(jax.grad(lambda a: (attention(*a, mask).astype(jnp.float32) * weights).sum()))(tuple(arrays))
 
     own = slopes(lambda *a: attend(*a)[0])
     with jax.numpy_dtype_promotion("standard"):  # the library's backward pass mixes types, as its forward pass does

@@ -16,6 +16,7 @@ from jaxprune.models import Model, TaskHead, family
 from jaxprune.units import UNITS, Gates, Params, axes_of, flatten, unflatten, widths
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert")
+NUMERIC_TYPES = ("bert", "distilbert")  # for laws of numbers: the others differ in positions and names
 TEXT_TYPES = ("t5", "mt5")  # answer in text; t5 is T5 1.0 here, mt5 the later architecture
 LENGTH = 64  # the most tokens a tiny model reads
 

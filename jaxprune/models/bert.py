@@ -30,6 +30,7 @@ from jaxprune.models.layers import (
     bind,
     describe,
     dropout,
+    dropout_of,
 )
 from jaxprune.models.layers import initialise as initialise_part
 from jaxprune.models.running import Mask, Places, Stack, State
@@ -256,8 +257,7 @@ class Attention(nnx.Module):
                 self.value(x),
                 mask,
                 scale=scale,
-                rate=self.rates[0],
-                dropout_key=inner,
+                drop=dropout_of(self.rates[0], inner),
                 scores=sites.wants("attention.scores"),
             )
             mixed = sites.gate("attention.channels", sites.gate("attention.heads", mixed))

@@ -216,6 +216,11 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
+def dropout_of(rate: float, key: Array | None) -> Callable[[Array], Array] | None:
+    """The dropout as a function; None where there is none."""
+    return None if key is None or rate == 0.0 else lambda x: dropout(x, rate, key)
+
+
 def contribution(values: Array, cotangent: Array) -> Float[Array, "b t u"]:
     """Each unit's first-order contribution at each token: `h * dh`, summed over a head's channels."""
     return (values * cotangent).sum(tuple(range(3, values.ndim)))
@@ -378,8 +383,7 @@ def attend(
     *,
     scale: float | None = None,
     bias: Float[Array, "n t s"] | None = None,
-    rate: float = 0.0,
-    dropout_key: Array | None = None,
+    drop: Callable[[Array], Array] | None = None,
     scores: bool = False,
 ) -> tuple[Float[Array, "b t *q v"], Float[Array, "b heads t s"] | None]:
     """Softmax attention; fused where the hardware has it.
@@ -392,15 +396,14 @@ def attend(
             evenly, so that it stays finite.
         scale: What the scores are multiplied by; None is one over the square root of the head size.
         bias: What is added to the scores, such as T5's relative positions.
-        rate: Dropout rate of the attention probabilities.
-        dropout_key: Randomness of the dropout; None is none.
+        drop: The dropout of the attention probabilities; None is none.
         scores: Whether to return the scores before mask and softmax, scaled and with their bias.
 
     Returns:
         The mixed values per head, and the scores if asked for.
     """
     b, t, *heads, h = query.shape
-    if bias is None and not scores and (dropout_key is None or rate == 0.0) and has_fused_attention(query, value):
+    if bias is None and not scores and drop is None and has_fused_attention(query, value):
         mixed = fused_attention(
             query.reshape(b, t, math.prod(heads), h), key, value, mask, implementation="cudnn", scale=scale
         )
@@ -413,7 +416,8 @@ def attend(
     raw = raw if factor == 1.0 else factor * raw
     raw = raw.reshape(b, math.prod(heads), t, raw.shape[-1])
     raw = raw if bias is None else raw + bias.astype(jnp.float32)
-    weights = dropout(masked_softmax(raw, mask).astype(value.dtype), rate, dropout_key)
+    weights = masked_softmax(raw, mask).astype(value.dtype)
+    weights = weights if drop is None else drop(weights)
     weights = weights.reshape(*query.shape[:3], weights.shape[-1])
     mixed = jnp.einsum("bnts,bnsh->bnth", weights, value, preferred_element_type=jnp.float32).astype(value.dtype)
     raw = raw if scores else None

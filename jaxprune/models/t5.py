@@ -36,6 +36,7 @@ from jaxprune.models.layers import (
     bind,
     describe,
     dropout,
+    dropout_of,
     sum_tokens,
 )
 from jaxprune.models.layers import initialise as initialise_part
@@ -267,8 +268,7 @@ class Attention(nnx.Module):
             mask,
             scale=1.0,
             bias=bias,
-            rate=self.rate,
-            dropout_key=inner,
+            drop=dropout_of(self.rate, inner),
             scores=sites.wants(f"{self.name}.scores"),
         )
         mixed = sites.gate(f"{self.name}.channels", sites.gate(f"{self.name}.heads", mixed))
