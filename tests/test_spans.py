@@ -446,7 +446,11 @@ def test_scores_of_spans_are_checked_and_repaired():
     gates = select(model, params, scores, Units(0.5))
     small = compact(model, params, gates)
     repaired, recovery = recover(model, params, small, task, Recovery(rows=Rows(examples=16)))
-    assert recovery.examples == 16 and evaluate(model, repaired, task).n == 20
+    assert recovery.examples == 16 and recovery.cut_off == 0 and evaluate(model, repaired, task).n == 20
+    far = example("it is?", "the " * 60 + "red", "red")  # its answer is cut off
+    longer = replace(task, splits={**task.splits, "calibration": (*task.rows("calibration"), far)})
+    _, recovery = recover(model, params, small, longer, Recovery(rows=Rows(examples=1_000)))
+    assert recovery.cut_off == 1 and recovery.examples == len(task.rows("calibration"))
     receipt = loss_receipt(model, params, task, gates, examples=8, nodes=8)
     assert abs(receipt.found - receipt.lost) <= receipt.error + 1e-5
 

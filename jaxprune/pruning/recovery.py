@@ -320,6 +320,7 @@ class RecoveryReport(NamedTuple):
     examples: int
     rows: tuple[str, ...]  # their keys: none of them may be tested on
     modules: tuple[Repair, ...]
+    cut_off: int  # rows of span tasks that were left out, because their answers are cut off
 
 
 def recover(
@@ -365,7 +366,8 @@ def recover(
         for batch in pack(encode(drawn), batch_size=settings.batch_size):
             batches.append({**batch, "labels": np.full(len(batch["input_ids"]), -1, np.int32)})
     repaired, repairs = recover_batches(model, params, small, batches, method=recovery.method, progress=progress)
-    return repaired, RecoveryReport(describe(recovery.method), len(rows), tuple(sorted(map(row_key, rows))), repairs)
+    keys, cut_off = tuple(sorted(map(row_key, rows))), sum(each.cut_off for each in usable)
+    return repaired, RecoveryReport(describe(recovery.method), len(rows), keys, repairs, cut_off)
 
 
 def recover_batches(
