@@ -26,7 +26,6 @@ from timing import Setting, say
 
 import jaxprune as jp
 from jaxprune.checkpoints.files import write_atomic
-from jaxprune.cli.planning import TRIES
 from jaxprune.models import Model
 from jaxprune.pruning.latency import (
     LatencyComparison,
@@ -36,6 +35,7 @@ from jaxprune.pruning.latency import (
     measure_latency_table,
     meet,
 )
+from jaxprune.pruning.prune import TRIES
 from jaxprune.pruning.selection import least_latency
 from jaxprune.units import Gates, Params, widths
 

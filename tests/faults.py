@@ -127,12 +127,13 @@ def _serve() -> None:
     import transformers
     import transformers.models.bert  # its parts are imported when they are asked for
 
-    from jaxprune.cli import workflow  # noqa: F401
     from jaxprune.cli.render import tables  # noqa: F401
+    from jaxprune.pruning import prune, sweep  # noqa: F401
     from jaxprune.scoring import (
         attribution,  # noqa: F401
         baselines,  # noqa: F401
     )
+    from jaxprune.training import distillation, finetuning  # noqa: F401
 
     transformers.AutoTokenizer  # noqa: B018
     for line in sys.stdin:

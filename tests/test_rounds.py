@@ -21,8 +21,8 @@ from tiny import tiny_batch, tiny_model
 from jaxprune.checkpoints.digests import model_digest, params_digest
 from jaxprune.checkpoints.folder import load, read_pruning, save
 from jaxprune.checkpoints.gate_file import recorded_gates
-from jaxprune.cli.pruning import prune_model
-from jaxprune.cli.workflow import Data, Measuring
+from jaxprune.cli.options import RowOptions
+from jaxprune.cli.pruning import PruneCommand
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.models import Model
@@ -304,16 +304,8 @@ def commanded(
         "rounds": 3,
         "recover_each_round": True,
     }
-    return prune_model(
-        str(place.model),
-        output,
-        budget,
-        Pruning(**settings | changes),
-        tasks=[Data(task="mood", data=place.data)],
-        measuring=Measuring(limit=10, batches=()),
-        overwrite=overwrite,
-        watch=watch,
-    )
+    job = PruneCommand(str(place.model), output, (), Rows(split="test", examples=10), (), overwrite)
+    return job.run(budget, Pruning(**settings | changes), lambda: [load_task("mood", data=place.data)], watch)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -461,16 +453,18 @@ def test_a_text_to_text_model_in_rounds(tmp_path):
         write_rows(tmp_path / "data" / "mood" / f"{split}.jsonl", ("bad", "good"), rows, i)
     (tmp_path / "prompt.yaml").write_text('template: "mood : {sentence} ?"\nwords: [bad, very good]\n')
     rules, scoring = Rules(multiple_of={"neurons": 8}), replace(SCORING, rows=Rows(examples=8, batch_size=8))
-    settings = {
-        "pruning": Pruning(scoring=scoring, rules=rules, recovery=None, rounds=2),
-        "tasks": [Data(task="mood", data=tmp_path / "data", prompt=str(tmp_path / "prompt.yaml"))],
-        "measuring": Measuring(evaluate=False, batches=()),
-    }
+    pruning = Pruning(scoring=scoring, rules=rules, recovery=None, rounds=2)
+    options = RowOptions(data=tmp_path / "data", prompt=str(tmp_path / "prompt.yaml"))
     source, out = str(tmp_path / "model"), tmp_path / "small"
+
+    def command(output: Path, watch: Silent) -> dict[str, Any]:
+        job = PruneCommand(source, output, (), None, (), False)
+        return job.run(Flops(0.4), pruning, lambda: [options.load("mood", watch)], watch)
+
     with pytest.raises(KeyboardInterrupt):
-        prune_model(source, out, Flops(0.4), watch=Silent("round 2 of 2, scoring"), **settings)
-    record = prune_model(source, out, Flops(0.4), watch=Silent(), **settings)
-    prune_model(source, tmp_path / "whole", Flops(0.4), watch=Silent(), **settings)
+        command(out, Silent("round 2 of 2, scoring"))
+    record = command(out, Silent())
+    command(tmp_path / "whole", Silent())
     assert contents(out) == contents(tmp_path / "whole")
     assert record["kept"]["flops"] <= 0.4
     model, params = load(source)
@@ -509,7 +503,7 @@ def test_what_rounds_cannot_do_is_refused_before_anything_is_scored(place):
 def test_a_recovery_that_the_model_has_no_biases_for_is_refused_before_anything_is_scored(place, tmp_path):
     model, params = tiny_model("t5", layers=1)
     (tmp_path / "prompt.yaml").write_text('template: "mood : {sentence} ?"\nwords: [bad, very good]\n')
-    task = Data(task="mood", data=place.data, prompt=str(tmp_path / "prompt.yaml")).load(Silent())
+    task = RowOptions(data=place.data, prompt=str(tmp_path / "prompt.yaml")).load("mood", Silent())
     for rounds in (1, 2):
         how = Pruning(rounds=rounds, recovery=Recovery(method=BiasCompensation()))
         with pytest.raises(ValueError, match="bias"):

@@ -13,13 +13,13 @@ import pytest
 from commands import Place, place, record_of, run
 
 from jaxprune.checkpoints.folder import load, save
-from jaxprune.cli.sweep import Combination, combinations
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.evaluation.evaluate import evaluate
 from jaxprune.pruning.budgets import Flops, Rules
 from jaxprune.pruning.record import costs, ratios
 from jaxprune.pruning.selection import select
+from jaxprune.pruning.sweep import Combination, Sweeping, combinations
 from jaxprune.scoring.baselines import Magnitude, Random
 from jaxprune.scoring.scores import load_scores
 from jaxprune.units import Intervention
@@ -58,7 +58,8 @@ def test_rows_are_all_combinations_in_order(swept):
         for budget in (0.7, 0.4)
     ]
     assert [tuple(row[name] for name in ("task", "criterion", "seed", "flops")) for row in record["rows"]] == wanted
-    assert combinations(["a"], {"m": Magnitude(), "r": Random()}, 2, [0.5]) == [
+    sweeping = Sweeping(criteria={"m": Magnitude(), "r": Random()}, seeds=2, budgets=[0.5])
+    assert combinations(["a"], sweeping) == [
         Combination("a", "m", 0, 0.5),
         Combination("a", "r", 0, 0.5),
         Combination("a", "r", 1, 0.5),

@@ -56,6 +56,15 @@ class Parameter(NamedTuple):
     layout: str  # key of `_LAYOUTS`
 
 
+def stored_type(model: Model) -> str:
+    """The type of the weights in the file that a model was loaded from; float32 if there are several."""
+    if model.source is None:
+        return "float32"
+    with contextlib.ExitStack() as files:
+        kinds = {source.entry.dtype for source in open_tensors(model.source, files).values()} & set(FLOATS)
+    return str(FLOATS[kinds.pop()]) if len(kinds) == 1 else "float32"
+
+
 def weights_file(folder: Path) -> Path | None:
     """The one file with all weights of a folder, compressed or not; None if there is none."""
     files = (folder / name for name in (WEIGHTS, WEIGHTS + COMPRESSED))

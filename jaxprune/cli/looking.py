@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +30,9 @@ from jaxprune.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from jaxprune.data.tasks import Task
     from jaxprune.models import Model
+    from jaxprune.pruning.sweep import Sweeping
     from jaxprune.units import Params
 
 BUDGETS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2"
@@ -143,7 +146,7 @@ def evaluate(
         loaded, params = load(model)
         if generate and not loaded.answers_in_text:
             raise ValueError(f"{model} has task heads and writes no text: leave --generate out.")
-        tasks = [rows.of(name).load(bars) for name in task]
+        tasks = [rows.load(name, bars) for name in task]
         for each in tasks:  # all of them before the first is measured
             each.rows(split)
             library.fitting_head(loaded, each, head)
@@ -183,23 +186,48 @@ def sweep(
     Choices belong to --split dev: what was chosen on test rows looks better there than it is.
     """
     with terminal.working() as bars:
-        from jaxprune.cli import sweep, workflow
         from jaxprune.cli.render import tables
+        from jaxprune.data.tasks import Rows
+        from jaxprune.pruning.sweep import Sweeping
 
-        record = sweep.sweep_model(
-            model,
-            [rows.of(name) for name in task],
-            settings.build(*criterion),
-            output,
-            selection.build(),
-            length=selection.tokens(),
+        sweeping = Sweeping(
+            criteria=settings.build(*criterion),
             budgets=read_fractions("--flops", flops),
             seeds=seeds,
             examples=examples,
-            split=split,
-            measuring=workflow.Measuring(head=head, limit=limit, **asdict(batches)),
-            dark=dark,
-            watch=bars,
+            length=selection.tokens(),
+            rules=selection.build(),
+            rows=Rows(split=split, examples=limit, **asdict(batches)),
+            head=head,
         )
+        record = sweep_model(model, lambda: [rows.load(name, bars) for name in task], sweeping, output, dark, bars)
     files = (f"{title.capitalize() + ':':10}{', '.join(names)}" for title, names in record["files"].items())
     terminal.show(record, *tables.sweep_tables(record), tables.sweep_note(record), "", *files, as_json=as_json)
+
+
+def sweep_model(
+    source: str,
+    load_tasks: Callable[[], list[Task]],
+    sweeping: Sweeping,
+    output: Path,
+    dark: bool,
+    bars: terminal.Bars,
+) -> dict[str, Any]:
+    """Prunes a model in every combination, tests it, and writes a table and a picture per task."""
+    from jaxprune.checkpoints.files import check_file, file_stem
+    from jaxprune.checkpoints.folder import load
+    from jaxprune.cli.render.pictures import FORMATS, sweep_figure
+    from jaxprune.pruning.sweep import RESULTS, TABLE, check_budgets, sweep
+
+    check_file(output / RESULTS, overwrite=True)
+    model, params = load(source)
+    check_budgets(model, params, sweeping)
+    record = sweep(model, params, load_tasks(), sweeping, output, about={"source": source}, watch=bars)
+    pictures = []
+    for task in record["settings"]["tasks"]:
+        rows = [row for row in record["rows"] if row["task"] == task]
+        for ending in FORMATS:
+            pictures.append(output / f"{file_stem(task)}.{ending}")
+            sweep_figure(pictures[-1], rows, split=record["settings"]["split"], dark=dark)
+    files = {"table": [output / TABLE], "record": [output / RESULTS], "pictures": pictures}
+    return record | {"files": {title: list(map(str, paths)) for title, paths in files.items()}}

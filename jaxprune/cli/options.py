@@ -9,7 +9,7 @@ import difflib
 import inspect
 import pkgutil
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast, get_type_hint
 import typer
 
 if TYPE_CHECKING:
-    from jaxprune.cli.workflow import Data
+    from jaxprune.cli.terminal import Bars
+    from jaxprune.data.tasks import Task
     from jaxprune.models.cost import Length
     from jaxprune.pruning.budgets import Budget, Latency, Rules
     from jaxprune.pruning.recovery import Recovery
@@ -207,20 +208,22 @@ class RowOptions:
         str | None, rows("Text-to-text models: t5 (default), flan, or a YAML file of your own.", metavar="PROMPT")
     ] = None
 
-    def of(self, task: str) -> Data:
-        """The task, not read yet."""
-        from jaxprune.cli.workflow import Data
+    def load(self, name: str, bars: Bars) -> Task:
+        """Reads the rows of a task, and says which answers cannot be used."""
+        from jaxprune.data.prompts import STYLES, fit, prompt_for, read_prompt
+        from jaxprune.data.records import MISPLACED, MISSING
+        from jaxprune.data.tasks import load_task
 
         labels = None if self.label_names is None else tuple(self.label_names.split(","))
-        return Data(
-            task=task,
-            data=self.data,
-            text=self.text,
-            text_pair=self.text_pair,
-            label=self.label,
-            labels=labels,
-            prompt=self.prompt,
-        )
+        columns = {"text": self.text, "text_pair": self.text_pair, "label": self.label}
+        task = load_task(name, data=self.data, labels=labels, **columns)
+        for reason in (MISPLACED, MISSING):
+            if count := task.dropped.get(reason):
+                bars.say(f"{task.name}: {count:,} rows left out, {reason}")
+        if self.prompt is None:
+            return task
+        prompt = prompt_for(task, self.prompt) if self.prompt in STYLES else fit(read_prompt(self.prompt), task)
+        return replace(task, prompt=prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -509,6 +512,13 @@ def read_fractions(name: str, text: str) -> tuple[float, ...]:
     if not found or len(set(found)) < len(found):
         raise ValueError(f"{name} takes fractions such as 0.9,0.5, each once; got {text!r}.")
     return tuple(sorted(found, reverse=True))
+
+
+def check_different(files: Sequence[Path]) -> None:
+    """Refuses to take one score file twice."""
+    resolved = [file.resolve() for file in files]
+    if twice := [file for i, file in enumerate(files) if resolved[i] in resolved[:i]]:
+        raise ValueError(f"{twice[0]} is named twice: name files of different tasks.")
 
 
 def given(context: typer.Context, *options: str | type) -> str:

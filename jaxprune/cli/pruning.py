@@ -1,79 +1,286 @@
-"""Pruning by command: loads a model, prunes it, writes the folder of the smaller one, and compares the two."""
+"""The commands that prune: prune, and plan, which shows the outcome beforehand."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from jaxprune.checkpoints.folder import check_destination, load, save, split_task
-from jaxprune.cli.planning import predicted
-from jaxprune.cli.render.cards import CARD, model_card
-from jaxprune.cli.workflow import (
-    Data,
-    Measuring,
-    Watch,
-    measure,
-    measure_latency,
-    speedups,
-    stored_type,
+import typer
+
+from jaxprune.cli import terminal
+from jaxprune.cli.options import (
+    BatchOptions,
+    BudgetOptions,
+    CriterionOptions,
+    Folder,
+    Head,
+    Json,
+    ModelName,
+    Overwrite,
+    ReceiptOptions,
+    RecoveryOptions,
+    RowOptions,
+    ScoringOptions,
+    SelectionOptions,
+    check_different,
+    choice,
+    find,
+    given,
+    grouped,
+    kept,
+    measured,
+    option,
+    rows,
 )
-from jaxprune.data.tasks import Task
-from jaxprune.models import Model
-from jaxprune.models.cost import Length, file_size
-from jaxprune.pruning.budgets import Budget, Latency
-from jaxprune.pruning.prune import Pruned, Pruning, State, prune
-from jaxprune.pruning.record import costs, ratios
-from jaxprune.scoring.scores import Scores, check_same_model, load_scores
-from jaxprune.units import KINDS, Params
+
+if TYPE_CHECKING:
+    from jaxprune.data.tasks import Rows, Task
+    from jaxprune.models import Model
+    from jaxprune.models.cost import Length
+    from jaxprune.pruning.budgets import Budget, Latency, Rules
+    from jaxprune.pruning.latency import LatencyTable
+    from jaxprune.pruning.prune import Pruned, Pruning
+    from jaxprune.scoring.scores import Scores
+    from jaxprune.units import Gates, Params
 
 
-def prune_model(
-    source: str,
-    output: Path,
-    budget: Budget,
-    pruning: Pruning,
-    *,
-    tasks: Sequence[Data] = (),
-    scored: Sequence[Path] = (),
-    measuring: Measuring,
-    overwrite: bool = False,
-    watch: Watch,
-) -> dict[str, Any]:
-    """Prunes a model for one or several tasks, writes its folder and compares the two.
+@dataclass(frozen=True, kw_only=True)
+class TestOptions:
+    """The comparison of a model before and after."""
 
-    With score files in `scored`, nothing is scored, and `tasks` are only needed to test, to repair and to measure the
-    loss. Otherwise scores are kept beside the folder, as `State` says, for the same command after an interruption and
-    for other budgets. A budget of latency is measured in the end.
+    evaluate: Annotated[bool, measured("Test before and after.", "--evaluate/--no-evaluate")] = True
+    limit: Annotated[int | None, measured("The most test examples.")] = None
+    measure: Annotated[str, measured("Examples per timed pass; 0: none.", metavar="1,32")] = "1,32"
+
+    def timed(self) -> tuple[int, ...]:
+        """The numbers of examples in timed passes."""
+        sizes = self.measure.split(",")
+        if not all(size.strip().isdigit() for size in sizes):
+            raise ValueError(f"--measure takes whole numbers, such as 1,32 (0: none), got {self.measure!r}.")
+        return tuple(int(size) for size in sizes if int(size))
+
+
+@grouped
+def prune(
+    context: typer.Context,
+    model: ModelName,
+    output: Folder,
+    budget: BudgetOptions,
+    selection: SelectionOptions,
+    rows: RowOptions,
+    batches: BatchOptions,
+    scoring: ScoringOptions,
+    settings: CriterionOptions,
+    recovery: RecoveryOptions,
+    receipts: ReceiptOptions,
+    testing: TestOptions,
+    scores: Annotated[
+        list[Path] | None, option("A score file, or one per task; otherwise --task is scored.", metavar="FILE")
+    ] = None,
+    task: Annotated[
+        list[str] | None, rows("The task to score, and to test before and after; repeat it for several.")
+    ] = None,
+    together: Annotated[
+        str | None,
+        choice("together", "Several tasks: mean scores (default), or units that any or all keep.", "Selection"),
+    ] = None,
+    rounds: Annotated[
+        int, kept("Rounds to the budget; the rest is scored again before each.", "--rounds", metavar="N")
+    ] = 1,
+    head: Head = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Removes what a task does not need, to a budget, and shows before and after.
+
+    Examples: [cyan]jaxprune prune multi --task sst2 --data data --flops 0.5 -o small[/cyan] scores on the way.
+    [cyan]jaxprune prune multi --scores sst2.safetensors --flops 0.5 -o small[/cyan] needs no data.
+    [cyan]jaxprune prune multi --task sst2 --task mrpc --flops 0.5 -o small[/cyan] keeps what both need.
+    [cyan]jaxprune prune multi --scores sst2.safetensors --latency 12ms -o small[/cyan] measures modules first.
+    [cyan]jaxprune prune multi --task sst2 --data data --flops 0.2 --rounds 3 -o small[/cyan] scores in each round.
     """
-    check_destination(output, overwrite)
-    if twice := [file for i, file in enumerate(scored) if file.resolve() in [it.resolve() for it in scored[:i]]]:
-        raise ValueError(f"{twice[0]} is named twice: name files of different tasks.")
-    scores = [load_scores(file) for file in scored]
-    if scores:
-        check_same_model(dict(zip(map(str, scored), scores, strict=True)))
-    model, params = load(source)
-    loaded = [data.load(watch) for data in tasks]
-    state = State(output, overwrite)
-    pruned = prune(model, params, loaded, budget, pruning, scores=scores or None, state=state, watch=watch)
-    files = list(scored) or state.score_files(loaded)
-    found = _measure_both(model, params, pruned, loaded, measuring, watch)
-    record = pruned.record
-    together = record["settings"].get("together")
-    facts = [_facts(model, file, each) for file, each in zip(files, pruned.scores, strict=True)]
-    complete = {
-        "command": "prune",
-        "source": source,
-        "output": str(output),
-        "recovery": record.get("recovery"),
-        **{name: record[name] for name in ("receipt", "receipts", "rounds") if name in record},
-        **({"together": together, "tasks": facts} if together else facts[0]),
-        **_latency_budget(model, params, pruned, found),
-    }
-    complete = _write(output, model, pruned, complete, found, overwrite=overwrite)
-    state.remove()
-    return complete
+    with terminal.working() as bars:
+        files, names = scores or [], task or []
+        check_sources(context, files, names, together)
+        sizes = testing.timed()
+        from jaxprune.data.tasks import Rows
+        from jaxprune.pruning.prune import Pruning
+
+        pruning = Pruning(
+            scoring=scoring.build(settings, head, batches),
+            rules=selection.build(),
+            recovery=recovery.build(scoring.seed, batches, rounds, scoring=not files),
+            rounds=rounds,
+            recover_each_round=recovery.recover_rounds == "each",
+            together=find("together", together or "pooled"),
+            report_loss=receipts.receipt,
+            reselect=receipts.receipt_rounds,
+        )
+        tested = Rows(split="test", examples=testing.limit, **asdict(batches)) if testing.evaluate else None
+        job = PruneCommand(model, output, files, tested, sizes, overwrite)
+        load_tasks = lambda: [rows.load(name, bars) for name in names]  # noqa: E731
+        record = job.run(budget.build(selection.tokens()), pruning, load_tasks, bars)
+    show_pruned(record, output, as_json, scored=not files)
+
+
+def check_sources(context: typer.Context, files: Sequence[Path], names: Sequence[str], together: str | None) -> None:
+    """Refuses options that are about scoring or testing where there is none."""
+    if not files and not names:
+        raise ValueError("name the task to score with --task, or a score file with --scores.")
+    if files and (unused := given(context, ScoringOptions, CriterionOptions)):
+        raise ValueError(f"{unused}: for scoring, but --scores gives scores that are made already.")
+    if not names and (unused := given(context, RowOptions, "head", "limit")):
+        raise ValueError(f"{unused}: for testing, but there is no --task to test on.")
+    if together is not None and len(files or names) < 2:
+        raise ValueError("--together is for several tasks: name more of them with --task, or of --scores.")
+
+
+def show_pruned(record: dict[str, Any], output: Path, as_json: bool, *, scored: bool) -> None:
+    """Shows a model before and after."""
+    from jaxprune.cli.render import tables
+
+    lines = [*tables.before_after_notes(record), *tables.headless_notes(record)]
+    for receipt in tables.receipts_of(record):
+        lines += [tables.receipt_table(receipt), *tables.receipt_notes(receipt)]
+    lines += ["", f"Model:  {output}"]
+    if scored:
+        files = ", ".join(task["scores"] for task in record.get("tasks", [record]))
+        lines.append(f"Scores: {files} (other budgets: --scores)")
+    terminal.show(record, tables.before_after_table(record), *lines, as_json=as_json)
+
+
+@dataclass(frozen=True)
+class PruneCommand:
+    """What a pruning reads and writes, and what is measured of it."""
+
+    source: str
+    output: Path
+    files: Sequence[Path]  # score files; with none, the tasks are scored
+    tested: Rows | None  # None: it is not tested
+    sizes: Sequence[int]  # examples in timed passes
+    overwrite: bool
+
+    def run(
+        self, budget: Budget, pruning: Pruning, load_tasks: Callable[[], Sequence[Task]], bars: terminal.Bars
+    ) -> dict[str, Any]:
+        """Prunes the model, writes its folder and compares the two.
+
+        With score files nothing is scored, and tasks are only needed to test, to repair and to measure the loss.
+        Otherwise scores are kept beside the folder, for the same command after an interruption and for other budgets.
+        """
+        from jaxprune.checkpoints.folder import check_destination, load
+        from jaxprune.pruning.prune import State, prune
+        from jaxprune.scoring.scores import check_same_model, load_scores
+
+        check_destination(self.output, self.overwrite)
+        check_different(self.files)
+        scores = [load_scores(file) for file in self.files]
+        if scores:
+            check_same_model(dict(zip(map(str, self.files), scores, strict=True)))
+        model, params = load(self.source)
+        tasks, state = load_tasks(), State(self.output, self.overwrite)
+        pruned = prune(model, params, tasks, budget, pruning, scores=scores or None, state=state, watch=bars)
+        costs = self._measure(model, params, pruned, tasks, pruning.scoring.head, bars)
+        files, made = list(self.files) or state.score_files(tasks), pruned.record
+        facts = [_facts(model, file, each) for file, each in zip(files, pruned.scores, strict=True)]
+        together = made["settings"].get("together")
+        record = {
+            "command": "prune",
+            "source": self.source,
+            "output": str(self.output),
+            "recovery": made.get("recovery"),
+            **{name: made[name] for name in ("receipt", "receipts", "rounds") if name in made},
+            **({"together": together, "tasks": facts} if together else facts[0]),
+            **_latency_budget(model, params, pruned, costs),
+        }
+        record = self._write(model, pruned, record, costs)
+        state.remove()
+        return record
+
+    def _measure(
+        self, model: Model, params: Params, pruned: Pruned, tasks: Sequence[Task], head: str | None, bars: terminal.Bars
+    ) -> dict[str, Any]:
+        """The costs and the quality of a model before and after; rows that were read for it are not tested on."""
+        from jaxprune.evaluation.evaluate import evaluate
+        from jaxprune.pruning.budgets import Latency
+
+        sizes = list(self.sizes)
+        if isinstance(pruned.budget, Latency) and pruned.budget.table is not None:
+            batch = pruned.budget.table.conditions.batch
+            sizes = sizes if batch in sizes else [batch, *sizes]
+        length, scored_head = pruned.record["settings"]["length"], model.head(pruned.scores[0].header["head"]).name
+        costs = measured_costs(model, params, pruned.params, length, scored_head, sizes, bars)
+        if self.tested is None or not tasks:
+            return costs
+        rows = replace(self.tested, exclude=pruned.rows)
+        for when, each in (("before", params), ("after", pruned.params)):
+            results = []
+            for task in tasks:
+                bar = bars.open(f"testing {when}" if len(tasks) == 1 else f"testing {when}, {task.name}")
+                results.append(evaluate(model, each, task, rows=rows, head=head, progress=bar).to_json())
+            costs[when] |= {"evaluation": results[0]} if len(tasks) == 1 else {"evaluations": results}
+        return costs
+
+    def _write(self, model: Model, pruned: Pruned, record: Mapping[str, Any], costs: dict[str, Any]) -> dict[str, Any]:
+        """Writes the folder of a pruned model, with `pruning.json` and a card, and completes its record."""
+        from jaxprune.checkpoints.folder import save, split_task
+        from jaxprune.checkpoints.weights import stored_type
+        from jaxprune.cli.render.cards import CARD, model_card
+        from jaxprune.models.cost import file_size
+        from jaxprune.pruning.record import compared, ratios
+
+        pruning, before, after = pruned.record, costs["before"], costs["after"]
+        before["units"], after["units"] = (
+            pruning["units"]["had"],
+            pruning["units"]["kept"],
+        )  # channels, if they were cut
+        complete = {
+            **record,
+            "kinds": kinds_of(pruning["sites"]),
+            "selection": pruning["settings"],
+            **compared(before, after),
+            "widths": {name: [site["had"], site["kept"]] for name, site in pruning["sites"].items()},
+            "versions": pruning["scores"]["versions"],
+        }
+        on_hub = not Path(split_task(self.source)[0]).expanduser().is_dir()
+        save(
+            self.output,
+            model,
+            pruned.params,
+            pruning={**pruning, "results": costs},
+            overwrite=self.overwrite,
+            dtype=stored_type(model),
+            extra={CARD: model_card(complete, on_hub=on_hub).encode()},
+        )
+        for each, folder in ((before, model.source), (after, self.output)):
+            each["file_bytes"] = None if folder is None else file_size(folder)
+        return complete | {"kept": ratios(before, after)}
+
+
+def kinds_of(sites: Mapping[str, Any]) -> list[str]:
+    """The kinds of units at some sites."""
+    from jaxprune.units import KINDS
+
+    named = {name.rpartition(".")[2] for name in sites}
+    return [kind for kind in KINDS if kind in named]
+
+
+def measured_costs(
+    model: Model, params: Params, small: Params, length: Length, head: str, sizes: Sequence[int], bars: terminal.Bars
+) -> dict[str, Any]:
+    """The costs of a model before and after, and its latency at each batch size."""
+    from jaxprune.pruning.latency import compare_latencies
+    from jaxprune.pruning.record import costs
+
+    both = {"before": costs(model, params, length), "after": costs(model, small, length)}
+    if sizes:
+        bar = bars.open("measuring latency")
+        timings = compare_latencies(model, (params, small), sizes, length=length, head=head, progress=bar)
+        for each, timing in zip(both.values(), timings, strict=True):
+            each["latency"] = timing
+    return both
 
 
 def _facts(model: Model, file: Path, scores: Scores) -> dict[str, Any]:
@@ -92,39 +299,15 @@ def _facts(model: Model, file: Path, scores: Scores) -> dict[str, Any]:
     }
 
 
-def _measure_both(
-    model: Model, params: Params, pruned: Pruned, tasks: Sequence[Task], measuring: Measuring, watch: Watch
-) -> dict[str, Any]:
-    """The costs and the quality of a model before and after pruning; rows that were read for it are not tested on."""
-    length: Length = pruned.record["settings"]["length"]
-    models = {"before": params, "after": pruned.params}
-    found = {name: costs(model, each, length) for name, each in models.items()}
-    if tasks and measuring.evaluate:
-        for name, each in models.items():
-            results = []
-            for task in tasks:
-                bar = watch.open(f"testing {name}" if len(tasks) == 1 else f"testing {name}, {task.name}")
-                results.append(measure(model, each, task, measuring, bar, exclude=pruned.rows).to_json())
-            found[name] |= {"evaluation": results[0]} if len(tasks) == 1 else {"evaluations": results}
-    if isinstance(pruned.budget, Latency) and pruned.budget.table is not None:
-        batch = pruned.budget.table.conditions.batch
-        if batch not in measuring.batches:
-            measuring = replace(measuring, batches=(batch, *measuring.batches))
-    if measuring.batches:
-        head = model.head(pruned.scores[0].header["head"]).name
-        latencies = measure_latency(model, [params, pruned.params], length, head, measuring, watch)
-        for name, each in zip(models, latencies, strict=True):
-            found[name]["latency"] = [{**timing._asdict(), "speedup": speedup} for timing, speedup in each]
-    return found
-
-
-def _latency_budget(model: Model, params: Params, pruned: Pruned, found: Mapping[str, Any]) -> dict[str, Any]:
+def _latency_budget(model: Model, params: Params, pruned: Pruned, costs: Mapping[str, Any]) -> dict[str, Any]:
     """For a budget of latency, what was asked for, predicted and measured."""
+    from jaxprune.pruning.budgets import Latency
+
     budget, met = pruned.budget, pruned.latency
     if met is None or not isinstance(budget, Latency) or budget.table is None:
         return {}
     batch = budget.table.conditions.batch
-    before, after = (next(it for it in found[name]["latency"] if it["batch"] == batch) for name in ("before", "after"))
+    before, after = (next(it for it in costs[when]["latency"] if it["batch"] == batch) for when in ("before", "after"))
     measured = {
         "before": before["least"],
         "after": after["least"],
@@ -136,34 +319,128 @@ def _latency_budget(model: Model, params: Params, pruned: Pruned, found: Mapping
     return {"latency_budget": predicted(budget.table, model, params, pruned.params, budget) | more}
 
 
-def _write(
-    output: Path, model: Model, pruned: Pruned, record: Mapping[str, Any], found: dict[str, Any], *, overwrite: bool
+@grouped
+def plan(
+    model: ModelName,
+    scores: Annotated[Path, option("A score file of the model.", "--scores", metavar="FILE")],
+    budget: BudgetOptions,
+    selection: SelectionOptions,
+    as_json: Json = False,
+) -> None:
+    """Shows what a budget would leave, layer by layer, and what that would cost; needs no data and writes no model.
+
+    Example: [cyan]jaxprune plan multi --scores sst2.safetensors --latency 0.5[/cyan]
+
+    For a latency, the modules are measured on this device, once: the table is kept.
+    """
+    with terminal.working() as bars:
+        from jaxprune.cli.render import tables
+
+        length = selection.tokens()
+        record = plan_model(model, scores, budget.build(length), selection.build(), budget.timing(length), bars)
+    terminal.show(record, *tables.plan_tables(record), *tables.plan_notes(record), as_json=as_json)
+
+
+def plan_model(
+    source: str, file: Path, budget: Budget, rules: Rules, timing: Latency, bars: terminal.Bars
 ) -> dict[str, Any]:
-    """Writes the folder of a pruned model, with `pruning.json` and a card, and completes its record."""
-    pruning, before, after = pruned.record, found["before"], found["after"]
-    before["units"], after["units"] = pruning["units"]["had"], pruning["units"]["kept"]  # channels, if they were cut
-    named = {name.rpartition(".")[2] for name in pruning["sites"]}
-    complete = {
-        **record,
-        "kinds": [kind for kind in KINDS if kind in named],
+    """Predicts what `prune` would leave of a model. Weights are loaded only where a latency table may be missing.
+
+    Nothing is written but the latency table then, and the digest of the model, which is remembered.
+    """
+    from jaxprune.checkpoints.folder import load, outline
+    from jaxprune.compaction import compacted_shapes
+    from jaxprune.pruning.budgets import Latency
+    from jaxprune.pruning.loss import predict_loss
+    from jaxprune.pruning.record import compared, costs, objective_name, pruning_record
+    from jaxprune.pruning.selection import check_selection, select
+    from jaxprune.scoring.scores import check_scores, load_scores
+
+    scores = load_scores(file)
+    model, params, digest = outline(source, memory=terminal.digests_folder())  # shapes in the place of the parameters
+    check_selection(model, params, budget, rules, scores.values)
+    check_scores(model, params, scores, digest=digest)
+    length: Length = scores.header["mean_length"]
+    budget = budget.with_length(length)
+    if isinstance(budget, Latency):
+        budget = budget.measured(*load(source), bars.open("measuring modules") if budget.table is None else None)
+    length = budget.length or length
+    gates = select(model, params, scores, budget, rules=rules)
+    small = compacted_shapes(model, params, gates)
+    table = budget.table if isinstance(budget, Latency) else _known_table(timing, model, params, length)
+    pruning = pruning_record(scores, gates, budget, rules)
+    before, after = costs(model, params, length), costs(model, small, length)
+    before["units"], after["units"] = pruning["units"]["had"], pruning["units"]["kept"]
+    layers = _layers(scores, gates)
+    return {
+        "command": "plan",
+        "source": source,
+        "scores": str(file),
         "selection": pruning["settings"],
-        "before": before,
-        "after": after,
-        "kept": ratios(before, after),
-        "speedup": speedups(before, after),
+        "kinds": kinds_of(gates),
+        **compared(before, after),
         "widths": {name: [site["had"], site["kept"]] for name, site in pruning["sites"].items()},
-        "versions": pruning["scores"]["versions"],
+        "layers": layers,
+        "latency": None if table is None else predicted(table, model, params, small, budget),
+        "objective": objective_name(model, scores),
+        "prediction": predict_loss(scores, gates).to_json(),
+        "score_kept": layers[-1]["score_kept"],
     }
-    on_hub = not Path(split_task(record["source"])[0]).expanduser().is_dir()
-    save(
-        output,
-        model,
-        pruned.params,
-        pruning={**pruning, "results": found},
-        overwrite=overwrite,
-        dtype=stored_type(model),
-        extra={CARD: model_card(complete, on_hub=on_hub).encode()},
-    )
-    for name, folder in (("before", model.source), ("after", output)):
-        found[name]["file_bytes"] = None if folder is None else file_size(folder)
-    return complete | {"kept": ratios(before, after)}
+
+
+def predicted(table: LatencyTable, model: Model, params: Params, small: Params, budget: Budget) -> dict[str, Any]:
+    """The seconds that a table predicts for a model before and after, and how far it is to be trusted."""
+    from jaxprune.pruning.budgets import Latency
+    from jaxprune.units import widths
+
+    before, after = (table.predict(widths(model.axes, each)) for each in (params, small))
+    known = table.conditions
+    return {
+        "asked": {budget.name: budget.amount} if isinstance(budget, Latency) else {},
+        "batch": known.batch,
+        "length": known.length,
+        "device": known.device,
+        "predicted": {"before": before, "after": after, "ratio": after / before},
+        "table": {
+            "fixed": table.fixed,
+            "scale": table.scale,
+            "wholes": [{"predicted": seconds, "measured": measured} for seconds, measured in table.wholes],
+            "rows": [{name: list(getattr(row, name)) for name in ("sites", "widths", "seconds")} for row in table.rows],
+        },
+    }
+
+
+def _known_table(timing: Latency, model: Model, params: Params, length: Length) -> LatencyTable | None:
+    """The table of a latency, if it was measured before."""
+    from jaxprune.pruning.latency import check_table, conditions, read_table, table_file, whole_tokens
+
+    table = timing.table
+    if table is None and timing.folder is not None:
+        known = conditions(model, params, batch=timing.batch or 1, length=whole_tokens(model, length))
+        file = table_file(timing.folder, known)
+        table = read_table(file) if file.is_file() else None
+    if table is not None:
+        check_table(table, model, params)
+    return table
+
+
+def _layers(scores: Scores, gates: Gates) -> list[dict[str, Any]]:
+    """Per layer, and finally in all: units of every kind `[kept, had]`, and the share of the scores that is kept."""
+    import numpy as np
+
+    kinds = kinds_of(gates)
+    layers: dict[str, list[str]] = {}
+    for name in gates:
+        layers.setdefault(".".join(name.split(".")[:-2]), []).append(name)
+    rows = []
+    for layer, names in (*layers.items(), ("all", list(gates))):
+        counts = {kind: [0, 0] for kind in kinds}
+        had = left = 0.0
+        for name in names:
+            gate, count = np.asarray(gates[name], np.float64), counts[name.rpartition(".")[2]]
+            count[0], count[1] = count[0] + int(gate.sum()), count[1] + len(gate)
+            if name in scores.values:
+                value = np.maximum(np.asarray(scores.values[name], np.float64), 0.0)
+                had, left = had + float(value.sum()), left + float(value @ gate)
+        rows.append({"layer": layer, **counts, "score_kept": left / had if had else None})
+    return rows

@@ -1,8 +1,8 @@
-"""The commands about scores: check and compare them."""
+"""The commands about scores: score, check, compare."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,26 +10,93 @@ import typer
 
 from jaxprune.cli import terminal
 from jaxprune.cli.options import (
+    BatchOptions,
+    CriterionOptions,
+    Head,
     Json,
     ModelName,
     OneTask,
+    Overwrite,
     PictureOptions,
     RowOptions,
+    ScoringOptions,
     build,
+    check_different,
     grouped,
     measured,
     option,
     read_fractions,
+    scoring,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from jaxprune.data.tasks import Task
     from jaxprune.pruning.checks import Checking
+    from jaxprune.scoring.run import Scoring
 
 FRACTIONS = "0.7,0.5,0.3"
 DELETED = "0.1,0.3,0.5,0.7,0.9"
+
+
+@grouped
+def score(
+    model: ModelName,
+    task: OneTask,
+    output: Annotated[Path, option("The score file to write.", "--output", "-o", metavar="FILE")],
+    rows: RowOptions,
+    batches: BatchOptions,
+    scoring: ScoringOptions,
+    settings: CriterionOptions,
+    until_stable: Annotated[
+        float | None,
+        scoring("Stop when another run would rank units so similarly; --examples is the most.", metavar="0.95"),
+    ] = None,
+    head: Head = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Scores every head and neuron by how much a task needs it; one score file serves every budget.
+
+    Example: [cyan]jaxprune score multi --task sst2 --data data -o sst2.safetensors[/cyan]
+    """
+    with terminal.working() as bars:
+        from jaxprune.cli.render import tables
+
+        chosen = replace(scoring.build(settings, head, batches), until_stable=until_stable)
+        record = score_model(model, lambda: rows.load(task, bars), output, chosen, overwrite, bars)
+    lines = (f"Scores: {output}", f"Next:   jaxprune prune {model} --scores {output} --flops 0.5 -o smaller")
+    terminal.show(record, tables.scores_table(record), *tables.stability_tables(record), *lines, as_json=as_json)
+
+
+def score_model(
+    source: str, load_task: Callable[[], Task], output: Path, scoring: Scoring, overwrite: bool, bars: terminal.Bars
+) -> dict[str, Any]:
+    """Scores a model for a task and writes the score file; an interrupted run resumes.
+
+    The model's digest is remembered, so that budgets can be tried without reading all weights.
+    """
+    from jaxprune.checkpoints.files import check_file
+    from jaxprune.checkpoints.folder import digest_keeper, load
+    from jaxprune.pruning.prune import score_into
+
+    check_file(output, overwrite)
+    memory = terminal.digests_folder()
+    remember = None if memory is None else digest_keeper(source, memory)
+    model, params = load(source)
+    scores = score_into(model, params, load_task(), scoring, output, bars)
+    if remember is not None:
+        remember(scores.header["model"])
+    return {
+        "command": "score",
+        "source": source,
+        "output": str(output),
+        **{name: value for name, value in scores.header.items() if name != "rows"},
+        "units": sum(value.size for value in scores.values.values()),
+        "sites": len(scores.values),
+        "means": scores.means is not None,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +138,7 @@ def check(
         fractions = read_fractions("--fractions", options.fractions)[::-1]
         checking = build(checks.Checking, options, fractions=fractions)
         picture.check()
-        record = check_model(model, scores, rows.of(task), checking, bars)
+        record = check_model(model, scores, lambda: rows.load(task, bars), checking, bars)
         picture.draw(deletion_figure, record)
     lines = [f"Verdict: {record['verdict']}"] + ([f"Picture: {picture.picture}"] if "picture" in record else [])
     terminal.show(record, *tables.check_tables(record), *lines, as_json=as_json)
@@ -79,7 +146,9 @@ def check(
         raise typer.Exit(1)
 
 
-def check_model(source: str, file: Path, data: Any, checking: Checking, bars: terminal.Bars) -> dict[str, Any]:
+def check_model(
+    source: str, file: Path, load_task: Callable[[], Task], checking: Checking, bars: terminal.Bars
+) -> dict[str, Any]:
     """Checks a score file; the verdict is fail if one check fails, pass if one passes and none fails."""
     from jaxprune.checkpoints.folder import load
     from jaxprune.pruning.checks import FAIL, PASS, UNDECIDED, check
@@ -87,7 +156,7 @@ def check_model(source: str, file: Path, data: Any, checking: Checking, bars: te
 
     scores = load_scores(file)
     model, params = load(source)
-    task: Task = data.load(bars)
+    task = load_task()
 
     def progress(done: int, total: int, note: str) -> None:
         stages[note] = stages.get(note) or bars.open(f"checking {note}")
@@ -151,13 +220,6 @@ def compare_files(files: Sequence[Path], fractions: Sequence[float]) -> dict[str
         ],
         **compare(dict(zip(names, scores.values(), strict=True)), fractions),
     }
-
-
-def check_different(files: Sequence[Path]) -> None:
-    """Refuses to take one score file twice."""
-    resolved = [file.resolve() for file in files]
-    if twice := [file for i, file in enumerate(files) if resolved[i] in resolved[:i]]:
-        raise ValueError(f"{twice[0]} is named twice: name files of different tasks.")
 
 
 def _names(files: Sequence[Path], tasks: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -263,15 +263,20 @@ def finetune(
         settings = build(FineTuning, options, batches, rows=numbers("--rows", options.rows_of) or None)
         check_destination(output, overwrite)
         dtype = "float16" if half else None
-        tasks = [rows.of(name) for name in task]
-        record = finetune_model(encoder, tasks, output, settings, bars, overwrite=overwrite, dtype=dtype)
+        load_tasks = lambda: [rows.load(name, bars) for name in task]  # noqa: E731
+        record = finetune_model(encoder, load_tasks, output, settings, bars, overwrite=overwrite, dtype=dtype)
     best = record["best_epoch"]
     table = tables.evaluation_table(record["epochs"][best - 1], f"epoch {best}, the best on dev")
     terminal.show(record, table, f"Model: {output}", as_json=as_json)
 
 
 def finetune_model(
-    source: str, tasks: Any, output: Path, settings: FineTuning, bars: terminal.Bars, **stored: Any
+    source: str,
+    load_tasks: Callable[[], list[Task]],
+    output: Path,
+    settings: FineTuning,
+    bars: terminal.Bars,
+    **stored: Any,
 ) -> dict[str, Any]:
     """Fine-tunes a model and writes its folder; the run is kept in `OUTPUT.state` until then."""
     from jaxprune.checkpoints.digests import model_digest
@@ -282,7 +287,7 @@ def finetune_model(
 
     state = output.with_name(f"{output.name}.state")
     model, params = load(source)
-    cleaned, leaks = remove_leaks([data.load(bars) for data in tasks])
+    cleaned, leaks = remove_leaks(load_tasks())
     for (task, other), count in leaks.items():
         bars.say(f"{task}: {count:,} rows dropped, held out in {other}")
     bar = bars.open("fine-tuning")
@@ -344,7 +349,7 @@ def sparsify(
     """
     with terminal.working() as bars:
         student_run = StudentRun(student, teacher, output, batches, options, lessons, overwrite)
-        record = student_run.train(rows.of(task), zeros.build(), bars)
+        record = student_run.train(lambda: rows.load(task, bars), zeros.build(), bars)
     show_student(record, output, as_json)
 
 
@@ -373,7 +378,7 @@ def distill(
         from jaxprune.training.distillation import Sparsification
 
         student_run = StudentRun(student, teacher, output, batches, options, lessons, overwrite)
-        record = student_run.train(rows.of(task), Sparsification(keep_zeros=keep_zeros), bars)
+        record = student_run.train(lambda: rows.load(task, bars), Sparsification(keep_zeros=keep_zeros), bars)
     show_student(record, output, as_json)
 
 
@@ -397,7 +402,9 @@ class StudentRun:
     lessons: DistillationOptions
     overwrite: bool
 
-    def train(self, data: Any, sparsification: Sparsification, bars: terminal.Bars) -> dict[str, Any]:
+    def train(
+        self, load_task: Callable[[], Task], sparsification: Sparsification, bars: terminal.Bars
+    ) -> dict[str, Any]:
         """Trains the student, tests it and its teacher, and writes it.
 
         It is tested as it is written, rounded if it is.
@@ -416,7 +423,7 @@ class StudentRun:
         check_destination(self.output, self.overwrite)
         pairs = {"teacher": load(self.teacher), "student": load(self.source)}
         model, student = pairs["student"]
-        task = data.load(bars)
+        task = load_task()
         settings, pruning = self.lessons.build(regression=task.regression), pruning_of(self.source, model)
         head = fitting_head(pairs["teacher"][0], task, settings.head)
         done = distill(
@@ -591,13 +598,18 @@ def augment(
         from jaxprune.data.augmentation import Augmentation
 
         settings = build(Augmentation, options)
-        record = augment_rows(model, rows.of(task), output, settings, overwrite, bars)
+        record = augment_rows(model, lambda: rows.load(task, bars), output, settings, overwrite, bars)
     line = f"Data:   {output}, for --data; task {record['task']}"
     terminal.show(record, tables.augmentation_table(record), line, as_json=as_json)
 
 
 def augment_rows(
-    source: str, data: Any, output: Path, settings: Augmentation, overwrite: bool, bars: terminal.Bars
+    source: str,
+    load_task: Callable[[], Task],
+    output: Path,
+    settings: Augmentation,
+    overwrite: bool,
+    bars: terminal.Bars,
 ) -> dict[str, Any]:
     """Writes the rows of a task, with copies of the train rows, as a data set: `OUTPUT/TASK/train.jsonl` and so on.
 
@@ -609,7 +621,7 @@ def augment_rows(
     from jaxprune.data.augmentation import augmented
 
     model, params = load(source)
-    task = data.load(bars)
+    task = load_task()
     folder, count = output / task.name, len(task.rows("train"))
     made = {
         "settings": asdict(settings),

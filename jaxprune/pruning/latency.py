@@ -134,6 +134,35 @@ def compare_latency(
     )
 
 
+def compare_latencies(
+    model: Model,
+    params: Sequence[Params],
+    batches: Sequence[int],
+    *,
+    length: Length,
+    head: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[dict[str, Any]]]:
+    """Latencies of several parameters at each batch size, measured in turns, and speed-ups over the first, as records.
+
+    Args:
+        model: The architecture.
+        params: Parameters of any widths.
+        batches: Examples in a pass.
+        length: Mean tokens of an example; they are rounded up.
+        head: The task head; None is the only one.
+        progress: Called with the number of finished batch sizes, and of all.
+    """
+    tokens, records = whole_tokens(model, length), [[] for _ in params]
+    for done, batch in enumerate(batches, 1):
+        timings = compare_latency([(model, each) for each in params], batch=batch, length=tokens, head=head)
+        for record, (timing, speedup) in zip(records, zip(*timings, strict=True), strict=True):
+            record.append({**timing._asdict(), "speedup": speedup})
+        if progress is not None:
+            progress(done, len(batches))
+    return records
+
+
 def _check_positive(**numbers: Any) -> None:
     for name, value in numbers.items():
         if np.min(value) < 1:

@@ -145,6 +145,14 @@ def ratios(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, flo
     return {name: after[name] / before[name] for name in COUNTED if before.get(name)}
 
 
+def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Costs before and after, the fractions that remain, and speed-ups by FLOPs and as measured at each batch size."""
+    measured = [{"batch": timing["batch"], "speedup": timing["speedup"]} for timing in after.get("latency", ())]
+    theoretical = before["flops"] / after["flops"] if after["flops"] else None
+    speedup = {"theoretical": theoretical, "measured": measured}
+    return {"before": before, "after": after, "kept": ratios(before, after), "speedup": speedup}
+
+
 class Origin(NamedTuple):
     """What a criterion asked for."""
 
