@@ -55,14 +55,10 @@ class Pretraining(NamedTuple):
 
     def rate(self) -> optax.Schedule:
         """The learning rate: it rises, stays, and falls over the last third or so."""
-        rise: Any = self.warmup * self.steps
-        fall = optax.linear_schedule(self.learning_rate, 0.0, 0.3 * self.steps)  # pyright: ignore[reportArgumentType]
-        flat = (
-            optax.linear_schedule(0.0, self.learning_rate, rise)
-            if rise
-            else optax.constant_schedule(self.learning_rate)
-        )
-        return optax.join_schedules([flat, fall], [0.7 * self.steps])
+        ends: list[Any] = [fraction * self.steps for fraction in (self.warmup, 0.7, 0.3)]
+        flat = optax.constant_schedule(self.learning_rate)
+        flat = optax.linear_schedule(0.0, self.learning_rate, ends[0]) if self.warmup else flat
+        return optax.join_schedules([flat, optax.linear_schedule(self.learning_rate, 0.0, ends[2])], [ends[1]])
 
 
 def corrupt(
@@ -151,9 +147,9 @@ def pretrain(
         optax.clip_by_global_norm(recipe.clip), OPTIMIZERS["adafactor"](), optax.scale_by_learning_rate(recipe.rate())
     )
 
-    def batches(epoch: int) -> Int[np.ndarray, "n b"]:
+    def batches(epoch: int) -> list[Int[np.ndarray, " b"]]:
         order = np.random.default_rng([recipe.seed, epoch]).permutation(windows)
-        return order[: windows // recipe.batch_size * recipe.batch_size].reshape(-1, recipe.batch_size)
+        return list(order[: windows // recipe.batch_size * recipe.batch_size].reshape(-1, recipe.batch_size))
 
     def step(now: TrainingState, rows: Int[np.ndarray, " b"]) -> tuple[TrainingState, Array]:
         text = stream[rows[:, None] * corruption.window + np.arange(corruption.window)]

@@ -1,4 +1,4 @@
-"""A student beside its teacher: every part by whole forward passes, padding that never leaks, and steps that learn."""
+"""The joint loss: settings, losses by hand, every part by whole forward passes, padding that never leaks, learning."""
 
 from __future__ import annotations
 
@@ -15,14 +15,21 @@ from tiny import lively, random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
 from jaxprune.checkpoints.digests import params_digest
-from jaxprune.models import Model, TaskHead
+from jaxprune.models import Mask, Model, TaskHead, score_mask
 from jaxprune.training.distillation import surviving_heads
 from jaxprune.training.joint_loss import (
     Distillation,
+    head_index,
     initialise_projection,
     joint_loss,
     joint_loss_and_gradients,
+    label_loss,
     last,
+    match_layers,
+    mean_squared_error,
+    mean_where,
+    one_to_one,
+    soft_cross_entropy,
     uniform,
     without_projection,
 )
@@ -347,3 +354,178 @@ def test_what_does_not_match_is_refused():
     with pytest.raises(ValueError, match="choose a layer map"):
         joint_loss((model, params), (deep, deeper), batch)
     assert set(without_projection(params)) == set(params)
+
+
+# Settings
+
+
+def test_the_defaults_are_those_of_sparse_bert():
+    assert Distillation() == Distillation.sparse_bert()
+    assert Distillation().weights == {"attention": 1.0, "embeddings": 1.0, "hidden": 1.0, "logits": 1.0}
+    regression = Distillation.sparse_bert(regression=True).weights
+    assert regression == {"attention": 1.0, "embeddings": 1.0, "hidden": 1.0, "labels": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hidden": -1.0}, "weights must be at least 0"),
+        ({"labels": float("nan")}, "weights must be at least 0"),
+        ({"attention": 0.0, "embeddings": 0.0, "hidden": 0.0, "logits": 0.0}, "one of them positive"),
+        ({"temperature": 0.0}, r"temperature must be positive, got 0.0"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        Distillation(**settings)
+
+
+def test_layer_maps():
+    assert one_to_one(3, 3) == uniform(3, 3) == last(3, 3) == (0, 1, 2)
+    assert uniform(3, 12) == (3, 7, 11) and uniform(4, 6) == (0, 2, 3, 5)
+    assert last(2, 6) == (4, 5)
+    with pytest.raises(ValueError, match="student has 2 layers, the teacher 3: choose a layer map"):
+        one_to_one(2, 3)
+    for layers in (uniform, last):
+        with pytest.raises(ValueError, match="student has 4 layers, the teacher only 3"):
+            layers(4, 3)
+
+
+def test_layers_are_matched_stack_by_stack():
+    model, teacher = tiny_model("t5", layers=1)[0], tiny_model("t5", layers=3)[0]
+    assert match_layers(last, model, teacher) == {
+        "encoder.0": "encoder.2",
+        "decoder.0": "decoder.2",
+        "decoder.1": "decoder.3",
+    }
+    encoder = tiny_model(layers=2)[0]
+    assert match_layers(lambda *_: (None, 1), encoder, encoder) == {"0": None, "1": "1"}
+    with pytest.raises(ValueError, match="both be encoders or both text-to-text"):
+        match_layers(one_to_one, encoder, teacher)
+    for wrong in ((0,), (1, 0), (0, 0), (0, 2), (-1, 0)):
+        with pytest.raises(ValueError, match=r"must give 2 rising numbers below 2 \(or None\), got"):
+            match_layers(lambda *_, wrong=wrong: wrong, encoder, encoder)
+
+
+def test_surviving_heads_are_those_of_the_record():
+    model, params = tiny_model()
+    gates = random_gates(model, params, seed=3)
+    gates["1.attention.heads"] = jnp.zeros(4)
+    record = jp.pruning_record({name: np.ones(len(gate), np.float32) for name, gate in gates.items()}, gates)
+    found = surviving_heads(record)
+    assert found == {n: tuple(np.flatnonzero(g)) for n, g in gates.items() if n.endswith("heads")}
+    assert found["1.attention.heads"] == ()
+    assert surviving_heads(
+        {"sites": {"0.attention.heads": {"which": "0-2,5,7-8"}, "0.ffn.neurons": {"which": "1"}}}
+    ) == {"0.attention.heads": (0, 1, 2, 5, 7, 8)}
+    with pytest.raises(ValueError, match="a record of a pruning has 'sites'"):
+        surviving_heads({})
+
+
+def test_heads_are_matched_or_refused():
+    assert head_index("x", 3, 3, {}) is head_index("x", 3, 3, {"x": (0, 1, 2)}) is None
+    assert np.asarray(head_index("x", 2, 3, {"x": (0, 2)})).tolist() == [0, 2]
+    assert np.asarray(head_index("x", 0, 3, {"x": ()})).tolist() == []
+    with pytest.raises(ValueError, match=r"x: the student has 2 heads, the teacher 3. .*attention=0"):
+        head_index("x", 2, 3, {})
+    for wrong in ((0,), (0, 3), (-1, 0)):
+        with pytest.raises(ValueError, match="x: heads must name 2 of the teacher's 3 heads"):
+            head_index("x", 2, 3, {"x": wrong})
+
+
+def test_a_projection_goes_from_width_to_width_and_is_dropped():
+    (model, params), (teacher, _) = tiny_model(embed=8), tiny_model(embed=16)
+    found = initialise_projection(model, teacher, jax.random.key(0))
+    assert {name: own.shape for name, own in found.items()} == {"embeddings": (8, 16), "hidden": (8, 16)}
+    assert without_projection(params | {"projection": found}) == params
+
+
+# Losses on plain arrays
+
+
+def test_soft_cross_entropy_by_hand():
+    student, teacher = jnp.array([[np.log(3.0), 0.0], [5.0, 5.0]]), jnp.array([[2.0, 2.0], [0.0, np.log(3.0)]])
+    # the student says (3/4, 1/4) where the teacher says (1/2, 1/2), then (1/2, 1/2) where it says (1/4, 3/4)
+    expected = np.array([-0.5 * np.log(3 / 16), np.log(2.0)], np.float32)
+    np.testing.assert_allclose(soft_cross_entropy(student, teacher), expected, rtol=1e-6)
+    np.testing.assert_allclose(soft_cross_entropy(2 * student, 2 * teacher, 2.0), 4 * expected, rtol=1e-6)
+
+
+def test_soft_cross_entropy_has_no_gradient_at_equality():
+    teacher = jnp.asarray(np.random.default_rng(0).standard_normal((4, 5)), jnp.float32)
+    at_equality = jax.grad(lambda s: soft_cross_entropy(s, teacher, 3.0).sum())(teacher)
+    np.testing.assert_allclose(at_equality, jnp.zeros((4, 5)), atol=1e-6)
+
+
+def test_hard_labels_by_hand():
+    each, known = label_loss(jnp.array([[np.log(3.0), 0.0], [0.0, 0.0]]), jnp.array([1, -1]))
+    np.testing.assert_allclose(each[0], np.log(4.0), rtol=1e-6)
+    assert known.tolist() == [True, False]
+    each, known = label_loss(jnp.array([[1.5], [2.0]]), jnp.array([1.0, -1.0]), regression=True)
+    np.testing.assert_allclose(each, [0.25, 9.0])
+    assert known.tolist() == [True, True]
+
+
+def test_mean_squared_error_by_hand():
+    student = jnp.arange(12, dtype=jnp.float32).reshape(2, 3, 2)
+    teacher = jnp.zeros((2, 3, 2))
+    mask = jnp.array([[True, True, False], [True, False, False]])
+    # the entries 0 1 2 3 and 6 7: (0 + 1 + 4 + 9 + 36 + 49) / 6; a mean of all twelve would be half of it
+    assert float(mean_squared_error(student, teacher, mask[:, :, None])) == 16.5
+    assert float(mean_squared_error(student, teacher, jnp.zeros((2, 3, 1), bool))) == 0.0
+    with pytest.raises(ValueError, match="must have one shape"):
+        mean_squared_error(student, teacher[:1], mask[:, :, None])
+
+
+def test_scores_count_where_query_and_key_are_tokens():
+    mask = jnp.array([[True, True, False]])
+    found = score_mask(Mask(mask), mask)
+    assert found[0, 0].astype(int).tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    scores = jnp.arange(18, dtype=jnp.float32).reshape(1, 2, 3, 3)
+    # 0 1 3 4 of the first head, 9 10 12 13 of the second
+    assert float(mean_squared_error(scores, jnp.zeros_like(scores), found)) == (26 + 81 + 100 + 144 + 169) / 8
+    memory = jnp.array([[True, False]])
+    decoder, earlier = Mask(mask, memory), mask[:, None] & np.tri(3, dtype=bool)
+    assert score_mask(decoder, earlier)[0, 0].astype(int).tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 0]]
+    assert score_mask(decoder, memory)[0, 0].astype(int).tolist() == [[1, 0], [1, 0], [0, 0]]
+
+
+def test_what_is_masked_may_be_anything_and_gets_no_gradient():
+    values, mask = jnp.array([1.0, jnp.inf, jnp.nan, 3.0]), jnp.array([True, False, False, True])
+    found, slope = jax.value_and_grad(lambda v: mean_where(v, mask))(values)
+    assert float(found) == 2.0 and slope.tolist() == [0.5, 0.0, 0.0, 0.5]
+
+
+@pytest.mark.reference
+def test_losses_equal_pytorch():
+    torch = pytest.importorskip("torch")
+    functional = torch.nn.functional
+    random = np.random.default_rng(0)
+    student, teacher = (random.standard_normal((6, 4)).astype(np.float32) for _ in "ab")
+    ours, theirs = torch.tensor(student, requires_grad=True), torch.tensor(teacher)
+    temperature = 2.5
+    targets = functional.softmax(theirs / temperature, dim=-1)
+    reference = functional.cross_entropy(ours / temperature, targets)
+    found, slope = jax.value_and_grad(lambda s: soft_cross_entropy(s, jnp.asarray(teacher), temperature).mean())(
+        student
+    )
+    np.testing.assert_allclose(found, temperature**2 * reference.item(), rtol=1e-5)
+    (expected,) = torch.autograd.grad(temperature**2 * reference, ours)
+    np.testing.assert_allclose(slope, expected.numpy(), atol=1e-6)
+    labels = random.integers(0, 4, 6)
+    found, known = label_loss(jnp.asarray(student), jnp.asarray(labels, jnp.int32))
+    assert known.all()
+    np.testing.assert_allclose(found.mean(), functional.cross_entropy(ours, torch.tensor(labels)).item(), rtol=1e-5)
+
+    lengths = np.array([7, 3, 5])
+    mask = np.arange(7) < lengths[:, None]
+    hidden = [random.standard_normal((3, 7, 8)).astype(np.float32) for _ in "ab"]
+    scores = [random.standard_normal((3, 2, 7, 7)).astype(np.float32) for _ in "ab"]
+    pairs = [mask[:, None, :, None] & mask[:, None, None, :], mask[:, :, None]]
+    for (first, second), chosen, own in zip(
+        (scores, hidden), pairs, (lambda mask: score_mask(Mask(mask), mask), lambda mask: mask[:, :, None]), strict=True
+    ):
+        real = torch.tensor(np.broadcast_to(chosen, first.shape).copy())
+        expected = functional.mse_loss(torch.tensor(first)[real], torch.tensor(second)[real]).item()
+        found = mean_squared_error(jnp.asarray(first), jnp.asarray(second), own(jnp.asarray(mask)))
+        np.testing.assert_allclose(found, expected, rtol=1e-5)

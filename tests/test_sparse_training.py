@@ -355,6 +355,7 @@ jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), alone[0],
 """
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded():
     here = Path(__file__).parent
     paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])

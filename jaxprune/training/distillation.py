@@ -110,7 +110,8 @@ class StudentEvaluation(NamedTuple):
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> StudentEvaluation:
         """An entry of the training's history."""
-        return cls(**(dict(entry) | {"evaluation": Evaluation.from_json(entry["evaluation"])}))
+        fields: dict[str, Any] = dict(entry) | {"evaluation": Evaluation.from_json(entry["evaluation"])}
+        return cls(**fields)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values, ready for `json.dumps`."""

@@ -284,7 +284,7 @@ def _update(
     clipped: Any = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())[0]
     after: list[Any] = []
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer count
-        for part, *own in zip(parts, clipped, moments, strict=True):
-            updates, moved = optimizer.update(*own, part)
+        for part, gradient, moment in zip(parts, clipped, moments, strict=True):
+            updates, moved = optimizer.update(gradient, moment, part)
             after.append((optax.apply_updates(part, jax.tree.map(lambda u: -rate * u, updates)), moved))
     return tuple(part for part, _ in after), tuple(moved for _, moved in after)
