@@ -97,13 +97,14 @@ def run_demo(output: Path, chosen: str, source: str, data: Path, bars: terminal.
     head = fitting_head(model, task)
     scores = _scores(model, params, task, bars)
     best = scores["attribution"]
-    budget, rules = Flops(FLOPS, length=best.header["mean_length"]), Rules(multiple_of=MULTIPLE_OF)
+    length = best.header["mean_length"]
+    budget, rules = Flops(FLOPS, length=length), Rules(multiple_of=MULTIPLE_OF)
     gates = {name: select(model, params, each, budget, rules=rules) for name, each in scores.items()}
     variants = {"dense": params} | {name: compact(model, params, each) for name, each in gates.items()}
     small = variants["attribution"]
     rows = _test(model, variants, [task, *_other_tasks(model, task, data)], best.header["rows"], bars)
     pruning = pruning_record(best, gates["attribution"], budget, rules)
-    costs = measured_costs(model, params, small, budget.length, head, (LATENCY_BATCH,), bars)
+    costs = measured_costs(model, params, small, length, head, (LATENCY_BATCH,), bars)
     save(output / "model", model, small, pruning=pruning, overwrite=True, dtype=stored_type(model))
     for when, folder in (("before", model.source or source), ("after", output / "model")):
         costs[when]["file_bytes"] = file_size(folder)

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast, get_type_hint
 import typer
 
 if TYPE_CHECKING:
-    from jaxprune.cli.terminal import Bars
     from jaxprune.data.tasks import Task
     from jaxprune.models.cost import Length
     from jaxprune.pruning.budgets import Budget, Latency, Rules
+    from jaxprune.pruning.prune import Watch
     from jaxprune.pruning.recovery import Recovery
     from jaxprune.scoring.attribution import Criterion
     from jaxprune.scoring.run import Scoring
@@ -102,19 +102,8 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
 }
 BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-SETTINGS = {  # option -> the setting of a criterion
-    "nodes": "nodes",
-    "chunk": "chunk",
-    "path": "path",
-    "start": "start",
-    "rule": "rule",
-    "objective": "objective",
-    "labels": "labels",
-    "tokens": "tokens",
-    "examples-reduction": "examples",
-    "closed": "closed",
-    "kinds": "kinds",
-}
+NAMED_ALIKE = ("nodes", "chunk", "path", "start", "rule", "objective", "labels", "tokens", "closed", "kinds")
+SETTINGS = {name: name for name in NAMED_ALIKE} | {"examples-reduction": "examples"}  # option -> setting of a criterion
 
 
 def choice(option: str, text: str, panel: str = "Scoring") -> Any:
@@ -168,9 +157,7 @@ Overwrite: TypeAlias = Annotated[bool, option("Replace existing output.", "--ove
 class PictureOptions:
     """A picture of what a command shows."""
 
-    picture: Annotated[
-        Path | None, option("A picture to write, .png or .svg.", "--output", "-o", metavar="PICTURE")
-    ] = None
+    picture: Annotated[Path | None, option("A .png or .svg to write.", "--output", "-o", metavar="PICTURE")] = None
     dark: Dark = False
     overwrite: Overwrite = False
 
@@ -196,27 +183,25 @@ class RowOptions:
 
     data: Annotated[Path | None, rows("Folder with TASK/train.jsonl and so on; by default the hub.")] = None
     text: Annotated[str | None, rows("Your own files: column of the text or the question.", metavar="COLUMN")] = None
-    text_pair: Annotated[
-        str | None, rows("Your own files: column of the second text or the context.", metavar="COLUMN")
-    ] = None
+    text_pair: Annotated[str | None, rows("Your own files: column of text 2 or the context.", metavar="COLUMN")] = None
     label: Annotated[str | None, rows("Your own files: column of the label or the answers.", metavar="COLUMN")] = None
     label_names: Annotated[
-        str | None, rows("Your own files: labels in the order of the task head.", metavar="A,B,...")
+        str | None, rows("Your own files: labels, as the task head has them.", metavar="A,B,...")
     ] = None
-
     prompt: Annotated[
         str | None, rows("Text-to-text models: t5 (default), flan, or a YAML file of your own.", metavar="PROMPT")
     ] = None
 
-    def load(self, name: str, bars: Bars) -> Task:
+    def load(self, name: str, bars: Watch) -> Task:
         """Reads the rows of a task, and says which answers cannot be used."""
         from jaxprune.data.prompts import STYLES, fit, prompt_for, read_prompt
         from jaxprune.data.records import MISPLACED, MISSING
         from jaxprune.data.tasks import load_task
 
         labels = None if self.label_names is None else tuple(self.label_names.split(","))
-        columns = {"text": self.text, "text_pair": self.text_pair, "label": self.label}
-        task = load_task(name, data=self.data, labels=labels, **columns)
+        task = load_task(
+            name, data=self.data, text=self.text, text_pair=self.text_pair, label=self.label, labels=labels
+        )
         for reason in (MISPLACED, MISSING):
             if count := task.dropped.get(reason):
                 bars.say(f"{task.name}: {count:,} rows left out, {reason}")
@@ -243,21 +228,15 @@ class CriterionOptions:
     path: Annotated[str | None, choice("path", "All gates together (default), or one module at a time: slower.")] = None
     start: Annotated[float | None, scoring("Start of the path, in [0, 1); by default 0.")] = None
     rule: Annotated[str | None, choice("rule", "The quadrature; by default gauss-legendre.")] = None
-    objective: Annotated[
-        str | None, choice("objective", "What must be kept; by default probability, in a regression squared-error.")
-    ] = None
-    labels: Annotated[str | None, choice("labels", "The label it is about; by default gold, for fisher sampled.")] = (
-        None
-    )
+    objective: Annotated[str | None, choice("objective", "The quantity to keep; by default that of the task.")] = None
+    labels: Annotated[str | None, choice("labels", "The label; by default gold, for fisher sampled.")] = None
     tokens: Annotated[str | None, choice("tokens", "How tokens of an example combine; by default sum.")] = None
     examples_reduction: Annotated[
         str | None, choice("examples-reduction", "How examples combine; by default absolute.")
     ] = None
     closed: Annotated[str | None, choice("closed", "What replaces a removed unit; by default zero.")] = None
-
     kinds: Annotated[
-        str | None,
-        scoring("Kinds of units: heads,neurons (default), channels, query_channels.", metavar="channels,neurons"),
+        str | None, scoring("Of heads,neurons (default), channels, query_channels.", metavar="channels,neurons")
     ] = None
 
     def build(self, *names: str) -> dict[str, Criterion]:
@@ -290,9 +269,7 @@ class ScoringOptions:
     """The criterion, and the rows to score with."""
 
     criterion: Annotated[str, choice("criterion", "How units are scored")] = "integrated-gradients"
-    examples: Annotated[int | None, scoring("Calibration rows to score with, stratified by label; by default 128.")] = (
-        None
-    )
+    examples: Annotated[int | None, scoring("Calibration rows to score with, stratified; by default 128.")] = None
     seed: Annotated[int, scoring("Seed of the draw of rows, and of random criteria.")] = 0
 
     def build(self, settings: CriterionOptions, head: str | None, batches: BatchOptions) -> Scoring:
@@ -314,12 +291,7 @@ class RecoveryOptions:
     """The repair of what is left."""
 
     recover: Annotated[
-        str | None,
-        choice(
-            "recover",
-            "Repair in closed form, without labels; by default reconstruct, with --scores none.",
-            "Selection",
-        ),
+        str | None, choice("recover", "Repair without labels; by default reconstruct, with --scores none.", "Selection")
     ] = None
     recover_examples: Annotated[int, kept("Calibration rows to repair with.")] = 256
     recover_rounds: Annotated[
@@ -415,18 +387,13 @@ class SelectionOptions:
     """The units that stay, within a budget."""
 
     length: Annotated[
-        str | None,
-        kept("Tokens per example, for FLOPs; by default as scored. For T5: read,written.", metavar="128"),
+        str | None, kept("Tokens per example, for FLOPs; by default as scored. T5: read,written.", metavar="128")
     ] = None
-    per_layer: Annotated[bool, kept("The same fraction everywhere, or all units compete.", "--per-layer/--global")] = (
-        True
-    )
+    per_layer: Annotated[bool, kept("Same fraction everywhere, or all units compete.", "--per-layer/--global")] = True
     multiple_of: Annotated[list[str] | None, kept("Round widths down to a multiple.", metavar="neurons=8")] = None
     floor: Annotated[list[str] | None, kept("The least that stays in each layer.", metavar="heads=1")] = None
     protect: Annotated[list[str] | None, kept("Layers (0) and sites (3.ffn.neurons) that stay whole.")] = None
-    normalise: Annotated[str | None, choice("normalise", "Divide each site's scores by their norm.", "Selection")] = (
-        None
-    )
+    normalise: Annotated[str | None, choice("normalise", "Divide scores by each site's norm.", "Selection")] = None
 
     def tokens(self) -> Length | None:
         """The tokens of an example; None are those of the examples that are scored."""
@@ -436,8 +403,9 @@ class SelectionOptions:
         """The rules of a selection."""
         from jaxprune.pruning.budgets import Rules
 
-        return Rules(
-            per_layer=self.per_layer,
+        return build(
+            Rules,
+            self,
             multiple_of=by_kind("--multiple-of", self.multiple_of),
             floor=by_kind("--floor", self.floor),
             protect=tuple(int(item) if item.isdigit() else item for item in self.protect or ()),

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from jaxprune.models.cost import Length
     from jaxprune.pruning.budgets import Budget, Latency, Rules
     from jaxprune.pruning.latency import LatencyTable
-    from jaxprune.pruning.prune import Pruned, Pruning
+    from jaxprune.pruning.prune import Pruned, Pruning, Watch
     from jaxprune.scoring.scores import Scores
     from jaxprune.units import Gates, Params
 
@@ -163,7 +163,7 @@ class PruneCommand:
     overwrite: bool
 
     def run(
-        self, budget: Budget, pruning: Pruning, load_tasks: Callable[[], Sequence[Task]], bars: terminal.Bars
+        self, budget: Budget, pruning: Pruning, load_tasks: Callable[[], Sequence[Task]], bars: Watch
     ) -> dict[str, Any]:
         """Prunes the model, writes its folder and compares the two.
 
@@ -200,7 +200,7 @@ class PruneCommand:
         return record
 
     def _measure(
-        self, model: Model, params: Params, pruned: Pruned, tasks: Sequence[Task], head: str | None, bars: terminal.Bars
+        self, model: Model, params: Params, pruned: Pruned, tasks: Sequence[Task], head: str | None, bars: Watch
     ) -> dict[str, Any]:
         """The costs and the quality of a model before and after; rows that were read for it are not tested on."""
         from jaxprune.evaluation.evaluate import evaluate
@@ -268,7 +268,7 @@ def kinds_of(sites: Mapping[str, Any]) -> list[str]:
 
 
 def measured_costs(
-    model: Model, params: Params, small: Params, length: Length, head: str, sizes: Sequence[int], bars: terminal.Bars
+    model: Model, params: Params, small: Params, length: Length, head: str, sizes: Sequence[int], bars: Watch
 ) -> dict[str, Any]:
     """The costs of a model before and after, and its latency at each batch size."""
     from jaxprune.pruning.latency import compare_latencies
@@ -341,9 +341,7 @@ def plan(
     terminal.show(record, *tables.plan_tables(record), *tables.plan_notes(record), as_json=as_json)
 
 
-def plan_model(
-    source: str, file: Path, budget: Budget, rules: Rules, timing: Latency, bars: terminal.Bars
-) -> dict[str, Any]:
+def plan_model(source: str, file: Path, budget: Budget, rules: Rules, timing: Latency, bars: Watch) -> dict[str, Any]:
     """Predicts what `prune` would leave of a model. Weights are loaded only where a latency table may be missing.
 
     Nothing is written but the latency table then, and the digest of the model, which is remembered.
