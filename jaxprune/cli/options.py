@@ -228,7 +228,9 @@ class CriterionOptions:
     path: Annotated[str | None, choice("path", "All gates together (default), or one module at a time: slower.")] = None
     start: Annotated[float | None, scoring("Start of the path, in [0, 1); by default 0.")] = None
     rule: Annotated[str | None, choice("rule", "The quadrature; by default gauss-legendre.")] = None
-    objective: Annotated[str | None, choice("objective", "The quantity to keep; by default that of the task.")] = None
+    objective: Annotated[str | None, choice("objective", "By default probability, in a regression squared-error.")] = (
+        None
+    )
     labels: Annotated[str | None, choice("labels", "The label; by default gold, for fisher sampled.")] = None
     tokens: Annotated[str | None, choice("tokens", "How tokens of an example combine; by default sum.")] = None
     examples_reduction: Annotated[
