@@ -124,14 +124,7 @@ def path_name(path: Path) -> str:
 
 
 def axes_of(table: AxisTable, path: Path) -> tuple[str, ...]:
-    """The names of the axes of the parameter at `path`.
-
-    Args:
-        table: The family's axis table; `*` in a pattern stands for one step of the path.
-        path: Where the parameter is.
-
-    Returns:
-        One name per axis, such as `("embed", "heads", "channels")`.
+    """The names of the axes of the parameter at `path`; `*` in a pattern stands for one step of the path.
 
     Raises:
         ValueError: If no pattern of the table matches.
@@ -149,7 +142,7 @@ def _pattern_of(patterns: tuple[str, ...], path: Path) -> str:
 
 
 def _matches(steps: Sequence[str], path: Path) -> bool:
-    return all(step in ("*", str(own)) for step, own in zip(steps, path, strict=False))
+    return all(pattern in ("*", str(step)) for pattern, step in zip(steps, path, strict=False))
 
 
 def has_units(axes: tuple[str, ...], kind: str) -> bool:
@@ -163,20 +156,17 @@ def reads(axes: tuple[str, ...], path: Path) -> bool:
 
 
 def input_axes(axes: tuple[str, ...]) -> int:
-    """How many axes of a kernel, the first ones, are summed over: all that come before the embedding, else one."""
+    """The number of leading axes of a kernel that are summed over: all before the embedding, else one."""
     return (axes.index("embed") if "embed" in axes else 0) or 1
 
 
 def takes_gate(axes: tuple[str, ...], path: Path, kind: str) -> bool:
-    """Whether multiplying this parameter's units by their gates does what the gates do.
-
-    That is the kernel that reads them; for units that none reads, what the table marks as `TakesGate`.
-    """
+    """Whether gates are folded into this parameter: the kernel that reads the units, else what the table marks."""
     return isinstance(axes, TakesGate) if kind in UNREAD else reads(axes, path)
 
 
 def unit_axes(axes: tuple[str, ...], kind: str) -> tuple[int, ...]:
-    """Which axes of a parameter the units of a kind stand along, in the order of `KINDS`."""
+    """The axes of a parameter that the units of a kind stand along, in the order of `KINDS`."""
     return tuple(map(axes.index, KINDS[kind]))
 
 
@@ -187,14 +177,9 @@ def merge_units(array: Any, axes: tuple[str, ...], kind: str) -> tuple[Any, int]
 
 
 def take_units(array: np.ndarray, axes: tuple[str, ...], kind: str, kept: np.ndarray, gate: Any = 1.0) -> np.ndarray:
-    """Some units of an array, each multiplied by its gate.
+    """Some units of an array, each multiplied by its gate in float32.
 
-    Args:
-        array: A parameter that has units of this kind.
-        axes: The names of its axes.
-        kind: The kind of units.
-        kept: The indices of the units that stay, in the shape that they have along the axes of the kind.
-        gate: One float32 multiplier per kept unit; products are taken in float32 where one is not 1.
+    The indices `kept` and the float32 gates have the shape that the units that stay have along the axes of their kind.
     """
     order, first = _side_by_side(axes, kind)
     merged, _ = merge_units(array, axes, kind)
@@ -244,7 +229,7 @@ def widths(table: AxisTable, params: Params, kinds: Collection[str] = UNITS) -> 
 
 
 def readers(table: AxisTable, params: Params, kinds: Collection[str] = UNITS) -> dict[str, Path]:
-    """Where the kernels are that read the units of each site, in site order; units that none reads are left out."""
+    """The places of the kernels that read the units of each site, in site order; unread units are left out."""
     places = _places(table, flatten(params), kinds)
     return {place.site.name: place.reader for place in places if place.reader is not None}
 
@@ -305,7 +290,7 @@ def _order(table: AxisTable, site: Site) -> tuple[int, int, int] | None:
     patterns = [pattern.split(".") for pattern in table]
     for i, (steps, axes) in enumerate(zip(patterns, table.values(), strict=True)):
         if len(steps) == len(site.module) + 2 and has_units(axes, site.kind) and _matches(steps, site.module):
-            return next(k for k, own in enumerate(patterns) if own[0] == steps[0]), site.layer, i
+            return next(k for k, other in enumerate(patterns) if other[0] == steps[0]), site.layer, i
     return None
 
 
@@ -404,13 +389,7 @@ def open_gates(model: Model, params: Params, kinds: tuple[str, ...] = UNITS) -> 
 
 
 def check_gates(model: Model, params: Params, gates: Mapping[str, Any], *, rows: int | None = None) -> None:
-    """Refuses gates that do not belong to these parameters.
-
-    Args:
-        model: The architecture.
-        params: Parameters of any widths.
-        gates: Site name to gates `[units]` or `[batch, units]`.
-        rows: The size of the batch; None: it is not known.
+    """Refuses gates `[units]` or `[rows, units]` that do not belong to these parameters.
 
     Raises:
         TypeError: If `gates` is not a dict of arrays.
@@ -447,12 +426,7 @@ def mean_shapes(table: AxisTable, params: Params) -> dict[str, tuple[int, ...]]:
 
 
 def check_means(model: Model, params: Params, means: Mapping[str, Any]) -> None:
-    """Refuses values for closed units that do not belong to these parameters.
-
-    Args:
-        model: The architecture.
-        params: Parameters of any widths.
-        means: Site name to `[units]`, for heads to `[heads, channels]`.
+    """Refuses values for closed units, `[units]` or for heads `[heads, channels]`, that do not fit these parameters.
 
     Raises:
         TypeError: If `means` is not a dict of arrays.

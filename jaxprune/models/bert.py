@@ -247,7 +247,7 @@ class Attention(nnx.Module):
         inner, outer = (None, None) if key is None else jax.random.split(key)
         if self.query.kernel.shape[1] == 0:  # no head is left: the output's bias is all that stays
             b, t, _ = x.shape
-            query, mixed = (jnp.zeros((b, t, 0, own.kernel.shape[2]), x.dtype) for own in (self.query, self.value))
+            query, mixed = (jnp.zeros((b, t, 0, side.kernel.shape[2]), x.dtype) for side in (self.query, self.value))
             raw, y = jnp.zeros((b, 0, t, t), jnp.float32), jnp.broadcast_to(self.out.bias[...], x.shape).astype(x.dtype)
         else:
             query = sites.gate("attention.query_channels", self.query(x))
@@ -336,17 +336,17 @@ def tied_places(config: EncoderConfig) -> tuple[tuple[Path, ...], ...]:
 
 
 def embed_places(config: EncoderConfig, stack: str) -> Places:
-    """Where the parameters are that `embed` reads; see `Model.embed_places`."""
+    """The places of what `embed` reads; see `Model.embed_places`."""
     return ("embeddings",)
 
 
 def readout_places(config: EncoderConfig, head: TaskHead) -> Places:
-    """Where the parameters are that `readout` reads; see `Model.readout_places`."""
+    """The places of what `readout` reads; see `Model.readout_places`."""
     return ("heads", head.name)
 
 
 def products(path: Path, lengths: tuple[float, ...]) -> tuple[float, float, float]:
-    """How often a kernel is multiplied; see `Model.products`."""
+    """The number of products of a kernel; see `Model.products`."""
     (tokens,) = lengths
     return tokens, tokens, tokens if "attention" in path else 0.0
 
@@ -410,7 +410,7 @@ def initialise_head(config: EncoderConfig, head: TaskHead, key: Array) -> Params
 
 
 def checkpoint_names(config: EncoderConfig) -> dict[Path, tuple[str, str]]:
-    """Where every parameter stands in a Hugging Face checkpoint, without the optional base prefix.
+    """The places of all parameters in a Hugging Face checkpoint, without the optional base prefix.
 
     Returns:
         Path to (name, kind). Kinds: `copy`; `linear` ([out, in] there, [in, out] here); `split_out` and `split_bias`
@@ -427,8 +427,8 @@ def checkpoint_names(config: EncoderConfig) -> dict[Path, tuple[str, str]]:
     if config.segments:
         names["embeddings", "token_type", "embedding"] = ("embeddings.token_type_embeddings.weight", "copy")
     for i in range(config.layers):
-        for module, theirs, weight, bias in _DISTILBERT_LAYER if distil else _BERT_LAYER:
-            path, name = ("layers", i, *module.split(".")), layer.format(i) + theirs
+        for module, weight, bias, *theirs in _LAYER:
+            path, name = ("layers", i, *module.split(".")), layer.format(i) + theirs[distil]
             leaf = "scale" if weight == "copy" else "kernel"
             names[*path, leaf] = (f"{name}.weight", weight)
             names[*path, "bias"] = (f"{name}.bias", bias)
@@ -448,25 +448,15 @@ def ignored_names(config: EncoderConfig) -> tuple[str, ...]:
     return always if pooler_is_ours else (*always, "pooler.*")
 
 
-_BERT_LAYER = (  # our module, their name, kind of the weight, kind of the bias
-    ("attention.query", "attention.self.query", "split_out", "split_bias"),
-    ("attention.key", "attention.self.key", "split_out", "split_bias"),
-    ("attention.value", "attention.self.value", "split_out", "split_bias"),
-    ("attention.out", "attention.output.dense", "merge_in", "copy"),
-    ("attention.norm", "attention.output.LayerNorm", "copy", "copy"),
-    ("ffn.up", "intermediate.dense", "linear", "copy"),
-    ("ffn.down", "output.dense", "linear", "copy"),
-    ("ffn.norm", "output.LayerNorm", "copy", "copy"),
-)
-_DISTILBERT_LAYER = (
-    ("attention.query", "attention.q_lin", "split_out", "split_bias"),
-    ("attention.key", "attention.k_lin", "split_out", "split_bias"),
-    ("attention.value", "attention.v_lin", "split_out", "split_bias"),
-    ("attention.out", "attention.out_lin", "merge_in", "copy"),
-    ("attention.norm", "sa_layer_norm", "copy", "copy"),
-    ("ffn.up", "ffn.lin1", "linear", "copy"),
-    ("ffn.down", "ffn.lin2", "linear", "copy"),
-    ("ffn.norm", "output_layer_norm", "copy", "copy"),
+_LAYER = (  # our module, kind of its weight, kind of its bias, its name in BERT's checkpoints and in DistilBERT's
+    ("attention.query", "split_out", "split_bias", "attention.self.query", "attention.q_lin"),
+    ("attention.key", "split_out", "split_bias", "attention.self.key", "attention.k_lin"),
+    ("attention.value", "split_out", "split_bias", "attention.self.value", "attention.v_lin"),
+    ("attention.out", "merge_in", "copy", "attention.output.dense", "attention.out_lin"),
+    ("attention.norm", "copy", "copy", "attention.output.LayerNorm", "sa_layer_norm"),
+    ("ffn.up", "linear", "copy", "intermediate.dense", "ffn.lin1"),
+    ("ffn.down", "linear", "copy", "output.dense", "ffn.lin2"),
+    ("ffn.norm", "copy", "copy", "output.LayerNorm", "output_layer_norm"),
 )
 _HEAD_NAMES = {  # the layer before the output, the output
     "bert": ("pooler.dense", "classifier"),

@@ -197,7 +197,7 @@ class Model:
         return self._family.embed(self.config, params, batch, stack, before, key)
 
     def embed_places(self, stack: str = "") -> Places:
-        """Where the parameters are that `embed` reads; `part` takes them out."""
+        """The places of the parameters that `embed` reads; `part` takes them out."""
         return self._family.embed_places(self.config, stack)
 
     def block(
@@ -231,7 +231,7 @@ class Model:
         return self._family.block(self.config, settings.kind, params, state, mask, sites, key), sites.values
 
     def prepare(self, params: Params, memory: Float[Array, "b s d"], length: int) -> Cache:
-        """What one layer of the last stack keeps while text is written, before the first token.
+        """The cache of one layer of the last stack before the first token of a text is written.
 
         Args:
             params: The layer's parameters.
@@ -274,11 +274,11 @@ class Model:
         return self._family.readout(self.config, params, state, mask, head, key)
 
     def readout_places(self, head: TaskHead) -> Places:
-        """Where the parameters are that `readout` reads; `part` takes them out."""
+        """The places of the parameters that `readout` reads; `part` takes them out."""
         return self._family.readout_places(self.config, head)
 
     def products(self, path: ParamPath, lengths: tuple[float, ...]) -> tuple[float, float, float]:
-        """How often a kernel of a layer is multiplied, for its FLOPs.
+        """The number of products of a layer's kernel, for its FLOPs.
 
         Args:
             path: Where the kernel is.

@@ -42,28 +42,28 @@ class Stack(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the layers of a stack pass on."""
+    """The values that the layers of a stack pass on."""
 
     hidden: Float[Array, "b t d"]
     memory: Float[Array, "b s d"] | None = None  # what the stack before has returned, if they all read it
 
 
 class Mask(NamedTuple):
-    """Where there are tokens."""
+    """The places of tokens."""
 
     tokens: Bool[Array, "b t"]  # among those that a layer computes
     memory: Bool[Array, "b s"] | None = None  # among those of the stack before
 
 
 class KeysValues(NamedTuple):
-    """What attention reads."""
+    """The keys and values that attention reads."""
 
     keys: Float[Array, "b s n h"]
     values: Float[Array, "b s n h"]
 
 
 class Cache(NamedTuple):
-    """What a layer keeps from one token to the next."""
+    """The keys and values that a layer keeps from one token to the next."""
 
     tokens: KeysValues  # of the tokens before; room for all that are to come
     memory: KeysValues  # of what the stack before has returned
@@ -179,7 +179,7 @@ def check_intervention(model: Model, params: Params, inputs: Mapping[str, Array]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSettings:
-    """What is static when a layer runs."""
+    """The static settings of a layer that runs."""
 
     kind: str = ""  # of the layer, see `Stack.kinds`
     tokens: TokenReduction = sum_tokens  # how gate gradients reduce over tokens
@@ -271,7 +271,7 @@ def readout_mask(head: TaskHead, layer: Layer, inputs: Mapping[str, Array]) -> M
 
 
 def enter(model: Model, layer: Layer, inputs: dict[str, Array], state: State | None, key: Array | None = None) -> State:
-    """What a layer reads: `state` itself, unless the layer is the first of a stack that `state` has not entered."""
+    """The input of a layer: `state` itself, unless the layer is the first of a stack that `state` has not entered."""
     entered = state is not None and (layer.stack.memory is None or state.memory is not None)
     if state is not None and (entered or layer.entry is None):
         return state
@@ -290,16 +290,9 @@ def run_layer(
     returns: tuple[str, ...] = (),
     key: Array | None = None,
 ) -> tuple[State, dict[str, Array]]:
-    """Runs one layer on what `enter` returns: its output, and the values to return by local name.
+    """Runs one layer on what `enter` returns: its output, and the values to return (see `BlockSettings`) by local name.
 
-    Args:
-        model: The architecture.
-        layer: One of `model_layers`.
-        inputs: What `model_inputs` returns.
-        state: What the layer reads.
-        intervention: Gates and means by the names of their sites; those of other layers are left out.
-        returns: See `BlockSettings`.
-        key: Switches dropout on.
+    Gates and means have the names of their sites; those of other layers are left out. A key switches dropout on.
     """
     settings, local = BlockSettings(kind=layer.kind, returns=returns), layer_intervention(intervention, layer.name)
     return block_compiled(model, settings, layer.params, state, mask_of(layer, inputs), local, key)
@@ -312,14 +305,9 @@ def advance(
     state: State | None = None,
     intervention: Intervention = Intervention(),
 ) -> State:
-    """Runs some layers one after the other, without dropout and without keeping anything for a backward pass.
+    """Runs consecutive layers, without dropout and without keeping anything for a backward pass.
 
-    Args:
-        model: The architecture.
-        layers: Consecutive layers of `model_layers`, at least one.
-        inputs: What `model_inputs` returns.
-        state: What the layer before them returned; None: they are the first.
-        intervention: Gates and means by the names of their sites.
+    `state` is what the layer before them returned; None: they are the first.
     """
     for layer in layers:
         state, _ = run_layer(model, layer, inputs, enter(model, layer, inputs, state), intervention)

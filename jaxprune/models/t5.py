@@ -255,7 +255,7 @@ class Attention(nnx.Module):
         b, t, _ = x.shape
         sites.keep(f"{self.name}.residual", x)
         if self.query.kernel.shape[1] == 0:  # no head is left, and there is no bias: the residual is all
-            query, mixed = (jnp.zeros((b, t, 0, own.kernel.shape[2]), x.dtype) for own in (self.query, self.value))
+            query, mixed = (jnp.zeros((b, t, 0, side.kernel.shape[2]), x.dtype) for side in (self.query, self.value))
             raw = jnp.zeros((b, 0, t, read.keys.shape[1]), jnp.float32)
             sites.keep_attention(self.name, query, mixed, raw, mask)
             return x
@@ -356,17 +356,17 @@ _WORD, _LANGUAGE = ("embeddings", "word"), ("language", "out")
 
 
 def embed_places(config: T5Config, stack: str) -> Places:
-    """Where the parameters are that `embed` reads; see `Model.embed_places`."""
+    """The places of what `embed` reads; see `Model.embed_places`."""
     return {"word": _WORD} if stack == "encoder" else {"word": _WORD, "norm": ("encoder", "norm")}
 
 
 def readout_places(config: T5Config, head: TaskHead) -> Places:
-    """Where the parameters are that `readout` reads; see `Model.readout_places`."""
+    """The places of what `readout` reads; see `Model.readout_places`."""
     return {"norm": ("decoder", "norm"), **({"word": _WORD} if config.tied else {"out": _LANGUAGE})}
 
 
 def products(path: Path, lengths: tuple[float, ...]) -> tuple[float, float, float]:
-    """How often a kernel is multiplied; see `Model.products`. In cross-attention, keys are made of what is read."""
+    """The number of products of a kernel; see `Model.products`. In cross-attention, keys are made of what is read."""
     read, written = lengths
     queries = written if path[0] == "decoder" else read
     keys = read if "cross" in path else queries
@@ -432,7 +432,7 @@ def block(
 def prepare(config: T5Config, params: Params, memory: Float[Array, "b s d"], length: int) -> Cache:
     """An empty cache of one decoder layer; see `Model.prepare`."""
     module = bind(_block(config, True), params)
-    shapes = (own.kernel.shape[1:] for own in (module.attention.key, module.attention.value))
+    shapes = (side.kernel.shape[1:] for side in (module.attention.key, module.attention.value))
     empty = KeysValues(*(jnp.zeros((memory.shape[0], length, *shape), memory.dtype) for shape in shapes))
     return Cache(empty, module.cross.read(memory))
 
@@ -492,8 +492,8 @@ def initialise(config: T5Config, key: Array) -> Params:
         block = lambda rngs, decoder=decoder: Block(config, decoder, rngs=rngs)  # noqa: E731  one for all layers
         layers = {i: initialise_part(block, next(keys)) for i in range(stack.layers)}
         table = layers[0]["attention"]["relative"]["embedding"]
-        for own in layers.values():
-            own["attention"]["relative"] = {"embedding": table + 0.0}  # arrays of their own: training donates them
+        for layer in layers.values():
+            layer["attention"]["relative"] = {"embedding": table + 0.0}  # arrays of their own: training donates them
         params[stack.name] = {
             "layers": layers,
             "norm": initialise_part(lambda rngs: RMSNorm(config.embed, config.eps), jax.random.key(0)),
@@ -523,7 +523,7 @@ def tied_places(config: T5Config) -> tuple[tuple[Path, ...], ...]:
 
 
 def checkpoint_names(config: T5Config) -> dict[Path, tuple[str, str]]:
-    """Where every parameter stands in a Hugging Face checkpoint; kinds as in the BERT family."""
+    """The places of all parameters in a Hugging Face checkpoint; kinds as in the BERT family."""
     names: dict[Path, tuple[str, str]] = {(*_WORD, "embedding"): ("shared.weight", "copy")}
     if not config.tied:
         names[*_LANGUAGE, "kernel"] = ("lm_head.weight", "linear")
