@@ -274,11 +274,11 @@ def make_scores(folder: Path) -> Path:
     }
     header = {
         "format": 1, "criterion": {"name": "Random"}, "task": "mood", "split": "calibration", "head": "mood",
-        "examples": 4, "largest": False, "keys": [[0, 1]], "model": "0" * 64, "data": ["1"], "rows": ["a", "b"],
+        "examples": 4, "largest": False, "keys": [[0, 1]], "model": "0" * 64, "data": ["1"],
         "max_length": 64, "mean_length": 7.5, "completeness": None, "versions": {"jax": "0"},
     }  # fmt: skip
     gates = {name: jnp.asarray(value) for name, value in values.items()}
-    return save_scores(folder / "scores.safetensors", Scores(gates, header, means=gates))
+    return save_scores(folder / "scores.safetensors", Scores(gates, header, means=gates, rows=("0" * 16, "a" * 16)))
 
 
 def damage_scores(file: Path, draw: random.Random) -> str:
@@ -307,7 +307,8 @@ def outcome_of_scores(file: Path, kind: str) -> str:
     except (ValueError, FileNotFoundError) as error:
         return "refused" if str(file) in str(error) else f"the error names no file: {error}"
     plain = load_file(file)
-    values = {**found.values, **{f"means:{name}": array for name, array in (found.means or {}).items()}}
+    values: dict[str, Any] = {**found.values, **{f"means:{name}": array for name, array in (found.means or {}).items()}}
+    values["rows"] = np.frombuffer(bytes.fromhex("".join(found.rows)), np.uint8)
     equal = values.keys() == plain.keys() and all(np.asarray(values[n]).tobytes() == plain[n].tobytes() for n in plain)
     return "equal" if equal else "wrong scores"
 

@@ -21,7 +21,7 @@ from jaxprune.pruning.selection import select
 from jaxprune.scoring.attribution import GradientActivation
 from jaxprune.scoring.baselines import Magnitude
 from jaxprune.scoring.objectives import log_probability, maximum
-from jaxprune.scoring.scores import describe, load_scores
+from jaxprune.scoring.scores import describe, load_scores, properties_of
 
 __all__ = ["place"]  # a fixture
 
@@ -64,7 +64,7 @@ def test_the_receipt_is_that_of_the_rows_that_were_scored(place, scored, pruned)
     found = record["receipt"]
     model, params = load(place.model)
     task, scores = load_task("mood", data=place.data), load_scores(scored)
-    rows = [row for row in task.rows("calibration") if row_key(row) in scores.header["rows"]]
+    rows = [row for row in task.rows("calibration") if row_key(row) in scores.rows]
     gates = select(model, params, scores, Units(0.5))
     true = jp.loss_receipt(model, params, task, gates, examples=rows, nodes=8, objective=log_probability)
     assert (found["examples"], found["labels"], found["nodes"], found["rounds"]) == (16, "gold", 8, None)
@@ -140,5 +140,5 @@ def test_bad_input_is_one_line(place, scored, tmp_path, case):
 )
 def test_scores_that_no_measured_loss_can_be_merged_with_are_refused_before_any_work(criterion, message):
     with pytest.raises(ValueError, match=message):
-        check_reselection(describe(criterion))
-    check_reselection(describe(GradientActivation()))
+        check_reselection(describe(criterion), properties_of(criterion))
+    check_reselection(describe(GradientActivation()), properties_of(GradientActivation()))

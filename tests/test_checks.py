@@ -91,10 +91,12 @@ def files(place: Any, scores: Scores) -> dict[str, Path]:
         "other": place.folder / "other",
         "scores": save_scores(place.folder / "s.safetensors", scores),
         "reversed": save_scores(place.folder / "reversed.safetensors", reverse(scores)),
-        "strangers": save_scores(place.folder / "strangers.safetensors", changed(scores, rows=["0" * 16] * 60)),
+        "strangers": save_scores(
+            place.folder / "strangers.safetensors", dataclasses.replace(scores, rows=("0" * 16,) * 60)
+        ),
         "own": save_scores(
             place.folder / "own.safetensors",
-            changed(scores, criterion=dict(scores.header["criterion"]) | {"objective": "mine"}),
+            changed(scores, objective="mine"),
         ),
         "picture": place.folder / "picture.png",
     }

@@ -76,6 +76,6 @@ def test_scores_on_four_devices_equal_those_on_one(tmp_path: Path):
             np.testing.assert_allclose(four.halves[site], one.halves[site], rtol=1e-4, atol=1e-6)
         for site, mean in (one.means or {}).items():
             np.testing.assert_allclose((four.means or {})[site], mean, rtol=1e-5, atol=1e-6)
-        assert one.header["rows"] == four.header["rows"] and one.header["halves"] == four.header["halves"]
+        assert one.rows == four.rows and one.header["halves"] == four.header["halves"]
         for field, value in (one.header["completeness"] or {}).items():
             assert four.header["completeness"][field] == pytest.approx(value, rel=1e-4, abs=1e-6)

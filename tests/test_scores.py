@@ -70,9 +70,13 @@ PARTS = ("values", "means", "variance", "halves", "signed")
 
 
 def equal(a: Scores, b: Scores) -> bool:
-    return a.header == b.header and all(
-        x.keys() == y.keys() and all(np.array_equal(np.asarray(x[name]), np.asarray(y[name])) for name in x)
-        for x, y in ((getattr(a, part) or {}, getattr(b, part) or {}) for part in PARTS)
+    return (
+        a.header == b.header
+        and a.rows == b.rows
+        and all(
+            x.keys() == y.keys() and all(np.array_equal(np.asarray(x[name]), np.asarray(y[name])) for name in x)
+            for x, y in ((getattr(a, part) or {}, getattr(b, part) or {}) for part in PARTS)
+        )
     )
 
 
@@ -101,7 +105,7 @@ def test_scores_say_how_they_were_made(model_and_params: tuple[Model, Params], t
     }
     assert [header[name] for name in ("task", "head", "split", "examples")] == ["moods", "moods", "calibration", 12]
     assert header["model"] == model_digest(model, params) and header["keys"] == [[0, 0]]
-    assert len(header["rows"]) == 12 and set(header["rows"]) <= {row_key(row) for row in task.rows("calibration")}
+    assert len(scores.rows) == 12 and set(scores.rows) <= {row_key(row) for row in task.rows("calibration")}
     assert 5 < header["mean_length"] < 22 and header["max_length"] == 64 and len(header["data"]) == 1
     assert set(header["completeness"]) == {"expected", "found", "error", "size", "relative"} and scores.means is None
     json.dumps(header)
@@ -110,7 +114,7 @@ def test_scores_say_how_they_were_made(model_and_params: tuple[Model, Params], t
 def test_the_criterion_is_called_on_every_batch(model_and_params: tuple[Model, Params], task: Task, scores: Scores):
     """One batch of all examples, without `score`."""
     model, params = model_and_params
-    rows = [row for row in task.rows("calibration") if row_key(row) in scores.header["rows"]]
+    rows = [row for row in task.rows("calibration") if row_key(row) in scores.rows]
     batch = dict(model.tokenizer([row.text for row in rows], padding=True, return_tensors="np"))
     batch["labels"] = np.array([row.label for row in rows])
     found = IntegratedGradients(nodes=2)(model, params, batch, head="moods")
@@ -134,7 +138,7 @@ def test_progress_counts_finished_batches(model_and_params: tuple[Model, Params]
 def test_examples_may_be_given(model_and_params: tuple[Model, Params], task: Task):
     rows = task.rows("calibration")[:5]
     found = score(*model_and_params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=rows)))
-    assert found.header["split"] == "given" and found.header["rows"] == sorted(map(row_key, rows))
+    assert found.header["split"] == "given" and found.rows == tuple(sorted(map(row_key, rows)))
 
 
 @pytest.mark.parametrize("criterion", [Random(), Magnitude()])
@@ -142,7 +146,7 @@ def test_criteria_that_read_no_example_say_so(model_and_params: tuple[Model, Par
     found = score(*model_and_params, task, Scoring(criterion=criterion, rows=Rows(key=3)))
     again = score(*model_and_params, task, Scoring(criterion=criterion, rows=Rows(key=jax.random.key(3))))
     assert equal(found, again) and found.header["keys"] == [[0, 3]]
-    assert (found.header["examples"], found.header["rows"], found.header["completeness"]) == (0, [], None)
+    assert (found.header["examples"], found.rows, found.header["completeness"]) == (0, (), None)
 
 
 def test_labels_are_needed_only_by_criteria_that_use_them(model_and_params: tuple[Model, Params], task: Task):
@@ -205,6 +209,35 @@ def test_saved_scores_load_bit_for_bit(tmp_path: Path, scores: Scores):
         assert equal(load_scores(path), found)
 
 
+def test_keys_of_rows_are_bytes_beside_the_scores(tmp_path: Path, scores: Scores):
+    """The header has a limit of 100 MB, so it must not grow with the rows."""
+    rows = tuple(f"{i:016x}" for i in range(100_000))
+    path = save_scores(tmp_path / "scores.safetensors", dataclasses.replace(scores, rows=rows))
+    assert int.from_bytes(path.read_bytes()[:8], "little") < 5_000
+    assert load_scores(path).rows == rows
+
+
+@pytest.mark.parametrize(("name", "closed"), [("mood", "calibration_means"), ("text", "zero")])
+def test_files_that_hold_the_keys_in_their_header_still_load(tmp_path: Path, name: str, closed: str):
+    found = load_scores(Path(__file__).parent / "data" / "before" / f"{name}.safetensors")
+    assert found.header["format"] == 3 and "rows" not in found.header
+    assert len(found.rows) == found.header["examples"] == 8
+    assert found.header["criterion"]["closed"] == closed
+    assert found.properties["by_layer"] and "path from closed to open gates" in found.properties["meaning"]
+    again = load_scores(save_scores(tmp_path / "scores.safetensors", found))
+    assert equal(again, dataclasses.replace(found, header=dict(found.header) | {"format": 4}))
+
+
+def test_keys_of_rows_that_do_not_fit_are_refused(tmp_path: Path, scores: Scores):
+    path = tmp_path / "scores.safetensors"
+    values = {"0.ffn.neurons": np.zeros(3, np.float32)}
+    header = {METADATA: json.dumps(dict(scores.header))}
+    for rows in ({}, {"rows": np.zeros((12, 7), np.uint8)}):
+        write_atomic(path, lambda file, own=values | rows: write_tensors(file, own, header))
+        with pytest.raises(ValueError, match="has no tensor 'rows' of type U8 with 8 bytes for every row"):
+            load_scores(path)
+
+
 def test_reading_scores_imports_neither_transformers_nor_datasets(tmp_path: Path, scores: Scores):
     path = save_scores(tmp_path / "scores.safetensors", scores)
     code = (
@@ -240,14 +273,15 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path, scores: Scores):
     refuses("holds no scores: its metadata has no 'jaxprune_scores'", values, {"format": "pt"})
     refuses("its header is not JSON", values, {METADATA: "{"})
     refuses("its header is not a JSON object", values, {METADATA: "[]"})
-    refuses("its format is 9, this version of jaxprune reads 1, 2, 3", values, {METADATA: '{"format": 9}'})
+    refuses("its format is 9, this version of jaxprune reads 1, 2, 3, 4", values, {METADATA: '{"format": 9}'})
     refuses("its header has no 'criterion'", values, {METADATA: '{"format": 1}'})
-    changed = json.dumps(dict(scores.header) | {"rows": "none"})
-    refuses("rows in its header is 'none'", values, {METADATA: changed})
+    changed = json.dumps(dict(scores.header) | {"task": 5})
+    refuses("task in its header is 5", values, {METADATA: changed})
     refuses("0.ffn.neurons is F16, expected F32", {"0.ffn.neurons": np.zeros(3, np.float16)}, {METADATA: header})
     refuses(
         r"has shape \[3, 2\], expected one axis", {"0.ffn.neurons": np.zeros((3, 2), np.float32)}, {METADATA: header}
     )
+    values |= {"rows": np.zeros((0, 8), np.uint8)}
     write_atomic(path, lambda file: write_tensors(file, values, {METADATA: header}))
     path.write_bytes(path.read_bytes()[:-4] + np.float32(np.nan).tobytes())
     with pytest.raises(ValueError, match=r"0.ffn.neurons holds NaN or infinity"):
@@ -312,7 +346,7 @@ def test_scores_that_do_not_belong_together_are_not_merged(
     model_and_params: tuple[Model, Params], task: Task, scores: Scores
 ):
     def changed(**fields: Any) -> Scores:
-        return dataclasses.replace(scores, header=dict(scores.header) | {"rows": ["0" * 16]} | fields)
+        return dataclasses.replace(scores, header=dict(scores.header) | fields, rows=("0" * 16,))
 
     with pytest.raises(ValueError, match="12 examples are in both"):
         merge(scores, scores)
@@ -361,6 +395,23 @@ def test_a_run_that_goes_on_equals_an_uninterrupted_one(
     assert counted == [SAVE_EVERY, SAVE_EVERY + 1, SAVE_EVERY + 2]  # those before were not computed again
 
 
+def test_running_totals_do_not_grow_with_the_rows(model_and_params: tuple[Model, Params], tmp_path: Path):
+    task = Task(name="moods", splits={"calibration": texts(200)}, labels=("sad", "glad"))
+    sizes = []
+
+    def interrupt(done: int, total: int) -> None:
+        if done == SAVE_EVERY:
+            raise Interrupted
+
+    for examples in (20, 200):
+        path = tmp_path / f"{examples}.safetensors"
+        settings = scoring(Activation(), examples=examples, batch_size=4)
+        with pytest.raises(Interrupted):
+            score(*model_and_params, task, settings, progress=interrupt, resume=path)
+        sizes.append(path.stat().st_size)
+    assert sizes[1] <= sizes[0] + 8  # a digit more, and the header is a multiple of 8 bytes
+
+
 def test_a_run_goes_on_only_with_its_own_settings(model_and_params: tuple[Model, Params], task: Task, tmp_path: Path):
     path = tmp_path / "partial.safetensors"
     model, params = model_and_params
@@ -374,7 +425,7 @@ def test_a_run_goes_on_only_with_its_own_settings(model_and_params: tuple[Model,
         score(model, params, task, scoring(criterion=Activation(), **settings), progress=interrupt, resume=path)
     with pytest.raises(ValueError, match=r"was begun with other settings \(criterion\)"):
         score(model, params, task, scoring(criterion=GradientActivation(), **settings), resume=path)
-    with pytest.raises(ValueError, match=r"was begun with other settings \(.*rows.*\)"):
+    with pytest.raises(ValueError, match=r"was begun with other settings \(.*data.*\)"):
         score(model, params, task, scoring(criterion=Activation(), key=1, **settings), resume=path)
     with pytest.raises(ValueError, match=r"was begun with other settings \(batch_size\)"):
         score(model, params, task, scoring(criterion=Activation(), **(settings | {"batch_size": 5})), resume=path)

@@ -418,7 +418,7 @@ def test_the_length_is_that_of_the_scored_examples(dense):
 
 def test_the_record_says_how_the_model_was_made(dense):
     model, params = dense
-    scores = scores_of(model, params, mean_length=40.25, rows=["a", "b"], data=["abc"])
+    scores = scores_of(model, params, mean_length=40.25, data=["abc"])
     settings: dict[str, Any] = {"flops": 0.5, "multiple_of": {"neurons": 8}, "protect": (0,), "normalise": per_layer_l2}
     gates = select(model, params, scores, **chosen(**settings))
     record = pruning_record(scores, gates, **chosen(**settings))
@@ -428,7 +428,6 @@ def test_the_record_says_how_the_model_was_made(dense):
     assert set(record["settings"]) == {*NAMES, "length", *(field.name for field in fields(Rules))}
     assert record["scores"]["model"] == model_digest(model, params)
     assert record["scores"]["criterion"] == {"name": "Random"}
-    assert "rows" not in record["scores"]
     assert record["digests"]["means"] is None
     assert {name: site["kept"] for name, site in record["sites"].items()} == {
         name: len(units) for name, units in kept(gates).items()

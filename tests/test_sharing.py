@@ -45,7 +45,7 @@ def write_scores(file: Path, model: Path, task: str, seed: int, kinds: Sequence[
     header = {
         "format": 2, "criterion": {"name": "Random"}, "task": task, "split": "calibration", "head": task,
         "examples": 0, "largest": False, "keys": [[0, seed]], "model": model_digest(own, params), "data": [],
-        "rows": [], "max_length": 64, "mean_length": 9.5 + seed, "completeness": None, "versions": {"jax": "0"},
+        "max_length": 64, "mean_length": 9.5 + seed, "completeness": None, "versions": {"jax": "0"},
     }  # fmt: skip
     return save_scores(file, Scores(values, header))
 

@@ -251,12 +251,14 @@ def test_files_of_the_first_format_load(tmp_path: Path, scores: Scores):
     header = {name: value for name, value in scores.header.items() if name not in new} | {"format": 1}
     values = {name: np.asarray(value) for name, value in scores.values.items()}
     path = write_atomic(
-        tmp_path / "old.safetensors", lambda file: write_tensors(file, values, {METADATA: json.dumps(header)})
+        tmp_path / "old.safetensors",
+        lambda file: write_tensors(file, values, {METADATA: json.dumps(header | {"rows": scores.rows})}),
     )
     old = load_scores(path)
-    assert old.header == header and old.variance is None and old.halves is None and stability(old) is None
+    assert old.header == header and old.rows == scores.rows
+    assert old.variance is None and old.halves is None and stability(old) is None
     assert old.signed is None
-    other = dataclasses.replace(scores, header=dict(scores.header) | {"rows": ["0" * 16]})
+    other = dataclasses.replace(scores, rows=("0" * 16,))
     merged = merge(old, other)
     assert (merged.variance, merged.halves, merged.header["halves"], merged.header["stability"]) == (None,) * 4
     assert merged.header["examples"] == 48
@@ -264,14 +266,17 @@ def test_files_of_the_first_format_load(tmp_path: Path, scores: Scores):
 
 def test_what_does_not_belong_to_the_scores_is_refused(tmp_path: Path, scores: Scores):
     site = next(iter(scores.values))
-    tensors = {name: np.asarray(value) for name, value in scores.values.items()}
+    tensors = {name: np.asarray(value) for name, value in scores.values.items()} | {"rows": np.zeros((0, 8), np.uint8)}
     for extra in ("variance", "halves", "signed"):
         tensors |= {f"{extra}:{name}": np.asarray(value) for name, value in getattr(scores, extra).items()}
 
     def refuses(message: str, changes: dict[str, Any], **header: Any) -> None:
         changed = {name: value for name, value in (tensors | changes).items() if value is not None}
         text = json.dumps(dict(scores.header) | header)
-        path = write_atomic(tmp_path / "s.safetensors", lambda file: write_tensors(file, changed, {METADATA: text}))
+        path = write_atomic(
+            tmp_path / "s.safetensors",
+            lambda file: write_tensors(file, changed, {METADATA: text}),
+        )
         with pytest.raises(ValueError, match=message):
             load_scores(path)
 
@@ -318,7 +323,7 @@ def test_it_stops_as_soon_as_it_is_stable(model_and_params: tuple[Model, Params]
         *model_and_params, task, scoring(until_stable=0.6, **how), progress=lambda done, _: counted.append(done)
     )
     assert found.header["until_stable"] == {"target": 0.6, "reached": True, "most": 100}
-    assert found.header["examples"] == len(found.header["rows"]) == FIRST == 32
+    assert found.header["examples"] == len(found.rows) == FIRST == 32
     assert counted == [1, 2, 3, 4]  # batches of 8
     assert found.header["stability"]["reliability"] >= 0.6 == found.header["stability"]["target"]
 
@@ -331,7 +336,8 @@ def test_steps_equal_all_at_once(model_and_params: tuple[Model, Params], task: T
     assert found.header["until_stable"] == {"target": 0.9999, "reached": False, "most": 100}
     for part in ("values", "variance", "halves", "signed"):
         close(getattr(found, part), getattr(whole, part))
-    for name in ("rows", "data", "halves", "examples"):
+    assert found.rows == whole.rows
+    for name in ("data", "halves", "examples"):
         assert found.header[name] == whole.header[name]
     assert found.header["mean_length"] == pytest.approx(whole.header["mean_length"])
 
@@ -343,7 +349,7 @@ def test_a_run_that_stops_equals_one_of_its_examples(model_and_params: tuple[Mod
     used = found.header["examples"]
     assert used in (32, 64)
     whole = score(*model_and_params, task, scoring(examples=used, **how))
-    assert found.header["rows"] == whole.header["rows"]
+    assert found.rows == whole.rows
     close(found.values, whole.values)
     assert found.header["mean_length"] == pytest.approx(whole.header["mean_length"])
 

@@ -104,7 +104,7 @@ def test_a_row_is_what_pruning_and_testing_give(place, swept, name):
 def test_seeds_draw_other_rows(swept):
     out, _ = swept
     drawn = [load_scores(out / "scores" / f"mood.integrated-gradients.{seed}.safetensors") for seed in (0, 1)]
-    assert drawn[0].header["rows"] != drawn[1].header["rows"]
+    assert drawn[0].rows != drawn[1].rows
     assert {scores.header["criterion"]["nodes"] for scores in drawn} == {2}
 
 

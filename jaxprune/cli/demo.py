@@ -102,7 +102,7 @@ def run_demo(output: Path, chosen: str, source: str, data: Path, bars: terminal.
     gates = {name: select(model, params, each, budget, rules=rules) for name, each in scores.items()}
     variants = {"dense": params} | {name: compact(model, params, each) for name, each in gates.items()}
     small = variants["attribution"]
-    rows = _test(model, variants, [task, *_other_tasks(model, task, data)], best.header["rows"], bars)
+    rows = _test(model, variants, [task, *_other_tasks(model, task, data)], best.rows, bars)
     pruning = pruning_record(best, gates["attribution"], budget, rules)
     costs = measured_costs(model, params, small, length, head, (LATENCY_BATCH,), bars)
     save(output / "model", model, small, pruning=pruning, overwrite=True, dtype=stored_type(model))

@@ -350,9 +350,9 @@ def plan_model(source: str, file: Path, budget: Budget, rules: Rules, timing: La
     from jaxprune.compaction import compacted_shapes
     from jaxprune.pruning.budgets import Latency
     from jaxprune.pruning.loss import predict_loss
-    from jaxprune.pruning.record import compared, costs, objective_name, pruning_record
+    from jaxprune.pruning.record import compared, costs, pruning_record
     from jaxprune.pruning.selection import check_selection, select
-    from jaxprune.scoring.scores import check_scores, load_scores
+    from jaxprune.scoring.scores import check_scores, load_scores, objective_name
 
     scores = load_scores(file)
     model, params, digest = outline(source, memory=terminal.digests_folder())  # shapes in the place of the parameters
@@ -380,7 +380,7 @@ def plan_model(source: str, file: Path, budget: Budget, rules: Rules, timing: La
         "widths": {name: [site["had"], site["kept"]] for name, site in pruning["sites"].items()},
         "layers": layers,
         "latency": None if table is None else predicted(table, model, params, small, budget),
-        "objective": objective_name(model, scores),
+        "objective": objective_name(scores, model.head(scores.header["head"])),
         "prediction": predict_loss(scores, gates).to_json(),
         "score_kept": layers[-1]["score_kept"],
     }

@@ -92,7 +92,7 @@ def score_model(
         "command": "score",
         "source": source,
         "output": str(output),
-        **{name: value for name, value in scores.header.items() if name != "rows"},
+        **scores.header,
         "units": sum(value.size for value in scores.values.values()),
         "sites": len(scores.values),
         "means": scores.means is not None,

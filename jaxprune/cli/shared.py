@@ -136,7 +136,7 @@ def check_fit(
     from jaxprune.scoring.scores import check_scores
 
     for task, each in scores.items():
-        check_scope(each.header["criterion"], rules)
+        check_scope(each.properties, rules)
         check_selection(model, params, budget, rules, each.values)
         try:
             check_scores(model, params, each)

@@ -22,7 +22,7 @@ from jaxprune.pruning.budgets import Rules, Units
 from jaxprune.pruning.record import origin_of, scored_rows
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.activations import calibration_means, zero
-from jaxprune.scoring.baselines import Removal, TopLayers
+from jaxprune.scoring.baselines import Removal
 from jaxprune.scoring.objectives import gold
 from jaxprune.scoring.run import Scoring, score
 from jaxprune.scoring.scores import Scores
@@ -197,13 +197,13 @@ def _deletion_check(
             for i in range(checking.orders)
         },
     }
-    rules = Rules(per_layer=scores.header["criterion"]["name"] != TopLayers.__name__)
+    rules = Rules(per_layer=scores.properties["by_layer"])
     rows = Rows(
         split=checking.split,
         batch_size=checking.batch_size,
         examples=checking.limit,
         max_length=scores.header["max_length"],
-        exclude=scores.header["rows"],
+        exclude=scores.rows,
     )
     total, done = 1 + len(orders) * len(checking.fractions), 0
 

@@ -34,7 +34,7 @@ from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
 from jaxprune.models.backward import forward
 from jaxprune.scoring.activations import calibration_means, zero
-from jaxprune.scoring.attribution import Measured, gauss_legendre, quadrature
+from jaxprune.scoring.attribution import Criterion, Measured, gauss_legendre, quadrature
 from jaxprune.scoring.objectives import (
     ExampleReduction,
     Labels,
@@ -42,7 +42,6 @@ from jaxprune.scoring.objectives import (
     absolute,
     gold,
     key_or_default,
-    objective_for,
     questions,
     signed,
     squared,
@@ -93,7 +92,7 @@ def _sums(units: Mapping[str, Any], parts: int) -> dict[str, float]:
     return found
 
 
-class _Lost:
+class _Lost(Criterion):
     """A criterion that attributes what selected gates lose, example by example, with its sign.
 
     Under the site's name stands what was lost with its closed units, under `worth:SITE` the slopes of all its units,
@@ -133,7 +132,7 @@ class _Lost:
     ) -> Measured:
         """Attributes a batch; see `Criterion`."""
         chosen = model.head(head)
-        objective = objective_for(self.objective, chosen)
+        objective = self.objective_of(chosen)
         run = partial(forward, model, params, intervention=Intervention(means=means), head=chosen.name)
         slopes: list[Gates] = []
         shares: tuple[Array, ...] = ()
@@ -250,15 +249,6 @@ def _closed_alone(slopes: Gates, selected: Gates) -> Gates:
     return {name: slopes[name] * (1.0 - gate) for name, gate in selected.items()}
 
 
-MEANINGS = {  # criterion -> what its sum over several units is
-    "IntegratedGradients": "what the removed units take on the path from closed to open gates",
-    "GradientActivation": "first order, at open gates",
-    "Taylor": "first order, at open gates",
-    "Fisher": "first order, at open gates",
-    "LeaveOneOut": "the removed heads one at a time, all else open",
-}
-
-
 class Prediction(NamedTuple):
     """What closing units is predicted to lose, mean over the examples, in units of the objective."""
 
@@ -316,7 +306,7 @@ def predict_loss(scores: Scores, gates: Mapping[str, Any]) -> Prediction:
     ]
     if wrong:
         raise ValueError(f"the gates do not fit the scores of {', '.join(wrong[:6])}: select by these scores.")
-    if criterion["name"] not in MEANINGS:
+    if (meaning := scores.properties["meaning"]) is None:
         return Prediction(None, None, None, f"{criterion['name']} attributes no objective to units")
     if (tokens := criterion.get("tokens", "sum_tokens")) != "sum_tokens":
         return Prediction(None, None, None, f"scores reduced over tokens by {tokens} are no attributions")
@@ -334,7 +324,6 @@ def predict_loss(scores: Scores, gates: Mapping[str, Any]) -> Prediction:
     elif reduction == squared.name:  # the mean size is at most the root of the mean square
         roots = {name: np.sqrt(np.maximum(np.asarray(own, np.float64), 0.0)) for name, own in scores.values.items()}
         sizes = lost(roots)
-    meaning = MEANINGS[criterion["name"]]
     if units is None:
         meaning += "; without signs, which this score file has not kept: score again for an estimate"
     return Prediction(units, sizes, _everything(scores), meaning)

@@ -44,11 +44,10 @@ from jaxprune.pruning.record import (
 )
 from jaxprune.pruning.recovery import Recovery, RecoveryReport, check_method, recover
 from jaxprune.pruning.selection import Values, check_selection, least_latency, parts_of, select
-from jaxprune.scoring.baselines import TopLayers
 from jaxprune.scoring.objectives import name_of
 from jaxprune.scoring.run import Scoring, kept_scores, score
-from jaxprune.scoring.scores import Scores, check_same_model, check_scores, describe, load_scores, save_scores
-from jaxprune.units import UNITS, Gates, Params, widths
+from jaxprune.scoring.scores import Scores, check_same_model, check_scores, describe, properties_of, save_scores
+from jaxprune.units import Gates, Params, widths
 
 BELOW = 1e9  # times the largest score: units that are gone stay last, whatever the units of a site cost
 TRIES = 4  # selections by a budget of latency that are measured at most
@@ -282,10 +281,11 @@ def _check(
     if several and pruning.reselect:
         raise ValueError("several tasks have several losses: units are selected again by the receipt of one task only.")
     criterion = pruning.scoring.criterion
-    for described in [each.header["criterion"] for each in scores] or [describe(criterion)]:
-        check_scope(described, pruning.rules)
+    known = [(each.header["criterion"], each.properties) for each in scores]
+    for described, properties in known or [(describe(criterion), properties_of(criterion))]:
+        check_scope(properties, pruning.rules)
         if pruning.reselect:
-            check_reselection(described)
+            check_reselection(described, properties)
     if pruning.measures_loss and (missing := {each.header["task"] for each in scores} - {*names}):
         raise ValueError(
             f"there is nothing to make a receipt of {', '.join(sorted(missing))} with: name the task, or leave the "
@@ -296,7 +296,7 @@ def _check(
     for each in scores:
         check_selection(model, params, budget, pruning.rules, each.values)
     if not scores:
-        scored = widths(model.axes, params, getattr(criterion, "kinds", UNITS))
+        scored = widths(model.axes, params, criterion.kinds)
         check_selection(model, params, budget, pruning.rules, scored)
     if pruning.recovery is not None:
         check_method(model, params, pruning.recovery.method)
@@ -305,9 +305,9 @@ def _check(
         check_scores(model, params, scores[0])
 
 
-def check_scope(criterion: Mapping[str, Any], rules: Rules) -> None:
-    """Refuses rules that scores of a criterion, by its description in their header, cannot be selected by."""
-    if rules.per_layer and criterion["name"] == TopLayers.__name__:
+def check_scope(properties: Mapping[str, Any], rules: Rules) -> None:
+    """Refuses rules that scores of a criterion, by its `properties`, cannot be selected by."""
+    if rules.per_layer and not properties["by_layer"]:
         raise ValueError(
             "top-layers ranks layers, and all units within a layer alike: let all layers compete (--global in the "
             "command line, per_layer=False in Python)."
@@ -360,7 +360,7 @@ class _Run:
             record["digests"]["scores"] = [params_digest(dict(each.values)) for each in scores]
         if losses:
             record |= {"receipts": losses} if several else {"receipt": losses[0]}
-        rows |= {row for each in scores for row in each.header["rows"]}
+        rows |= {row for each in scores for row in each.rows}
         return self._recovered(Pruned(small, gates, tuple(scores), record, tuple(rows), budget, None, met))
 
     def _recovered(self, pruned: Pruned) -> Pruned:
@@ -461,7 +461,7 @@ class _Run:
                 save(state.folder, model, last.params, pruning=kept, overwrite=True)
         if last is None:
             raise ValueError(f"rounds must be at least 1, got {count}.")
-        rows, record = tuple(first.header["rows"]), record_of(last.gates)
+        rows, record = first.rows, record_of(last.gates)
         return self._recovered(Pruned(last.params, last.gates, (first,), record, rows, budget, last.recovery))
 
 
@@ -482,14 +482,16 @@ def score_into(model: Model, params: Params, task: Task, scoring: Scoring, file:
     scores = score(model, params, task, scoring, progress=bar, resume=totals)
     if count := scores.header.get("cut_off"):
         watch.say(f"{task.name}: {count:,} rows left out, their answers are cut off; --max-length reaches further")
-    return scores if file is None else load_scores(save_scores(file, scores))  # in the order of what is read again
+    if file is not None:
+        save_scores(file, scores)
+    return scores
 
 
 def _joined(scores: Sequence[Scores], means: Gates | None) -> Scores:
     """The scores of several tasks as a record describes them."""
     if len(scores) == 1:
         return scores[0]
-    headers = [{name: value for name, value in each.header.items() if name != "rows"} for each in scores]
+    headers = [dict(each.header) for each in scores]
     header = {"model": headers[0]["model"], "versions": headers[0]["versions"], "tasks": headers}
     return Scores(scores[0].values, header, means)
 

@@ -18,7 +18,6 @@ from jaxprune.models import Model
 from jaxprune.models.cost import Length, flops, memory, parameters, prunable_parameters
 from jaxprune.pruning.budgets import NAMES, Budget, Rules
 from jaxprune.pruning.loss import (
-    MEANINGS,
     Receipt,
     Reselection,
     loss_receipt,
@@ -40,7 +39,6 @@ from jaxprune.scoring.objectives import (
     maximum,
     name_of,
     negative_squared_error,
-    objective_for,
     predicted,
     probability,
     sampled,
@@ -48,13 +46,12 @@ from jaxprune.scoring.objectives import (
     squared,
 )
 from jaxprune.scoring.run import EXAMPLES
-from jaxprune.scoring.scores import Scores, check_scores
+from jaxprune.scoring.scores import Scores, check_scores, objective_name
 from jaxprune.units import Gates, Params, widths
 
 OBJECTIVES = (probability, log_probability, margin, negative_squared_error)
 LABELS = (gold, predicted, sampled, every)
 REDUCTIONS = (absolute, signed, squared, maximum)
-LIKELIHOOD = ("Gradient", "Taylor", "Fisher")  # criteria that are of the log-likelihood
 COUNTED = ("units", "prunable_parameters", "parameters", "memory", "flops", "file_bytes")
 
 
@@ -91,7 +88,7 @@ def pruning_record(
     had = {name: len(arrays[name]) if name in arrays else len(values[name]) for name in kept}
     return {
         "settings": {name: _plain(value, name) for name, value in settings_of(budget, rules, **more).items()},
-        "scores": {name: _plain(value, name) for name, value in header.items() if name != "rows"},
+        "scores": {name: _plain(value, name) for name, value in header.items()},
         "digests": {
             "scores": params_digest(dict(values)),
             "means": params_digest(means) if means else None,  # what closed units are replaced by; None is zero
@@ -156,17 +153,9 @@ def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, A
 class Origin(NamedTuple):
     """What a criterion asked for."""
 
-    objective: Objective | None  # None: the task head's own; see `objective_for`
+    objective: Objective
     labels: Labels | None  # None: the criterion has none
     examples: ExampleReduction  # absolute, if the criterion has none
-
-
-def objective_name(model: Model, scores: Scores) -> str:
-    """What was to be kept, such as `probability`; a function of the user's own by its name."""
-    criterion, head = scores.header["criterion"], model.head(scores.header["head"])
-    if criterion["name"] in LIKELIHOOD:
-        return name_of(negative_squared_error if head.regression else log_probability)
-    return criterion.get("objective") or name_of(objective_for(None, head))
 
 
 def origin_of(model: Model, scores: Scores) -> Origin:
@@ -176,9 +165,8 @@ def origin_of(model: Model, scores: Scores) -> Origin:
         ValueError: If one of them is a function of the user's own: it cannot be found by its name.
     """
     criterion = scores.header["criterion"]
-    own = criterion["name"] in LIKELIHOOD or criterion.get("objective") is not None
     return Origin(
-        _named("objective", objective_name(model, scores) if own else None, OBJECTIVES),
+        _named("objective", objective_name(scores, model.head(scores.header["head"])), OBJECTIVES),
         _named("labels", criterion.get("labels"), LABELS),
         _named("examples", criterion.get("examples"), REDUCTIONS) or absolute,
     )
@@ -216,7 +204,7 @@ def scored_rows(
         raise ValueError(f"{task.name!r} has no {split} rows: the rows that were scored are needed.")
     if not header["examples"]:
         return draw(task, min(drawn, len(rows)), key, split=split)
-    wanted = set(header["rows"])
+    wanted = set(scores.rows)
     known = {row_key(row): row for row in rows if row_key(row) in wanted}
     if not known:
         raise ValueError(
@@ -294,7 +282,7 @@ class ScoredLoss:
             ]
         return {
             "task": self.task.name,
-            "objective": objective_name(self.model, self.scores),
+            "objective": objective_name(self.scores, self.model.head(self.scores.header["head"])),
             "labels": name_of(self.labels),
             "examples": len(self.rows),
             "nodes": self.nodes,
@@ -310,14 +298,11 @@ class ScoredLoss:
         }
 
 
-def check_reselection(criterion: Mapping[str, Any]) -> None:
-    """Refuses scores that a true loss cannot be merged with.
-
-    Args:
-        criterion: The description of their criterion, as in their header.
-    """
-    if criterion["name"] not in MEANINGS or criterion.get("tokens", "sum_tokens") != "sum_tokens":
-        tokens = f" with tokens={criterion['tokens']}" if criterion["name"] in MEANINGS else ""
+def check_reselection(criterion: Mapping[str, Any], properties: Mapping[str, Any]) -> None:
+    """Refuses scores that a true loss cannot be merged with, by `describe` and `properties_of` their criterion."""
+    meant = properties["meaning"] is not None
+    if not meant or criterion.get("tokens", "sum_tokens") != "sum_tokens":
+        tokens = f" with tokens={criterion['tokens']}" if meant else ""
         raise ValueError(
             f"scores of {criterion['name']}{tokens} attribute no objective, so a measured loss cannot be merged with "
             "them: score with an attribution, or leave the re-selection out."

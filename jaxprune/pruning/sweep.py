@@ -32,12 +32,10 @@ from jaxprune.pruning.prune import Watch, score_once
 from jaxprune.pruning.record import settings_of
 from jaxprune.pruning.selection import check_selection, select
 from jaxprune.scoring.attribution import Criterion
-from jaxprune.scoring.baselines import Magnitude, TopLayers
 from jaxprune.scoring.run import Scoring
 from jaxprune.scoring.scores import Scores, describe
 from jaxprune.units import KINDS, Gates, Intervention, Params, widths
 
-ONE_SEED = (Magnitude, TopLayers)  # they read no example and draw nothing: every seed gives the same scores
 RESULTS = "results.json"
 TABLE = "results.csv"
 SCORES = "scores"  # the folder of the score files
@@ -76,7 +74,7 @@ def combinations(tasks: Iterable[str], sweeping: Sweeping) -> list[Combination]:
         Combination(task, name, seed, budget)
         for task in tasks
         for name, criterion in sweeping.criteria.items()
-        for seed in range(sweeping.seeds if not isinstance(criterion, ONE_SEED) else 1)
+        for seed in range(sweeping.seeds if criterion.seeded else 1)
         for budget in sweeping.budgets
     ]
 
@@ -126,7 +124,7 @@ def sweep(
     ) -> Evaluation:
         rows, closed = sweeping.rows, Intervention()
         if scores is not None:
-            rows = replace(rows, exclude=scores.header["rows"])
+            rows = replace(rows, exclude=scores.rows)
             closed = Intervention(gates, scores.means) if gates is not None else closed
 
         def progress(done: int, total: int) -> None:
@@ -145,7 +143,7 @@ def sweep(
             scoring = Scoring(criterion=criterion, rows=rows, head=sweeping.head)
             file = folder / SCORES / f"{stems[task.name]}.{name}.{seed}.safetensors"
             scores = score_once(model, params, task, scoring, file, watch)
-            rules = replace(sweeping.rules, per_layer=sweeping.rules.per_layer and not isinstance(criterion, TopLayers))
+            rules = replace(sweeping.rules, per_layer=sweeping.rules.per_layer and criterion.by_layer)
             length = scores.header["mean_length"] if sweeping.length is None else sweeping.length
             for one in (one for one in missing if (one.criterion, one.seed) == (name, seed)):
                 gates, what = (

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from jaxprune.models import (
     BlockSettings,
     Model,
+    TaskHead,
     advance,
     enter,
     mask_of,
@@ -172,12 +173,25 @@ class Measured(NamedTuple):
 
 
 class Criterion(Protocol):
-    """How scores are made. A missing `closed` counts as zero; `labels` says whether examples need labels."""
+    """Everything that the library asks of a criterion, with defaults for all but the call.
 
-    @property
-    def examples(self) -> ExampleReduction | None:
-        """How the examples become one score; None: no example is read, and the result has one row."""
-        ...
+    A criterion is a frozen dataclass that inherits from this class; its fields are its settings, and score files hold
+    them. One line in `jaxprune.cli.options` gives it a name on the command line.
+    """
+
+    examples: ExampleReduction | None = absolute  # how examples become one score; None: none is read, one row comes out
+    objective: Objective | None = None  # what is attributed; None: the usual one of the task head
+    labels: Labels | None = None  # for which label; None: for none
+    closed: Closed = staticmethod(zero)  # what closed units are replaced by
+    kinds: tuple[str, ...] = UNITS  # units to score
+    passes: int = 3  # through the model for a batch, backward ones too: what they cost decides on the shapes of batches
+    by_layer: bool = True  # whether units of one layer can be ranked; otherwise all layers must compete
+    seeded: bool = True  # whether another key, or other examples, gives other scores
+    meaning: str | None = None  # what the sum of several units' attributions is; None: they attribute no objective
+
+    def objective_of(self, head: TaskHead) -> Objective:
+        """The objective for a task head, as a function of logits and targets."""
+        return objective_for(self.objective, head)
 
     def __call__(
         self,
@@ -217,7 +231,7 @@ def layer(places: Sequence[Site]) -> tuple[tuple[Site, ...], ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientActivation:
+class GradientActivation(Criterion):
     """Scores units by `f(R_t(h * dO/dh))`: value times gradient of the objective, one forward and one backward pass.
 
     With the defaults, the mean over the examples of `|sum_t h dP(label)/dh|`. With `examples=signed` it is Yang et al.
@@ -230,6 +244,8 @@ class GradientActivation:
     examples: ExampleReduction = absolute  # f, and the mean or the maximum over the examples
     closed: Closed = zero  # calibration_means: h above becomes h - mean
     kinds: tuple[str, ...] = UNITS  # units to score
+
+    meaning = "first order, at open gates"
 
     def __post_init__(self):
         check_kinds(self.kinds)
@@ -246,7 +262,7 @@ class GradientActivation:
     ) -> Measured:
         """Scores a batch; see `Criterion`."""
         chosen = model.head(head)
-        objective = objective_for(self.objective, chosen)
+        objective = self.objective_of(chosen)
         if objective is negative_squared_error and self.labels is predicted:
             raise ValueError("the squared error has no gradient at the prediction itself: use labels=gold.")
         _, gates = _open_rows(model, params, batch, self.kinds)
@@ -261,7 +277,7 @@ class GradientActivation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntegratedGradients:
+class IntegratedGradients(Criterion):
     """Scores units by the path integral of the objective's gradient: `f(∫ dO/dg(α) dα)`, α from `start` to 1.
 
     References:
@@ -279,6 +295,13 @@ class IntegratedGradients:
     examples: ExampleReduction = absolute  # f, and the mean or the maximum over the examples
     closed: Closed = zero  # calibration_means: gates lead to the mean instead of to zero
     kinds: tuple[str, ...] = UNITS  # units to scale and score; the others stay open
+
+    meaning = "what the removed units take on the path from closed to open gates"
+
+    @property
+    def passes(self) -> int:
+        """Two for each node, and one that gives the labels."""
+        return 2 * self.nodes + 1
 
     def __post_init__(self):
         check_kinds(self.kinds)
@@ -322,7 +345,7 @@ class IntegratedGradients:
             entry per label. The weight of every label.
         """
         chosen = model.head(head)
-        objective = objective_for(self.objective, chosen)
+        objective = self.objective_of(chosen)
         ones, gates = _open_rows(model, params, batch, self.kinds)
         paths = self.path(sites(model.axes, params, self.kinds))
         paths = [path for path in paths if any(ones[site.name].size for site in path)]

@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxprune.models import Model, advance, model_layers, repeat_rows
+from jaxprune.models import Model, TaskHead, advance, model_layers, repeat_rows
 from jaxprune.models.backward import Prefix, forward
 from jaxprune.models.cost import elements, unit_costs
-from jaxprune.models.layers import TokenReduction, sum_tokens
+from jaxprune.models.layers import sum_tokens
 from jaxprune.scoring.activations import Closed, magnitudes, site_statistics, token_mean, zero
 from jaxprune.scoring.attribution import (
+    Criterion,
     GradientActivation,
     Measured,
     open_prefixes,
@@ -68,7 +69,7 @@ from jaxprune.units import (
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Removal:
+class Removal(Criterion):
     """`s_i = f(O(all open) - O(unit i closed))` of chosen units: a criterion whose sites have these units alone.
 
     A unit costs a forward pass from its layer up. Which units they are is an argument of the compiled programs.
@@ -102,7 +103,7 @@ class Removal:
         """
         self._check(model, params)
         chosen = model.head(head)
-        objective = objective_for(self.objective, chosen)
+        objective = self.objective_of(chosen)
         run = partial(forward, model, params, head=chosen.name)
         found, weights = [], ()
         for own in questions(model, params, batch, self.labels, chosen.regression, key, run):
@@ -174,7 +175,7 @@ def _lost(end: Float[Array, " b"], closed: Float[Array, " bk"]) -> Float[Array, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OfKinds:
+class _OfKinds(Criterion):
     """A criterion that scores units of chosen kinds; score files record them if they are not the usual ones."""
 
     kinds: tuple[str, ...] = field(default=UNITS, metadata={"if_changed": True})  # units to score
@@ -207,6 +208,8 @@ class Magnitude(_OfKinds):
 
     examples: None = field(default=None, init=False)
 
+    seeded = False
+
     def __call__(self, model: Model, params: Params, *_: Any, **__: Any) -> Measured:
         """Scores a batch; see `Criterion`."""
         found = {}
@@ -223,7 +226,7 @@ class Magnitude(_OfKinds):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopLayers:
+class TopLayers(Criterion):
     """Drops the last layers first: `s_i = 4^(layers - layer) c_i`, with `c_i` the unit's number of parameters.
 
     For selection by score per cost over all layers together (`per_layer=False`) under a budget of parameters or FLOPs:
@@ -232,6 +235,9 @@ class TopLayers:
     """
 
     examples: None = field(default=None, init=False)
+
+    by_layer = False
+    seeded = False
 
     def __call__(self, model: Model, params: Params, *_: Any, **__: Any) -> Measured:
         """Scores a batch; see `Criterion`."""
@@ -282,34 +288,55 @@ class Wanda(_OfKinds):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gradient(_OfKinds):
-    """`s_i = E|dL/dh_i|`; for a head the norm over its channels."""
+class _OfLikelihood(_OfKinds):
+    """A criterion that reads gradients of the log-likelihood; in a regression, of the negative squared error."""
 
     labels: Labels = gold
-    examples: ExampleReduction = field(default=absolute, init=False)
+
+    tokens = staticmethod(sum_tokens)  # over an example's tokens
+
+    def objective_of(self, head: TaskHead) -> Objective:
+        """See `Criterion`."""
+        return objective_for(negative_squared_error if head.regression else log_probability, head)
 
     def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **context: Any) -> Measured:
         """Scores a batch; see `Criterion`."""
-        own = _gate_gradients(model, context.get("head"), self.labels, absolute, _mean_gradient, self.kinds)
-        return own(model, params, batch, **context)
+        regression = model.head(context.get("head")).regression
+        gradients = GradientActivation(
+            objective=negative_squared_error if regression else log_probability,
+            labels=self.labels,
+            tokens=self.tokens,
+            examples=self.examples or absolute,
+            kinds=self.kinds,
+        )
+        return gradients(model, params, batch, **context)
+
+
+def _mean_gradient(values: Array, cotangent: Array, mask: Bool[Array, "b t"]) -> Float[Array, "b u"]:
+    return token_mean(magnitudes(cotangent), mask)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Taylor(_OfKinds):
+class Gradient(_OfLikelihood):
+    """`s_i = E|dL/dh_i|`; for a head the norm over its channels."""
+
+    examples: ExampleReduction = field(default=absolute, init=False)
+
+    tokens = staticmethod(_mean_gradient)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taylor(_OfLikelihood):
     """`s_i = E|g_i dL/dg_i|` at `g = 1`, the absolute value taken per example (Michel et al. 2019)."""
 
-    labels: Labels = gold
     closed: Closed = zero
     examples: ExampleReduction = field(default=absolute, init=False)
 
-    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **context: Any) -> Measured:
-        """Scores a batch; see `Criterion`."""
-        own = _gate_gradients(model, context.get("head"), self.labels, absolute, sum_tokens, self.kinds)
-        return own(model, params, batch, **context)
+    meaning = "first order, at open gates"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fisher(_OfKinds):
+class Fisher(_OfLikelihood):
     """`s_i = E[(d log P(y)/dg_i)^2]`, squared per example, `y` drawn from the model; `labels=every` is its exact mean.
 
     A regression has no labels to draw: use `labels=gold`.
@@ -319,14 +346,11 @@ class Fisher(_OfKinds):
     closed: Closed = zero
     examples: ExampleReduction = field(default=squared, init=False)
 
-    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **context: Any) -> Measured:
-        """Scores a batch; see `Criterion`."""
-        own = _gate_gradients(model, context.get("head"), self.labels, squared, sum_tokens, self.kinds)
-        return own(model, params, batch, **context)
+    meaning = "first order, at open gates"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeaveOneOut:
+class LeaveOneOut(Criterion):
     """`s_i = f(O(all open) - O(head i closed))`, what really changes when one head is removed.
 
     Heads only: one forward pass from the head's layer up for every head. Neurons get no score, and selection leaves
@@ -339,6 +363,8 @@ class LeaveOneOut:
     examples: ExampleReduction = absolute  # f, and the mean or the maximum over the examples
     closed: Closed = zero
 
+    meaning = "the removed heads one at a time, all else open"
+
     def __post_init__(self):
         if self.chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {self.chunk}.")
@@ -349,23 +375,6 @@ class LeaveOneOut:
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
         own = Removal(units={name: range(heads) for name, heads in units.items()}, **settings)
         return own(model, params, batch, **context)
-
-
-def _gate_gradients(
-    model: Model,
-    head: str | None,
-    labels: Labels,
-    examples: ExampleReduction,
-    tokens: TokenReduction,
-    kinds: tuple[str, ...],
-) -> GradientActivation:
-    """The gradient of the log-likelihood with respect to gates, in one of the ways to reduce it."""
-    objective = negative_squared_error if model.head(head).regression else log_probability
-    return GradientActivation(objective=objective, labels=labels, tokens=tokens, examples=examples, kinds=kinds)
-
-
-def _mean_gradient(values: Array, cotangent: Array, mask: Bool[Array, "b t"]) -> Float[Array, "b u"]:
-    return token_mean(magnitudes(cotangent), mask)
 
 
 def _mean_magnitude(values: Array, mask: Bool[Array, "b t"]) -> Float[Array, "b u"]:

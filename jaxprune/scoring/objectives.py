@@ -55,6 +55,11 @@ class OfSpan:
 
     each: Objective
 
+    @property
+    def name(self) -> str:
+        """That of the objective of each end."""
+        return name_of(self.each)
+
     def __call__(self, logits: Float[Array, "b 2 t"], target: Int[Array, "b 2"]) -> Float[Array, " b"]:
         """The mean of both ends; see `Objective`."""
         ends = [self.each(logits[:, i], jnp.maximum(target[:, i], 0)) for i in range(2)]

@@ -39,10 +39,19 @@ from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model, model_inputs, prompt_inputs
 from jaxprune.scoring.activations import zero
 from jaxprune.scoring.attribution import Criterion, IntegratedGradients, Measured
-from jaxprune.scoring.objectives import gold
-from jaxprune.scoring.scores import FORMAT, Scores, describe, load_scores, with_relative, with_stability
+from jaxprune.scoring.objectives import gold, name_of
+from jaxprune.scoring.scores import (
+    FORMAT,
+    Scores,
+    describe,
+    in_order,
+    load_scores,
+    properties_of,
+    with_relative,
+    with_stability,
+)
 from jaxprune.scoring.stability import TARGET, check_target, least_reliability
-from jaxprune.units import UNITS, Gates, Params
+from jaxprune.units import Gates, Params
 
 PARTIAL = "jaxprune_partial_scores"
 
@@ -289,7 +298,7 @@ def score(
     rows, steps = _choose(task, replace(chosen, split=split, key=key), reads, until_stable is not None)
     _check_labels(criterion, model, head, len(task.labels), rows)
     encoded = usable.encode(rows)
-    if task.spans and getattr(criterion, "labels", None) is gold and (lost := int((encoded.labels < 0).any(1).sum())):
+    if task.spans and criterion.labels is gold and (lost := int((encoded.labels < 0).any(1).sum())):
         raise ValueError(
             f"{lost} of {len(rows)} examples have no answer within {encoded.max_length} tokens: leave them out, raise "
             "max_length, or use labels=predicted."
@@ -312,7 +321,9 @@ def score(
     batch_size = -(-chosen.batch_size // len(devices)) * len(devices)
     run = settings | _facts(rows, reads) | {"batch_size": batch_size, "devices": len(devices), "until": until_stable}
     file = None if resume is None else TotalsFile(resume, run)
-    batches = pack(encoded, batch_size=batch_size, shape_cost=_shape_cost(criterion), steps=steps) if reads else ()
+    # to compile a gradient takes about three times as long as to compile a forward pass
+    shape_cost = 3 * SHAPE_COST // criterion.passes
+    batches = pack(encoded, batch_size=batch_size, shape_cost=shape_cost, steps=steps) if reads else ()
     values, totals, means = _accumulate(
         model,
         params,
@@ -335,16 +346,20 @@ def score(
         file.path.unlink(missing_ok=True)
     used = rows if totals is None else rows[: round(float(totals.weight))]
     header = settings | _facts(used, reads) | {"mean_length": encoded.mean_length_of(len(used))}
+    header |= {"objective": name_of(criterion.objective_of(model.head(head))), "properties": properties_of(criterion)}
     if totals is None:
-        return Scores(values, header | {"completeness": None, "halves": None, "stability": None}, means or None)
+        return in_order(
+            Scores(values, header | {"completeness": None, "halves": None, "stability": None}, means or None)
+        )
     if until_stable is not None:
         reached = (_reliability(totals) or 0.0) >= until_stable
         header["until_stable"] = {"target": until_stable, "reached": reached, "most": len(rows)}
     header |= {"completeness": completeness_of(totals), "halves": None}
     if halves := halves_of(totals):
         header["halves"] = np.asarray(totals.counts).round().astype(int).tolist()
-    scores = Scores(values, header, means or None, variance_of(totals), halves, signed_of(totals))
-    return with_stability(scores, TARGET if until_stable is None else until_stable)
+    keys = tuple(sorted(map(row_key, used)))
+    scores = Scores(values, header, means or None, variance_of(totals), halves, signed_of(totals), keys)
+    return in_order(with_stability(scores, TARGET if until_stable is None else until_stable))
 
 
 def kept_scores(file: Path, model: Model, params: Params, task: Task, scoring: Scoring = Scoring()) -> Scores | None:
@@ -495,21 +510,11 @@ def _means(
     means: Gates | None,
     place: _Placement,
 ) -> Gates:
-    closed = getattr(criterion, "closed", zero)
     if means is None:
-        return closed(model, params, map(place.batch, batches), getattr(criterion, "kinds", UNITS))
-    if closed is zero:
+        return criterion.closed(model, params, map(place.batch, batches), criterion.kinds)
+    if criterion.closed is zero:
         raise ValueError("means were given, but this criterion closes units to zero: set closed=calibration_means.")
     return means
-
-
-def _shape_cost(criterion: Criterion) -> int:
-    """Padded tokens that one more shape must save: the fewer, the more passes a token goes through.
-
-    To compile a gradient takes about three times as long as to compile a forward pass; a node is two passes, and one
-    more gives the labels.
-    """
-    return 3 * SHAPE_COST // (2 * getattr(criterion, "nodes", 1) + 1)
 
 
 def _choose(task: Task, chosen: Rows, reads: bool, growing: bool) -> tuple[tuple[Example, ...], list[int]]:
@@ -546,11 +551,7 @@ def _steps(most: int) -> list[int]:
 
 def _facts(rows: Sequence[Example], reads: bool) -> dict[str, Any]:
     """What a header says of the examples that were read."""
-    return {
-        "examples": len(rows) if reads else 0,
-        "data": [digest(rows)] if reads else [],
-        "rows": sorted(map(row_key, rows)) if reads else [],
-    }
+    return {"examples": len(rows) if reads else 0, "data": [digest(rows)] if reads else []}
 
 
 def _reliability(totals: Totals) -> float | None:
@@ -569,7 +570,7 @@ def _check_stable(criterion: Criterion, target: float) -> None:
 
 
 def _check_labels(criterion: Criterion, model: Model, head: str, labels: int, rows: Sequence[Example]) -> None:
-    if getattr(criterion, "labels", None) is not gold:
+    if criterion.labels is not gold:
         return
     chosen = model.head(head)
     missing = sum(row.label is None and not row.answers for row in rows)

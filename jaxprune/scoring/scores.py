@@ -2,7 +2,8 @@
 
 A score file is a safetensors file: one float32 tensor per site under the site's name, `means:SITE` for what closed
 units are replaced by, `variance:SITE` and `halves:SITE` for how far the scores depend on the examples, `signed:SITE`
-for what the units' removal is predicted to lose, and a JSON header under the metadata key `jaxprune_scores`.
+for what the units' removal is predicted to lose, the keys of the examples as bytes under `rows`, and a JSON header
+under the metadata key `jaxprune_scores`.
 """
 
 from __future__ import annotations
@@ -20,16 +21,20 @@ from jaxtyping import Array
 
 from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import write_atomic
-from jaxprune.checkpoints.tensors import TensorFile, write_tensors
-from jaxprune.models import Model
+from jaxprune.checkpoints.tensors import Entry, TensorFile, write_tensors
+from jaxprune.models import Model, TaskHead
+from jaxprune.scoring.attribution import Criterion, GradientActivation, IntegratedGradients
+from jaxprune.scoring.baselines import Fisher, Gradient, LeaveOneOut, Random, Taylor, TopLayers
 from jaxprune.scoring.objectives import name_of
 from jaxprune.scoring.stability import TARGET, stability
 from jaxprune.units import KINDS, Gates, Params, check_sharing, widths
 
 METADATA = "jaxprune_scores"
+ROWS = "rows"
+KEY_BYTES = 8  # of a row's key, see `row_key`
 SMALL = 1e-3  # of the objective, such as a probability: below it a relative error means nothing
-FORMAT = 3
-_FORMATS = (1, 2, 3)  # what is read; 1 has neither variances nor halves, 2 no signed attributions
+FORMAT = 4
+_FORMATS = (1, 2, 3, 4)  # what is read; 1 has neither variances nor halves, 2 no signed attributions, 3 rows as JSON
 _EXTRAS = ("means", "variance", "halves", "signed")  # tensors beside the scores, as `means:3.ffn.neurons`
 _SAME = ("criterion", "task", "split", "head", "model", "max_length")  # what merged scores must share
 _FIELDS: dict[str, tuple[type, ...]] = {  # the header and its types; readers of a file rely on them
@@ -43,13 +48,15 @@ _FIELDS: dict[str, tuple[type, ...]] = {  # the header and its types; readers of
     "keys": (list,),  # the numbers of every random key that was used
     "model": (str,),  # digest of configuration and parameters
     "data": (list,),  # digests of the examples
-    "rows": (list,),  # keys of the examples' texts, sorted
     "max_length": (int,),  # tokens to which texts were cut
     "mean_length": (float, int, list),  # tokens per example, without padding; of a text-to-text model its answers' too
     "completeness": (dict, type(None)),  # of integrated gradients, in the unit of the objective
     "versions": (dict,),
 }
 _OPTIONAL: dict[str, tuple[type, ...]] = {
+    "rows": (list,),  # of formats before 4: keys of the examples' texts, sorted
+    "objective": (str,),  # what is attributed, by name
+    "properties": (dict,),  # of the criterion, see `properties_of`
     "halves": (list, type(None)),  # the examples in each half; None: the scores have no halves
     "stability": (dict, type(None)),  # see `jaxprune.scoring.stability`
     "until_stable": (
@@ -68,6 +75,13 @@ class Scores:
     variance: Gates | None = None  # of a unit's score over the examples, [units]; a score's own is this by their number
     halves: Gates | None = None  # scores of two halves of the examples, [2, units]; None: not means over examples
     signed: Gates | None = None  # mean attributions with their signs, [units]; None: they are the scores, or not known
+    rows: tuple[str, ...] = ()  # keys of the examples' texts, sorted; see `row_key`
+
+    @property
+    def properties(self) -> Mapping[str, Any]:
+        """What selection and prediction need to know of the criterion; see `properties_of`."""
+        known = self.header.get("properties")
+        return known or properties_of(_BEFORE.get(self.header["criterion"]["name"], _OTHER))
 
 
 def describe(criterion: Any) -> dict[str, Any]:
@@ -78,6 +92,26 @@ def describe(criterion: Any) -> dict[str, Any]:
         if value != field.default or not field.metadata.get("if_changed"):
             found[field.name] = _plain(value)
     return found
+
+
+def properties_of(criterion: Criterion) -> dict[str, Any]:
+    """What selection and prediction need to know of a criterion: its `by_layer` and `meaning`."""
+    return {"by_layer": criterion.by_layer, "meaning": criterion.meaning}
+
+
+# Files before format 4 hold nothing of the criterion but its name and settings.
+_BEFORE: Mapping[str, Criterion] = {
+    kind.__name__: kind()
+    for kind in (GradientActivation, IntegratedGradients, Gradient, Taylor, Fisher, TopLayers, LeaveOneOut)
+}
+_OTHER = Random()  # like all others: no objective of its own
+
+
+def objective_name(scores: Scores, head: TaskHead) -> str:
+    """What was to be kept, such as `probability`; a function of the user's own by its name."""
+    criterion = scores.header["criterion"]
+    known = scores.header.get("objective") or criterion.get("objective")
+    return known or name_of(_BEFORE.get(criterion["name"], _OTHER).objective_of(head))
 
 
 def _plain(value: Any) -> Any:
@@ -103,6 +137,14 @@ def with_stability(scores: Scores, target: float = TARGET) -> Scores:
     return replace(scores, header=dict(scores.header) | {"stability": None if found is None else found.to_json()})
 
 
+def in_order(scores: Scores) -> Scores:
+    """The scores with sites in the order of a file, so that what was just scored equals what is read again."""
+    parts = {part: getattr(scores, part) for part in ("values", *_EXTRAS)}
+    return replace(
+        scores, **{part: None if sites is None else dict(sorted(sites.items())) for part, sites in parts.items()}
+    )
+
+
 def save_scores(path: str | Path, scores: Scores) -> Path:
     """Writes scores to a file, atomically; an existing file is replaced.
 
@@ -113,7 +155,8 @@ def save_scores(path: str | Path, scores: Scores) -> Path:
     for extra in _EXTRAS:
         own: Gates = getattr(scores, extra) or {}
         tensors |= {f"{extra}:{name}": np.asarray(value, np.float32) for name, value in own.items()}
-    text = json.dumps(dict(scores.header), sort_keys=True, allow_nan=False)
+    tensors[ROWS] = np.frombuffer(bytes.fromhex("".join(scores.rows)), np.uint8).reshape(-1, KEY_BYTES)
+    text = json.dumps(dict(scores.header) | {"format": FORMAT}, sort_keys=True, allow_nan=False)
     return write_atomic(path, partial(write_tensors, tensors=tensors, metadata={METADATA: text}))
 
 
@@ -130,12 +173,12 @@ def load_scores(path: str | Path) -> Scores:
         if METADATA not in file.metadata:
             raise ValueError(f"{path} is a safetensors file, but holds no scores: its metadata has no {METADATA!r}.")
         wrong, header = _read_header(file.metadata[METADATA])
-        wrong += [
-            f"{name} is {entry.dtype}, expected F32" for name, entry in file.entries.items() if entry.dtype != "F32"
-        ]
-        wrong += _wrong_shapes({name: entry.shape for name, entry in file.entries.items()}, header)
+        entries = {name: entry for name, entry in file.entries.items() if name != ROWS}
+        wrong += [f"{name} is {entry.dtype}, expected F32" for name, entry in entries.items() if entry.dtype != "F32"]
+        wrong += _wrong_shapes({name: entry.shape for name, entry in entries.items()}, header)
+        wrong += _wrong_rows(file.entries.get(ROWS), header)
         if not wrong:
-            arrays = {name: file.read(name) for name in sorted(file.entries)}
+            arrays = {name: file.read(name) for name in sorted(entries)}
             wrong += [f"{name} holds NaN or infinity" for name, array in arrays.items() if not np.isfinite(array).all()]
             wrong += [
                 f"{name} holds {array.min()}"
@@ -144,11 +187,26 @@ def load_scores(path: str | Path) -> Scores:
             ]
         if wrong:
             raise ValueError(f"{path} cannot be used as scores: {'; '.join(wrong)}. Score again.")
+        rows = header.pop(ROWS) if ROWS in header else _keys(file.read(ROWS))
     parts: dict[str, Gates] = {name: {} for name in ("", *_EXTRAS)}
     for name, array in arrays.items():
         extra, _, site = name.rpartition(":")
         parts[extra][site] = jnp.asarray(array)
-    return Scores(parts[""], header, *(parts[extra] or None for extra in _EXTRAS))
+    return Scores(parts[""], header, *(parts[extra] or None for extra in _EXTRAS), rows=tuple(rows))
+
+
+def _keys(rows: np.ndarray) -> list[str]:
+    text = rows.tobytes().hex()
+    return [text[start : start + 2 * KEY_BYTES] for start in range(0, len(text), 2 * KEY_BYTES)]
+
+
+def _wrong_rows(entry: Entry | None, header: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the keys of the rows: a tensor, or in formats before 4 a list in the header."""
+    if header.get("format") != FORMAT:
+        return [] if entry is None and ROWS in header else [f"its header has no {ROWS!r}"]
+    if entry is None or entry.dtype != "U8" or len(entry.shape) != 2 or entry.shape[1] != KEY_BYTES:
+        return [f"it has no tensor {ROWS!r} of type U8 with {KEY_BYTES} bytes for every row"]
+    return [f"its header has {ROWS!r}, which is a tensor"] if ROWS in header else []
 
 
 def _wrong_shapes(shapes: Mapping[str, tuple[int, ...]], header: Mapping[str, Any]) -> list[str]:
@@ -211,7 +269,7 @@ def merge(a: Scores, b: Scores) -> Scores:
         for name in _SAME
         if a.header[name] != b.header[name]
     ]
-    shared = set(a.header["rows"]) & set(b.header["rows"])
+    shared = set(a.rows) & set(b.rows)
     if shared:
         wrong.append(f"{len(shared)} examples are in both")
     counts = a.header["examples"], b.header["examples"]
@@ -231,7 +289,8 @@ def merge(a: Scores, b: Scores) -> Scores:
     if a.signed is not None and b.signed is not None:
         signed = {name: _float32(_weighted(pair, counts)) for name, pair in _pairs(a.signed, b.signed).items()}
     header = _merged_header(a.header, b.header, counts)
-    merged = Scores(values, header, a.means, _merged_variance(a, b), signed=signed)
+    rows = tuple(sorted(a.rows + b.rows))
+    merged = Scores(values, header, a.means, _merged_variance(a, b), signed=signed, rows=rows)
     if a.halves is None or b.halves is None:
         return with_stability(merged)
     halves = {}
@@ -370,7 +429,6 @@ def _merged_header(a: Mapping[str, Any], b: Mapping[str, Any], counts: Sequence[
         "examples": sum(counts),
         "keys": a["keys"] + [key for key in b["keys"] if key not in a["keys"]],
         "data": sorted({*a["data"], *b["data"]}),
-        "rows": sorted(a["rows"] + b["rows"]),
         "mean_length": _weighted([np.asarray(a["mean_length"]), np.asarray(b["mean_length"])], counts).tolist(),
         "completeness": completeness,
         "versions": {name: _either(v, b["versions"].get(name, v)) for name, v in a["versions"].items()},
