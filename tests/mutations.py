@@ -27,9 +27,10 @@ from safetensors.numpy import load_file
 from tiny import random_gates, tiny_model
 
 from jaxprune.checkpoints.digests import params_digest
-from jaxprune.checkpoints.folder import load, read_pruning, save
+from jaxprune.checkpoints.folder import load, save
 from jaxprune.checkpoints.gate_file import GATES
 from jaxprune.checkpoints.gate_file import METADATA as METADATA_OF_GATES
+from jaxprune.checkpoints.record import read_pruning
 from jaxprune.checkpoints.shared import save_shared
 from jaxprune.compaction import compact
 from jaxprune.models import family

@@ -11,7 +11,8 @@ import pytest
 from commands import Place, place, record_of, run
 
 import jaxprune as jp
-from jaxprune.checkpoints.folder import load, read_pruning
+from jaxprune.checkpoints.folder import load
+from jaxprune.checkpoints.record import read_pruning
 from jaxprune.data.splits import row_key
 from jaxprune.data.tasks import load_task
 from jaxprune.models.layers import max_tokens

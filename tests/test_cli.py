@@ -23,7 +23,8 @@ from hand_tables import hand_table
 from tiny import tiny_batch, tiny_model
 
 from jaxprune import __version__
-from jaxprune.checkpoints.folder import load, read_pruning, save
+from jaxprune.checkpoints.folder import load, save
+from jaxprune.checkpoints.record import read_pruning
 from jaxprune.checkpoints.tensors import TensorFile
 from jaxprune.cli import options
 from jaxprune.data.tasks import Rows, load_task

@@ -14,7 +14,8 @@ from hand_tables import hand_table
 from test_likelihood import ANSWERS
 from tiny import tiny_model
 
-from jaxprune.checkpoints.folder import load, read_pruning, save
+from jaxprune.checkpoints.folder import load, save
+from jaxprune.checkpoints.record import read_pruning
 from jaxprune.pruning.latency import write_table
 from jaxprune.units import widths
 

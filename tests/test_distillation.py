@@ -19,7 +19,8 @@ from test_training import DATA, encoder, lengths, moods
 from tiny import tiny_model
 
 from jaxprune.checkpoints.digests import model_digest, params_digest
-from jaxprune.checkpoints.folder import load, read_pruning, save
+from jaxprune.checkpoints.folder import load, save
+from jaxprune.checkpoints.record import read_pruning
 from jaxprune.cli.render.cards import CARD, LEARNED
 from jaxprune.cli.render.pictures import training_picture
 from jaxprune.cli.training import DISTILLATION, read_pattern

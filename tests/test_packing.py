@@ -25,8 +25,9 @@ from tiny import TEXT_TYPES, random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
 from jaxprune.checkpoints.digests import model_digest, params_digest
-from jaxprune.checkpoints.folder import read_pruning, save
+from jaxprune.checkpoints.folder import save
 from jaxprune.checkpoints.int8 import WeightFile, densify, from_int8, linear_maps, output_scales, round_to_int8
+from jaxprune.checkpoints.record import read_pruning
 from jaxprune.compaction import compact
 from jaxprune.models import Model
 from jaxprune.units import Params, flatten, path_name, unflatten

@@ -19,8 +19,8 @@ from test_selection import kept, random_scores
 from tiny import tiny_batch, tiny_model
 
 from jaxprune.checkpoints.digests import model_digest, params_digest
-from jaxprune.checkpoints.folder import load, read_pruning, save
-from jaxprune.checkpoints.gate_file import recorded_gates
+from jaxprune.checkpoints.folder import load, save
+from jaxprune.checkpoints.record import read_pruning, recorded_gates
 from jaxprune.cli.options import RowOptions
 from jaxprune.cli.pruning import PruneCommand
 from jaxprune.compaction import compact

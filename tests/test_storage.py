@@ -13,8 +13,9 @@ from test_packing import sparsified
 from tiny import tiny_model
 
 from jaxprune.checkpoints.digests import params_digest
-from jaxprune.checkpoints.folder import load, read_pruning, save
+from jaxprune.checkpoints.folder import load, save
 from jaxprune.checkpoints.int8 import linear_maps
+from jaxprune.checkpoints.record import read_pruning
 from jaxprune.units import flatten, path_name
 
 KEPT = {"README.md": b"# card\n", "vocab.txt": b"[PAD]\n"}

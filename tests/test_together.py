@@ -18,7 +18,8 @@ from choices import chosen
 from commands import Place, place, record_of, run, start, wait_for
 from tiny import tiny_model
 
-from jaxprune.checkpoints.folder import load, read_pruning
+from jaxprune.checkpoints.folder import load
+from jaxprune.checkpoints.record import read_pruning
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.evaluation.evaluate import evaluate
 from jaxprune.pruning.budgets import Flops, Units

@@ -33,10 +33,9 @@ from jaxprune.checkpoints.files import (
     remember,
     stamp_of,
 )
-from jaxprune.checkpoints.gate_file import GATES, GateFile, unpack
-from jaxprune.checkpoints.gate_file import read as read_gates
+from jaxprune.checkpoints.gate_file import GATES, GateFile, read_gates, unpack_gates
 from jaxprune.checkpoints.int8 import INT8, int8_tensors, linear_maps, reread
-from jaxprune.checkpoints.slicing import read_compacted, shapes_of
+from jaxprune.checkpoints.record import PRUNING
 from jaxprune.checkpoints.tensors import COMPRESSED, FLOATS, Compressor, blocks, write_tensors
 from jaxprune.checkpoints.weights import (
     CONFIG,
@@ -48,15 +47,16 @@ from jaxprune.checkpoints.weights import (
     fit_own,
     misfits,
     open_tensors,
+    read_compacted,
     read_later,
     read_sparse,
     refuse,
+    shapes_of,
     weights_file,
 )
 from jaxprune.models import Model, TaskHead, family
 from jaxprune.units import Params, flatten, path_name, unflatten, widths
 
-PRUNING = "pruning.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -142,9 +142,9 @@ def load(
         if sparse:
             raise ValueError(f"sparse=True is for the whole model, not for task {task!r}: leave one of them out.")
         file = read_gates(folder / GATES)
-        packed = file.task(task, folder / GATES)
+        stored = file.task(task, folder / GATES)
         try:
-            gates, means = unpack(model, shapes_of(parameters), packed)
+            gates, means = unpack_gates(model, shapes_of(parameters), stored)
         except ValueError as error:
             raise ValueError(f"the gates of {task!r} in {folder / GATES} do not fit the weights: {error}.") from error
         check_belongs(file, files)
@@ -359,26 +359,13 @@ def check_belongs(file: GateFile, files: Opened) -> None:
     Raises:
         ValueError: If they are.
     """
-    if any(parameter.layout != "copy" for parameter in files.parameters):
+    if any(parameter.inputs is not None for parameter in files.parameters):
         raise ValueError(f"{files.folder} has gates, but not the weights of a folder that jaxprune saved.")
     if file.model != (digest := opened_digest(files)):
         raise ValueError(
             f"{files.folder / GATES} belongs to another model: its gates were made for {file.model[:12]}, the weights "
             f"beside it are {digest[:12]}. Share the tasks of these weights again."
         )
-
-
-def read_pruning(path: str | Path) -> dict[str, Any]:
-    """What `save` recorded about how a model was pruned.
-
-    Raises:
-        FileNotFoundError: If the folder has no such record.
-        ValueError: If it cannot be read.
-    """
-    file = Path(path) / PRUNING
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: the model was not pruned, or not saved by jaxprune.")
-    return read_json(file)
 
 
 def _find(path_or_hub_id: str | Path, revision: str | None) -> Path:

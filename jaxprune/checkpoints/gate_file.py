@@ -13,25 +13,24 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save
 
-from jaxprune.checkpoints.tensors import TensorFile, write_tensors
+from jaxprune.checkpoints.tensors import TensorFile
 from jaxprune.checkpoints.weights import refuse
 from jaxprune.compaction import check_biases
 from jaxprune.models import Model
-from jaxprune.units import KINDS, Gates, Params, check_gates, check_means, mean_shapes, widths
+from jaxprune.units import KINDS, Params, check_gates, check_means, mean_shapes, widths
 
 GATES = "gates.safetensors"
 METADATA = "jaxprune_gates"
 FORMAT = 1
-_FIELDS: dict[str, tuple[type, ...]] = {  # of one task in the header, as in `PackedGates`
+_FIELDS: dict[str, tuple[type, ...]] = {  # of one task in the header, as in `StoredGates`
     "kinds": (list,),
     "units": (int,),
     "sites": (str,),
@@ -41,7 +40,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {  # of one task in the header, as in `Pa
 }
 
 
-class PackedGates(NamedTuple):
+class StoredGates(NamedTuple):
     """The gates of one task as they are in the file."""
 
     kinds: tuple[str, ...]  # of units, in the order of `KINDS`
@@ -57,9 +56,9 @@ class GateFile(NamedTuple):
     """The gates of many tasks, and the model that they belong to."""
 
     model: str  # its digest
-    tasks: Mapping[str, PackedGates]
+    tasks: Mapping[str, StoredGates]
 
-    def task(self, name: str, where: Path) -> PackedGates:
+    def task(self, name: str, where: Path) -> StoredGates:
         """The gates of one task.
 
         Raises:
@@ -72,13 +71,13 @@ class GateFile(NamedTuple):
         return self.tasks[name]
 
 
-def pack(
+def pack_gates(
     model: Model,
     params: Params,
     gates: Mapping[str, Any],
     means: Mapping[str, Any] | None = None,
     record: Mapping[str, Any] | None = None,
-) -> PackedGates:
+) -> StoredGates:
     """Packs the gates of one task. Of the parameters only the shapes are read.
 
     Args:
@@ -115,7 +114,7 @@ def pack(
     whole = np.concatenate([np.zeros(0), *(arrays.get(name, np.ones(units)) for name, units in width.items())])
     sites = tuple(name for name in width if name in replaced)
     values = [replaced[name][arrays[name] == 0].reshape(-1) for name in sites if name in arrays]
-    return PackedGates(
+    return StoredGates(
         kinds=kinds,
         units=len(whole),
         sites=_digest_sites(width),
@@ -126,39 +125,39 @@ def pack(
     )
 
 
-def unpack(
-    model: Model, params: Params, packed: PackedGates
+def unpack_gates(
+    model: Model, params: Params, stored: StoredGates
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray] | None]:
     """The gates of one task and what its closed units are replaced by, 0 at open units; None: zero everywhere.
 
-    `compact` gives with both the same bits as with what was packed. Of the parameters only the shapes are read.
+    `compact` gives with both the same bits as with what was stored. Of the parameters only the shapes are read.
 
     Raises:
         ValueError: If they do not fit the parameters.
     """
-    width = widths(model.axes, params, packed.kinds)
-    if packed.sites != _digest_sites(width):
+    width = widths(model.axes, params, stored.kinds)
+    if stored.sites != _digest_sites(width):
         raise ValueError(
-            f"they are for {packed.units:,} {' and '.join(packed.kinds)}, at sites and of widths that are not those of "
+            f"they are for {stored.units:,} {' and '.join(stored.kinds)}, at sites and of widths that are not those of "
             f"the model, which has {sum(width.values()):,}"
         )
-    bits = np.unpackbits(packed.bits, count=packed.units, bitorder="little").astype(np.float32)
+    bits = np.unpackbits(stored.bits, count=stored.units, bitorder="little").astype(np.float32)
     parts = np.split(bits, np.cumsum(list(width.values()))[:-1]) if width else []
     gates = dict(zip(width, parts, strict=True))
-    if "heads" in packed.kinds and len(set(packed.kinds) - {"neurons"}) > 1:
+    if "heads" in stored.kinds and len(set(stored.kinds) - {"neurons"}) > 1:
         # heads of some modules and channels of others: what is open was not gated, and the two may share a parameter
         gates = {name: gate for name, gate in gates.items() if not gate.all()}
-    if not packed.means:
+    if not stored.means:
         return gates, None
     shapes = mean_shapes(model.axes, params)
-    if odd := [name for name in packed.means if name not in shapes or name not in width]:
+    if odd := [name for name in stored.means if name not in shapes or name not in width]:
         raise ValueError(f"they have means of {', '.join(odd)}, where the model has none")
-    means = {name: np.zeros(shapes[name], np.float32) for name in packed.means}
+    means = {name: np.zeros(shapes[name], np.float32) for name in stored.means}
     closed = {name: gates[name] == 0 if name in gates else np.zeros(width[name], bool) for name in means}
     sizes = [mean[closed[name]].size for name, mean in means.items()]
-    if sum(sizes) != len(packed.values):
-        raise ValueError(f"they have {len(packed.values):,} means for closed units that need {sum(sizes):,}")
-    for (name, mean), values in zip(means.items(), np.split(packed.values, np.cumsum(sizes)[:-1]), strict=True):
+    if sum(sizes) != len(stored.values):
+        raise ValueError(f"they have {len(stored.values):,} means for closed units that need {sum(sizes):,}")
+    for (name, mean), values in zip(means.items(), np.split(stored.values, np.cumsum(sizes)[:-1]), strict=True):
         mean[closed[name]] = values.reshape(mean[closed[name]].shape)
     return gates, means
 
@@ -171,20 +170,17 @@ def to_bytes(file: GateFile) -> bytes:
     """
     tensors: dict[str, np.ndarray] = {}
     entries: dict[str, dict[str, Any]] = {}
-    for task, own in sorted(file.tasks.items()):
+    for task, stored in sorted(file.tasks.items()):
         check_name(task)
-        tensors[f"gates:{task}"] = own.bits
-        if own.means is not None:
-            tensors[f"means:{task}"] = own.values
-        entries[task] = _entry(own) | {"checksum": _checksum(file.model, task, own)}
+        tensors[f"gates:{task}"] = stored.bits
+        if stored.means is not None:
+            tensors[f"means:{task}"] = stored.values
+        entries[task] = _entry(stored) | {"checksum": _checksum(file.model, task, stored)}
     header = {"format": FORMAT, "model": file.model, "tasks": entries}
-    content = io.BytesIO()
-    text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    write_tensors(content, tensors, {METADATA: text})
-    return content.getvalue()
+    return save(tensors, {METADATA: json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)})
 
 
-def read(path: Path) -> GateFile:
+def read_gates(path: Path) -> GateFile:
     """Reads `gates.safetensors`.
 
     Raises:
@@ -195,34 +191,32 @@ def read(path: Path) -> GateFile:
         raise FileNotFoundError(
             f"{path.parent} is not a shared folder: it has no {GATES}. `jaxprune share` or jp.save_shared writes one."
         )
+    tasks: dict[str, StoredGates] = {}
     with TensorFile(path) as file:
-        wrong, header = _read_header(file.metadata)
-        tasks: Mapping[str, Any] = header.get("tasks", {})
-        expected = {f"gates:{task}": "U8" for task in tasks}
-        expected |= {f"means:{task}": "F32" for task, own in tasks.items() if own["means"] is not None}
-        found = {name: entry.dtype for name, entry in file.entries.items()}
-        wrong += [f"{name} is in its header and not in its tensors" for name in expected if name not in found]
-        wrong += [f"{name} is not in its header" for name in found if name not in expected and header]
-        wrong += [
-            f"{name} is {found[name]} of shape {list(file.entries[name].shape)}, expected {dtype} with one axis"
-            for name, dtype in expected.items()
-            if name in found and (found[name] != dtype or len(file.entries[name].shape) != 1)
+        problems, header = _read_header(file.metadata)
+        entries: Mapping[str, Any] = header.get("tasks", {})
+        expected = {f"gates:{task}": "U8" for task in entries}
+        expected |= {f"means:{task}": "F32" for task, entry in entries.items() if entry["means"] is not None}
+        problems += [f"{name} is in its header and not in its tensors" for name in expected if name not in file.entries]
+        problems += [f"{name} is not in its header" for name in file.entries if name not in expected and header]
+        problems += [
+            f"{name} is {tensor.dtype} of shape {list(tensor.shape)}, expected {expected[name]} with one axis"
+            for name, tensor in file.entries.items()
+            if name in expected and (tensor.dtype != expected[name] or len(tensor.shape) != 1)
         ]
-        packed = {}
-        if not wrong:
-            packed = {task: _packed(file, task, own) for task, own in tasks.items()}
-            for task, own in packed.items():
-                if _checksum(header["model"], task, own) != tasks[task]["checksum"]:
-                    wrong.append(f"the gates of {task!r} are not those that were written: their checksum is another")
-                elif len(own.bits) != -(-own.units // 8):
-                    wrong.append(f"the gates of {task!r} have {len(own.bits):,} bytes for {own.units:,} units")
-                elif np.unpackbits(own.bits, bitorder="little")[own.units :].any():
-                    wrong.append(f"the gates of {task!r} have bits behind the last of {own.units:,} units")
-                elif not np.isfinite(own.values).all():
-                    wrong.append(f"the means of {task!r} hold NaN or infinity")
-    if wrong:
-        raise ValueError(f"{path} cannot be used: {'; '.join(wrong)}. Share the tasks again.")
-    return GateFile(header["model"], packed)
+        for task, entry in ({} if problems else entries).items():
+            tasks[task] = stored = _stored(file, task, entry)
+            if _checksum(header["model"], task, stored) != entry["checksum"]:
+                problems.append(f"the gates of {task!r} are not those that were written: their checksum is another")
+            elif len(stored.bits) != -(-stored.units // 8):
+                problems.append(f"the gates of {task!r} have {len(stored.bits):,} bytes for {stored.units:,} units")
+            elif np.unpackbits(stored.bits, bitorder="little")[stored.units :].any():
+                problems.append(f"the gates of {task!r} have bits behind the last of {stored.units:,} units")
+            elif not np.isfinite(stored.values).all():
+                problems.append(f"the means of {task!r} hold NaN or infinity")
+    if problems:
+        raise ValueError(f"{path} cannot be used: {'; '.join(problems)}. Share the tasks again.")
+    return GateFile(header["model"], tasks)
 
 
 def check_name(task: str) -> None:
@@ -236,7 +230,7 @@ def check_name(task: str) -> None:
 
 
 def _read_header(metadata: Mapping[str, str]) -> tuple[list[str], dict[str, Any]]:
-    """What is wrong with the header, and the header; empty if something is."""
+    """The problems of the header, and the header; empty if there are any."""
     if METADATA not in metadata:
         return [f"it holds no gates, its metadata has no {METADATA!r}"], {}
     try:
@@ -244,114 +238,59 @@ def _read_header(metadata: Mapping[str, str]) -> tuple[list[str], dict[str, Any]
         json.dumps(header, allow_nan=False)  # NaN is no JSON either
     except (ValueError, RecursionError) as error:
         return [f"its header is not JSON ({error})"], {}
-    if not isinstance(header, dict) or type(header.get("format")) is not int or header["format"] != FORMAT:
-        own = header.get("format") if isinstance(header, dict) else header
-        return [f"its format is {str(own)[:80]!r}, this version of jaxprune reads {FORMAT}"], {}
+    version = header.get("format") if isinstance(header, dict) else header
+    if type(version) is not int or version != FORMAT:
+        return [f"its format is {str(version)[:80]!r}, this version of jaxprune reads {FORMAT}"], {}
     if header.keys() != {"format", "model", "tasks"}:
         return [f"its header has {sorted(header)}, expected format, model and tasks"], {}
     if not isinstance(header["model"], str) or not isinstance(header["tasks"], dict):
         return ["its header does not name a model and tasks"], {}
-    wrong = []
-    for task, own in header["tasks"].items():
-        if not isinstance(own, dict) or own.keys() != _FIELDS.keys():
-            wrong.append(f"task {task!r} must have exactly the fields {', '.join(_FIELDS)}")
+    problems = []
+    for task, entry in header["tasks"].items():
+        if not isinstance(entry, dict) or entry.keys() != _FIELDS.keys():
+            problems.append(f"task {task!r} must have exactly the fields {', '.join(_FIELDS)}")
             continue
-        wrong += [
-            f"{name} of task {task!r} is {str(own[name])[:80]!r}"
+        problems += [
+            f"{name} of task {task!r} is {str(entry[name])[:80]!r}"
             for name, kinds in _FIELDS.items()
-            if type(own[name]) not in kinds
+            if type(entry[name]) not in kinds
         ]
-        if isinstance(own["kinds"], list) and own["kinds"] != [kind for kind in KINDS if kind in own["kinds"]]:
-            wrong.append(f"task {task!r} has units of the kinds {str(own['kinds'])[:80]}, known: {', '.join(KINDS)}")
-        if isinstance(own["means"], list) and not all(isinstance(name, str) for name in own["means"]):
-            wrong.append(f"task {task!r} has means of {str(own['means'])[:80]}, expected names of sites")
-    return wrong, {} if wrong else header
+        kinds, means = entry["kinds"], entry["means"]
+        if isinstance(kinds, list) and kinds != [kind for kind in KINDS if kind in kinds]:
+            problems.append(f"task {task!r} has units of the kinds {str(kinds)[:80]}, known: {', '.join(KINDS)}")
+        if isinstance(means, list) and not all(isinstance(name, str) for name in means):
+            problems.append(f"task {task!r} has means of {str(means)[:80]}, expected names of sites")
+    return problems, {} if problems else header
 
 
-def _packed(file: TensorFile, task: str, own: Mapping[str, Any]) -> PackedGates:
-    means = None if own["means"] is None else tuple(own["means"])
-    return PackedGates(
-        kinds=tuple(own["kinds"]),
-        units=own["units"],
-        sites=own["sites"],
+def _stored(file: TensorFile, task: str, entry: Mapping[str, Any]) -> StoredGates:
+    means = None if entry["means"] is None else tuple(entry["means"])
+    return StoredGates(
+        kinds=tuple(entry["kinds"]),
+        units=entry["units"],
+        sites=entry["sites"],
         bits=file.read(f"gates:{task}"),
         means=means,
         values=np.zeros(0, np.float32) if means is None else file.read(f"means:{task}"),
-        record=own["record"],
+        record=entry["record"],
     )
 
 
-def _entry(own: PackedGates) -> dict[str, Any]:
-    """What the header says of one task, but for the checksum."""
-    means = None if own.means is None else list(own.means)
+def _entry(stored: StoredGates) -> dict[str, Any]:
+    """The header's entry of one task, but for the checksum."""
     return {
-        "kinds": list(own.kinds),
-        "units": own.units,
-        "sites": own.sites,
-        "means": means,
-        "record": dict(own.record),
+        "kinds": list(stored.kinds),
+        "units": stored.units,
+        "sites": stored.sites,
+        "means": None if stored.means is None else list(stored.means),
+        "record": dict(stored.record),
     }
 
 
-def _checksum(model: str, task: str, own: PackedGates) -> str:
-    text = json.dumps([model, task, _entry(own)], sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode() + own.bits.tobytes() + own.values.astype("<f4").tobytes()).hexdigest()
+def _checksum(model: str, task: str, stored: StoredGates) -> str:
+    text = json.dumps([model, task, _entry(stored)], sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode() + stored.bits.tobytes() + stored.values.astype("<f4").tobytes()).hexdigest()
 
 
 def _digest_sites(width: Mapping[str, int]) -> str:
     return hashlib.sha256(json.dumps(list(width.items())).encode()).hexdigest()
-
-
-def units_record(kept: Mapping[str, np.ndarray], had: Mapping[str, int]) -> dict[str, Any]:
-    """The part of a pruning record that says which units stay.
-
-    Args:
-        kept: Site name to the indices of the units that stay, rising.
-        had: Site name to how many there were.
-    """
-    return {
-        "units": {"had": sum(had.values()), "kept": sum(len(index) for index in kept.values())},
-        "sites": {
-            name: {"had": had[name], "kept": len(index), "which": _ranges(index)} for name, index in kept.items()
-        },
-    }
-
-
-def units_kept(name: str, site: Any) -> tuple[int, np.ndarray]:
-    """How many units a site of a record had, and which of them stay.
-
-    Args:
-        name: Of the site.
-        site: What `pruning_record` says of it: `{"had": 12, "which": "0-3,7"}`.
-
-    Raises:
-        ValueError: If it says something else.
-    """
-    try:
-        pairs = [part.split("-") for part in site["which"].split(",") if part]
-        kept = [unit for pair in pairs for unit in range(int(pair[0]), int(pair[-1]) + 1)]
-        fits = kept == sorted(set(kept)) and (not kept or kept[-1] < site["had"])
-    except (KeyError, TypeError, ValueError, AttributeError):
-        kept, fits = [], False
-    if not fits:
-        raise ValueError(f"pruning.json says of {name} {str(site)[:80]!r}: expected the units it had, and which stay.")
-    return int(site["had"]), np.asarray(kept, int)
-
-
-def recorded_gates(record: Mapping[str, Any]) -> Gates:
-    """The gates that `pruning_record` was made of, 1 where a unit stays and 0 elsewhere.
-
-    Raises:
-        ValueError: If the record does not say which units stay.
-    """
-    gates = {}
-    for name, site in record["sites"].items():
-        had, kept = units_kept(name, site)
-        gates[name] = jnp.asarray(np.isin(np.arange(had), kept).astype(np.float32))
-    return gates
-
-
-def _ranges(index: np.ndarray) -> str:
-    """Sorted whole numbers in short: `0-3,7`."""
-    runs = np.split(index, np.flatnonzero(np.diff(index) > 1) + 1) if len(index) else []
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

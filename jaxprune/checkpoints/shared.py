@@ -20,28 +20,19 @@ from jax.typing import DTypeLike
 
 from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import alone, write_atomic
-from jaxprune.checkpoints.folder import (
-    check_belongs,
-    opened,
-    opened_digest,
-    read_pruning,
-    save,
-    saved_digest,
-    split_task,
-)
+from jaxprune.checkpoints.folder import check_belongs, opened, opened_digest, save, saved_digest, split_task
 from jaxprune.checkpoints.gate_file import (
     GATES,
     GateFile,
-    PackedGates,
+    StoredGates,
     check_name,
-    pack,
-    read,
+    pack_gates,
+    read_gates,
     to_bytes,
-    units_record,
-    unpack,
+    unpack_gates,
 )
-from jaxprune.checkpoints.slicing import shapes_of
-from jaxprune.checkpoints.weights import CONFIG
+from jaxprune.checkpoints.record import read_pruning, units_record
+from jaxprune.checkpoints.weights import CONFIG, shapes_of
 from jaxprune.models import Model
 from jaxprune.units import Gates, Params
 
@@ -93,7 +84,7 @@ def save_shared(
     """
     saved = saved_digest(model, params, dtype)
     known = {saved, model_digest(model, params)} if records else ()
-    tasks = _packed(model, params, gates, means, records, known)
+    tasks = _stored(model, params, gates, means, records, known)
     content = to_bytes(GateFile(saved, tasks))
     return save(path, model, params, overwrite=overwrite, dtype=dtype, extra={GATES: content})
 
@@ -127,11 +118,11 @@ def add_gates(
     """
     folder = Path(path).expanduser()
     check_new(folder, gates, overwrite)
-    with alone(folder / CONFIG), opened(folder) as found:
+    with alone(folder / CONFIG), opened(folder) as files:
         file = check_new(folder, gates, overwrite)
-        check_belongs(file, found)
-        known = {file.model, opened_digest(found, None)} if records else ()
-        tasks = _packed(found.model, shapes_of(found.parameters), gates, means, records, known)
+        check_belongs(file, files)
+        known = {file.model, opened_digest(files, None)} if records else ()
+        tasks = _stored(files.model, shapes_of(files.parameters), gates, means, records, known)
         write_atomic(folder / GATES, to_bytes(GateFile(file.model, {**file.tasks, **tasks})))
     return Path(path)
 
@@ -144,7 +135,7 @@ def check_new(folder: Path, tasks: Collection[str], overwrite: bool) -> GateFile
         FileExistsError: If it has one of the tasks.
         ValueError: If the gates in the folder are damaged.
     """
-    file = read(folder / GATES)
+    file = read_gates(folder / GATES)
     if (taken := sorted(set(tasks) & set(file.tasks))) and not overwrite:
         raise FileExistsError(f"{folder} has gates of {', '.join(taken)} already: replace them with --overwrite.")
     return file
@@ -163,37 +154,37 @@ def load_gates(path: str | Path) -> dict[str, TaskGates]:
         FileNotFoundError: If the folder is not a shared one.
         ValueError: If the gates are damaged, or belong to other weights.
     """
-    with opened(path) as found:
-        file = read(found.folder / GATES)
-        check_belongs(file, found)
-        shapes = shapes_of(found.parameters)
+    with opened(path) as files:
+        file = read_gates(files.folder / GATES)
+        check_belongs(file, files)
+        shapes = shapes_of(files.parameters)
         tasks = {}
-        for name, own in sorted(file.tasks.items()):
+        for name, stored in sorted(file.tasks.items()):
             gates, means = (
                 None if part is None else {site: jnp.asarray(array) for site, array in part.items()}
-                for part in unpack(found.model, shapes, own)
+                for part in unpack_gates(files.model, shapes, stored)
             )
-            tasks[name] = TaskGates(gates or {}, means, own.record)
+            tasks[name] = TaskGates(gates or {}, means, stored.record)
     return tasks
 
 
 def task_record(path: str | Path, task: str) -> dict[str, Any]:
-    """What `read_pruning` would say of a task's model if it had a folder of its own."""
+    """The record that `read_pruning` would give of a task's model if it had a folder of its own."""
     folder = Path(path)
-    own = read(folder / GATES)
-    packed = own.task(task, folder / GATES)
-    with opened(folder) as found:
-        gates, _ = unpack(found.model, shapes_of(found.parameters), packed)
+    file = read_gates(folder / GATES)
+    stored = file.task(task, folder / GATES)
+    with opened(folder) as files:
+        gates, _ = unpack_gates(files.model, shapes_of(files.parameters), stored)
     kept = {name: np.flatnonzero(gate) for name, gate in gates.items()}
+    settings, scores = (
+        dict(part) if isinstance(part := stored.record.get(name), Mapping) else {} for name in ("settings", "scores")
+    )
     units = units_record(kept, {name: len(gate) for name, gate in gates.items()})
-    parts = {name: packed.record.get(name) for name in ("settings", "scores")}
-    settings, scores = (dict(part) if isinstance(part, Mapping) else {} for part in parts.values())
-    made_with = {"model": own.model}
-    return {"settings": settings, "scores": scores | made_with, "units": units["units"], "sites": units["sites"]}
+    return {"settings": settings, "scores": scores | {"model": file.model}, **units}
 
 
 def pruning_of(source: str, model: Model) -> dict[str, Any] | None:
-    """What is recorded of the pruning of a model that was loaded from `source`, a task of a shared folder or not."""
+    """The record of the pruning of a model that was loaded from `source`, a shared folder's task or not."""
     task = split_task(source)[1]
     if model.source is not None and task is not None:
         return task_record(model.source, task)
@@ -209,7 +200,9 @@ def brief(record: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(settings := kept.get("settings"), Mapping):
         kept["settings"] = {name: value for name, value in settings.items() if value not in (None, [])}
     if isinstance(scores := kept.get("scores"), Mapping):
-        tasks = {"tasks": [_made(own) for own in scores["tasks"]]} if "tasks" in scores else {}  # of several together
+        tasks = (
+            {"tasks": [_made(header) for header in scores["tasks"]]} if "tasks" in scores else {}
+        )  # of several together
         kept["scores"] = _made(scores) | tasks
     if isinstance(digests := kept.get("digests"), Mapping):
         kept["digests"] = {name: value for name, value in digests.items() if name == "scores"}
@@ -220,27 +213,27 @@ def _made(header: Mapping[str, Any]) -> dict[str, Any]:
     return {name: header[name] for name in _SCORES if header.get(name) is not None}
 
 
-def _packed(
+def _stored(
     model: Model,
     params: Params,
     gates: Mapping[str, Mapping[str, Any]],
     means: Mapping[str, Mapping[str, Any] | None] | None,
     records: Mapping[str, Mapping[str, Any]] | None,
     known: Collection[str],
-) -> dict[str, PackedGates]:
+) -> dict[str, StoredGates]:
     """The gates of several tasks, after everything that cannot be shared was refused."""
     means, records = means or {}, records or {}
     if not gates:
         raise ValueError("gates must be of at least one task, got none.")
-    if odd := sorted({*means, *records} - set(gates)):
-        raise ValueError(f"means or records are of tasks without gates: {', '.join(odd)}.")
+    if unknown := sorted({*means, *records} - set(gates)):
+        raise ValueError(f"means or records are of tasks without gates: {', '.join(unknown)}.")
     tasks = {}
-    for task, own in gates.items():
+    for task, task_gates in gates.items():
         check_name(task)
         record = records.get(task, {})
         _check_record(task, record, bool(means.get(task)), known)
         try:
-            tasks[task] = pack(model, params, own, means.get(task), brief(record))
+            tasks[task] = pack_gates(model, params, task_gates, means.get(task), brief(record))
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"task {task!r}: {error}") from error
@@ -248,14 +241,7 @@ def _packed(
 
 
 def _check_record(task: str, record: Mapping[str, Any], with_means: bool, known: Collection[str]) -> None:
-    """Refuses a record that says that gates alone do not make this model.
-
-    Args:
-        task: The task, for the error.
-        record: As from `pruning_record`, or anything else.
-        with_means: Whether there are means.
-        known: Digests of the model.
-    """
+    """Refuses a record that says that gates alone do not make this model; `known` are digests of the model."""
     scores, digests = (part if isinstance(part := record.get(name), Mapping) else {} for name in ("scores", "digests"))
     if record.get("recovery"):
         raise ValueError(

@@ -6,8 +6,9 @@ import contextlib
 import fnmatch
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,22 +18,21 @@ import numpy as np
 from jaxprune.checkpoints.files import read_json
 from jaxprune.checkpoints.int8 import Lazy, WeightFile, sparse_if_smaller
 from jaxprune.checkpoints.tensors import COMPRESSED, FLOATS, Entry
+from jaxprune.compaction import compact_site
 from jaxprune.models import Model, family
-from jaxprune.units import KINDS, Params, axes_of, flatten, path_name, unflatten
+from jaxprune.units import KINDS, Params, Site, axes_of, flatten, input_axes, path_name, sites, unflatten
 from jaxprune.units import Path as ParamPath
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _ALIGNMENT = 64  # bytes; JAX adopts host memory that is aligned so, and copies other memory
 _LEGACY = re.compile(r"(LayerNorm\.|layer_norm\.)(gamma|beta)$")  # as TensorFlow called a norm's weight and bias
 
-# Our array, seen in the axis order of the Hugging Face tensor (PyTorch keeps [out, in], and heads x head size as one).
-_LAYOUTS: dict[str, Callable[[Any], Any]] = {
-    "copy": lambda a: a,
-    "linear": lambda a: a.T,
-    "split_out": lambda a: a.reshape(a.shape[0], math.prod(a.shape[1:])).T,
-    "split_bias": lambda a: a.reshape(math.prod(a.shape)),
-    "merge_in": lambda a: a.reshape(math.prod(a.shape[:-1]), a.shape[-1]).T,
-}
+
+def _as_theirs(array: Any, inputs: int | None) -> Any:
+    """Our array, seen as the tensor of Hugging Face: PyTorch keeps [out, in], and heads x head size as one."""
+    if not inputs:
+        return array if inputs is None else array.reshape(math.prod(array.shape))
+    return array.reshape(math.prod(array.shape[:inputs]), math.prod(array.shape[inputs:])).T
 
 
 class Source(NamedTuple):
@@ -53,7 +53,7 @@ class Parameter(NamedTuple):
     path: ParamPath
     source: Source
     shape: tuple[int, ...]
-    layout: str  # key of `_LAYOUTS`
+    inputs: int | None  # how many axes of a kernel PyTorch keeps last, as one; 0: a bias with one; None: the same array
 
 
 def stored_type(model: Model) -> str:
@@ -147,7 +147,11 @@ def fit_hugging_face(model: Model, tensors: Mapping[str, Source], folder: Path) 
             twice.append(f"{stored[plain]} and {name}")
         stored[plain] = name
     wanted = {plain for plain, _ in names.values()}
-    shapes = {path: jax.eval_shape(_LAYOUTS[kind], dense[path]).shape for path, (_, kind) in names.items()}
+    inputs = {
+        path: {"copy": None, "split_bias": 0}.get(kind, input_axes(axes_of(model.axes, path)))
+        for path, (_, kind) in names.items()
+    }
+    shapes = {path: jax.eval_shape(partial(_as_theirs, inputs=inputs[path]), dense[path]).shape for path in names}
     found = {path: tensors[stored[plain]].entry for path, (plain, _) in names.items() if plain in stored}
     refuse(
         f"the weights in {folder} do not fit its {CONFIG}",
@@ -165,7 +169,9 @@ def fit_hugging_face(model: Model, tensors: Mapping[str, Source], folder: Path) 
         ],
         wrong_type=_wrong_types({stored[names[path][0]]: entry for path, entry in found.items()}),
     )
-    return [Parameter(path, tensors[stored[plain]], dense[path].shape, kind) for path, (plain, kind) in names.items()]
+    return [
+        Parameter(path, tensors[stored[plain]], dense[path].shape, inputs[path]) for path, (plain, _) in names.items()
+    ]
 
 
 def _today(match: re.Match[str]) -> str:
@@ -184,7 +190,7 @@ def fit_own(model: Model, tensors: Mapping[str, Source], folder: Path) -> list[P
         wrong_type=_wrong_types({name: source.entry for name, source in tensors.items()}),
     )
     return [
-        Parameter(path, source, source.entry.shape, "copy")
+        Parameter(path, source, source.entry.shape, None)
         for path, source in ((path, tensors[path_name(path)]) for path in _dense(model))
     ]
 
@@ -262,10 +268,10 @@ def read_arrays(
     """
     problems: dict[str, list[str]] = {"NaN_or_infinite": [], f"too_large_for_{dtype}": []}
     not_finite, too_large = problems.values()
-    for path, source, shape, layout in parameters:
+    for path, source, shape, inputs in parameters:
         kind = FLOATS[source.entry.dtype] if dtype is None else dtype
         array = _aligned(shape, kind)
-        view = _LAYOUTS[layout](array)
+        view = _as_theirs(array, inputs)
         finite = fits = True
         for rows, block in source.file.slices(source.name):
             with np.errstate(over="ignore"):  # found two lines below
@@ -302,6 +308,64 @@ def read_later(parameters: Iterable[Parameter], dtype: np.dtype | None, folder: 
         return Lazy(kind, parameter.shape, lambda: dict(read_arrays([parameter], kind, folder))[parameter.path])
 
     return unflatten({parameter.path: reader(parameter) for parameter in parameters})
+
+
+def shapes_of(parameters: list[Parameter]) -> Params:
+    """The shapes of parameters that were not read yet, in the place of the arrays."""
+    return unflatten({each.path: jax.ShapeDtypeStruct(each.shape, np.float32) for each in parameters})
+
+
+def read_compacted(
+    model: Model,
+    parameters: list[Parameter],
+    gates: Mapping[str, np.ndarray],
+    means: Mapping[str, np.ndarray],
+    dtype: np.dtype | None,
+    folder: Path,
+) -> Params:
+    """Reads the parameters without the units whose gate is 0.
+
+    Equals `compact(model, convert(parameters, dtype, folder), gates, means)`, bit by bit. Besides the result at most
+    one dense module is in memory.
+
+    Args:
+        model: The architecture.
+        parameters: What to read, in the order of `flatten`.
+        gates: Site name to gates, float32 `[units]`, which fit the parameters.
+        means: Site name to what its closed units are replaced by; a missing one is zero.
+        dtype: The type of the arrays; None is each tensor's own.
+        folder: For the error.
+
+    Raises:
+        ValueError: Naming every tensor with a value that is NaN, infinite or too large for `dtype`, even where it is
+            cut away.
+    """
+    gated: dict[ParamPath, list[Site]] = {}
+    for site in sites(model.axes, shapes_of(parameters), KINDS):
+        if site.name in gates:
+            gated.setdefault(site.module, []).append(site)
+
+    def module(path: ParamPath) -> ParamPath:
+        """The gated module that a parameter belongs to; none is at the root."""
+        return next((path[:size] for size in range(len(path)) if path[:size] in gated), ())
+
+    def together(path: ParamPath) -> ParamPath:
+        """What is the same for arrays that must be cut together: means go through a kernel into a bias."""
+        place = module(path)
+        return place if any(site.name in means for site in gated.get(place, ())) else path
+
+    def cut(arrays: dict[ParamPath, np.ndarray]) -> dict[ParamPath, np.ndarray]:
+        place = module(next(iter(arrays)))
+        local = {path[len(place) :]: array for path, array in arrays.items()}
+        for site in gated.get(place, ()):  # each cuts other arrays: there is one kind of unit per tensor
+            arrays |= compact_site(model.axes, local, site, gates[site.name], means.get(site.name))
+        return arrays
+
+    flat: dict[ParamPath, jax.Array] = {}
+    for _, read in groupby(read_arrays(parameters, dtype, folder), lambda item: together(item[0])):
+        for path, array in cut(dict(read)).items():  # no name here keeps a dense array alive
+            flat[path] = jax.device_put(array)
+    return unflatten(flat)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

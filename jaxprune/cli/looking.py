@@ -95,10 +95,10 @@ def inspect_model(source: str, scores: Path | None, picture: PictureOptions) -> 
 def _tasks(source: str, model: Model) -> list[str]:
     """The tasks whose gates stand beside the dense model."""
     from jaxprune.checkpoints.folder import split_task
-    from jaxprune.checkpoints.gate_file import GATES, read
+    from jaxprune.checkpoints.gate_file import GATES, read_gates
 
     file = None if model.source is None or split_task(source)[1] is not None else model.source / GATES
-    return sorted(read(file).tasks) if file is not None and file.is_file() else []
+    return sorted(read_gates(file).tasks) if file is not None and file.is_file() else []
 
 
 def _zeros(model: Model, params: Params) -> dict[str, float]:

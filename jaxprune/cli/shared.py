@@ -71,7 +71,7 @@ def share_model(
     """
     from jaxprune.checkpoints.files import check_file
     from jaxprune.checkpoints.folder import check_destination, load
-    from jaxprune.checkpoints.gate_file import GATES, read
+    from jaxprune.checkpoints.gate_file import GATES, read_gates
     from jaxprune.checkpoints.shared import add_gates, check_new, save_shared
     from jaxprune.checkpoints.weights import stored_type
     from jaxprune.models.cost import file_size
@@ -95,7 +95,7 @@ def share_model(
         add_gates(folder, gates, overwrite=overwrite, **more)
     else:
         save_shared(output, model, params, gates, overwrite=overwrite, dtype=stored_type(model), **more)
-    written = read(folder / GATES)
+    written = read_gates(folder / GATES)
     for row in rows:
         task = written.tasks[row["task"]]
         row |= {"gates_bytes": task.bits.nbytes, "means_bytes": task.values.nbytes}
@@ -223,7 +223,7 @@ def pack_model(source: str, output: Path, *, packed: Any, dtype: Any, overwrite:
 def _other_files(folder: Path) -> tuple[dict[str, bytes], dict[str, Any] | None]:
     """The files that `save` wrote into a folder beside the model, and the record of the pruning."""
     from jaxprune.checkpoints.files import read_json
-    from jaxprune.checkpoints.folder import PRUNING, read_pruning
+    from jaxprune.checkpoints.record import PRUNING, read_pruning
     from jaxprune.checkpoints.tensors import COMPRESSED
     from jaxprune.checkpoints.weights import CONFIG, WEIGHTS
 

@@ -481,8 +481,7 @@ class StudentRun:
         self, model: Model, params: Params, pruning: dict[str, Any] | None, record: dict[str, Any], stored: Any
     ) -> dict[str, Any]:
         """Writes the folder, with a card and a picture."""
-        from jaxprune.checkpoints.folder import save
-        from jaxprune.checkpoints.shared import split_task
+        from jaxprune.checkpoints.folder import save, split_task
         from jaxprune.cli.render.cards import CARD, LEARNED, student_card
         from jaxprune.cli.render.pictures import training_picture
         from jaxprune.models.cost import file_size

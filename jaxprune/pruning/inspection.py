@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.checkpoints.gate_file import units_kept
+from jaxprune.checkpoints.record import kept_units
 from jaxprune.models import Model
 from jaxprune.models.cost import Length, elements, matmul_flops, unit_costs, usual_length
 from jaxprune.scoring.scores import Scores, check_scores
@@ -97,7 +97,7 @@ def _units(
     units, width = [], widths(model.axes, params, kinds)
     for site in sites(model.axes, params, kinds):
         here, stored = width[site.name], recorded.get(site.name)
-        had, left = (here, np.arange(here)) if stored is None else units_kept(site.name, stored)
+        had, left = (here, np.arange(here)) if stored is None else kept_units(site.name, stored)
         value = None if site.name not in values else np.asarray(values[site.name], np.float64)
         if len(left) != here or (of_dense and value is not None and len(value) != had):
             raise ValueError(

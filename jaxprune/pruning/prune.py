@@ -22,8 +22,8 @@ import numpy as np
 from jaxprune import __version__
 from jaxprune.checkpoints.digests import model_digest, params_digest
 from jaxprune.checkpoints.files import file_stem, read_json, remove_folder
-from jaxprune.checkpoints.folder import PRUNING, check_destination, load, save
-from jaxprune.checkpoints.gate_file import recorded_gates
+from jaxprune.checkpoints.folder import check_destination, load, save
+from jaxprune.checkpoints.record import PRUNING, recorded_gates
 from jaxprune.compaction import compact
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import Task, remove_leaks

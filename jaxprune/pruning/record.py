@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprune.checkpoints.digests import params_digest
-from jaxprune.checkpoints.gate_file import units_record
+from jaxprune.checkpoints.record import units_record
 from jaxprune.data.batches import usable_rows
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.splits import Example, row_key
