@@ -96,7 +96,7 @@ def sparse_optimizer(
         >>> state = optimizer.init(params)
         >>> @jax.jit
         ... def step(params, state):
-        ...     grads = jax.grad(lambda own: jnp.mean((predict(own, x) - y) ** 2))(params)
+        ...     grads = jax.grad(lambda p: jnp.mean((predict(p, x) - y) ** 2))(params)
         ...     updates, state = optimizer.update(grads, state, params)
         ...     return optax.apply_updates(params, updates), state
         >>> for _ in range(100):
@@ -110,7 +110,7 @@ def sparse_optimizer(
     optimizer = optax.with_extra_args_support(inner)
 
     def table(matrices: tuple[Matrix, ...]) -> np.ndarray:
-        """How many weights stay after 0, 1, ... prunings; the first is never used."""
+        """The numbers of weights that stay after 0, 1, ... prunings; the first is never used."""
         return np.stack([pattern.keep(matrices, sparsity, together) for sparsity in (0.0, *schedule.sparsities)])
 
     def init(params: optax.Params) -> SparseState:
@@ -130,8 +130,8 @@ def sparse_optimizer(
         matrices = find_matrices(params, prunable)
         pruned = tuple(filter(None, matrices))
         leaves, structure = jax.tree.flatten(params)
-        weights, slopes = (pruned_leaves(own, matrices) for own in (leaves, structure.flatten_up_to(updates)))
-        totals = tuple(add_step(criterion, *own) for own in zip(state.totals, weights, slopes, strict=False))
+        weights, slopes = (pruned_leaves(tree, matrices) for tree in (leaves, structure.flatten_up_to(updates)))
+        totals = tuple(add_step(criterion, *arrays) for arrays in zip(state.totals, weights, slopes, strict=False))
         step = jnp.asarray(optax.safe_increment(state.step))
         keep, before = jnp.asarray(table(pruned))[schedule.done(step)], jax.tree.leaves(state.masks)
         chosen = _ranked(pruned, pattern, criterion, schedule.due(step), keep, before, weights, list(totals))

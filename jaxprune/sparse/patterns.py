@@ -72,15 +72,15 @@ def keep_best(
     # All lists below have one entry per group
     stacks = [jnp.stack([ordered_bits(scores[i], alive[i]) for i in group]) for group in groups.values()]
     offsets = [[sum(sizes[:i]) if together else 0 for i in group] for group in groups.values()]
-    places = [_positions(shape, own) for shape, own in zip(groups, offsets, strict=True)]
+    places = [_positions(shape, starts) for shape, starts in zip(groups, offsets, strict=True)]
 
     def spread(numbers: list[Array]) -> list[Array]:
         """Numbers, one per array, against the stacks."""
         return [n.reshape(-1, *(1,) * (stack.ndim - 1)) for n, stack in zip(numbers, stacks, strict=True)]
 
     def count(chosen: list[Array]) -> list[Array]:
-        """How many are chosen in each array; together, of all, as often."""
-        rows = [own.sum(tuple(range(1, own.ndim)), dtype=jnp.int32) for own in chosen]
+        """The number chosen in each array; together, of all, as often."""
+        rows = [array.sum(tuple(range(1, array.ndim)), dtype=jnp.int32) for array in chosen]
         total = jnp.stack([row.sum() for row in rows]).sum()
         return [jnp.broadcast_to(total, row.shape) for row in rows] if together else rows
 
@@ -88,17 +88,17 @@ def keep_best(
         """The largest unsigned integers that fit, one per array, built from the highest bit down."""
 
         def narrow(step: Array, best: list[Array]) -> list[Array]:
-            larger = [own | (jnp.uint32(1 << (bits - 1)) >> step.astype(jnp.uint32)) for own in best]
+            larger = [old | (jnp.uint32(1 << (bits - 1)) >> step.astype(jnp.uint32)) for old in best]
             return jax.tree.map(jnp.where, fits(larger), larger, best)
 
-        return jax.lax.fori_loop(0, passes, narrow, [jnp.zeros(len(own), jnp.uint32) for own in groups.values()])
+        return jax.lax.fori_loop(0, passes, narrow, [jnp.zeros(len(group), jnp.uint32) for group in groups.values()])
 
     left = count([stack > jnp.uint32(0) for stack in stacks])
     asked = [
-        jnp.broadcast_to(keep, own.shape) if together else keep[np.asarray(group)]
-        for own, group in zip(left, groups.values(), strict=True)
+        jnp.broadcast_to(keep, alive.shape) if together else keep[np.asarray(group)]
+        for alive, group in zip(left, groups.values(), strict=True)
     ]
-    wanted = [jnp.clip(own, 0, most) for own, most in zip(asked, left, strict=True)]
+    wanted = [jnp.clip(number, 0, alive) for number, alive in zip(asked, left, strict=True)]
     compare = partial(jax.tree.map, jnp.greater_equal)
     threshold = search(32, 32, lambda at: compare(count(compare(stacks, spread(at))), wanted))
     above = jax.tree.map(jnp.greater, stacks, spread(threshold))
@@ -107,15 +107,14 @@ def keep_best(
     excess = jax.tree.map(jnp.greater, count(tied), room)
 
     def first_ties(bound: list[Array]) -> list[Array]:
-        return [own & (place < end) for own, place, end in zip(tied, places, spread(bound), strict=True)]
+        return [ties & (place < end) for ties, place, end in zip(tied, places, spread(bound), strict=True)]
 
     bits, any_excess = most.bit_length(), jnp.concatenate(excess).any()
     bound = search(bits, jnp.where(any_excess, bits, 0), lambda bound: compare(room, count(first_ties(bound))))
-    bound = [
-        jnp.where(own, end, jnp.uint32(most)) for own, end in zip(excess, bound, strict=True)
-    ]  # all are below most
+    everything = jnp.uint32(most)  # every index is below it
+    bound = [jnp.where(many, end, everything) for many, end in zip(excess, bound, strict=True)]
     chosen = jax.tree.map(jnp.logical_or, above, first_ties(bound))
-    rows = {i: own[row] for own, group in zip(chosen, groups.values(), strict=True) for row, i in enumerate(group)}
+    rows = {i: stack[row] for stack, group in zip(chosen, groups.values(), strict=True) for row, i in enumerate(group)}
     return [rows[i] for i in range(len(scores))]
 
 
@@ -138,7 +137,7 @@ class Pattern(Protocol):
     """A choice of the weights that stay: a frozen dataclass, since it is a static argument of a compiled program."""
 
     def keep(self, matrices: Sequence[Matrix], sparsity: float, together: bool) -> np.ndarray:
-        """How many stay at a sparsity, int32, in the form that the call takes. Refuses what does not fit."""
+        """The number that stays at a sparsity, int32, as the call takes it; refuses matrices that do not fit."""
         ...
 
     def check_final(self, sparsity: float) -> None:
@@ -259,8 +258,8 @@ class Block:
         alive = [mask.reshape(shape).any((1, 3)) for mask, shape in zip(masks, cut, strict=True)]
         best = keep_best(sums, alive, keep)
         return [
-            jnp.broadcast_to(own[:, None, :, None], shape).reshape(mask.shape) & mask
-            for own, shape, mask in zip(best, cut, masks, strict=True)
+            jnp.broadcast_to(blocks[:, None, :, None], shape).reshape(mask.shape) & mask
+            for blocks, shape, mask in zip(best, cut, masks, strict=True)
         ]
 
     def _blocks(self, matrix: Matrix) -> tuple[int, int, int, int]:

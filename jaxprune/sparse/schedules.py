@@ -46,7 +46,7 @@ class Schedule:
         return (jnp.asarray(self.steps, jnp.int32) <= step).sum(dtype=jnp.int32)
 
     def due(self, step: Int[Array, ""] | int) -> Bool[Array, ""]:
-        """Whether weights are pruned at `step`."""
+        """True if weights are pruned at `step`."""
         return (jnp.asarray(self.steps, jnp.int32) == step).any()
 
     def __call__(self, step: Int[Array, ""] | int) -> Float[Array, ""]:

@@ -44,7 +44,7 @@ COMPARED = 64  # rows on which the tokens of student and teacher are compared
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsification:
-    """How weights of the linear maps become zero during a training, and stay so."""
+    """Settings of a training in which weights of the linear maps become zero, and stay so."""
 
     schedule: Callable[[int], Schedule] | None = None  # of the number of steps; None: no more zeros than there are
     criterion: WeightCriterion = WeightMagnitude()
@@ -263,9 +263,9 @@ def _with_head(student: Pair, teacher_model: Model, name: str | None, key: Array
     if teacher_model.answers_in_text or name is None:
         return model, params, False
     wanted = teacher_model.head(name)
-    encoder = {part: own for part, own in params.items() if part != "heads"}
-    if name in model.heads and (own := model.head(name)).labels == wanted.labels and own.kind == wanted.kind:
-        return model.with_heads((own,)), encoder | {"heads": {name: params["heads"][name]}}, False
+    encoder = {name: part for name, part in params.items() if name != "heads"}
+    if name in model.heads and (head := model.head(name)).labels == wanted.labels and head.kind == wanted.kind:
+        return model.with_heads((head,)), encoder | {"heads": {name: params["heads"][name]}}, False
     fresh = model.with_heads((wanted,))
     return fresh, encoder | {"heads": {name: fresh.initialise_head(name, key)}}, True
 
@@ -282,7 +282,7 @@ def _check_tokens(model: Model, teacher_model: Model, task: Task, read: Callable
     """Refuses a teacher that reads other tokens."""
     rows = task.rows("dev")[:COMPARED]
     ours, theirs = read(model, rows), read(teacher_model, rows)
-    sizes = [own.config.vocab for own in (model, teacher_model)]
+    sizes = [reader.config.vocab for reader in (model, teacher_model)]
     same = all(np.array_equal(getattr(ours, part), getattr(theirs, part)) for part in ("input_ids", "offsets"))
     if sizes[0] != sizes[1] or not same:
         raise ValueError(

@@ -116,11 +116,11 @@ def finetune(
     heads = () if model.answers_in_text else tuple(_head_for(task, training) for task in cleaned)
     encoder = {name: part for name, part in params.items() if name != "heads"}
     others = tuple(head for head in model.config.task_heads if training.keep_heads and head.name not in names)
-    kept = {head.name: params["heads"][head.name] for head in others}
+    old = {head.name: params["heads"][head.name] for head in others}
     trained = model.with_heads((*others, *heads))
     identity = {
         "training": training.to_json(),
-        "model": model_digest(model.with_heads(others), encoder | ({"heads": kept} if kept else {})),
+        "model": model_digest(model.with_heads(others), encoder | ({"heads": old} if old else {})),
         "tasks": {task.name: [task.digest("train"), task.digest("dev")] for task in cleaned},
     }
     encoded, cut_off = {}, {}
@@ -151,7 +151,7 @@ def finetune(
         return {"results": [evaluate(trained, now.params, task, rows=rows).to_json() for task in cleaned]}
 
     drawn = {head.name: trained.initialise_head(head.name, jax.random.fold_in(key, i)) for i, head in enumerate(heads)}
-    fresh = trainable(encoder | ({"heads": kept | drawn} if heads else {}))
+    fresh = trainable(encoder | ({"heads": old | drawn} if heads else {}))
     moments = {name: optimizer.init(_part(fresh, name)) for name in (ENCODER, *drawn)}
     run = Run(
         identity=identity,
@@ -193,7 +193,7 @@ def _visits(encoded: Mapping[str, Encoded], training: FineTuning, epoch: int) ->
     for name, rows in encoded.items():
         wanted = math.ceil((training.rows or {}).get(name, len(rows)) / training.batch_size)
         task: list[tuple[str, Batches, int]] = []
-        turn = epoch * 1000  # a pass over the rows is an epoch of its own
+        turn = epoch * 1000  # a pass over the rows is an epoch by itself
         while len(task) < wanted:
             batches = training_batches(rows, batch_size=training.batch_size, key=training.seed, epoch=turn)
             task += [(name, batches, index) for index in range(len(batches))]
@@ -250,7 +250,7 @@ def _optimizer(name: str, weight_decay: float) -> optax.GradientTransformation:
 def _part(params: Params, name: str) -> Params:
     """The encoder, or the head of one task."""
     if name == ENCODER:
-        return {part: own for part, own in params.items() if part != "heads"}
+        return {name: part for name, part in params.items() if name != "heads"}
     return params["heads"][name]
 
 

@@ -86,7 +86,7 @@ def _check_depths(student: int, teacher: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """What a student learns: the weight of each loss, and from which part of the teacher. A weight of 0 costs nothing.
+    """The weight of each loss, and the parts of the teacher that a student learns from. A weight of 0 costs nothing.
 
     The defaults are those of SparseBERT (`sparse_bert`): every weight 1, temperature 1, no hard labels.
 
@@ -315,7 +315,7 @@ def joint_loss_and_gradients(
 
 
 class Target(NamedTuple):
-    """What the teacher has at one place, for the student to match."""
+    """The teacher's values at one place, for the student to match."""
 
     values: Array  # its embedding output or the output of a layer, [b, t, d], or its logits
     scores: Mapping[str, Float[Array, "b n t s"]] = {}  # of a layer: by local name, such as "attention.scores"
@@ -362,7 +362,7 @@ def _run(
     """One forward pass of both models: the joint loss, its parts, and the way back if it is differentiated."""
     (model, params), (teacher_model, teacher_params) = student, teacher
     params, projection = without_projection(params), params.get(PROJECTION, {})
-    head, teacher_head = (own.head(distillation.head) for own in (model, teacher_model))
+    head, teacher_head = (reader.head(distillation.head) for reader in (model, teacher_model))
     _check_heads(head, teacher_head)
     teacher_inputs = answered(teacher_model, teacher_params, batch)
     inputs = model_inputs(model, params, {**teacher_inputs, **batch})  # of the teacher's the answers alone are new
@@ -447,7 +447,7 @@ LOGITS = "logits"  # the last target; the others have the names of layers, or of
 def _targets(
     teacher: Pair, inputs: dict[str, Array], head: TaskHead, scored: Collection[str]
 ) -> Iterator[tuple[str, Target]]:
-    """What the teacher has, by name and in order, computed when it is asked for; scores of some layers alone."""
+    """The teacher's values by name and in order, computed when they are asked for; scores of some layers alone."""
     model, params = teacher
     state, layers = None, model_layers(model, params)
     for layer in layers:
@@ -563,6 +563,6 @@ def _pull(pullback: Any, cotangent: Any) -> Any:
 @jax.jit
 def _sum_up(losses: Sequence[Parts], weights: Mapping[str, float]) -> tuple[Array, Parts]:
     """The weighted sum of all losses, and the sum of each kind."""
-    names = [name for name in weights if any(name in own for own in losses)]
-    parts = {name: jnp.stack([own[name] for own in losses if name in own]).sum() for name in names}
+    names = [name for name in weights if any(name in stage for stage in losses)]
+    parts = {name: jnp.stack([stage[name] for stage in losses if name in stage]).sum() for name in names}
     return jnp.stack([weights[name] * parts[name] for name in names]).sum(), parts

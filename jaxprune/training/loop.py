@@ -98,7 +98,7 @@ def _optimizer(name: str, clip: float, weight_decay: float, *rate: Any) -> optax
 
 
 def decayed(params: Params) -> Params:
-    """Which parameters are subject to weight decay: kernels and embeddings, not biases and norms."""
+    """The parameters that are subject to weight decay: kernels and embeddings, not biases and norms."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
 
 
@@ -122,7 +122,7 @@ class TrainingState(NamedTuple):
 
     @property
     def donated(self) -> bool:
-        """Whether an interruption fell into an update, which uses up the state before it."""
+        """True if an interruption fell into an update, which uses up the state before it."""
         return any(array.is_deleted() for array in jax.tree.leaves((self.params, self.moments)))
 
 
@@ -157,7 +157,7 @@ class Step(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What is special to one run of the training loop."""
+    """The parts of a training loop that differ from run to run."""
 
     identity: Mapping[str, Any]  # plain values; a state file with others is refused
     steps: int
@@ -223,8 +223,8 @@ def train(
             if run.evaluate is not None and _evaluation_due(run, state):
                 history = (*state.history, {"step": state.done} | run.evaluate(state))
                 best = run.best(history) == len(history) - 1
-                kept = jax.tree.map(jnp.copy, state.params) if best else state.best
-                state = state._replace(best=kept, history=history)
+                params = jax.tree.map(jnp.copy, state.params) if best else state.best
+                state = state._replace(best=params, history=history)
                 save()
                 report(history[-1])
             elif state.done % save_every == 0 and state.done > saved:
@@ -288,7 +288,7 @@ def read_state(file: Path, state: TrainingState, identity: Mapping[str, Any]) ->
     begun = any(name.startswith("best.") for name in arrays)
     structure = _arrays(state._replace(best=state.params if begun else {}))
     expected = _named(structure)
-    kinds, wanted = ({n: f"{a.dtype}{list(a.shape)}" for n, a in own.items()} for own in (arrays, expected))
+    kinds, wanted = ({n: f"{a.dtype}{list(a.shape)}" for n, a in tree.items()} for tree in (arrays, expected))
     differing = sorted(name for name in kinds | wanted if kinds.get(name) != wanted.get(name))
     if differing:
         name = differing[0]
