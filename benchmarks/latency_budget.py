@@ -33,7 +33,7 @@ from jaxprune.pruning.latency import (
     Tokens,
     compare_latency,
     measure_latency_table,
-    meet,
+    search_latency,
 )
 from jaxprune.pruning.prune import TRIES
 from jaxprune.pruning.selection import least_latency
@@ -103,14 +103,14 @@ def _budget(
 
     dense_seconds = table.predict(widths(model.axes, params))
     least = 1.001 * least_latency(model, params, scores, table) / dense_seconds
-    met = meet(choose, measured, budget, least=least, most=1.0, tries=TRIES)
-    found = compared(met.gates)
+    search = search_latency(choose, measured, budget, least=least, most=1.0, tries=TRIES)
+    found = compared(search.gates)
     dense, pruned = found.latencies
-    width = widths(model.axes, jp.compact(model, params, met.gates))
+    width = widths(model.axes, jp.compact(model, params, search.gates))
     return {
         "predicted": table.predict(width) / dense_seconds,
-        "by_table": met.tries[0].measured,
-        "tries": [[own.asked, own.measured] for own in met.tries],
+        "by_table": search.trials[0].measured,
+        "tries": [[own.asked, own.measured] for own in search.trials],
         "measured": pruned.least / dense.least,
         "measured_seconds": pruned.least,
         "by_medians": 1.0 / found.speedups[1],

@@ -1,4 +1,4 @@
-"""`plan` predicts a loss, `prune --receipt` shows it beside the truth, and `--receipt-rounds` makes it smaller."""
+"""`plan` predicts a loss, `prune --loss-report` shows it beside the truth, and `--reselect` makes it smaller."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import jaxprune as jp
 from jaxprune.checkpoints.folder import load
 from jaxprune.checkpoints.record import read_pruning
 from jaxprune.data.splits import row_key
-from jaxprune.data.tasks import load_task
+from jaxprune.data.tasks import Rows, load_task
 from jaxprune.models.layers import max_tokens
 from jaxprune.pruning.budgets import Units
+from jaxprune.pruning.loss import LossReporting
 from jaxprune.pruning.record import check_reselection
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.attribution import GradientActivation
@@ -41,10 +42,10 @@ def scored(place: Place) -> Path:
 def pruned(place: Place, scored: Path) -> tuple[Path, dict[str, Any]]:
     out = place.folder / "small"
     rows = ("--task", "mood", "--data", place.data)
-    return out, record_of("prune", place.model, "--scores", scored, *rows, *QUICK, "--receipt", "-o", out)
+    return out, record_of("prune", place.model, "--scores", scored, *rows, *QUICK, "--loss-report", "-o", out)
 
 
-def test_a_plan_predicts_what_the_receipt_compares_with(place, scored, pruned):
+def test_a_plan_predicts_what_the_report_compares_with(place, scored, pruned):
     planned = record_of("plan", place.model, "--scores", scored, "--units", 0.5)
     found = pruned[1]["receipt"]
     assert planned["prediction"] == found["prediction"]
@@ -60,17 +61,19 @@ def test_a_plan_predicts_what_the_receipt_compares_with(place, scored, pruned):
     assert "loss predicted" in shown and "first order, at open gates" in " ".join(shown.split())
 
 
-def test_the_receipt_is_that_of_the_rows_that_were_scored(place, scored, pruned):
+def test_the_report_is_that_of_the_rows_that_were_scored(place, scored, pruned):
     out, record = pruned
     found = record["receipt"]
     model, params = load(place.model)
     task, scores = load_task("mood", data=place.data), load_scores(scored)
     rows = [row for row in task.rows("calibration") if row_key(row) in scores.rows]
     gates = select(model, params, scores, Units(0.5))
-    true = jp.loss_receipt(model, params, task, gates, examples=rows, nodes=8, objective=log_probability)
+    true = jp.loss_report(
+        model, params, task, gates, LossReporting(rows=Rows(examples=tuple(rows)), nodes=8, objective=log_probability)
+    )
     assert (found["examples"], found["labels"], found["nodes"], found["rounds"]) == (16, "gold", 8, None)
-    for name in ("lost", "found", "error"):
-        assert found[name] == pytest.approx(getattr(true, name), abs=1e-5)
+    for name, value in {"lost": true.lost, "found": true.attributed, "error": true.error}.items():
+        assert found[name] == pytest.approx(value, abs=1e-5)
     for name, own in (("layers", true.layers()), ("modules", true.modules())):
         assert found[name] == pytest.approx(own, abs=1e-5)
     assert sum(found["layers"].values()) == pytest.approx(found["found"], abs=1e-5)
@@ -82,7 +85,7 @@ def test_the_receipt_is_that_of_the_rows_that_were_scored(place, scored, pruned)
 
 def test_selecting_again_never_loses_more_and_keeps_the_budget(place, scored, pruned, tmp_path):
     rows = ("--task", "mood", "--data", place.data)
-    options = ("--scores", scored, *rows, *QUICK, "--receipt-rounds", 2, "-o", tmp_path / "again")
+    options = ("--scores", scored, *rows, *QUICK, "--reselect", 2, "-o", tmp_path / "again")
     result = run("prune", place.model, *options)
     assert result.exit_code == 0, result.stderr
     first, found = pruned[1]["receipt"], read_pruning(tmp_path / "again")["receipt"]
@@ -95,9 +98,9 @@ def test_selecting_again_never_loses_more_and_keeps_the_budget(place, scored, pr
     assert "Selected again at the same budget" in words and f"{found['lost']:.4f}" in words
 
 
-def test_several_tasks_have_a_receipt_each(place, tmp_path):
+def test_several_tasks_have_a_report_each(place, tmp_path):
     rows = ("--task", "mood", "--task", "topic", "--data", place.data)
-    options = (*rows, "--criterion", "magnitude", *QUICK, "--receipt")
+    options = (*rows, "--criterion", "magnitude", *QUICK, "--loss-report")
     result = run("prune", place.model, *options, "-o", tmp_path / "both")
     assert result.exit_code == 0, result.stderr
     found = read_pruning(tmp_path / "both")["receipts"]
@@ -108,13 +111,13 @@ def test_several_tasks_have_a_receipt_each(place, tmp_path):
 
 
 BAD = {
-    "no rows": (("--receipt",), "nothing to make a receipt of mood with: name the task"),
-    "negative rounds": (("--receipt-rounds", -1, "--task", "mood"), "reselect must be at least 0, got -1"),
-    "other task": (("--receipt", "--task", "topic"), "nothing to make a receipt of mood with"),
-    "nothing removed": (("--receipt", "--task", "mood", "--units", 1), "all gates are open"),
+    "no rows": (("--loss-report",), "nothing to measure the loss of mood with: name the task"),
+    "negative rounds": (("--reselect", -1, "--task", "mood"), "reselect must be at least 0, got -1"),
+    "other task": (("--loss-report", "--task", "topic"), "nothing to measure the loss of mood with"),
+    "nothing removed": (("--loss-report", "--task", "mood", "--units", 1), "all gates are open"),
     "rounds of several": (
-        ("--receipt-rounds", 1, "--task", "mood", "--task", "topic"),
-        "by the receipt of one task only",
+        ("--reselect", 1, "--task", "mood", "--task", "topic"),
+        "by the loss of one task only",
     ),
 }
 

@@ -10,10 +10,10 @@ import pytest
 from tiny import random_gates, tiny_batch, tiny_model
 
 from jaxprune.models import Model
-from jaxprune.pruning.loss import _Lost, predict_loss
+from jaxprune.pruning.loss import LossReporting, _Lost, predict_loss
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, layer
 from jaxprune.scoring.baselines import Fisher, Gradient, Magnitude, Taylor
-from jaxprune.scoring.objectives import absolute, gold, log_probability, margin, maximum, signed, squared
+from jaxprune.scoring.objectives import absolute, log_probability, margin, maximum, signed, squared
 from jaxprune.scoring.scores import Scores, describe
 from jaxprune.units import Gates, open_gates
 
@@ -96,7 +96,11 @@ def measured(criterion: Any, model: Model, params: Any, batch: Any) -> Scores:
 
 
 def lost(selected: Gates, objective: Any, model: Model, params: Any, batch: Any) -> float:
-    return float(_Lost(selected, 1, objective, gold)(model, params, batch).completeness["expected"].mean())
+    return float(
+        _Lost(selected, LossReporting(nodes=1, objective=objective))(model, params, batch)
+        .completeness["expected"]
+        .mean()
+    )
 
 
 @pytest.mark.parametrize("model_type", ["bert", "t5"])

@@ -108,11 +108,11 @@ RECEIPT = {
 
 
 def test_a_receipt_shows_prediction_beside_truth():
-    lines = text(tables.receipt_table(RECEIPT))
+    lines = text(tables.loss_table(RECEIPT))
     assert lines[0] == "sst2: log probability lost, mean of 128 examples"
     assert "layer predicted lost" in lines
     assert "0 0.0300 0.0200" in lines and "all 0.0512 0.0396" in lines
-    notes = " ".join(" ".join(tables.receipt_notes(RECEIPT)).split())
+    notes = " ".join(" ".join(tables.loss_notes(RECEIPT)).split())
     for part in ("first order. Their sizes sum to 1.2300. All scored units together lose 0.3960.", "by 0.0012 (mean)"):
         assert part in notes
     assert "lost 0.0500, then 0.0396 (848) (units that changed places); re-selection 1 is kept" in notes
@@ -120,12 +120,12 @@ def test_a_receipt_shows_prediction_beside_truth():
 
 def test_a_receipt_without_signs_and_without_a_prediction():
     sizes = PREDICTED | {"estimate": None, "everything": None}
-    assert "all 1.2300 0.0396" in text(tables.receipt_table(RECEIPT | {"prediction": sizes}))
+    assert "all 1.2300 0.0396" in text(tables.loss_table(RECEIPT | {"prediction": sizes}))
     none = sizes | {"at_most": None, "layers": {}, "meaning": "Magnitude attributes no objective to units"}
     again = RECEIPT | {"prediction": none, "rounds": None, "best": None}
-    assert "layer lost" in (lines := text(tables.receipt_table(again))) and "all 0.0396" in lines
-    assert tables.receipt_notes(again)[0].startswith("No prediction of the loss: Magnitude")
-    assert len(tables.receipt_notes(again)) == 2
+    assert "layer lost" in (lines := text(tables.loss_table(again))) and "all 0.0396" in lines
+    assert tables.loss_notes(again)[0].startswith("No prediction of the loss: Magnitude")
+    assert len(tables.loss_notes(again)) == 2
 
 
 def test_nothing_left_has_no_speedup():

@@ -31,7 +31,7 @@ from jaxprune.models import ENDS, NOWHERE, Model, TaskHead
 from jaxprune.models.layers import contribution
 from jaxprune.pruning.budgets import Units
 from jaxprune.pruning.checks import Checking, check
-from jaxprune.pruning.loss import loss_receipt
+from jaxprune.pruning.loss import LossReporting, loss_report
 from jaxprune.pruning.recovery import Recovery, recover
 from jaxprune.pruning.selection import select
 from jaxprune.scoring import baselines
@@ -451,8 +451,8 @@ def test_scores_of_spans_are_checked_and_repaired():
     longer = replace(task, splits={**task.splits, "calibration": (*task.rows("calibration"), far)})
     _, recovery = recover(model, params, small, longer, Recovery(rows=Rows(examples=1_000)))
     assert recovery.cut_off == 1 and recovery.examples == len(task.rows("calibration"))
-    receipt = loss_receipt(model, params, task, gates, examples=8, nodes=8)
-    assert abs(receipt.found - receipt.lost) <= receipt.error + 1e-5
+    report = loss_report(model, params, task, gates, LossReporting(rows=Rows(examples=8), nodes=8))
+    assert abs(report.attributed - report.lost) <= report.error + 1e-5
 
 
 # Training

@@ -323,14 +323,24 @@ class RecoveryOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReceiptOptions:
+class LossOptions:
     """The loss of a selection, and re-selection by it."""
 
-    receipt: Annotated[
-        bool, measured("What of the objective is lost on the scored rows, by layer, predicted and true.", "--receipt")
+    loss_report: Annotated[
+        bool,
+        measured(
+            "What of the objective is lost on the scored rows, by layer, predicted and true.",
+            "--loss-report",
+            "--receipt",
+        ),
     ] = False
-    receipt_rounds: Annotated[
-        int, kept("Select again, up to so often, by what was really lost, at the same budget; the best is kept.")
+    reselect: Annotated[
+        int,
+        kept(
+            "Select again, up to so often, by what was really lost, at the same budget; the best is kept.",
+            "--reselect",
+            "--receipt-rounds",
+        ),
     ] = 0
 
 

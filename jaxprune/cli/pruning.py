@@ -17,9 +17,9 @@ from jaxprune.cli.options import (
     Folder,
     Head,
     Json,
+    LossOptions,
     ModelName,
     Overwrite,
-    ReceiptOptions,
     RecoveryOptions,
     RowOptions,
     ScoringOptions,
@@ -74,7 +74,7 @@ def prune(
     scoring: ScoringOptions,
     settings: CriterionOptions,
     recovery: RecoveryOptions,
-    receipts: ReceiptOptions,
+    losses: LossOptions,
     testing: TestOptions,
     scores: Annotated[
         list[Path] | None, option("A score file, or one per task; otherwise --task is scored.", metavar="FILE")
@@ -115,8 +115,8 @@ def prune(
             rounds=rounds,
             recover_each_round=recovery.recover_rounds == "each",
             together=find("together", together or "pooled"),
-            report_loss=receipts.receipt,
-            reselect=receipts.receipt_rounds,
+            report_loss=losses.loss_report,
+            reselect=losses.reselect,
         )
         tested = Rows(split="test", examples=testing.limit, **asdict(batches)) if testing.evaluate else None
         job = PruneCommand(model, output, files, tested, sizes, overwrite)
@@ -142,8 +142,8 @@ def show_pruned(record: dict[str, Any], output: Path, as_json: bool, *, scored: 
     from jaxprune.cli.render import tables
 
     lines = [*tables.before_after_notes(record), *tables.headless_notes(record)]
-    for receipt in tables.receipts_of(record):
-        lines += [tables.receipt_table(receipt), *tables.receipt_notes(receipt)]
+    for receipt in tables.loss_reports(record):
+        lines += [tables.loss_table(receipt), *tables.loss_notes(receipt)]
     lines += ["", f"Model:  {output}"]
     if scored:
         files = ", ".join(task["scores"] for task in record.get("tasks", [record]))
@@ -303,8 +303,8 @@ def _latency_budget(model: Model, params: Params, pruned: Pruned, costs: Mapping
     """For a budget of latency, what was asked for, predicted and measured."""
     from jaxprune.pruning.budgets import Latency
 
-    budget, met = pruned.budget, pruned.latency
-    if met is None or not isinstance(budget, Latency) or budget.table is None:
+    budget, search = pruned.budget, pruned.latency
+    if search is None or not isinstance(budget, Latency) or budget.table is None:
         return {}
     batch = budget.table.conditions.batch
     before, after = (next(it for it in costs[when]["latency"] if it["batch"] == batch) for when in ("before", "after"))
@@ -314,8 +314,8 @@ def _latency_budget(model: Model, params: Params, pruned: Pruned, costs: Mapping
         "ratio": after["least"] / before["least"],
         "median_ratio": 1.0 / after["speedup"],
     }
-    tries = [{"asked": it.asked, "measured": it.measured} for it in met.tries]
-    more = {"measured": measured, "tries": tries, "best": met.best}
+    tries = [{"asked": it.asked, "measured": it.measured} for it in search.trials]
+    more = {"measured": measured, "tries": tries, "best": search.best}
     return {"latency_budget": predicted(budget.table, model, params, pruned.params, budget) | more}
 
 

@@ -581,7 +581,7 @@ def _table(content: Mapping[str, Any]) -> LatencyTable:
     return LatencyTable(conditions=known, rows=rows, fixed=fixed, scale=scale, wholes=wholes)
 
 
-class Try(NamedTuple):
+class Trial(NamedTuple):
     """A selection by the table, and what it took."""
 
     asked: float  # of the table, in the unit of the target
@@ -589,19 +589,19 @@ class Try(NamedTuple):
     gates: Gates
 
 
-class Met(NamedTuple):
+class LatencySearch(NamedTuple):
     """All selections, and which of them is nearest to the target."""
 
-    tries: tuple[Try, ...]
+    trials: tuple[Trial, ...]
     best: int  # the first of equals
 
     @property
     def gates(self) -> Gates:
         """The nearest selection."""
-        return self.tries[self.best].gates
+        return self.trials[self.best].gates
 
 
-def meet(
+def search_latency(
     choose: Callable[[float], Gates],
     measure: Callable[[Gates], float],
     target: float,
@@ -610,7 +610,7 @@ def meet(
     most: float,
     tolerance: float = 0.05,
     tries: int = 4,
-) -> Met:
+) -> LatencySearch:
     """Selects until what is measured is near the target.
 
     After a measurement that is off by a factor, the table is asked for the last budget divided by that factor. It ends
@@ -633,18 +633,18 @@ def meet(
     """
     if tries < 1 or not target > 0:
         raise ValueError(f"tries must be at least 1 and target above 0, got {tries} and {target}.")
-    done: list[Try] = []
+    done: list[Trial] = []
     asked = target
     while True:
         gates = choose(asked)
         if any(_widths(gates) == _widths(own.gates) for own in done):
             break
-        done.append(Try(asked, measure(gates), gates))
+        done.append(Trial(asked, measure(gates), gates))
         factor = done[-1].measured / target
         if len(done) == tries or abs(factor - 1.0) <= tolerance:
             break
         asked = min(max(asked / factor, least), most)
-    return Met(tuple(done), min(range(len(done)), key=lambda i: abs(math.log(done[i].measured / target))))
+    return LatencySearch(tuple(done), min(range(len(done)), key=lambda i: abs(math.log(done[i].measured / target))))
 
 
 def _widths(gates: Gates) -> dict[str, int]:

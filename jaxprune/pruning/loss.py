@@ -1,25 +1,20 @@
-"""The receipt of a pruning: what of the objective was lost, and which removed unit it was lost with.
+"""The loss of a selection in the objective: predicted from scores, measured unit by unit, and lessened by re-selection.
 
-Integrated gradients along the straight path from the gates that were selected to all gates open. What they give to the
-units that were closed sums to what the objective really lost, example by example, up to the quadrature. The same path
-says what the units that stay are worth to what is left.
+A *prediction* is a sum over the units that go of their attributions in a score file. With signs it is an estimate,
+which takes the units' losses to add up, which they do not; the sum of their sizes bounds the estimate, not the truth.
+Scores that attribute no objective, such as magnitudes, predict nothing.
 
-What a selection is predicted to lose of the objective, from a score file alone: a sum over the units that go.
+A *report* is the truth: integrated gradients along the straight path from the selected gates to all gates open. What
+they give to the closed units sums to what the objective really lost, example by example, up to the quadrature.
 
-An *estimate* is the sum of their attributions, with signs. It takes the units' losses to add up, which they do not:
-what was really lost is known by a receipt (`jaxprune.pruning.loss`). *At most* is the sum of the attributions'
-sizes: it bounds the estimate, not the truth. Scores that attribute no objective, such as magnitudes, predict nothing.
-
-Looks at what a selection really loses, and selects again at the same budget, round by round.
-
-Scores are made where all units are open, or on a path from none; what counts is what a unit is worth beside those that
-stay. A receipt knows: along its path, from the selected gates to open ones, it measures the slope of every unit. Where
-a removed unit's is larger than a kept one's, the two should change places.
+The same path says what a unit is worth beside those that stay, where scores are made with all units open, or on a path
+from none. So *re-selection* merges it with the scores and selects again at the same budget, round by round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,7 +24,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxprune.data.batches import pack, usable_rows
-from jaxprune.data.tasks import Example, Rows, Task, draw, row_key
+from jaxprune.data.tasks import Rows, Task, draw, row_key
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
 from jaxprune.models.backward import forward
@@ -41,7 +36,6 @@ from jaxprune.scoring.objectives import (
     Objective,
     absolute,
     gold,
-    key_or_default,
     questions,
     signed,
     squared,
@@ -52,44 +46,57 @@ from jaxprune.scoring.run import score_batches
 from jaxprune.scoring.scores import Scores
 from jaxprune.units import Gates, Intervention, Params, check_gates
 
+EXAMPLES = 128  # rows of a report, unless asked otherwise
 WORTH = "worth:"  # before a site's name: what all its units are worth along the path
 
 
-class Receipt(NamedTuple):
-    """What a pruning lost, as means over the examples, in units of the objective."""
+@dataclass(frozen=True, kw_only=True)
+class LossReporting:
+    """The settings of a loss report."""
+
+    rows: Rows = Rows(examples=EXAMPLES)
+    nodes: int = 16  # quadrature nodes; each costs one forward and one backward pass
+    objective: Objective | None = None  # None: the probability, or the negative squared error in a regression
+    labels: Labels = gold
+    examples: ExampleReduction = absolute  # of `worth`, as of the scores that it is to be compared with
+    head: str | None = None  # None: the one of the task's name, else the only one
+
+    def __post_init__(self):
+        if self.nodes < 1:
+            raise ValueError(f"nodes must be at least 1, got {self.nodes}.")
+        if self.examples.largest:
+            raise ValueError(
+                f"examples={self.examples.name} is no mean over the examples, and a loss is: use absolute, signed or "
+                "squared."
+            )
+
+
+class LossReport(NamedTuple):
+    """The loss of a selection, as means over the examples, in units of the objective."""
 
     units: Mapping[str, np.ndarray]  # site name to [units]: lost with this unit; 0 where it is open
     lost: float  # objective of the open model - objective of the pruned one
-    found: float  # the sum of `units`
-    error: float  # the mean over the examples of |found - lost|
+    attributed: float  # the sum of `units`
+    error: float  # the mean over the examples of |attributed - lost|
     rows: tuple[str, ...]  # the keys of the examples
     worth: Mapping[str, np.ndarray]  # [units], open ones too: mean f(slope along the path), as scores are reduced
 
     def modules(self) -> dict[str, float]:
-        """Lost with each module: `"3.ffn"` to the sum of its units."""
-        return by_module(self.units)
+        """The loss with each module: `"3.ffn"` to the sum of its units."""
+        return _sums(self.units, 1)
 
     def layers(self) -> dict[str, float]:
-        """Lost with each layer."""
-        return by_layer(self.units)
-
-
-def by_module(units: Mapping[str, Any]) -> dict[str, float]:
-    """Sums over the units of each module: `"3.ffn"`, `"decoder.3.cross"`."""
-    return _sums(units, 1)
-
-
-def by_layer(units: Mapping[str, Any]) -> dict[str, float]:
-    """Sums over the units of each layer: `"3"`, `"decoder.3"`."""
-    return _sums(units, 2)
+        """The loss with each layer: `"3"`, `"decoder.3"`."""
+        return _sums(self.units, 2)
 
 
 def _sums(units: Mapping[str, Any], parts: int) -> dict[str, float]:
-    found: dict[str, float] = {}
+    """Sums over the units of all sites that have the same name without its last parts."""
+    sums: dict[str, float] = {}
     for site, values in units.items():
         name = ".".join(site.split(".")[:-parts])
-        found[name] = found.get(name, 0.0) + float(np.asarray(values).sum())
-    return found
+        sums[name] = sums.get(name, 0.0) + float(np.asarray(values).sum())
+    return sums
 
 
 class _Lost(Criterion):
@@ -101,24 +108,10 @@ class _Lost(Criterion):
 
     examples = signed
 
-    def __init__(
-        self,
-        selected: Gates,
-        nodes: int,
-        objective: Objective | None,
-        labels: Labels,
-        *,
-        reduction: ExampleReduction = absolute,
-        means: Gates | None = None,
-    ) -> None:
-        if reduction.largest:
-            raise ValueError(
-                f"reduction={reduction.name} is no mean over the examples, and a receipt is: use absolute, signed or "
-                "squared."
-            )
-        self.selected, self.objective, self.labels, self.reduction = selected, objective, labels, reduction
+    def __init__(self, selected: Gates, reporting: LossReporting, means: Gates | None = None):
+        self.selected, self.reporting = selected, reporting
+        self.objective, self.labels = reporting.objective, reporting.labels
         self.closed = calibration_means if means else zero
-        self.points, self.weights = quadrature(gauss_legendre, nodes)
 
     def __call__(
         self,
@@ -131,93 +124,75 @@ class _Lost(Criterion):
         means: Gates | None = None,
     ) -> Measured:
         """Attributes a batch; see `Criterion`."""
-        chosen = model.head(head)
+        chosen, settings = model.head(head), self.reporting
         objective = self.objective_of(chosen)
+        nodes = list(zip(*quadrature(gauss_legendre, settings.nodes), strict=True))
         run = partial(forward, model, params, intervention=Intervention(means=means), head=chosen.name)
         slopes: list[Gates] = []
         shares: tuple[Array, ...] = ()
         expected = jnp.zeros(())
-        for own in questions(model, params, batch, self.labels, chosen.regression, key, run):
-            rows = own.batch["input_ids"]
-            pruned = run(own.batch, intervention=Intervention(_between(self.selected, 0.0, rows), means))[0]
-            for target, share in zip(own.targets, own.weights, strict=True):
-                after, before = (value_and_cotangent(objective, it, target)[0] for it in (own.logits, pruned))
+        for question in questions(model, params, batch, settings.labels, chosen.regression, key, run):
+            rows = question.batch["input_ids"]
+            pruned = run(question.batch, intervention=Intervention(_between(self.selected, 0.0, rows), means))[0]
+            for target, share in zip(question.targets, question.weights, strict=True):
+                after, before = (value_and_cotangent(objective, it, target)[0] for it in (question.logits, pruned))
                 expected = expected + share * (after - before)
-            totals: list[Gates] = [{name: jnp.zeros(()) for name in self.selected} for _ in own.targets]
-            for point, weight in zip(self.points, self.weights, strict=True):
+            totals: list[Gates] = [{name: jnp.zeros(()) for name in self.selected} for _ in question.targets]
+            for point, weight in nodes:
                 gates = _between(self.selected, point, rows)
-                logits, pull = run(own.batch, intervention=Intervention(gates, means))
-                for i, target in enumerate(own.targets):
+                logits, pull = run(question.batch, intervention=Intervention(gates, means))
+                for i, target in enumerate(question.targets):
                     totals[i] = _more(totals[i], pull(value_and_cotangent(objective, logits, target)[1])[0], weight)
                 del logits, pull  # before the next node needs the memory
             slopes += totals
-            shares += own.weights
+            shares += question.weights
         lost = _closed_alone(weigh(signed.each, slopes, shares), self.selected)
-        found = jnp.stack([value.sum(1) for value in lost.values()]).sum(0)
-        sums = {"expected": expected, "found": found, "error": jnp.abs(found - expected), "size": jnp.abs(expected)}
-        worth = weigh(self.reduction.each, slopes, shares)
+        total = jnp.stack([value.sum(1) for value in lost.values()]).sum(0)
+        sums = {"expected": expected, "found": total, "error": jnp.abs(total - expected), "size": jnp.abs(expected)}
+        worth = weigh(settings.examples.each, slopes, shares)
         return Measured(lost | {f"{WORTH}{name}": value for name, value in worth.items()}, sums)
 
 
-def loss_receipt(
+def loss_report(
     model: Model,
     params: Params,
     task: Task,
     gates: Mapping[str, Any],
+    reporting: LossReporting = LossReporting(),
     *,
-    examples: int | Sequence[Example] = 128,
-    key: Array | int | None = None,
-    nodes: int = 16,
-    objective: Objective | None = None,
-    labels: Labels = gold,
-    reduction: ExampleReduction = absolute,
     means: Gates | None = None,
-    head: str | None = None,
-    batch_size: int = 32,
-    max_length: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Receipt:
-    """Says what a selection loses, and with which unit.
+) -> LossReport:
+    """Measures what a selection loses, and with which unit.
 
     Args:
         model: The architecture.
         params: The dense parameters.
         task: The task; its calibration rows are drawn from.
         gates: Those of `select`, site name to `[units]`: 1 where a unit stays, 0 where it goes.
-        examples: How many to draw, or the examples themselves.
-        key: A seed or a `jax.random.key` for the draw; None is 0.
-        nodes: Quadrature nodes; each costs one forward and one backward pass.
-        objective: What was to be kept; None is the probability, or the negative squared error in a regression.
-        labels: For which labels.
-        reduction: How the examples become one number in `worth`: as in the scores that it is to be compared with.
+        reporting: The rows, the objective, and how exactly it is integrated.
         means: What closed units are replaced by; None is zero.
-        head: The task head; by default the one of the task's name, else the only one.
-        batch_size: Examples in a batch.
-        max_length: Tokens to which a text is cut; by default 128, of spans 384, or the most that the model reads.
         progress: Called with the number of batches that are finished, and of all.
 
-    Returns:
-        The receipt.
-
     Raises:
-        ValueError: If the gates do not fit the model, no unit is closed, there are too few examples, or the reduction
-            is no mean over them.
+        ValueError: If the gates do not fit the model, no unit is closed, or there are too few examples.
     """
     selected = {name: jnp.asarray(gate, jnp.float32) for name, gate in gates.items()}
     check_gates(model, params, selected)
     if all(bool((gate == 1.0).all()) for gate in selected.values()):
         raise ValueError("all gates are open: nothing is lost, so there is nothing to attribute.")
-    key = jax.random.key(key) if isinstance(key, int) else key_or_default(key)
-    head = fitting_head(model, task, head)
-    given = tuple(examples) if isinstance(examples, Sequence) else examples
-    usable = usable_rows(model, task, Rows(examples=given, max_length=max_length))
-    rows = given if isinstance(given, tuple) else draw(usable.task, given, key)
-    encoded = usable.encode(rows)
+    settings = reporting.rows
+    key = jax.random.key(settings.key) if isinstance(settings.key, int) else settings.key
+    head = fitting_head(model, task, reporting.head)
+    usable, drawn = usable_rows(model, task, settings), settings.examples
+    if not isinstance(drawn, tuple):
+        count = EXAMPLES if drawn is None else drawn
+        drawn = draw(usable.task, count, key, split=settings.split or "calibration")
     values, sums, _ = score_batches(
         model,
         params,
-        pack(encoded, batch_size=batch_size),
-        _Lost(selected, nodes, objective, labels, reduction=reduction, means=means),
+        pack(usable.encode(drawn), batch_size=settings.batch_size),
+        _Lost(selected, reporting, means),
         head=head,
         key=key,
         means=means,
@@ -225,10 +200,10 @@ def loss_receipt(
     )
     if sums is None:
         raise ValueError("there are no examples to attribute.")
-    expected, found, error = (float(sums[name] or 0.0) for name in ("expected", "found", "error"))
+    expected, attributed, error = (float(sums[name] or 0.0) for name in ("expected", "found", "error"))
     arrays = {name: np.asarray(value) for name, value in values.items()}
     units, worth = ({name: arrays[f"{part}{name}"] for name in selected} for part in ("", WORTH))
-    return Receipt(units, expected, found, error, tuple(sorted(map(row_key, rows))), worth)
+    return LossReport(units, expected, attributed, error, tuple(sorted(map(row_key, drawn))), worth)
 
 
 @jax.jit
@@ -250,7 +225,7 @@ def _closed_alone(slopes: Gates, selected: Gates) -> Gates:
 
 
 class Prediction(NamedTuple):
-    """What closing units is predicted to lose, mean over the examples, in units of the objective."""
+    """The predicted loss by closing units, mean over the examples, in units of the objective."""
 
     units: Mapping[str, np.ndarray] | None  # lost with every unit that goes, 0 where it stays; None: no estimate
     sizes: Mapping[str, np.ndarray] | None  # at most that; None: not known
@@ -260,24 +235,22 @@ class Prediction(NamedTuple):
     @property
     def total(self) -> float | None:
         """The estimate for all units together."""
-        return None if self.units is None else sum(by_layer(self.units).values())
+        return None if self.units is None else sum(_sums(self.units, 2).values())
 
     @property
     def at_most(self) -> float | None:
         """What bounds the size of the estimate."""
-        return None if self.sizes is None else sum(by_layer(self.sizes).values())
+        return None if self.sizes is None else sum(_sums(self.sizes, 2).values())
 
     def to_json(self) -> dict[str, Any]:
         """As plain values: in total, by layer and by module."""
-        found: dict[str, Any] = {"estimate": self.total, "at_most": self.at_most, "everything": self.everything}
-        for name, sums in (("layers", by_layer), ("modules", by_module)):
-            own = {
-                part: {} if units is None else sums(units)
-                for part, units in (("estimate", self.units), ("at_most", self.sizes))
-            }
-            keys = dict.fromkeys([*own["estimate"], *own["at_most"]])
-            found[name] = {key: {part: values.get(key) for part, values in own.items()} for key in keys}
-        return found | {"meaning": self.meaning}
+        record: dict[str, Any] = {"estimate": self.total, "at_most": self.at_most, "everything": self.everything}
+        for name, parts in (("layers", 2), ("modules", 1)):
+            columns = {"estimate": self.units, "at_most": self.sizes}
+            sums = {column: {} if units is None else _sums(units, parts) for column, units in columns.items()}
+            keys = dict.fromkeys([*sums["estimate"], *sums["at_most"]])
+            record[name] = {key: {column: values.get(key) for column, values in sums.items()} for key in keys}
+        return record | {"meaning": self.meaning}
 
 
 def predict_loss(scores: Scores, gates: Mapping[str, Any]) -> Prediction:
@@ -299,13 +272,13 @@ def predict_loss(scores: Scores, gates: Mapping[str, Any]) -> Prediction:
         ValueError: If the gates are not of the sites and units that were scored.
     """
     criterion = scores.header["criterion"]
-    wrong = [
+    unlike = [
         name
         for name, value in scores.values.items()
         if name not in gates or np.asarray(gates[name]).shape != np.asarray(value).shape
     ]
-    if wrong:
-        raise ValueError(f"the gates do not fit the scores of {', '.join(wrong[:6])}: select by these scores.")
+    if unlike:
+        raise ValueError(f"the gates do not fit the scores of {', '.join(unlike[:6])}: select by these scores.")
     if (meaning := scores.properties["meaning"]) is None:
         return Prediction(None, None, None, f"{criterion['name']} attributes no objective to units")
     if (tokens := criterion.get("tokens", "sum_tokens")) != "sum_tokens":
@@ -316,14 +289,13 @@ def predict_loss(scores: Scores, gates: Mapping[str, Any]) -> Prediction:
     def lost(values: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return {name: closed[name] * np.asarray(value, np.float64) / share for name, value in values.items()}
 
-    own = scores.values if reduction == signed.name else scores.signed
-    units = None if own is None else lost(own)
+    with_signs = scores.values if reduction == signed.name else scores.signed
+    units = None if with_signs is None else lost(with_signs)
     sizes = None
     if reduction == absolute.name:
         sizes = lost(scores.values)
     elif reduction == squared.name:  # the mean size is at most the root of the mean square
-        roots = {name: np.sqrt(np.maximum(np.asarray(own, np.float64), 0.0)) for name, own in scores.values.items()}
-        sizes = lost(roots)
+        sizes = lost({name: np.sqrt(np.maximum(np.asarray(it, np.float64), 0.0)) for name, it in scores.values.items()})
     if units is None:
         meaning += "; without signs, which this score file has not kept: score again for an estimate"
     return Prediction(units, sizes, _everything(scores), meaning)
@@ -338,29 +310,25 @@ def part_of_way(scores: Scores) -> float:
 
 
 def _everything(scores: Scores) -> float | None:
-    """What closing all scored units loses: one joint path that starts at closed gates has measured it at its ends."""
-    criterion, found = scores.header["criterion"], scores.header["completeness"]
+    """The loss if all scored units go: one joint path that starts at closed gates has measured it at its ends."""
+    criterion, completeness = scores.header["criterion"], scores.header["completeness"]
     whole = criterion.get("path") == "joint" and part_of_way(scores) == 1.0
-    return float(found["expected"]) if found is not None and whole else None
+    return float(completeness["expected"]) if completeness is not None and whole else None
 
 
-Choose = Callable[[dict[str, np.ndarray]], Gates]  # scores by site -> gates, such as a partial of `select`
-Account = Callable[[Gates], Receipt]  # gates -> what they lose, such as a partial of `loss_receipt`
-
-
-class Round(NamedTuple):
-    """One selection and what it loses."""
+class Candidate(NamedTuple):
+    """One selection and its loss."""
 
     gates: Gates
-    receipt: Receipt
-    changed: int  # units that are closed here and were open in the round before, or the other way round
+    report: LossReport
+    changed: int  # units that are closed here and were open in the one before, or the other way round
 
 
 class Reselection(NamedTuple):
-    """All rounds, the first selection among them."""
+    """All selections, the first among them."""
 
-    rounds: tuple[Round, ...]
-    best: int  # the round that loses least, the first of equals
+    rounds: tuple[Candidate, ...]
+    best: int  # the one that loses least, the first of equals
 
     @property
     def gates(self) -> Gates:
@@ -368,34 +336,31 @@ class Reselection(NamedTuple):
         return self.rounds[self.best].gates
 
     @property
-    def receipt(self) -> Receipt:
-        """And what it loses."""
-        return self.rounds[self.best].receipt
+    def report(self) -> LossReport:
+        """The loss of that selection."""
+        return self.rounds[self.best].report
 
 
 def reselect(
     scores: Mapping[str, Any],
-    choose: Choose,
-    account: Account,
+    choose: Callable[[dict[str, np.ndarray]], Gates],
+    measure: Callable[[Gates], LossReport],
     *,
     rounds: int = 3,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reselection:
-    """Selects, looks at the true loss, merges what it shows with the scores, and selects again.
+    """Selects, measures the true loss, merges what it shows with the scores, and selects again.
 
-    The scores of round `t` are the mean of the first ones and of what the units were worth in the `t` receipts so far.
+    The scores of round `t` are the mean of the first ones and of what the units were worth in the `t` reports so far.
     It ends after `rounds`, or as soon as a selection has occurred before. The result never loses more than the first
-    selection, on the rows of the account; that is no promise for other rows.
+    selection, on the rows of the reports; that is no promise for other rows.
 
     Args:
-        scores: The first scores, in units of the objective, reduced over the examples as the receipts' `worth` is.
-        choose: Selects by scores, always at the same budget.
-        account: Makes the receipt of a selection, always on the same rows.
+        scores: The first scores, in units of the objective, reduced over the examples as the reports' `worth` is.
+        choose: Selects by scores, always at the same budget, such as a partial of `select`.
+        measure: Reports the loss of a selection, always on the same rows, such as a partial of `loss_report`.
         rounds: The most re-selections.
-        progress: Called with the number of receipts that are made, and the most there can be.
-
-    Returns:
-        All rounds, and which of them lost least.
+        progress: Called with the number of reports that are made, and the most there can be.
 
     Raises:
         ValueError: If `rounds` is below 1.
@@ -403,19 +368,19 @@ def reselect(
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}.")
     sums = {name: np.asarray(value, np.float64) for name, value in scores.items()}
-    done: list[Round] = []
+    done: list[Candidate] = []
     while len(done) <= rounds:
         gates = choose({name: total / (len(done) + 1) for name, total in sums.items()})
-        if any(_changed(gates, own.gates) == 0 for own in done):
+        if any(_changed(gates, other.gates) == 0 for other in done):
             break
-        receipt = account(gates)
-        done.append(Round(gates, receipt, _changed(gates, done[-1].gates) if done else 0))
+        report = measure(gates)
+        done.append(Candidate(gates, report, _changed(gates, done[-1].gates) if done else 0))
         if progress is not None:
             progress(len(done), rounds + 1)
-        sums = {name: total + np.asarray(receipt.worth[name], np.float64) for name, total in sums.items()}
+        sums = {name: total + np.asarray(report.worth[name], np.float64) for name, total in sums.items()}
     if progress is not None:
         progress(rounds + 1, rounds + 1)
-    return Reselection(tuple(done), min(range(len(done)), key=lambda i: done[i].receipt.lost))
+    return Reselection(tuple(done), min(range(len(done)), key=lambda i: done[i].report.lost))
 
 
 def _changed(gates: Gates, others: Gates) -> int:

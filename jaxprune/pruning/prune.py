@@ -31,7 +31,7 @@ from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
 from jaxprune.models.cost import memory
 from jaxprune.pruning.budgets import Budget, Latency, Rules
-from jaxprune.pruning.latency import Met, compare_latency, meet
+from jaxprune.pruning.latency import LatencySearch, compare_latency, search_latency
 from jaxprune.pruning.pooling import mean_closed, mean_length, pooled
 from jaxprune.pruning.record import (
     ScoredLoss,
@@ -207,7 +207,7 @@ class Pruned(NamedTuple):
     rows: tuple[str, ...]  # keys of all rows that were read: none of them may be tested on
     budget: Budget  # with the length and the table that it was completed by
     recovery: RecoveryReport | None = None
-    latency: Met | None = None  # the selections that were measured for a budget of latency
+    latency: LatencySearch | None = None  # the selections that were measured for a budget of latency
 
 
 def prune(
@@ -279,7 +279,7 @@ def _check(
     if several and isinstance(budget, Latency) and pruning.together is not pooled:
         raise ValueError("a latency budget for several tasks needs pooled scores (--together pooled): it has no order.")
     if several and pruning.reselect:
-        raise ValueError("several tasks have several losses: units are selected again by the receipt of one task only.")
+        raise ValueError("several tasks have several losses: units are selected again by the loss of one task only.")
     criterion = pruning.scoring.criterion
     known = [(each.header["criterion"], each.properties) for each in scores]
     for described, properties in known or [(describe(criterion), properties_of(criterion))]:
@@ -288,8 +288,8 @@ def _check(
             check_reselection(described, properties)
     if pruning.measures_loss and (missing := {each.header["task"] for each in scores} - {*names}):
         raise ValueError(
-            f"there is nothing to make a receipt of {', '.join(sorted(missing))} with: name the task, or leave the "
-            "receipt out."
+            f"there is nothing to measure the loss of {', '.join(sorted(missing))} with: name the task, or leave the "
+            "loss report out."
         )
     for task in tasks:
         fitting_head(model, task, pruning.scoring.head)
@@ -348,10 +348,10 @@ class _Run:
             else partial(select, model, params, scores[0])
         )
         means = mean_closed(scores)
-        met, selected = None, budget
+        search, selected = None, budget
         if isinstance(budget, Latency):
-            met = self._meet(budget, scores, means, partial(choose, rules=rules))
-            selected = budget.at(met.tries[met.best].asked)
+            search = self._search(budget, scores, means, partial(choose, rules=rules))
+            selected = budget.at(search.trials[search.best].asked)
         gates = choose(selected, rules=rules)
         gates, losses, rows = self._losses(scores, gates, selected, means)
         small = compact(model, params, gates, means)
@@ -361,7 +361,7 @@ class _Run:
         if losses:
             record |= {"receipts": losses} if several else {"receipt": losses[0]}
         rows |= {row for each in scores for row in each.rows}
-        return self._recovered(Pruned(small, gates, tuple(scores), record, tuple(rows), budget, None, met))
+        return self._recovered(Pruned(small, gates, tuple(scores), record, tuple(rows), budget, None, search))
 
     def _recovered(self, pruned: Pruned) -> Pruned:
         """Repairs what is left, unless that is done or not wanted, and completes the record."""
@@ -373,8 +373,8 @@ class _Run:
         rows = tuple(sorted({*pruned.rows, *(() if report is None else report.rows)}))
         return pruned._replace(params=small, record=record, rows=rows, recovery=report)
 
-    def _meet(self, budget: Latency, scores: Sequence[Scores], means: Gates | None, choose: Any) -> Met:
-        """Selections by a budget of latency that were measured, each beside the dense model; see `meet`."""
+    def _search(self, budget: Latency, scores: Sequence[Scores], means: Gates | None, choose: Any) -> LatencySearch:
+        """Selections by a budget of latency that were measured, each beside the dense model; see `search_latency`."""
         model, params, table = self.model, self.params, budget.table
         if table is None:
             raise ValueError("a latency budget needs table=.")
@@ -394,9 +394,9 @@ class _Run:
 
         # one thousandth more than the least: what it is divided and multiplied by must not make it unreachable
         bounds = {"least": 1.001 * least / dense, "most": 1.0 if budget.is_fraction else math.inf}
-        met = meet(lambda amount: choose(budget.at(amount)), measure, budget.amount, **bounds, tries=TRIES)
+        search = search_latency(lambda amount: choose(budget.at(amount)), measure, budget.amount, **bounds, tries=TRIES)
         bar(TRIES, TRIES)
-        return met
+        return search
 
     def _losses(
         self, scores: Sequence[Scores], gates: Gates, budget: Budget, means: Gates | None
@@ -420,7 +420,7 @@ class _Run:
                 again = partial(select, self.model, self.params, budget=budget, rules=pruning.rules)
                 tried = loss.reselect(again, pruning.reselect)
                 gates = tried.gates
-            measured = loss(gates) if tried is None else tried.receipt
+            measured = loss(gates) if tried is None else tried.report
             records.append(loss.record(gates, measured, tried, pruning.reselect))
             rows |= set(measured.rows)
         return gates, records, rows

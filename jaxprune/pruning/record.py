@@ -18,9 +18,10 @@ from jaxprune.models import Model
 from jaxprune.models.cost import Length, flops, memory, parameters, prunable_parameters
 from jaxprune.pruning.budgets import NAMES, Budget, Rules
 from jaxprune.pruning.loss import (
-    Receipt,
+    LossReport,
+    LossReporting,
     Reselection,
-    loss_receipt,
+    loss_report,
     part_of_way,
     predict_loss,
     reselect,
@@ -245,41 +246,33 @@ class ScoredLoss:
         self.rows = scored_rows(model, params, task, scores, drawn=EXAMPLES)
         labelled = all(row.label is not None or row.answers for row in self.rows)
         self.labels = origin.labels or (gold if labelled else predicted)
-        self._measure = partial(
-            loss_receipt,
-            model,
-            params,
-            task,
-            examples=self.rows,
+        reporting = LossReporting(
+            rows=Rows(examples=self.rows, batch_size=batch_size, max_length=scores.header["max_length"]),
             nodes=nodes,
             objective=origin.objective,
             labels=self.labels,
-            means=means,
+            examples=absolute if origin.examples.largest else origin.examples,
             head=scores.header["head"],
-            batch_size=batch_size,
-            max_length=scores.header["max_length"],
-            reduction=absolute if origin.examples.largest else origin.examples,
         )
+        self._measure = partial(loss_report, model, params, task, reporting=reporting, means=means)
         self._open_bar = open_bar
 
-    def __call__(self, gates: Gates) -> Receipt:
+    def __call__(self, gates: Gates) -> LossReport:
         """Measures what a selection loses."""
-        return self._measure(gates, progress=self._open_bar(f"receipt of {self.task.name}"))
+        return self._measure(gates, progress=self._open_bar(f"loss of {self.task.name}"))
 
     def reselect(self, choose: Callable[[dict[str, np.ndarray]], Gates], rounds: int) -> Reselection:
         """Selects again by what was really lost; see `jaxprune.pruning.loss.reselect`."""
         power = 2 if self.scores.header["criterion"].get("examples") == squared.name else 1
-        share = part_of_way(self.scores) ** power  # the receipt's worth is of all of the way to a closed gate
+        share = part_of_way(self.scores) ** power  # the report's worth is of all of the way to a closed gate
         values = {name: np.asarray(value, np.float64) / share for name, value in self.scores.values.items()}
         return reselect(values, choose, self, rounds=rounds)
 
-    def record(self, gates: Gates, loss: Receipt, tried: Reselection | None, most: int) -> dict[str, Any]:
+    def record(self, gates: Gates, loss: LossReport, tried: Reselection | None, most: int) -> dict[str, Any]:
         """The loss of a selection, predicted and true, as records hold it."""
         rounds = None
         if tried is not None:
-            rounds = [
-                {"lost": it.receipt.lost, "error": it.receipt.error, "changed": it.changed} for it in tried.rounds
-            ]
+            rounds = [{"lost": it.report.lost, "error": it.report.error, "changed": it.changed} for it in tried.rounds]
         return {
             "task": self.task.name,
             "objective": objective_name(self.scores, self.model.head(self.scores.header["head"])),
@@ -287,7 +280,7 @@ class ScoredLoss:
             "examples": len(self.rows),
             "nodes": self.nodes,
             "lost": loss.lost,
-            "found": loss.found,
+            "found": loss.attributed,
             "error": loss.error,
             "layers": loss.layers(),
             "modules": loss.modules(),

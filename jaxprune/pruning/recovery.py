@@ -540,10 +540,10 @@ def _repair(
         None if bias is None else np.asarray(bias, np.float64),
     )
     units = np.repeat(np.arange(kernel.shape[0]), inputs // max(kernel.shape[0], 1))
-    best, *repair = fit_module(fit, held, old, units, method)
+    best, before, after, chosen = fit_module(fit, held, old, units, method)
     arrays = {}
     if best is not None:
         arrays[reader.kernel] = jnp.asarray(best.kernel.reshape(kernel.shape), kernel.dtype)
         if bias is not None:
             arrays[bias_path] = jnp.asarray(best.bias, bias.dtype)
-    return arrays, Repair(name, *repair)
+    return arrays, Repair(name, before, after, chosen)

@@ -14,10 +14,10 @@ from jaxprune.cli.render.tables import (
     before_after_notes,
     before_after_sections,
     listed,
+    loss_notes,
+    loss_reports,
+    loss_rows,
     plain,
-    receipt_notes,
-    receipt_rows,
-    receipts_of,
     student_note,
     student_sections,
 )
@@ -63,7 +63,7 @@ def model_card(record: Record, *, on_hub: bool) -> str:
         f"- Budget and selection: {budget}.",
         "- `pruning.json` has all settings, the versions, and which units stay.",
     ]
-    receipts = receipts_of(record)
+    reports = loss_reports(record)
     return _card(
         _front_matter(record, on_hub, "pruning", "structured-pruning"),
         f"# {source}, pruned for {names}",
@@ -74,8 +74,8 @@ def model_card(record: Record, *, on_hub: bool) -> str:
         "## Before and after",
         _markdown(["", *BEFORE_AFTER], [row for section in before_after_sections(record) for row in section]),
         "\n".join(" ".join(note.split()) for note in before_after_notes(record)),
-        *(["## What was lost"] if receipts else []),
-        *(part for receipt in receipts for part in _lost(receipt)),
+        *(["## What was lost"] if reports else []),
+        *(part for report in reports for part in _lost(report)),
         "## Units",
         _markdown(["site", "before", "after"], widths),
         *_use(tasks),
@@ -162,11 +162,11 @@ def _how_scored(task: Record, named: bool) -> str:
     return f"{what}: {_code(criterion['name'])}{f' ({_code(settings)})' if settings else ''}, {examples}."
 
 
-def _lost(receipt: Record) -> tuple[str, ...]:
+def _lost(report: Record) -> tuple[str, ...]:
     """What a pruning lost of one task, predicted and true."""
-    headings, *rows = receipt_rows(receipt)
-    what = f"Of {_code(receipt['objective'])} for {_code(receipt['task'])}, mean of {receipt['examples']:,} examples:"
-    notes = "\n".join(f"- {_unbroken(' '.join(note.split()))}" for note in receipt_notes(receipt))
+    headings, *rows = loss_rows(report)
+    what = f"Of {_code(report['objective'])} for {_code(report['task'])}, mean of {report['examples']:,} examples:"
+    notes = "\n".join(f"- {_unbroken(' '.join(note.split()))}" for note in loss_notes(report))
     return what, _markdown(headings, rows), notes
 
 

@@ -375,45 +375,45 @@ def headless_notes(record: Record) -> list[str]:
 # what a pruning lost of the objective
 
 
-def receipts_of(record: Record) -> Sequence[Record]:
-    """The receipts of a pruning for one or several tasks, or none."""
+def loss_reports(record: Record) -> Sequence[Record]:
+    """The loss reports of a pruning for one or several tasks, or none."""
     return record.get("receipts") or ([record["receipt"]] if record.get("receipt") else [])
 
 
-def receipt_table(receipt: Record) -> Table:
+def loss_table(report: Record) -> Table:
     """What was predicted to be lost, and what was lost, layer by layer."""
-    title = f"{receipt['task']}: {_objective(receipt)} lost, mean of {receipt['examples']:,} examples"
-    headings, *rows, last = receipt_rows(receipt)
+    title = f"{report['task']}: {_objective(report)} lost, mean of {report['examples']:,} examples"
+    headings, *rows, last = loss_rows(report)
     table = make_table(title, headings, rows, [last])
     table.min_width = min(len(title) + 2, 80)
     return table
 
 
-def receipt_rows(receipt: Record) -> list[tuple[str, ...]]:
+def loss_rows(report: Record) -> list[tuple[str, ...]]:
     """The headings, a row per layer, and one of all: predicted if there is a prediction, and lost.
 
     The layers' losses sum to what the nodes found, the last row is what was lost.
     """
-    prediction = receipt["prediction"]
+    prediction = report["prediction"]
     shown = predicted_by(prediction)
     rows: list[tuple[str, ...]] = [("layer", "lost") if shown is None else ("layer", PREDICTED[shown], "lost")]
-    for name, lost in {**receipt["layers"], "all": receipt["lost"]}.items():
+    for name, lost in {**report["layers"], "all": report["lost"]}.items():
         layer = prediction if name == "all" else prediction["layers"].get(name, {})
         predicted = () if shown is None else (number(layer.get(shown), ".4f"),)
         rows.append((name, *predicted, number(lost, ".4f")))
     return rows
 
 
-def receipt_notes(receipt: Record) -> list[str]:
-    """What the figures of a receipt mean, how exact they are, and what selecting again has changed."""
+def loss_notes(report: Record) -> list[str]:
+    """Says what the figures of a loss report mean, how exact they are, and what re-selection has changed."""
     notes = [
-        prediction_note(receipt),
-        f"Lost: by integrated gradients, {receipt['nodes']} nodes from the selected gates to open ones; the layers sum "
-        f"to {receipt['found']:.4f}, and miss an example's loss by {receipt['error']:.2g} (mean). Before any recovery.",
+        prediction_note(report),
+        f"Lost: by integrated gradients, {report['nodes']} nodes from the selected gates to open ones; the layers sum "
+        f"to {report['found']:.4f}, and miss an example's loss by {report['error']:.2g} (mean). Before any recovery.",
     ]
-    if rounds := receipt["rounds"]:
+    if rounds := report["rounds"]:
         steps = ", ".join(f"{each['lost']:.4f} ({each['changed']:,})" for each in rounds[1:]) or "the same again"
-        chosen = "the first selection stays" if receipt["best"] == 0 else f"re-selection {receipt['best']} is kept"
+        chosen = "the first selection stays" if report["best"] == 0 else f"re-selection {report['best']} is kept"
         notes.append(
             f"Selected again at the same budget: lost {rounds[0]['lost']:.4f}, then {steps} (units that changed "
             f"places); {chosen}. The same rows choose and measure, so other rows may lose more."

@@ -1,4 +1,4 @@
-"""The receipt sums to what was lost, and gives nothing to units that stay."""
+"""The loss report sums to what was lost, and gives nothing to units that stay."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import pytest
 from tiny import random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
-from jaxprune.pruning.loss import WORTH, _Lost
+from jaxprune.pruning.loss import WORTH, LossReporting, _Lost
 from jaxprune.scoring.activations import calibration_means
-from jaxprune.scoring.objectives import gold, log_probability, maximum
+from jaxprune.scoring.objectives import log_probability, maximum
 from jaxprune.scoring.run import score_batches
 from jaxprune.units import UNITS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["bert", "t5"])
-def test_the_receipt_sums_to_the_score_lost(model_type: str):
+def test_the_report_sums_to_the_score_lost(model_type: str):
     model, params = jp.load(jp.bundled_model() if model_type == "bert" else jp.bundled_text_model())
     task = jp.load_task("sst2", data=jp.bundled_data())
     rows = task.rows("calibration")[:16]
     scores = jp.score(model, params, task, jp.Scoring(criterion=jp.Magnitude(), rows=jp.Rows(examples=4)))
     gates = jp.select(model, params, scores, jp.budgets.Units(0.7))
-    found = jp.loss_receipt(model, params, task, gates, examples=rows, nodes=16, batch_size=8)
-    assert found.found == pytest.approx(sum(float(own.sum()) for own in found.units.values()), abs=1e-5)
-    assert abs(found.found - found.lost) <= found.error + 1e-6
+    found = jp.loss_report(model, params, task, gates, LossReporting(rows=jp.Rows(examples=rows, batch_size=8)))
+    assert found.attributed == pytest.approx(sum(float(own.sum()) for own in found.units.values()), abs=1e-5)
+    assert abs(found.attributed - found.lost) <= found.error + 1e-6
     assert found.error < 0.02
     for sums in (found.modules(), found.layers()):
-        assert sum(sums.values()) == pytest.approx(found.found, abs=1e-5)
+        assert sum(sums.values()) == pytest.approx(found.attributed, abs=1e-5)
     for name, gate in gates.items():
         assert (found.units[name][np.asarray(gate) == 1.0] == 0.0).all()
 
@@ -39,7 +40,7 @@ def test_what_is_lost_is_the_difference_of_the_objectives(seed: int):
     gates, batch = random_gates(model, params, seed), tiny_batch(model, 6, 7, seed)
     batch["labels"] = np.arange(6) % 3
     selected = {name: jnp.asarray((np.asarray(gate) > 0).astype(np.float32)) for name, gate in gates.items()}
-    found = _Lost(selected, 64, log_probability, gold)(model, params, batch)
+    found = _Lost(selected, LossReporting(nodes=64, objective=log_probability))(model, params, batch)
     closed = jp.compact(model, params, selected)
     values = [
         jax.nn.log_softmax(jnp.asarray(model.apply(own, batch).logits))[np.arange(6), batch["labels"]]
@@ -57,7 +58,7 @@ def test_closed_units_may_be_replaced_by_means():
     selected, batch = random_gates(model, params, 3), tiny_batch(model, 6, 7, 3)
     batch["labels"] = np.arange(6) % 3
     means = calibration_means(model, params, [batch], UNITS)
-    criterion = _Lost(selected, 1, log_probability, gold, means=means)
+    criterion = _Lost(selected, LossReporting(nodes=1, objective=log_probability), means)
     _, sums, _ = score_batches(model, params, [batch], criterion, means=means)
     values = [
         jax.nn.log_softmax(jnp.asarray(model.apply(own, batch).logits))[np.arange(6), batch["labels"]].mean()
@@ -66,13 +67,13 @@ def test_closed_units_may_be_replaced_by_means():
     assert sums is not None and sums["expected"] == pytest.approx(float(values[0] - values[1]), abs=2e-5)
 
 
-def test_the_largest_of_the_examples_is_no_receipt():
-    with pytest.raises(ValueError, match="reduction=maximum is no mean over the examples"):
-        _Lost({}, 1, None, gold, reduction=maximum)
+def test_the_largest_of_the_examples_is_no_loss():
+    with pytest.raises(ValueError, match="examples=maximum is no mean over the examples"):
+        LossReporting(examples=maximum)
 
 
-def test_open_gates_have_no_receipt():
+def test_open_gates_lose_nothing():
     model, params = tiny_model()
     task = jp.load_task("sst2", data=jp.bundled_data())
     with pytest.raises(ValueError, match="nothing is lost"):
-        jp.loss_receipt(model, params, task, jp.open_gates(model, params), examples=4)
+        jp.loss_report(model, params, task, jp.open_gates(model, params))
