@@ -75,12 +75,12 @@ class Watched(list[dict[str, np.ndarray]]):
 @pytest.mark.parametrize(
     "criterion",
     [
-        IntegratedGradients(nodes=5, chunk=2),
+        pytest.param(IntegratedGradients(nodes=5, chunk=2), marks=pytest.mark.slow),
         IntegratedGradients(nodes=2, path=layer, labels=every),
         GradientActivation(tokens=max_tokens, closed=calibration_means),
         Fisher(),
         Wanda(),
-        LeaveOneOut(chunk=3),
+        pytest.param(LeaveOneOut(chunk=3), marks=pytest.mark.slow),
     ],
 )
 def test_no_compilation_after_the_first_batch_of_each_length(criterion: Any, compiled: list[int]):
@@ -96,7 +96,10 @@ def test_no_compilation_after_the_first_batch_of_each_length(criterion: Any, com
     assert seen[2] == seen[3] == seen[4]
 
 
-@pytest.mark.parametrize("criterion", [IntegratedGradients(nodes=2, labels=every), GradientActivation(), Wanda()])
+@pytest.mark.parametrize(
+    "criterion",
+    [pytest.param(IntegratedGradients(nodes=2, labels=every), marks=pytest.mark.slow), GradientActivation(), Wanda()],
+)
 def test_nor_with_a_text_to_text_model(criterion: Any, compiled: list[int]):
     model, params = tiny_model("mt5", layers=1, neurons=24)
     answers = np.array([[[5, 6, 1], [7, 1, -100]]], np.int32).repeat(4, 0)
@@ -112,10 +115,12 @@ def test_nor_with_a_text_to_text_model(criterion: Any, compiled: list[int]):
     assert seen[2] == seen[3] == seen[4]
 
 
-@pytest.mark.parametrize("criterion", [GradientActivation(), IntegratedGradients(nodes=2, path=layer)])
+@pytest.mark.parametrize(
+    "criterion", [GradientActivation(), pytest.param(IntegratedGradients(nodes=2, path=layer), marks=pytest.mark.slow)]
+)
 def test_a_deep_model_compiles_no_more_than_a_shallow_one(criterion: Any, compiled: list[int]):
     programs = []
-    for layers in (3, 9):
+    for layers in (2, 6):
         model, params = tiny_model(layers=layers)
         batch = tiny_batch(model) | {"labels": np.array([0, 1, 2], np.int32)}
         jax.clear_caches()
@@ -127,7 +132,7 @@ def test_a_deep_model_compiles_no_more_than_a_shallow_one(criterion: Any, compil
 
 def test_a_deep_student_compiles_no_more_than_a_shallow_one(compiled: list[int]):
     programs = []
-    for layers in (2, 6):
+    for layers in (1, 3):
         model, params = tiny_model(layers=layers)
         batch, key = tiny_batch(model), jax.random.key(0)
         jax.clear_caches()
