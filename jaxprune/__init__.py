@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         predict_loss,
         reselect,
     )
-    from jaxprune.pruning.prune import Pruned, Pruning, Round, State, prune, prune_in_rounds
+    from jaxprune.pruning.prune import Pruned, Pruning, Round, Workspace, prune, prune_in_rounds
     from jaxprune.pruning.record import pruning_record
     from jaxprune.pruning.recovery import (
         BiasCompensation,
@@ -133,6 +133,7 @@ _SOURCES = {
     "WeightFisher": "sparse.saliency",
     "WeightMagnitude": "sparse.saliency",
     "WeightMovement": "sparse.saliency",
+    "Workspace": "pruning.prune",
     "add_gates": "checkpoints.shared",
     "apply_masks": "sparse.masks",
     "augment": "data.augmentation",
@@ -234,7 +235,6 @@ __all__ = [
     "Sparsification",
     "Sparsity",
     "Stability",
-    "State",
     "Task",
     "TaskGates",
     "Taylor",
@@ -245,6 +245,7 @@ __all__ = [
     "WeightFisher",
     "WeightMagnitude",
     "WeightMovement",
+    "Workspace",
     "__version__",
     "add_gates",
     "apply_masks",

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from choices import chosen
 from commands import Place, place, record_of, run, start, wait_for
 from tiny import tiny_model
 
-from jaxprune.checkpoints.folder import load
+from jaxprune.checkpoints.folder import load, model_digest
 from jaxprune.checkpoints.record import read_pruning
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.evaluation.evaluate import evaluate
-from jaxprune.pruning.budgets import Flops, Units
+from jaxprune.pruning.budgets import Flops, Rules, Units
 from jaxprune.pruning.pooling import (
     intersection,
     kept_by_all,
@@ -33,6 +34,7 @@ from jaxprune.pruning.pooling import (
     pooled,
     union,
 )
+from jaxprune.pruning.prune import Pruning, prune
 from jaxprune.pruning.prune import Together as Way
 from jaxprune.pruning.selection import select, thresholds
 from jaxprune.scoring.scores import Scores, load_scores, save_scores
@@ -174,6 +176,29 @@ def test_lengths_and_closed_values_are_means():
     assert mean_closed([Scores({}, {}), Scores({}, {})]) is None
     with pytest.raises(ValueError, match="score all with the same --closed"):
         mean_closed([scores[0], Scores({}, {})])
+
+
+def test_rules_for_channels_are_accepted_and_refused_alike_with_one_and_with_two_tasks(place):
+    model, params = load(place.model)
+    tasks = [load_task(name, data=place.data) for name in ("mood", "topic")]
+    channels = widths(model.axes, params, ("channels", "query_channels"))
+    digest = model_digest(model, params)
+    header = {"model": digest, "mean_length": 9.0, "head": "mood", "rows": [], "criterion": {"name": "Random"}}
+    scores = [
+        Scores(
+            {name: jnp.arange(units, dtype=jnp.float32) for name, units in channels.items()}, header | {"task": name}
+        )
+        for name in ("mood", "topic")
+    ]
+    for count in (1, 2):
+        rules = Rules(multiple_of={"channels": 2, "query_channels": 2})
+        settings = Pruning(rules=rules, recovery=None)
+        pruned = prune(model, params, tasks[:count], Units(0.8), settings, scores=scores[:count])
+        heads = widths(model.axes, params)["0.attention.heads"]
+        assert all(int(gate.sum()) % (2 * heads) == 0 for name, gate in pruned.gates.items() if name in channels)
+        refused = replace(settings, rules=Rules(multiple_of={"heads": 2}))
+        with pytest.raises(ValueError, match=r"multiple_of names \['heads'\]"):
+            prune(model, params, tasks[:count], Units(0.8), refused, scores=scores[:count])
 
 
 # the command

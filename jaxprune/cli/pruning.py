@@ -171,7 +171,7 @@ class PruneCommand:
         Otherwise scores are kept beside the folder, for the same command after an interruption and for other budgets.
         """
         from jaxprune.checkpoints.folder import check_destination, load
-        from jaxprune.pruning.prune import State, prune
+        from jaxprune.pruning.prune import Workspace, prune
         from jaxprune.scoring.scores import check_same_model, load_scores
 
         check_destination(self.output, self.overwrite)
@@ -180,10 +180,10 @@ class PruneCommand:
         if scores:
             check_same_model(dict(zip(map(str, self.files), scores, strict=True)))
         model, params = load(self.source)
-        tasks, state = load_tasks(), State(self.output, self.overwrite)
-        pruned = prune(model, params, tasks, budget, pruning, scores=scores or None, state=state, watch=bars)
+        tasks, workspace = load_tasks(), Workspace(self.output, self.overwrite)
+        pruned = prune(model, params, tasks, budget, pruning, scores=scores or None, workspace=workspace, watch=bars)
         costs = self._measure(model, params, pruned, tasks, pruning.scoring.head, bars)
-        files, made = list(self.files) or state.score_files(tasks), pruned.record
+        files, made = list(self.files) or workspace.score_files(tasks), pruned.record
         facts = [_facts(model, file, each) for file, each in zip(files, pruned.scores, strict=True)]
         together = made["settings"].get("together")
         record = {
@@ -196,7 +196,7 @@ class PruneCommand:
             **_latency_budget(model, params, pruned, costs),
         }
         record = self._write(model, pruned, record, costs)
-        state.remove()
+        workspace.remove()
         return record
 
     def _measure(

@@ -135,7 +135,7 @@ class Pruning:
 
 
 @dataclass(frozen=True)
-class State:
+class Workspace:
     """The place of intermediate results, so that the same pruning resumes after an interruption.
 
     Scores are kept as `PATH.scores.safetensors`, of several tasks as `PATH.TASK.scores.safetensors`. What the last
@@ -218,7 +218,7 @@ def prune(
     pruning: Pruning = Pruning(),
     *,
     scores: Scores | Sequence[Scores] | None = None,
-    state: State | None = None,
+    workspace: Workspace | None = None,
     watch: Watch | None = None,
 ) -> Pruned:
     """Makes a model smaller for one or several tasks: scores, selects, compacts and repairs it.
@@ -238,7 +238,7 @@ def prune(
         budget: How much may stay. For a latency without a table, one is measured.
         pruning: All other settings.
         scores: Of the dense model for every task; None: they are made.
-        state: Where intermediate results are kept; None: nowhere.
+        workspace: Where intermediate results are kept; None: nowhere.
         watch: Shows the progress.
 
     Returns:
@@ -255,7 +255,7 @@ def prune(
         tasks, leaks = remove_leaks(tasks)
         for (task, other), count in leaks.items():
             watch.say(f"{task}: {count:,} rows dropped, held out in {other}")
-    run = _Run(model, params, tasks, pruning, state, watch)
+    run = _Run(model, params, tasks, pruning, workspace, watch)
     return run.in_rounds(budget) if pruning.rounds > 1 else run.at_once(budget, given or run.scored())
 
 
@@ -322,12 +322,12 @@ class _Run:
     params: Params
     tasks: Sequence[Task]
     pruning: Pruning
-    state: State | None
+    workspace: Workspace | None
     watch: Watch
 
     def scored(self, watch: Watch | None = None) -> list[Scores]:
         """The scores of the dense model for every task."""
-        files = [None] * len(self.tasks) if self.state is None else self.state.score_files(self.tasks)
+        files = [None] * len(self.tasks) if self.workspace is None else self.workspace.score_files(self.tasks)
         how = self.pruning.scoring
         return [
             score_once(self.model, self.params, task, how, file, watch or self.watch)
@@ -428,17 +428,22 @@ class _Run:
     def in_rounds(self, budget: Budget) -> Pruned:
         """Scores, selects and compacts in rounds."""
         model, params, pruning, (task,) = self.model, self.params, self.pruning, self.tasks
-        state, count = self.state, pruning.rounds
+        workspace, count = self.workspace, pruning.rounds
         settings = _settings(model, params, task, budget, pruning)
-        records, after = ([], None) if state is None else state.load(settings)
-        if state is not None and after is not None:
-            self.watch.say(f"round {after.number} of {count}: {state.folder}, of an earlier run with the same settings")
+        records, after = ([], None) if workspace is None else workspace.load(settings)
+        if workspace is not None and after is not None:
+            self.watch.say(
+                f"round {after.number} of {count}: {workspace.folder}, of an earlier run with the same settings"
+            )
         (first,) = self.scored(_Stage(self.watch, 1, count))
         budget = budget.with_length(length := first.header["mean_length"])
         dense = costs(model, params, budget.length or length)
 
         def score_left(small: Params) -> Scores:
-            file, stage = None if state is None else state.next_scores, _Stage(self.watch, len(records) + 1, count)
+            file, stage = (
+                None if workspace is None else workspace.next_scores,
+                _Stage(self.watch, len(records) + 1, count),
+            )
             return first if small is params else score_once(model, small, task, pruning.scoring, file, stage)
 
         def repair(small: Params) -> tuple[Params, RecoveryReport]:
@@ -456,9 +461,9 @@ class _Run:
         for last in steps:
             records.append(_round_record(last, dense, costs(model, last.params, budget.length or length)))
             self.watch.say(f"round {last.number} of {count}: {records[-1]['units']:,} units are left")
-            if state is not None and last.number < count:
+            if workspace is not None and last.number < count:
                 kept = record_of(last.gates) | {"run": settings}
-                save(state.folder, model, last.params, pruning=kept, overwrite=True)
+                save(workspace.folder, model, last.params, pruning=kept, overwrite=True)
         if last is None:
             raise ValueError(f"rounds must be at least 1, got {count}.")
         rows, record = first.rows, record_of(last.gates)
