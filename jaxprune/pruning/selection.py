@@ -1,22 +1,13 @@
-"""Chooses which units stay: scores and a budget in, gates out.
+"""Selection: chooses which units stay; scores and a budget in, gates out.
 
 Every site's units are sorted, best first, and cut into blocks of one unit, or of `multiple_of`. The blocks of all sites
 stand in one order that does not depend on the budget; the longest prefix that the budget pays for is kept. So a smaller
 budget keeps a subset, and the result is short of its budget by less than the next block. An exact knapsack would use
-the rest, but its solutions are not nested.
+the rest, but its solutions are not nested. Channels are sorted within each head, and a block has one of every head, so
+that all heads keep as many.
 
-A budget of time is another matter: what a unit saves depends on how many its module has. Widths come from a table that
-was measured, and where all units compete, they are the solution of a knapsack over (score kept, seconds).
-
-Channels are sorted within each head, and a block has one of every head, so that all heads keep as many: the best of
-each, then the second best, and so on.
-
-Divides a budget among the sites of a model: how many of its best units each one keeps.
-
-Where every unit of a site costs the same (parameters, FLOPs, bytes), the units stand in blocks, best first, and the
-longest prefix of all blocks that the budget pays for is kept: a smaller budget keeps a subset. Where the cost of a
-width is measured (seconds), a site has a few widths to choose from, and one is chosen for each: all sites keep about
-the same fraction, or the scores that are kept add up to the most.
+Time is not a sum over units. A site has the widths to choose from that were measured, and one is chosen for each: all
+sites keep about the same fraction, or the scores that are kept add up to the most.
 """
 
 from __future__ import annotations
@@ -40,6 +31,27 @@ from jaxprune.units import KINDS, UNITS, Gates, Params, Site, check_sharing, sit
 CELLS = 1 << 15  # into which `knapsack` divides what there is to spend
 
 
+Values: TypeAlias = Mapping[str, Any]  # site name -> [units] scores
+
+
+class Candidates(NamedTuple):
+    """The units that are selected from, and the rules as they apply to them."""
+
+    sites: tuple[Site, ...]
+    width: Mapping[str, int]  # the units of every site
+    groups: Mapping[str, int]  # groups of a site that must keep as many units: heads, for channels
+    scores: Mapping[str, np.ndarray]  # a missing one is zero
+    ranking: Mapping[str, np.ndarray]  # the units of every site, best first
+    multiple_of: Mapping[str, int]  # by kind
+    floor: Mapping[str, int]  # by kind
+    whole: frozenset[str]  # sites that keep all units
+
+    def best(self, site: Site) -> np.ndarray:
+        """The scores of a site, best first."""
+        scores = self.scores.get(site.name, np.zeros(self.width[site.name]))
+        return scores[self.ranking[site.name]]
+
+
 class Blocks(NamedTuple):
     """The blocks of all sites, in site order and best first within a site."""
 
@@ -58,49 +70,32 @@ class Choices(NamedTuple):
     values: np.ndarray  # [choices] what keeping that many of the best units is worth
 
 
-def cut(
-    places: Sequence[Site],
-    shapes: Mapping[str, tuple[int, int]],
-    costs: Mapping[str, float],
-    scores: Mapping[str, np.ndarray],
-    ranking: Mapping[str, np.ndarray],
-    *,
-    per_layer: bool,
-    multiple_of: Mapping[str, int],
-    floor: Mapping[str, int],
-    whole: Collection[str],
-) -> Blocks:
+def cut(candidates: Candidates, costs: Mapping[str, float], per_layer: bool) -> Blocks:
     """Cuts every site into blocks.
 
     Args:
-        places: The sites.
-        shapes: Of every site the groups that must keep as many units (heads, for channels), and its units.
+        candidates: What is selected from.
         costs: Of one unit of every site.
-        scores: Of the units of every site; a missing one is zero.
-        ranking: The units of every site, best first.
         per_layer: Whether the block after which its site has the smallest fraction comes first; else the one with the
             highest mean score per cost.
-        multiple_of: Units in a block, by kind and in each group.
-        floor: Units of every group that are kept before all others, by kind.
-        whole: Sites that keep all units.
     """
     columns: list[tuple[np.ndarray, ...]] = []
-    for index, site in enumerate(places):
-        (groups, units), cost = shapes[site.name], costs[site.name]
+    for index, site in enumerate(candidates.sites):
+        cost, units = costs[site.name], candidates.width[site.name]
+        groups = candidates.groups[site.name]
         if not units:
             continue
-        starts = np.arange(0, units, groups * multiple_of[site.kind])
+        starts = np.arange(0, units, groups * candidates.multiple_of[site.kind])
         sizes = np.diff(starts, append=units)
         if per_layer:
             order = (starts + sizes) / units
         else:
-            score = scores.get(site.name, np.zeros(units))
-            best = score[ranking[site.name]]
+            best = candidates.best(site)
             below = np.add.reduceat(best - np.repeat(best[starts], sizes), starts)
             means = best[starts] + below / sizes  # this way the mean of equal scores is exactly that score
             order = np.maximum.accumulate(-means / cost)  # rounding must not put a later block first
-        forced = np.full(len(starts), True) if site.name in whole else starts < groups * floor[site.kind]
-        columns.append((np.full(len(starts), index), sizes, sizes * cost, order, forced))
+        least = units if site.name in candidates.whole else groups * candidates.floor[site.kind]
+        columns.append((np.full(len(starts), index), sizes, sizes * cost, order, starts < least))
     if not columns:
         columns.append((np.zeros(0, int), np.zeros(0, int), np.zeros(0), np.zeros(0), np.zeros(0, bool)))
     return Blocks(*(np.concatenate(column) for column in zip(*columns, strict=True)))
@@ -110,8 +105,8 @@ def best_first(scores: np.ndarray, groups: int) -> np.ndarray:
     """The units, best first: the best of every group, then the second best of every group, and so on."""
     if not scores.size:
         return np.zeros(0, int)
-    own = scores.reshape(groups, -1)
-    order = np.argsort(-own, axis=1, kind="stable") + np.arange(groups)[:, None] * own.shape[1]
+    grouped = scores.reshape(groups, -1)
+    order = np.argsort(-grouped, axis=1, kind="stable") + np.arange(groups)[:, None] * grouped.shape[1]
     return order.T.reshape(-1)
 
 
@@ -139,16 +134,18 @@ def alike(choices: Sequence[Choices], limit: float) -> np.ndarray:
     """
     _check_limit(choices, limit)
     steps = [
-        (own.widths[i] / own.widths[-1], index, i) for index, own in enumerate(choices) for i in range(1, len(own[0]))
+        (site.widths[i] / site.widths[-1], index, i)
+        for index, site in enumerate(choices)
+        for i in range(1, len(site[0]))
     ]
     taken = [0] * len(choices)
-    spent = sum(float(own.costs[0]) for own in choices)
+    spent = sum(float(site.costs[0]) for site in choices)
     for _, index, i in sorted(steps):
         spent += float(choices[index].costs[i] - choices[index].costs[i - 1])
         if spent > limit:
             break
         taken[index] = i
-    return np.array([own.widths[i] for own, i in zip(choices, taken, strict=True)], int)
+    return np.array([site.widths[i] for site, i in zip(choices, taken, strict=True)], int)
 
 
 def knapsack(choices: Sequence[Choices], limit: float, cells: int = CELLS) -> np.ndarray:
@@ -176,13 +173,13 @@ def knapsack(choices: Sequence[Choices], limit: float, cells: int = CELLS) -> np
     value[0] = 0.0  # of the sites so far: the best that ends in each cell, and what it has spent of what there is
     taken, before = (np.zeros((len(choices), cells + 1), np.int32) for _ in range(2))
     place = np.arange(cells + 1, dtype=np.int32)
-    for index, own in enumerate(choices):
+    for index, site in enumerate(choices):
         best, most, paid = np.full(cells + 1, -np.inf), np.zeros(cells + 1, int), np.zeros(cells + 1)
-        for i, rise in enumerate(own.costs - own.costs[0]):
+        for i, rise in enumerate(site.costs - site.costs[0]):
             ends, moved = _cells_of(spent + rise, cell, cells), int(_cells_of(rise, cell, cells))
             for shift in range(max(moved - 1, 0), min(moved, cells) + 1):  # it ends in one of these two cells
                 into, source = slice(shift, None), slice(cells + 1 - shift)
-                found, wide = value[source] + own.values[i], units[source] + own.widths[i]
+                found, wide = value[source] + site.values[i], units[source] + site.widths[i]
                 better = (found > best[into]) | ((found == best[into]) & (wide > most[into]))
                 fits = (ends[source] == place[into]) & np.isfinite(found) & better
                 for kept, new in ((best, found), (most, wide), (paid, spent[source] + rise)):
@@ -206,32 +203,16 @@ def _cells_of(cost: np.ndarray | float, cell: float, cells: int) -> np.ndarray:
 
 def _check_limit(choices: Sequence[Choices], limit: float) -> float:
     """What the narrowest widths leave of a limit."""
-    room = limit - sum(float(own.costs[0]) for own in choices)
+    room = limit - sum(float(site.costs[0]) for site in choices)
     if room < 0:
         raise ValueError(f"limit must be at least {limit - room}, what the narrowest widths cost; got {limit}.")
     return room
 
 
-Values: TypeAlias = Mapping[str, Any]  # site name -> [units] scores
-
-
-class _Ground(NamedTuple):
-    """What is selected from, after everything that does not fit was refused."""
-
-    places: tuple[Site, ...]
-    width: Mapping[str, int]
-    shapes: Mapping[str, tuple[int, int]]  # groups that must keep as many units (heads, for channels); units
-    scores: Mapping[str, np.ndarray]
-    ranking: Mapping[str, np.ndarray]  # the units of every site, best first
-    multiple_of: Mapping[str, int]  # by kind
-    floor: Mapping[str, int]  # by kind
-    whole: frozenset[str]  # sites that keep all units
-
-
 class _Plan(NamedTuple):
     """All that a selection by blocks depends on."""
 
-    ground: _Ground
+    candidates: Candidates
     blocks: Blocks
     fixed: float  # what stays in any case, beyond the blocks: embeddings, where bytes are counted
 
@@ -311,9 +292,9 @@ def select_units(scores: Values, fraction: float) -> Gates:
     """
     places = order_sites(scores)
     ranked = {site.name: np.asarray(scores[site.name], np.float64) for site in places}
-    shapes = {site: (1, len(value)) for site, value in ranked.items()}
-    ground = _ground(places, shapes, ranked, Rules(), set())
-    return _gates_of_plan(Units(fraction), _Plan(ground, _blocks(ground, dict.fromkeys(shapes, 1.0), True), 0.0))
+    width, ones = {site: len(value) for site, value in ranked.items()}, dict.fromkeys(ranked, 1)
+    candidates = _ranked(tuple(places), width, ones, ranked, Rules())
+    return _gates_of_plan(Units(fraction), _Plan(candidates, cut(candidates, ones, True), 0.0))
 
 
 def thresholds(
@@ -341,10 +322,10 @@ def thresholds(
     reached = np.empty(len(order))
     reached[order] = (plan.fixed + spent) / (plan.total or 1.0)
     result = {}
-    for index, site in enumerate(plan.ground.places):
+    for index, site in enumerate(plan.candidates.sites):
         blocks = plan.blocks.site == index  # best first, as the units in the ranking
-        result[site.name] = np.empty(plan.ground.width[site.name])
-        result[site.name][plan.ground.ranking[site.name]] = np.repeat(reached[blocks], plan.blocks.units[blocks])
+        result[site.name] = np.empty(plan.candidates.width[site.name])
+        result[site.name][plan.candidates.ranking[site.name]] = np.repeat(reached[blocks], plan.blocks.units[blocks])
     return result
 
 
@@ -356,27 +337,13 @@ def per_layer_l2(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _plan(budget: Budget, model: Model, params: Params, scores: Scores | Values, rules: Rules) -> _Plan:
     """Puts the blocks of all sites in order; see `select`."""
     costs = budget.with_length(parts_of(scores)[1].get("mean_length")).unit_costs(model, params)
-    ground = _checked_ground(model, params, scores, rules)
-    blocks = _blocks(ground, costs, rules.per_layer)
+    candidates = _candidates(model, params, scores, rules)
+    blocks = cut(candidates, costs, rules.per_layer)
     fixed = memory_of(params) - float(blocks.cost.sum()) if isinstance(budget, Memory) else 0.0
-    return _Plan(ground, blocks, fixed)
+    return _Plan(candidates, blocks, fixed)
 
 
-def _blocks(ground: _Ground, costs: Mapping[str, float], per_layer: bool) -> Blocks:
-    return cut(
-        ground.places,
-        ground.shapes,
-        costs,
-        ground.scores,
-        ground.ranking,
-        per_layer=per_layer,
-        multiple_of=ground.multiple_of,
-        floor=ground.floor,
-        whole=ground.whole,
-    )
-
-
-def _checked_ground(model: Model, params: Params, scores: Scores | Values, rules: Rules) -> _Ground:
+def _candidates(model: Model, params: Params, scores: Scores | Values, rules: Rules) -> Candidates:
     """Refuses what does not fit; see `select`."""
     values = parts_of(scores)[0]
     places = _competing(model, params, values)
@@ -386,29 +353,23 @@ def _checked_ground(model: Model, params: Params, scores: Scores | Values, rules
     if rules.normalise is not None:
         ranked = fitting_values(rules.normalise(dict(ranked)), width, "normalised scores", expected=ranked)
     heads = {site.module: every[site.name] for site in sites(model.axes, params, ("heads",))}
-    shapes = {site.name: (heads[site.module] if len(KINDS[site.kind]) > 1 else 1, width[site.name]) for site in places}
-    return _ground(places, shapes, ranked, rules, _protected(places, rules.protect))
+    groups = {site.name: heads[site.module] if len(KINDS[site.kind]) > 1 else 1 for site in places}
+    return _ranked(places, width, groups, ranked, rules)
 
 
-def _ground(
+def _ranked(
     places: tuple[Site, ...],
-    shapes: Mapping[str, tuple[int, int]],
+    width: Mapping[str, int],
+    groups: Mapping[str, int],
     scores: Mapping[str, np.ndarray],
     rules: Rules,
-    protected: set[str],
-) -> _Ground:
+) -> Candidates:
+    """The candidates, ranked by their scores."""
     kinds = tuple(dict.fromkeys(site.kind for site in places)) or UNITS
-    ranking = {name: best_first(scores.get(name, np.zeros(units)), groups) for name, (groups, units) in shapes.items()}
-    return _Ground(
-        places,
-        {name: units for name, (_, units) in shapes.items()},
-        shapes,
-        scores,
-        ranking,
-        _by_kind("multiple_of", rules.multiple_of, 1, 1, kinds),
-        _by_kind("floor", rules.floor, 0, 0, kinds),
-        frozenset({*protected, *(site.name for site in places if site.name not in scores)}),
-    )
+    ranking = {name: best_first(scores.get(name, np.zeros(units)), groups[name]) for name, units in width.items()}
+    multiple_of, floor = _by_kind("multiple_of", rules.multiple_of, 1, kinds), _by_kind("floor", rules.floor, 0, kinds)
+    whole = frozenset({*_protected(places, rules.protect), *(name for name in width if name not in scores)})
+    return Candidates(places, width, groups, scores, ranking, multiple_of, floor, whole)
 
 
 def parts_of(scores: Scores | Values) -> tuple[Values, Mapping[str, Any]]:
@@ -428,18 +389,16 @@ def _competing(model: Model, params: Params, scored: Collection[str]) -> tuple[S
     return tuple(site for site in every if (site.kind not in UNITS) == (site.module in cut))
 
 
-def _by_kind(
-    name: str, value: int | Mapping[str, int] | None, default: int, least: int, kinds: tuple[str, ...]
-) -> dict[str, int]:
-    """A setting for every kind of the units."""
+def _by_kind(name: str, value: int | Mapping[str, int] | None, default: int, kinds: tuple[str, ...]) -> dict[str, int]:
+    """A rule for every kind of the units; the default also is the least that is allowed."""
     given = value if isinstance(value, Mapping) else dict.fromkeys(kinds, default if value is None else value)
     if unknown := [kind for kind in given if kind not in kinds]:
         raise ValueError(f"{name} names {unknown}; the kinds of units are {', '.join(kinds)}.")
     for kind, number in given.items():
         if isinstance(number, bool) or not isinstance(number, int | np.integer):
             raise TypeError(f"{name} of {kind} must be a whole number, got {number!r}.")
-        if number < least:
-            raise ValueError(f"{name} of {kind} must be at least {least}, got {number}.")
+        if number < default:
+            raise ValueError(f"{name} of {kind} must be at least {default}, got {number}.")
     return dict.fromkeys(kinds, default) | {kind: int(number) for kind, number in given.items()}
 
 
@@ -461,7 +420,9 @@ def _gates_of_plan(budget: Budget, plan: _Plan) -> Gates:
     _, spent = sequence(plan.blocks)
     must = int(plan.blocks.forced.sum())
     _refuse_unreachable(budget, plan.fixed + (float(spent[must - 1]) if must else 0.0), plan.total)
-    return _gates(plan.ground, prefix(plan.blocks, len(plan.ground.places), budget.limit(plan.total) - plan.fixed))
+    return _gates(
+        plan.candidates, prefix(plan.blocks, len(plan.candidates.sites), budget.limit(plan.total) - plan.fixed)
+    )
 
 
 def _select_by_table(budget: Latency, model: Model, params: Params, scores: Scores | Values, rules: Rules) -> Gates:
@@ -470,33 +431,32 @@ def _select_by_table(budget: Latency, model: Model, params: Params, scores: Scor
     if table is None:
         raise ValueError("a latency budget needs table=, which measure_latency_table makes for this model and device.")
     check_table(table, model, params)
-    ground = _checked_ground(model, params, scores, rules)
-    if other := sorted({site.kind for site in ground.places} - set(UNITS)):
+    candidates = _candidates(model, params, scores, rules)
+    if other := sorted({site.kind for site in candidates.sites} - set(UNITS)):
         raise ValueError(f"a latency budget needs scores of {' and '.join(UNITS)}, these are of {', '.join(other)}.")
-    choices = [_choices(ground, site, table) for site in ground.places]
-    total = table.predict(ground.width)
-    _refuse_unreachable(budget, table.fixed + math.fsum(float(own.costs[0]) for own in choices), total)
+    choices = [_choices(candidates, site, table) for site in candidates.sites]
+    total = table.predict(candidates.width)
+    _refuse_unreachable(budget, table.fixed + math.fsum(float(site.costs[0]) for site in choices), total)
     allocate = alike if rules.per_layer else knapsack
-    return _gates(ground, allocate(choices, budget.limit(total) - table.fixed))
+    return _gates(candidates, allocate(choices, budget.limit(total) - table.fixed))
 
 
 def least_latency(
     model: Model, params: Params, scores: Scores | Values, table: LatencyTable, *, rules: Rules = Rules()
 ) -> float:
     """The seconds of the narrowest widths that `select` may choose by a table."""
-    ground = _checked_ground(model, params, scores, rules)
-    return table.fixed + math.fsum(float(_choices(ground, site, table).costs[0]) for site in ground.places)
+    candidates = _candidates(model, params, scores, rules)
+    return table.fixed + math.fsum(float(_choices(candidates, site, table).costs[0]) for site in candidates.sites)
 
 
-def _choices(ground: _Ground, site: Site, table: LatencyTable) -> Choices:
+def _choices(candidates: Candidates, site: Site, table: LatencyTable) -> Choices:
     """The widths that a site may have, and the scores that it then keeps."""
-    units, multiple, least = ground.width[site.name], ground.multiple_of[site.kind], ground.floor[site.kind]
-    best = np.maximum(ground.scores.get(site.name, np.zeros(units)), 0.0)[ground.ranking[site.name]]
-    kept = np.concatenate([[0.0], np.cumsum(best)])
+    units, multiple, least = candidates.width[site.name], candidates.multiple_of[site.kind], candidates.floor[site.kind]
+    kept = np.concatenate([[0.0], np.cumsum(np.maximum(candidates.best(site), 0.0))])
     cheapest: dict[int, float] = {}
     for width, seconds in table.steps(site.name, units):
         rounded = width if width == units else width - width % multiple
-        if width == units or (rounded >= least and site.name not in ground.whole):
+        if width == units or (rounded >= least and site.name not in candidates.whole):
             cheapest.setdefault(rounded, seconds)
     offered = np.array(list(cheapest), int)
     return Choices(offered, np.array(list(cheapest.values())), kept[offered])
@@ -516,10 +476,10 @@ def _refuse_unreachable(budget: Budget, least: float, total: float) -> None:
     )
 
 
-def _gates(ground: _Ground, kept: Sequence[int] | np.ndarray) -> Gates:
+def _gates(candidates: Candidates, kept: Sequence[int] | np.ndarray) -> Gates:
     gates = {}
-    for site, units in zip(ground.places, kept, strict=True):
-        gate = np.zeros(ground.width[site.name], np.float32)
-        gate[ground.ranking[site.name][:units]] = 1.0
+    for site, units in zip(candidates.sites, kept, strict=True):
+        gate = np.zeros(candidates.width[site.name], np.float32)
+        gate[candidates.ranking[site.name][:units]] = 1.0
         gates[site.name] = jax.device_put(gate)  # jnp.asarray would compile a program for every width
     return gates
