@@ -497,7 +497,7 @@ def _joined(scores: Sequence[Scores], means: Gates | None) -> Scores:
     if len(scores) == 1:
         return scores[0]
     headers = [dict(each.header) for each in scores]
-    header = {"model": headers[0]["model"], "versions": headers[0]["versions"], "tasks": headers}
+    header = {"model": headers[0]["model"], "versions": headers[0].get("versions"), "tasks": headers}
     return Scores(scores[0].values, header, means)
 
 
