@@ -122,7 +122,6 @@ _SOURCES = {
     "Sparsification": "training.distillation",
     "Sparsity": "sparse.masks",
     "Stability": "scoring.stability",
-    "State": "pruning.prune",
     "Task": "data.tasks",
     "TaskGates": "checkpoints.shared",
     "Taylor": "scoring.baselines",
