@@ -478,7 +478,7 @@ BAD: dict[str, tuple[Sequence[Any], str]] = {
         "epochs must be at least 1",
     ),
     "unknown pooling": (
-        ("finetune", "{model}", "--task", "mood", "--data", "{data}", "--pooling", "last", "-o", "{new}"),
+        ("finetune", "{model}", "--task", "mood", "--data", "{data}", "--pooling", "median", "-o", "{new}"),
         "pooling",
     ),
     "finetuned folder exists": (("finetune", "{model}", "--task", "mood", "-o", "{model}"), "exists already"),

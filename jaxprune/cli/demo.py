@@ -171,7 +171,7 @@ def _test(
 
 
 def explain(record: dict[str, Any]) -> str:
-    """What the demo shows, and what it does not."""
+    """Says what the demo shows, and what it does not."""
     chosen, *others = record["tasks"]
     share = chosen["values"]["dense"]
     facts = {

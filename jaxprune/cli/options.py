@@ -253,10 +253,10 @@ class CriterionOptions:
         has = {name: {field.name for field in fields(kind) if field.init} for name, kind in kinds.items()}
         given = {name: value for name in SETTINGS if (value := getattr(self, name.replace("-", "_"))) is not None}
         every = set().union(*has.values())
-        if wrong := [f"--{name}" for name in given if SETTINGS[name] not in every]:
+        if unknown := [f"--{name}" for name in given if SETTINGS[name] not in every]:
             known = ", ".join(f"--{name}" for name, field in SETTINGS.items() if field in every)
             asked = " or ".join(names)
-            raise ValueError(f"criterion {asked} has no {', '.join(wrong)}; it has {known or 'no options'}.")
+            raise ValueError(f"criterion {asked} has no {', '.join(unknown)}; it has {known or 'no options'}.")
         chosen = {SETTINGS[name]: find(name, value) if name in FUNCTIONS else value for name, value in given.items()}
         if self.kinds is not None:
             chosen["kinds"] = tuple(self.kinds.split(","))
@@ -470,13 +470,13 @@ def by_kind(name: str, values: list[str] | None) -> int | dict[str, int] | None:
 
 def numbers(name: str, values: list[str] | None) -> dict[str, int]:
     """Reads `NAME=NUMBER`, each name once."""
-    found: dict[str, int] = {}
+    numbers_by_name: dict[str, int] = {}
     for value in values or ():
         key, _, number = value.partition("=")
-        if not key or not number.isdigit() or key in found:
+        if not key or not number.isdigit() or key in numbers_by_name:
             raise ValueError(f"{name} takes NAME=NUMBER, each name once; got {value!r}.")
-        found[key] = int(number)
-    return found
+        numbers_by_name[key] = int(number)
+    return numbers_by_name
 
 
 def read_fractions(name: str, text: str) -> tuple[float, ...]:
@@ -486,12 +486,12 @@ def read_fractions(name: str, text: str) -> tuple[float, ...]:
         ValueError: If it is something else.
     """
     try:
-        found = [float(part) for part in text.split(",")]
+        fractions = [float(part) for part in text.split(",")]
     except ValueError:
-        found = []
-    if not found or len(set(found)) < len(found):
+        fractions = []
+    if not fractions or len(set(fractions)) < len(fractions):
         raise ValueError(f"{name} takes fractions such as 0.9,0.5, each once; got {text!r}.")
-    return tuple(sorted(found, reverse=True))
+    return tuple(sorted(fractions, reverse=True))
 
 
 def check_different(files: Sequence[Path]) -> None:
@@ -504,20 +504,20 @@ def check_different(files: Sequence[Path]) -> None:
 def given(context: typer.Context, *options: str | type) -> str:
     """The options, of those named and of groups of options, that are on the command line."""
     named = [[it] if isinstance(it, str) else [field.name for field in fields(it)] for it in options]
-    found = []
-    for name in (name for names in named for name in names):
+    names = []
+    for name in (name for group in named for name in group):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            found.append("--" + name.replace("_", "-"))
-    return ", ".join(found)
+            names.append("--" + name.replace("_", "-"))
+    return ", ".join(names)
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Lets a command take groups of options: of a parameter that is a dataclass, every field becomes an option."""
-    own = inspect.signature(command, eval_str=True).parameters
-    groups: dict[str, Any] = {name: p.annotation for name, p in own.items() if is_dataclass(p.annotation)}
+    declared = inspect.signature(command, eval_str=True).parameters
+    groups: dict[str, Any] = {name: p.annotation for name, p in declared.items() if is_dataclass(p.annotation)}
     parameters = []
-    for name, parameter in own.items():
+    for name, parameter in declared.items():
         if name not in groups:
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
             continue

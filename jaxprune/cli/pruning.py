@@ -153,7 +153,7 @@ def show_pruned(record: dict[str, Any], output: Path, as_json: bool, *, scored: 
 
 @dataclass(frozen=True)
 class PruneCommand:
-    """What a pruning reads and writes, and what is measured of it."""
+    """The files of a pruning, and the measurements before and after it."""
 
     source: str
     output: Path

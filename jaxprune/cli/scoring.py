@@ -101,7 +101,7 @@ def score_model(
 
 @dataclass(frozen=True, kw_only=True)
 class CheckingOptions:
-    """How much is measured to check scores."""
+    """The effort of the checks."""
 
     units: Annotated[int, measured("Units of each kind that are removed, one at a time.")] = 64
     examples: Annotated[int, measured("The most calibration rows on which they are removed.")] = 64

@@ -1,4 +1,4 @@
-"""What all commands share: progress and errors on stderr, results on stdout, one JSON object if asked for."""
+"""The terminal of all commands: progress on stderr, results on stdout, one JSON object if asked for."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Bar:
 
 @contextlib.contextmanager
 def working() -> Iterator[Bars]:
-    """What a command does its work in: bars, no warnings of others, nothing on stdout, compiled programs kept."""
+    """The surroundings of a command: bars, only our own warnings, nothing on stdout, compiled programs kept."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     keep_compiled_programs()
@@ -150,7 +150,7 @@ def keep_compiled_programs() -> None:
 
 
 def cache_folder(what: str = "compiled") -> Path:
-    """Where compiled programs are kept, or what else, by kind of processor: those for one may not run on another."""
+    """The folder of compiled programs, or of something else, by kind of processor: not all run on another."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
@@ -160,7 +160,7 @@ def cache_folder(what: str = "compiled") -> Path:
 
 
 def digests_folder() -> Path | None:
-    """Where digests of models are remembered; None for a user without a home."""
+    """The folder that remembers digests of models; None for a user without a home."""
     folder = cache_folder("digests")
     return folder if folder.is_absolute() else None
 
@@ -186,7 +186,7 @@ def plain_console(*, stderr: bool) -> Any:
     from rich.text import Text
 
     class Plain(Console):
-        def render_str(self, text: str, **how: Any) -> Text:
-            return super().render_str(visible(text), **how)
+        def render_str(self, text: str, **style: Any) -> Text:
+            return super().render_str(visible(text), **style)
 
     return Plain(stderr=stderr, highlight=False, markup=False, emoji=False)

@@ -63,7 +63,7 @@ Teacher = Annotated[str, learned("The model that was fine-tuned on the task.", "
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuningOptions:
-    """How a model is fine-tuned."""
+    """The settings of a fine-tuning."""
 
     epochs: Annotated[int, training("Passes over the rows.")] = 3
     learning_rate: Annotated[float, training("At its peak.")] = 5e-5
@@ -86,7 +86,7 @@ class FineTuningOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How a student is trained and tested."""
+    """The training and the tests of a student."""
 
     epochs: Annotated[int, training("Passes over the rows.")] = 5
     steps: Annotated[int | None, training("Instead of passes.")] = None
@@ -114,7 +114,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationOptions:
-    """What a student learns from its teacher."""
+    """The losses between a student and its teacher."""
 
     losses: Annotated[
         str | None,
@@ -143,7 +143,7 @@ class DistillationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SparsificationOptions:
-    """How weights become zero."""
+    """The zeros that a training makes."""
 
     sparsity: Annotated[
         float | None, zeroed("Fraction of the layers' weights that become zero; 0.95 by default, or the pattern's.")
@@ -191,7 +191,7 @@ class SparsificationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationOptions:
-    """How train rows are copied."""
+    """The copies of train rows."""
 
     copies: Annotated[int, exchanged("Of each train row.")] = 20
     probability: Annotated[float, exchanged("That a word is exchanged.")] = 0.4

@@ -51,23 +51,23 @@ def inspect(
     flops = unit_costs(model, params, matmul_flops(model, length))  # those of channels are their heads'
     sizes = unit_costs(model, params, elements)
 
-    def cost(own: Sequence[SiteUnits], costs: Mapping[str, float]) -> float:
-        return sum(len(each.left) * costs.get(each.site.name, 0.0) for each in own)
+    def cost(group: Sequence[SiteUnits], costs: Mapping[str, float]) -> float:
+        return sum(len(each.left) * costs.get(each.site.name, 0.0) for each in group)
 
-    def size(own: Sequence[SiteUnits]) -> float:
-        return sum(float(np.abs(each.scores).sum()) for each in own if each.scores is not None)
+    def size(group: Sequence[SiteUnits]) -> float:
+        return sum(float(np.abs(each.scores).sum()) for each in group if each.scores is not None)
 
     total_flops, total_size = cost(units, flops), size(units)
 
-    def row(name: str, own: Sequence[SiteUnits]) -> dict[str, Any]:
-        by_kind = {kind: [each for each in own if each.site.kind == kind] for kind in kinds}
+    def row(name: str, group: Sequence[SiteUnits]) -> dict[str, Any]:
+        by_kind = {kind: [each for each in group if each.site.kind == kind] for kind in kinds}
         return {
             "layer": name,
             **{kind: [sum(len(x.left) for x in each), sum(x.had for x in each)] for kind, each in by_kind.items()},
-            "parameters": round(cost(own, sizes)),
-            "flops_share": cost(own, flops) / total_flops if total_flops else None,
+            "parameters": round(cost(group, sizes)),
+            "flops_share": cost(group, flops) / total_flops if total_flops else None,
             "mean_scores": {kind: _mean(each) for kind, each in by_kind.items()},
-            "score_share": size(own) / total_size if total_size else None,
+            "score_share": size(group) / total_size if total_size else None,
         }
 
     names = dict.fromkeys(each.site.layer_name for each in units)
@@ -76,7 +76,7 @@ def inspect(
         "flops": total_flops,
         "length": length,
         "kinds": list(kinds),
-        "layers": [row(name.replace(".", " "), own) for name, own in layers.items()],
+        "layers": [row(name.replace(".", " "), group) for name, group in layers.items()],
         "total": row("all", units),
     }
     return record, {kind: _ranks(list(layers.values()), kind) for kind in kinds}
@@ -121,13 +121,13 @@ def _mean(units: Sequence[SiteUnits]) -> float | None:
 
 def _ranks(layers: Sequence[Sequence[SiteUnits]], kind: str) -> list[np.ndarray]:
     """Per layer the ranks of the units it had among all of the kind."""
-    of_kind = [[each for each in own if each.site.kind == kind] for own in layers]
-    scores = [each.scores for own in of_kind for each in own if each.scores is not None]
+    of_kind = [[each for each in group if each.site.kind == kind] for group in layers]
+    scores = [each.scores for group in of_kind for each in group if each.scores is not None]
     ordered = np.sort(np.concatenate(scores)) if scores else np.zeros(0)
     ranks = []
-    for own in of_kind:
-        strips = [np.full(each.had, np.nan) for each in own]
-        for strip, each in zip(strips, own, strict=True):
+    for group in of_kind:
+        strips = [np.full(each.had, np.nan) for each in group]
+        for strip, each in zip(strips, group, strict=True):
             places = None if each.scores is None else np.searchsorted(ordered, each.scores)
             strip[each.left] = 1.0 if places is None else places / max(len(ordered) - 1, 1)
         ranks.append(np.concatenate(strips) if strips else np.zeros(0))

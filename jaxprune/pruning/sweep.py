@@ -261,12 +261,12 @@ class _Results:
         write_atomic(self.folder / RESULTS, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
     def record(self) -> dict[str, Any]:
-        """What the JSON file holds: rows in the order of the plan."""
+        """The content of the JSON file: rows in the order of the plan."""
         return {**self.head, "rows": [self.rows[one] for one in self.plan if one in self.rows]}
 
 
 def _differences(where: str, old: Any, new: Any) -> Iterator[str]:
-    """What differs between two JSON values, by name: `limit is 5, was 10`."""
+    """The differences between two JSON values, by name: `limit is 5, was 10`."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in dict.fromkeys((*old, *new)):
             yield from _differences(f"{where}.{name}".lstrip("."), old.get(name), new.get(name))

@@ -58,7 +58,7 @@ def model_card(record: Record, *, on_hub: bool) -> str:
     budget = _code(", ".join(f"{name} {plain(value)}" for name, value in rules.items()))
     widths = [[_code(name), f"{had:,}", f"{left:,}"] for name, (had, left) in record["widths"].items()]
     units = listed([WORDS[kind] for kind in record["kinds"]]).capitalize()
-    how = [
+    steps = [
         *(_how_scored(task, len(tasks) > 1) for task in tasks),
         f"- Budget and selection: {budget}.",
         "- `pruning.json` has all settings, the versions, and which units stay.",
@@ -69,7 +69,7 @@ def model_card(record: Record, *, on_hub: bool) -> str:
         f"# {source}, pruned for {names}",
         f"{units} that {needed} were cut out of {source} by jaxprune; nothing was trained. {_for_others(tasks)}",
         "## How it was made",
-        "\n".join(how),
+        "\n".join(steps),
         *_rounds(record),
         "## Before and after",
         _markdown(["", *BEFORE_AFTER], [row for section in before_after_sections(record) for row in section]),
@@ -92,7 +92,7 @@ def student_card(record: Record, *, on_hub: bool) -> str:
     source, teacher = _source(record, on_hub), _code(PurePath(record["teacher"]).name)
     thinning, best = record["thinning"], record["exams"][record["best"]]
     losses = [f"{name} {plain(weight)}" for name, weight in record["settings"].items() if name in LOSSES and weight]
-    how = [
+    steps = [
         f"- Student: {source}; teacher: {teacher}; {record['rows']['train']:,} train rows.",
         f"- {record['steps']:,} steps of {record['recipe']['batch_size']} rows, learning rate "
         f"{record['recipe']['learning_rate']:g}; losses and their weights: {_code(', '.join(losses))}.",
@@ -100,7 +100,7 @@ def student_card(record: Record, *, on_hub: bool) -> str:
     what = f"It learned by jaxprune to do what its teacher, {teacher}, does."
     if thinning is not None:
         what = f"{100 * best['sparsity']:.1f} % of the weights of its linear maps are zero. {what}"
-        how.append(
+        steps.append(
             f"- Criterion: {_code(thinning['criterion']['name'])}, pattern {_code(thinning['pattern']['name'])}, "
             f"{len(thinning['steps']):,} prunings until step {thinning['steps'][-1]:,}."
         )
@@ -110,7 +110,7 @@ def student_card(record: Record, *, on_hub: bool) -> str:
         f"# {source}, {'sparse' if thinning else 'distilled'} for {_code(record['task'])}",
         f"{what} {others}".rstrip(),
         "## How it was made",
-        "\n".join([*how, "- `distillation.json` has all settings, and every evaluation during training."]),
+        "\n".join([*steps, "- `distillation.json` has all settings, and every evaluation during training."]),
         f"![dev metric, zeros and losses over the steps]({LEARNED})",
         "## Teacher and student",
         _markdown(["", *STUDENT], [row for section in student_sections(record) for row in section]),
@@ -137,14 +137,14 @@ def _card(*parts: str) -> str:
 
 def _use(tasks: Sequence[Record]) -> list[str]:
     """The section of a card on how to load the model, and what the logits of its tasks are."""
-    owners = [f" of {_code(own['task'])}" if len(tasks) > 1 else "" for own in tasks]
-    options = [f" --task {_word(own['task'])}" for own in tasks]
+    owners = [f" of {_code(task['task'])}" if len(tasks) > 1 else "" for task in tasks]
+    options = [f" --task {_word(task['task'])}" for task in tasks]
     return [
         "## How to load it",
         f"```python\n{_loading(tasks[0])}\n```",
         *(
-            f"Labels{of}, in the order of the logits: {', '.join(map(_code, own['labels']))}."
-            for own, of in zip(tasks, owners, strict=True)
+            f"Labels{of}, in the order of the logits: {', '.join(map(_code, task['labels']))}."
+            for task, of in zip(tasks, owners, strict=True)
         ),
         f"```bash\njaxprune inspect FOLDER\njaxprune evaluate FOLDER{''.join(options)}\n```",
         "FOLDER is the folder of this file.",
@@ -163,7 +163,7 @@ def _how_scored(task: Record, named: bool) -> str:
 
 
 def _lost(report: Record) -> tuple[str, ...]:
-    """What a pruning lost of one task, predicted and true."""
+    """The loss of a pruning for one task, predicted and true."""
     headings, *rows = loss_rows(report)
     what = f"Of {_code(report['objective'])} for {_code(report['task'])}, mean of {report['examples']:,} examples:"
     notes = "\n".join(f"- {_unbroken(' '.join(note.split()))}" for note in loss_notes(report))
@@ -173,19 +173,19 @@ def _lost(report: Record) -> tuple[str, ...]:
 def _rounds(record: Record) -> list[str]:
     """The section of a card on the rounds, if there were several."""
     rows = [
-        [str(own["round"]), plain(own["budget"]), f"{own['units']:,}", _code(own["scores"][:12])]
-        for own in record.get("rounds", ())
+        [str(each["round"]), plain(each["budget"]), f"{each['units']:,}", _code(each["scores"][:12])]
+        for each in record.get("rounds", ())
     ]
     return ["## Rounds", _markdown(["round", "budget", "units left", "digest of the scores"], rows)] if rows else []
 
 
 def _for_others(tasks: Sequence[Record]) -> str:
-    """What to expect where the model is not asked for these tasks."""
+    """A warning for those who ask the model for other tasks."""
     one = len(tasks) == 1
     if tasks[0]["prompt"] is not None:
         what = "this task's prompt" if one else "the prompts of these tasks"
         return f"It answers {what}; expect it to do worse with others."
-    heads = listed(list(dict.fromkeys(_code(own["head"]) for own in tasks)))
+    heads = listed(list(dict.fromkeys(_code(task["head"]) for task in tasks)))
     which = f"head {heads} is for this task" if one else f"heads {heads} are for these tasks"
     return f"The task {which}; the other task heads are still there, but expect them to do worse."
 

@@ -94,7 +94,7 @@ def _draw_level(axes: Any, page: Page, value: float, label: str, *, dashed: bool
 
 
 def _draw_scale(figure: Any, panels: Any, colours: Any, most: float, label: str) -> None:
-    """What the colours mean, from 0 to the most."""
+    """The meaning of the colours, from 0 to the most."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 

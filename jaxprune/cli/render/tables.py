@@ -105,7 +105,7 @@ def metrics_text(metrics: Record, unit: str = "") -> str:
 
 
 def scores_table(record: Record) -> Table:
-    """What was scored, and how."""
+    """A scoring run: task, rows, criterion, completeness."""
     criterion, prompt, completeness = dict(record["criterion"]), record.get("prompt"), record["completeness"]
     rows = [("task", record["task"] if prompt else f"{record['task']}, task head {record['head']}")]
     if prompt:
@@ -128,9 +128,9 @@ def scores_table(record: Record) -> Table:
 
 
 def stability_tables(record: Record) -> list[Table | str]:
-    """How much scores would change with other examples, and how many examples would be enough.
+    """The stability of scores, and the number of examples that would be enough.
 
-    Where that is not known, one line says why; nothing is said if no example was read.
+    If that is not known, one line says why; nothing is said if no example was read.
     """
     stability = record["stability"]
     if stability is None:
@@ -155,7 +155,7 @@ def stability_tables(record: Record) -> list[Table | str]:
 
 
 def _enough(record: Record, stability: Record) -> str:
-    """Whether there are enough examples, or how many more there should be."""
+    """A verdict: enough examples, or the number of those missing."""
     examples, target, reached = stability["examples"], stability["target"], stability["reliability"]
     if stability["needed"] is None:
         more = " The halves do not agree at all, so the number needed is unknown."
@@ -205,7 +205,7 @@ def check_tables(record: Record) -> list[Table | str]:
 
 
 def _compared_with(check: Record) -> str:
-    """What the value of a check is to be compared with."""
+    """The figures to compare the value of a check with."""
     facts = check["facts"]
     if not facts:
         return ""
@@ -225,7 +225,7 @@ def _compared_with(check: Record) -> str:
 
 
 def overlap_tables(record: Record) -> list[Table]:
-    """How far tasks need the same units: a row per pair if there are several, then a row per layer."""
+    """The agreement of tasks: a row per pair if there are several, then a row per layer."""
     groups, pairs, fractions = record["groups"], record["pairs"], record["fractions"]
     layers = list(dict.fromkeys(group["layer"] for group in groups))
     kinds = list(dict.fromkeys(group["kind"] for group in groups))
@@ -254,7 +254,7 @@ def overlap_tables(record: Record) -> list[Table]:
 
 
 def overlap_note(record: Record) -> str:
-    """What the figures of `overlap_tables` mean."""
+    """The meaning of the figures in `overlap_tables`."""
     shown = ", ".join(f"{fraction:g}" for fraction in record["fractions"])
     return note(
         f"ranks: Spearman's rank correlation of the scores. {shown}: where this fraction of the units stays, the units "
@@ -313,7 +313,7 @@ def _evaluation_rows(before: Record, after: Record) -> list[tuple[str, ...]]:
 
 
 def before_after_notes(record: Record) -> list[str]:
-    """What the figures of `before_after_table` mean."""
+    """The meaning of the figures in `before_after_table`."""
     before, notes = record["before"], []
     notes.append("FLOPs: matrix products of the layers, for one example. Embeddings are never pruned.")
     if before.get("latency"):
@@ -334,7 +334,7 @@ def before_after_notes(record: Record) -> list[str]:
 
 
 def _recovery(recovery: Record) -> str:
-    """How a model was repaired, and how much nearer its modules came to the dense ones."""
+    """The method of a repair, and how much nearer the modules came to the dense ones."""
     errors = ([module[when] for module in recovery["modules"].values()] for when in ("before", "after"))
     before, after = (percent(median(values)) for values in errors)
     return (
@@ -344,7 +344,7 @@ def _recovery(recovery: Record) -> str:
 
 
 def _latency_budget(budget: Record) -> str:
-    """What was asked of a budget of latency, what was predicted and what was measured."""
+    """A budget of latency: asked, predicted and measured."""
     asked, predicted, measured = budget["asked"], budget["predicted"], budget["measured"]
     amount = percent(asked["latency"]) if "latency" in asked else f"{milliseconds(asked['latency_seconds'])} ms"
     return (
@@ -381,7 +381,7 @@ def loss_reports(record: Record) -> Sequence[Record]:
 
 
 def loss_table(report: Record) -> Table:
-    """What was predicted to be lost, and what was lost, layer by layer."""
+    """The loss, predicted and true, layer by layer."""
     title = f"{report['task']}: {_objective(report)} lost, mean of {report['examples']:,} examples"
     headings, *rows, last = loss_rows(report)
     table = make_table(title, headings, rows, [last])
@@ -405,7 +405,7 @@ def loss_rows(report: Record) -> list[tuple[str, ...]]:
 
 
 def loss_notes(report: Record) -> list[str]:
-    """Says what the figures of a loss report mean, how exact they are, and what re-selection has changed."""
+    """The meaning of the figures, their precision, and the effect of re-selection."""
     notes = [
         prediction_note(report),
         f"Lost: by integrated gradients, {report['nodes']} nodes from the selected gates to open ones; the layers sum "
@@ -422,7 +422,7 @@ def loss_notes(report: Record) -> list[str]:
 
 
 def prediction_note(record: Record) -> str:
-    """What the `prediction` of a record is, or why there is none."""
+    """The meaning of the `prediction` in a record, or why there is none."""
     prediction = record["prediction"]
     shown = predicted_by(prediction)
     if shown is None:
@@ -473,7 +473,7 @@ def plan_tables(record: Record) -> list[Table]:
 
 
 def plan_notes(record: Record) -> list[str]:
-    """What the figures of `plan_tables` mean, and the steps of the latency table."""
+    """The meaning of the figures in `plan_tables`, and the steps of the latency table."""
     notes = [
         "x/y: x of the y units would stay. Score kept: of the sum of all scores above zero.",
         prediction_note(record),
@@ -496,7 +496,7 @@ def plan_notes(record: Record) -> list[str]:
 
 
 def evaluation_table(results: Sequence[Record], title: str | None = None) -> Table:
-    """How well a model does on one or several tasks, in percent."""
+    """The metrics of a model on one or several tasks, in percent."""
     rows = [
         (
             result["task"],
@@ -533,7 +533,7 @@ def sweep_tables(record: Record) -> list[Table]:
 
 
 def sweep_note(record: Record) -> str:
-    """What was tested, and what the figures may be used for."""
+    """The split that was tested, and the use of the figures."""
     split = record["settings"]["split"]
     use = {"test": "to report; choices belong to dev.", "dev": "to choose by; report on test."}
     return note(f"Tested on split {split}: {use.get(split, 'rows that train or score.')}")
@@ -580,7 +580,7 @@ def inspection_table(record: Record) -> Table:
 
 
 def inspection_note(record: Record) -> str:
-    """What the figures of `inspection_table` mean."""
+    """The meaning of the figures in `inspection_table`."""
     parts = [
         f"Task heads: {', '.join(record['heads']) or 'none'}.",
         f"Parameters and FLOPs of heads and neurons, {length_text(record['length'])}.",
@@ -611,7 +611,7 @@ def share_table(record: Record) -> Table:
 
 
 def share_note(record: Record) -> str:
-    """What the figures of `share_table` mean, and which tasks the folder has."""
+    """The meaning of the figures in `share_table`, and the tasks in the folder."""
     means = " + means of closed units" if any(row["means_bytes"] for row in record["tasks"]) else ""
     return note(
         f"Bytes: one bit per unit{means}; all of gates.safetensors, with how the gates were made, takes "
@@ -628,7 +628,7 @@ def storage_table(record: Record) -> Table:
 
 
 def storage_note(record: Record) -> str:
-    """What the linear maps are, and how many of their weights are not zero."""
+    """The share of weights that are not zero."""
     if record["density"] is None:
         return "The model has no layers: nothing can be packed."
     useless = record["values"] == "exact" and record["density"] > 0.99
@@ -698,7 +698,7 @@ def student_sections(record: Record) -> list[list[tuple[str, ...]]]:
 
 
 def student_note(record: Record) -> str:
-    """What the figures of `student_table` mean."""
+    """The meaning of the figures in `student_table`."""
     best, thinning, stored = record["exams"][record["best"]], record["thinning"], record["stored"]
     after = "" if thinning is None else f" of those after the last pruning, at step {thinning['steps'][-1]:,}"
     rounded = ["int8"] * (stored["packed"] == "int8") + [stored["dtype"]] * (stored["dtype"] != "float32")
@@ -711,7 +711,7 @@ def student_note(record: Record) -> str:
 
 
 def augmentation_table(record: Record) -> Table:
-    """How many rows there were and are, and the first row with its first copies."""
+    """The number of rows before and after, and the first row with its first copies."""
     rows = []
     for i, example in enumerate(record["examples"]):
         texts = [str(value) for name, value in example.items() if name != "label"]
