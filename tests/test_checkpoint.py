@@ -626,6 +626,7 @@ def test_what_is_neither_a_folder_nor_on_the_hub_is_one_error(tmp_path):
         load(write_classifier(tmp_path / "hf"), revision="main")
 
 
+@pytest.mark.slow
 def test_a_model_in_the_hub_cache_loads_offline(tmp_path):
     """The cache's own layout: snapshots of symbolic links to blobs."""
     cached = tmp_path / "hub" / "models--somebody--a-model"

@@ -93,6 +93,7 @@ def write_big(folder: Path, config: dict[str, Any], dtype: str) -> None:
             file.write(piece[: start - first])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("stored", "asked"), [("F16", "float32"), ("BF16", "float32"), ("F32", "float32"), ("F32", "bfloat16")]
@@ -118,6 +119,7 @@ def test_loading_takes_at_most_1_3_times_the_parameters(tmp_path, stored, asked)
     assert saved < 0.3 * size, f"saving took {saved / size:.2f} times the parameters"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_one_task_takes_at_most_1_3_times_what_is_left_and_one_dense_module(tmp_path):
     config = tiny_config("bert", layers=8, embed=512, attention_heads=8, neurons=2048, vocab=8000)
@@ -150,6 +152,7 @@ jp.save(out, model, jax.tree_util.tree_map_with_path(thin, params), packed=packe
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("share", "packed"), [(2, "exact"), (20, "int8")])
 def test_a_packed_file_takes_no_more_memory(tmp_path, share, packed):

@@ -265,6 +265,7 @@ for turn in itertools.count():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_kill_9_leaves_whole_folders_and_whole_files(tmp_path, seed):
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
@@ -296,6 +297,7 @@ for model, params in itertools.cycle((second, first)):
 """
 
 
+@pytest.mark.slow
 def test_kill_9_during_save_leaves_the_old_model_or_the_new_one(tmp_path):
     digests = set()
     for seed in (0, 1):
@@ -327,6 +329,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on file sizes")
 def test_a_disk_without_room_leaves_the_old_folder_and_nothing_else(tmp_path):
     model, params = tiny_model()

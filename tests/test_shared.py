@@ -147,6 +147,7 @@ def test_the_gates_themselves_can_be_read_and_used_with_the_dense_model(tmp_path
 # The file
 
 
+@pytest.mark.slow
 def test_a_task_of_the_bundled_model_takes_about_a_kilobyte(tmp_path):
     model, params = load(bundled_model())
     scores = {
@@ -254,6 +255,7 @@ for one, other in itertools.cycle((("mood", "topic"), ("topic", "mood"))):
 """
 
 
+@pytest.mark.slow
 def test_kill_9_while_a_task_is_added_leaves_the_old_gates_or_the_new_ones(tmp_path):
     path, model, params, _ = make(tmp_path)
     (path / f".{GATES}.saving-0123abcd").touch()  # as of one that was killed before
@@ -283,6 +285,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on file sizes")
 def test_a_disk_without_room_leaves_the_old_gates_and_nothing_else(tmp_path):
     path, *_ = make(tmp_path)

@@ -148,8 +148,8 @@ def alone(file: str | Path) -> Iterator[None]:
 
 def is_leftover(name: str, of: Collection[str]) -> bool:
     """Whether a killed process left a file of this name where it wrote one of some others."""
-    found = re.fullmatch(r"\.(.+)\.saving-[0-9a-f]{8}", name)
-    return found is not None and found[1] in of
+    match = re.fullmatch(r"\.(.+)\.saving-[0-9a-f]{8}", name)
+    return match is not None and match[1] in of
 
 
 def remove_folder(path: str | Path) -> None:
@@ -222,8 +222,8 @@ def _sweep(target: Path) -> None:
 
 def _left_behind(target: Path, kind: str) -> list[Path]:
     pattern = re.compile(re.escape(f".{target.name}.{kind}-") + "[0-9a-f]{8}")
-    found = (entry for entry in target.parent.iterdir() if pattern.fullmatch(entry.name))
-    return sorted(entry for entry in found if not entry.is_symlink())
+    entries = (entry for entry in target.parent.iterdir() if pattern.fullmatch(entry.name))
+    return sorted(entry for entry in entries if not entry.is_symlink())
 
 
 def _hidden(target: Path, kind: str) -> Path:
@@ -291,10 +291,10 @@ def stamp_of(files: Iterable[Path]) -> str | None:
     known: list[object] = [__version__]  # another version may compute something else
     now = time.time()
     for file in sorted({file.resolve() for file in files}):
-        found = file.stat()
-        if max(found.st_mtime, found.st_ctime) > now - SETTLED:
+        status = file.stat()
+        if max(status.st_mtime, status.st_ctime) > now - SETTLED:
             return None
-        known.append([str(file), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns])
+        known.append([str(file), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
@@ -303,11 +303,11 @@ def recall(folder: Path, stamp: str | None) -> str | None:
     if stamp is None:
         return None
     try:
-        kept = json.loads((folder / f"{stamp}.json").read_text())
+        content = json.loads((folder / f"{stamp}.json").read_text())
     except (OSError, ValueError):
         return None
-    found = kept.get("digest") if isinstance(kept, dict) else None
-    return found if isinstance(found, str) else None
+    digest = content.get("digest") if isinstance(content, dict) else None
+    return digest if isinstance(digest, str) else None
 
 
 def remember(folder: Path, stamp: str | None, files: Iterable[Path], digest: str) -> None:

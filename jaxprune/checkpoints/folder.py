@@ -404,8 +404,8 @@ def _json_bytes(content: Mapping[str, Any]) -> bytes:
 
 def _task_heads(section: Any) -> tuple[TaskHead, ...]:
     if not isinstance(section, dict) or section.get("format") != _FORMAT:
-        found = section.get("format") if isinstance(section, dict) else section
-        raise ValueError(f"the jaxprune section has format {found!r}, this version reads {_FORMAT}: update jaxprune.")
+        version = section.get("format") if isinstance(section, dict) else section
+        raise ValueError(f"the jaxprune section has format {version!r}, this version reads {_FORMAT}: update jaxprune.")
     unknown = sorted(set(section) - {"format", "dtype", "heads", "files"})
     if unknown or not isinstance(section.get("heads"), list):
         raise ValueError(f"the jaxprune section has no list of heads, or unknown entries {unknown}.")
@@ -435,7 +435,8 @@ def check_destination(path: Path, overwrite: bool) -> None:
     if not isinstance(section, dict) or weights_file(path) is None:
         raise FileExistsError(f"{path} is not a folder that jaxprune saved: it is not replaced, choose another name.")
     known = section.get("files", [])
-    foreign = sorted(own.name for own in path.iterdir() if own.name not in known and not is_leftover(own.name, known))
+    names = (entry.name for entry in path.iterdir())
+    foreign = sorted(name for name in names if name not in known and not is_leftover(name, known))
     if foreign:
         raise FileExistsError(f"{path} also holds files that were not saved with the model: {foreign}: move them away.")
 
@@ -445,5 +446,5 @@ def _tokenizer_files(model: Model) -> dict[str, bytes]:
         return {}
     if not model.source.is_dir():
         raise FileNotFoundError(f"{model.source}, from which the model was loaded, is gone, and the tokenizer with it.")
-    found = (model.source / name for name in TOKENIZER_FILES)
-    return {file.name: file.read_bytes() for file in found if file.is_file()}
+    files = (model.source / name for name in TOKENIZER_FILES)
+    return {file.name: file.read_bytes() for file in files if file.is_file()}

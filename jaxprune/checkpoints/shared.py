@@ -196,17 +196,17 @@ def pruning_of(source: str, model: Model) -> dict[str, Any] | None:
 
 def brief(record: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a pruning record that is kept with the gates: what they do not say themselves."""
-    kept = {name: value for name, value in record.items() if name not in ("units", "sites")}
-    if isinstance(settings := kept.get("settings"), Mapping):
-        kept["settings"] = {name: value for name, value in settings.items() if value not in (None, [])}
-    if isinstance(scores := kept.get("scores"), Mapping):
+    short = {name: value for name, value in record.items() if name not in ("units", "sites")}
+    if isinstance(settings := short.get("settings"), Mapping):
+        short["settings"] = {name: value for name, value in settings.items() if value not in (None, [])}
+    if isinstance(scores := short.get("scores"), Mapping):
         tasks = (
             {"tasks": [_made(header) for header in scores["tasks"]]} if "tasks" in scores else {}
         )  # of several together
-        kept["scores"] = _made(scores) | tasks
-    if isinstance(digests := kept.get("digests"), Mapping):
-        kept["digests"] = {name: value for name, value in digests.items() if name == "scores"}
-    return kept
+        short["scores"] = _made(scores) | tasks
+    if isinstance(digests := short.get("digests"), Mapping):
+        short["digests"] = {name: value for name, value in digests.items() if name == "scores"}
+    return short
 
 
 def _made(header: Mapping[str, Any]) -> dict[str, Any]:

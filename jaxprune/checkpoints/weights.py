@@ -90,9 +90,9 @@ def open_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, Source]
     index = read_json(folder / INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
         raise ValueError(f"{folder / INDEX} has no weight_map from tensor to file.")
-    wrong = sorted(n for n in set(index.values()) if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", n))
-    if wrong:
-        raise ValueError(f"{folder / INDEX} names files that are not safetensors files of this folder: {wrong}.")
+    foreign = sorted(n for n in set(index.values()) if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", n))
+    if foreign:
+        raise ValueError(f"{folder / INDEX} names files that are not safetensors files of this folder: {foreign}.")
     absent = sorted(name for name in set(index.values()) if not (folder / name).is_file())
     if absent:
         raise FileNotFoundError(f"{folder / INDEX} names files that are not there: {absent}. Download them again.")
@@ -152,7 +152,7 @@ def fit_hugging_face(model: Model, tensors: Mapping[str, Source], folder: Path) 
         for path, (_, kind) in names.items()
     }
     shapes = {path: jax.eval_shape(partial(_as_theirs, inputs=inputs[path]), dense[path]).shape for path in names}
-    found = {path: tensors[stored[plain]].entry for path, (plain, _) in names.items() if plain in stored}
+    entries = {path: tensors[stored[plain]].entry for path, (plain, _) in names.items() if plain in stored}
     refuse(
         f"the weights in {folder} do not fit its {CONFIG}",
         unknown=[
@@ -164,10 +164,10 @@ def fit_hugging_face(model: Model, tensors: Mapping[str, Source], folder: Path) 
         twice=twice,
         wrong_shape=[
             f"{stored[names[path][0]]} is {list(entry.shape)}, expected {list(shapes[path])}"
-            for path, entry in found.items()
+            for path, entry in entries.items()
             if entry.shape != shapes[path]
         ],
-        wrong_type=_wrong_types({stored[names[path][0]]: entry for path, entry in found.items()}),
+        wrong_type=_wrong_types({stored[names[path][0]]: entry for path, entry in entries.items()}),
     )
     return [
         Parameter(path, tensors[stored[plain]], dense[path].shape, inputs[path]) for path, (plain, _) in names.items()
@@ -196,29 +196,29 @@ def fit_own(model: Model, tensors: Mapping[str, Source], folder: Path) -> list[P
 
 
 def misfits(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
-    """What is wrong with parameters of these names and shapes: units may be fewer than in the configuration."""
+    """The problems of parameters of these names and shapes; units may be fewer than in the configuration."""
     expected = {path_name(path): (path, array.shape) for path, array in _dense(model).items()}
-    wrong: list[str] = []
+    problems: list[str] = []
     units: dict[tuple[str, str], dict[str, int]] = {}
     for name in (name for name in expected if name in shapes):
-        (path, full), found = expected[name], shapes[name]
+        (path, full), shape = expected[name], shapes[name]
         axes = axes_of(model.axes, path)
-        if len(found) != len(full) or any(
+        if len(shape) != len(full) or any(
             size > most or (size < most and axis not in KINDS)
-            for axis, size, most in zip(axes, found, full, strict=True)
+            for axis, size, most in zip(axes, shape, full, strict=True)
         ):
-            wrong.append(f"{name} is {list(found)}, expected {list(full)} or fewer heads or neurons or channels")
+            problems.append(f"{name} is {list(shape)}, expected {list(full)} or fewer heads or neurons or channels")
             continue
-        for axis, size in zip(axes, found, strict=True):
+        for axis, size in zip(axes, shape, strict=True):
             if axis in KINDS:
                 units.setdefault((path_name(path[:-2]), axis), {})[name] = size
     for (module, axis), sizes in units.items():
         if len(set(sizes.values())) > 1:
-            wrong.append(f"{module} has a different number of {axis} in its arrays: {sizes}")
+            problems.append(f"{module} has a different number of {axis} in its arrays: {sizes}")
     return {
         "unknown": [name for name in shapes if name not in expected],
         "missing": [name for name in expected if name not in shapes],
-        "wrong_shape": wrong,
+        "wrong_shape": problems,
     }
 
 
@@ -232,11 +232,11 @@ def _wrong_types(entries: Mapping[str, Entry]) -> list[str]:
     return [f"{name} is {e.dtype}, expected {allowed}" for name, e in entries.items() if e.dtype not in FLOATS]
 
 
-def refuse(what: str, **problems: list[str]) -> None:
+def refuse(message: str, **problems: list[str]) -> None:
     """Raises one error that lists everything, if there is anything."""
-    listed = [f"{kind.replace('_', ' ')}: {', '.join(found)}" for kind, found in problems.items() if found]
+    listed = [f"{kind.replace('_', ' ')}: {', '.join(names)}" for kind, names in problems.items() if names]
     if listed:
-        raise ValueError(f"{what}; {'; '.join(listed)}.")
+        raise ValueError(f"{message}; {'; '.join(listed)}.")
 
 
 def convert(parameters: list[Parameter], dtype: np.dtype | None, folder: Path) -> Params:
@@ -253,18 +253,11 @@ def in_file_order(parameters: Iterable[Parameter]) -> list[Parameter]:
 def read_arrays(
     parameters: Iterable[Parameter], dtype: np.dtype | None, folder: Path
 ) -> Iterator[tuple[ParamPath, np.ndarray]]:
-    """Reads the parameters, one slice of one tensor at a time, into arrays that share no memory with the files.
-
-    Args:
-        parameters: What to read, in this order.
-        dtype: The type of the arrays; None is each tensor's own.
-        folder: For the error.
-
-    Yields:
-        The path and the array of each.
+    """Reads the parameters in this order, slice by slice, into arrays that share no memory with the files.
 
     Raises:
-        ValueError: In the end, naming every tensor with a value that is NaN, infinite or too large for `dtype`.
+        ValueError: In the end, naming every tensor with a value that is NaN, infinite or too large for `dtype` (None is
+            each tensor's own).
     """
     problems: dict[str, list[str]] = {"NaN_or_infinite": [], f"too_large_for_{dtype}": []}
     not_finite, too_large = problems.values()
@@ -323,10 +316,10 @@ def read_compacted(
     dtype: np.dtype | None,
     folder: Path,
 ) -> Params:
-    """Reads the parameters without the units whose gate is 0.
+    """Reads the parameters without the units whose gate is 0, bit by bit as `compact` makes them of the dense ones.
 
-    Equals `compact(model, convert(parameters, dtype, folder), gates, means)`, bit by bit. Besides the result at most
-    one dense module is in memory.
+    One array, or one module where means are folded in, is read, cut and put on the device before the next one is read:
+    besides the result at most one dense module is in memory.
 
     Args:
         model: The architecture.
@@ -337,8 +330,7 @@ def read_compacted(
         folder: For the error.
 
     Raises:
-        ValueError: Naming every tensor with a value that is NaN, infinite or too large for `dtype`, even where it is
-            cut away.
+        ValueError: As `read_arrays`, even where a bad value is cut away.
     """
     gated: dict[ParamPath, list[Site]] = {}
     for site in sites(model.axes, shapes_of(parameters), KINDS):
