@@ -145,7 +145,9 @@ def test_weight_gradients_equal_those_of_apply(model_type: str):
     used = params | {"heads": {"task": params["heads"]["task"]}}
     expected = jax.jit(jax.grad(total))(used)
     logits, pull = forward(model, params, batch, head="task", gradients=Gradients(weights=True), key=key)
-    np.testing.assert_allclose(logits, model.apply(params, batch, head="task", key=key).logits, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        logits, np.asarray(model.apply(params, batch, head="task", key=key).logits), rtol=1e-5, atol=1e-5
+    )
     gates, found = pull(toward)
     assert gates == {} and found is not None and list(found["layers"]) == [0, 1]
     assert_same(found, expected)

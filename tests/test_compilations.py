@@ -161,7 +161,7 @@ def test_one_node_costs_two_forward_passes():
     state = State(jax.ShapeDtypeStruct((2, 128, 768), jnp.float32))
     mask = Mask(jax.ShapeDtypeStruct((2, 128), jnp.bool_))
     units = {"attention.heads": 12, "ffn.neurons": 3072}
-    gates = {name: jax.ShapeDtypeStruct((2, n), jnp.float32) for name, n in units.items()}
+    gates: Any = {name: jax.ShapeDtypeStruct((2, n), jnp.float32) for name, n in units.items()}
     before = (params["layers"][1], state, {})
     arrays = (before, mask, Intervention(gates, {}), None)
     settings = BlockSettings()
@@ -192,7 +192,7 @@ def test_one_node_of_a_text_to_text_model_costs_two_forward_passes(stack: str):
 
     state, mask = jax.eval_shape(before, params, batch)
     layer, units = model_layers(model, params)[place], widths(model.axes, params)
-    gates = {
+    gates: Any = {
         name: jax.ShapeDtypeStruct((2, count), jnp.float32) for name, count in layer_entries(units, layer.name).items()
     }
     arrays = ((layer.params, state, {}), mask, Intervention(gates, {}), None)
@@ -224,7 +224,7 @@ def test_what_the_lowest_gates_multiply_is_not_computed_again():
     state = State(jax.ShapeDtypeStruct((2, 128, 768), jnp.float32))
     mask = Mask(jax.ShapeDtypeStruct((2, 128), jnp.bool_))
     known = {"attention.heads": jax.ShapeDtypeStruct((2, 128, 12, 64), jnp.float32)}
-    gates = {"attention.heads": jax.ShapeDtypeStruct((2, 12), jnp.float32)}
+    gates: Any = {"attention.heads": jax.ShapeDtypeStruct((2, 12), jnp.float32)}
     whole, rest = (
         flops_of(
             backward._block_forward,

@@ -94,12 +94,12 @@ def parse_config(raw: Mapping[str, Any], task_heads: tuple[TaskHead, ...] | None
     value["activation"] = reader.activation(names["activation"], "gelu")
     eps = 1e-12 if distil else reader.eps("layer_norm_eps", 1e-12)  # DistilBERT's is not a setting
     segments = 0 if distil else reader.get("type_vocab_size", is_count, "a number of segments", 2)
-    given = raw.get("pad_token_id", int(counts_from_padding))
-    pad_id = 0 if given is None and not counts_from_padding else given  # only RoBERTa's positions depend on it
+    given: Any = raw.get("pad_token_id", int(counts_from_padding))
+    pad_id: Any = 0 if not counts_from_padding and given is None else given  # only RoBERTa's positions depend on it
     reader.expect("pad_token_id", pad_id, is_count(pad_id), "a token index")
     first_position = 0
     if not reader.problems:
-        first_position = pad_id + 1 if counts_from_padding else 0
+        first_position = int(pad_id) + 1 if counts_from_padding else 0
         vocab, positions, heads = value["vocab"], value["positions"], value["attention_heads"]
         reader.expect("pad_token_id", pad_id, pad_id < vocab, f"one of the {vocab} tokens")
         reader.expect(names["positions"], positions, positions > first_position, f"over {first_position}")
@@ -113,7 +113,7 @@ def parse_config(raw: Mapping[str, Any], task_heads: tuple[TaskHead, ...] | None
         **value,
         segments=segments,
         eps=float(eps),
-        pad_id=pad_id,
+        pad_id=int(pad_id),
         first_position=first_position,
         head_dropout=float(head_dropout),
         task_heads=(),
