@@ -36,7 +36,7 @@ from jaxprune.scoring.objectives import (
     Objective,
     absolute,
     gold,
-    questions,
+    open_passes,
     signed,
     squared,
     value_and_cotangent,
@@ -131,21 +131,21 @@ class _Lost(Criterion):
         slopes: list[Gates] = []
         shares: tuple[Array, ...] = ()
         expected = jnp.zeros(())
-        for question in questions(model, params, batch, settings.labels, chosen.regression, key, run):
-            rows = question.batch["input_ids"]
-            pruned = run(question.batch, intervention=Intervention(_between(self.selected, 0.0, rows), means))[0]
-            for target, share in zip(question.targets, question.weights, strict=True):
-                after, before = (value_and_cotangent(objective, it, target)[0] for it in (question.logits, pruned))
+        for opened in open_passes(model, params, batch, settings.labels, chosen.regression, key, run):
+            rows = opened.batch["input_ids"]
+            pruned = run(opened.batch, intervention=Intervention(_between(self.selected, 0.0, rows), means))[0]
+            for target, share in zip(opened.targets, opened.weights, strict=True):
+                after, before = (value_and_cotangent(objective, it, target)[0] for it in (opened.logits, pruned))
                 expected = expected + share * (after - before)
-            totals: list[Gates] = [{name: jnp.zeros(()) for name in self.selected} for _ in question.targets]
+            totals: list[Gates] = [{name: jnp.zeros(()) for name in self.selected} for _ in opened.targets]
             for point, weight in nodes:
                 gates = _between(self.selected, point, rows)
-                logits, pull = run(question.batch, intervention=Intervention(gates, means))
-                for i, target in enumerate(question.targets):
+                logits, pull = run(opened.batch, intervention=Intervention(gates, means))
+                for i, target in enumerate(opened.targets):
                     totals[i] = _more(totals[i], pull(value_and_cotangent(objective, logits, target)[1])[0], weight)
                 del logits, pull  # before the next node needs the memory
             slopes += totals
-            shares += question.weights
+            shares += opened.weights
         lost = _closed_alone(weigh(signed.each, slopes, shares), self.selected)
         total = jnp.stack([value.sum(1) for value in lost.values()]).sum(0)
         sums = {"expected": expected, "found": total, "error": jnp.abs(total - expected), "size": jnp.abs(expected)}

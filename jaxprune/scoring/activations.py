@@ -57,13 +57,13 @@ def site_statistics(
         Site name to what `statistic` returns.
     """
     inputs = answered(model, params, batch)
-    state, found = None, {}
+    state, statistics = None, {}
     for layer in model_layers(model, params):
         state = enter(model, layer, inputs, state)
         settings = BlockSettings(kind=layer.kind, returns=kinds)
         state, values = _block_statistics(model, settings, statistic, layer.params, state, mask_of(layer, inputs))
-        found |= {f"{layer.name}.{name}": value for name, value in values.items()}
-    return found
+        statistics |= {f"{layer.name}.{name}": value for name, value in values.items()}
+    return statistics
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -99,12 +99,12 @@ def calibration_means(
         batch = answered(model, params, batch)
         sums = _add_rows(sums, site_statistics(model, params, batch, token_sum, kinds))
         tokens.append({stack.name: batch[stack.inputs[1]].sum() for stack in model.stacks})
-    counts = {name: sum(int(own[name]) for own in tokens) for name in (tokens[0] if tokens else {})}
+    counts = {name: sum(int(counted[name]) for counted in tokens) for name in (tokens[0] if tokens else {})}
     if not counts or not all(counts.values()):
         raise ValueError("the batches hold no token: there is nothing to take means of.")
     return {site.name: sums[site.name] / counts[site.stack] for site in sites(model.axes, params, kinds)}
 
 
 @jax.jit
-def _add_rows(sums: dict[str, Array], found: dict[str, Array]) -> dict[str, Array]:
-    return {name: value.sum(0) + sums.get(name, 0.0) for name, value in found.items()}
+def _add_rows(sums: dict[str, Array], more: dict[str, Array]) -> dict[str, Array]:
+    return {name: value.sum(0) + sums.get(name, 0.0) for name, value in more.items()}

@@ -1,10 +1,9 @@
-"""Criteria that attribute the objective to units: gradient x activation and integrated gradients.
+"""Criteria, and those that attribute the objective to units: gradient x activation and integrated gradients.
 
 A *criterion* is a frozen dataclass of settings that is called on one batch and returns one score per unit and example;
 `jaxprune.scoring.run.score` calls it on all batches. Gates have one row per example, so one backward pass of the summed
 objective gives the attributions of every example. Weights are not differentiated: a node costs two forward passes.
-
-Integrated gradients for any function of gates: quadrature rules, and the path integral of a gradient.
+`integrate` is the path integral of a gradient for any function of gates.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ from jaxprune.scoring.objectives import (
     name_of,
     negative_squared_error,
     objective_for,
+    open_passes,
     predicted,
-    questions,
     signed,
     value_and_cotangent,
     weigh,
@@ -68,7 +67,7 @@ Rule: TypeAlias = Callable[[int], Points]
 
 
 class Completeness(NamedTuple):
-    """How far the attributions are from what they should sum to."""
+    """The sum of attributions beside what they should sum to."""
 
     expected: Float[Array, ...]  # objective(end of the path) - objective(its start)
     found: Float[Array, ...]  # sum of all attributions
@@ -165,7 +164,7 @@ Path: TypeAlias = Callable[[Sequence[Site]], tuple[tuple[Site, ...], ...]]  # si
 
 
 class Measured(NamedTuple):
-    """What a criterion finds in a batch."""
+    """The result of a criterion for a batch."""
 
     scores: Gates  # site name to [b, units]; a missing site has no score and stays open
     completeness: dict[str, Float[Array, " b"]]  # of integrated gradients: expected, found, error, size
@@ -269,11 +268,11 @@ class GradientActivation(Criterion):
         gradients = Gradients(tokens=self.tokens)
         intervention = Intervention(gates, means)
         run = partial(forward, model, params, intervention=intervention, head=chosen.name, gradients=gradients)
-        found, weights = [], ()
-        for own in questions(model, params, batch, self.labels, chosen.regression, key, run):
-            found += [_slope(own.pull, objective, own.logits, target) for target in own.targets]
-            weights += own.weights
-        return reduce(self.examples, found, weights, attributions=self.tokens is sum_tokens)
+        slopes, weights = [], ()
+        for opened in open_passes(model, params, batch, self.labels, chosen.regression, key, run):
+            slopes += [_slope(opened.pull, objective, opened.logits, target) for target in opened.targets]
+            weights += opened.weights
+        return reduce(self.examples, slopes, weights, attributions=self.tokens is sum_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,8 +324,8 @@ class IntegratedGradients(Criterion):
         means: Gates | None = None,
     ) -> Measured:
         """Scores a batch; see `Criterion`."""
-        found, completeness, weights = self.attributions(model, params, batch, head=head, key=key, means=means)
-        return reduce(self.examples, found, weights, _summary(completeness, weights))
+        attributions, completeness, weights = self.attributions(model, params, batch, head=head, key=key, means=means)
+        return reduce(self.examples, attributions, weights, _summary(completeness, weights))
 
     def attributions(
         self,
@@ -356,15 +355,15 @@ class IntegratedGradients(Criterion):
         scaled = [{site.name: ones[site.name] for site in path} for path in paths]
         along = partial(self._along, model, params, paths, scaled, objective, chosen.name, means)
         run = partial(forward, model, params, intervention=Intervention(means=means), head=chosen.name)
-        found, weights = [], ()
+        attributions, weights = [], ()
         completeness: list[list[Completeness]] = [[] for _ in paths]
-        for own in questions(model, params, batch, self.labels, chosen.regression, key, run):
-            attributions, parts = along(own.batch, own.logits, own.targets)
-            found += attributions
-            weights += own.weights
+        for opened in open_passes(model, params, batch, self.labels, chosen.regression, key, run):
+            along_paths, parts = along(opened.batch, opened.logits, opened.targets)
+            attributions += along_paths
+            weights += opened.weights
             completeness = [[*before, *part] for before, part in zip(completeness, parts, strict=True)]
         closed = {name: jnp.zeros_like(rows) for name, rows in gates.items()}
-        return [closed | attribution for attribution in found], completeness, weights
+        return [closed | attribution for attribution in attributions], completeness, weights
 
     def _along(
         self,
@@ -379,26 +378,13 @@ class IntegratedGradients(Criterion):
         logits: Array,
         targets: tuple[Array, ...],
     ) -> tuple[list[Gates], list[list[Completeness]]]:
-        """The attributions of every target along all paths, and their completeness by path and target.
-
-        Args:
-            model: The architecture.
-            params: Parameters.
-            paths: The sites of every path.
-            scaled: Their open gates.
-            objective: The objective.
-            head: The task head.
-            means: What closed units are replaced by.
-            batch: The model's inputs.
-            logits: Those of the open model.
-            targets: What the objective is taken for.
-        """
+        """The attributions of every target along all paths of open gates, and their completeness by path and target."""
         run = partial(forward, model, params, head=head)
         groups = _groups(self.rule, self.nodes, self.start, self.chunk)
         lowest = [_lowest(model, params, path) for path in paths]
         prefixes = open_prefixes(model, params, batch, set(lowest))
         ends = [value_and_cotangent(objective, logits, target)[0] for target in targets]
-        found: list[Gates] = [{} for _ in targets]
+        attributions: list[Gates] = [{} for _ in targets]
         completeness = []
         for path, end, layer_name in zip(paths, scaled, lowest, strict=True):
             prefix = prefixes[layer_name]
@@ -419,15 +405,15 @@ class IntegratedGradients(Criterion):
                 for i, aim in enumerate(aims):
                     totals[i] = _add(totals[i], _slope(pull, objective, logits, aim), shares)
                 del logits, pull  # before the next node needs the memory
-            found = [attribution | total for attribution, total in zip(found, totals, strict=True)]
+            attributions = [before | total for before, total in zip(attributions, totals, strict=True)]
             parts = zip(ends, starts, totals, strict=True)
             completeness.append([_complete(one, other, list(total.values())) for one, other, total in parts])
-        return found, completeness
+        return attributions, completeness
 
 
 def reduce(
     examples: ExampleReduction,
-    found: list[Gates],
+    values: list[Gates],
     weights: tuple[Array, ...],
     completeness: Mapping[str, Array] | None = None,
     *,
@@ -437,14 +423,14 @@ def reduce(
 
     Args:
         examples: How attributions become scores.
-        found: One entry per label: site name to `[b, units]`.
+        values: One entry per label: site name to `[b, units]`.
         weights: One entry per label.
         completeness: Of integrated gradients.
-        attributions: Whether `found` are attributions, which add up to a change of the objective.
+        attributions: Whether `values` are attributions, which add up to a change of the objective.
     """
-    kept = examples.each is signed.each and not examples.largest
-    own = weigh(signed.each, found, weights) if attributions and not kept else {}
-    return Measured(weigh(examples.each, found, weights), dict(completeness or {}), own)
+    keeps_signs = examples.each is signed.each and not examples.largest
+    signs = weigh(signed.each, values, weights) if attributions and not keeps_signs else {}
+    return Measured(weigh(examples.each, values, weights), dict(completeness or {}), signs)
 
 
 def _lowest(model: Model, params: Params, path: Sequence[Site]) -> str:
@@ -462,21 +448,21 @@ def _open_rows(model: Model, params: Params, batch: Mapping[str, Any], kinds: tu
 def open_prefixes(model: Model, params: Params, batch: dict[str, Array], layers: set[str]) -> dict[str, Prefix]:
     """The inputs of these layers, all gates open."""
     state: Any = None
-    found = {}
+    prefixes = {}
     for place, layer in enumerate(model_layers(model, params)):
         state = enter(model, layer, batch, state)
         if layer.name in layers:
-            found[layer.name] = Prefix(state, place)
-        if len(found) == len(layers):
+            prefixes[layer.name] = Prefix(state, place)
+        if len(prefixes) == len(layers):
             break
         state = advance(model, [layer], batch, state)
-    return found
+    return prefixes
 
 
 def _known(
     model: Model, params: Params, batch: dict[str, Array], prefix: Prefix, path: Sequence[Site]
 ) -> dict[str, Array]:
-    """What the lowest layer's gates multiply first, if nothing below changes it: it is the same at all nodes."""
+    """The values that the lowest layer's gates multiply first, if nothing below changes them: the same at all nodes."""
     layer = model_layers(model, params)[prefix.layer]
     kernels = readers(model.axes, params, KINDS)
     first = next(site for site in sites(model.axes, params) if site.layer_name == layer.name)

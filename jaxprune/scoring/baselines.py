@@ -1,11 +1,9 @@
-"""The criteria that attribution has to beat, each a formula in its docstring.
+"""Criteria that attribution has to beat, each a formula in its docstring, and the removal of units one at a time.
 
 `h` is the gated value of a unit: a neuron's activation, a head's mixed values, one per channel, or one of these
 channels; of a query channel that of the query. `W_in` are the kernels that make it (for a head its query, key and
 value), `W_out` the one that reads it. `L = -log P(label)`, in a regression the squared error. `E` is the mean over the
 tokens of an example and over the examples.
-
-What really changes when single units are removed: the truth that scores stand for, at one forward pass per unit.
 """
 
 from __future__ import annotations
@@ -36,14 +34,14 @@ from jaxprune.scoring.objectives import (
     ExampleReduction,
     Labels,
     Objective,
-    Question,
+    OpenPass,
     absolute,
     gold,
     key_or_default,
     log_probability,
     negative_squared_error,
     objective_for,
-    questions,
+    open_passes,
     sampled,
     squared,
     value_and_cotangent,
@@ -68,14 +66,10 @@ from jaxprune.units import (
 )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Removal(Criterion):
-    """`s_i = f(O(all open) - O(unit i closed))` of chosen units: a criterion whose sites have these units alone.
+@dataclass(frozen=True, kw_only=True)
+class _OneByOne(Criterion):
+    """A criterion that closes units one at a time."""
 
-    A unit costs a forward pass from its layer up. Which units they are is an argument of the compiled programs.
-    """
-
-    units: Mapping[str, Sequence[int]]  # site name to the units to close, one at a time
     chunk: int = 1  # units closed together, each in rows of its own; sets the memory, not the result
     objective: Objective | None = None  # None: probability, or negative_squared_error in a regression
     labels: Labels = gold
@@ -85,6 +79,16 @@ class Removal(Criterion):
     def __post_init__(self):
         if self.chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {self.chunk}.")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Removal(_OneByOne):
+    """`s_i = f(O(all open) - O(unit i closed))` of chosen units: a criterion whose sites have these units alone.
+
+    A unit costs a forward pass from its layer up. Which units they are is an argument of the compiled programs.
+    """
+
+    units: Mapping[str, Sequence[int]]  # site name to the units to close, one at a time
 
     def __call__(
         self,
@@ -105,30 +109,30 @@ class Removal(Criterion):
         chosen = model.head(head)
         objective = self.objective_of(chosen)
         run = partial(forward, model, params, head=chosen.name)
-        found, weights = [], ()
-        for own in questions(model, params, batch, self.labels, chosen.regression, key, run):
-            found += self._losses(model, params, own, objective, chosen.name, means)
-            weights += own.weights
-        return reduce(self.examples, found, weights)
+        losses, weights = [], ()
+        for opened in open_passes(model, params, batch, self.labels, chosen.regression, key, run):
+            losses += self._losses(model, params, opened, objective, chosen.name, means)
+            weights += opened.weights
+        return reduce(self.examples, losses, weights)
 
     def _check(self, model: Model, params: Params) -> None:
         have = widths(model.axes, params, KINDS)
         for name, units in self.units.items():
             if name not in have:
                 raise ValueError(f"{name} is not a site of the model; its sites are such as {next(iter(have))}.")
-            if wrong := [unit for unit in units if not 0 <= unit < have[name]]:
-                raise ValueError(f"{name} has the units 0 to {have[name] - 1}, got {wrong[0]}.")
+            if outside := [unit for unit in units if not 0 <= unit < have[name]]:
+                raise ValueError(f"{name} has the units 0 to {have[name] - 1}, got {outside[0]}.")
 
     def _losses(
-        self, model: Model, params: Params, asked: Question, objective: Objective, head: str, means: Gates | None
+        self, model: Model, params: Params, opened: OpenPass, objective: Objective, head: str, means: Gates | None
     ) -> list[Gates]:
-        """What every target loses with each unit."""
-        batch, targets = asked.batch, asked.targets
-        ends = [value_and_cotangent(objective, asked.logits, target)[0] for target in targets]
+        """The loss of every target with each unit."""
+        batch, targets = opened.batch, opened.targets
+        ends = [value_and_cotangent(objective, opened.logits, target)[0] for target in targets]
         places = [site for site in sites(model.axes, params, KINDS) if site.name in self.units]
         prefixes = open_prefixes(model, params, batch, {site.layer_name for site in places})
         have = widths(model.axes, params, KINDS)
-        found: list[Gates] = [{} for _ in targets]
+        losses: list[Gates] = [{} for _ in targets]
         for site in places:
             units = np.asarray(self.units[site.name], np.int32)
             together = max(1, min(self.chunk, len(units)))
@@ -143,8 +147,8 @@ class Removal(Criterion):
                     lost[i].append(_lost(ends[i], value_and_cotangent(objective, logits, aim)[0]))
             for i, parts in enumerate(lost):
                 empty = [jnp.zeros((ends[i].shape[0], 0), jnp.float32)]
-                found[i][site.name] = jnp.concatenate(parts or empty, axis=1)[:, : len(units)]
-        return found
+                losses[i][site.name] = jnp.concatenate(parts or empty, axis=1)[:, : len(units)]
+        return losses
 
 
 def _finish(
@@ -212,7 +216,7 @@ class Magnitude(_OfKinds):
 
     def __call__(self, model: Model, params: Params, *_: Any, **__: Any) -> Measured:
         """Scores a batch; see `Criterion`."""
-        found = {}
+        scores = {}
         for site in sites(model.axes, params, self.kinds):
             squares = {False: jnp.zeros(()), True: jnp.zeros(())}  # of what makes the unit, of what reads it
             for axes, path, array in _arrays_of(model, params, site.name):
@@ -221,8 +225,8 @@ class Magnitude(_OfKinds):
                     square = jnp.square(merged.astype(jnp.float32))
                     others = tuple(i for i in range(square.ndim) if i != axis)
                     squares[takes_gate(axes, path, site.kind)] += square.sum(others)
-            found[site.name] = jnp.sqrt(squares[False] * squares[True])[None]
-        return Measured(found, {})
+            scores[site.name] = jnp.sqrt(squares[False] * squares[True])[None]
+        return Measured(scores, {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,12 +246,12 @@ class TopLayers(Criterion):
     def __call__(self, model: Model, params: Params, *_: Any, **__: Any) -> Measured:
         """Scores a batch; see `Criterion`."""
         units, costs = widths(model.axes, params), unit_costs(model, params, elements)
-        found = {}
+        scores = {}
         for site in sites(model.axes, params):
             above = next(stack.layers for stack in model.stacks if stack.name in (site.stack, "")) - site.layer
             score = 4.0**above * costs[site.name]
-            found[site.name] = jnp.full((1, units[site.name]), score, jnp.float32)
-        return Measured(found, {})
+            scores[site.name] = jnp.full((1, units[site.name]), score, jnp.float32)
+        return Measured(scores, {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,31 +354,21 @@ class Fisher(_OfLikelihood):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeaveOneOut(Criterion):
-    """`s_i = f(O(all open) - O(head i closed))`, what really changes when one head is removed.
+class LeaveOneOut(_OneByOne):
+    """`s_i = f(O(all open) - O(head i closed))`, the loss from removing one head.
 
     Heads only: one forward pass from the head's layer up for every head. Neurons get no score, and selection leaves
     what has no score open.
     """
 
-    chunk: int = 1  # heads evaluated together; sets the memory, not the result
-    objective: Objective | None = None  # None: probability, or negative_squared_error in a regression
-    labels: Labels = gold
-    examples: ExampleReduction = absolute  # f, and the mean or the maximum over the examples
-    closed: Closed = zero
-
     meaning = "the removed heads one at a time, all else open"
-
-    def __post_init__(self):
-        if self.chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {self.chunk}.")
 
     def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **context: Any) -> Measured:
         """Scores a batch; see `Criterion`."""
-        units = widths(model.axes, params, ("heads",))
-        settings = {field.name: getattr(self, field.name) for field in fields(self)}
-        own = Removal(units={name: range(heads) for name, heads in units.items()}, **settings)
-        return own(model, params, batch, **context)
+        heads = {name: range(count) for name, count in widths(model.axes, params, ("heads",)).items()}
+        return Removal(units=heads, **{field.name: getattr(self, field.name) for field in fields(self)})(
+            model, params, batch, **context
+        )
 
 
 def _mean_magnitude(values: Array, mask: Bool[Array, "b t"]) -> Float[Array, "b u"]:
@@ -387,19 +381,19 @@ def _mean_square(values: Array, mask: Bool[Array, "b t"]) -> Array:
 
 @jax.jit
 def _times_reader(squares: dict[str, Array], readers: dict[str, Array]) -> Gates:
-    found = {}
+    scores = {}
     for name, square in squares.items():
         product = square * jnp.square(readers[name].astype(jnp.float32)).sum(-1)
-        found[name] = product.sum(tuple(range(2, product.ndim)))
-    return found
+        scores[name] = product.sum(tuple(range(2, product.ndim)))
+    return scores
 
 
 def _arrays_of(model: Model, params: Params, name: str) -> list[tuple[tuple[str, ...], tuple[Any, ...], Array]]:
     """The parameters that have the unit axis of a site: axis names, path and array."""
     site = next(site for site in sites(model.axes, params, KINDS) if site.name == name)
-    found = []
+    arrays = []
     for path, array in flatten(subtree(params, site.module)).items():
         axes = axes_of(model.axes, (*site.module, *path))
         if has_units(axes, site.kind):
-            found.append((axes, path, array))
-    return found
+            arrays.append((axes, path, array))
+    return arrays

@@ -1,9 +1,7 @@
-"""What scoring keeps: the objective, the label it is taken for, and how the attributions of the examples are combined.
+"""Objectives of scoring, the labels they are taken for, and how attributions of single examples become one score.
 
-An *objective* is what must be kept, higher is better; attributions of a loss would rank upside down. All of these are
-functions to be passed to a criterion; your own may take their place.
-
-What a criterion asks a model: for which labels or answers of a batch the objective is attributed.
+An *objective* is what must be kept, higher is better: attributions of a loss would rank upside down. All of these are
+functions to pass to a criterion; your own may take their place.
 """
 
 from __future__ import annotations
@@ -73,15 +71,15 @@ def _pick(values: Float[Array, "b l"], target: Shaped[Array, " b"]) -> Float[Arr
 def objective_for(objective: Objective | None, head: TaskHead) -> Objective:
     """The objective for a task head: None is `probability`, or `negative_squared_error` where the head is a regression.
 
-    Of spans it is the mean of their start and their end (`OfSpan`).
+    For spans it is the mean of their start and their end (`OfSpan`).
 
     Raises:
         ValueError: If an objective of one kind of head was given for the other.
     """
     if objective is None:
         objective = negative_squared_error if head.regression else probability
-    wrong = (probability, log_probability, margin) if head.regression else (negative_squared_error,)
-    if objective in wrong:
+    unfit = (probability, log_probability, margin) if head.regression else (negative_squared_error,)
+    if objective in unfit:
         raise ValueError(f"objective {name_of(objective)} does not fit task head {head.name!r}, which is {head.kind}.")
     return OfSpan(objective) if head.spans else objective
 
@@ -103,7 +101,7 @@ def gold(logits: Float[Array, "b l"], labels: Shaped[Array, " b"], keys: Array) 
 
 
 def predicted(logits: Float[Array, "b l"], labels: Shaped[Array, " b"], keys: Array) -> Targets:
-    """What the open model predicts: no labels are needed."""
+    """The label that the open model predicts: no labels are needed."""
     if logits.ndim == 3:
         return _one(best_spans(logits))
     return _one(logits[:, 0] if logits.shape[1] == 1 else jnp.argmax(logits, axis=1).astype(jnp.int32))
@@ -112,7 +110,7 @@ def predicted(logits: Float[Array, "b l"], labels: Shaped[Array, " b"], keys: Ar
 def sampled(logits: Float[Array, "b l"], labels: Shaped[Array, " b"], keys: Array) -> Targets:
     """A label drawn from the open model's distribution, as Fisher information asks for: no labels are needed.
 
-    Of spans the start and the end are drawn each by itself.
+    For spans, the start and the end are drawn separately.
     """
     _refuse_regression(logits, "sampled")
     if logits.ndim == 3:
@@ -121,7 +119,7 @@ def sampled(logits: Float[Array, "b l"], labels: Shaped[Array, " b"], keys: Arra
 
 
 def _noise(tokens: int, key: Array) -> Float[Array, "2 t"]:
-    """What turns the largest logit into a draw; that of a token does not depend on how many come after it."""
+    """Noise that turns the largest logit into a draw; a token's does not depend on how many come after it."""
     return jax.vmap(lambda i: jax.random.gumbel(jax.random.fold_in(key, i), (2,)))(jnp.arange(tokens)).T
 
 
@@ -150,7 +148,7 @@ def _refuse_regression(logits: Float[Array, "b l"], name: str) -> None:
 
 @dataclass(frozen=True)
 class ExampleReduction:
-    """How the attributions of single examples become one score."""
+    """A way in which the attributions of single examples become one score."""
 
     name: str
     each: Callable[[Array], Array]  # what is taken of every example's attribution (and every label's)
@@ -190,8 +188,8 @@ def find_targets(
 
     What is drawn for an example depends on the key and its index alone, not on its batch.
     """
-    found = labels(logits, given, jax.vmap(partial(jax.random.fold_in, key))(index))
-    return tuple(found.labels), tuple(found.weights)
+    targets = labels(logits, given, jax.vmap(partial(jax.random.fold_in, key))(index))
+    return tuple(targets.labels), tuple(targets.weights)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -200,7 +198,7 @@ def value_and_cotangent(
 ) -> tuple[Float[Array, " b"], Float[Array, "b *u l"]]:
     """The objective of every example, and its gradient with respect to the logits.
 
-    Of a text it is the sum over the target's tokens, each given those before it (Yang et al. 2023).
+    For a text it is the sum over the target's tokens, each given those before it (Yang et al. 2023).
     """
     of_text = logits.ndim == 3 and not isinstance(objective, OfSpan)
     value, pull = jax.vjp(lambda z: _of_text(objective, z, target) if of_text else objective(z, target), logits)
@@ -213,13 +211,13 @@ def _of_text(objective: Objective, logits: Float[Array, "b u v"], target: Int[Ar
 
 
 def name_of(setting: object) -> str:
-    """What a setting is called in a file's header: a function's own name, a number or a name as it is."""
+    """The name of a setting in a file's header: a function's own name, a number or a name as it is."""
     name = getattr(setting, "name", None) or getattr(setting, "__name__", None)
     return str(setting if name is None else name)
 
 
-class Question(NamedTuple):
-    """What a criterion asks the model: the objective of these targets, one value per example and target."""
+class OpenPass(NamedTuple):
+    """A forward pass of the open model, and the targets whose objective is attributed, one value per example each."""
 
     batch: dict[str, Array]  # the model's inputs
     logits: Array
@@ -228,7 +226,7 @@ class Question(NamedTuple):
     weights: tuple[Float[Array, " b"], ...]  # what the attribution for each of the targets is multiplied by
 
 
-def questions(
+def open_passes(
     model: Model,
     params: Params,
     batch: Mapping[str, Any],
@@ -236,17 +234,17 @@ def questions(
     regression: bool,
     key: Array | None,
     run: Callable[[dict[str, Array]], tuple[Array, Pull]],
-) -> Iterator[Question]:
-    """Asks for the targets that `labels` chooses: all at once of a task head, one answer after the other of a text.
+) -> Iterator[OpenPass]:
+    """Runs the open model for the targets that `labels` chooses: once for a task head, once per answer of a text.
 
     Args:
         model: The architecture.
         params: Parameters.
         batch: As for a criterion.
-        labels: For which labels.
+        labels: Chooses the targets.
         regression: Whether they are numbers.
         key: Randomness of the labels; None is that of seed 0.
-        run: The forward pass of open gates, whose logits may choose the labels.
+        run: The forward pass; its logits may choose the labels.
 
     Raises:
         ValueError: If labels are needed and there are none.
@@ -254,11 +252,11 @@ def questions(
     given = examples_of(batch, labels, regression)
     if model.answers_in_text:
         for answer in answers_of(model, params, batch, labels, given, key):
-            yield Question(answer.batch, *run(answer.batch), (answer.target,), (answer.weight,))
+            yield OpenPass(answer.batch, *run(answer.batch), (answer.target,), (answer.weight,))
     else:
         inputs = model_inputs(model, params, batch)
         logits, pull = run(inputs)
-        yield Question(inputs, logits, pull, *find_targets(labels, logits, *given, key_or_default(key)))
+        yield OpenPass(inputs, logits, pull, *find_targets(labels, logits, *given, key_or_default(key)))
 
 
 class Answer(NamedTuple):
@@ -284,12 +282,12 @@ def answers_of(
     else:
         likelihoods = rank(model, params, batch, candidates)
     chosen, weights = find_targets(labels, likelihoods, *given, key_or_default(key))
-    found = []
+    answers = []
     for label, weight in zip(chosen, weights, strict=True):
         target = candidates_of(candidates, label)
         inputs = model_inputs(model, params, teacher_forced(model, batch, target))
-        found.append(Answer(inputs, without_end(target, model.config.end_id), weight))
-    return found
+        answers.append(Answer(inputs, without_end(target, model.config.end_id), weight))
+    return answers
 
 
 def examples_of(batch: Mapping[str, Any], labels: Labels, regression: bool) -> tuple[Array, Array]:

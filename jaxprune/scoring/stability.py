@@ -1,15 +1,9 @@
-"""Whether enough examples were scored: how far two halves of them agree, and how many more it would take.
+"""Stability of scores: how far two halves of the examples agree, how many more are needed, and overlap of selections.
 
 The examples fall into two halves by their texts, see `jaxprune.data.splits.half_of`, and are scored in one pass. The
 rank correlation of the halves' scores says how a scoring run with half as many examples agrees with another one.
-Spearman and Brown's formula goes from there to as many examples as there are, and to any other number.
-
-The formula is exact for linear correlation, if a unit's scores in single examples scatter around its true score
-independently. Here it is applied to rank correlation, which is an approximation.
-
-How far two rankings of the same units agree: rank correlation, and overlap of what would be kept.
-
-Arrays go in and numbers come out; no model is needed.
+Spearman and Brown's formula goes from there to any number of examples. It is exact for linear correlation if a unit's
+scores in single examples scatter independently around its true score; for rank correlation it is an approximation.
 """
 
 from __future__ import annotations
@@ -20,6 +14,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from scipy.stats import hypergeom, rankdata
 
 if TYPE_CHECKING:
     from jaxprune.scoring.scores import Scores
@@ -30,26 +25,15 @@ _NEGLIGIBLE = 1e-18  # a probability that does not show in a sum of float64
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Spearman's rank correlation: Pearson's of the ranks, equal scores having the mean of theirs.
-
-    None where one side does not rank at all: all its scores are equal, or there are fewer than two.
-    """
-    ranks = [_ranks(values) for values in (a, b)]
-    centred = [own - own.mean() for own in ranks if len(own)]
-    lengths = [float(own @ own) for own in centred]
-    if len(centred) < 2 or not all(lengths):
+    """Spearman's rank correlation, equal scores having their mean rank; None where one side does not rank at all."""
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
-    return float(np.clip(centred[0] @ centred[1] / math.sqrt(lengths[0] * lengths[1]), -1.0, 1.0))
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1; equal values have the mean of their ranks."""
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which]
+    x, y = (ranks - ranks.mean() for ranks in map(rankdata, (a, b)))
+    return float(np.clip(x @ y / math.sqrt((x @ x) * (y @ y)), -1.0, 1.0))
 
 
 def jaccard(a: Mapping[str, Any], b: Mapping[str, Any], sites: Sequence[str]) -> float | None:
-    """Units that both keep at some sites, of those that either keeps; None if neither keeps any."""
+    """The units that both keep as a fraction of those that either keeps, at some sites; None if there are none."""
     one, other = (joined(gates, sites) > 0 for gates in (a, b))
     either = int(np.count_nonzero(one | other))
     return int(np.count_nonzero(one & other)) / either if either else None
@@ -58,12 +42,9 @@ def jaccard(a: Mapping[str, Any], b: Mapping[str, Any], sites: Sequence[str]) ->
 def chance(sites: Sequence[tuple[int, int]]) -> float | None:
     """The mean overlap of two random choices that keep the same numbers of units.
 
-    At a site, `k` of `n` units are kept. Whatever the one choice is, the other, drawn at random, has `i` units in
-    common with it with the hypergeometric probability `C(k, i) C(n - k, k - i) / C(n, k)`. Sites are independent, so
-    the number in common at all of them, `I`, has the convolution of these probabilities. Of `K` units kept in all, `I`
-    are in both choices and `2 K - I` in either, hence the mean of `I / (2 K - I)`. With many units and `k / n = f`
-    everywhere it is nearly `f² / (2 f - f²) = f / (2 - f)`: 0.54, 0.33 and 0.18 for 0.7, 0.5 and 0.3; with few it is
-    more.
+    The number of units in common is hypergeometric at each site, and at all of them, `I`, has the convolution of these
+    probabilities. Of `K` units kept in all, `I` are in both choices and `2 K - I` in either, hence the mean of
+    `I / (2 K - I)`. With many units of which a fraction `f` is kept everywhere it is nearly `f / (2 - f)`.
 
     Args:
         sites: The units and how many of them are kept, `(n, k)`, at each site.
@@ -71,27 +52,18 @@ def chance(sites: Sequence[tuple[int, int]]) -> float | None:
     Returns:
         The mean, exact but for rounding; None if nothing is kept.
     """
-    total = sum(kept for _, kept in sites)
+    total = sum(count for _, count in sites)
     if not total:
         return None
     least, probabilities = 0, np.ones(1)  # of `I`, from its smallest value on
-    for units, kept in sites:
-        lowest = max(0, 2 * kept - units)
-        own = np.exp([_log_hypergeometric(units, kept, common) for common in range(lowest, kept + 1)])
-        start, joint = least + lowest, np.convolve(probabilities, own)
+    for units, count in sites:
+        lowest = max(0, 2 * count - units)
+        site = hypergeom.pmf(np.arange(lowest, count + 1), units, count, count)
+        start, joint = least + lowest, np.convolve(probabilities, site)
         likely = np.flatnonzero(joint > _NEGLIGIBLE)
         least, probabilities = start + int(likely[0]), joint[likely[0] : likely[-1] + 1]
     common = least + np.arange(len(probabilities))
     return float(probabilities @ (common / (2 * total - common)) / probabilities.sum())
-
-
-def _log_hypergeometric(units: int, kept: int, common: int) -> float:
-    """Log-probability that two random choices of `kept` from `units` have `common` in common."""
-    return _log_choose(kept, common) + _log_choose(units - kept, kept - common) - _log_choose(units, kept)
-
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def joined(values: Mapping[str, Any], sites: Sequence[str]) -> np.ndarray:
@@ -128,8 +100,8 @@ class Stability(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values, ready for `json.dumps`."""
         kinds = {
-            kind: {**own._asdict(), "overlap": [*own.overlap], "chance": [*own.chance]}
-            for kind, own in self.kinds.items()
+            kind: {**each._asdict(), "overlap": [*each.overlap], "chance": [*each.chance]}
+            for kind, each in self.kinds.items()
         }
         return {**self._asdict(), "halves": [*self.halves], "fractions": [*self.fractions], "kinds": kinds}
 
@@ -157,23 +129,23 @@ def stability(scores: Scores, *, target: float = TARGET, fractions: Sequence[flo
         return None
     halves = {site: np.asarray(value, np.float64) for site, value in scores.halves.items()}
     kinds = {}
-    for kind, own in _by_kind(halves).items():
-        kept = [
-            [{site: _best(half[i], fraction) for site, half in own.items()} for i in (0, 1)] for fraction in fractions
+    for kind, sites in _by_kind(halves).items():
+        selections = [
+            [{site: _best(half[i], fraction) for site, half in sites.items()} for i in (0, 1)] for fraction in fractions
         ]
-        within, noise = _agreement(own, counts)
-        joined = np.concatenate(list(own.values()), axis=1)
+        within, noise = _agreement(sites, counts)
+        everywhere = np.concatenate(list(sites.values()), axis=1)
         kinds[kind] = KindStability(
-            units=joined.shape[1],
+            units=everywhere.shape[1],
             spearman=within,
-            overall=spearman(joined[0], joined[1]),
+            overall=spearman(*everywhere),
             reliability=None if noise is None else reliability(noise, sum(counts)),
             needed=None if noise is None else needed(noise, target),
-            overlap=tuple(jaccard(pair[0], pair[1], list(own)) for pair in kept),
-            chance=tuple(chance([(len(gate), int(gate.sum())) for gate in pair[0].values()]) for pair in kept),
+            overlap=tuple(jaccard(*pair, list(sites)) for pair in selections),
+            chance=tuple(chance([(len(gate), int(gate.sum())) for gate in pair[0].values()]) for pair in selections),
         )
-    known = [own.reliability for own in kinds.values() if own.reliability is not None]
-    wanted = [own.needed for own in kinds.values() if own.reliability is not None]
+    known = [each.reliability for each in kinds.values() if each.reliability is not None]
+    wanted = [each.needed for each in kinds.values() if each.reliability is not None]
     return Stability(
         examples=sum(counts),
         halves=(counts[0], counts[1]),
@@ -195,8 +167,8 @@ def least_reliability(halves: Mapping[str, Any], counts: Sequence[float]) -> flo
     if not all(counts):
         return None
     arrays = {site: np.asarray(value, np.float64) for site, value in halves.items()}
-    noise = [_agreement(own, counts)[1] for own in _by_kind(arrays).values()]
-    return min((reliability(own, sum(counts)) for own in noise if own is not None), default=None)
+    noises = [_agreement(sites, counts)[1] for sites in _by_kind(arrays).values()]
+    return min((reliability(noise, sum(counts)) for noise in noises if noise is not None), default=None)
 
 
 def noise_of(correlation: float, counts: Sequence[float]) -> float:
@@ -254,21 +226,21 @@ def check_target(target: float) -> None:
 
 def _agreement(halves: Mapping[str, np.ndarray], counts: Sequence[float]) -> tuple[float | None, float | None]:
     """The rank correlation within a site, mean over the sites that have one, and the noise that it stands for."""
-    known = [found for half in halves.values() if (found := spearman(*half)) is not None]
+    known = [value for half in halves.values() if (value := spearman(*half)) is not None]
     return (mean(known), noise_of(mean(known), counts)) if known else (None, None)
 
 
 def _by_kind(values: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     """The sites that have units, by their kind, such as `heads`."""
-    found: dict[str, dict[str, np.ndarray]] = {}
+    kinds: dict[str, dict[str, np.ndarray]] = {}
     for site, value in values.items():
         if value.size:
-            found.setdefault(site.rpartition(".")[2], {})[site] = value
-    return found
+            kinds.setdefault(site.rpartition(".")[2], {})[site] = value
+    return kinds
 
 
 def _best(scores: np.ndarray, fraction: float) -> np.ndarray:
     """1 for this fraction of the units, rounded down, the ones with the highest scores, ties by index; 0 elsewhere."""
-    kept = np.zeros(len(scores))
-    kept[np.argsort(-scores, kind="stable")[: math.floor(fraction * len(scores) + 1e-9)]] = 1.0
-    return kept
+    gates = np.zeros(len(scores))
+    gates[np.argsort(-scores, kind="stable")[: math.floor(fraction * len(scores) + 1e-9)]] = 1.0
+    return gates
