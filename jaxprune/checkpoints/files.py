@@ -1,13 +1,12 @@
-"""Writes files and folders so that a crash leaves the old one or the new one, never half of one.
+"""Writes files and folders so that a crash leaves the old one or the new one, and remembers digests of whole files.
 
 Everything is first written beside its destination under a hidden name (`.NAME.saving-1a2b3c4d`), forced to disk, and
 then renamed. What a killed process left under such a name is removed by the next save of the same name; a lock tells it
 from the work of a process that is still alive.
 
-Remembers what was computed from whole files, for as long as the files stay as they are.
-
-A *stamp* is what the file system says of files: where they are, their sizes, and when they were last written or
-changed. A program that writes a file gets the time of the change into it, whatever it does to the time of writing.
+Digests are remembered by the *stamp* of their files, which is what the file system says of them: where they are, their
+sizes, and when they were last written or changed. A program that writes a file gets the time of the change into it,
+whatever it does to the time of writing.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ if sys.platform != "win32":
     import fcntl
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h, RENAME_SWAP of macOS' sys/stdio.h
+SETTLED = 2.0  # seconds: what changed just now may change again and keep its times, which have steps
 _CURRENT_FOLDER = -100  # AT_FDCWD of linux/fcntl.h
 
 
@@ -281,9 +281,6 @@ def _force_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-SETTLED = 2.0  # seconds: what changed just now may change again and keep its times, which have steps
 
 
 def stamp_of(files: Iterable[Path]) -> str | None:
