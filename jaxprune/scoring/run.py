@@ -1,13 +1,9 @@
 """Scores a model for a task: draws examples, batches them, calls a criterion on every batch and adds up the results.
 
-Results are added up on the device, and the batch is shared out over all devices. With `resume` the running totals are
-kept in a file, and an interrupted run goes on to the same bits. With `until_stable` more and more examples are scored,
-none twice, until another run would rank the units nearly the same.
-
-What a scoring run adds up on the device, batch by batch, and the file that keeps it while the run goes on.
-
-The totals have as many numbers as there are units, times six, however many examples there are. No example is looked at
-twice: the variance over the examples and the scores of their two halves come from the same pass.
+The totals are added up on the device, and every batch is spread over all devices. They have six numbers per unit,
+however many examples there are: the variance over the examples and the scores of their two halves come from the same
+pass. With `resume` the running totals are kept in a file, and an interrupted run resumes to the same bits. With
+`until_stable` more and more examples are scored, none twice, until another run would rank the units nearly the same.
 """
 
 from __future__ import annotations
@@ -57,7 +53,7 @@ PARTIAL = "jaxprune_partial_scores"
 
 
 class Totals(NamedTuple):
-    """What the batches so far add up to. Of largest scores there are neither deviations nor halves."""
+    """The sums over the batches so far; for largest scores there are neither deviations nor halves."""
 
     scores: Gates  # [units]: sums, or the largest
     completeness: dict[str, Float[Array, ""]]
@@ -68,25 +64,25 @@ class Totals(NamedTuple):
     signed: Mapping[str, Array] = {}  # [units]: sums of attributions with their signs
 
 
-def nothing(largest: bool, found: Measured) -> Totals:
-    """The totals of no batch, of the sites and units that were found in one."""
+def nothing(largest: bool, measured: Measured) -> Totals:
+    """The totals of no batch, for the sites and units in the result of one."""
     start = -jnp.inf if largest else 0.0
-    units = {name: value.shape[1] for name, value in found.scores.items()}
+    units = {name: value.shape[1] for name, value in measured.scores.items()}
     spread = {} if largest else units
     return Totals(
         {name: jnp.full(count, start, jnp.float32) for name, count in units.items()},
-        {name: jnp.zeros(()) for name in found.completeness},
+        {name: jnp.zeros(()) for name in measured.completeness},
         jnp.zeros(()),
         {name: jnp.zeros(count) for name, count in spread.items()},
         {name: jnp.zeros((2, count)) for name, count in spread.items()},
         jnp.zeros(2),
-        {name: jnp.zeros(value.shape[1]) for name, value in found.signed.items()},
+        {name: jnp.zeros(value.shape[1]) for name, value in measured.signed.items()},
     )
 
 
 @partial(jax.jit, static_argnums=0)
 def add(
-    largest: bool, totals: Totals, found: Measured, weight: Float[Array, " b"], second: Float[Array, " b"]
+    largest: bool, totals: Totals, measured: Measured, weight: Float[Array, " b"], second: Float[Array, " b"]
 ) -> Totals:
     """Adds a batch.
 
@@ -96,7 +92,7 @@ def add(
     Args:
         largest: Whether scores are the largest over the examples.
         totals: Of the batches before.
-        found: What the criterion found.
+        measured: The result of the criterion.
         weight: 1 for an example, 0 for padding.
         second: 1 where the example is of the second half, 0 where it is of the first.
 
@@ -115,21 +111,21 @@ def add(
 
     def deviate(deviations: Array, total: Array, rows: Array) -> Array:
         mean = jnp.where(real, weight[:, None] * rows, 0.0).sum(0) / jnp.maximum(count, 1.0)
-        own = jnp.where(real, weight[:, None] * jnp.square(rows - mean), 0.0).sum(0)
+        within = jnp.where(real, weight[:, None] * jnp.square(rows - mean), 0.0).sum(0)
         apart = mean - total / jnp.maximum(before, 1.0)
-        return deviations + own + jnp.square(apart) * (before * count / jnp.maximum(before + count, 1.0))
+        return deviations + within + jnp.square(apart) * (before * count / jnp.maximum(before + count, 1.0))
 
     def part(sums: Array, rows: Array) -> Array:
         return sums + jnp.stack([jnp.where(real, share[:, None] * rows, 0.0).sum(0) for share in shares])
 
     return Totals(
-        {name: combine(total, found.scores[name]) for name, total in totals.scores.items()},
-        {name: total + (weight * found.completeness[name]).sum() for name, total in totals.completeness.items()},
+        {name: combine(total, measured.scores[name]) for name, total in totals.scores.items()},
+        {name: total + (weight * measured.completeness[name]).sum() for name, total in totals.completeness.items()},
         before + count,
-        {name: deviate(own, totals.scores[name], found.scores[name]) for name, own in totals.deviations.items()},
-        {name: part(sums, found.scores[name]) for name, sums in totals.halves.items()},
+        {name: deviate(value, totals.scores[name], measured.scores[name]) for name, value in totals.deviations.items()},
+        {name: part(sums, measured.scores[name]) for name, sums in totals.halves.items()},
         totals.counts + shares.sum(1),
-        {name: sum_up(total, found.signed[name]) for name, total in totals.signed.items()},
+        {name: sum_up(total, measured.signed[name]) for name, total in totals.signed.items()},
     )
 
 
@@ -155,8 +151,8 @@ def variance_of(totals: Totals) -> Gates | None:
     count = float(totals.weight)
     if not totals.deviations or count < 2:
         return None
-    found = {name: own / (count - 1) for name, own in totals.deviations.items()}
-    return found if all(np.isfinite(np.asarray(own)).all() for own in found.values()) else None
+    variance = {name: value / (count - 1) for name, value in totals.deviations.items()}
+    return variance if all(np.isfinite(np.asarray(value)).all() for value in variance.values()) else None
 
 
 def halves_of(totals: Totals) -> Gates | None:
@@ -187,10 +183,10 @@ class TotalsFile:
         """Writes the totals after `done` batches, atomically."""
         arrays = {}
         for field, value in totals._asdict().items():
-            named = (
-                {f"{field}:{name}": own for name, own in value.items()} if isinstance(value, dict) else {field: value}
-            )
-            arrays |= {name: np.asarray(own) for name, own in named.items()}
+            if isinstance(value, dict):
+                arrays |= {f"{field}:{site}": np.asarray(array) for site, array in value.items()}
+            else:
+                arrays[field] = np.asarray(value)
         metadata = {PARTIAL: json.dumps({"settings": self.settings, "done": done})}
         write_atomic(self.path, partial(write_tensors, tensors=arrays, metadata=metadata))
 
@@ -206,8 +202,8 @@ class TotalsFile:
             if PARTIAL not in file.metadata:
                 raise ValueError(f"{self.path} does not hold an interrupted scoring run: name another file.")
             try:
-                found = json.loads(file.metadata[PARTIAL])
-                settings, done = dict(found["settings"]), int(found["done"])
+                content = json.loads(file.metadata[PARTIAL])
+                settings, done = dict(content["settings"]), int(content["done"])
             except (KeyError, TypeError, ValueError, RecursionError) as error:
                 raise ValueError(f"{self.path} is damaged ({error!r}): remove it to start anew.") from error
             other = [name for name, value in self.settings.items() if settings.get(name) != value]
@@ -288,14 +284,12 @@ def score(
             the file to resume from is damaged or belongs to a run with other settings.
     """
     criterion, chosen, until_stable = scoring.criterion, scoring.rows, scoring.until_stable
-    split = "calibration" if chosen.split is None else chosen.split
-    given = isinstance(chosen.examples, tuple)
     key = jax.random.key(chosen.key) if isinstance(chosen.key, int) else chosen.key
     head = fitting_head(model, task, scoring.head)
     reads = criterion.examples is not None
     usable = usable_rows(model, task, chosen)
-    task, prompt = usable.task, prompt_of(model, task)
-    rows, steps = _choose(task, replace(chosen, split=split, key=key), reads, until_stable is not None)
+    task = usable.task
+    rows, steps = _choose(task, replace(chosen, key=key), reads, until_stable is not None)
     _check_labels(criterion, model, head, len(task.labels), rows)
     encoded = usable.encode(rows)
     if task.spans and criterion.labels is gold and (lost := int((encoded.labels < 0).any(1).sum())):
@@ -303,18 +297,10 @@ def score(
             f"{lost} of {len(rows)} examples have no answer within {encoded.max_length} tokens: leave them out, raise "
             "max_length, or use labels=predicted."
         )
-    settings: dict[str, Any] = {
+    settings = _settings(model, params, task, scoring, key) | {
         "format": FORMAT,
-        "criterion": describe(criterion),
-        "task": task.name,
-        "split": "given" if given else split,
-        "head": head,
         "largest": criterion.examples is not None and criterion.examples.largest,
-        "keys": [list(seed_words(key))],
-        "model": model_digest(model, params),
-        "max_length": encoded.max_length,
         "versions": {"jaxprune": __version__, "jax": jax.__version__},
-        "prompt": None if prompt is None else prompt.to_json(),
         **({"cut_off": usable.cut_off} if task.spans else {}),
     }
     devices = jax.local_devices() if devices is None else devices
@@ -362,27 +348,32 @@ def score(
     return in_order(with_stability(scores, TARGET if until_stable is None else until_stable))
 
 
+def _settings(model: Model, params: Params, task: Task, scoring: Scoring, key: Array) -> dict[str, Any]:
+    """The part of a header that the settings determine, apart from the rows."""
+    rows, prompt = scoring.rows, prompt_of(model, task)
+    return {
+        "criterion": describe(scoring.criterion),
+        "task": task.name,
+        "split": "given" if isinstance(rows.examples, tuple) else rows.split or "calibration",
+        "head": fitting_head(model, task, scoring.head),
+        "keys": [list(seed_words(key))],
+        "model": model_digest(model, params),
+        "max_length": rows.max_length or default_length(model, task.spans),
+        "prompt": None if prompt is None else prompt.to_json(),
+    }
+
+
 def kept_scores(file: Path, model: Model, params: Params, task: Task, scoring: Scoring = Scoring()) -> Scores | None:
     """The scores in a file, if they are what `score` would return with these settings."""
     if not file.is_file():
         return None
     scores, chosen, criterion = load_scores(file), scoring.rows, scoring.criterion
     key = jax.random.key(chosen.key) if isinstance(chosen.key, int) else chosen.key
-    prompt, reads, growing = prompt_of(model, task), criterion.examples is not None, scoring.until_stable is not None
+    reads, growing = criterion.examples is not None, scoring.until_stable is not None
     rows: tuple[Example, ...] = ()
     if reads:
         rows, _ = _choose(usable_rows(model, task, chosen).task, replace(chosen, key=key), reads, growing)
-    wanted = {
-        "criterion": describe(criterion),
-        "task": task.name,
-        "split": "given" if isinstance(chosen.examples, tuple) else chosen.split or "calibration",
-        "head": fitting_head(model, task, scoring.head),
-        "keys": [list(seed_words(key))],
-        "model": model_digest(model, params),
-        "max_length": chosen.max_length or default_length(model, task.spans),
-        "prompt": None if prompt is None else prompt.to_json(),
-        **_facts(rows, reads),
-    }
+    wanted = _settings(model, params, task, scoring, key) | _facts(rows, reads)
     return scores if all(scores.header.get(name) == value for name, value in wanted.items()) else None
 
 
@@ -422,7 +413,7 @@ def score_batches(
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """How a run over batches is watched, kept and stopped."""
+    """The devices of a run over batches, its progress, its file, and when it stops."""
 
     devices: Devices | None = None  # over which the rows of every batch are spread; None: the default device
     progress: Callable[[int, int], None] | None = None
@@ -562,9 +553,9 @@ def _reliability(totals: Totals) -> float | None:
 def _check_stable(criterion: Criterion, target: float) -> None:
     check_target(target)
     if criterion.examples is None or criterion.examples.largest:
-        how = "reads no example" if criterion.examples is None else "takes the largest of the examples"
+        reason = "reads no example" if criterion.examples is None else "takes the largest of the examples"
         raise ValueError(
-            f"criterion {type(criterion).__name__} {how}: more examples do not make its scores stable, so leave "
+            f"criterion {type(criterion).__name__} {reason}: more examples do not make its scores stable, so leave "
             "until_stable out."
         )
 
@@ -579,6 +570,6 @@ def _check_labels(criterion: Criterion, model: Model, head: str, labels: int, ro
     count = labels if model.answers_in_text else len(chosen.labels)
     if chosen.spans or chosen.regression:
         return
-    wrong = [row.label for row in rows if row.label not in range(count)]
-    if wrong:
-        raise ValueError(f"label {wrong[0]!r} is outside 0 to {count - 1}, the labels of head {head!r}.")
+    outside = [row.label for row in rows if row.label not in range(count)]
+    if outside:
+        raise ValueError(f"label {outside[0]!r} is outside 0 to {count - 1}, the labels of head {head!r}.")

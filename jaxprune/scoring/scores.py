@@ -86,12 +86,12 @@ class Scores:
 
 def describe(criterion: Any) -> dict[str, Any]:
     """The name and the settings of a criterion, functions by their names."""
-    found = {"name": type(criterion).__name__}
+    settings = {"name": type(criterion).__name__}
     for field in fields(criterion):
         value = getattr(criterion, field.name)
         if value != field.default or not field.metadata.get("if_changed"):
-            found[field.name] = _plain(value)
-    return found
+            settings[field.name] = _plain(value)
+    return settings
 
 
 def properties_of(criterion: Criterion) -> dict[str, Any]:
@@ -108,7 +108,7 @@ _OTHER = Random()  # like all others: no objective of its own
 
 
 def objective_name(scores: Scores, head: TaskHead) -> str:
-    """What was to be kept, such as `probability`; a function of the user's own by its name."""
+    """The name of the objective, such as `probability`; a function of the user's own by its name."""
     criterion = scores.header["criterion"]
     known = scores.header.get("objective") or criterion.get("objective")
     return known or name_of(_BEFORE.get(criterion["name"], _OTHER).objective_of(head))
@@ -133,8 +133,8 @@ def with_relative(completeness: Mapping[str, float]) -> dict[str, float | None]:
 
 def with_stability(scores: Scores, target: float = TARGET) -> Scores:
     """The scores with their stability in the header; None where they have no halves."""
-    found = stability(scores, target=target)
-    return replace(scores, header=dict(scores.header) | {"stability": None if found is None else found.to_json()})
+    known = stability(scores, target=target)
+    return replace(scores, header=dict(scores.header) | {"stability": None if known is None else known.to_json()})
 
 
 def in_order(scores: Scores) -> Scores:
@@ -153,8 +153,8 @@ def save_scores(path: str | Path, scores: Scores) -> Path:
     """
     tensors = {name: np.asarray(value, np.float32) for name, value in scores.values.items()}
     for extra in _EXTRAS:
-        own: Gates = getattr(scores, extra) or {}
-        tensors |= {f"{extra}:{name}": np.asarray(value, np.float32) for name, value in own.items()}
+        sites: Gates = getattr(scores, extra) or {}
+        tensors |= {f"{extra}:{name}": np.asarray(value, np.float32) for name, value in sites.items()}
     tensors[ROWS] = np.frombuffer(bytes.fromhex("".join(scores.rows)), np.uint8).reshape(-1, KEY_BYTES)
     text = json.dumps(dict(scores.header) | {"format": FORMAT}, sort_keys=True, allow_nan=False)
     return write_atomic(path, partial(write_tensors, tensors=tensors, metadata={METADATA: text}))
@@ -172,21 +172,25 @@ def load_scores(path: str | Path) -> Scores:
     with TensorFile(path) as file:
         if METADATA not in file.metadata:
             raise ValueError(f"{path} is a safetensors file, but holds no scores: its metadata has no {METADATA!r}.")
-        wrong, header = _read_header(file.metadata[METADATA])
+        problems, header = _read_header(file.metadata[METADATA])
         entries = {name: entry for name, entry in file.entries.items() if name != ROWS}
-        wrong += [f"{name} is {entry.dtype}, expected F32" for name, entry in entries.items() if entry.dtype != "F32"]
-        wrong += _wrong_shapes({name: entry.shape for name, entry in entries.items()}, header)
-        wrong += _wrong_rows(file.entries.get(ROWS), header)
-        if not wrong:
+        problems += [
+            f"{name} is {entry.dtype}, expected F32" for name, entry in entries.items() if entry.dtype != "F32"
+        ]
+        problems += _wrong_shapes({name: entry.shape for name, entry in entries.items()}, header)
+        problems += _wrong_rows(file.entries.get(ROWS), header)
+        if not problems:
             arrays = {name: file.read(name) for name in sorted(entries)}
-            wrong += [f"{name} holds NaN or infinity" for name, array in arrays.items() if not np.isfinite(array).all()]
-            wrong += [
+            problems += [
+                f"{name} holds NaN or infinity" for name, array in arrays.items() if not np.isfinite(array).all()
+            ]
+            problems += [
                 f"{name} holds {array.min()}"
                 for name, array in arrays.items()
                 if name.startswith("variance:") and array.size and array.min() < 0
             ]
-        if wrong:
-            raise ValueError(f"{path} cannot be used as scores: {'; '.join(wrong)}. Score again.")
+        if problems:
+            raise ValueError(f"{path} cannot be used as scores: {'; '.join(problems)}. Score again.")
         rows = header.pop(ROWS) if ROWS in header else _keys(file.read(ROWS))
     parts: dict[str, Gates] = {name: {} for name in ("", *_EXTRAS)}
     for name, array in arrays.items():
@@ -201,7 +205,7 @@ def _keys(rows: np.ndarray) -> list[str]:
 
 
 def _wrong_rows(entry: Entry | None, header: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the keys of the rows: a tensor, or in formats before 4 a list in the header."""
+    """The problems of the keys of the rows: a tensor, or in formats before 4 a list in the header."""
     if header.get("format") != FORMAT:
         return [] if entry is None and ROWS in header else [f"its header has no {ROWS!r}"]
     if entry is None or entry.dtype != "U8" or len(entry.shape) != 2 or entry.shape[1] != KEY_BYTES:
@@ -210,21 +214,23 @@ def _wrong_rows(entry: Entry | None, header: Mapping[str, Any]) -> list[str]:
 
 
 def _wrong_shapes(shapes: Mapping[str, tuple[int, ...]], header: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the tensors of a file, by their names and shapes."""
+    """The problems of the tensors of a file, by their names and shapes."""
     values = {name: shape for name, shape in shapes.items() if ":" not in name}
-    wrong = [f"{name} has shape {list(shape)}, expected one axis" for name, shape in values.items() if len(shape) != 1]
+    problems = [
+        f"{name} has shape {list(shape)}, expected one axis" for name, shape in values.items() if len(shape) != 1
+    ]
     for name in shapes.keys() - values.keys():
         if name.partition(":")[0] not in _EXTRAS:
-            wrong.append(f"{name} is neither scores nor one of {', '.join(f'{extra}:SITE' for extra in _EXTRAS)}")
+            problems.append(f"{name} is neither scores nor one of {', '.join(f'{extra}:SITE' for extra in _EXTRAS)}")
     for extra, rows in (("variance", ()), ("halves", (2,)), ("signed", ())):
-        found = {name.partition(":")[2]: shape for name, shape in shapes.items() if name.startswith(f"{extra}:")}
-        expected = {name: (*rows, *shape) for name, shape in values.items()} if found else {}
-        odd = [site for site in {**expected, **found} if found.get(site) != expected.get(site)]
-        wrong += [f"{extra}:{site} does not fit the scores of {site}" for site in odd]
+        given = {name.partition(":")[2]: shape for name, shape in shapes.items() if name.startswith(f"{extra}:")}
+        expected = {name: (*rows, *shape) for name, shape in values.items()} if given else {}
+        odd = [site for site in {**expected, **given} if given.get(site) != expected.get(site)]
+        problems += [f"{extra}:{site} does not fit the scores of {site}" for site in odd]
         counts = header.get("halves")
-        if found and extra == "halves" and not _are_counts(counts, header.get("examples")):
-            wrong.append(f"halves in its header is {counts!r}, expected two numbers that add up to its examples")
-    return wrong
+        if given and extra == "halves" and not _are_counts(counts, header.get("examples")):
+            problems.append(f"halves in its header is {counts!r}, expected two numbers that add up to its examples")
+    return problems
 
 
 def _are_counts(value: Any, total: Any) -> bool:
@@ -234,7 +240,7 @@ def _are_counts(value: Any, total: Any) -> bool:
 
 
 def _read_header(text: str) -> tuple[list[str], dict[str, Any]]:
-    """What is wrong with a header, and the header."""
+    """The problems of a header, and the header."""
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -244,13 +250,13 @@ def _read_header(text: str) -> tuple[list[str], dict[str, Any]]:
     if header.get("format") not in _FORMATS:
         known = ", ".join(map(str, _FORMATS))
         return [f"its format is {header.get('format')!r}, this version of jaxprune reads {known}"], {}
-    wrong = [f"its header has no {name!r}" for name in _FIELDS if name not in header]
-    wrong += [
+    problems = [f"its header has no {name!r}" for name in _FIELDS if name not in header]
+    problems += [
         f"{name} in its header is {header[name]!r}"
         for name, kinds in (_FIELDS | _OPTIONAL).items()
         if name in header and not isinstance(header[name], kinds)
     ]
-    return wrong, header
+    return problems, header
 
 
 def merge(a: Scores, b: Scores) -> Scores:
@@ -264,23 +270,23 @@ def merge(a: Scores, b: Scores) -> Scores:
         ValueError: If they differ in model, criterion, task, split, head, text length or closed values, share examples,
             or were made without examples.
     """
-    wrong = [
+    problems = [
         f"{name} differs ({_short(a.header[name])} and {_short(b.header[name])})"
         for name in _SAME
         if a.header[name] != b.header[name]
     ]
     shared = set(a.rows) & set(b.rows)
     if shared:
-        wrong.append(f"{len(shared)} examples are in both")
+        problems.append(f"{len(shared)} examples are in both")
     counts = a.header["examples"], b.header["examples"]
     if not all(counts):
-        wrong.append("scores made without examples have nothing to merge")
+        problems.append("scores made without examples have nothing to merge")
     if not _equal(a.means, b.means):
-        wrong.append("closed units have other means (give both the same: score(..., means=))")
+        problems.append("closed units have other means (give both the same: score(..., means=))")
     if _shapes(a.values) != _shapes(b.values):
-        wrong.append("they are of other sites or numbers of units")
-    if wrong:
-        raise ValueError(f"these scores cannot be merged: {'; '.join(wrong)}.")
+        problems.append("they are of other sites or numbers of units")
+    if problems:
+        raise ValueError(f"these scores cannot be merged: {'; '.join(problems)}.")
     if a.header["largest"]:
         values = {name: jnp.maximum(value, b.values[name]) for name, value in a.values.items()}
     else:
@@ -295,20 +301,20 @@ def merge(a: Scores, b: Scores) -> Scores:
         return with_stability(merged)
     halves = {}
     for name, pair in _pairs(a.halves, b.halves).items():
-        own = zip(*pair, a.header["halves"], b.header["halves"], strict=True)
-        halves[name] = _float32(np.stack([_weighted((x, y), (i, j)) if i + j else x for x, y, i, j in own]))
+        parts = zip(*pair, a.header["halves"], b.header["halves"], strict=True)
+        halves[name] = _float32(np.stack([_weighted((x, y), (i, j)) if i + j else x for x, y, i, j in parts]))
     return with_stability(replace(merged, halves=halves))
 
 
 def _merged_variance(a: Scores, b: Scores) -> Gates | None:
     """The variance over the examples of both, from their means and squared deviations (see `totals.add`)."""
     counts = a.header["examples"], b.header["examples"]
-    found = [_deviations(own) for own in (a, b)]
-    if found[0] is None or found[1] is None:
+    one, other = _deviations(a), _deviations(b)
+    if one is None or other is None:
         return None
     shift = counts[0] * counts[1] / sum(counts)
     return {
-        name: _float32((found[0][name] + found[1][name] + shift * np.square(x - y)) / (sum(counts) - 1))
+        name: _float32((one[name] + other[name] + shift * np.square(x - y)) / (sum(counts) - 1))
         for name, (x, y) in _pairs(a.values, b.values).items()
     }
 
@@ -373,16 +379,16 @@ def fitting_values(
         ValueError: If they have other sites or numbers of units, or are not finite.
     """
     arrays = {name: np.asarray(value).astype(np.float64) for name, value in values.items()}
-    wrong = [f"{name} is not a site" for name in arrays if name not in width]
-    wrong += [f"{name} is missing" for name in expected if name not in arrays]
-    wrong += [
+    problems = [f"{name} is not a site" for name in arrays if name not in width]
+    problems += [f"{name} is missing" for name in expected if name not in arrays]
+    problems += [
         f"{name} has shape {array.shape} for {width[name]} units"
         for name, array in arrays.items()
         if name in width and array.shape != (width[name],)
     ]
-    wrong += [f"{name} holds NaN or infinity" for name, array in arrays.items() if not np.isfinite(array).all()]
-    if wrong:
-        raise ValueError(f"the {what} cannot be used with these parameters: {some(wrong)}. Score this model first.")
+    problems += [f"{name} holds NaN or infinity" for name, array in arrays.items() if not np.isfinite(array).all()]
+    if problems:
+        raise ValueError(f"the {what} cannot be used with these parameters: {some(problems)}. Score this model first.")
     return arrays
 
 
@@ -402,16 +408,16 @@ def check_same_model(scores: Mapping[str, Scores]) -> None:
     """
     (first, one), *others = scores.items()
     for name, other in others:
-        models = [own.header["model"] for own in (one, other)]
+        models = one.header["model"], other.header["model"]
         if models[0] != models[1]:
             raise ValueError(
                 f"{first} and {name} hold scores of different models ({models[0][:12]} and {models[1][:12]}): score "
                 "one model for both."
             )
         shapes = _shapes(one.values), _shapes(other.values)
-        if wrong := sorted({site for site, _ in shapes[0].items() ^ shapes[1].items()}):
+        if problems := sorted({site for site, _ in shapes[0].items() ^ shapes[1].items()}):
             raise ValueError(
-                f"{first} and {name} hold scores of other sites or numbers of units ({', '.join(wrong[:6])}): score "
+                f"{first} and {name} hold scores of other sites or numbers of units ({', '.join(problems[:6])}): score "
                 "units of the same kinds for both."
             )
 
@@ -422,8 +428,8 @@ def _merged_header(a: Mapping[str, Any], b: Mapping[str, Any], counts: Sequence[
         pairs = {name: (completeness[name], b["completeness"][name]) for name in completeness if name != "relative"}
         completeness = with_relative({name: float(_weighted(pair, counts)) for name, pair in pairs.items()})
     one, other = a.get("halves"), b.get("halves")
-    kept = {name: value for name, value in a.items() if name != "until_stable"}
-    return kept | {
+    shared = {name: value for name, value in a.items() if name != "until_stable"}
+    return shared | {
         "format": max(a["format"], b["format"]),
         "halves": None if one is None or other is None else np.add(one, other).tolist(),
         "examples": sum(counts),
