@@ -151,7 +151,7 @@ def save_scores(path: str | Path, scores: Scores) -> Path:
     Raises:
         ValueError: If a score is NaN or infinite.
     """
-    tensors = {name: np.asarray(value, np.float32) for name, value in scores.values.items()}
+    tensors: dict[str, np.ndarray] = {name: np.asarray(value, np.float32) for name, value in scores.values.items()}
     for extra in _EXTRAS:
         sites: Gates = getattr(scores, extra) or {}
         tensors |= {f"{extra}:{name}": np.asarray(value, np.float32) for name, value in sites.items()}
