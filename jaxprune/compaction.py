@@ -102,8 +102,8 @@ def compacted_shapes(model: Model, params: Params, gates: Mapping[str, Any]) -> 
             axes = axes_of(model.axes, path)
             if path[: len(site.module)] == site.module and has_units(axes, site.kind):
                 units = unit_axes(axes, site.kind)
-                kept = _kept(np.asarray(gates[site.name], np.float32), [small[path][i] for i in units])
-                for i, size in zip(units, kept.shape, strict=True):
+                remaining = _open_units(np.asarray(gates[site.name], np.float32), [small[path][i] for i in units])
+                for i, size in zip(units, remaining.shape, strict=True):
                     small[path][i] = size
     return unflatten({path: jax.ShapeDtypeStruct(tuple(small[path]), leaf.dtype) for path, leaf in flat.items()})
 
@@ -141,7 +141,7 @@ def compact_site(
         if not has_units(axes, site.kind) or (gate == 1.0).all():
             continue
         array = np.asarray(leaf)
-        kept = _kept(gate, [array.shape[i] for i in unit_axes(axes, site.kind)])
+        remaining = _open_units(gate, [array.shape[i] for i in unit_axes(axes, site.kind)])
         if mean is not None and reads(axes, path):
             bias = (*local[:-1], "bias")
             if bias not in arrays:
@@ -149,14 +149,14 @@ def compact_site(
             kernel, _ = merge_units(array, axes, site.kind)
             changed[(*site.module, *bias)] = _shift(kernel, gate, mean, np.asarray(arrays[bias]), site.name)
         if takes_gate(axes, path, site.kind):
-            changed[path] = take_units(array, axes, site.kind, kept, gate[kept])
-        elif kept.size < gate.size:
-            changed[path] = take_units(array, axes, site.kind, kept)
+            changed[path] = take_units(array, axes, site.kind, remaining, gate[remaining])
+        elif remaining.size < gate.size:
+            changed[path] = take_units(array, axes, site.kind, remaining)
     return changed
 
 
-def _kept(gate: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """The units that stay, in order and in the shape of their axes: along the last one, as many in every entry."""
+def _open_units(gate: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """The indices of the units that stay, in order and in the shape of their axes, padded with closed ones."""
     closed = (gate == 0.0).reshape(math.prod(shape[:-1]), shape[-1])
     most = int((~closed).sum(1).max(initial=0))
     places = np.sort(np.argsort(closed, axis=1, kind="stable")[:, :most], axis=1)  # the open ones, then closed ones

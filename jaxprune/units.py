@@ -10,10 +10,10 @@ reads; a `query_channel` is a channel of the query and of the key, whose product
 head by head, and all heads of a module keep as many, so that arrays stay rectangular. Rotary embeddings couple query
 channels in pairs: a family that has them gives this axis another name, and then it has no such units.
 
-The axes of a kind of units need not stand side by side, and a family may call its own what it likes: what is known of
-units is what its table says.
+The axes of a kind of units need not be adjacent, and a family names all other axes freely: its table says all that is
+known of its units.
 
-There is one kind of unit per tensor: gates of two sites that share a parameter, such as a module's heads and its
+Each tensor has at most one kind of unit: gates of two sites that share a parameter, such as a module's heads and its
 channels, are refused. Channels and query channels share none and go together.
 """
 
@@ -146,12 +146,12 @@ def _matches(steps: Sequence[str], path: Path) -> bool:
 
 
 def has_units(axes: tuple[str, ...], kind: str) -> bool:
-    """Whether units of this kind stand along axes of a parameter."""
+    """True if a parameter has the axes along which units of this kind lie."""
     return set(KINDS[kind]) <= set(axes)
 
 
 def reads(axes: tuple[str, ...], path: Path) -> bool:
-    """Whether a parameter contracts gated values: a kernel whose first axis is a unit axis."""
+    """True if a parameter contracts gated values: a kernel whose first axis is a unit axis."""
     return path[-1] == "kernel" and any(axes[0] in names for names in KINDS.values())
 
 
@@ -161,7 +161,7 @@ def input_axes(axes: tuple[str, ...]) -> int:
 
 
 def takes_gate(axes: tuple[str, ...], path: Path, kind: str) -> bool:
-    """Whether gates are folded into this parameter: the kernel that reads the units, else what the table marks."""
+    """True if gates are folded into this parameter: the kernel that reads the units, else what the table marks."""
     return isinstance(axes, TakesGate) if kind in UNREAD else reads(axes, path)
 
 
@@ -176,17 +176,17 @@ def merge_units(array: Any, axes: tuple[str, ...], kind: str) -> tuple[Any, int]
     return array.transpose(order).reshape(_merged(array.shape, axes, kind)), first
 
 
-def take_units(array: np.ndarray, axes: tuple[str, ...], kind: str, kept: np.ndarray, gate: Any = 1.0) -> np.ndarray:
+def take_units(array: np.ndarray, axes: tuple[str, ...], kind: str, units: np.ndarray, gate: Any = 1.0) -> np.ndarray:
     """Some units of an array, each multiplied by its gate in float32.
 
-    The indices `kept` and the float32 gates have the shape that the units that stay have along the axes of their kind.
+    The indices `units` and the float32 gates are shaped as the remaining units are along the axes of their kind.
     """
     order, first = _side_by_side(axes, kind)
     merged, _ = merge_units(array, axes, kind)
-    taken = np.take(merged, kept, first)
+    taken = np.take(merged, units, first)
     if not np.all(gate == 1.0):
-        after = [1] * (array.ndim - first - kept.ndim)
-        taken = (taken.astype(np.float32) * gate.reshape(*kept.shape, *after)).astype(array.dtype)
+        after = [1] * (array.ndim - first - units.ndim)
+        taken = (taken.astype(np.float32) * gate.reshape(*units.shape, *after)).astype(array.dtype)
     return np.ascontiguousarray(taken.transpose(np.argsort(order)))
 
 
@@ -341,13 +341,13 @@ def without(table: AxisTable, params: Params, emptied: Sequence[Site]) -> Params
     return narrow(table, params, dict.fromkeys(emptied, 0))
 
 
-def narrow(table: AxisTable, params: Params, kept: Mapping[Site, int]) -> Params:
-    """The parameters with the first units alone at some sites: a model of other widths, to be measured.
+def narrow(table: AxisTable, params: Params, widths: Mapping[Site, int]) -> Params:
+    """The parameters with only the first units at some sites: a model of other widths, to be measured.
 
     Args:
         table: The family's axis table.
         params: Parameters of any widths; they are not changed.
-        kept: Units of every site, of those with several axes along the last; a site that is not named stays as it is.
+        widths: Units to keep at a site (along the last of several axes); sites that are not named stay as they are.
 
     Returns:
         NumPy arrays where something was cut, else the same objects as in `params`.
@@ -357,7 +357,7 @@ def narrow(table: AxisTable, params: Params, kept: Mapping[Site, int]) -> Params
         axes = axes_of(table, path)
         most = {
             KINDS[site.kind][-1]: count
-            for site, count in kept.items()
+            for site, count in widths.items()
             if path[: len(site.module)] == site.module and has_units(axes, site.kind)
         }
         if all(most.get(name, size) >= size for name, size in zip(axes, leaf.shape, strict=True)):

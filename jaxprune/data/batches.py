@@ -57,7 +57,7 @@ class Encoded:
 
     @property
     def truncated(self) -> int:
-        """How many examples were cut to `max_length` tokens."""
+        """The number of examples that were cut to `max_length` tokens."""
         return int(self.cut.sum())
 
     @property

@@ -172,7 +172,7 @@ def _read_parquet(path: Path) -> Records:
 
 @dataclass(frozen=True)
 class Labels:
-    """How stored labels are read."""
+    """The reading of stored labels."""
 
     names: tuple[str, ...]  # ("score",) in a regression
     regression: bool = False

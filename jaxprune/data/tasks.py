@@ -326,7 +326,7 @@ def load_task(
 
 
 def _hidden(records: Records, label: str) -> bool:
-    """Whether all labels are kept secret."""
+    """True if all labels are hidden."""
     return all(cells.get(label) in (HIDDEN, str(HIDDEN)) for _, cells in records.rows)
 
 

@@ -1,4 +1,4 @@
-"""How well a model does a task: its predictions, and the task's own metrics beside the chance level.
+"""Evaluation of a model on a task: its predictions, and the task's metrics beside the chance level.
 
 `predict` gives the logits of examples in their order, however they are batched; `evaluate` compares them with labels.
 """
@@ -79,7 +79,7 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def plain(text: str) -> str:
-    """What SQuAD compares: lower case, without punctuation, the articles a, an, the, and repeated white space."""
+    """The text as SQuAD compares it: lower case, no punctuation, no articles (a, an, the), single spaces."""
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION)).split())
 
 

@@ -97,7 +97,7 @@ class _Layer(NamedTuple):
 
 
 class _Decoder(NamedTuple):
-    """What the program that writes reads of the parameters."""
+    """The parameters that the generating program reads."""
 
     entry: Params  # for `Model.embed`
     layers: tuple[_Layer, ...]
@@ -105,7 +105,7 @@ class _Decoder(NamedTuple):
 
 
 class _Written(NamedTuple):
-    """The text so far."""
+    """The text generated so far."""
 
     count: Int[Array, ""]
     tokens: Int[Array, "b n"]

@@ -56,14 +56,14 @@ class Prefix(NamedTuple):
     known: Mapping[str, Array] = {}  # values in this layer that its gates do not change, see `Model.block`
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["kept"], meta_fields=["tree", "sources"])
+@partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["tree", "sources"])
 @dataclass(frozen=True)
 class Saved:
     """A pullback on its way out of a compiled program, without the arrays that went in: they would be copied."""
 
-    kept: list[Array]
+    arrays: list[Array]
     tree: Any  # the pullback's structure
-    sources: tuple[int | None, ...]  # for every leaf, which input it is; None: it is in `kept`
+    sources: tuple[int | None, ...]  # for every leaf, which input it is; None: it is in `arrays`
 
     @classmethod
     def of(cls, pullback: Any, inputs: Any) -> Saved:
@@ -75,8 +75,8 @@ class Saved:
 
     def restore(self, inputs: Any) -> Any:
         """The pullback, when the program has been called with these inputs."""
-        given, kept = jax.tree.leaves(inputs), iter(self.kept)
-        return jax.tree.unflatten(self.tree, [next(kept) if i is None else given[i] for i in self.sources])
+        given, saved = jax.tree.leaves(inputs), iter(self.arrays)
+        return jax.tree.unflatten(self.tree, [next(saved) if i is None else given[i] for i in self.sources])
 
 
 class Step(NamedTuple):

@@ -11,12 +11,12 @@ _REQUIRED = object()  # a setting that has no default
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a JSON file is a number."""
+    """True if a value of a JSON file is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value of a JSON file is an integer from 0 on, small enough for an index."""
+    """True if a value of a JSON file is an integer of at least 0, small enough for an index."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 

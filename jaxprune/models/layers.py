@@ -347,7 +347,7 @@ class Sites:
         return gate(values, self.gates.get(name), self.means.get(name), self.mask, self.tokens, axes)
 
     def wants(self, name: str) -> bool:
-        """Whether this value is to be kept."""
+        """True if this value is to be kept."""
         return name in self.returns or name.rpartition(".")[2] in self.returns
 
     def keep(self, name: str, value: Array | None) -> None:
@@ -453,7 +453,7 @@ def fused_attention(
 def has_fused_attention(
     query: Float[Array, "b t *n h"], value: Float[Array, "b s n h"], capability: float | None = None
 ) -> bool:
-    """Whether the device has a fused kernel for these shapes and types, and for their gradients.
+    """True if the device has a fused kernel for these shapes and types, and for their gradients.
 
     That is cuDNN's, on an NVIDIA GPU of compute capability 8.0 or more: 16-bit, head sizes equal and multiples of 8 up
     to 128 and, because there is a mask, even lengths in the backward pass.

@@ -111,12 +111,12 @@ class Model:
 
     @property
     def answers_in_text(self) -> bool:
-        """Whether the model answers in text, token by token, and not by task heads."""
+        """Whether the model answers in text, token by token, rather than by task heads."""
         return self.config.answers_in_text
 
     @property
     def causal(self) -> bool:
-        """Whether the tokens of the last stack attend to themselves and to those before alone."""
+        """Whether the tokens of the last stack attend only to themselves and to earlier ones."""
         return self.stacks[-1].causal
 
     @property

@@ -430,7 +430,7 @@ def _run(
 
 
 def _check_heads(ours: TaskHead, theirs: TaskHead) -> None:
-    """Refuses heads for spans, and a teacher's that answers another question."""
+    """Refuses heads for spans, and heads whose labels differ."""
     if ours.spans or theirs.spans:
         name = (ours if ours.spans else theirs).name
         raise ValueError(f"task head {name!r} is for spans, and losses are of labels: distill with another task head.")
