@@ -57,33 +57,35 @@ UNSEEN = {  # scored on: never trained on, never scored on
 PARTS = ("nodes", "factors", "main", "labels", "matrix", "tight", "curves", "unseen", "few")  # choices first
 
 
-DEFAULT = Method(jp.IntegratedGradients())
+DEFAULT = Method(jp.criteria.IntegratedGradients())
 FACTORS = {  # one setting at a time, the others as in DEFAULT
     "default": DEFAULT,
-    "path: layer, nodes: 2": Method(jp.IntegratedGradients(path=attribution.layer, nodes=2)),  # a path per module: dear
-    "start: 0.5": Method(jp.IntegratedGradients(start=0.5)),
-    "nodes: 2": Method(jp.IntegratedGradients(nodes=2)),
-    "gradient x activation": Method(jp.GradientActivation()),
-    "objective: log-probability": Method(jp.IntegratedGradients(objective=jp.log_probability)),
-    "objective: margin": Method(jp.IntegratedGradients(objective=jp.margin)),
-    "examples: signed": Method(jp.IntegratedGradients(examples=objectives.signed)),
-    "examples: squared": Method(jp.IntegratedGradients(examples=objectives.squared)),
-    "examples: maximum": Method(jp.IntegratedGradients(examples=objectives.maximum)),
-    "closed: mean": Method(jp.IntegratedGradients(closed=activations.calibration_means)),
+    "path: layer, nodes: 2": Method(
+        jp.criteria.IntegratedGradients(path=attribution.layer, nodes=2)
+    ),  # a path per module: dear
+    "start: 0.5": Method(jp.criteria.IntegratedGradients(start=0.5)),
+    "nodes: 2": Method(jp.criteria.IntegratedGradients(nodes=2)),
+    "gradient x activation": Method(jp.criteria.GradientActivation()),
+    "objective: log-probability": Method(jp.criteria.IntegratedGradients(objective=jp.objectives.log_probability)),
+    "objective: margin": Method(jp.criteria.IntegratedGradients(objective=jp.objectives.margin)),
+    "examples: signed": Method(jp.criteria.IntegratedGradients(examples=objectives.signed)),
+    "examples: squared": Method(jp.criteria.IntegratedGradients(examples=objectives.squared)),
+    "examples: maximum": Method(jp.criteria.IntegratedGradients(examples=objectives.maximum)),
+    "closed: mean": Method(jp.criteria.IntegratedGradients(closed=activations.calibration_means)),
     "scope: global": replace(DEFAULT, per_layer=False),
     "scope: global, L2": replace(DEFAULT, per_layer=False, normalise=per_layer_l2),
 }
 CRITERIA = {
-    "integrated gradients": jp.IntegratedGradients(),
-    "gradient x activation": jp.GradientActivation(),
-    "Taylor": jp.Taylor(),
-    "Fisher": jp.Fisher(),
-    "gradient": jp.Gradient(),
-    "Wanda": jp.Wanda(),
-    "activation": jp.Activation(),
-    "magnitude": jp.Magnitude(),
-    "top layers": jp.TopLayers(),
-    "random": jp.Random(),
+    "integrated gradients": jp.criteria.IntegratedGradients(),
+    "gradient x activation": jp.criteria.GradientActivation(),
+    "Taylor": jp.criteria.Taylor(),
+    "Fisher": jp.criteria.Fisher(),
+    "gradient": jp.criteria.Gradient(),
+    "Wanda": jp.criteria.Wanda(),
+    "activation": jp.criteria.Activation(),
+    "magnitude": jp.criteria.Magnitude(),
+    "top layers": jp.criteria.TopLayers(),
+    "random": jp.criteria.Random(),
 }
 ATTRIBUTION = ("integrated gradients", "gradient x activation")
 # All with the same widths in every layer, where no normalisation within a layer changes the ranking; dropping layers
@@ -101,9 +103,9 @@ def kept_sets(bench: Bench, task: str, criterion: Any, budget: float, seed: int 
 def nodes(bench: Bench) -> dict[str, Any]:
     """How many quadrature nodes are enough: kept sets, accuracy and completeness against 128 nodes, on dev."""
     rows = []
-    reference = jp.IntegratedGradients(nodes=128)
+    reference = jp.criteria.IntegratedGradients(nodes=128)
     for count in (1, 2, 4, 8, 16):
-        criterion = jp.IntegratedGradients(nodes=count)
+        criterion = jp.criteria.IntegratedGradients(nodes=count)
         overlap, errors = {}, []
         for budget in (0.7, 0.5, 0.3):
             pairs = [[kept_sets(bench, task, one, budget) for one in (criterion, reference)] for task in FACTOR_TASKS]
@@ -202,7 +204,7 @@ def labels(bench: Bench) -> dict[str, Any]:
     """Without labels, for the model's own predictions; test, at the endpoint."""
     dense, chance = bench.dense(bench.able, "test"), bench.chances(bench.able, "test")
     gold = bench.cells_of(DEFAULT, bench.able, "test", ENDPOINT, DRAWS)
-    method = Method(jp.IntegratedGradients(labels=objectives.predicted))
+    method = Method(jp.criteria.IntegratedGradients(labels=objectives.predicted))
     cells = bench.cells_of(method, bench.able, "test", ENDPOINT, DRAWS)
     rows = {
         "gold": summary(gold, dense, chance),

@@ -61,12 +61,15 @@ SCOPES: dict[str, dict[str, Any]] = {
 READING = ("integrated gradients", "Wanda")  # those that look at examples and keep most
 OBJECTIVES = {
     "sum of probabilities": None,
-    "sum of log-probabilities": jp.log_probability,
-    "sum of margins": jp.margin,
+    "sum of log-probabilities": jp.objectives.log_probability,
+    "sum of margins": jp.objectives.margin,
 }
 LABELS = {"predicted": objectives.predicted, "every": objectives.every}
 MOST_LABELS = 10  # of a task whose every answer is attributed: each costs a pass
-MADE = {"integrated gradients": jp.IntegratedGradients, "gradient x activation": jp.GradientActivation}
+MADE = {
+    "integrated gradients": jp.criteria.IntegratedGradients,
+    "gradient x activation": jp.criteria.GradientActivation,
+}
 
 
 class Paper:
@@ -194,7 +197,7 @@ def unsupervised(paper: Paper) -> dict[str, Any]:
         rows[name] = {"gold": paper.summary(gold)}
         for label, function in LABELS.items():
             few_labels = [task for task in paper.tasks if len(paper.bench.task(task).labels) <= MOST_LABELS]
-            if label == "every" and make is jp.IntegratedGradients:
+            if label == "every" and make is jp.criteria.IntegratedGradients:
                 continue  # nodes times answers
             tasks = few_labels if label == "every" else paper.tasks
             own = paper.cells(paper.method(name, make(labels=function)), tasks=tasks)

@@ -24,7 +24,7 @@ from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import draw
 from jaxprune.evaluation.evaluate import fitting_head, predict
 from jaxprune.models.cost import Length
-from jaxprune.scoring.scores import describe
+from jaxprune.scoring.scores import Scores, describe
 from jaxprune.units import Intervention
 
 EXAMPLES = 128  # calibration rows
@@ -51,7 +51,7 @@ class Method:
     def draws(self) -> bool:
         """Whether the seed changes anything."""
         free = (self.rival, self.recovery) == (None, None)
-        return not free or self.criterion.examples is not None or isinstance(self.criterion, jp.Random)
+        return not free or self.criterion.examples is not None or isinstance(self.criterion, jp.criteria.Random)
 
     def described(self, source: str | tuple[str, ...], budget: float, seed: int) -> list[Any]:
         """All that a pruned model depends on, for JSON."""
@@ -81,7 +81,7 @@ class Bench:
     names: tuple[str, ...]  # of the tasks
     tasks: dict[str, jp.Task] = field(default_factory=dict)
     encoded: dict[tuple[str, str], Any] = field(default_factory=dict)
-    scored: dict[str, jp.Scores] = field(default_factory=dict)
+    scored: dict[str, Scores] = field(default_factory=dict)
     lengths: dict[str, Length] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -133,7 +133,7 @@ class Bench:
         labels = self.rows_of(name, split).labels
         return float(np.bincount(labels).max() / len(labels))
 
-    def scores(self, task: str, criterion: Any, examples: int, seed: int) -> jp.Scores:
+    def scores(self, task: str, criterion: Any, examples: int, seed: int) -> Scores:
         """Scores of a task, made once."""
         settings = json.dumps([self.digest, task, describe(criterion), examples, seed], sort_keys=True)
         name = hashlib.sha256(settings.encode()).hexdigest()[:24]

@@ -40,7 +40,7 @@ def prepare(folder: Path) -> tuple[Path, Path]:
     model, params = random_model(SIZES["bert-base"])
     where = jp.save(folder / "model", replace(model, source=jp.bundled_model()), params)
     tasks = jp.load_task("sst2", data=jp.bundled_data())
-    criterion = jp.GradientActivation(objective=jp.probability)
+    criterion = jp.criteria.GradientActivation(objective=jp.objectives.probability)
     scores = jp.score(*load(where), tasks, jp.Scoring(criterion=criterion, rows=jp.Rows(examples=8), head="task"))
     return where, jp.save_scores(folder / "scores", scores)
 

@@ -52,18 +52,18 @@ RIVAL_BUDGETS = (CONTESTED,)  # each of their models takes minutes
 SWEPT = ("sst2", "trec")  # tasks on which a rival's setting is chosen
 COMPARED = ("integrated gradients", "Wanda", "Wanda + recovery")  # in the claims, beside ours and the rivals
 REPRESENTATIONAL = (2.5e-4, 2.5e-2, 2.5)  # the first is published, for other rows and another model
-RECOVERY = jp.Reconstruction()
+RECOVERY = jp.recoveries.Reconstruction()
 CHOICES: dict[str, dict[str, Any]] = {
     "none": {},
-    "bias": {"recovery": jp.BiasCompensation()},
-    "rescale": {"recovery": jp.Rescaling()},
+    "bias": {"recovery": jp.recoveries.BiasCompensation()},
+    "rescale": {"recovery": jp.recoveries.Rescaling()},
     "reconstruct": {"recovery": RECOVERY},
     "reconstruct, 64 examples": {"recovery": RECOVERY, "recovery_examples": 64},
 }
 CRITERIA = {
-    "integrated gradients": Method(jp.IntegratedGradients()),
-    "Wanda": Method(jp.Wanda()),
-    "magnitude": Method(jp.Magnitude()),
+    "integrated gradients": Method(jp.criteria.IntegratedGradients()),
+    "Wanda": Method(jp.criteria.Wanda()),
+    "magnitude": Method(jp.criteria.Magnitude()),
 }
 OURS = "integrated gradients + recovery"
 KWON, K_PRUNE = "Kwon et al., re-implemented", "K-prune, re-implemented"
@@ -171,10 +171,10 @@ def cost(bench: Bench, record: Mapping[str, Any]) -> dict[str, Any]:
     task, count, rounds = bench.task(bench.able[0]), 512, 2
     count = min(count, len(task.rows("calibration")))
     rows = draw(task, count, 0)
-    scores = bench.scores(task.name, jp.IntegratedGradients(), 128, 0)
+    scores = bench.scores(task.name, jp.criteria.IntegratedGradients(), 128, 0)
     gates = jp.select(bench.model, bench.params, scores, jp.budgets.Flops(0.5, length=bench.length(task.name)))
     small = jp.compact(bench.model, bench.params, gates, scores.means)
-    twenty = jp.IntegratedGradients(nodes=20)
+    twenty = jp.criteria.IntegratedGradients(nodes=20)
     fitted = jp.Rows(examples=rows)
     work: dict[str, Callable[[], Any]] = {
         "scoring, 20 nodes": lambda: (
@@ -182,7 +182,7 @@ def cost(bench: Bench, record: Mapping[str, Any]) -> dict[str, Any]:
         ),
         "reconstruct": lambda: jp.recover(bench.model, bench.params, small, task, jp.Recovery(rows=fitted))[0],
         "rescale": lambda: jp.recover(
-            bench.model, bench.params, small, task, jp.Recovery(method=jp.Rescaling(), rows=fitted)
+            bench.model, bench.params, small, task, jp.Recovery(method=jp.recoveries.Rescaling(), rows=fitted)
         )[0],
     }
     seconds: dict[str, list[float]] = {name: [] for name in work}
@@ -220,13 +220,18 @@ def _peak(source: Path, data: Path, name: str, count: int, what: str) -> int:
     model, params = jp.load(source)
     task = jp.load_task(name, data=data)
     rows = draw(task, count, 0)
-    scores = jp.score(model, params, task, jp.Scoring(criterion=jp.Magnitude(), rows=jp.Rows(examples=rows[:8])))
+    scores = jp.score(
+        model, params, task, jp.Scoring(criterion=jp.criteria.Magnitude(), rows=jp.Rows(examples=rows[:8]))
+    )
     small = jp.compact(model, params, jp.select(model, params, scores, jp.budgets.Flops(0.5)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if what == "scoring":
         jax.block_until_ready(
             jp.score(
-                model, params, task, jp.Scoring(criterion=jp.IntegratedGradients(), rows=jp.Rows(examples=rows))
+                model,
+                params,
+                task,
+                jp.Scoring(criterion=jp.criteria.IntegratedGradients(), rows=jp.Rows(examples=rows)),
             ).values
         )
     else:

@@ -36,7 +36,7 @@ SCORED, RECOVERED = 128, 256  # examples, at most
 ENOUGH = 40.0  # F1, in percent: a model below is left out of means over tasks
 WAYS: Mapping[str, Any] = {
     "integrated gradients": None,
-    "integrated gradients + recovery": jp.Reconstruction(),
+    "integrated gradients + recovery": jp.recoveries.Reconstruction(),
 }
 
 
@@ -121,7 +121,9 @@ def budgets(setting: Setting) -> dict[str, Any]:
             model,
             params,
             task,
-            jp.Scoring(criterion=jp.IntegratedGradients(), rows=jp.Rows(examples=chosen, key=seed, max_length=length)),
+            jp.Scoring(
+                criterion=jp.criteria.IntegratedGradients(), rows=jp.Rows(examples=chosen, key=seed, max_length=length)
+            ),
         )
         tokens = usable.encode(chosen).mean_length
         for budget in BUDGETS:

@@ -122,7 +122,7 @@ def measure(
     for count in tokens:
         x = jnp.asarray(random.standard_normal((count, shape[0])), jnp.float32)
         for sparsity in sparsities:
-            masked, _ = jp.one_shot({"w": w}, sparsity, prunable=lambda *_: 1)
+            masked, _ = jp.sparse.one_shot({"w": w}, sparsity, prunable=lambda *_: 1)
             pruned = np.asarray(masked["w"])
             blocky, blocks, index = in_blocks(w, sparsity)
             ways: dict[str, tuple[Callable[[], Any], np.ndarray]] = {
@@ -138,7 +138,7 @@ def measure(
 
                 ways["SciPy CSR"] = partial(_host, csr_array(pruned.T), np.asarray(x)), pruned
             if sparsity == 0.5:
-                half, _ = jp.one_shot({"w": w}, 0.5, prunable=lambda *_: 1, pattern=jp.NM(n=2, m=4))
+                half, _ = jp.sparse.one_shot({"w": w}, 0.5, prunable=lambda *_: 1, pattern=jp.patterns.NM(n=2, m=4))
                 ways["2:4"] = partial(dense, x, half["w"]), np.asarray(half["w"])
             for name, (run, weights) in ways.items():
                 check(name, run(), np.asarray(x) @ weights)

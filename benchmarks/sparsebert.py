@@ -40,6 +40,7 @@ import jaxprune as jp
 from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import write_atomic
 from jaxprune.cli.training import count_weights
+from jaxprune.data.augmentation import Augmentation, augment
 from jaxprune.data.batches import encode, training_batches
 from jaxprune.data.tasks import Rows
 from jaxprune.evaluation.evaluate import evaluate, predict
@@ -160,18 +161,18 @@ class Setup:
                 seed=seed,
                 evaluate_every=max(1, steps // 3),
             )
-            cubic = partial(jp.cubic_schedule, prunings=self.prunings)
+            cubic = partial(jp.schedules.cubic_schedule, prunings=self.prunings)
             start, losses, schedule = (self.model, self.params), None, partial(cubic, sparsity)
             if order == PLAIN:
                 losses = LABELS
             elif order == FROM_TUNED:
                 start = teacher
             elif order == ONE_SHOT:
-                schedule = lambda steps: jp.one_shot_schedule(sparsity, 1)  # noqa: E731
+                schedule = lambda steps: jp.schedules.one_shot_schedule(sparsity, 1)  # noqa: E731
             elif order == RECOVERED:
                 schedule = lambda steps: cubic(sparsity, steps * 2 // 3)  # noqa: E731
             elif order == AUGMENTED:
-                task = jp.augment(self.model, self.params, task, jp.Augmentation(copies=copies, seed=seed))
+                task = augment(self.model, self.params, task, Augmentation(copies=copies, seed=seed))
             elif order == AFTER:  # half of the steps each
                 first = replace(training, steps=steps // 2, evaluate_every=steps)
                 dense = jp.distill(start, teacher, task, training=first, state=state.with_suffix(".first"))
@@ -313,10 +314,11 @@ def variants(setup: Setup, names: list[str], record: Mapping[str, Any]) -> dict[
 
 def sizes(setup: Setup, names: list[str], record: Mapping[str, Any]) -> dict[str, Any]:
     """FLOPs and files by sparsity, of the start, whose smallest weights become zero at once."""
-    maps = jp.linear_maps(setup.model)
+    maps = jp.sparse.linear_maps(setup.model)
     return {
         "rows": {
-            str(s): sizes_of(setup.model, jp.one_shot(setup.params, s, prunable=maps)[0]) for s in setup.sparsities
+            str(s): sizes_of(setup.model, jp.sparse.one_shot(setup.params, s, prunable=maps)[0])
+            for s in setup.sparsities
         }
     }
 
@@ -330,10 +332,10 @@ def cost(setup: Setup, names: list[str], record: Mapping[str, Any]) -> dict[str,
     student = setup.params | {"heads": teacher["heads"]}
     model, settings = setup.model.with_heads(teacher_model.config.task_heads), jp.Distillation(head=name)
     plain = jp.Training().optimizer_of(block * prunings)
-    schedule = jp.cubic_schedule(0.95, block * prunings)  # one pruning in each turn
+    schedule = jp.schedules.cubic_schedule(0.95, block * prunings)  # one pruning in each turn
     optimizers = {
         "plain": plain,
-        "pruned": jp.sparse_optimizer(plain, schedule=schedule, prunable=jp.linear_maps(model)),
+        "pruned": jp.sparse_optimizer(plain, schedule=schedule, prunable=jp.sparse.linear_maps(model)),
     }
     starts = {way: trainable(student) for way in optimizers}
     states = {way: TrainingState(start, optimizers[way].init(start)) for way, start in starts.items()}

@@ -99,7 +99,7 @@ SIZES = {
 
 def joint(setting: Setting) -> Part:
     """Integrated gradients of all gates at once."""
-    criterion = jp.IntegratedGradients(nodes=setting.nodes)
+    criterion = jp.criteria.IntegratedGradients(nodes=setting.nodes)
     batches = [setting.rows(seed=i) for i in range(setting.batches)]
     runs: dict[str, Callable[[], Any]] = {"jaxprune": setting.score(criterion, batches)}
     theirs, facts = peer(setting), {"precision": precision(setting)}
@@ -133,7 +133,7 @@ def _each(run: Callable[[], Any], times: int) -> None:
 def layers(setting: Setting) -> Part:
     """Integrated gradients of one site at a time, with two nodes: the ratio hardly depends on their number."""
     nodes, depth = min(2, setting.nodes), setting.model.config.layers
-    criterion = jp.IntegratedGradients(nodes=nodes, path=layer)
+    criterion = jp.criteria.IntegratedGradients(nodes=nodes, path=layer)
     runs: dict[str, Callable[[], Any]] = {"jaxprune": setting.score(criterion)}
     theirs, facts = peer(setting), {"precision": precision(setting), "nodes": nodes}
     if theirs is not None:
@@ -154,7 +154,7 @@ def layers(setting: Setting) -> Part:
 
 def gradient(setting: Setting) -> Part:
     """Gradient x activation."""
-    criterion = jp.GradientActivation(examples=signed)
+    criterion = jp.criteria.GradientActivation(examples=signed)
     runs: dict[str, Callable[[], Any]] = {"jaxprune": setting.score(criterion)}
     theirs, facts, ratios = peer(setting), {"precision": precision(setting)}, {}
     if theirs is not None:
@@ -191,8 +191,8 @@ def measure_memory(name: str, folder: str, head: str, batch: str, length: str, n
     setting = Setting(
         model=model, params=params, head=head or None, folder=folder, batch=int(batch), length=int(length)
     )
-    integrated = jp.IntegratedGradients(nodes=int(nodes), chunk=1)
-    print(growth(setting.score({"gradient": jp.GradientActivation(), "integrated": integrated}[name])))
+    integrated = jp.criteria.IntegratedGradients(nodes=int(nodes), chunk=1)
+    print(growth(setting.score({"gradient": jp.criteria.GradientActivation(), "integrated": integrated}[name])))
 
 
 def pruned(setting: Setting) -> Part:
@@ -230,7 +230,7 @@ def scaling(setting: Setting) -> Part:
     work: dict[str, float] = {}  # GFLOPs of the nodes
 
     def add(name: str, own: Setting) -> None:
-        runs[name] = own.score(jp.IntegratedGradients(nodes=own.nodes))
+        runs[name] = own.score(jp.criteria.IntegratedGradients(nodes=own.nodes))
         work[name] = 2e-9 * own.nodes * own.batch * flops(own.model, own.params, own.lengths)
 
     for times in (1, 2, 4):
@@ -267,8 +267,8 @@ def limit(setting: Setting) -> Part:
     runs: Runs = {
         "matrix product": products,
         "forward": lambda: jax.block_until_ready(model.apply(params, batch, head=setting.head).logits),
-        "gradient x activation": setting.score(jp.GradientActivation()),
-        integrated: setting.score(jp.IntegratedGradients(nodes=nodes)),
+        "gradient x activation": setting.score(jp.criteria.GradientActivation()),
+        integrated: setting.score(jp.criteria.IntegratedGradients(nodes=nodes)),
     }
     seconds = in_turns(runs, setting.repeats)
     rate = 2e-9 * times * tokens * embed * neurons / seconds["matrix product"]  # GFLOP/s
@@ -292,7 +292,7 @@ def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def chunks(setting: Setting) -> Part:
     """Integrated gradients with more nodes evaluated together."""
     sizes = [size for size in (1, 2, 4, 8, 16) if size <= setting.nodes]
-    runs = {f"chunk {n}": setting.score(jp.IntegratedGradients(nodes=setting.nodes, chunk=n)) for n in sizes}
+    runs = {f"chunk {n}": setting.score(jp.criteria.IntegratedGradients(nodes=setting.nodes, chunk=n)) for n in sizes}
     seconds = in_turns(runs, setting.repeats)
     ratios = {f"chunk 1 / {name}": spread(seconds["chunk 1"] / own) for name, own in seconds.items()}
     return part(seconds, ratios, {"precision": precision(setting)})

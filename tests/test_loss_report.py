@@ -9,7 +9,7 @@ import pytest
 from tiny import random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
-from jaxprune.pruning.loss import WORTH, LossReporting, _Lost
+from jaxprune.pruning.loss import WORTH, LossReporting, _Lost, loss_report
 from jaxprune.scoring.activations import calibration_means
 from jaxprune.scoring.objectives import log_probability, maximum
 from jaxprune.scoring.run import score_batches
@@ -22,9 +22,9 @@ def test_the_report_sums_to_the_score_lost(model_type: str):
     model, params = jp.load(jp.bundled_model() if model_type == "bert" else jp.bundled_text_model())
     task = jp.load_task("sst2", data=jp.bundled_data())
     rows = task.rows("calibration")[:16]
-    scores = jp.score(model, params, task, jp.Scoring(criterion=jp.Magnitude(), rows=jp.Rows(examples=4)))
+    scores = jp.score(model, params, task, jp.Scoring(criterion=jp.criteria.Magnitude(), rows=jp.Rows(examples=4)))
     gates = jp.select(model, params, scores, jp.budgets.Units(0.7))
-    found = jp.loss_report(model, params, task, gates, LossReporting(rows=jp.Rows(examples=rows, batch_size=8)))
+    found = loss_report(model, params, task, gates, LossReporting(rows=jp.Rows(examples=rows, batch_size=8)))
     assert found.attributed == pytest.approx(sum(float(own.sum()) for own in found.units.values()), abs=1e-5)
     assert abs(found.attributed - found.lost) <= found.error + 1e-6
     assert found.error < 0.02
@@ -76,4 +76,4 @@ def test_open_gates_lose_nothing():
     model, params = tiny_model()
     task = jp.load_task("sst2", data=jp.bundled_data())
     with pytest.raises(ValueError, match="nothing is lost"):
-        jp.loss_report(model, params, task, jp.open_gates(model, params))
+        loss_report(model, params, task, jp.open_gates(model, params))

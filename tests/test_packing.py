@@ -258,9 +258,7 @@ def test_sparse_is_refused_where_nothing_is_sparse_and_where_dense_is_needed(tmp
         jp.load(write_classifier(tmp_path / "hf"), sparse=True)
     save(tmp_path / "packed", model, sparsified(model, params, 0.05), packed="exact")
     _, sparse = jp.load(tmp_path / "packed", sparse=True)
-    with pytest.raises(
-        TypeError, match=r"sparse parameters cannot be saved: layers.0.attention.key.kernel.*jp.densify"
-    ):
+    with pytest.raises(TypeError, match=r"sparse parameters cannot be saved: layers.0.attention.key.kernel.*densify"):
         save(tmp_path / "out", model, sparse)
 
 

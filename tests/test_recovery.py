@@ -17,18 +17,8 @@ import jaxprune as jp
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Rows, draw, row_key
 from jaxprune.models import Model
-from jaxprune.pruning.recovery import (
-    EVERY,
-    BiasCompensation,
-    Fit,
-    Moments,
-    Reconstruction,
-    Recovery,
-    Rescaling,
-    check_method,
-    fit_module,
-    recover_batches,
-)
+from jaxprune.pruning.recoveries import EVERY, BiasCompensation, Fit, Moments, Reconstruction, Rescaling, fit_module
+from jaxprune.pruning.recovery import Recovery, check_method, recover_batches
 from jaxprune.units import flatten, unflatten
 
 __all__ = ["place"]  # a fixture
@@ -240,7 +230,9 @@ def test_examples_of_several_tasks_are_drawn_from_each(place: Place):
     model, params = jp.load(place.model)
     tasks = [jp.load_task(name, data=place.data) for name in ("mood", "topic")]
     small = compact(model, params, random_gates(model, params, 1))
-    _, report = jp.recover(model, params, small, tasks, Recovery(method=jp.BiasCompensation(), rows=Rows(examples=12)))
+    _, report = jp.recover(
+        model, params, small, tasks, Recovery(method=jp.recoveries.BiasCompensation(), rows=Rows(examples=12))
+    )
     assert report.method == {"name": "BiasCompensation", "drift": True}
     drawn = [row for task in tasks for row in draw(task, 12, jax.random.key(0))]  # a seed is the key that it makes
     assert report.examples == 24 and report.rows == tuple(sorted(map(row_key, drawn)))

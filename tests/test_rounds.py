@@ -29,7 +29,8 @@ from jaxprune.models import Model
 from jaxprune.models.cost import memory
 from jaxprune.pruning.budgets import Budget, Flops, Latency, Memory, Rules, Units
 from jaxprune.pruning.prune import Pruning, geometric, prune, prune_in_rounds, units_left
-from jaxprune.pruning.recovery import BiasCompensation, Recovery
+from jaxprune.pruning.recoveries import BiasCompensation
+from jaxprune.pruning.recovery import Recovery
 from jaxprune.pruning.selection import Values, per_layer_l2, select
 from jaxprune.scoring.attribution import GradientActivation
 from jaxprune.scoring.run import Scoring

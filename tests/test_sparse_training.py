@@ -25,7 +25,7 @@ from jaxprune.sparse import optimizer as sparse_training
 from jaxprune.sparse.optimizer import SparseState
 from jaxprune.sparse.patterns import pruned_of
 
-SCHEDULE = jp.cubic_schedule(0.9, 12, prunings=4)  # at 3, 6, 9 and 12
+SCHEDULE = jp.schedules.cubic_schedule(0.9, 12, prunings=4)  # at 3, 6, 9 and 12
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adamw": lambda: optax.adamw(1e-2, weight_decay=0.1),
     "clipped": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.add_decayed_weights(0.1), optax.adam(1e-2)),
@@ -99,20 +99,20 @@ def test_pruned_weights_and_their_moments_stay_zero(name):
 @pytest.mark.parametrize("kind", ["tied", "constant"])
 def test_counts_are_exact_whatever_the_ties(kind):
     params = mlp(kind)
-    optimizer = jp.sparse_optimizer(optax.sgd(0.0), schedule=jp.linear_schedule(0.95, 5), prunable=kernels)
+    optimizer = jp.sparse_optimizer(optax.sgd(0.0), schedule=jp.schedules.linear_schedule(0.95, 5), prunable=kernels)
     state = start(optimizer, params)
     step = trainer(optimizer)
     for number in range(1, 6):
         params, state = step(params, state, batch(number))
         sparsity = number * 0.95 / 5
         counts = {"in.kernel": (pruned_of(sparsity, 96), 96), "out.kernel": (pruned_of(sparsity, 72), 72)}
-        assert jp.sparsity_of(state.masks).arrays == counts
+        assert jp.sparse.sparsity_of(state.masks).arrays == counts
 
 
 def test_the_masks_are_those_of_a_stable_sort():
     """Of the weights as they stand before the update."""
     params = mlp()
-    optimizer = jp.sparse_optimizer(optax.sgd(0.1), schedule=jp.one_shot_schedule(0.6, 3), prunable=kernels)
+    optimizer = jp.sparse_optimizer(optax.sgd(0.1), schedule=jp.schedules.one_shot_schedule(0.6, 3), prunable=kernels)
     state, step = start(optimizer, params), trainer(optimizer)
     for number in range(1, 4):
         before = jax.tree.map(np.asarray, params)
@@ -125,7 +125,7 @@ def test_the_masks_are_those_of_a_stable_sort():
 
 def test_before_the_first_pruning_it_is_the_optimizer_alone():
     inner = optax.adamw(1e-2)
-    wrapped = jp.sparse_optimizer(inner, schedule=jp.one_shot_schedule(0.5, 100), prunable=kernels)
+    wrapped = jp.sparse_optimizer(inner, schedule=jp.schedules.one_shot_schedule(0.5, 100), prunable=kernels)
     plain, own = mlp(), mlp()
     plain_state, own_state = inner.init(plain), start(wrapped, own)
     alone, together = trainer(inner), trainer(wrapped)
@@ -138,10 +138,12 @@ def test_before_the_first_pruning_it_is_the_optimizer_alone():
 def test_a_pruned_weight_counts_for_the_optimizer_as_if_it_were_not_there():
     """Training a masked model by its own gradients, from the start with these masks, is the same."""
     dense = mlp()
-    pruned, masks = jp.one_shot(dense, 0.5, prunable=kernels)
+    pruned, masks = jp.sparse.one_shot(dense, 0.5, prunable=kernels)
     inner = optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-2))
-    optimizer = jp.sparse_optimizer(inner, schedule=jp.one_shot_schedule(0.9, 100), prunable=kernels, masks=masks)
-    alone = trainer(inner, objective=lambda params, x: loss(jp.apply_masks(params, masks), x))
+    optimizer = jp.sparse_optimizer(
+        inner, schedule=jp.schedules.one_shot_schedule(0.9, 100), prunable=kernels, masks=masks
+    )
+    alone = trainer(inner, objective=lambda params, x: loss(jp.sparse.apply_masks(params, masks), x))
     plain, plain_state = jax.tree.map(jnp.copy, pruned), inner.init(pruned)
     own, state = jax.tree.map(jnp.copy, pruned), start(optimizer, pruned)
     for number in range(3):
@@ -149,31 +151,31 @@ def test_a_pruned_weight_counts_for_the_optimizer_as_if_it_were_not_there():
         own, state = trainer(optimizer)(own, state, batch(number))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, own)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain_state, state.inner)
-    assert jp.sparsity_of(own, kernels) == jp.sparsity_of(masks)
+    assert jp.sparse.sparsity_of(own, kernels) == jp.sparse.sparsity_of(masks)
 
 
 def test_masks_hold_from_the_first_update_on():
     dense = mlp()
-    _, masks = jp.one_shot(dense, 0.5, prunable=kernels)
+    _, masks = jp.sparse.one_shot(dense, 0.5, prunable=kernels)
     optimizer = jp.sparse_optimizer(
-        optax.sgd(0.1), schedule=jp.one_shot_schedule(0.9, 9), prunable=kernels, masks=masks
+        optax.sgd(0.1), schedule=jp.schedules.one_shot_schedule(0.9, 9), prunable=kernels, masks=masks
     )
     params, state = trainer(optimizer)(dense, start(optimizer, dense), batch(0))  # donates the masks of the state
-    assert jp.sparsity_of(params, kernels) == jp.sparsity_of(masks) == jp.sparsity_of(state.masks)
+    assert jp.sparse.sparsity_of(params, kernels) == jp.sparse.sparsity_of(masks) == jp.sparse.sparsity_of(state.masks)
 
 
 @pytest.mark.parametrize(
     ("criterion", "pattern", "final"),
     [
-        (jp.WeightMovement(), jp.Unstructured(), 0.9),
-        (jp.WeightFisher(decay=0.9), jp.Block(inputs=2, outputs=3), 0.8),
-        (jp.WeightMagnitude(), jp.NM(n=1, m=4), 0.75),
+        (jp.sparse.saliency.WeightMovement(), jp.patterns.Unstructured(), 0.9),
+        (jp.sparse.saliency.WeightFisher(decay=0.9), jp.patterns.Block(inputs=2, outputs=3), 0.8),
+        (jp.sparse.saliency.WeightMagnitude(), jp.patterns.NM(n=1, m=4), 0.75),
     ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted_and_compiled_equals_eager(criterion, pattern, final):
     optimizer = jp.sparse_optimizer(
         optax.adamw(1e-2),
-        schedule=jp.cubic_schedule(final, 6, prunings=3),
+        schedule=jp.schedules.cubic_schedule(final, 6, prunings=3),
         prunable=kernels,
         criterion=criterion,
         pattern=pattern,
@@ -193,7 +195,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_and_compiled_equals_eager(
     same(train(loaded, range(3, 8)), whole)
     # Of 96 and 72 weights, or of 16 and 12 blocks of 6: 13 and 10
     counts = {"Unstructured": [86, 65], "Block": [78, 60], "NM": [72, 54]}[type(pattern).__name__]
-    assert [zeros for zeros, _ in jp.sparsity_of(whole[1].masks).arrays.values()] == counts
+    assert [zeros for zeros, _ in jp.sparse.sparsity_of(whole[1].masks).arrays.values()] == counts
 
     eager = mlp(), start(optimizer, mlp())
     for number in range(8):
@@ -204,7 +206,10 @@ def test_interrupted_and_resumed_equals_uninterrupted_and_compiled_equals_eager(
 
 def test_n_of_m_is_reached_in_steps():
     optimizer = jp.sparse_optimizer(
-        optax.sgd(0.1), schedule=jp.linear_schedule(0.5, 4), prunable=kernels, pattern=jp.NM(n=2, m=4)
+        optax.sgd(0.1),
+        schedule=jp.schedules.linear_schedule(0.5, 4),
+        prunable=kernels,
+        pattern=jp.patterns.NM(n=2, m=4),
     )
     params = mlp()
     state, step, kept = start(optimizer, params), trainer(optimizer), []
@@ -218,7 +223,10 @@ def test_n_of_m_is_reached_in_steps():
 
 def test_movement_sums_over_the_steps():
     optimizer = jp.sparse_optimizer(
-        optax.sgd(0.5), schedule=jp.one_shot_schedule(0.5, 2), prunable=kernels, criterion=jp.WeightMovement()
+        optax.sgd(0.5),
+        schedule=jp.schedules.one_shot_schedule(0.5, 2),
+        prunable=kernels,
+        criterion=jp.sparse.saliency.WeightMovement(),
     )
     params: Any = {"kernel": jnp.asarray([[1.0, 1.0], [-1.0, 2.0]])}
     state: Any = start(optimizer, params)
@@ -232,26 +240,30 @@ def test_movement_sums_over_the_steps():
 
 def test_half_precision_weights_become_exactly_zero():
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), mlp())
-    optimizer = jp.sparse_optimizer(optax.sgd(0.1, 0.9), schedule=jp.one_shot_schedule(0.5, 1), prunable=kernels)
+    optimizer = jp.sparse_optimizer(
+        optax.sgd(0.1, 0.9), schedule=jp.schedules.one_shot_schedule(0.5, 1), prunable=kernels
+    )
     state = start(optimizer, params)
     updates, state = jax.jit(optimizer.update)(jax.tree.map(jnp.ones_like, params), state, params)
     moved = optax.apply_updates(params, updates)
-    assert jp.sparsity_of(moved, kernels) == jp.sparsity_of(state.masks)
+    assert jp.sparse.sparsity_of(moved, kernels) == jp.sparse.sparsity_of(state.masks)
     assert jax.tree.map(lambda a: a.dtype, moved) == jax.tree.map(lambda a: a.dtype, params)
 
 
 def test_factored_moments_are_left():
     inner = optax.adafactor(1e-2, min_dim_size_to_factor=4)
-    optimizer = jp.sparse_optimizer(inner, schedule=jp.one_shot_schedule(0.5, 1), prunable=kernels)
+    optimizer = jp.sparse_optimizer(inner, schedule=jp.schedules.one_shot_schedule(0.5, 1), prunable=kernels)
     params, state = trainer(optimizer)(mlp(), start(optimizer, mlp()), batch(0))
-    assert jp.sparsity_of(params, kernels) == jp.sparsity_of(state.masks)
+    assert jp.sparse.sparsity_of(params, kernels) == jp.sparse.sparsity_of(state.masks)
     shapes = {leaf.shape for leaf in jax.tree.leaves(state.inner)}
     assert {(8,), (12,), (6,)} <= shapes and (8, 12) not in shapes  # rows and columns
 
 
 def test_it_prunes_a_model_of_this_package():
     model, params = tiny_model(layers=1)
-    optimizer = jp.sparse_optimizer(optax.sgd(0.1), schedule=jp.cubic_schedule(0.95, 2), prunable=jp.linear_maps(model))
+    optimizer = jp.sparse_optimizer(
+        optax.sgd(0.1), schedule=jp.schedules.cubic_schedule(0.95, 2), prunable=jp.sparse.linear_maps(model)
+    )
     state = start(optimizer, params)
 
     @jax.jit
@@ -261,9 +273,9 @@ def test_it_prunes_a_model_of_this_package():
 
     for _ in range(2):
         params, state = step(params, state)
-    counts = jp.sparsity_of(state.masks).arrays
+    counts = jp.sparse.sparsity_of(state.masks).arrays
     assert len(counts) == 6 and set(counts.values()) == {(243, 256), (486, 512)}  # 243.2 and 486.4
-    assert jp.sparsity_of(params, jp.linear_maps(model)).arrays == counts
+    assert jp.sparse.sparsity_of(params, jp.sparse.linear_maps(model)).arrays == counts
 
 
 def test_ranking_is_behind_a_condition():
@@ -290,17 +302,17 @@ def test_wrong_uses_are_refused():
     with pytest.raises(ValueError, match=r"call update\(grads, state, params\)"):
         optimizer.update(params, start(optimizer, params))
     with pytest.raises(ValueError, match=r"2 of 4 weights stay, a sparsity of 0.5, got 0.9"):
-        jp.sparse_optimizer(optax.sgd(0.1), schedule=SCHEDULE, prunable=kernels, pattern=jp.NM())
+        jp.sparse_optimizer(optax.sgd(0.1), schedule=SCHEDULE, prunable=kernels, pattern=jp.patterns.NM())
     with pytest.raises(ValueError, match="the inputs of every matrix must be a multiple of 5"):
         late = jp.sparse_optimizer(
-            optax.sgd(0.1), schedule=SCHEDULE, prunable=kernels, pattern=jp.Block(inputs=5, outputs=1)
+            optax.sgd(0.1), schedule=SCHEDULE, prunable=kernels, pattern=jp.patterns.Block(inputs=5, outputs=1)
         )
         late.init(params)  # before the first step
 
 
 def test_the_state_is_a_pytree_of_arrays():
     optimizer = jp.sparse_optimizer(
-        optax.adam(1e-2), schedule=SCHEDULE, prunable=kernels, criterion=jp.WeightMovement()
+        optax.adam(1e-2), schedule=SCHEDULE, prunable=kernels, criterion=jp.sparse.saliency.WeightMovement()
     )
     state = start(optimizer, mlp())
     assert isinstance(state, SparseState)
@@ -337,11 +349,12 @@ places = {
 places = jax.tree.map(lambda place: NamedSharding(mesh, place), places)
 for together in (False, True):
     settings = dict(prunable=kernels, together=together)
-    whole, masks = jp.one_shot(mlp("tied"), 0.7, **settings)
-    split, split_masks = jp.one_shot(jax.device_put(mlp("tied"), places), 0.7, **settings)
+    whole, masks = jp.sparse.one_shot(mlp("tied"), 0.7, **settings)
+    split, split_masks = jp.sparse.one_shot(jax.device_put(mlp("tied"), places), 0.7, **settings)
     same((whole, masks), (split, split_masks))
-    assert jp.sparsity_of(split_masks).zeros == (118 if together else 67 + 50)
-optimizer = jp.sparse_optimizer(optax.adamw(1e-2), schedule=jp.cubic_schedule(0.9, 4, prunings=2), prunable=kernels)
+    assert jp.sparse.sparsity_of(split_masks).zeros == (118 if together else 67 + 50)
+schedule = jp.schedules.cubic_schedule(0.9, 4, prunings=2)
+optimizer = jp.sparse_optimizer(optax.adamw(1e-2), schedule=schedule, prunable=kernels)
 params = jax.device_put(mlp(), places)
 state = optimizer.init(params)
 assert state.masks["in"]["kernel"].sharding == places["in"]["kernel"]  # nothing is gathered

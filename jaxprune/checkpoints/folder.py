@@ -120,7 +120,7 @@ def load(
             The default does not depend on the file, so half-precision files compute in full precision.
         revision: Branch, tag or commit on the hub.
         sparse: Whether arrays with so many zeros that it takes less memory are sparse, `jax.experimental.sparse.BCOO`
-            of the same shapes. `densify` makes them dense again, also inside a jit.
+            of the same shapes. `jp.densify` makes them dense again, also inside a jit.
 
     Returns:
         The model and its parameters.

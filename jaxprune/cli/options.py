@@ -79,9 +79,9 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
     },
     "recover": {
         "none": "",
-        "bias": "pruning.recovery:BiasCompensation",
-        "rescale": "pruning.recovery:Rescaling",
-        "reconstruct": "pruning.recovery:Reconstruction",
+        "bias": "pruning.recoveries:BiasCompensation",
+        "rescale": "pruning.recoveries:Rescaling",
+        "reconstruct": "pruning.recoveries:Reconstruction",
     },
     "normalise": {"l2": "pruning.selection:per_layer_l2"},
     "layers": {

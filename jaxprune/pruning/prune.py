@@ -577,7 +577,7 @@ def prune_in_rounds(
         return jp.score(model, small, task)
 
 
-    *_, last = jp.prune_in_rounds(model, params, score, jp.budgets.Flops(0.3), rounds=3)  # last.params, last.gates
+    *_, last = prune_in_rounds(model, params, score, jp.budgets.Flops(0.3), rounds=3)  # last.params, last.gates
     ```
 
     Args:

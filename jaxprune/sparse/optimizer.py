@@ -90,7 +90,7 @@ def sparse_optimizer(
         >>> y = x[:, :1] * x[:, 1:2]
         >>> optimizer = jp.sparse_optimizer(
         ...     optax.adamw(1e-2),
-        ...     schedule=jp.cubic_schedule(0.9, steps=100, prunings=10),
+        ...     schedule=jp.schedules.cubic_schedule(0.9, steps=100, prunings=10),
         ...     prunable=lambda path, array: path[-1] == "kernel",
         ... )
         >>> state = optimizer.init(params)
@@ -101,7 +101,7 @@ def sparse_optimizer(
         ...     return optax.apply_updates(params, updates), state
         >>> for _ in range(100):
         ...     params, state = step(params, state)
-        >>> jp.sparsity_of(state.masks).arrays
+        >>> jp.sparse.sparsity_of(state.masks).arrays
         {'hidden.kernel': (144, 160), 'out.kernel': (18, 20)}
         >>> int((params["hidden"]["kernel"] == 0).sum())
         144

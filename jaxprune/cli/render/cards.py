@@ -25,17 +25,19 @@ from jaxprune.cli.render.tables import (
 CARD = "README.md"  # in the folder of a model
 LEARNED = "training.png"  # in that of a student: how it learned
 LOADING = """import jaxprune as jp
+from jaxprune.data.splits import Example
+from jaxprune.data.prompts import Prompt
 
 model, params = jp.load("FOLDER")
 """
-PREDICTING = """logits = jp.predict(model, params, [jp.Example(text="a text")], head={head})  # [examples, labels]"""
-FINDING = """questions = [jp.Example("a question", "its context", answers=())]
+PREDICTING = """logits = jp.predict(model, params, [Example(text="a text")], head={head})  # [examples, labels]"""
+FINDING = """questions = [Example("a question", "its context", answers=())]
 texts = jp.find_answers(model, params, questions, head={head})"""
-PROMPTING = """prompt = jp.Prompt(
+PROMPTING = """prompt = Prompt(
     template={template},
     words={words},
 )
-likelihoods = jp.predict(model, params, [jp.Example({texts})], prompt=prompt)  # [examples, labels]"""
+likelihoods = jp.predict(model, params, [Example({texts})], prompt=prompt)  # [examples, labels]"""
 WORDS = {  # kinds of units, in a sentence
     "heads": "attention heads",
     "neurons": "neurons",

@@ -1,0 +1,28 @@
+"""The criteria by which units are scored, under one name: `jp.criteria`."""
+
+from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients
+from jaxprune.scoring.baselines import (
+    Activation,
+    Fisher,
+    Gradient,
+    LeaveOneOut,
+    Magnitude,
+    Random,
+    Taylor,
+    TopLayers,
+    Wanda,
+)
+
+__all__ = [
+    "Activation",
+    "Fisher",
+    "Gradient",
+    "GradientActivation",
+    "IntegratedGradients",
+    "LeaveOneOut",
+    "Magnitude",
+    "Random",
+    "Taylor",
+    "TopLayers",
+    "Wanda",
+]
