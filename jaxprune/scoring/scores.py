@@ -138,11 +138,12 @@ def with_stability(scores: Scores, target: float = TARGET) -> Scores:
 
 
 def in_order(scores: Scores) -> Scores:
-    """The scores with sites in the order of a file, so that what was just scored equals what is read again."""
-    parts = {part: getattr(scores, part) for part in ("values", *_EXTRAS)}
-    return replace(
-        scores, **{part: None if sites is None else dict(sorted(sites.items())) for part, sites in parts.items()}
-    )
+    """The scores with sites and header in the order of a file: those just made equal those that are read again."""
+    parts: dict[str, Any] = {}
+    for part in ("values", *_EXTRAS):
+        sites = getattr(scores, part)
+        parts[part] = None if sites is None else dict(sorted(sites.items()))
+    return replace(scores, header=json.loads(json.dumps(dict(scores.header), sort_keys=True)), **parts)
 
 
 def save_scores(path: str | Path, scores: Scores) -> Path:
