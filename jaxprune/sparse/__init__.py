@@ -2,12 +2,4 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    ["patterns", "saliency", "schedules"],
-    {
-        "masks": ["apply_masks", "masks_of", "one_shot", "sparsity_of"],
-        "matrices": ["linear_maps"],
-        "optimizer": ["sparse_optimizer"],
-    },
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
