@@ -11,6 +11,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -143,12 +144,12 @@ def test_every_import_is_a_declared_dependency():
 
 
 def test_public_names_resolve_and_are_few():
-    for name in jaxprune.__all__:
-        assert getattr(jaxprune, name) is not None
-    assert set(jaxprune.__all__) <= set(dir(jaxprune))
-    assert len(jaxprune.__all__) <= 55
+    package: Any = jaxprune
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    assert set(package.__all__) <= set(dir(package))
+    assert len(package.__all__) <= 55
     with pytest.raises(AttributeError, match="No jaxprune attribute pruned"):
-        jaxprune.pruned  # noqa: B018
+        package.pruned  # noqa: B018
 
 
 def test_version_is_the_installed_one():

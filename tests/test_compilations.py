@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -158,8 +158,8 @@ def test_one_node_costs_two_forward_passes():
     head = TaskHead(name="task", labels=("no", "yes"), dense="tanh")
     model = Model(bert.parse_config(raw, (head,)))
     params = jax.eval_shape(model.initialise, jax.random.key(0))
-    state = State(jax.ShapeDtypeStruct((2, 128, 768), jnp.float32))
-    mask = Mask(jax.ShapeDtypeStruct((2, 128), jnp.bool_))
+    state = State(cast(Any, jax.ShapeDtypeStruct((2, 128, 768), jnp.float32)))
+    mask = Mask(cast(Any, jax.ShapeDtypeStruct((2, 128), jnp.bool_)))
     units = {"attention.heads": 12, "ffn.neurons": 3072}
     gates: Any = {name: jax.ShapeDtypeStruct((2, n), jnp.float32) for name, n in units.items()}
     before = (params["layers"][1], state, {})
@@ -221,8 +221,8 @@ def test_what_the_lowest_gates_multiply_is_not_computed_again():
     raw = tiny_config("bert", layers=1, embed=768, attention_heads=12, neurons=3072, vocab=100)
     model = Model(bert.parse_config(raw, ()))
     params = jax.eval_shape(model.initialise, jax.random.key(0))["layers"][0]
-    state = State(jax.ShapeDtypeStruct((2, 128, 768), jnp.float32))
-    mask = Mask(jax.ShapeDtypeStruct((2, 128), jnp.bool_))
+    state = State(cast(Any, jax.ShapeDtypeStruct((2, 128, 768), jnp.float32)))
+    mask = Mask(cast(Any, jax.ShapeDtypeStruct((2, 128), jnp.bool_)))
     known = {"attention.heads": jax.ShapeDtypeStruct((2, 128, 12, 64), jnp.float32)}
     gates: Any = {"attention.heads": jax.ShapeDtypeStruct((2, 12), jnp.float32)}
     whole, rest = (

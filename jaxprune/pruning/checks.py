@@ -260,7 +260,7 @@ def judge_deletion(
     """
     from scipy.stats import t  # slow to import
 
-    spread = t.ppf((1 + CONFIDENCE) / 2, len(random) - 1) * stdev(random) * math.sqrt(1 + 1 / len(random))
+    spread = float(t.ppf((1 + CONFIDENCE) / 2, len(random) - 1)) * stdev(random) * math.sqrt(1 + 1 / len(random))
     least, most = mean(random) - spread, mean(random) + spread
     if not something_to_lose:
         return UNDECIDED, most

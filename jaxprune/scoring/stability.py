@@ -141,7 +141,7 @@ def stability(scores: Scores, *, target: float = TARGET, fractions: Sequence[flo
             overall=spearman(everywhere[0], everywhere[1]),
             reliability=None if noise is None else reliability(noise, sum(counts)),
             needed=None if noise is None else needed(noise, target),
-            overlap=tuple(jaccard(*pair, list(sites)) for pair in selections),
+            overlap=tuple(jaccard(pair[0], pair[1], list(sites)) for pair in selections),
             chance=tuple(chance([(len(gate), int(gate.sum())) for gate in pair[0].values()]) for pair in selections),
         )
     known = [each.reliability for each in kinds.values() if each.reliability is not None]

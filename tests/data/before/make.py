@@ -93,8 +93,7 @@ def main() -> None:
         model, params = jp.load(str(HERE / name))
         batch = tiny_batch(model, seed=1)
         head = name.partition("#")[2] or "mood"
-        keyword = {} if "t5" in name else {"head": head}
-        arrays[name] = np.asarray(model.apply(params, batch, **keyword).logits)
+        arrays[name] = np.asarray(model.apply(params, batch, head=None if "t5" in name else head).logits)
         arrays |= {f"{'t5' if 't5' in name else 'bert'}:{key}": value for key, value in batch.items()}
         asked = (*text,) if "t5" in name else ("--task", head, "--data", "rows")
         [result] = run("evaluate", name, *asked)["results"]
