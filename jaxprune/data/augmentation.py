@@ -86,7 +86,7 @@ def word_candidates(
 def copies_of(
     examples: Sequence[Example], candidates: Mapping[str, Sequence[str]], settings: Augmentation, held_out: set[str]
 ) -> Iterator[Example]:
-    """The copies of some examples, one after another, none of them twice and none with a text that is held out.
+    """The distinct copies of some examples, one after another; none has a held-out text.
 
     The copies of an example depend on its text and the seed alone, not on the others or their order. Both texts of a
     pair are copied. `held_out` are the keys (`row_key`) of texts that may not occur.
@@ -155,7 +155,7 @@ def _exchanged(
 
 
 def _whole_words(tokenizer: Any) -> dict[str, int]:
-    """The words, in lower case, that are one token where they stand behind a space."""
+    """The lower-case words that are one token when they follow a space."""
     special = set(tokenizer.all_special_ids)
     texts = enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))]))
     words = [(i, text.strip()) for i, text in texts if i not in special and WORD.fullmatch(text.strip())]

@@ -123,7 +123,7 @@ class Encoded:
 
 
 class Batches(Sequence[Batch]):
-    """Batches that are put together when they are asked for."""
+    """Batches that are put together on demand."""
 
     def __init__(self, encoded: Encoded, plan: list[tuple[np.ndarray, int]], batch_size: int) -> None:
         self.encoded, self.plan, self.batch_size = encoded, plan, batch_size
@@ -231,12 +231,12 @@ def _reader(model_or_tokenizer: Any) -> tuple[Any, int, Model | None]:
 
 
 def default_length(model_or_tokenizer: Any, answers: bool) -> int:
-    """The most tokens of an example unless asked otherwise: 128, with answers in a context 384, or what can be read."""
+    """The default limit of tokens per example: 128, with answers in a context 384, or what the model reads."""
     return min(spans.MAX_LENGTH if answers else MAX_LENGTH, _reader(model_or_tokenizer)[1])
 
 
 class UsableRows(NamedTuple):
-    """The rows of a split that can be learned or scored from."""
+    """The rows of a split that training and scoring can use."""
 
     task: Task  # the task with these rows alone in the split
     cut_off: int  # how many rows were left out because their answers are cut off; 0 without spans
@@ -244,7 +244,7 @@ class UsableRows(NamedTuple):
 
 
 def usable_rows(model: Model, task: Task, rows: Rows, *, split: str = "calibration") -> UsableRows:
-    """Finds the rows of a split that can be drawn from: every use of a task's rows but an evaluation begins here.
+    """Finds the usable rows of a split: every use of a task's rows except evaluation begins here.
 
     Rows in `rows.exclude` are left out. For span tasks, so are those whose answers are all cut off: what is left of
     their contexts holds nothing to learn or to score from. Rows that are given are taken as they are.

@@ -88,7 +88,7 @@ def _target(example: Example, places: Int[np.ndarray, "t 2"], whole: bool) -> tu
 
 
 def cut_off(examples: Sequence[Example], targets: Int[np.ndarray, "b 2"]) -> list[bool]:
-    """Of each example, whether it has answers and none of them is among its tokens."""
+    """True for every example that has answers, none of which is among its tokens."""
     pairs = zip(examples, targets, strict=True)
     return [bool(example.answers) and int(target[0]) == UNKNOWN for example, target in pairs]
 

@@ -182,7 +182,7 @@ def divide(
     seed: int = 0,
     max_calibration: int = MOST_ROWS,
 ) -> tuple[dict[str, tuple[Example, ...]], dict[str, int]]:
-    """Makes train, calibration, dev and test of what a source offers; no text is in two of them.
+    """Divides the rows of a source into train, calibration, dev and test; no text is in two of them.
 
     A cut takes a tenth of the different texts (of a small set up to a quarter, until 256) and at most 2,048: 256 rows
     are twice what scoring takes by default, and show an accuracy to within 6 points (95 %).

@@ -460,7 +460,7 @@ def _download(name: str, source: Source) -> dict[str, Records]:
 
 
 def _find(name: str, data: Path | None) -> tuple[str, Source | None, dict[str, Records], str]:
-    """Finds a task's rows: its name, the facts if it is built in, its records, and where they came from in words."""
+    """Finds a task's rows: its name, its source if it is built in, its records, and their origin in words."""
     if data is not None and not data.is_dir():
         raise FileNotFoundError(f"the data folder {data} does not exist.")
     if name in TASKS and data is None:
@@ -488,7 +488,7 @@ def _find(name: str, data: Path | None) -> tuple[str, Source | None, dict[str, R
 
 
 def _pooled(source: Source | None, records: dict[str, Records]) -> dict[str, Records]:
-    """The rows by split; those that stand for train where there are no others."""
+    """The rows by split; without train rows, those of the pool take their place."""
     if source is None or "train" in records or source.pool not in records:
         return records
     return {"train" if split == source.pool else split: rows for split, rows in records.items()}

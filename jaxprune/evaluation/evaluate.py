@@ -84,19 +84,19 @@ def plain(text: str) -> str:
 
 
 def exact_match(predicted: str, text: str) -> float:
-    """1 if two answers are the same when made plain, else 0."""
+    """1 if two answers are equal after `plain`, else 0."""
     return float(plain(predicted) == plain(text))
 
 
 def word_f1(predicted: str, text: str) -> float:
-    """F1 of the words that two answers share when made plain; 0 if they share none."""
+    """F1 of the words that two answers share after `plain`; 0 if they share none."""
     ours, theirs = plain(predicted).split(), plain(text).split()
     shared = (Counter(ours) & Counter(theirs)).total()
     return 2 * shared / (len(ours) + len(theirs)) if shared else 0.0
 
 
 def squad(predicted: Sequence[str], answers: Sequence[Sequence[Answer]]) -> dict[str, float]:
-    """Mean F1 and exact match, each example by the answer that suits it best, as SQuAD 1.1's own script computes them.
+    """Mean F1 and exact match, each example by its best-matching answer, as in SQuAD 1.1's script.
 
     References:
         Rajpurkar, Zhang, Lopyrev and Liang, SQuAD: 100,000+ Questions for Machine Comprehension of Text, 2016.
@@ -158,7 +158,7 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Evaluation:
-        """From what `to_json` gave, also if a file has its names in another order."""
+        """The evaluation from its `to_json`, in any order of names."""
         first = record["primary"]
         metrics = {first: record["metrics"][first]} | record["metrics"]
         fields = {name: value for name, value in record.items() if name in cls.__dataclass_fields__}
@@ -265,7 +265,7 @@ def _write_answers(
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """The labels whose words a text-to-text model writes, int32 `[examples]`; -1 where it writes something else."""
+    """The labels whose words a text-to-text model generates, int32 `[examples]`; -1 for any other text."""
     if encoded.candidates is None:
         raise ValueError("the examples were encoded without a prompt: there are no words to compare answers with.")
     words = np.where(encoded.candidates == IGNORED, model.config.pad_id, encoded.candidates)

@@ -1,4 +1,4 @@
-"""Text from an encoder-decoder, token by token: at every place the most likely token.
+"""Text from an encoder-decoder, token by token: always the most likely next token.
 
 The encoder runs once, in the programs that `Model.apply` uses. One program writes all tokens: it caches the keys and
 values of the tokens before, computes those of the encoder's output once, and ends early when every row has ended.
@@ -39,7 +39,7 @@ def generate(
     max_new_tokens: int,
     intervention: Intervention = Intervention(),
 ) -> Int[Array, "b n"]:
-    """Writes the most likely next token until the end token, row by row: greedy, as Hugging Face's `generate`.
+    """Generates the most likely next token until the end token, row by row: greedy, as Hugging Face's `generate`.
 
     Rows do not affect each other. With gates the text is that of the compacted model.
 

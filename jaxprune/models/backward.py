@@ -67,7 +67,7 @@ class Saved:
 
     @classmethod
     def of(cls, pullback: Any, inputs: Any) -> Saved:
-        """Takes out what is an input, while the program is traced."""
+        """Leaves out the inputs, while the program is traced."""
         places = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(inputs))}
         leaves, tree = jax.tree.flatten(pullback)
         sources = tuple(places.get(id(leaf)) for leaf in leaves)
@@ -80,7 +80,7 @@ class Saved:
 
 
 class Step(NamedTuple):
-    """One compiled program of a forward pass, on its way back: a layer, or what comes before the first of a stack."""
+    """The pullback of one compiled program: of a layer, or of the embeddings before the first layer of a stack."""
 
     layer: str | None  # the layer's name
     places: Places  # of the parameters it reads
@@ -138,7 +138,7 @@ def forward(
     key: Array | None = None,
     prefix: Prefix | None = None,
 ) -> tuple[Float[Array, "b l"], Pull]:
-    """Runs the model and keeps what the backward pass needs.
+    """Runs the model and stores the inputs of the backward pass.
 
     Layers below the lowest gated one are run without a backward pass, unless weights are differentiated.
 

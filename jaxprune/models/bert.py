@@ -230,7 +230,7 @@ class Embeddings(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Self-attention over the heads that are there, then the residual and its norm."""
+    """Self-attention over the remaining heads, then the residual and its norm."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         d, n, h = config.embed, config.attention_heads, config.head_dim
@@ -336,12 +336,12 @@ def tied_places(config: EncoderConfig) -> tuple[tuple[Path, ...], ...]:
 
 
 def embed_places(config: EncoderConfig, stack: str) -> Places:
-    """The places of what `embed` reads; see `Model.embed_places`."""
+    """The places of the parameters that `embed` reads; see `Model.embed_places`."""
     return ("embeddings",)
 
 
 def readout_places(config: EncoderConfig, head: TaskHead) -> Places:
-    """The places of what `readout` reads; see `Model.readout_places`."""
+    """The places of the parameters that `readout` reads; see `Model.readout_places`."""
     return ("heads", head.name)
 
 
@@ -442,7 +442,7 @@ def checkpoint_names(config: EncoderConfig) -> dict[Path, tuple[str, str]]:
 
 
 def ignored_names(config: EncoderConfig) -> tuple[str, ...]:
-    """Patterns of tensors that checkpoints carry and that are no part of the encoder and its task head."""
+    """Patterns of tensors in checkpoints that belong neither to the encoder nor to its task head."""
     always = ("embeddings.position_ids", "cls.*", "lm_head.*", "vocab_*")
     pooler_is_ours = config.model_type == "bert" and any(head.dense is not None for head in config.task_heads)
     return always if pooler_is_ours else (*always, "pooler.*")

@@ -1,4 +1,4 @@
-"""Hugging Face configurations: reads what a family needs, and lists everything that is missing or not supported."""
+"""Hugging Face configurations: reads the settings a family needs, and lists all that are missing or not supported."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ConfigReader:
         ]
 
     def get(self, name: str, fits: Callable[[Any], bool], expected: str, default: Any = _REQUIRED) -> Any:
-        """A value, which must fit; `default` where the file does not say."""
+        """A value, which must fit; `default` if the file has none."""
         value = self.raw.get(name, default)
         if value is _REQUIRED:
             self.problems.append(f"{name} is missing")
@@ -46,7 +46,7 @@ class ConfigReader:
         return value
 
     def expect(self, name: str, value: Any, fits: bool, expected: str) -> None:
-        """Notes a value that does not fit."""
+        """Records a value that does not fit."""
         if not fits:
             self.problems.append(f"{name} is {value!r}, expected {expected}")
 

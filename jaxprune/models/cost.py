@@ -41,12 +41,12 @@ def parameters(params: Params) -> int:
 
 
 def memory(params: Params) -> int:
-    """The bytes of all parameters, in the types that they have."""
+    """The bytes of all parameters, in their types."""
     return sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in flatten(params).values())
 
 
 def prunable_parameters(model: Model, params: Params) -> int:
-    """The number of weights and biases that carry a unit axis: what goes when every unit goes."""
+    """The number of weights and biases with a unit axis: those removed if every unit is."""
     return round(_total(model, params, elements))
 
 
@@ -71,7 +71,7 @@ def flops(model: Model, params: Params, length: Length) -> float:
 
 
 def usual_length(model: Model) -> Length:
-    """Tokens per example where none are named: 128, or what the model reads; of a text-to-text model 4 are written."""
+    """Default tokens per example: 128, or as many as the model reads; a text-to-text model generates 4."""
     read = min(128, model.max_length)
     return [read, 4] if len(model.stacks) > 1 else read
 
@@ -113,7 +113,7 @@ def elements(part: Slice) -> float:
 
 
 def weight_bytes(params: Params) -> Measure:
-    """Measures bytes: weights and biases in the types that they have."""
+    """Measures bytes: weights and biases in their types."""
     return lambda part: part.size * np.dtype(subtree(params, part.path).dtype).itemsize
 
 

@@ -20,7 +20,7 @@ POOLINGS = ("first", "mean", "last", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class TaskHead:
-    """A classifier (or regressor) on hidden states, or what marks the start and the end of a span."""
+    """A classifier or regressor on hidden states, or a marker of the start and the end of a span."""
 
     name: str
     labels: tuple[str, ...]  # one name per logit; ("start", "end") of spans
@@ -30,7 +30,7 @@ class TaskHead:
 
     @property
     def spans(self) -> bool:
-        """Whether every token has logits of its own, for a span's start and its end."""
+        """Whether every token has its logits, for a span's start and end."""
         return self.pooling == "none"
 
     @property

@@ -119,7 +119,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Affine(nnx.Module):
-    """An affine map of the last axes: as many as the kernel has before those of the bias. Sums in float32."""
+    """An affine map of the last axes, as many as the kernel has before those of the bias. Sums in float32."""
 
     def __init__(self, kernel: tuple[int, ...], bias: tuple[int, ...], *, rngs: nnx.Rngs):
         self.axes = len(kernel) - len(bias)
@@ -134,7 +134,7 @@ class Affine(nnx.Module):
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=0)  # else the other shape of the kernel is kept, a copy
 def _product(axes: int, x: Array, kernel: Array) -> Array:
-    """The sum over the last axes of `x`, as a product of matrices: else compilers transpose the kernel going back."""
+    """The sum over the last axes of `x`, as a matrix product: else the backward pass transposes the kernel."""
     rows, columns, summed = x.shape[: x.ndim - axes], kernel.shape[axes:], math.prod(kernel.shape[:axes])
     matrix = kernel.reshape(summed, math.prod(columns))
     y = jnp.matmul(x.reshape(*rows, summed), matrix, preferred_element_type=jnp.float32)
@@ -351,7 +351,7 @@ class Sites:
         return name in self.returns or name.rpartition(".")[2] in self.returns
 
     def keep(self, name: str, value: Array | None) -> None:
-        """Keeps a value if it is wanted; that of a site with one axis for its units."""
+        """Keeps a value if it is wanted; a site's value gets one axis for its units."""
         if value is not None and self.wants(name):
             kind = name.rpartition(".")[2]
             self.values[name] = merge_axes(value, len(KINDS[kind])) if kind in KINDS else value
@@ -364,7 +364,7 @@ class Sites:
         scores: Float[Array, "b n t s"] | None,
         allowed: Bool[Array, "b *t s"],
     ) -> None:
-        """Keeps what is wanted of an attention: gated values, scores, and the mask of its softmax."""
+        """Keeps the wanted values of an attention: gated values, scores, and the mask of its softmax."""
         for name, value in (
             ("heads", mixed),
             ("channels", mixed),
@@ -427,7 +427,7 @@ def attend(
 
 
 def _heads_first(x: Float[Array, "b t n h"]) -> Float[Array, "b n t h"]:
-    """Laid out once: without the barrier a compiler writes it for the product and again for the backward pass.
+    """The array, laid out once: without the barrier, compilers lay it out again for the backward pass.
 
     In three dimensions no layout but this one is left.
     """
@@ -478,6 +478,6 @@ def has_fused_attention(
 
 
 def _compute_capability() -> float:
-    """Of the default device; 0 if it is no NVIDIA GPU."""
+    """The compute capability of the default device; 0 if it is not an NVIDIA GPU."""
     number = str(getattr(jax.devices()[0], "compute_capability", ""))  # "9.0"; AMD has names such as "gfx90a"
     return float(number) if re.fullmatch(r"\d+\.\d+", number) else 0.0

@@ -143,7 +143,7 @@ class Model:
         return _tokenizer(self.source, _versions(self.source))
 
     def head(self, name: str | None = None) -> TaskHead:
-        """The task head of this name; None is the only one. A model that answers in text has one more, `LANGUAGE`.
+        """The task head of this name, or the only one if None. A model that answers in text also has `LANGUAGE`.
 
         Raises:
             ValueError: If there is no such head, or no name was given and there are several; it lists them.
@@ -231,7 +231,7 @@ class Model:
         return self._family.block(self.config, settings.kind, params, state, mask, sites, key), sites.values
 
     def prepare(self, params: Params, memory: Float[Array, "b s d"], length: int) -> Cache:
-        """The cache of one layer of the last stack before the first token of a text is written.
+        """The cache of one layer of the last stack before the first token is generated.
 
         Args:
             params: The layer's parameters.
@@ -249,7 +249,7 @@ class Model:
         memory_mask: Bool[Array, "b s"],
         intervention: Intervention = Intervention(),
     ) -> tuple[Float[Array, "b 1 d"], Cache]:
-        """One layer of the last stack for one token: what `block` computes there, given the tokens before.
+        """One layer of the last stack for one token: the same as `block`, given the tokens before.
 
         Args:
             params: The layer's parameters.
@@ -363,7 +363,7 @@ _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe
 
 
 def _versions(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """The facts that tell a changed file of a folder from the one before: name, place on the disk, size and time."""
+    """The facts by which a changed file of a folder is noticed: name, place on the disk, size and time."""
     try:
         files = {file.name: file.stat() for file in folder.iterdir() if file.is_file()}
     except OSError as error:

@@ -121,7 +121,7 @@ def model_inputs(model: Model, params: Params, batch: Mapping[str, Any]) -> dict
 
 
 def prompt_inputs(model: Model, params: Params, batch: Mapping[str, Any]) -> dict[str, Array]:
-    """The arrays of a batch that its first stack reads, which is all but the answer in text; see `model_inputs`."""
+    """The arrays of a batch that its first stack reads: all but the answer in text; see `model_inputs`."""
     stack = model.stacks[0]
     _check_there(batch, stack.inputs[:2])
     return _stack_inputs(model, params, batch, stack)

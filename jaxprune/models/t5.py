@@ -208,7 +208,7 @@ AXES: dict[str, tuple[str, ...]] = {
 
 
 class Attention(nnx.Module):
-    """Normalised input, attention over the heads that are there, and the residual."""
+    """Normalised input, attention over the remaining heads, and the residual."""
 
     def __init__(self, config: T5Config, name: str, *, rngs: nnx.Rngs):
         d, n, h = config.embed, config.attention_heads, config.head_dim
@@ -231,13 +231,13 @@ class Attention(nnx.Module):
         sites: Sites,
         key: Array | None,
     ) -> Float[Array, "b t d"]:
-        """The output; `memory` is what is attended to, None is the input itself."""
+        """The output; `memory` is attended to, or if it is None the input itself."""
         y = self.norm(x)
         query = self.query(y)  # first: gradients are added up in this order
         return self.mix(x, query, self.read(y if memory is None else memory), mask, buckets, sites, key)
 
     def read(self, x: Float[Array, "b s d"]) -> KeysValues:
-        """The keys and values of what there is to attend to."""
+        """The keys and values to attend to."""
         return KeysValues(self.key(x), self.value(x))
 
     def mix(
@@ -250,7 +250,7 @@ class Attention(nnx.Module):
         sites: Sites,
         key: Array | None = None,
     ) -> Float[Array, "b t d"]:
-        """As the module itself, given the queries and what is attended to."""
+        """The output of the module, given its queries, keys and values."""
         inner, outer = (None, None) if key is None else jax.random.split(key)
         b, t, _ = x.shape
         sites.keep(f"{self.name}.residual", x)
@@ -356,17 +356,17 @@ _WORD, _LANGUAGE = ("embeddings", "word"), ("language", "out")
 
 
 def embed_places(config: T5Config, stack: str) -> Places:
-    """The places of what `embed` reads; see `Model.embed_places`."""
+    """The places of the parameters that `embed` reads; see `Model.embed_places`."""
     return {"word": _WORD} if stack == "encoder" else {"word": _WORD, "norm": ("encoder", "norm")}
 
 
 def readout_places(config: T5Config, head: TaskHead) -> Places:
-    """The places of what `readout` reads; see `Model.readout_places`."""
+    """The places of the parameters that `readout` reads; see `Model.readout_places`."""
     return {"norm": ("decoder", "norm"), **({"word": _WORD} if config.tied else {"out": _LANGUAGE})}
 
 
 def products(path: Path, lengths: tuple[float, ...]) -> tuple[float, float, float]:
-    """The number of products of a kernel; see `Model.products`. In cross-attention, keys are made of what is read."""
+    """The number of products of a kernel; see `Model.products`. Cross-attention's keys come from the encoder."""
     read, written = lengths
     queries = written if path[0] == "decoder" else read
     keys = read if "cross" in path else queries
@@ -550,7 +550,7 @@ def checkpoint_names(config: T5Config) -> dict[Path, tuple[str, str]]:
 
 
 def ignored_names(config: T5Config) -> tuple[str, ...]:
-    """Patterns of tensors that checkpoints carry and that are copies, or that no model reads."""
+    """Patterns of tensors in checkpoints that are copies or that no model reads."""
     copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
     unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # in files from before 2021
     return (*copies, unused, *(["lm_head.weight"] if config.tied else []))
