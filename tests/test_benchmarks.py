@@ -149,6 +149,7 @@ def test_compressors_are_compared_with_the_former_layout(capsys: Any):
     assert "zstd 19" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sparse_products_are_those_of_dense_weights(capsys: Any):
     """Every way is compared with the dense product before it is timed, the Pallas kernel interpreted."""
     benchmark = importlib.import_module("sparse_compute")

@@ -10,6 +10,7 @@ import pytest
 import jaxprune as jp
 from jaxprune.evaluation.generation import texts
 
+pytestmark = pytest.mark.slow
 MODELS = {"model": (jp.bundled_model(), 32e6), "text_model": (jp.bundled_text_model(), 20e6)}
 
 

@@ -345,6 +345,7 @@ def test_bad_input_is_one_line_and_exit_code_2(files: dict[str, Path], case: str
     assert len(lines) == 1 and re.search(message, lines[0]), result.stderr
 
 
+@pytest.mark.slow
 def test_a_text_to_text_model_is_checked(text_place: Path, tmp_path: Path):
     file = tmp_path / "s.safetensors"
     how = ("--criterion", "integrated-gradients", "--nodes", 2, "--examples", 16)

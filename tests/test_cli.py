@@ -559,6 +559,7 @@ def test_wrong_settings_are_refused_before_any_work(place, tmp_path):
 # what a process imports, prints and keeps
 
 
+@pytest.mark.slow
 def test_pruning_from_scores_imports_neither_transformers_nor_datasets(place, scored, tmp_path):
     rows = ("--no-evaluate", "--task", "mood", "--data", place.data, "--json")
     arguments = ("prune", place.model, "--scores", scored, "--flops", 0.5, "-o", tmp_path / "small", *rows)
@@ -603,7 +604,8 @@ def test_every_criterion_and_every_setting_has_a_name():
         thing
         for module in (attribution, baselines)
         for thing in vars(module).values()
-        if dataclasses.is_dataclass(thing) and hasattr(thing, "examples") and thing.__module__ == module.__name__
+        if dataclasses.is_dataclass(thing) and thing.__module__ == module.__name__ and thing.__name__[0] != "_"
+        if hasattr(thing, "examples")
     }
     named = {options.find("criterion", name) for name in options.FUNCTIONS["criterion"]}
     assert named == kinds - {baselines.Removal}  # for chosen units, not for all

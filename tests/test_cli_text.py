@@ -78,6 +78,7 @@ def test_scored_pruned_inspected_and_asked_again(place: Path, tmp_path: Path):
     assert found["metrics"]["accuracy"] <= 0.6  # random weights hardly ever write a word and then end
 
 
+@pytest.mark.slow
 def test_a_student_learns_by_the_prompt_and_says_so(place: Path, tmp_path: Path):
     out = tmp_path / "sparse"
     how = ("--steps", 2, "--batch-size", 8, "--prunings", 1, "--sparsity", 0.5, "--limit", 10, "--dev-limit", 10)

@@ -89,6 +89,7 @@ def test_what_to_type_next_can_be_typed(shown):
         assert {word for word in rest if word.startswith("-")} <= known
 
 
+@pytest.mark.slow
 def test_a_model_with_one_head_of_another_name(place, data, tmp_path):
     model, params = tiny_model(heads=(TaskHead(name="default", labels=TASKS["topic"], pooling="mean"),))
     save(tmp_path / "model", replace(model, source=WORDS), params)
@@ -98,6 +99,7 @@ def test_a_model_with_one_head_of_another_name(place, data, tmp_path):
     assert f"--scores {record['files']['scores']}" in next_steps(record)[1] and str(tmp_path) in next_steps(record)[1]
 
 
+@pytest.mark.slow
 def test_a_text_to_text_model(tmp_path):
     model, params = tiny_model("t5", vocab=8000)
     save(tmp_path / "model", replace(model, source=bundled_text_model()), params)

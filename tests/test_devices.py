@@ -56,6 +56,7 @@ for name, criterion in criteria.items():
 NAMES = ("answers", "integrated", "drawn", "leave_one_out")
 
 
+@pytest.mark.slow
 def test_scores_on_four_devices_equal_those_on_one(tmp_path: Path):
     here = Path(__file__).parent
     paths = os.pathsep.join(

@@ -265,6 +265,7 @@ def test_sparsify_resumes_and_shows_the_student(place: Place, pretrained: Path, 
     assert one == other and not (tmp_path / "out.state").exists()
 
 
+@pytest.mark.slow
 def test_distill_recovers_a_pruned_model_with_its_own_heads(place: Place, tmp_path: Path):
     small, out = tmp_path / "small", tmp_path / "better"
     rows = ("--task", "mood", "--data", place.data)

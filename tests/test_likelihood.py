@@ -265,6 +265,7 @@ def test_tasks_that_cannot_be_asked():
 # Training
 
 
+@pytest.mark.slow
 def test_a_text_to_text_model_learns_a_task_and_resumes_to_the_same_bits(tmp_path: Path):
     model, params = speaker()
     task = asked_moods()

@@ -23,6 +23,7 @@ from jaxprune.data.tasks import Example, draw
 from jaxprune.models import Model, TaskHead
 from jaxprune.units import flatten, unflatten, widths
 
+pytestmark = pytest.mark.slow
 LENGTH = 7
 SITES = ("0.attention.heads", "0.ffn.neurons", "1.attention.heads", "1.ffn.neurons")  # as they run
 METHODS = {"kwon": kwon_batches, "k_prune": k_prune_batches}

@@ -328,6 +328,7 @@ def test_one_round_in_the_command_is_none(place, tmp_path):
     assert (tmp_path / "plain.scores.safetensors").read_bytes() == (tmp_path / "one.scores.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stop", "finished"),
     [
@@ -447,6 +448,7 @@ def test_repaired_once_in_the_end(place, tmp_path):
     assert [own["recovery"] for own in found["rounds"]] == [None] * 3 and found["recovery"]["examples"] == 24
 
 
+@pytest.mark.slow
 def test_a_text_to_text_model_in_rounds(tmp_path):
     model, _ = tiny_model("t5", layers=1)
     save(tmp_path / "model", replace(model, source=ANSWERS), model.initialise(jax.random.key(0)))

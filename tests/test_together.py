@@ -329,6 +329,7 @@ def test_rows_that_another_task_holds_out_are_not_scored(place, tmp_path):
     assert "mood: 5 rows dropped, held out in topic" in result.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_after_the_scores_that_are_finished(place, tmp_path):
     settings = (*BOTH, "--data", place.data, "--examples", 40, "--batch-size", 1, "--path", "layer", "--units", 0.5)
     arguments = ("prune", place.model, *settings, "--measure", "0", "--limit", 10, "-o")
