@@ -257,7 +257,7 @@ def test_sparsify_resumes_and_shows_the_student(place: Place, pretrained: Path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("jaxprune.cli.render.tables.exam_line", interrupt)
+        patch.setattr("jaxprune.cli.render.tables.evaluation_line", interrupt)
         assert run(*how, "-o", tmp_path / "out").exit_code == 130
     assert (tmp_path / "out.state").exists() and not (tmp_path / "out").exists()
     assert run(*how, "-o", tmp_path / "out").exit_code == 0

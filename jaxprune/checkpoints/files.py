@@ -147,7 +147,7 @@ def alone(file: str | Path) -> Iterator[None]:
 
 
 def is_leftover(name: str, of: Collection[str]) -> bool:
-    """Whether a killed process left a file of this name where it wrote one of some others."""
+    """True if a killed process left this file while it wrote one of the given files."""
     match = re.fullmatch(r"\.(.+)\.saving-[0-9a-f]{8}", name)
     return match is not None and match[1] in of
 
@@ -296,7 +296,7 @@ def stamp_of(files: Iterable[Path]) -> str | None:
 
 
 def recall(folder: Path, stamp: str | None) -> str | None:
-    """What was remembered for files of this stamp; None: nothing, or nothing that can be read."""
+    """The value remembered for files of this stamp; None if there is none, or it cannot be read."""
     if stamp is None:
         return None
     try:

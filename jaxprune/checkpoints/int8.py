@@ -167,7 +167,7 @@ class WeightFile(TensorFile):
             raise ValueError(f"the int8 or packed tensors of {path} cannot be read: {error}. Save it again.") from error
 
     def slices(self, name: str) -> Iterator[tuple[slice, np.ndarray]]:
-        """As those of `TensorFile`; a packed tensor is one block."""
+        """The blocks, as those of `TensorFile`; a packed tensor is one."""
         if name in self._packed:
             array = self._unpacked(name, **self._packed[name])
             yield slice(0, len(array)), array

@@ -28,36 +28,36 @@ def read_pruning(path: str | Path) -> dict[str, Any]:
     return read_json(file)
 
 
-def units_record(kept: Mapping[str, np.ndarray], had: Mapping[str, int]) -> dict[str, Any]:
+def units_record(remaining: Mapping[str, np.ndarray], had: Mapping[str, int]) -> dict[str, Any]:
     """The part of the record that says which units stay.
 
     Args:
-        kept: Site name to the indices of the units that stay, rising.
-        had: Site name to how many there were.
+        remaining: Site name to the indices of the units that stay, rising.
+        had: Site name to the number of units before.
     """
     return {
-        "units": {"had": sum(had.values()), "kept": sum(len(index) for index in kept.values())},
+        "units": {"had": sum(had.values()), "kept": sum(len(index) for index in remaining.values())},
         "sites": {
-            name: {"had": had[name], "kept": len(index), "which": _ranges(index)} for name, index in kept.items()
+            name: {"had": had[name], "kept": len(index), "which": _ranges(index)} for name, index in remaining.items()
         },
     }
 
 
 def kept_units(name: str, site: Any) -> tuple[int, np.ndarray]:
-    """How many units a site had, and which of them stay, from its entry: `{"had": 12, "which": "0-3,7"}`.
+    """The number of units that a site had, and those that stay, from its entry: `{"had": 12, "which": "0-3,7"}`.
 
     Raises:
         ValueError: If the entry says something else.
     """
     try:
         pairs = [part.split("-") for part in site["which"].split(",") if part]
-        kept = [unit for pair in pairs for unit in range(int(pair[0]), int(pair[-1]) + 1)]
-        fits = kept == sorted(set(kept)) and (not kept or kept[-1] < site["had"])
+        units = [unit for pair in pairs for unit in range(int(pair[0]), int(pair[-1]) + 1)]
+        fits = units == sorted(set(units)) and (not units or units[-1] < site["had"])
     except (KeyError, TypeError, ValueError, AttributeError):
-        kept, fits = [], False
+        units, fits = [], False
     if not fits:
         raise ValueError(f"pruning.json says of {name} {str(site)[:80]!r}: expected the units it had, and which stay.")
-    return int(site["had"]), np.asarray(kept, int)
+    return int(site["had"]), np.asarray(units, int)
 
 
 def recorded_gates(record: Mapping[str, Any]) -> Gates:
@@ -67,7 +67,9 @@ def recorded_gates(record: Mapping[str, Any]) -> Gates:
         ValueError: If the record does not say which units stay.
     """
     sites = {name: kept_units(name, site) for name, site in record["sites"].items()}
-    return {name: jnp.asarray(np.isin(np.arange(had), kept).astype(np.float32)) for name, (had, kept) in sites.items()}
+    return {
+        name: jnp.asarray(np.isin(np.arange(had), units).astype(np.float32)) for name, (had, units) in sites.items()
+    }
 
 
 def _ranges(index: np.ndarray) -> str:

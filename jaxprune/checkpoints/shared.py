@@ -40,7 +40,7 @@ _SCORES = ("criterion", "task", "split", "head", "prompt", "examples", "keys")  
 
 
 class TaskGates(NamedTuple):
-    """What a shared folder has of one task."""
+    """The part of a shared folder that belongs to one task."""
 
     gates: Gates  # 0 or 1; a missing site is open
     means: Gates | None  # what closed units are replaced by, 0 at open units; None is zero everywhere
@@ -175,11 +175,11 @@ def task_record(path: str | Path, task: str) -> dict[str, Any]:
     stored = file.task(task, folder / GATES)
     with opened(folder) as files:
         gates, _ = unpack_gates(files.model, shapes_of(files.parameters), stored)
-    kept = {name: np.flatnonzero(gate) for name, gate in gates.items()}
+    remaining = {name: np.flatnonzero(gate) for name, gate in gates.items()}
     settings, scores = (
         dict(part) if isinstance(part := stored.record.get(name), Mapping) else {} for name in ("settings", "scores")
     )
-    units = units_record(kept, {name: len(gate) for name, gate in gates.items()})
+    units = units_record(remaining, {name: len(gate) for name, gate in gates.items()})
     return {"settings": settings, "scores": scores | {"model": file.model}, **units}
 
 

@@ -35,7 +35,7 @@ _LEVEL = 9  # of zstd; 19 makes files a tenth smaller and takes seventy times as
 
 
 class Entry(NamedTuple):
-    """Where one tensor is in its file."""
+    """The place of one tensor in its file."""
 
     dtype: str  # as the file calls it: "F32"
     shape: tuple[int, ...]
@@ -309,7 +309,7 @@ def _entry(name: str, fields: Any, offset: int) -> Entry:
 
 
 def are_sizes(values: Any) -> bool:
-    """Whether a value of a JSON header is a list of counts."""
+    """True if a value of a JSON header is a list of counts."""
     return (
         isinstance(values, list)
         and len(values) <= _MAX_AXES

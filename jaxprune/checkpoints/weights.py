@@ -342,7 +342,7 @@ def read_compacted(
         return next((path[:size] for size in range(len(path)) if path[:size] in gated), ())
 
     def together(path: ParamPath) -> ParamPath:
-        """What is the same for arrays that must be cut together: means go through a kernel into a bias."""
+        """A key shared by arrays that must be cut together: means go through a kernel into a bias."""
         place = module(path)
         return place if any(site.name in means for site in gated.get(place, ())) else path
 

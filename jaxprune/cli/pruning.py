@@ -142,8 +142,8 @@ def show_pruned(record: dict[str, Any], output: Path, as_json: bool, *, scored: 
     from jaxprune.cli.render import tables
 
     lines = [*tables.before_after_notes(record), *tables.headless_notes(record)]
-    for receipt in tables.loss_reports(record):
-        lines += [tables.loss_table(receipt), *tables.loss_notes(receipt)]
+    for report in tables.loss_reports(record):
+        lines += [tables.loss_table(report), *tables.loss_notes(report)]
     lines += ["", f"Model:  {output}"]
     if scored:
         files = ", ".join(task["scores"] for task in record.get("tasks", [record]))

@@ -336,7 +336,7 @@ def sparsify(
     rows: RowOptions,
     batches: BatchOptions,
     options: TrainingOptions,
-    lessons: DistillationOptions,
+    distillation: DistillationOptions,
     zeros: SparsificationOptions,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -348,7 +348,7 @@ def sparsify(
     The student is the model that the teacher was fine-tuned from. The run is kept in OUTPUT.state.
     """
     with terminal.working() as bars:
-        student_run = StudentRun(student, teacher, output, batches, options, lessons, overwrite)
+        student_run = StudentRun(student, teacher, output, batches, options, distillation, overwrite)
         record = student_run.train(lambda: rows.load(task, bars), zeros.build(), bars)
     show_student(record, output, as_json)
 
@@ -362,7 +362,7 @@ def distill(
     rows: RowOptions,
     batches: BatchOptions,
     options: TrainingOptions,
-    lessons: DistillationOptions,
+    distillation: DistillationOptions,
     keep_zeros: Annotated[bool, zeroed("Weights that are zero stay zero.", "--keep-zeros")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -377,7 +377,7 @@ def distill(
     with terminal.working() as bars:
         from jaxprune.training.distillation import Sparsification
 
-        student_run = StudentRun(student, teacher, output, batches, options, lessons, overwrite)
+        student_run = StudentRun(student, teacher, output, batches, options, distillation, overwrite)
         record = student_run.train(lambda: rows.load(task, bars), Sparsification(keep_zeros=keep_zeros), bars)
     show_student(record, output, as_json)
 
@@ -386,7 +386,7 @@ def show_student(record: dict[str, Any], output: Path, as_json: bool) -> None:
     """Shows a student beside its teacher."""
     from jaxprune.cli.render import tables
 
-    shown = tables.exams_table(record), tables.student_table(record), tables.student_note(record)
+    shown = tables.evaluations_table(record), tables.student_table(record), tables.student_note(record)
     terminal.show(record, *shown, f"Model: {output}", as_json=as_json)
 
 
@@ -399,7 +399,7 @@ class StudentRun:
     output: Path
     batches: BatchOptions
     options: TrainingOptions
-    lessons: DistillationOptions
+    distillation: DistillationOptions
     overwrite: bool
 
     def train(
@@ -419,12 +419,12 @@ class StudentRun:
         from jaxprune.training.loop import Training
 
         training, stored = build(Training, self.options, self.batches), self.options.stored()
-        self.lessons.build()  # refuses what is wrong before anything is read
+        self.distillation.build()  # refuses what is wrong before anything is read
         check_destination(self.output, self.overwrite)
         pairs = {"teacher": load(self.teacher), "student": load(self.source)}
         model, student = pairs["student"]
         task = load_task()
-        settings, pruning = self.lessons.build(regression=task.regression), pruning_of(self.source, model)
+        settings, pruning = self.distillation.build(regression=task.regression), pruning_of(self.source, model)
         head = fitting_head(pairs["teacher"][0], task, settings.head)
         done = distill(
             pairs["student"],
@@ -525,7 +525,7 @@ class StudentRun:
 
 def _show_steps(sparsification: Sparsification, bars: terminal.Bars) -> Any:
     """Shows the steps of a training, and its evaluations on dev."""
-    from jaxprune.cli.render.tables import exam_line
+    from jaxprune.cli.render.tables import evaluation_line
 
     bar = bars.open("distilling")
 
@@ -539,7 +539,7 @@ def _show_steps(sparsification: Sparsification, bars: terminal.Bars) -> Any:
             sparse = f", {100 * (done[-1] if done else 0.0):.1f} % zero"
         bar(step.step, step.steps, f"epoch {step.epoch}, loss {step.loss:.4f}{sparse}")
         if step.evaluation is not None:
-            bars.say(exam_line(step.evaluation))
+            bars.say(evaluation_line(step.evaluation))
 
     return progress
 

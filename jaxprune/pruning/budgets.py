@@ -23,7 +23,7 @@ Normalise: TypeAlias = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may stay: a fraction, in (0, 1], of what the model costs, or an amount in bytes or seconds."""
+    """The cost that may remain: a fraction, in (0, 1], of the model's cost, or an amount in bytes or seconds."""
 
     fraction: float | None = None
     length: Length | None = field(default=None, kw_only=True)  # tokens per example; None: the mean of those scored
@@ -48,7 +48,7 @@ class Budget:
 
     @property
     def is_fraction(self) -> bool:
-        """Whether it is a fraction of what the whole model costs."""
+        """Whether it is a fraction of the whole model's cost."""
         return self.fraction is not None
 
     @property
@@ -70,7 +70,7 @@ class Budget:
         return replace(self, length=length) if self.length is None else self
 
     def limit(self, total: float) -> float:
-        """What may stay, in the unit of `total`, which is the whole."""
+        """The cost that may remain, in the unit of `total`, which is the whole."""
         return (self.amount * total if self.is_fraction else self.amount) + SLACK * total
 
     def unit_costs(self, model: Model, params: Params) -> dict[str, float]:

@@ -637,7 +637,7 @@ def search_latency(
     asked = target
     while True:
         gates = choose(asked)
-        if any(_widths(gates) == _widths(own.gates) for own in done):
+        if any(_widths(gates) == _widths(trial.gates) for trial in done):
             break
         done.append(Trial(asked, measure(gates), gates))
         factor = done[-1].measured / target

@@ -239,11 +239,11 @@ class Prediction(NamedTuple):
 
     @property
     def at_most(self) -> float | None:
-        """What bounds the size of the estimate."""
+        """The bound on the size of the estimate."""
         return None if self.sizes is None else sum(_sums(self.sizes, 2).values())
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values: in total, by layer and by module."""
+        """The estimate as plain values: in total, by layer and by module."""
         record: dict[str, Any] = {"estimate": self.total, "at_most": self.at_most, "everything": self.everything}
         for name, parts in (("layers", 2), ("modules", 1)):
             columns = {"estimate": self.units, "at_most": self.sizes}

@@ -77,29 +77,29 @@ def _at_mean_length(budget: Budget, scores: Sequence[Scores | Values]) -> Budget
 
 def mean_scores(scores: Sequence[Scores | Values]) -> dict[str, np.ndarray]:
     """The mean of several tasks' scores, each divided by the sum of their sizes (by 1 if that is 0)."""
-    arrays = [{site: np.asarray(value, np.float64) for site, value in parts_of(own)[0].items()} for own in scores]
-    totals = [sum(float(np.abs(value).sum()) for value in own.values()) or 1.0 for own in arrays]
+    arrays = [{site: np.asarray(value, np.float64) for site, value in parts_of(each)[0].items()} for each in scores]
+    totals = [sum(float(np.abs(value).sum()) for value in values.values()) or 1.0 for values in arrays]
     return {
-        site: np.mean([own[site] / total for own, total in zip(arrays, totals, strict=True)], axis=0)
+        site: np.mean([values[site] / total for values, total in zip(arrays, totals, strict=True)], axis=0)
         for site in arrays[0]
     }
 
 
 def mean_closed(scores: Sequence[Scores]) -> Gates | None:
-    """What closed units are replaced by in a model for several tasks: the mean of the tasks' own.
+    """The values that replace closed units in a model for several tasks: the mean of the tasks'.
 
     Raises:
         ValueError: If some of the scores replace closed units by means and others by zero, or at other sites.
     """
-    means = [own.means or {} for own in scores]
-    if len({frozenset(own) for own in means}) > 1:
+    means = [each.means or {} for each in scores]
+    if len({frozenset(values) for values in means}) > 1:
         raise ValueError("some scores replace closed units by means, others by zero: score all with the same --closed.")
-    return {site: jnp.mean(jnp.stack([own[site] for own in means]), axis=0) for site in means[0]} or None
+    return {site: jnp.mean(jnp.stack([values[site] for values in means]), axis=0) for site in means[0]} or None
 
 
 def mean_length(scores: Sequence[Scores]) -> Length:
     """Tokens per example, every task weighing the same."""
-    return mean_of_lengths([own.header["mean_length"] for own in scores])
+    return mean_of_lengths([each.header["mean_length"] for each in scores])
 
 
 def mean_of_lengths(lengths: Sequence[Length]) -> Length:
@@ -108,41 +108,41 @@ def mean_of_lengths(lengths: Sequence[Length]) -> Length:
 
 
 def union(*gates: Mapping[str, Any]) -> Gates:
-    """Open where any of several tasks' gates are: what all of the tasks together need. Contains each of them.
+    """Open where any of several tasks' gates are: the units that at least one task needs.
 
     Raises:
         ValueError: If there are none, they are of other sites or numbers of units, or a gate is neither 0 nor 1.
     """
-    return {name: jax.device_put(np.maximum.reduce(own)) for name, own in _same_sites(gates).items()}
+    return {name: jax.device_put(np.maximum.reduce(arrays)) for name, arrays in _same_sites(gates).items()}
 
 
 def intersection(*gates: Mapping[str, Any]) -> Gates:
-    """Open where all of several tasks' gates are: what each of the tasks needs. Contained in each of them.
+    """Open where all of several tasks' gates are: the units that every task needs.
 
     Raises:
         ValueError: If there are none, they are of other sites or numbers of units, or a gate is neither 0 nor 1.
     """
-    return {name: jax.device_put(np.minimum.reduce(own)) for name, own in _same_sites(gates).items()}
+    return {name: jax.device_put(np.minimum.reduce(arrays)) for name, arrays in _same_sites(gates).items()}
 
 
 def _same_sites(gates: tuple[Mapping[str, Any], ...]) -> dict[str, list[np.ndarray]]:
     """Several gates, site by site."""
     if not gates:
         raise ValueError("give gates of at least one task.")
-    arrays = [{name: np.asarray(gate, np.float32) for name, gate in own.items()} for own in gates]
-    shapes = [{name: gate.shape for name, gate in own.items()} for own in arrays]
-    names = dict.fromkeys(name for own in arrays for name in own)
-    wrong = [
-        f"{name} has the shapes {', '.join(str(own.get(name, 'none')) for own in shapes)}"
+    arrays = [{name: np.asarray(gate, np.float32) for name, gate in each.items()} for each in gates]
+    shapes = [{name: gate.shape for name, gate in each.items()} for each in arrays]
+    names = dict.fromkeys(name for each in arrays for name in each)
+    problems = [
+        f"{name} has the shapes {', '.join(str(each.get(name, 'none')) for each in shapes)}"
         for name in names
-        if len({own.get(name) for own in shapes}) > 1
+        if len({each.get(name) for each in shapes}) > 1
     ]
-    wrong += [
+    problems += [
         f"{name} holds {gate[~np.isin(gate, (0, 1))][0]}, expected 0 or 1"
-        for own in arrays
-        for name, gate in own.items()
+        for each in arrays
+        for name, gate in each.items()
         if not np.isin(gate, (0, 1)).all()
     ]
-    if wrong:
-        raise ValueError(f"these gates do not go together: {some(wrong)}.")
-    return {name: [own[name] for own in arrays] for name in arrays[0]}
+    if problems:
+        raise ValueError(f"these gates do not go together: {some(problems)}.")
+    return {name: [each[name] for each in arrays] for name in arrays[0]}

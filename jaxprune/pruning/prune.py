@@ -138,8 +138,8 @@ class Pruning:
 class Workspace:
     """The place of intermediate results, so that the same pruning resumes after an interruption.
 
-    Scores are kept as `PATH.scores.safetensors`, of several tasks as `PATH.TASK.scores.safetensors`. What the last
-    finished round left is the model folder `PATH.rounds`, until all rounds are finished.
+    Scores are kept as `PATH.scores.safetensors`, of several tasks as `PATH.TASK.scores.safetensors`. The model
+    that the last finished round left is in the folder `PATH.rounds`, until all rounds are finished.
     """
 
     path: Path
@@ -152,7 +152,7 @@ class Workspace:
 
     @property
     def folder(self) -> Path:
-        """What the last finished round left."""
+        """The model folder of the last finished round."""
         return self.path.with_name(f"{self.path.name}.rounds")
 
     @property
@@ -328,9 +328,9 @@ class _Run:
     def scored(self, watch: Watch | None = None) -> list[Scores]:
         """The scores of the dense model for every task."""
         files = [None] * len(self.tasks) if self.workspace is None else self.workspace.score_files(self.tasks)
-        how = self.pruning.scoring
+        scoring = self.pruning.scoring
         return [
-            score_once(self.model, self.params, task, how, file, watch or self.watch)
+            score_once(self.model, self.params, task, scoring, file, watch or self.watch)
             for task, file in zip(self.tasks, files, strict=True)
         ]
 
@@ -462,8 +462,8 @@ class _Run:
             records.append(_round_record(last, dense, costs(model, last.params, budget.length or length)))
             self.watch.say(f"round {last.number} of {count}: {records[-1]['units']:,} units are left")
             if workspace is not None and last.number < count:
-                kept = record_of(last.gates) | {"run": settings}
-                save(workspace.folder, model, last.params, pruning=kept, overwrite=True)
+                so_far = record_of(last.gates) | {"run": settings}
+                save(workspace.folder, model, last.params, pruning=so_far, overwrite=True)
         if last is None:
             raise ValueError(f"rounds must be at least 1, got {count}.")
         rows, record = first.rows, record_of(last.gates)
@@ -544,7 +544,7 @@ def _round_record(done: Round, before: Mapping[str, Any], after: Mapping[str, An
 
 
 class Round(NamedTuple):
-    """What one round found, and what it left."""
+    """The results of one round."""
 
     number: int  # from 1
     budget: float  # what might stay after it, in the unit of the budget that was given
@@ -654,12 +654,12 @@ def with_gone(values: Values, left: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Scores of the units that are left, as scores of all units: those that are gone rank below all others."""
     arrays = {name: np.asarray(value, np.float64) for name, value in values.items()}
     lowest = -BELOW * (1.0 + max((float(np.abs(value).max(initial=0.0)) for value in arrays.values()), default=0.0))
-    found = {}
+    padded = {}
     for name, value in arrays.items():
-        found[name] = value if name not in left else np.full(len(left[name]), lowest)
+        padded[name] = value if name not in left else np.full(len(left[name]), lowest)
         if name in left:
-            found[name][np.flatnonzero(left[name])] = value
-    return found
+            padded[name][np.flatnonzero(left[name])] = value
+    return padded
 
 
 def units_left(values: Mapping[str, Any], left: Mapping[str, Any]) -> dict[str, np.ndarray]:

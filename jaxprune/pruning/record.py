@@ -83,10 +83,10 @@ def pruning_record(
     values, header = parts_of(scores)
     means = None if isinstance(scores, Mapping) else scores.means
     arrays = {name: np.asarray(gate) for name, gate in gates.items()}
-    kept = {name: np.flatnonzero(gate) for name, gate in arrays.items()}
+    remaining = {name: np.flatnonzero(gate) for name, gate in arrays.items()}
     for name, value in values.items():  # a site without gates is open
-        kept.setdefault(name, np.arange(len(value)))
-    had = {name: len(arrays[name]) if name in arrays else len(values[name]) for name in kept}
+        remaining.setdefault(name, np.arange(len(value)))
+    had = {name: len(arrays[name]) if name in arrays else len(values[name]) for name in remaining}
     return {
         "settings": {name: _plain(value, name) for name, value in settings_of(budget, rules, **more).items()},
         "scores": {name: _plain(value, name) for name, value in header.items()},
@@ -95,7 +95,7 @@ def pruning_record(
             "means": params_digest(means) if means else None,  # what closed units are replaced by; None is zero
             "gates": params_digest(arrays),
         },
-        **units_record(kept, had),
+        **units_record(remaining, had),
     }
 
 
@@ -152,7 +152,7 @@ def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, A
 
 
 class Origin(NamedTuple):
-    """What a criterion asked for."""
+    """The objective, labels and reduction that a criterion used."""
 
     objective: Objective
     labels: Labels | None  # None: the criterion has none
@@ -195,9 +195,9 @@ def scored_rows(
     if header["task"] != task.name:
         raise ValueError(f"the scores are of task {header['task']!r}, not of {task.name!r}: name the task they are of.")
     prompt = prompt_of(model, task)
-    own = None if prompt is None else prompt.to_json()
-    if header["examples"] and header.get("prompt") != own:
-        raise ValueError(f"the scores were made with the prompt {header.get('prompt')}, this is {own}: use the same.")
+    expected = None if prompt is None else prompt.to_json()
+    if header["examples"] and header.get("prompt") != expected:
+        raise ValueError(f"the scores are of the prompt {header.get('prompt')}, this is {expected}: use the same.")
     split = header["split"] if header["split"] != "given" else "calibration"
     task = usable_rows(model, task, Rows(split=split, max_length=header["max_length"])).task
     rows = task.rows(split)
@@ -309,10 +309,10 @@ def check_reselection(criterion: Mapping[str, Any], properties: Mapping[str, Any
 
 def _named(setting: str, name: str | None, known: Sequence[Any]) -> Any:
     """The function that a header names; None for none."""
-    found = {name_of(function): function for function in known}
-    if name is not None and name not in found:
+    by_name = {name_of(function): function for function in known}
+    if name is not None and name not in by_name:
         raise ValueError(
-            f"the scores were made with {setting} {name!r}, which is none of {', '.join(found)}: a function of your "
+            f"the scores were made with {setting} {name!r}, which is none of {', '.join(by_name)}: a function of your "
             "own cannot be found by its name, so what these scores are of cannot be computed again."
         )
-    return None if name is None else found[name]
+    return None if name is None else by_name[name]

@@ -128,7 +128,7 @@ class Reconstruction:
 
     def __call__(self, moments: Moments, old: Fit, units: np.ndarray) -> Mapping[str, Candidate]:
         """Candidates, one for each ridge, and one with nothing but the bias."""
-        found: dict[str, Candidate] = {}
+        candidates: dict[str, Candidate] = {}
         if len(units):
             gram, cross = _centred(moments, old)
             change = _ridge_path(gram, cross - gram @ old.kernel)
@@ -136,8 +136,8 @@ class Reconstruction:
             def reconstructed(ridge: float, outputs: Any) -> Fit:
                 return _fitted(moments, old, outputs, change(ridge, outputs))
 
-            found = {f"ridge {ridge:g}": partial(reconstructed, ridge) for ridge in self.ridges}
-        return found if old.bias is None else found | {"bias": partial(_fitted, moments, old)}
+            candidates = {f"ridge {ridge:g}": partial(reconstructed, ridge) for ridge in self.ridges}
+        return candidates if old.bias is None else candidates | {"bias": partial(_fitted, moments, old)}
 
 
 def _ridge_path(gram: np.ndarray, right: np.ndarray) -> Callable[[float, Any], np.ndarray]:

@@ -52,7 +52,7 @@ HELD_OUT = 4  # every fourth row only chooses between candidates
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
-    """How a pruned model is repaired."""
+    """The settings of a repair of a pruned model; see `recover`."""
 
     method: Method = Reconstruction()  # how a module is fitted
     rows: Rows = Rows(examples=EXAMPLES)  # calibration rows of each task, at most so many as the smallest task has

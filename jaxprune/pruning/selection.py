@@ -117,10 +117,10 @@ def sequence(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
 
 
 def prefix(blocks: Blocks, places: int, limit: float) -> np.ndarray:
-    """How many units every site keeps: those of the longest prefix of the blocks that costs at most `limit`."""
+    """The number of units that every site keeps: the longest prefix of the blocks that costs at most `limit`."""
     order, spent = sequence(blocks)
-    kept = order[: int(np.searchsorted(spent, limit, side="right"))]
-    return np.bincount(blocks.site[kept], weights=blocks.units[kept], minlength=places).astype(int)
+    chosen = order[: int(np.searchsorted(spent, limit, side="right"))]
+    return np.bincount(blocks.site[chosen], weights=blocks.units[chosen], minlength=places).astype(int)
 
 
 def alike(choices: Sequence[Choices], limit: float) -> np.ndarray:
@@ -179,11 +179,11 @@ def knapsack(choices: Sequence[Choices], limit: float, cells: int = CELLS) -> np
             ends, moved = _cells_of(spent + rise, cell, cells), int(_cells_of(rise, cell, cells))
             for shift in range(max(moved - 1, 0), min(moved, cells) + 1):  # it ends in one of these two cells
                 into, source = slice(shift, None), slice(cells + 1 - shift)
-                found, wide = value[source] + site.values[i], units[source] + site.widths[i]
-                better = (found > best[into]) | ((found == best[into]) & (wide > most[into]))
-                fits = (ends[source] == place[into]) & np.isfinite(found) & better
-                for kept, new in ((best, found), (most, wide), (paid, spent[source] + rise)):
-                    np.copyto(kept[into], new, where=fits)
+                gain, wide = value[source] + site.values[i], units[source] + site.widths[i]
+                better = (gain > best[into]) | ((gain == best[into]) & (wide > most[into]))
+                fits = (ends[source] == place[into]) & np.isfinite(gain) & better
+                for target, new in ((best, gain), (most, wide), (paid, spent[source] + rise)):
+                    np.copyto(target[into], new, where=fits)
                 np.copyto(taken[index, into], i, where=fits)
                 np.copyto(before[index, into], place[source], where=fits)
         value, units, spent = best, most, paid
@@ -202,7 +202,7 @@ def _cells_of(cost: np.ndarray | float, cell: float, cells: int) -> np.ndarray:
 
 
 def _check_limit(choices: Sequence[Choices], limit: float) -> float:
-    """What the narrowest widths leave of a limit."""
+    """The part of a limit that the narrowest widths leave."""
     room = limit - sum(float(site.costs[0]) for site in choices)
     if room < 0:
         raise ValueError(f"limit must be at least {limit - room}, what the narrowest widths cost; got {limit}.")
@@ -218,7 +218,7 @@ class _Plan(NamedTuple):
 
     @property
     def total(self) -> float:
-        """What all of the model costs."""
+        """The cost of the whole model."""
         return self.fixed + float(np.cumsum(self.blocks.cost)[-1] if len(self.blocks.cost) else 0.0)
 
 
@@ -406,13 +406,13 @@ def _protected(places: tuple[Site, ...], protect: Collection[int | str]) -> set[
     """The names of the sites that keep everything."""
     if isinstance(protect, str) or not isinstance(protect, Collection):
         raise TypeError(f'protect must be a collection such as (0, "3.ffn.neurons"), got {protect!r}.')
-    found = {item: {site.name for site in places if item in (site.layer, site.name)} for item in protect}
-    if unknown := [item for item, names in found.items() if not names]:
+    matches = {item: {site.name for site in places if item in (site.layer, site.name)} for item in protect}
+    if unknown := [item for item, names in matches.items() if not names]:
         layers = sorted({site.layer for site in places})
         raise ValueError(
             f"protect names {unknown}: neither layers nor sites. Layers: {layers}; sites: such as {places[0].name!r}."
         )
-    return set().union(*found.values())
+    return set().union(*matches.values())
 
 
 def _gates_of_plan(budget: Budget, plan: _Plan) -> Gates:
@@ -452,14 +452,14 @@ def least_latency(
 def _choices(candidates: Candidates, site: Site, table: LatencyTable) -> Choices:
     """The widths that a site may have, and the scores that it then keeps."""
     units, multiple, least = candidates.width[site.name], candidates.multiple_of[site.kind], candidates.floor[site.kind]
-    kept = np.concatenate([[0.0], np.cumsum(np.maximum(candidates.best(site), 0.0))])
+    totals = np.concatenate([[0.0], np.cumsum(np.maximum(candidates.best(site), 0.0))])
     cheapest: dict[int, float] = {}
     for width, seconds in table.steps(site.name, units):
         rounded = width if width == units else width - width % multiple
         if width == units or (rounded >= least and site.name not in candidates.whole):
             cheapest.setdefault(rounded, seconds)
     offered = np.array(list(cheapest), int)
-    return Choices(offered, np.array(list(cheapest.values())), kept[offered])
+    return Choices(offered, np.array(list(cheapest.values())), totals[offered])
 
 
 def _refuse_unreachable(budget: Budget, least: float, total: float) -> None:
@@ -476,9 +476,9 @@ def _refuse_unreachable(budget: Budget, least: float, total: float) -> None:
     )
 
 
-def _gates(candidates: Candidates, kept: Sequence[int] | np.ndarray) -> Gates:
+def _gates(candidates: Candidates, widths: Sequence[int] | np.ndarray) -> Gates:
     gates = {}
-    for site, units in zip(candidates.sites, kept, strict=True):
+    for site, units in zip(candidates.sites, widths, strict=True):
         gate = np.zeros(candidates.width[site.name], np.float32)
         gate[candidates.ranking[site.name][:units]] = 1.0
         gates[site.name] = jax.device_put(gate)  # jnp.asarray would compile a program for every width

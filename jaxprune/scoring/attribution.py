@@ -156,8 +156,8 @@ def integrate(
     slopes = jax.lax.map(lambda alpha: jax.grad(objective)(at(alpha)), jnp.asarray(points), batch_size=chunk)
     average = jax.tree.map(lambda s: jnp.einsum("k,k...->...", weights, s, precision=jax.lax.Precision.HIGHEST), slopes)
     attributions = jax.tree.map(jnp.multiply, end, average)
-    found = sum((a.sum() for a in jax.tree.leaves(attributions)), jnp.zeros((), jnp.float32))
-    return attributions, Completeness(objective(end) - objective(at(jnp.float32(start))), found)
+    total = sum((a.sum() for a in jax.tree.leaves(attributions)), jnp.zeros((), jnp.float32))
+    return attributions, Completeness(objective(end) - objective(at(jnp.float32(start))), total)
 
 
 Path: TypeAlias = Callable[[Sequence[Site]], tuple[tuple[Site, ...], ...]]  # sites that are scaled together, each once

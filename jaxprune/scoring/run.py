@@ -232,7 +232,7 @@ SAVE_EVERY = 4  # batches between two saves of the running totals
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """How a model is scored for a task; see `score`."""
+    """The settings of a scoring run; see `score`."""
 
     criterion: Criterion = IntegratedGradients()
     rows: Rows = Rows()  # examples=None: 128, with `until_stable` all of the split; the key also is the criterion's
@@ -463,7 +463,7 @@ def _accumulate(
 
 
 class _Placement(NamedTuple):
-    """Where arrays go: the rows of a batch over all devices, everything else on each of them."""
+    """The placement of arrays: the rows of a batch over all devices, everything else on each of them."""
 
     model: Model
     params: Params
@@ -541,7 +541,7 @@ def _steps(most: int) -> list[int]:
 
 
 def _facts(rows: Sequence[Example], reads: bool) -> dict[str, Any]:
-    """What a header says of the examples that were read."""
+    """The entries of a header about the examples that were read."""
     return {"examples": len(rows) if reads else 0, "data": [digest(rows)] if reads else []}
 
 

@@ -79,7 +79,7 @@ class Scores:
 
     @property
     def properties(self) -> Mapping[str, Any]:
-        """What selection and prediction need to know of the criterion; see `properties_of`."""
+        """The facts about the criterion that selection and prediction need; see `properties_of`."""
         known = self.header.get("properties")
         return known or properties_of(_BEFORE.get(self.header["criterion"]["name"], _OTHER))
 
@@ -95,7 +95,7 @@ def describe(criterion: Any) -> dict[str, Any]:
 
 
 def properties_of(criterion: Criterion) -> dict[str, Any]:
-    """What selection and prediction need to know of a criterion: its `by_layer` and `meaning`."""
+    """The facts about a criterion that selection and prediction need: its `by_layer` and `meaning`."""
     return {"by_layer": criterion.by_layer, "meaning": criterion.meaning}
 
 

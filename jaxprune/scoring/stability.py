@@ -75,7 +75,7 @@ TARGET = 0.95  # rank correlation with another scoring run that is called stable
 
 
 class KindStability(NamedTuple):
-    """How far the two halves agree on the units of one kind. What is not defined is None."""
+    """The agreement of the two halves on the units of one kind; None where it is not defined."""
 
     units: int
     spearman: float | None  # rank correlation of the halves within a site, mean over the sites
@@ -87,7 +87,7 @@ class KindStability(NamedTuple):
 
 
 class Stability(NamedTuple):
-    """How far scores would change with other examples; see `stability`."""
+    """The agreement of scores with those of other examples; see `stability`."""
 
     examples: int
     halves: tuple[int, int]  # examples in each
@@ -122,8 +122,8 @@ def stability(scores: Scores, *, target: float = TARGET, fractions: Sequence[flo
         ValueError: If the target or a fraction is out of range.
     """
     check_target(target)
-    if wrong := [fraction for fraction in fractions if not 0 < fraction <= 1]:
-        raise ValueError(f"fractions must lie in (0, 1], got {wrong[0]}.")
+    if outside := [fraction for fraction in fractions if not 0 < fraction <= 1]:
+        raise ValueError(f"fractions must lie in (0, 1], got {outside[0]}.")
     counts = scores.header.get("halves")
     if scores.halves is None or not counts or not all(counts):
         return None

@@ -205,7 +205,7 @@ def distill(
         )
         return update(optimizer, now, grads), loss
 
-    def examine(now: TrainingState) -> dict[str, Any]:
+    def evaluate_dev(now: TrainingState) -> dict[str, Any]:
         _, losses = joint_loss((model, now.params), (teacher_model, teacher_params), compared, distillation)
         return {
             "sparsity": sparsity_of(now.moments.masks).fraction if isinstance(now.moments, SparseState) else None,
@@ -223,7 +223,7 @@ def distill(
         steps=steps,
         batches=lambda epoch: batches_of(epoch=epoch),
         step=step,
-        evaluate=examine,
+        evaluate=evaluate_dev,
         evaluate_every=training.evaluate_every or per_epoch,
         quality=quality,
     )

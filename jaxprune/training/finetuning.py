@@ -146,7 +146,7 @@ def finetune(
         now = now._replace(done=now.done + 1)
         return _updated(optimizer, training.clip, rates[now.done - 1], now, grads, parts), loss
 
-    def examine(now: TrainingState) -> dict[str, Any]:
+    def evaluate_dev(now: TrainingState) -> dict[str, Any]:
         rows = Rows(split="dev", examples=training.dev_limit, max_length=training.max_length)
         return {"results": [evaluate(trained, now.params, task, rows=rows).to_json() for task in cleaned]}
 
@@ -158,7 +158,7 @@ def finetune(
         steps=steps,
         batches=partial(_visits, encoded, training),
         step=step,
-        evaluate=examine,
+        evaluate=evaluate_dev,
         evaluate_every=training.evaluate_every or per_epoch,
         quality=_quality,
     )

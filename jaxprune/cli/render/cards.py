@@ -92,7 +92,7 @@ def student_card(record: Record, *, on_hub: bool) -> str:
         on_hub: Whether the student's source is a name on the hub, and not a folder.
     """
     source, teacher = _source(record, on_hub), _code(PurePath(record["teacher"]).name)
-    thinning, best = record["thinning"], record["exams"][record["best"]]
+    pruning, best = record["thinning"], record["exams"][record["best"]]
     losses = [f"{name} {plain(weight)}" for name, weight in record["settings"].items() if name in LOSSES and weight]
     steps = [
         f"- Student: {source}; teacher: {teacher}; {record['rows']['train']:,} train rows.",
@@ -100,16 +100,16 @@ def student_card(record: Record, *, on_hub: bool) -> str:
         f"{record['recipe']['learning_rate']:g}; losses and their weights: {_code(', '.join(losses))}.",
     ]
     what = f"It learned by jaxprune to do what its teacher, {teacher}, does."
-    if thinning is not None:
+    if pruning is not None:
         what = f"{100 * best['sparsity']:.1f} % of the weights of its linear maps are zero. {what}"
         steps.append(
-            f"- Criterion: {_code(thinning['criterion']['name'])}, pattern {_code(thinning['pattern']['name'])}, "
-            f"{len(thinning['steps']):,} prunings until step {thinning['steps'][-1]:,}."
+            f"- Criterion: {_code(pruning['criterion']['name'])}, pattern {_code(pruning['pattern']['name'])}, "
+            f"{len(pruning['steps']):,} prunings until step {pruning['steps'][-1]:,}."
         )
     others = _for_others([record]) if record["prompt"] or len(record["heads"]) > 1 else ""
     return _card(
-        _front_matter(record, on_hub, "knowledge-distillation", *(["pruning", "sparse"] if thinning else [])),
-        f"# {source}, {'sparse' if thinning else 'distilled'} for {_code(record['task'])}",
+        _front_matter(record, on_hub, "knowledge-distillation", *(["pruning", "sparse"] if pruning else [])),
+        f"# {source}, {'sparse' if pruning else 'distilled'} for {_code(record['task'])}",
         f"{what} {others}".rstrip(),
         "## How it was made",
         "\n".join([*steps, "- `distillation.json` has all settings, and every evaluation during training."]),

@@ -365,9 +365,12 @@ def training_picture(record: Record, *, dark: bool = False) -> bytes:
         record: As `jaxprune distill --json` prints it.
         dark: Whether it is for a dark page.
     """
-    exams, best = record["exams"], record["exams"][record["best"]]
+    evaluations, best = record["exams"], record["exams"][record["best"]]
     primary, sparse, content = best["evaluation"]["primary"], best["sparsity"] is not None, io.BytesIO()
-    steps, values = [exam["step"] for exam in exams], [exam["evaluation"]["metrics"][primary] for exam in exams]
+    steps, values = (
+        [each["step"] for each in evaluations],
+        [each["evaluation"]["metrics"][primary] for each in evaluations],
+    )
     with _drawing(content, 7.2, 4.6 + 1.6 * sparse, 2 + sparse, dark=dark, sharex=True) as (_, panels, page):
         metric, losses = panels[0, 0], panels[-1, 0]
         _draw_line(metric, 0, steps, [[value] for value in values], "student")
@@ -377,13 +380,13 @@ def training_picture(record: Record, *, dark: bool = False) -> bytes:
         metric.set_ylabel(f"{primary} on dev, %")
         metric.set_title(f"{_plain(record['task'])}, dev, n = {best['evaluation']['n']:,}")
         if sparse:
-            _draw_line(panels[1, 0], 1, steps, [[exam["sparsity"]] for exam in exams], "zeros")
+            _draw_line(panels[1, 0], 1, steps, [[each["sparsity"]] for each in evaluations], "zeros")
             panels[1, 0].set_ylabel("zeros, %")
             panels[1, 0].set_ylim(0, 104)
         for i, name in enumerate(best["losses"]):
             look = {"color": COLOURS[i + 2], "linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[i + 2]}
-            losses.plot(steps, [exam["losses"][name] for exam in exams], label=name, **look)
-        if all(value > 0 for exam in exams for value in exam["losses"].values()):
+            losses.plot(steps, [each["losses"][name] for each in evaluations], label=name, **look)
+        if all(value > 0 for each in evaluations for value in each["losses"].values()):
             losses.set_yscale("log")
         losses.set_ylabel("losses on dev")
         losses.set_xlabel("step")

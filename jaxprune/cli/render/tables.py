@@ -642,26 +642,26 @@ def storage_note(record: Record) -> str:
 # sparsify, distill, augment
 
 
-def exam_line(exam: Record) -> str:
+def evaluation_line(done: Record) -> str:
     """One evaluation on dev, in a line."""
-    sparse = "" if exam["sparsity"] is None else f"{percent(exam['sparsity'])} zero, "
-    losses = ", ".join(f"{LOSSES[name]} {value:.3g}" for name, value in exam["losses"].items())
-    return f"step {exam['step']:,}: {sparse}dev {metrics_text(exam['evaluation']['metrics'], ' %')}; losses: {losses}"
+    sparse = "" if done["sparsity"] is None else f"{percent(done['sparsity'])} zero, "
+    losses = ", ".join(f"{LOSSES[name]} {value:.3g}" for name, value in done["losses"].items())
+    return f"step {done['step']:,}: {sparse}dev {metrics_text(done['evaluation']['metrics'], ' %')}; losses: {losses}"
 
 
-def exams_table(record: Record) -> Table:
+def evaluations_table(record: Record) -> Table:
     """All evaluations on dev, the one that is kept marked."""
-    exams, best = record["exams"], record["exams"][record["best"]]
+    evaluations, best = record["exams"], record["exams"][record["best"]]
     losses, primary = list(best["losses"]), best["evaluation"]["primary"]
     rows = [
         (
-            f"{exam['step']:,}",
-            percent(exam["sparsity"], ""),
-            percent(exam["evaluation"]["metrics"][primary], ""),
-            *(number(exam["losses"][name], ".3g") for name in losses),
-            "kept" * (exam is best),
+            f"{each['step']:,}",
+            percent(each["sparsity"], ""),
+            percent(each["evaluation"]["metrics"][primary], ""),
+            *(number(each["losses"][name], ".3g") for name in losses),
+            "kept" * (each is best),
         )
-        for exam in exams
+        for each in evaluations
     ]
     title = f"{record['task']}, dev: quality and losses during training"
     return make_table(title, ("step", "zero, %", f"{primary}, %", *losses, ""), rows, words=())
@@ -699,8 +699,8 @@ def student_sections(record: Record) -> list[list[tuple[str, ...]]]:
 
 def student_note(record: Record) -> str:
     """The meaning of the figures in `student_table`."""
-    best, thinning, stored = record["exams"][record["best"]], record["thinning"], record["stored"]
-    after = "" if thinning is None else f" of those after the last pruning, at step {thinning['steps'][-1]:,}"
+    best, pruning, stored = record["exams"][record["best"]], record["thinning"], record["stored"]
+    after = "" if pruning is None else f" of those after the last pruning, at step {pruning['steps'][-1]:,}"
     rounded = ["int8"] * (stored["packed"] == "int8") + [stored["dtype"]] * (stored["dtype"] != "float32")
     return note(
         f"Kept: the parameters after step {best['step']:,}, the best on dev{after}.",
