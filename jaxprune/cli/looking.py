@@ -21,12 +21,12 @@ from jaxprune.cli.options import (
     Tasks,
     choice,
     grouped,
-    kept,
     measured,
     option,
     read_fractions,
     rows,
     scoring,
+    selecting,
 )
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def sweep(
     rows: RowOptions,
     batches: BatchOptions,
     settings: CriterionOptions,
-    flops: Annotated[str, kept("Fractions of the FLOPs that may stay.", metavar="A,B,...")] = BUDGETS,
+    flops: Annotated[str, selecting("Fractions of the FLOPs that may stay.", metavar="A,B,...")] = BUDGETS,
     seeds: Annotated[int, scoring("Draws of the calibration rows: seeds 0, 1 and so on.")] = 3,
     examples: Annotated[int, scoring("Calibration rows to score with, stratified by label.")] = 128,
     head: Head = None,

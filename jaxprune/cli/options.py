@@ -136,7 +136,7 @@ def find(option: str, name: str) -> Any:
 
 rows = partial(option, panel="Task and data")
 scoring = partial(option, panel="Scoring")
-selection = partial(option, panel="Selection")
+selecting = partial(option, panel="Selection")
 measured = partial(option, panel="Testing")
 training = partial(option, panel="Training")
 
@@ -295,9 +295,9 @@ class RecoveryOptions:
     recover: Annotated[
         str | None, choice("recover", "Repair without labels; by default reconstruct, with --scores none.", "Selection")
     ] = None
-    recover_examples: Annotated[int, selection("Calibration rows to repair with.")] = 256
+    recover_examples: Annotated[int, selecting("Calibration rows to repair with.")] = 256
     recover_rounds: Annotated[
-        str | None, selection("With --rounds: repair after the last (default), or after each.", metavar="last|each")
+        str | None, selecting("With --rounds: repair after the last (default), or after each.", metavar="last|each")
     ] = None
 
     def build(self, seed: int, batches: BatchOptions, rounds: int = 1, *, scoring: bool = True) -> Recovery | None:
@@ -336,7 +336,7 @@ class LossOptions:
     ] = False
     reselect: Annotated[
         int,
-        selection(
+        selecting(
             "Select again, up to so often, by what was really lost, at the same budget; the best is kept.",
             "--reselect",
             "--receipt-rounds",
@@ -348,18 +348,18 @@ class LossOptions:
 class BudgetOptions:
     """The budget: how much stays."""
 
-    flops: Annotated[float | None, selection("Fraction of the FLOPs that may stay.")] = None
-    parameters: Annotated[float | None, selection("Fraction of the units' parameters that may stay.")] = None
-    units: Annotated[float | None, selection("Fraction of the units that may stay.")] = None
+    flops: Annotated[float | None, selecting("Fraction of the FLOPs that may stay.")] = None
+    parameters: Annotated[float | None, selecting("Fraction of the units' parameters that may stay.")] = None
+    units: Annotated[float | None, selecting("Fraction of the units that may stay.")] = None
     memory: Annotated[
-        str | None, selection("Memory that all weights may take, or the fraction that may stay.", metavar="40MB|0.5")
+        str | None, selecting("Memory that all weights may take, or the fraction that may stay.", metavar="40MB|0.5")
     ] = None
     latency: Annotated[
-        str | None, selection("Time that a forward pass may take on this device, or the fraction.", metavar="12ms|0.5")
+        str | None, selecting("Time that a forward pass may take on this device, or the fraction.", metavar="12ms|0.5")
     ] = None
-    latency_batch: Annotated[int | None, selection("Examples in that pass; by default 1.")] = None
+    latency_batch: Annotated[int | None, selecting("Examples in that pass; by default 1.")] = None
     latency_table: Annotated[
-        Path | None, selection("Its table; by default the one in the cache, measured if needed.", metavar="FILE")
+        Path | None, selecting("Its table; by default the one in the cache, measured if needed.", metavar="FILE")
     ] = None
 
     def build(self, length: Length | None) -> Budget:
@@ -399,12 +399,12 @@ class SelectionOptions:
     """The units that stay, within a budget."""
 
     length: Annotated[
-        str | None, selection("Tokens per example, for FLOPs; by default as scored. T5: read,written.", metavar="128")
+        str | None, selecting("Tokens per example, for FLOPs; by default as scored. T5: read,written.", metavar="128")
     ] = None
-    per_layer: Annotated[bool, selection("Same fraction everywhere, or units compete.", "--per-layer/--global")] = True
-    multiple_of: Annotated[list[str] | None, selection("Round widths down to a multiple.", metavar="neurons=8")] = None
-    floor: Annotated[list[str] | None, selection("The least that stays in each layer.", metavar="heads=1")] = None
-    protect: Annotated[list[str] | None, selection("Layers (0) and sites (3.ffn.neurons) that stay whole.")] = None
+    per_layer: Annotated[bool, selecting("Same fraction everywhere, or units compete.", "--per-layer/--global")] = True
+    multiple_of: Annotated[list[str] | None, selecting("Round widths down to a multiple.", metavar="neurons=8")] = None
+    floor: Annotated[list[str] | None, selecting("The least that stays in each layer.", metavar="heads=1")] = None
+    protect: Annotated[list[str] | None, selecting("Layers (0) and sites (3.ffn.neurons) that stay whole.")] = None
     normalise: Annotated[str | None, choice("normalise", "Divide scores by each site's norm.", "Selection")] = None
 
     def tokens(self) -> Length | None:

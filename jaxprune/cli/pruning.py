@@ -29,10 +29,10 @@ from jaxprune.cli.options import (
     find,
     given,
     grouped,
-    kept,
     measured,
     option,
     rows,
+    selecting,
 )
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def prune(
         choice("together", "Several tasks: mean scores (default), or units that any or all keep.", "Selection"),
     ] = None,
     rounds: Annotated[
-        int, kept("Rounds to the budget; the rest is scored again before each.", "--rounds", metavar="N")
+        int, selecting("Rounds to the budget; the rest is scored again before each.", "--rounds", metavar="N")
     ] = 1,
     head: Head = None,
     overwrite: Overwrite = False,
