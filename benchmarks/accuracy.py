@@ -1,4 +1,4 @@
-"""What pruning costs in accuracy: attribution against every baseline, with few labels or none, in unseen domains.
+"""The cost of pruning in accuracy: attribution against every baseline, with few labels or none, in unseen domains.
 
     python benchmarks/accuracy.py --model MODEL --data DATA --work WORK -o benchmarks/results/accuracy.json
 
@@ -94,14 +94,14 @@ METHODS = {name: Method(criterion, per_layer=name != "top layers") for name, cri
 
 
 def kept_sets(bench: Bench, task: str, criterion: Any, budget: float, seed: int = 0) -> np.ndarray:
-    """Which units stay, as one array of booleans."""
+    """The units that stay, as one array of booleans."""
     scores = bench.scores(task, criterion, EXAMPLES_FOR_CHOICES, seed)
     gates = jp.select(bench.model, bench.params, scores, jp.budgets.Flops(budget, length=bench.length(task)))
     return np.concatenate([np.asarray(gate) > 0 for gate in gates.values()])
 
 
 def nodes(bench: Bench) -> dict[str, Any]:
-    """How many quadrature nodes are enough: kept sets, accuracy and completeness against 128 nodes, on dev."""
+    """The number of quadrature nodes that is enough: kept sets, accuracy and completeness against 128 nodes, on dev."""
     rows = []
     reference = jp.criteria.IntegratedGradients(nodes=128)
     for count in (1, 2, 4, 8, 16):

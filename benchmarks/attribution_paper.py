@@ -130,17 +130,17 @@ class Paper:
 
 
 def _fits(name: str, scope: str) -> bool:
-    """Whether a criterion can be used so: top layers rank layers, and chance has nothing to normalise."""
+    """True if a criterion fits a scope: top layers rank layers, and random scores need no normalising."""
     return scope == "all layers" or name not in ("top layers", "random") or (name == "random" and scope == "per layer")
 
 
 def scopes(paper: Paper) -> dict[str, Any]:
-    """Which units compete, on dev: a choice for every criterion."""
+    """The units that compete, chosen on dev for every criterion."""
     return {"rows": paper.scopes, "split": "dev", "draws": DRAWS_FOR_CHOICES}
 
 
 def objectives_on_dev(paper: Paper) -> dict[str, Any]:
-    """What is attributed, on dev."""
+    """The objectives, compared on dev."""
     rows = {
         name: {what: paper.on_dev(paper.method(name, make(objective=own))) for what, own in OBJECTIVES.items()}
         for name, make in MADE.items()
@@ -215,7 +215,7 @@ def unseen(paper: Paper) -> dict[str, Any]:
 
 
 def cost(paper: Paper) -> dict[str, Any]:
-    """How long a criterion takes for one task, in turns, without the round that compiles; and its peak of memory."""
+    """The time of every criterion for one task, in turns, without the round that compiles; and its peak memory."""
     task, count, rounds = paper.bench.task(paper.tasks[0]), 64, 3
     seconds: dict[str, list[float]] = {name: [] for name in CRITERIA}
     for turn in range(rounds + 1):
@@ -308,7 +308,7 @@ def main() -> None:
 
 
 def _tasks(paper: Paper, tasks: Sequence[str]) -> dict[str, Any]:
-    """What the dense model scores, and which tasks are too near to chance on dev to say anything."""
+    """The dense model's accuracy, and the tasks that are too close to chance on dev to count."""
     bench, found = paper.bench, {}
     for task in tasks:
         found[task] = {

@@ -36,7 +36,7 @@ Rival: TypeAlias = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Method:
-    """How units are chosen."""
+    """A way to choose units, and to repair what is left."""
 
     criterion: Any = None  # None: a rival has its own
     per_layer: bool = True
@@ -171,7 +171,7 @@ class Bench:
         seed: int = 0,
         head: str | None = None,
     ) -> Cell:
-        """Which rows of a task a pruned model gets right; without a method, the dense one.
+        """The rows of a task that a pruned model gets right; without a method, the dense one.
 
         Args:
             task: What to test on.

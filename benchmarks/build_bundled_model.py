@@ -110,7 +110,7 @@ def unknown_rate(tokenizer: Any, examples: Sequence[Example]) -> float:
 
 
 def measure(folder: Path, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
-    """What the finished model scores on every task, read from the folder that is shipped."""
+    """The finished model's accuracy on every task, read from the folder that is shipped."""
     model, params = jp.load(folder)
     found = {}
     for task in tasks:

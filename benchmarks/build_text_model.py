@@ -194,7 +194,7 @@ def main() -> None:
 
 
 def measure(folder: Path, tasks: Sequence[Task]) -> Mapping[str, Any]:
-    """What the finished model scores on every task, read from its folder."""
+    """The finished model's accuracy on every task, read from its folder."""
     model, params = jp.load(folder)
     found = {}
     for task in tasks:

@@ -1,4 +1,4 @@
-"""What methods share that repair a pruned model from the bottom up: their rows, their budget, and the climb itself.
+"""Shared parts of methods that repair a pruned model from the bottom up: rows, budget, and the climb itself.
 
 The climb visits every module (an attention, a feed-forward network) once, in the order in which they run. What is below
 is finished, what is above is still dense. A visit decides which units stay and may change what reads them. Units are
@@ -43,7 +43,7 @@ Masks: TypeAlias = dict[str, np.ndarray]  # site name -> one float32 multiplier 
 
 
 class Calibration(NamedTuple):
-    """What a method reads, and what it may spend."""
+    """The rows that a method reads, and its budget."""
 
     head: str  # the task head
     batches: tuple[Batch, ...]
@@ -127,12 +127,12 @@ def open_masks(model: Model, params: Params) -> Masks:
 
 
 def reader_of(model: Model, params: Params, site: str) -> Float[np.ndarray, "units *channels e"]:
-    """What reads the units of a site."""
+    """The kernel that reads the units of a site."""
     return np.asarray(subtree(params, _kernels(model, params)[site]), np.float64)
 
 
 def is_whole(masks: Mapping[str, np.ndarray], site: str) -> bool:
-    """Whether nothing was removed up to a site."""
+    """True if nothing was removed up to a site."""
     names = list(masks)
     return all((masks[name] == 1.0).all() for name in names[: names.index(site) + 1])
 
@@ -211,7 +211,7 @@ def climb(
 
 
 class _Reader(NamedTuple):
-    """What reads the units of one module of a layer, by local names: layers of equal shape share their programs."""
+    """The kernel that reads the units of one module, by local names: layers of equal shape share programs."""
 
     module: str  # "ffn"
     site: str  # "ffn.neurons"
@@ -219,7 +219,7 @@ class _Reader(NamedTuple):
 
 
 def _kernels(model: Model, params: Params) -> dict[str, Path]:
-    """Where the kernels are that read units, by site, in the order in which the modules run."""
+    """The paths of the kernels that read units, by site, in the order in which the modules run."""
     return readers(model.axes, params)
 
 
@@ -237,7 +237,7 @@ def _readers(model: Model, params: Params, layer: Layer) -> tuple[_Reader, ...]:
 def _targets(
     model: Model, places: tuple[_Reader, ...], params: Params, state: State, mask: Mask
 ) -> tuple[State, dict[str, Float[Array, "b t e"]]]:
-    """What the layer returns, and the residual sum behind every module."""
+    """The layer's output, and the residual sum behind every module."""
     after, found = model.block(params, state, mask, settings=_SETTINGS)
     flat, sums = flatten(params), {}
     for module, site, kernel in places:

@@ -62,7 +62,7 @@ def compare(
     *,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """How much more of the accuracy above chance `one` keeps than `other`, with the interval of the bootstrap.
+    """The advantage of `one` over `other` in accuracy above chance, with the interval of the bootstrap.
 
     Calibration draws are paired by their seed where both have the same number of them.
 
@@ -98,7 +98,7 @@ def verdict(low: float, high: float) -> str:
 
 
 def within(found: Mapping[str, Any], margin: float) -> bool:
-    """Whether a loss (a difference "reference minus this") is certainly less than a margin."""
+    """True if a loss (a difference "reference minus this") is certainly less than a margin."""
     return found["high"] < margin
 
 

@@ -45,7 +45,7 @@ from jaxprune.units import Gates, Intervention, Params
 
 
 class Knowledge(NamedTuple):
-    """What is lost with each unit of a site."""
+    """The knowledge that is lost with each unit of a site."""
 
     predictive: Float[np.ndarray, " units"]  # of what the model says
     representational: Float[np.ndarray, " units"]  # of what the module adds
@@ -154,7 +154,7 @@ def k_prune_batches(
 def knowledge(
     model: Model, visit: Visit, calibration: Calibration, teacher: Sequence[np.ndarray], temperature: float
 ) -> dict[str, Knowledge]:
-    """What is lost with every unit from this module up, measured in the current model.
+    """The knowledge lost with every unit from this module up, measured in the current model.
 
     Predictive: `1/2 g^2` summed over the rows, `g` the gradient of `T^2 KL(dense || current)` of a row with respect to
     a mask. Representational: the token mean of `h_i^2` times the mean over the outputs of `W_out[i]^2`. A head has the
@@ -201,7 +201,7 @@ def above_threshold(scores: Mapping[str, np.ndarray], costs: Mapping[str, float]
 def tune(
     sums: Sums, kernel: Float[np.ndarray, "units *channels e"], mask: np.ndarray, ridge: float
 ) -> Float[np.ndarray, "units *channels e"]:
-    """What reads the units that stay, by least squares: `min |A W - Y|^2`; the rows of the others stay as they are.
+    """The kernel for the units that stay, by least squares: `min |A W - Y|^2`; the rows of the others stay as they are.
 
     Chosen here: a ridge towards zero of `ridge` times the mean square of the inputs, so that directions which the rows
     do not show are zero and not noise; the bias stays.
@@ -236,7 +236,7 @@ def _divergence_slope(
 
 @partial(jax.jit, static_argnums=0)
 def _squares(model: Model, params: Params, state: State, mask: Mask, gates: Gates) -> tuple[State, dict[str, Array]]:
-    """What the layer returns, and the sum of every channel's and neuron's square over the tokens, by local name."""
+    """The layer's output, and the sum of every channel's and neuron's square over the tokens, by local name."""
     settings = BlockSettings(returns=("channels", "neurons"))
     state, found = model.block(params, state, mask, Intervention(gates), settings=settings)
     there = mask.tokens[..., None]

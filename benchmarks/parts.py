@@ -31,7 +31,7 @@ def asked(parser: ArgumentParser, parts: Iterable[str]) -> tuple[Namespace, list
 
 
 def begun(parser: ArgumentParser, file: Path, digest: str, name: str = "model") -> dict[str, Any]:
-    """What the record holds already; one of another model is refused."""
+    """The parts that a record has already; a record of another model is refused."""
     found = json.loads(file.read_text()) if file.exists() else {}
     if found.get(name, digest) != digest:
         parser.error(f"{file} is of another model: name another file")

@@ -1,8 +1,8 @@
-"""How long it takes to see what a budget would do, with scores at hand: `jaxprune plan`, from the start of the process.
+"""The time that `jaxprune plan` takes to show what a budget would leave, from the start of the process.
 
     python benchmarks/planning.py -o benchmarks/results/planning.json
 
-The model has the size of BERT-base and random weights: what they are changes nothing here. Budgets of all kinds are
+The model has the size of BERT-base and random weights; their values do not matter here. Budgets of all kinds are
 asked for one after the other, round by round. Beside the clock stand the seconds of the processor: where others use the
 machine, they are what a plan itself takes. *First* is a plan with nothing remembered of the model, so that all weights
 are read.

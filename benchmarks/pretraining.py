@@ -25,7 +25,7 @@ from jaxprune.units import Params
 
 @dataclass(frozen=True, kw_only=True)
 class Corruption:
-    """How windows of text become inputs and targets."""
+    """The rule by which windows of text become inputs and targets."""
 
     window: int = 96  # tokens of text
     noise: float = 0.15  # of them are replaced
@@ -43,7 +43,7 @@ class Corruption:
 
 
 class Pretraining(NamedTuple):
-    """How to pre-train."""
+    """The settings of a pre-training."""
 
     steps: int
     batch_size: int = 64

@@ -1,8 +1,8 @@
-"""What closed-form recovery keeps: criteria x recovery x budgets, beside re-implementations of Kwon et al. and K-prune.
+"""Accuracy kept by closed-form recovery: criteria x recovery x budgets, beside re-implemented Kwon et al. and K-prune.
 
     python benchmarks/recovery.py --model MODEL --data DATA --work WORK -o benchmarks/results/recovery.json
 
-Every scoring run and every tested model is kept in `WORK`; an interrupted run goes on where it was. Choices are made on
+Every scoring run and every tested model is kept in `WORK`; an interrupted run resumes. Choices are made on
 dev, all other figures are those of test; the rules are in `evidence.py`. Recovery reads no labels.
 
 Parts, for `--only`:
@@ -70,7 +70,7 @@ KWON, K_PRUNE = "Kwon et al., re-implemented", "K-prune, re-implemented"
 
 
 def choice(bench: Bench, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Which recovery, on dev, for the default criterion."""
+    """The methods of recovery, on dev, for the default criterion."""
     dense, chance = bench.dense(bench.able, "dev"), bench.chances(bench.able, "dev")
     base, rows = CRITERIA["integrated gradients"], {}
     for name, how in CHOICES.items():
@@ -100,7 +100,7 @@ def _k_prune(weight: float) -> Method:
 
 
 def methods(bench: Bench, record: Mapping[str, Any]) -> dict[str, Method]:
-    """What is compared: every criterion as it is and repaired, and the rivals, which are for encoders.
+    """The methods compared: every criterion as it is and repaired, and the rivals, which are for encoders.
 
     The rivals read as many rows as recovery does, Kwon et al. their labels, too.
     """
@@ -127,7 +127,7 @@ def budgets(bench: Bench, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def floor(bench: Bench, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a head in every attention changes where the same share of everything would leave some without one."""
+    """The effect of keeping a head in every attention where an equal share would leave some without one."""
     dense, chance = bench.dense(bench.able, "test"), bench.chances(bench.able, "test")
     kept = {
         f"{name}{', a head kept' if least else ''}": replace(own, floor=least)
@@ -143,7 +143,7 @@ def floor(bench: Bench, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def claims(bench: Bench, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What recovery adds, and what is lost of the dense model, with intervals."""
+    """The gain of recovery, and the loss relative to the dense model, with intervals."""
     dense, chance = bench.dense(bench.able, "test"), bench.chances(bench.able, "test")
     whole = {task: [cell] for task, cell in dense.items()}
     named = (*COMPARED, OURS, KWON, K_PRUNE)

@@ -96,7 +96,7 @@ def _say(step: Step) -> None:
 
 
 def dense(setting: Setting) -> dict[str, Any]:
-    """What the fine-tuned model does, and whether that is enough to count."""
+    """The fine-tuned model's metrics, and whether they are high enough to count."""
     _, params = setting.tuned
     found = {split: setting.tested(params, split) for split in ("dev", "test")}
     return {
@@ -108,7 +108,7 @@ def dense(setting: Setting) -> dict[str, Any]:
 
 
 def budgets(setting: Setting) -> dict[str, Any]:
-    """What is left at every budget, by draw."""
+    """The metrics at every budget, by draw."""
     model, params = setting.tuned
     length = setting.recipe.max_length
     usable = usable_rows(model, setting.task, Rows(max_length=length))  # without cut-off answers

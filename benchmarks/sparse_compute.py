@@ -1,4 +1,4 @@
-"""Whether zeros make a linear map faster on this device: dense, BCSR, 2:4 and blocks, at 50 to 99 %, in turns.
+"""The speed of linear maps with zeros on this device: dense, BCSR, 2:4 and blocks, at 50 to 99 %, in turns.
 
     python benchmarks/sparse_compute.py -o benchmarks/results/sparse_compute.json
 

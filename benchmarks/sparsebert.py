@@ -115,7 +115,7 @@ class Setup:
         return self.teachers[name]
 
     def kept(self, key: list[Any], make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """What was made with this key; it is made once."""
+        """The result for this key, computed once."""
         name = hashlib.sha256(json.dumps([self.digest, *key], sort_keys=True).encode()).hexdigest()[:20]
         file = self.work / "students" / f"{name}.json"
         if not file.exists():
@@ -126,8 +126,8 @@ class Setup:
             print(f"{key}: {found['test']['metrics']}, {found['seconds']:.0f} s", file=sys.stderr, flush=True)
         return json.loads(file.read_text())
 
-    def examined(self, model: Any, params: Any, name: str) -> dict[str, Any]:
-        """A model's metrics on test, which rows it gets right, and its weights."""
+    def measured(self, model: Any, params: Any, name: str) -> dict[str, Any]:
+        """A model's metrics on test, the rows it gets right, and its weights."""
         task = self.task(name)
         encoded = encode(model, task.rows("test"))
         hits = predict(model, params, encoded, head=name, batch_size=64).argmax(1) == encoded.labels
@@ -141,7 +141,7 @@ class Setup:
     def dense(self, name: str) -> dict[str, Any]:
         """The teacher."""
         return self.kept(
-            ["teacher", name, self.teacher_steps, self.batch], lambda _: self.examined(*self.teacher(name), name)
+            ["teacher", name, self.teacher_steps, self.batch], lambda _: self.measured(*self.teacher(name), name)
         )
 
     def student(
@@ -182,7 +182,7 @@ class Setup:
             done = jp.distill(start, teacher, task, losses, training, sparsification=pruning, state=state)
             exams = [evaluation.to_json() for evaluation in done.evaluations]
             state.with_suffix(".first").unlink(missing_ok=True)
-            return self.examined(done.model, done.params, name) | {"exams": exams, "best": done.best}
+            return self.measured(done.model, done.params, name) | {"exams": exams, "best": done.best}
 
         key = [name, order, sparsity, seed, rate, steps, self.batch, self.prunings, copies]
         key += [self.teacher_steps] if self.teacher_steps != steps else []
@@ -200,7 +200,7 @@ class Setup:
 
 
 def sizes_of(model: Any, params: Any) -> dict[str, Any]:
-    """What is left to multiply with by the weights that are not zero, and to store, dense and packed."""
+    """The FLOPs of the nonzero weights, and the bytes of the file, dense and packed."""
     weights = count_weights(model, params)
     dense = flops(model, params, LENGTH)
     zeros = weights["linear_maps"] - weights["linear_maps_not_zero"]
@@ -245,8 +245,8 @@ def rates(setup: Setup, names: list[str], record: Mapping[str, Any]) -> dict[str
 
         def on_dev(rate: float, order: str = order) -> tuple[float, float]:
             found = setup.student(names[0], order, setup.contested[0], rate=rate)
-            exam = found["exams"][found["best"]]
-            return exam["evaluation"]["metrics"][exam["evaluation"]["primary"]], -sum(exam["losses"].values())
+            best = found["exams"][found["best"]]
+            return best["evaluation"]["metrics"][best["evaluation"]["primary"]], -sum(best["losses"].values())
 
         tried = climb(RATES, FIRST, on_dev)
         rows[order] = {f"{rate:g}": {"dev": dev, "loss": -loss} for rate, (dev, loss) in sorted(tried.items())}

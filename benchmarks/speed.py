@@ -251,7 +251,7 @@ def scaling(setting: Setting) -> Part:
 
 
 def limit(setting: Setting) -> Part:
-    """What a gradient and a node cost in forward passes, and in time of matrix products at the measured rate."""
+    """The cost of a gradient and of a node, in forward passes and in matrix products at the measured rate."""
     model, params, batch = setting.model, setting.params, setting.rows()
     tokens, embed, neurons = setting.batch * setting.length, model.config.embed, model.config.neurons
     kind = jax.tree.leaves(params)[0].dtype
@@ -336,7 +336,7 @@ def random_model(raw: Mapping[str, Any]) -> tuple[Model, Params]:
 
 
 def environment(setting: Setting, threads: int) -> dict[str, Any]:
-    """Where this was measured, on what and how."""
+    """The device, versions and settings of the measurement."""
 
     def installed(name: str) -> str | None:
         try:

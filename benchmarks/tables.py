@@ -2,7 +2,7 @@
 
     python benchmarks/tables.py
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; nothing else in the pages holds a measured figure. A
+A table is placed between `<!-- table: NAME -->` and `<!-- end -->`; nothing else in the pages has a measured figure. A
 test compares the pages with the records.
 """
 
@@ -87,7 +87,7 @@ def factors() -> str:
 
 
 def defaults() -> str:
-    """What other settings would change, the best first."""
+    """The effect of other settings, the best first."""
     found = record("accuracy")["factors"]["rows"]
     others = sorted(
         (name for name in found if name != "default"), key=lambda n: -found[n]["against_default"]["difference"]
@@ -96,7 +96,7 @@ def defaults() -> str:
 
 
 def nodes() -> str:
-    """How many nodes are enough."""
+    """The number of nodes that is enough."""
     found = record("accuracy")["nodes"]
     budgets = list(found["rows"][0]["jaccard"])
     rows = [
@@ -175,7 +175,7 @@ def matrix() -> str:
 
 
 def speed() -> str:
-    """What is measured beside PyTorch and captum, beside a dense model, and beside the device's limit."""
+    """Times beside PyTorch and captum, beside a dense model, and beside the device's limit."""
     rows = []
     for part, found in record("speed")["parts"].items():
         for name, own in found["ratios"].items():
@@ -185,7 +185,7 @@ def speed() -> str:
 
 
 def speed_setting() -> str:
-    """What was timed, and on what."""
+    """The setting of the timings."""
     found = record("speed")
     used, versions = found["settings"], found["versions"]
     made: dict[tuple[int, str], list[str]] = {}
@@ -202,7 +202,7 @@ def speed_setting() -> str:
 
 
 def faults() -> str:
-    """What the fault campaign did, and what it met."""
+    """The cases of the fault campaign, and their outcomes."""
     rows = []
     for name, own in sorted(record("faults").items()):
         counts = {what: value for what, value in own.items() if what not in ("outcomes", "by_kind")}
@@ -215,7 +215,7 @@ def faults() -> str:
 
 
 def setting() -> str:
-    """How the accuracy figures were made."""
+    """The setting of the accuracy figures."""
     found = record("accuracy")
     used, out = found["main"]["tasks"], found["main"]["left_out_on_dev"]
     by_rows: dict[int, list[str]] = {}
@@ -336,7 +336,7 @@ def latency_budget() -> str:
 
 
 def latency_budget_setting() -> str:
-    """Where the budgets of latency were measured."""
+    """The setting of the budgets of latency."""
     found = record("latency_budget")
     settings, measured = found["settings"], found["table"]
     errors = ", ".join(f"{100 * (predicted / took - 1):+.0f}" for predicted, took in measured["wholes"])
@@ -348,7 +348,7 @@ def latency_budget_setting() -> str:
 
 
 def plans() -> str:
-    """How long a plan takes."""
+    """The time that a plan takes."""
     found = record("planning")["plans"]
     rows = [
         [
@@ -362,7 +362,7 @@ def plans() -> str:
 
 
 def plans_setting() -> str:
-    """Where plans were timed."""
+    """The setting of the plans."""
     found = record("planning")
     return (
         f"{found['plans']['repeats']} rounds; {found['device']}, {found['cores']} cores, jax "
@@ -371,7 +371,7 @@ def plans_setting() -> str:
 
 
 def packing() -> str:
-    """How small compressed files of sparse weights are, and how long they take to read."""
+    """The sizes of compressed files of sparse weights, and the time to read them."""
     rows = []
     for row in record("packing")["rows"]:
         for name, way in row["ways"].items():
@@ -388,7 +388,7 @@ def _median_and_quartiles(found: Mapping[str, Any]) -> str:
 
 
 def packing_setting() -> str:
-    """What was compressed, and where it was read."""
+    """The setting of the compressed files."""
     found = record("packing")
     versions = {name: found["versions"][name] for name in ("python", "numpy", "pyarrow", "safetensors")}
     return (

@@ -16,7 +16,7 @@ BERT, TEXT = "recovery", "recovery_text"  # the records of recovery.py
 
 
 def setting(name: str = BERT) -> str:
-    """How the figures were made."""
+    """The setting of the figures."""
     found = record(name)
     parts = {part: own for part, own in found.items() if isinstance(own, dict) and "at_most_rows" in own}
     rows = sorted({own["at_most_rows"] for own in parts.values()})
@@ -29,7 +29,7 @@ def setting(name: str = BERT) -> str:
 
 
 def choice(name: str = BERT) -> str:
-    """Which recovery, on dev."""
+    """The methods of recovery, on dev."""
     found = record(name)["choice"]["rows"]
     budgets = list(next(iter(found.values())))
     tasks = list(found["none"][budgets[-1]]["tasks"])
@@ -88,7 +88,7 @@ def accuracy(name: str = BERT) -> str:
 
 
 def lost(name: str = BERT) -> str:
-    """What is lost of the dense model."""
+    """The loss relative to the dense model."""
     found = record(name)["claims"]["budgets"]
     names = [name for name, _ in best_first(next(reversed(found.values()))["rows"])]
     lost = [own["dense_minus_this"] for own in found.values()]
@@ -106,7 +106,7 @@ def claims(name: str = BERT) -> str:
 
 
 def cost(name: str = BERT) -> str:
-    """What recovery costs."""
+    """The cost of recovery."""
     found = record(name)["cost"]
     rows = [[name, f"{own['seconds']:.1f}", f"{own['of_scoring']:.2f}"] for name, own in found["rows"].items()]
     return table([f"{found['examples']} examples of {found['task']}", "seconds", "of scoring"], rows)
@@ -124,7 +124,7 @@ def floor(name: str = BERT) -> str:
 
 
 def memory(name: str = BERT) -> str:
-    """What recovery takes of the memory."""
+    """The memory that recovery takes."""
     found = record(name)["memory"]
     rows = [[what, f"{taken / 1e6:,.0f}"] for what, taken in found["rows"].items()]
     heading = f"{found['task']}; parameters of {found['parameters'] / 1e6:,.0f} MB"
@@ -155,7 +155,7 @@ def text_recovery_row() -> list[str]:
 
 
 def spans_setting() -> str:
-    """How the figures of spans were made, and what the dense model does."""
+    """The setting of the figures of spans, and the dense model's metrics."""
     found = record("spans")
     own, dense = found["budgets"], found["dense"]
     tested = "; ".join(
@@ -163,7 +163,7 @@ def spans_setting() -> str:
         for split, each in dense.items()
         if split in ("dev", "test")
     )
-    counted = "counts in means over tasks" if dense["enough"] else "too little to count in means over tasks"
+    counted = "it counts in means over tasks" if dense["enough"] else "too low to count in means over tasks"
     return (
         f"Dense, {tested}: {counted}. {dense['rows']['train']:,} rows to train, {dense['rows']['test']:,} to test; "
         f"draws: {own['draws']}, of at most {own['scored']} rows to score and {own['recovered']} to recover with; "

@@ -24,7 +24,7 @@ MAIN, LONG, FALLING, LONG_FALLING, TASKS, RTE, TASKS_LONG_FALLING = (
 
 
 def setting(name: str = MAIN) -> str:
-    """How the figures were made."""
+    """The setting of the figures."""
     found = record(name)
     parts = {name: own for name, own in found.items() if isinstance(own, dict) and "steps" in own}
     steps = sorted({own["steps"] for own in parts.values()})
@@ -72,7 +72,7 @@ def orders(name: str = MAIN) -> str:
 
 
 def claims(name: str = MAIN) -> str:
-    """How much more accurate the method is than the other orders."""
+    """The method's advantage in accuracy over the other orders."""
     rows = [
         [f"{100 * float(sparsity):g} %, {METHOD} - {order}", points(own)]
         + [points(found["by_task"][task][order]) if task in found["by_task"] else "–" for task in record(name)["tasks"]]
@@ -100,7 +100,7 @@ def variants(name: str = MAIN) -> str:
 
 
 def sizes(name: str = MAIN) -> str:
-    """What is left to multiply and to store."""
+    """The remaining FLOPs and file sizes."""
     rows = []
     found = record(name)["sizes"]["rows"]
     for sparsity, own in found.items():
@@ -113,7 +113,7 @@ def sizes(name: str = MAIN) -> str:
 
 
 def cost(name: str = MAIN) -> str:
-    """What pruning adds to a step."""
+    """The time that pruning adds to a step."""
     found = record(name)["cost"]
     ratio = found["ratio"]
     rows, tokens = found["batch"]
@@ -125,7 +125,7 @@ def cost(name: str = MAIN) -> str:
 
 
 def compute() -> str:
-    """How much faster sparse products are than dense ones."""
+    """The speed of sparse products relative to dense ones."""
     found = record("sparse_compute")["rows"]
     names = list(dict.fromkeys(name for row in found for name in row["ways"] if name != "dense"))
     rows = [
@@ -144,7 +144,7 @@ def _ratio(own: Mapping[str, Any] | None) -> str:
 
 
 def compute_setting() -> str:
-    """What was multiplied, and where."""
+    """The setting of the products."""
     found = record("sparse_compute")
     shape, versions = " x ".join(map(str, found["shape"])), found["versions"]
     return (

@@ -19,7 +19,7 @@ def paper() -> dict[str, Any]:
 
 
 def setting() -> str:
-    """How the figures of the first paper's settings were made."""
+    """The setting of the first paper's figures."""
     found = paper()
     used = [task for task, own in found["tasks"].items() if own["used"]]
     parts = {name: own for name, own in found.items() if isinstance(own, dict) and "at_most_rows" in own}
@@ -63,7 +63,7 @@ def bundled_text() -> str:
 
 
 def scopes() -> str:
-    """Which units compete, on dev."""
+    """The units that compete, on dev."""
     found = paper()["scopes"]["rows"]
     names = list(dict.fromkeys(scope for own in found.values() for scope in own["rows"]))
     rows = [
@@ -80,7 +80,7 @@ def scopes() -> str:
 
 
 def objectives() -> str:
-    """What is attributed, on dev."""
+    """The objectives, compared on dev."""
     found = paper()["objectives"]["rows"]
     names = list(next(iter(found.values())))
     rows = [[name, *(percent(own[what]["retained"]) for what in names)] for name, own in found.items()]
@@ -191,7 +191,7 @@ def unseen() -> str:
 
 
 def cost() -> str:
-    """What scoring costs."""
+    """The cost of scoring."""
     found = paper()["cost"]
     rows = [
         [name, f"{own['seconds']:.2f}", f"{own['time']:.2f}"]

@@ -1,4 +1,4 @@
-"""What is timed, on what, and beside what: functions in turns, and the PyTorch side if it is there."""
+"""Timing of functions in turns, beside the same in PyTorch if that is installed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Part = dict[str, Any]  # "seconds", "ratios" and "facts", by what they are of
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is measured, and on what."""
+    """The model and the batch that are measured."""
 
     model: Model
     params: Params
@@ -101,7 +101,7 @@ def spread(values: Any, **more: Any) -> dict[str, Any]:
 
 
 def wanted(ratio: Mapping[str, Any]) -> str:
-    """What a ratio should be, in words."""
+    """The expected size of a ratio, in words."""
     known = {"target": "at least", "at_most": "at most", "flops_ratio": "FLOPs", "expected": "about"}
     return ", ".join(f"{word} {ratio[key]:.2f}" for key, word in known.items() if key in ratio)
 
@@ -123,7 +123,7 @@ def disagreement(found: Mapping[str, Any], expected: Sequence[Any]) -> float:
 
 
 def agreement(setting: Setting, found: Mapping[str, Any], theirs: Mapping[str, Sequence[Any]]) -> dict[str, float]:
-    """How far the numbers are apart, by name of the other side.
+    """The largest differences of the numbers, by name of the other side.
 
     Raises:
         ValueError: If they differ by more than `AGREEMENT` in float32.
@@ -152,7 +152,7 @@ def peer(setting: Setting) -> Any:
 
 
 def peak_of_child(command: Sequence[str]) -> int | None:
-    """What a process of its own prints of `growth`; None where memory cannot be measured."""
+    """The memory growth that a separate process prints; None where it cannot be measured."""
     if jax.default_backend() == "cpu" and not Path("/proc/self/clear_refs").exists():
         return None
     # glibc: large arrays are mapped, so what is freed leaves the process at once
