@@ -603,8 +603,8 @@ def test_every_criterion_and_every_setting_has_a_name():
     kinds = {
         thing
         for module in (attribution, baselines)
-        for thing in vars(module).values()
-        if dataclasses.is_dataclass(thing) and thing.__module__ == module.__name__ and thing.__name__[0] != "_"
+        for name, thing in vars(module).items()
+        if dataclasses.is_dataclass(thing) and thing.__module__ == module.__name__ and name[0] != "_"
         if hasattr(thing, "examples")
     }
     named = {options.find("criterion", name) for name in options.FUNCTIONS["criterion"]}

@@ -1,4 +1,7 @@
-"""The commands. Heavy packages are imported only when a command runs, so `--help` answers at once."""
+"""The `jaxprune` application: the groups of commands put together, and errors turned into exit codes.
+
+Heavy packages are imported only when a command runs, so `--help` answers at once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts: the text that a text-to-text model reads about an example, and the words it answers with.
+"""Prompts, those of built-in tasks included: the text that a text-to-text model reads, and the words it answers with.
 
 A *template* is the model's input with fields in braces: `{text}` and `{pair}` stand for an example's first and second
 text, and so do the names of their columns, such as `{sentence1}`. *Words* are the answers, one per label. A prompt is

@@ -1,4 +1,4 @@
-"""The model: pure functions of `(params, batch, gates)` that its family's file computes.
+"""The `Model` that every function takes: a configuration with its family's pure functions of `(params, batch, gates)`.
 
 A `Model` holds no arrays and no widths, so one model serves the dense parameters and every pruned copy of them, and it
 is a static argument of `jax.jit`. Compiled programs are one block large: `apply` runs as it is, or inside your own jit.

@@ -1,4 +1,4 @@
-"""Pruning as one recipe: score, select, compact, repair and record; for one task or several, at once or in rounds.
+"""Pruning as one resumable recipe: score, select, compact, repair, record; one task or several, at once or in rounds.
 
 In rounds, what is left is scored again, cut further and, if wanted, repaired, until it fits the budget. In every round
 the selection is made among all units of the dense model, with those that are gone ranked below all others. So budgets,

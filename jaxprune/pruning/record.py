@@ -1,4 +1,4 @@
-"""The record of a pruning, which JSON can hold, and what its scores were made with, found again from their header."""
+"""Builds the record of a pruning, which `checkpoints/record.py` stores, and finds what its scores were made with."""
 
 from __future__ import annotations
 

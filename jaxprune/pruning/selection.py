@@ -1,4 +1,4 @@
-"""Selection: chooses which units stay; scores and a budget in, gates out.
+"""Selection decides which units stay, and so why a unit is kept: scores and a budget in, gates out.
 
 Every site's units are sorted, best first, and cut into blocks of one unit, or of `multiple_of`. The blocks of all sites
 stand in one order that does not depend on the budget; the longest prefix that the budget pays for is kept. So a smaller

@@ -1,4 +1,4 @@
-"""The criteria by which units are scored, under one name: `jp.criteria`."""
+"""All criteria under one name, `jp.criteria`: a new one is written beside these and listed here."""
 
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients
 from jaxprune.scoring.baselines import (

@@ -1,4 +1,4 @@
-"""Scores a model for a task: draws examples, batches them, calls a criterion on every batch and adds up the results.
+"""The scoring run, resumable: draws examples, batches them, calls a criterion on every batch and adds up the results.
 
 The totals are added up on the device, and every batch is spread over all devices. They have six numbers per unit,
 however many examples there are: the variance over the examples and the scores of their two halves come from the same
