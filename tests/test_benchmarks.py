@@ -14,7 +14,6 @@ from commands import make_place
 from hand_tables import hand_table
 from tiny import tiny_model
 
-import jaxprune as jp
 from jaxprune.checkpoints.folder import load, save
 from jaxprune.data.augmentation import Augmentation
 from jaxprune.units import widths
@@ -181,7 +180,7 @@ def test_orders_of_pruning_and_distilling_are_compared(tmp_path: Any, monkeypatc
     start = save(tmp_path / "start", model.with_heads(()), model.with_heads(()).initialise(jax.random.key(3)))
     monkeypatch.setattr(benchmark, "RATES", (1e-3,))
     monkeypatch.setattr(benchmark, "FIRST", 1e-3)
-    monkeypatch.setattr(jp, "Augmentation", partial(Augmentation, frequent=1))
+    monkeypatch.setattr(benchmark, "Augmentation", partial(Augmentation, frequent=1))
     out = tmp_path / "record.json"
     arguments = ["--start", start, "--data", place.data, "--work", tmp_path / "work", "-o", out, "--tasks", "mood"]
     settings = ["--steps", 6, "--batch-size", 8, "--prunings", 2, "--copies", 2]
