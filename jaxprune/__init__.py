@@ -4,8 +4,8 @@
 load -> score -> select -> compact -> recover -> save
 ```
 
-`prune` does all of it but loading and saving. The public names stand in `__init__.pyi`, and each is imported when it is
-first used, so `import jaxprune` itself costs nothing.
+`prune` does all of it but loading and saving. The public names are listed in `__init__.pyi`, and each is imported on
+first use, so `import jaxprune` itself costs nothing.
 """
 
 import lazy_loader

@@ -124,7 +124,7 @@ def test_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path):
     assert task.dropped[MISPLACED] == 1 and task.dropped[MISSING] == 1
     found = [example for split in SPLITS for example in task.rows(split) if example.pair == CONTEXT]
     assert found == [Example("where?", CONTEXT, answers=(Answer(41, "York"),))]
-    with pytest.raises(ValueError, match=r"none: no row has an answer that stands in its .*: {'no answer stands"):
+    with pytest.raises(ValueError, match=r"none: no row has an answer that occurs in its .*: {'no answer stands"):
         load_task(write(tmp_path / "none.jsonl", [row("who?", CONTEXT, "York", start=i) for i in range(20)]))
 
 

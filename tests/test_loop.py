@@ -205,7 +205,7 @@ def test_a_state_of_another_run_is_refused(file: Path):
 def test_a_state_of_an_earlier_version_is_refused(file: Path):
     """Its moments are named by their position."""
     rewritten(file, lambda arrays: {f"moments.{i}": array for i, array in enumerate(arrays.values())}, version=None)
-    with pytest.raises(ValueError, match="another version of jaxprune: remove it to start anew"):
+    with pytest.raises(ValueError, match="another version of jaxprune: remove it to start again"):
         train(RUN, start(), file=file)
 
 

@@ -1,4 +1,4 @@
-"""The file with the gates of many tasks, one bit per unit, that stands beside the weights of a shared folder.
+"""The file with the gates of many tasks, one bit per unit, beside the weights of a shared folder.
 
 `gates.safetensors` has one tensor of bytes per task, `gates:TASK`. Unit `i` is bit `i % 8`, counted from the lowest, of
 byte `i // 8`; 1 is open. The units are those of all sites of the task's kinds, in the order of the axis table; the bits

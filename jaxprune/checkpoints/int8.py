@@ -1,6 +1,6 @@
 """Small files of sparse weights: kernels rounded to int8, and the packed layout of version 0.1, which is read only.
 
-A kernel that is rounded stands in the file as int8, with `KERNEL.scales`, one float32 per output: a weight is its value
+A rounded kernel is stored as int8, with `KERNEL.scales`, one float32 per output: a weight is its value
 times the scale of its output. The metadata of the file name the type that each such kernel had, under `"int8"`.
 docs/packed_files.md has all of it.
 """

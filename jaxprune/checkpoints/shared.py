@@ -5,7 +5,7 @@ A shared folder is an ordinary model folder with `gates.safetensors` beside the 
 out as the weights are read.
 
 Only what gates can say is shared: which units are closed, and what closed ones are replaced by. A model whose weights
-were changed after pruning, by recovery or training, needs a folder of its own (`save`).
+were changed after pruning, by recovery or training, needs a separate folder (`save`).
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def load_gates(path: str | Path) -> dict[str, TaskGates]:
 
 
 def task_record(path: str | Path, task: str) -> dict[str, Any]:
-    """The record that `read_pruning` would give of a task's model if it had a folder of its own."""
+    """The record that `read_pruning` would give of a task's model if it had a separate folder."""
     folder = Path(path)
     file = read_gates(folder / GATES)
     stored = file.task(task, folder / GATES)

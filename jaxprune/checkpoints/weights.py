@@ -246,7 +246,7 @@ def convert(parameters: list[Parameter], dtype: np.dtype | None, folder: Path) -
 
 
 def in_file_order(parameters: Iterable[Parameter]) -> list[Parameter]:
-    """The parameters in the order in which they stand in their files."""
+    """The parameters in the order of their files."""
     return sorted(parameters, key=lambda parameter: (parameter.source.file.path, parameter.source.entry.start))
 
 

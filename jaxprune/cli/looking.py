@@ -93,7 +93,7 @@ def inspect_model(source: str, scores: Path | None, picture: PictureOptions) -> 
 
 
 def _tasks(source: str, model: Model) -> list[str]:
-    """The tasks whose gates stand beside the dense model."""
+    """The tasks whose gates are stored beside the dense model."""
     from jaxprune.checkpoints.folder import split_task
     from jaxprune.checkpoints.gate_file import GATES, read_gates
 
@@ -164,7 +164,7 @@ def sweep(
     model: ModelName,
     task: Tasks,
     criterion: Annotated[list[str], choice("criterion", "As often as there are criteria")],
-    output: Annotated[Path, option("Folder for the results; a sweep in it goes on.", "--output", "-o")],
+    output: Annotated[Path, option("Folder for the results; a sweep in it resumes.", "--output", "-o")],
     selection: SelectionOptions,
     rows: RowOptions,
     batches: BatchOptions,

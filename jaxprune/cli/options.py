@@ -290,7 +290,7 @@ class ScoringOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryOptions:
-    """The repair of what is left."""
+    """The repair of the pruned model."""
 
     recover: Annotated[
         str | None, choice("recover", "Repair without labels; by default reconstruct, with --scores none.", "Selection")

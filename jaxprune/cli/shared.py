@@ -44,7 +44,7 @@ def share(
     [cyan]jaxprune share all --scores rte.safetensors --flops 0.3[/cyan] adds a task, the weights stay as they are.
     [cyan]jaxprune evaluate all#sst2 --task sst2[/cyan] takes the model of one task, as every command does.
 
-    Gates only say which units stay: a repaired model (prune --recover) needs a folder of its own.
+    Gates only say which units stay: a repaired model (prune --recover) needs a separate folder.
     """
     with terminal.working() as bars:
         from jaxprune.cli.render import tables

@@ -60,7 +60,7 @@ class Bars:
         self._progress.stop()
 
     def open(self, label: str) -> Bar:
-        """A stage; one of the same name that is there already starts anew."""
+        """A stage; an existing one of the same name starts again."""
         bar = self._bars.get(label)
         if bar is None:
             bar = self._bars[label] = Bar(self, label)
@@ -120,7 +120,7 @@ def _listening(bars: Bars) -> Iterator[None]:
     """Remembers Ctrl-C: an exception that is raised within a library's callback may never come out of it."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
-        yield  # another thread, a background job that ignores it, or a program with a handler of its own
+        yield  # another thread, a background job that ignores it, or a program with its own handler
         return
 
     def stop(*_: Any) -> None:

@@ -122,7 +122,7 @@ def augment(model: Model, params: Params, task: Task, settings: Augmentation | N
 def augmented(model: Model, params: Params, task: Task, settings: Augmentation) -> Iterator[Example]:
     """The train rows without leaks, then their copies, one at a time."""
     if task.spans:
-        raise ValueError(f"{task.name!r} asks for spans: their answers would not stand in other words.")
+        raise ValueError(f"{task.name!r} asks for spans: their answers would be lost in other words.")
     (clean,), _ = remove_leaks([task])
     rows = clean.rows("train")
     if not rows:

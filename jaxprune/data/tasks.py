@@ -300,7 +300,7 @@ def load_task(
         left_out += unusable
     distinct = {example.label for rows in examples.values() for example in rows}
     if spans and not any(examples.values()):
-        raise ValueError(f"{title}: no row has an answer that stands in its context; left out: {dict(left_out)}.")
+        raise ValueError(f"{title}: no row has an answer that occurs in its context; left out: {dict(left_out)}.")
     if not spans and len(distinct) < 2:
         raise ValueError(f"{title}: every label is {next(iter(distinct), None)!r}; a task needs two different ones.")
     grouped = spans or (source is not None and source.grouped and len(columns) == 2)

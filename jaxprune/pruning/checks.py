@@ -44,7 +44,7 @@ class Checking:
 
     units: int = 64  # of each kind, removed one at a time
     examples: int = 64  # the most calibration rows on which they are removed
-    chunk: int = 1  # units closed together, each in rows of its own; sets the memory, not the result
+    chunk: int = 1  # units closed together, each in separate rows; sets the memory, not the result
     orders: int = 5  # random orders of deletion, at least 2
     fractions: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the units, deleted
     split: str = "dev"  # rows on which quality is measured while units are deleted

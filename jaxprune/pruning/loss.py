@@ -256,7 +256,7 @@ class Prediction(NamedTuple):
 def predict_loss(scores: Scores, gates: Mapping[str, Any]) -> Prediction:
     """Predicts what closing units loses of the objective that was scored; nothing is computed but sums.
 
-    The signs stand in the file beside the scores, or are the scores' own (`examples=signed`); files of format 2 and
+    The signs are in the file beside the scores, or are the scores' own (`examples=signed`); files of format 2 and
     before have lost them unless they are. If a path starts at `start > 0`, its attributions are of a part of the way,
     and are divided by `1 - start`. How far the estimate would be another one with other examples cannot be told: the
     variances in the file are those of single units, whose attributions vary together.

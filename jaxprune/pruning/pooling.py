@@ -33,7 +33,7 @@ def pooled(
 def kept_by_any(
     model: Model, params: Params, scores: Sequence[Scores | Values], budget: Budget, *, rules: Rules = Rules()
 ) -> Gates:
-    """The union of what the tasks keep, each at the same budget of its own: the largest that fits.
+    """The union of the units that the tasks keep, each at the same smaller budget: the largest that fits.
 
     Every task by itself keeps a unit from some budget on (`thresholds`). The union of the selections at a budget `b` of
     each task holds the units whose smallest threshold is at most `b`. So units are taken in the order of that until the
@@ -46,7 +46,7 @@ def kept_by_any(
 def kept_by_all(
     model: Model, params: Params, scores: Sequence[Scores | Values], budget: Budget, *, rules: Rules = Rules()
 ) -> Gates:
-    """The intersection of what the tasks keep, each at the same budget of its own: the largest that fits.
+    """The intersection of the units that the tasks keep, each at the same larger budget: the largest that fits.
 
     As `kept_by_any`, in the order of the largest threshold: the budgets of the tasks are larger than that of the
     intersection, which spends its budget nevertheless.

@@ -108,8 +108,8 @@ class Pruning:
 
     scoring: Scoring = Scoring()
     rules: Rules = Rules()
-    recovery: Recovery | None = Recovery()  # None: what is left stays as it was
-    rounds: int = 1  # steps to the budget; before each, what is left is scored again
+    recovery: Recovery | None = Recovery()  # None: the remaining weights stay as they were
+    rounds: int = 1  # steps to the budget; the remaining units are scored again before each
     recover_each_round: bool = False  # else once, in the end
     together: Together = pooled  # how several tasks become one selection; also `kept_by_any` and `kept_by_all`
     report_loss: bool = False  # measure what is lost of the objective, beside what the scores predict
@@ -183,7 +183,7 @@ class Workspace:
             if not self.overwrite:
                 raise ValueError(
                     f"{self.folder} was begun with other settings ({', '.join(other)}): give those to go on, or "
-                    "another output, or start anew with --overwrite."
+                    "another output, or start again with --overwrite."
                 )
             self.remove()
             return [], None
@@ -364,7 +364,7 @@ class _Run:
         return self._recovered(Pruned(small, gates, tuple(scores), record, tuple(rows), budget, None, search))
 
     def _recovered(self, pruned: Pruned) -> Pruned:
-        """Repairs what is left, unless that is done or not wanted, and completes the record."""
+        """Repairs the pruned model, unless that is done or not wanted, and completes the record."""
         report, small, recovery = pruned.recovery, pruned.params, self.pruning.recovery
         if recovery is not None and report is None:
             bar = self.watch.open("recovering")
@@ -550,7 +550,7 @@ class Round(NamedTuple):
     budget: float  # what might stay after it, in the unit of the budget that was given
     scores: Scores | Values  # of the units that were left before it
     gates: Gates  # of all units of the dense model: 1 where one is left
-    params: Params  # what is left, repaired if that was asked for
+    params: Params  # of the pruned model, repaired if that was asked for
     recovery: RecoveryReport | None
 
 
@@ -565,7 +565,7 @@ def prune_in_rounds(
     repair: Callable[[Params], tuple[Params, RecoveryReport]] | None = None,
     after: Round | None = None,
 ) -> Iterator[Round]:
-    """Prunes to a budget in rounds, in each of which what is left is scored again.
+    """Prunes to a budget in rounds; the remaining units are scored again in each.
 
     The last round meets the budget by the law of `select`: what stays costs at most that, and is short of it by less
     than the next block; with `per_layer` it has the widths that one round would give it. One round is `select` and
@@ -583,7 +583,7 @@ def prune_in_rounds(
     Args:
         model: The architecture.
         params: The dense parameters.
-        score: Scores what is left; the first time it is called with `params`.
+        score: Scores the remaining units; the first time it is called with `params`.
         budget: What may stay in the end, of the dense model. A budget of FLOPs needs a length if the scores do not say
             the mean length of their examples, or say another one in each round.
         rules: How units are chosen within the budget.

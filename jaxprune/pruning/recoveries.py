@@ -58,7 +58,7 @@ Candidate: TypeAlias = Callable[[Any], Fit]  # an index of outputs -> the fit fo
 class Method(Protocol):
     """A way to fit a module."""
 
-    by_direction: ClassVar[bool]  # whether each direction of the output may choose a candidate of its own
+    by_direction: ClassVar[bool]  # whether each direction of the output may choose a different candidate
 
     @property
     def drift(self) -> bool:

@@ -247,7 +247,7 @@ class _Results:
                 {Combination(*(row[name] for name in Combination._fields)): row for row in earlier["rows"]}
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{file} is damaged ({error!r}): remove it to start anew.") from error
+            raise ValueError(f"{file} is damaged ({error!r}): remove it to start again.") from error
         return results
 
     def add(self, one: Combination, facts: Mapping[str, Any]) -> None:

@@ -70,7 +70,7 @@ from jaxprune.units import (
 class _OneByOne(Criterion):
     """A criterion that closes units one at a time."""
 
-    chunk: int = 1  # units closed together, each in rows of its own; sets the memory, not the result
+    chunk: int = 1  # units closed together, each in separate rows; sets the memory, not the result
     objective: Objective | None = None  # None: probability, or negative_squared_error in a regression
     labels: Labels = gold
     examples: ExampleReduction = absolute  # f, and the mean or the maximum over the examples

@@ -205,7 +205,7 @@ class TotalsFile:
                 content = json.loads(file.metadata[PARTIAL])
                 settings, done = dict(content["settings"]), int(content["done"])
             except (KeyError, TypeError, ValueError, RecursionError) as error:
-                raise ValueError(f"{self.path} is damaged ({error!r}): remove it to start anew.") from error
+                raise ValueError(f"{self.path} is damaged ({error!r}): remove it to start again.") from error
             other = [name for name, value in self.settings.items() if settings.get(name) != value]
             if other:
                 raise ValueError(
@@ -216,10 +216,10 @@ class TotalsFile:
         for name, array in arrays.items():
             field, _, site = name.partition(":")
             if field not in parts:
-                raise ValueError(f"{self.path} is damaged (it holds {name!r}): remove it to start anew.")
+                raise ValueError(f"{self.path} is damaged (it holds {name!r}): remove it to start again.")
             parts[field] = {**parts[field], site: array} if site else array
         if missing := [name for name in ("weight", "counts") if isinstance(parts[name], dict)]:
-            raise ValueError(f"{self.path} is damaged (it has no {' and no '.join(missing)}): remove it to start anew.")
+            raise ValueError(f"{self.path} is damaged (no {' and no '.join(missing)}): remove it to start again.")
         return Totals(**parts), done
 
 
@@ -270,7 +270,7 @@ def score(
         task: The task.
         scoring: The criterion, and the rows to score with.
         means: What closed units are replaced by, if `criterion.closed` is not `zero`; by default `criterion.closed`
-            computes it from all of the examples, in a forward pass of its own.
+            computes it from all of the examples, in a separate forward pass.
         devices: Devices over which the rows of every batch are spread; the batch size is rounded up to a multiple of
             their number. By default all of this process.
         progress: Called with the number of finished batches, and of all.

@@ -180,5 +180,5 @@ def join_masks(structure: Any, matrices: Sequence[Matrix | None], masks: Sequenc
 
 
 def is_hole(node: Any) -> bool:
-    """True for what stands in the place of a parameter that is not pruned."""
+    """True for the placeholder of a parameter that is not pruned."""
     return isinstance(node, optax.MaskedNode)

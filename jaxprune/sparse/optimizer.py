@@ -158,7 +158,7 @@ def _ranked(
     weights: list[Array],
     totals: list[Array],
 ) -> list[Array]:
-    """The masks, chosen anew if that is due."""
+    """The masks, chosen again if that is due."""
     now = keep, masks, weights, totals
     return jax.lax.cond(due, partial(choose, matrices, pattern, criterion), lambda _, masks, *rest: masks, *now)
 

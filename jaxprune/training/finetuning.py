@@ -50,7 +50,7 @@ class FineTuning(Training):
     learning_rate: float = 5e-5
     warmup: float = 0.06
     decay: bool = True
-    rows: Mapping[str, int] | None = None  # rows of a task in an epoch, drawn anew or repeated; unnamed tasks: all once
+    rows: Mapping[str, int] | None = None  # rows of a task in an epoch, drawn again or repeated; other tasks: all once
     pooling: str = "mean"  # of the fresh heads: "first" or "mean"
     dense: str | None = None  # activation of a layer before their output
     keep_heads: bool = False  # whether heads of other names stay: untrained, above an encoder that changes
@@ -238,7 +238,7 @@ def _loss(
     return jax.value_and_grad(mean_loss)(logits)
 
 
-# The update: the encoder and the head of the task, each with moments of its own; other heads stay as they are.
+# The update: the encoder and the head of the task, each with separate moments; other heads stay as they are.
 
 
 @lru_cache

@@ -271,7 +271,7 @@ def write_state(file: Path, state: TrainingState, identity: Mapping[str, Any]) -
 
 def read_state(file: Path, state: TrainingState, identity: Mapping[str, Any]) -> TrainingState:
     """Reads a run in progress: every array by its name, into the structure of `state`; refuses what does not fit."""
-    anew = "remove it to start anew."
+    anew = "remove it to start again."
     try:
         with safe_open(file, framework="numpy") as stored:
             header = json.loads((stored.metadata() or {})["jaxprune_training"])
