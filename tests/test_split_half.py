@@ -411,7 +411,7 @@ def test_a_damaged_file_of_totals_is_refused(model_and_params: tuple[Model, Para
     with TensorFile(path) as file:
         arrays, text = {name: file.read(name) for name in file.entries}, file.metadata[PARTIAL]
     for changed, message in (
-        ({name: value for name, value in arrays.items() if name != "counts"}, "damaged .it has no counts"),
+        ({name: value for name, value in arrays.items() if name != "counts"}, "damaged .no counts"),
         (arrays | {"thirds:0.ffn.neurons": np.zeros(3, np.float32)}, "damaged .it holds 'thirds:0.ffn.neurons'"),
     ):
         write_atomic(path, lambda file, own=changed: write_tensors(file, own, {PARTIAL: text}))
