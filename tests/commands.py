@@ -29,7 +29,7 @@ VOCABULARY = ("the", "a", "film", "book", "dog", "sun", "is", "was", "not", "ver
 
 
 class Place(NamedTuple):
-    """Where things are."""
+    """The paths of a test's files."""
 
     model: Path
     data: Path

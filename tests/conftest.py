@@ -1,4 +1,4 @@
-"""What holds for every test: no network, strict dtype promotion, full-precision matmuls, programs compiled once."""
+"""Settings of every test: no network, strict dtype promotion, full-precision matmuls, programs compiled once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the fault campaigns share: commands that can be killed, limits on them, and a record of what was met.
+"""Shared parts of the fault campaigns: commands that can be killed, limits on them, and a record of the outcomes.
 
 Importing the package takes longer than a tiny model needs. A server imports it once and forks a child per command, so
 that a child's whole life is work, and a kill at a random moment meets work.
@@ -27,7 +27,7 @@ RECORD = "JAXPRUNE_FAULTS_RECORD"  # names the file that counts are written to
 
 
 class Ended(NamedTuple):
-    """How a command ended."""
+    """The end of a command."""
 
     code: int  # -9 after kill -9
     output: str  # stdout and stderr

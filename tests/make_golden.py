@@ -82,7 +82,7 @@ def random_batch(model: Any, length: int, *, rows: int = 3, seed: int = 0) -> di
 
 
 def run(model: Any, batch: Mapping[str, np.ndarray], **settings: bool) -> Any:
-    """What PyTorch computes."""
+    """The results of PyTorch."""
     torch = importlib.import_module("torch")
     with torch.no_grad():
         return model(**{name: torch.tensor(array) for name, array in batch.items()}, **settings)

@@ -67,7 +67,7 @@ def compressed(content: bytes) -> bytes:
 
 
 def damaged_tensors(whole: bytes, draw: random.Random) -> tuple[str, bytes]:
-    """What was done to a safetensors file, and the file."""
+    """The change made to a safetensors file, and the file."""
     place = draw.choice(PLACES)
     text, data = split(whole)
     changed = bytearray(whole)
@@ -110,7 +110,7 @@ def damaged_tensors(whole: bytes, draw: random.Random) -> tuple[str, bytes]:
 
 
 def damaged_json(whole: bytes, draw: random.Random) -> tuple[str, bytes]:
-    """What was done to a JSON file, and the file."""
+    """The change made to a JSON file, and the file."""
     kind = draw.choice(("value", "value", "value", "nested value", "gone", "deep", "bits", "cut", "duplicate"))
     if kind == "bits":
         changed = bytearray(whole)
@@ -323,7 +323,7 @@ def make_shared(folder: Path) -> Path:
 
 @cache
 def _digests_of_tasks() -> dict[str, str]:
-    """What compaction gives for them."""
+    """The result of compaction for them."""
     model, params = tiny_model(layers=1)
     gates = random_gates(model, params)
     return {task: params_digest(compact(model, params, gates, means)) for task, means in (("a", None), ("b", MEANS))}

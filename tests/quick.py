@@ -17,7 +17,7 @@ FLAGS: dict[str, str | bool] = {
 
 
 def known(name: str, value: str | bool) -> bool:
-    """Whether this jaxlib has the flag: one that it has not, in XLA_FLAGS, would end the process."""
+    """True if this jaxlib has the flag: an unknown one in XLA_FLAGS would end the process."""
     try:
         jax.jit(lambda x: x).lower(0.0).compile({name: value})
     except jax.errors.JaxRuntimeError as error:

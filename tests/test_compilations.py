@@ -1,4 +1,4 @@
-"""What is compiled, how often, and what one quadrature node costs: counted, not timed."""
+"""Compilations, and the cost of one quadrature node: counted, not timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the library asks of a criterion: one that is defined here goes all the way with nothing but the protocol."""
+"""The protocol of criteria: one that is defined here works everywhere with nothing else."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 def being_written(folder: Path) -> bool:
-    """Whether a file or folder under a hidden name is there."""
+    """True if there is a file or folder with a hidden name."""
     with contextlib.suppress(FileNotFoundError):  # gone while it was looked at
         return any(".saving-" in name for _, *names in os.walk(folder) for own in names for name in own)
     return False

@@ -1,4 +1,4 @@
-"""What is shown of a model are its own widths, costs and scores, in table and picture; other scores are refused."""
+"""The widths, costs and scores of a model, in table and picture; other models' scores are refused."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_scores_of_the_model_itself(place, scored):
 
 
 def test_scores_that_a_model_was_pruned_by(place, scored, small):
-    """What stays has the best scores, so its mean is that of the best."""
+    """The units that stay have the best scores, so their mean is that of the best."""
     values = load_scores(scored).values
     record = record_of("inspect", small, "--scores", scored)
     for i, layer in enumerate(record["layers"]):

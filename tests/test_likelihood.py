@@ -55,7 +55,7 @@ def speaker(model_type: str = "t5") -> tuple[Model, Params]:
 
 
 def asked_moods() -> Task:
-    """Whether a text says good or bad, asked by a prompt."""
+    """A task with a prompt: does a text say good or bad?"""
     return replace(moods(), prompt=PROMPT)
 
 

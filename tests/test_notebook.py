@@ -12,7 +12,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
 def pictures(notebook: nbformat.NotebookNode) -> int:
-    """How many pictures the notebook shows."""
+    """The number of pictures that the notebook shows."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     return sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
 

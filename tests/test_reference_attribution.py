@@ -185,7 +185,7 @@ def test_gradient_times_activation_equals_autograd(pair: Any):
 
 
 def test_logits_are_those_of_the_reference(pair: Any):
-    """What the comparisons above rest on."""
+    """The assumptions of the comparisons above."""
     model, params, gated, batch = pair
     gated.gates = {}
     ids, mask = arrays(batch)

@@ -42,7 +42,7 @@ def source(length: int, seed: int, *, left: bool = False) -> dict[str, np.ndarra
 
 
 def theirs(model: Any, batch: dict[str, np.ndarray], limit: int) -> np.ndarray:
-    """What PyTorch writes after the start token, padded to the limit: it stops where the last row has ended.
+    """The text PyTorch generates after the start token, padded to the limit: it stops where the last row has ended.
 
     Without its cache: that has a place for every layer of the encoder, and the decoder has more (transformers 5.23).
     """

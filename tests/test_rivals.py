@@ -130,7 +130,7 @@ def tokens(batch: Mapping[str, np.ndarray], values: np.ndarray) -> np.ndarray:
 
 
 def missing(params: Any, batch: Mapping[str, np.ndarray], site: str, dense: Run, now: Run) -> np.ndarray:
-    """What a module's units should add up to."""
+    """The sum that a module's units should add up to."""
     return tokens(batch, dense.sums[site] - now.residual[site]) - reader(params, site)[1]
 
 

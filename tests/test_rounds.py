@@ -98,7 +98,7 @@ def test_one_round_is_select_and_compact(dense, per_layer):
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("budget", ["units", "parameters", "flops"])
 def test_rounds_give_the_widths_of_one_round(dense, budget, rules):
-    """Where nothing but the budget decides how many units of a site stay."""
+    """The sites where only the budget decides how many units stay."""
     model, params = dense
     settings = {**at(model, budget, 0.55), **RULES[rules]}
     wanted = {

@@ -366,7 +366,7 @@ def test_scores_that_do_not_belong_together_are_not_merged(
 
 
 class Interrupted(Exception):
-    """What stands in for Ctrl-C."""
+    """A stand-in for Ctrl-C."""
 
 
 @pytest.mark.parametrize(

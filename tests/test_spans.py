@@ -325,7 +325,7 @@ COLOURS = ("red", "warm", "cold", "short")
 
 
 def questions(rows: int = 60, seed: int = 0) -> tuple[Example, ...]:
-    """What a thing is, among other words; no text occurs twice."""
+    """Rows that say what a thing is, among other words; no text occurs twice."""
     random = np.random.default_rng(seed)
     found: dict[str, Example] = {}
     while len(found) < rows:

@@ -1,4 +1,4 @@
-"""What is remembered of files, and when it is forgotten; and models of which nothing but shapes and digest is kept."""
+"""Remembered digests of files, and when they are forgotten; models of which only shapes and digest are kept."""
 
 from __future__ import annotations
 

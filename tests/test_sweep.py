@@ -1,4 +1,4 @@
-"""A sweep gives what pruning and testing one by one give, in a fixed order, and goes on where it was stopped."""
+"""A sweep gives what pruning and testing one by one give, in a fixed order, and resumes after an interruption."""
 
 from __future__ import annotations
 

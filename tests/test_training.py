@@ -44,7 +44,7 @@ WORDS = ["the", "a", "film", "book", "dog", "sun", "is", "was", "not", "very", "
 
 
 def moods(name: str = "moods") -> Task:
-    """Whether a text says good or bad, among other words; no text occurs twice."""
+    """Rows in which a text says good or bad, among other words; no text occurs twice."""
     random = np.random.default_rng(0)
     rows: dict[str, Example] = {}
     while len(rows) < 440:
