@@ -44,6 +44,7 @@ def pruned(place: Place, scored: Path) -> tuple[Path, dict[str, Any]]:
     return out, record_of("prune", place.model, "--scores", scored, *rows, *QUICK, "--loss-report", "-o", out)
 
 
+@pytest.mark.slow
 def test_a_plan_predicts_what_the_report_compares_with(place, scored, pruned):
     planned = record_of("plan", place.model, "--scores", scored, "--units", 0.5)
     found = pruned[1]["receipt"]

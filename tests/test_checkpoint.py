@@ -183,6 +183,7 @@ def test_the_configuration_is_kept_as_it_was_read(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_saving_and_loading_do_not_import_transformers(tmp_path):
     source = write_classifier(tmp_path / "hf")
     code = (

@@ -583,6 +583,7 @@ except SystemExit as stop:
     assert any((tmp_path / "cache" / "jaxprune" / "compiled").rglob("*-cache"))
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_of_its_own():
     process = start("evaluate", "./no", "--task", "mood", "--json")
     stdout, stderr = process.communicate()

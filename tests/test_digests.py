@@ -70,6 +70,7 @@ def test_weights_are_hashed_once_from_loading_to_saving(place: Place, tmp_path: 
     assert sum(named) == weights_of(params) + digests_of_scores
 
 
+@pytest.mark.slow
 def test_digests_are_forgotten_with_their_arrays():
     gc.collect()  # what other tests left
     before = set(digests._known)

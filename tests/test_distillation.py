@@ -121,6 +121,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(teacher, tmp_path: Path):
             teach(teacher, **{"training": training, "state": state} | other)
 
 
+@pytest.mark.slow
 def test_with_labels_alone_the_teacher_is_not_asked(teacher):
     model, params = teacher
     broken = jax.tree.map(lambda array: jnp.full_like(array, jnp.nan), params)
@@ -245,6 +246,7 @@ def test_sparsify_writes_a_model_and_how_it_was_made(sparse):
     assert record["fresh_head"] and record["steps"] == 6 and not out.with_name("sparse.state").exists()
 
 
+@pytest.mark.slow
 def test_sparsify_resumes_and_shows_the_student(place: Place, pretrained: Path, tmp_path: Path, monkeypatch):
     how = (*sparsify(place, pretrained)[:-2], "--pattern", "2:4", "--no-evaluate", "--evaluate-every", 3)
     whole = run(*how, "-o", tmp_path / "whole")

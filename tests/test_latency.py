@@ -155,6 +155,7 @@ def test_narrow_models_keep_the_first_units(model_type):
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["bert", "t5"])
 def test_a_model_is_measured_once(model_type, tmp_path, monkeypatch):
     """Seconds are not tested, but what was run: every width of one module of each shape."""

@@ -52,6 +52,7 @@ def test_a_batch_of_every_criterion_lowers(criterion: Any, layers: int, dtype: A
     assert exported(params, batch, jax.ShapeDtypeStruct((4,), jnp.float32)).platforms == ("tpu", "cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "criterion",

@@ -73,8 +73,16 @@ def test_a_removed_copy_of_a_unit_comes_back_as_the_ridge_goes_to_zero():
     assert lost > errors[0] > errors[1] > errors[2] and errors[2] < 1e-6 * lost
 
 
-@pytest.mark.parametrize("method", [Rescaling(), Reconstruction(), Reconstruction(drift=False)])
-@pytest.mark.parametrize("model_type", ["bert", "t5", "mt5"])
+@pytest.mark.parametrize(
+    ("model_type", "method"),
+    [
+        ("bert", Rescaling()),
+        ("bert", Reconstruction()),
+        ("bert", Reconstruction(drift=False)),
+        ("t5", Reconstruction()),
+        ("mt5", Rescaling()),
+    ],
+)
 def test_no_module_gets_worse_and_the_model_gets_better(model_type: str, method: Any):
     model, params = tiny_model(model_type)
     small = compact(model, params, random_gates(model, params, 1))

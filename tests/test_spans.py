@@ -511,6 +511,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_commands_do_for_spans_what_they_do_for_labels(place: Path):
     data, spans = ("--data", place / "data"), place / "spans"
     recipe = ("--epochs", 1, "--batch-size", 16, "--learning-rate", 1e-2)

@@ -372,6 +372,7 @@ def test_given_examples_and_few_ones_stop_too(model_and_params: tuple[Model, Par
     assert found.header["examples"] == found.header["until_stable"]["most"] == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 4, 6])
 def test_a_stable_run_that_goes_on_equals_an_uninterrupted_one(
     model_and_params: tuple[Model, Params], task: Task, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
@@ -419,6 +420,7 @@ def test_a_damaged_file_of_totals_is_refused(model_and_params: tuple[Model, Para
             score(*model_and_params, task, scoring(**settings), resume=path)
 
 
+@pytest.mark.slow
 def test_steps_compile_nothing_more(model_and_params: tuple[Model, Params], task: Task, compiled: list[int]):
     programs = []
     for target in (0.9999, None):
