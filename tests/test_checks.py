@@ -361,7 +361,7 @@ def test_a_text_to_text_model_is_checked(text_place: Path, tmp_path: Path):
     prompt = tmp_path / "other.yaml"
     prompt.write_text((text_place / "prompt.yaml").read_text().replace("mood :", "sentiment :"))
     other = run("check", text_place / "model", "--scores", file, *asked(text_place)[:-1], prompt)
-    assert other.exit_code == 2 and "made with the prompt" in other.stderr
+    assert other.exit_code == 2 and "of the prompt" in other.stderr
 
 
 def test_loaded_scores_are_those_that_were_checked(files: dict[str, Path], scores: Scores):
