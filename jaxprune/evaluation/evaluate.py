@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-import scipy.stats
 
 from jaxprune.data.batches import IGNORED, Batch, Encoded, encode, pack
 from jaxprune.data.prompts import Prompt, prompt_of
@@ -69,7 +68,9 @@ def pearson(predicted: np.ndarray, labels: np.ndarray) -> float:
 
 def spearman(predicted: np.ndarray, labels: np.ndarray) -> float:
     """The correlation of the ranks; equal values share their mean rank."""
-    return pearson(scipy.stats.rankdata(predicted), scipy.stats.rankdata(labels))
+    from scipy.stats import rankdata  # slow to import
+
+    return pearson(rankdata(predicted), rankdata(labels))
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -14,7 +14,6 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from scipy.stats import hypergeom, rankdata
 
 if TYPE_CHECKING:
     from jaxprune.scoring.scores import Scores
@@ -28,6 +27,8 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float | None:
     """Spearman's rank correlation, equal scores having their mean rank; None where one side does not rank at all."""
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
+    from scipy.stats import rankdata  # slow to import
+
     x, y = (ranks - ranks.mean() for ranks in map(rankdata, (a, b)))
     return float(np.clip(x @ y / math.sqrt((x @ x) * (y @ y)), -1.0, 1.0))
 
@@ -52,6 +53,8 @@ def chance(sites: Sequence[tuple[int, int]]) -> float | None:
     Returns:
         The mean, exact but for rounding; None if nothing is kept.
     """
+    from scipy.stats import hypergeom  # slow to import
+
     total = sum(count for _, count in sites)
     if not total:
         return None
