@@ -23,7 +23,8 @@ from parts import asked, begun, each, keep
 
 import jaxprune as jp
 from jaxprune.pruning.selection import per_layer_l2
-from jaxprune.scoring import activations, attribution, objectives
+from jaxprune.scoring import attribution, objectives
+from jaxprune.scoring import objectives as activations
 
 TASKS = ("sst2", "ag_news", "mrpc", "qnli", "trec", "banking77", "snips")
 FACTOR_TASKS = ("sst2", "ag_news", "qnli")  # a short text, a long one, a pair

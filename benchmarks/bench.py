@@ -18,7 +18,7 @@ import numpy as np
 from evidence import Cell, summary
 
 import jaxprune as jp
-from jaxprune.checkpoints.digests import model_digest
+from jaxprune.checkpoints.tensors import model_digest
 from jaxprune.data.batches import encode
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import draw

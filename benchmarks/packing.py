@@ -34,7 +34,7 @@ from timing import Setting, in_turns, spread
 
 import jaxprune as jp
 from jaxprune.checkpoints.files import write_atomic
-from jaxprune.checkpoints.int8 import WeightFile, linear_maps, output_scales, round_to_int8
+from jaxprune.checkpoints.weights import WeightFile, linear_maps, output_scales, round_to_int8
 from jaxprune.models import Model
 from jaxprune.units import Params, flatten, path_name
 

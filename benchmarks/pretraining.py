@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int
 
-from jaxprune.checkpoints.digests import model_digest
+from jaxprune.checkpoints.tensors import model_digest
 from jaxprune.models import Model
 from jaxprune.training.finetuning import loss_and_gradients
 from jaxprune.training.loop import OPTIMIZERS, Run, Step, TrainingState, train, trainable, update

@@ -24,7 +24,7 @@ from typing import Any
 from parts import PACKAGES, asked, begun, each, keep
 
 import jaxprune as jp
-from jaxprune.checkpoints.digests import model_digest
+from jaxprune.checkpoints.tensors import model_digest
 from jaxprune.data.batches import usable_rows
 from jaxprune.data.tasks import Rows, draw, remove_leaks
 from jaxprune.evaluation.evaluate import evaluate

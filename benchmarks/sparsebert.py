@@ -37,8 +37,8 @@ from evidence import Cell, compare
 from parts import PACKAGES, asked, begun, each, keep
 
 import jaxprune as jp
-from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import write_atomic
+from jaxprune.checkpoints.tensors import model_digest
 from jaxprune.cli.training import count_weights
 from jaxprune.data.augmentation import Augmentation, augment
 from jaxprune.data.batches import encode, training_batches

@@ -6,10 +6,10 @@ from .bundled import bundled_model as bundled_model
 from .bundled import bundled_text_model as bundled_text_model
 from .checkpoints.folder import load as load
 from .checkpoints.folder import save as save
-from .checkpoints.int8 import densify as densify
 from .checkpoints.shared import add_gates as add_gates
 from .checkpoints.shared import load_gates as load_gates
 from .checkpoints.shared import save_shared as save_shared
+from .checkpoints.weights import densify as densify
 from .compaction import compact as compact
 from .data.prompts import prompt_for as prompt_for
 from .data.tasks import Rows as Rows
@@ -18,7 +18,7 @@ from .data.tasks import load_task as load_task
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.evaluate import find_answers as find_answers
 from .evaluation.evaluate import predict as predict
-from .evaluation.generation import generate as generate
+from .evaluation.text import generate as generate
 from .models.cost import flops as flops
 from .models.cost import parameters as parameters
 from .pruning import budgets as budgets
@@ -27,14 +27,14 @@ from .pruning import recoveries as recoveries
 from .pruning.budgets import Rules as Rules
 from .pruning.checks import Checking as Checking
 from .pruning.checks import check as check
-from .pruning.comparison import compare as compare
+from .pruning.inspection import compare as compare
 from .pruning.latency import latency as latency
 from .pruning.prune import Pruning as Pruning
 from .pruning.prune import Workspace as Workspace
 from .pruning.prune import prune as prune
 from .pruning.record import pruning_record as pruning_record
-from .pruning.recovery import Recovery as Recovery
-from .pruning.recovery import recover as recover
+from .pruning.recoveries import Recovery as Recovery
+from .pruning.recoveries import recover as recover
 from .pruning.selection import select as select
 from .scoring import criteria as criteria
 from .scoring import objectives as objectives
@@ -45,7 +45,7 @@ from .scoring.scores import load_scores as load_scores
 from .scoring.scores import save_scores as save_scores
 from .sparse import patterns as patterns
 from .sparse import schedules as schedules
-from .sparse.optimizer import sparse_optimizer as sparse_optimizer
+from .sparse.masks import sparse_optimizer as sparse_optimizer
 from .training.distillation import Sparsification as Sparsification
 from .training.distillation import distill as distill
 from .training.finetuning import FineTuning as FineTuning

@@ -19,8 +19,8 @@ import pytest
 from tiny import tiny_model
 from typer.testing import CliRunner, Result
 
+from jaxprune.__main__ import app
 from jaxprune.checkpoints.folder import save
-from jaxprune.cli.app import app
 from jaxprune.models import TaskHead
 
 WORDS = Path(__file__).parent / "data" / "words"

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple, Self
 
 import jax
 
+from jaxprune import __main__ as cli
 from jaxprune import __version__
-from jaxprune.cli import app as cli
 
 RECORD = "JAXPRUNE_FAULTS_RECORD"  # names the file that counts are written to
 

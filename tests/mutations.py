@@ -26,12 +26,11 @@ from checkpoints import safetensors_bytes, write_classifier
 from safetensors.numpy import load_file
 from tiny import random_gates, tiny_model
 
-from jaxprune.checkpoints.digests import params_digest
 from jaxprune.checkpoints.folder import load, save
-from jaxprune.checkpoints.gate_file import GATES
-from jaxprune.checkpoints.gate_file import METADATA as METADATA_OF_GATES
-from jaxprune.checkpoints.record import read_pruning
+from jaxprune.checkpoints.gates import GATES, read_pruning
+from jaxprune.checkpoints.gates import METADATA as METADATA_OF_GATES
 from jaxprune.checkpoints.shared import save_shared
+from jaxprune.checkpoints.tensors import params_digest
 from jaxprune.compaction import compact
 from jaxprune.models import family
 from jaxprune.scoring.scores import METADATA, Scores, load_scores, save_scores

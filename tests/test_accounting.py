@@ -11,7 +11,7 @@ import pytest
 from commands import Place, place, record_of, run
 
 from jaxprune.checkpoints.folder import load
-from jaxprune.checkpoints.record import read_pruning
+from jaxprune.checkpoints.gates import read_pruning
 from jaxprune.data.splits import row_key
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.models.layers import max_tokens
@@ -20,7 +20,7 @@ from jaxprune.pruning.loss import LossReporting, loss_report
 from jaxprune.pruning.record import check_reselection
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.attribution import GradientActivation
-from jaxprune.scoring.baselines import Magnitude
+from jaxprune.scoring.criteria import Magnitude
 from jaxprune.scoring.objectives import log_probability, maximum
 from jaxprune.scoring.scores import describe, load_scores, properties_of
 

@@ -29,7 +29,7 @@ TREES = {file: ast.parse(file.read_text()) for file in FILES}
 
 
 def name_of(file: Path) -> str:
-    """`jaxprune/data/spans.py` is `jaxprune.data.spans`."""
+    """`jaxprune/data/spans.py` is `jaxprune.data.batches`."""
     parts = file.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -38,7 +38,7 @@ MODULES = {name_of(file): file for file in FILES}
 
 
 def room(module: str) -> str:
-    """The room of `jaxprune.data.spans` is `data`."""
+    """The room of `jaxprune.data.batches` is `data`."""
     return [*module.split("."), ""][1]
 
 

@@ -14,7 +14,6 @@ from tiny import MODEL_TYPES, tiny_batch, tiny_model
 
 from jaxprune.models import Model, TaskHead, bert
 from jaxprune.models.layers import absolute_tokens, contribution, max_tokens, squared_tokens, sum_tokens
-from jaxprune.scoring.activations import calibration_means
 from jaxprune.scoring.attribution import (
     GradientActivation,
     IntegratedGradients,
@@ -28,6 +27,7 @@ from jaxprune.scoring.attribution import (
 )
 from jaxprune.scoring.objectives import (
     absolute,
+    calibration_means,
     every,
     gold,
     log_probability,

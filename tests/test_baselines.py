@@ -13,8 +13,7 @@ from tiny import tiny_batch, tiny_model
 
 from jaxprune.models import Model, TaskHead
 from jaxprune.models.cost import elements, matmul_flops, unit_costs
-from jaxprune.scoring.activations import calibration_means
-from jaxprune.scoring.baselines import (
+from jaxprune.scoring.criteria import (
     Activation,
     Fisher,
     Gradient,
@@ -25,7 +24,7 @@ from jaxprune.scoring.baselines import (
     TopLayers,
     Wanda,
 )
-from jaxprune.scoring.objectives import every, gold, log_probability, predicted, probability, signed
+from jaxprune.scoring.objectives import calibration_means, every, gold, log_probability, predicted, probability, signed
 from jaxprune.scoring.run import score_batches
 from jaxprune.units import Gates, Params, open_gates, sites, subtree, widths
 

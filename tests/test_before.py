@@ -10,7 +10,7 @@ import pytest
 from commands import record_of
 
 from jaxprune.checkpoints.folder import load
-from jaxprune.checkpoints.record import read_pruning
+from jaxprune.checkpoints.gates import read_pruning
 from jaxprune.checkpoints.shared import load_gates
 from jaxprune.scoring.scores import load_scores
 from jaxprune.units import flatten, path_name

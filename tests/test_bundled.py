@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import jaxprune as jp
-from jaxprune.evaluation.generation import texts
+from jaxprune.evaluation.text import texts
 
 pytestmark = pytest.mark.slow
 MODELS = {"model": (jp.bundled_model(), 32e6), "text_model": (jp.bundled_text_model(), 20e6)}

@@ -25,10 +25,19 @@ from jaxprune.models.cost import elements, flops, matmul_flops, parameters, unit
 from jaxprune.models.layers import absolute_tokens, max_tokens
 from jaxprune.pruning.budgets import Flops, Rules, Units
 from jaxprune.pruning.selection import select
-from jaxprune.scoring.activations import calibration_means, site_statistics, token_mean
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, joint, layer
-from jaxprune.scoring.baselines import Activation, Fisher, Gradient, Magnitude, Random, Taylor, Wanda
-from jaxprune.scoring.objectives import answers_of, examples_of, gold, log_probability, signed, value_and_cotangent
+from jaxprune.scoring.criteria import Activation, Fisher, Gradient, Magnitude, Random, Taylor, Wanda
+from jaxprune.scoring.objectives import (
+    answers_of,
+    calibration_means,
+    examples_of,
+    gold,
+    log_probability,
+    signed,
+    site_statistics,
+    token_mean,
+    value_and_cotangent,
+)
 from jaxprune.scoring.run import score_batches
 from jaxprune.scoring.scores import describe
 from jaxprune.units import (

@@ -27,9 +27,9 @@ from checkpoints import (
 from safetensors.numpy import load_file, save_file
 from tiny import MODEL_TYPES, tiny_batch, tiny_config, tiny_model
 
-from jaxprune.checkpoints.digests import model_digest, params_digest
 from jaxprune.checkpoints.folder import TOKENIZER_FILES, load, save
-from jaxprune.checkpoints.record import read_pruning
+from jaxprune.checkpoints.gates import read_pruning
+from jaxprune.checkpoints.tensors import model_digest, params_digest
 from jaxprune.compaction import compact
 from jaxprune.models import Model, TaskHead
 from jaxprune.units import Params, axes_of, flatten, open_gates, path_name, unflatten, widths

@@ -31,10 +31,9 @@ from jaxprune.pruning.checks import (
     judge_deletion,
     sample_units,
 )
-from jaxprune.scoring.activations import calibration_means
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients
-from jaxprune.scoring.baselines import LeaveOneOut, Magnitude, Removal, TopLayers
-from jaxprune.scoring.objectives import every, probability, signed
+from jaxprune.scoring.criteria import LeaveOneOut, Magnitude, Removal, TopLayers
+from jaxprune.scoring.objectives import calibration_means, every, probability, signed
 from jaxprune.scoring.run import Scoring, score, score_batches
 from jaxprune.scoring.scores import Scores, load_scores, save_scores
 from jaxprune.units import Params, flatten, open_gates, unflatten

@@ -24,7 +24,7 @@ from tiny import tiny_batch, tiny_model
 
 from jaxprune import __version__
 from jaxprune.checkpoints.folder import load, save
-from jaxprune.checkpoints.record import read_pruning
+from jaxprune.checkpoints.gates import read_pruning
 from jaxprune.checkpoints.tensors import TensorFile
 from jaxprune.cli import options
 from jaxprune.data.tasks import Rows, load_task
@@ -32,7 +32,8 @@ from jaxprune.evaluation.evaluate import evaluate
 from jaxprune.pruning.budgets import Flops, Units
 from jaxprune.pruning.latency import write_table
 from jaxprune.pruning.selection import select
-from jaxprune.scoring import attribution, baselines
+from jaxprune.scoring import attribution
+from jaxprune.scoring import criteria as baselines
 from jaxprune.scoring.objectives import predicted
 from jaxprune.scoring.run import Scoring, score
 from jaxprune.scoring.scores import load_scores
@@ -565,7 +566,7 @@ def test_pruning_from_scores_imports_neither_transformers_nor_datasets(place, sc
     arguments = ("prune", place.model, "--scores", scored, "--flops", 0.5, "-o", tmp_path / "small", *rows)
     code = f"""
 import sys
-from jaxprune.cli.app import main
+from jaxprune.__main__ import main
 sys.argv = ["jaxprune", *{list(map(str, arguments))!r}]
 try:
     main()

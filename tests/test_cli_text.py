@@ -15,7 +15,7 @@ from test_likelihood import ANSWERS
 from tiny import tiny_model
 
 from jaxprune.checkpoints.folder import load, save
-from jaxprune.checkpoints.record import read_pruning
+from jaxprune.checkpoints.gates import read_pruning
 from jaxprune.pruning.latency import write_table
 from jaxprune.units import widths
 

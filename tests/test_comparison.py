@@ -19,7 +19,7 @@ from tiny import tiny_model
 
 from jaxprune.models import order_sites
 from jaxprune.pruning.budgets import Units
-from jaxprune.pruning.comparison import compare, grouped
+from jaxprune.pruning.inspection import compare, grouped
 from jaxprune.pruning.selection import select, select_units
 from jaxprune.scoring.scores import Scores, load_scores, save_scores
 from jaxprune.scoring.stability import chance, jaccard, spearman
@@ -275,7 +275,7 @@ def test_bad_input_is_one_line_and_exit_code_2(place, scored, tmp_path, case):
 def test_it_needs_neither_a_model_nor_slow_packages(scored):
     code = f"""
 import sys
-from jaxprune.cli.app import main
+from jaxprune.__main__ import main
 sys.argv = ["jaxprune", "compare", {str(scored["mood"])!r}, {str(scored["topic"])!r}]
 try:
     main()

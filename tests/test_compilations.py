@@ -33,10 +33,9 @@ from jaxprune.models import (
 from jaxprune.models.layers import max_tokens
 from jaxprune.pruning.budgets import Rules, Units
 from jaxprune.pruning.selection import select
-from jaxprune.scoring.activations import calibration_means
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, layer
-from jaxprune.scoring.baselines import Fisher, LeaveOneOut, Wanda
-from jaxprune.scoring.objectives import every
+from jaxprune.scoring.criteria import Fisher, LeaveOneOut, Wanda
+from jaxprune.scoring.objectives import calibration_means, every
 from jaxprune.scoring.run import score_batches
 from jaxprune.training.joint_loss import joint_loss_and_gradients
 from jaxprune.units import Intervention, widths

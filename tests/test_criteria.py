@@ -17,13 +17,13 @@ from tiny import tiny_model
 from jaxprune.data.tasks import Rows, Task
 from jaxprune.models import Model
 from jaxprune.pruning.budgets import Rules, Units
+from jaxprune.pruning.inspection import Sweeping, combinations
 from jaxprune.pruning.loss import predict_loss
 from jaxprune.pruning.prune import check_scope
 from jaxprune.pruning.record import pruning_record
 from jaxprune.pruning.selection import select
-from jaxprune.pruning.sweep import Sweeping, combinations
 from jaxprune.scoring.attribution import Criterion, Measured
-from jaxprune.scoring.baselines import Random
+from jaxprune.scoring.criteria import Random
 from jaxprune.scoring.objectives import margin, signed
 from jaxprune.scoring.run import Scoring, score
 from jaxprune.scoring.scores import load_scores, objective_name, properties_of, save_scores

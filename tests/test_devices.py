@@ -22,9 +22,9 @@ from test_likelihood import ANSWERS
 from test_scores import HEADS, WORDS, texts
 from tiny import tiny_model
 
-from jaxprune.scoring.activations import calibration_means
+from jaxprune.scoring.objectives import calibration_means
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients
-from jaxprune.scoring.baselines import LeaveOneOut
+from jaxprune.scoring.criteria import LeaveOneOut
 from jaxprune.scoring.objectives import every, margin, sampled
 from jaxprune.data.prompts import Prompt
 from jaxprune.scoring.scores import save_scores

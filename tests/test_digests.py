@@ -15,11 +15,11 @@ from commands import Place, place
 from tiny import tiny_model
 
 import jaxprune as jp
-from jaxprune.checkpoints import digests
-from jaxprune.checkpoints.digests import model_digest, params_digest
+from jaxprune.checkpoints import tensors as digests
 from jaxprune.checkpoints.folder import saved_digest
+from jaxprune.checkpoints.tensors import model_digest, params_digest
 from jaxprune.pruning.record import pruning_record
-from jaxprune.scoring.baselines import Taylor
+from jaxprune.scoring.criteria import Taylor
 from jaxprune.scoring.run import Scoring
 from jaxprune.scoring.scores import check_scores
 from jaxprune.units import flatten

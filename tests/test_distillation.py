@@ -18,17 +18,15 @@ from test_likelihood import asked_moods, speaker
 from test_training import DATA, encoder, lengths, moods
 from tiny import tiny_model
 
-from jaxprune.checkpoints.digests import model_digest, params_digest
 from jaxprune.checkpoints.folder import load, save
-from jaxprune.checkpoints.record import read_pruning
+from jaxprune.checkpoints.gates import read_pruning
+from jaxprune.checkpoints.tensors import model_digest, params_digest
 from jaxprune.cli.render.cards import CARD, LEARNED
 from jaxprune.cli.render.pictures import training_picture
 from jaxprune.cli.training import DISTILLATION, read_pattern
 from jaxprune.models import Model, TaskHead
-from jaxprune.sparse.masks import one_shot, sparsity_of
-from jaxprune.sparse.matrices import linear_maps
-from jaxprune.sparse.patterns import NM, Block, Unstructured
-from jaxprune.sparse.saliency import WeightMovement
+from jaxprune.sparse.masks import WeightMovement, one_shot, sparsity_of
+from jaxprune.sparse.patterns import NM, Block, Unstructured, linear_maps
 from jaxprune.sparse.schedules import Schedule, cubic_schedule, one_shot_schedule
 from jaxprune.training.distillation import Distilled, Sparsification, distill, surviving_heads
 from jaxprune.training.finetuning import FineTuning, finetune

@@ -15,9 +15,9 @@ from commands import Place, place, run
 from faults import Server, record
 from tiny import tiny_model
 
-from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import write_atomic
 from jaxprune.checkpoints.folder import load, save
+from jaxprune.checkpoints.tensors import model_digest
 
 __all__ = ["place"]  # a fixture
 

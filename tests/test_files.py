@@ -16,9 +16,9 @@ from checkpoints import write_classifier
 from tiny import tiny_model
 
 from jaxprune.checkpoints import files
-from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import folder_for, interrupted, remove_folder, write_atomic
 from jaxprune.checkpoints.folder import load, save
+from jaxprune.checkpoints.tensors import model_digest
 
 
 def names(folder: Path) -> list[str]:

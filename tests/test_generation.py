@@ -15,7 +15,7 @@ import pytest
 from tiny import TEXT_TYPES, random_gates, tiny_batch, tiny_model
 
 from jaxprune.compaction import compact
-from jaxprune.evaluation.generation import generate, texts
+from jaxprune.evaluation.text import generate, texts
 from jaxprune.models import BlockSettings, Mask, Model, Output, State
 from jaxprune.units import Intervention, Params, flatten, open_gates, unflatten, widths
 

@@ -19,7 +19,7 @@ from jaxprune.checkpoints.folder import load, save
 from jaxprune.pruning.record import costs
 from jaxprune.scoring.scores import load_scores
 from jaxprune.sparse.masks import one_shot
-from jaxprune.sparse.matrices import linear_maps
+from jaxprune.sparse.patterns import linear_maps
 from jaxprune.units import widths
 
 __all__ = ["place"]  # a fixture
@@ -154,7 +154,7 @@ def test_a_record_that_does_not_fit_is_refused(small, tmp_path, which):
 def test_it_needs_neither_transformers_nor_datasets(small):
     code = f"""
 import sys
-from jaxprune.cli.app import main
+from jaxprune.__main__ import main
 sys.argv = ["jaxprune", "inspect", {str(small)!r}]
 try:
     main()

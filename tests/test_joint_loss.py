@@ -14,7 +14,7 @@ from passes import logits_of
 from tiny import lively, random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
-from jaxprune.checkpoints.digests import params_digest
+from jaxprune.checkpoints.tensors import params_digest
 from jaxprune.models import Mask, Model, TaskHead, score_mask
 from jaxprune.training.distillation import surviving_heads
 from jaxprune.training.joint_loss import (

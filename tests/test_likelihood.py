@@ -16,17 +16,17 @@ from test_t5 import asked
 from test_training import moods
 from tiny import TEXT_TYPES, tiny_model
 
-from jaxprune.checkpoints.digests import params_digest
+from jaxprune.checkpoints.tensors import params_digest
 from jaxprune.data.batches import IGNORED, encode, encode_words, pack
 from jaxprune.data.prompts import Prompt
 from jaxprune.data.tasks import Example, Rows, Task
-from jaxprune.evaluation import likelihood
+from jaxprune.evaluation import text as likelihood
 from jaxprune.evaluation.evaluate import evaluate, predict
-from jaxprune.evaluation.likelihood import answered, candidates_of, rank, teacher_forced, without_end
+from jaxprune.evaluation.text import answered, candidates_of, rank, teacher_forced, without_end
 from jaxprune.models import Model
 from jaxprune.models.layers import max_tokens
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, layer
-from jaxprune.scoring.baselines import Activation, Fisher, LeaveOneOut, Taylor, Wanda
+from jaxprune.scoring.criteria import Activation, Fisher, LeaveOneOut, Taylor, Wanda
 from jaxprune.scoring.objectives import (
     every,
     gold,

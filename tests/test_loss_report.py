@@ -10,8 +10,7 @@ from tiny import random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
 from jaxprune.pruning.loss import WORTH, LossReporting, _Lost, loss_report
-from jaxprune.scoring.activations import calibration_means
-from jaxprune.scoring.objectives import log_probability, maximum
+from jaxprune.scoring.objectives import calibration_means, log_probability, maximum
 from jaxprune.scoring.run import score_batches
 from jaxprune.units import UNITS
 

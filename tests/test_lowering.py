@@ -10,14 +10,13 @@ import pytest
 from jax import export
 from tiny import tiny_model
 
-from jaxprune.evaluation.generation import generate
+from jaxprune.evaluation.text import generate
 from jaxprune.models import TaskHead
 from jaxprune.models.layers import max_tokens
 from jaxprune.scoring import run as totals
-from jaxprune.scoring.activations import site_statistics, token_sum
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, layer
-from jaxprune.scoring.baselines import Fisher, Gradient, LeaveOneOut, Wanda
-from jaxprune.scoring.objectives import every, margin, maximum
+from jaxprune.scoring.criteria import Fisher, Gradient, LeaveOneOut, Wanda
+from jaxprune.scoring.objectives import every, margin, maximum, site_statistics, token_sum
 
 HEADS = (TaskHead(name="task", labels=("no", "maybe", "yes"), dense="tanh"),)
 

@@ -24,10 +24,10 @@ from safetensors.numpy import save as to_bytes
 from tiny import TEXT_TYPES, random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
-from jaxprune.checkpoints.digests import model_digest, params_digest
 from jaxprune.checkpoints.folder import save
-from jaxprune.checkpoints.int8 import WeightFile, densify, from_int8, linear_maps, output_scales, round_to_int8
-from jaxprune.checkpoints.record import read_pruning
+from jaxprune.checkpoints.gates import read_pruning
+from jaxprune.checkpoints.tensors import model_digest, params_digest
+from jaxprune.checkpoints.weights import WeightFile, densify, from_int8, linear_maps, output_scales, round_to_int8
 from jaxprune.compaction import compact
 from jaxprune.models import Model
 from jaxprune.units import Params, flatten, path_name, unflatten

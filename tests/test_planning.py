@@ -11,7 +11,7 @@ from commands import Place, place, record_of, run, scored
 from hand_tables import FIXED, HEAD, NEURON, hand_table
 
 from jaxprune.checkpoints.folder import load
-from jaxprune.checkpoints.record import read_pruning
+from jaxprune.checkpoints.gates import read_pruning
 from jaxprune.cli import terminal
 from jaxprune.cli.options import BYTES, SECONDS, read_amount
 from jaxprune.models.cost import flops, memory, parameters

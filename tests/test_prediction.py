@@ -12,7 +12,7 @@ from tiny import random_gates, tiny_batch, tiny_model
 from jaxprune.models import Model
 from jaxprune.pruning.loss import LossReporting, _Lost, predict_loss
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, layer
-from jaxprune.scoring.baselines import Fisher, Gradient, Magnitude, Taylor
+from jaxprune.scoring.criteria import Fisher, Gradient, Magnitude, Taylor
 from jaxprune.scoring.objectives import absolute, log_probability, margin, maximum, signed, squared
 from jaxprune.scoring.scores import Scores, describe
 from jaxprune.units import Gates, open_gates

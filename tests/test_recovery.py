@@ -17,8 +17,18 @@ import jaxprune as jp
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Rows, draw, row_key
 from jaxprune.models import Model
-from jaxprune.pruning.recoveries import EVERY, BiasCompensation, Fit, Moments, Reconstruction, Rescaling, fit_module
-from jaxprune.pruning.recovery import Recovery, check_method, recover_batches
+from jaxprune.pruning.recoveries import (
+    EVERY,
+    BiasCompensation,
+    Fit,
+    Moments,
+    Reconstruction,
+    Recovery,
+    Rescaling,
+    check_method,
+    fit_module,
+    recover_batches,
+)
 from jaxprune.units import flatten, unflatten
 
 __all__ = ["place"]  # a fixture

@@ -10,7 +10,7 @@ import pytest
 from test_reference_t5 import KINDS, random_batch, random_t5, saved
 
 from jaxprune.checkpoints.folder import load
-from jaxprune.evaluation.generation import generate
+from jaxprune.evaluation.text import generate
 
 pytestmark = pytest.mark.reference
 

@@ -18,9 +18,9 @@ from test_likelihood import ANSWERS
 from test_selection import kept, random_scores
 from tiny import tiny_batch, tiny_model
 
-from jaxprune.checkpoints.digests import model_digest, params_digest
 from jaxprune.checkpoints.folder import load, save
-from jaxprune.checkpoints.record import read_pruning, recorded_gates
+from jaxprune.checkpoints.gates import read_pruning, recorded_gates
+from jaxprune.checkpoints.tensors import model_digest, params_digest
 from jaxprune.cli.options import RowOptions
 from jaxprune.cli.pruning import PruneCommand
 from jaxprune.compaction import compact
@@ -29,8 +29,7 @@ from jaxprune.models import Model
 from jaxprune.models.cost import memory
 from jaxprune.pruning.budgets import Budget, Flops, Latency, Memory, Rules, Units
 from jaxprune.pruning.prune import Pruning, geometric, prune, prune_in_rounds, units_left
-from jaxprune.pruning.recoveries import BiasCompensation
-from jaxprune.pruning.recovery import Recovery
+from jaxprune.pruning.recoveries import BiasCompensation, Recovery
 from jaxprune.pruning.selection import Values, per_layer_l2, select
 from jaxprune.scoring.attribution import GradientActivation
 from jaxprune.scoring.run import Scoring

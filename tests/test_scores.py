@@ -15,15 +15,13 @@ import numpy as np
 import pytest
 from tiny import tiny_model
 
-from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import write_atomic
-from jaxprune.checkpoints.tensors import write_tensors
+from jaxprune.checkpoints.tensors import model_digest, write_tensors
 from jaxprune.data.tasks import Example, Rows, Task, row_key
 from jaxprune.models import Model, TaskHead
-from jaxprune.scoring.activations import calibration_means
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, layer
-from jaxprune.scoring.baselines import Activation, Fisher, LeaveOneOut, Magnitude, Random
-from jaxprune.scoring.objectives import every, margin, maximum, predicted
+from jaxprune.scoring.criteria import Activation, Fisher, LeaveOneOut, Magnitude, Random
+from jaxprune.scoring.objectives import calibration_means, every, margin, maximum, predicted
 from jaxprune.scoring.run import PARTIAL, SAVE_EVERY, Scoring, score, score_batches
 from jaxprune.scoring.scores import METADATA, Scores, describe, load_scores, merge, save_scores, with_relative
 from jaxprune.units import Params, widths

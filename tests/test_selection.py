@@ -14,7 +14,7 @@ import pytest
 from choices import chosen
 from tiny import random_gates, tiny_model
 
-from jaxprune.checkpoints.digests import model_digest
+from jaxprune.checkpoints.tensors import model_digest
 from jaxprune.compaction import compact
 from jaxprune.models import Model
 from jaxprune.models.cost import elements, flops, matmul_flops, prunable_parameters, unit_costs

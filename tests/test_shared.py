@@ -25,10 +25,10 @@ from test_checkpoint import assert_same, cast
 from tiny import random_gates, tiny_batch, tiny_model
 
 from jaxprune.bundled import bundled_model
-from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.folder import load, opened, opened_digest, save, saved_digest
-from jaxprune.checkpoints.gate_file import GATES, METADATA
+from jaxprune.checkpoints.gates import GATES, METADATA
 from jaxprune.checkpoints.shared import add_gates, load_gates, save_shared
+from jaxprune.checkpoints.tensors import model_digest
 from jaxprune.compaction import compact
 from jaxprune.models import Model
 from jaxprune.pruning.record import pruning_record

@@ -17,10 +17,10 @@ from hand_tables import hand_table
 from test_checkpoint import assert_same
 from tiny import tiny_model
 
-from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.folder import load, save
-from jaxprune.checkpoints.gate_file import GATES
+from jaxprune.checkpoints.gates import GATES
 from jaxprune.checkpoints.shared import load_gates
+from jaxprune.checkpoints.tensors import model_digest
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import load_task
 from jaxprune.evaluation.evaluate import evaluate

@@ -18,12 +18,11 @@ from commands import record_of, run
 from passes import logits_of, sites_of, token_slopes
 from tiny import MODEL_TYPES, random_gates, tiny_batch, tiny_config, tiny_model
 
-from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.folder import load, save
+from jaxprune.checkpoints.tensors import model_digest
 from jaxprune.compaction import compact
-from jaxprune.data.batches import encode, make_batches, usable_rows
+from jaxprune.data.batches import LONGEST, best_spans, encode, make_batches, text_of, tokenise, usable_rows
 from jaxprune.data.prompts import prompt_for
-from jaxprune.data.spans import LONGEST, best_spans, text_of, tokenise
 from jaxprune.data.splits import Answer, Example
 from jaxprune.data.tasks import Rows, Task, row_key
 from jaxprune.evaluation.evaluate import evaluate, find_answers, fitting_head, predict, squad
@@ -32,9 +31,9 @@ from jaxprune.models.layers import contribution
 from jaxprune.pruning.budgets import Units
 from jaxprune.pruning.checks import Checking, check
 from jaxprune.pruning.loss import LossReporting, loss_report
-from jaxprune.pruning.recovery import Recovery, recover
+from jaxprune.pruning.recoveries import Recovery, recover
 from jaxprune.pruning.selection import select
-from jaxprune.scoring import baselines
+from jaxprune.scoring import criteria as baselines
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients
 from jaxprune.scoring.objectives import (
     OfSpan,
@@ -132,7 +131,7 @@ def test_the_context_alone_is_cut():
 
 
 def test_a_long_question_is_cut(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("jaxprune.data.spans.QUESTION", 4)
+    monkeypatch.setattr("jaxprune.data.batches.QUESTION", 4)
     row = example("good good good good good good", "the dog is old", "old")
     encoded = encode(spans_model()[0], [row, replace(row, text="good")], max_length=4 + 3 + 4)  # 3 special ones
     assert encoded.lengths.tolist() == [11, 8] and encoded.truncated == 1
@@ -413,7 +412,7 @@ def test_scores_leave_out_what_is_cut_off_and_count_it(monkeypatch: pytest.Monke
     far = tuple(Example("it is?", text, answers=(Answer(len(text) - 3, "old"),)) for text in texts)
     task = task_of(near, splits={"calibration": (*near[:10], *far), "dev": near[10:20], "test": near[20:]})
     read: list[int] = []
-    monkeypatch.setattr("jaxprune.data.spans.tokenise", lambda *given: read.append(len(given[1])) or tokenise(*given))
+    monkeypatch.setattr("jaxprune.data.batches.tokenise", lambda *given: read.append(len(given[1])) or tokenise(*given))
     found = score(model, params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=10, max_length=16)))
     assert found.header["cut_off"] == 4 and found.header["examples"] == 10
     assert read == [14]  # rows are tokenised once, to find the cut ones and to score

@@ -21,8 +21,8 @@ from test_sparsity import kernels, mlp
 from tiny import tiny_model
 
 import jaxprune as jp
-from jaxprune.sparse import optimizer as sparse_training
-from jaxprune.sparse.optimizer import SparseState
+from jaxprune.sparse import masks as sparse_training
+from jaxprune.sparse.masks import SparseState
 from jaxprune.sparse.patterns import pruned_of
 
 SCHEDULE = jp.schedules.cubic_schedule(0.9, 12, prunings=4)  # at 3, 6, 9 and 12
@@ -167,9 +167,9 @@ def test_masks_hold_from_the_first_update_on():
 @pytest.mark.parametrize(
     ("criterion", "pattern", "final"),
     [
-        (jp.sparse.saliency.WeightMovement(), jp.patterns.Unstructured(), 0.9),
-        (jp.sparse.saliency.WeightFisher(decay=0.9), jp.patterns.Block(inputs=2, outputs=3), 0.8),
-        (jp.sparse.saliency.WeightMagnitude(), jp.patterns.NM(n=1, m=4), 0.75),
+        (jp.sparse.WeightMovement(), jp.patterns.Unstructured(), 0.9),
+        (jp.sparse.WeightFisher(decay=0.9), jp.patterns.Block(inputs=2, outputs=3), 0.8),
+        (jp.sparse.WeightMagnitude(), jp.patterns.NM(n=1, m=4), 0.75),
     ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted_and_compiled_equals_eager(criterion, pattern, final):
@@ -226,7 +226,7 @@ def test_movement_sums_over_the_steps():
         optax.sgd(0.5),
         schedule=jp.schedules.one_shot_schedule(0.5, 2),
         prunable=kernels,
-        criterion=jp.sparse.saliency.WeightMovement(),
+        criterion=jp.sparse.WeightMovement(),
     )
     params: Any = {"kernel": jnp.asarray([[1.0, 1.0], [-1.0, 2.0]])}
     state: Any = start(optimizer, params)
@@ -312,7 +312,7 @@ def test_wrong_uses_are_refused():
 
 def test_the_state_is_a_pytree_of_arrays():
     optimizer = jp.sparse_optimizer(
-        optax.adam(1e-2), schedule=SCHEDULE, prunable=kernels, criterion=jp.sparse.saliency.WeightMovement()
+        optax.adam(1e-2), schedule=SCHEDULE, prunable=kernels, criterion=jp.sparse.WeightMovement()
     )
     state = start(optimizer, mlp())
     assert isinstance(state, SparseState)

@@ -12,8 +12,7 @@ import pytest
 from tiny import tiny_model
 
 import jaxprune as jp
-from jaxprune.sparse.matrices import Matrix, find_matrices
-from jaxprune.sparse.patterns import pruned_of
+from jaxprune.sparse.patterns import Matrix, find_matrices, pruned_of
 from jaxprune.units import flatten, path_name
 
 
@@ -190,7 +189,7 @@ def test_one_shot_in_a_compiled_program_is_the_same():
 def test_what_was_pruned_stays_pruned():
     params = mlp()
     _, masks = jp.sparse.one_shot(
-        params, 0.5, prunable=kernels, criterion=jp.sparse.saliency.WeightMovement(), gradients=mlp(seed=1)
+        params, 0.5, prunable=kernels, criterion=jp.sparse.WeightMovement(), gradients=mlp(seed=1)
     )
     _, after = jp.sparse.one_shot(params, 0.6, prunable=kernels, masks=masks)
     assert jp.sparse.sparsity_of(after).arrays == {"in.kernel": (58, 96), "out.kernel": (43, 72)}
@@ -207,16 +206,16 @@ def test_criteria_by_hand():
         _, masks = jp.sparse.one_shot(weights, 0.5, prunable=kernels, criterion=criterion, gradients=gradients)
         return masks["kernel"][0].tolist()
 
-    assert kept(jp.sparse.saliency.WeightMagnitude()) == [False, False, True, True]
-    assert kept(jp.sparse.saliency.WeightMovement()) == [False, False, True, True]  # -4, -2, 6, 2
-    assert kept(jp.sparse.saliency.WeightFisher()) == [
+    assert kept(jp.sparse.WeightMagnitude()) == [False, False, True, True]
+    assert kept(jp.sparse.WeightMovement()) == [False, False, True, True]  # -4, -2, 6, 2
+    assert kept(jp.sparse.WeightFisher()) == [
         True,
         False,
         True,
         False,
     ]  # 16, 4, 36, 4: half of it times a factor
     total = jnp.zeros(2)
-    fisher, movement = jp.sparse.saliency.WeightFisher(decay=0.5), jp.sparse.saliency.WeightMovement()
+    fisher, movement = jp.sparse.WeightFisher(decay=0.5), jp.sparse.WeightMovement()
     for gradient in ([2.0, 0.0], [4.0, 2.0]):
         total = fisher.add(total, jnp.ones(2), jnp.asarray(gradient))
     np.testing.assert_allclose(fisher(jnp.asarray([2.0, 3.0]), total), [18.0, 9.0])  # E[g^2]: 1 + 8, 0 + 2
@@ -225,8 +224,8 @@ def test_criteria_by_hand():
 
 def test_a_criterion_asks_for_its_gradients():
     with pytest.raises(ValueError, match="WeightFisher scores weights by gradients: give gradients"):
-        jp.sparse.one_shot(mlp(), 0.5, prunable=kernels, criterion=jp.sparse.saliency.WeightFisher())
-    for make in (jp.sparse.saliency.WeightMovement, jp.sparse.saliency.WeightFisher):
+        jp.sparse.one_shot(mlp(), 0.5, prunable=kernels, criterion=jp.sparse.WeightFisher())
+    for make in (jp.sparse.WeightMovement, jp.sparse.WeightFisher):
         with pytest.raises(ValueError, match=r"decay must lie in \(0, 1\], got 0"):
             make(decay=0)
 

@@ -23,7 +23,7 @@ from jaxprune.data.splits import half_of
 from jaxprune.data.tasks import Example, Rows, Task, draw
 from jaxprune.models import Model
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, Measured
-from jaxprune.scoring.baselines import Activation, Fisher, Magnitude
+from jaxprune.scoring.criteria import Activation, Fisher, Magnitude
 from jaxprune.scoring.objectives import maximum, signed
 from jaxprune.scoring.run import FIRST, Scoring, _choose, add, halves_of, nothing, score, variance_of
 from jaxprune.scoring.scores import METADATA, Scores, load_scores, merge, save_scores

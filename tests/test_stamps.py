@@ -14,9 +14,9 @@ from tiny import tiny_model
 
 from jaxprune.checkpoints import files as stamps
 from jaxprune.checkpoints import folder as checkpoint
-from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import recall, remember, stamp_of
 from jaxprune.checkpoints.folder import load, outline, save
+from jaxprune.checkpoints.tensors import model_digest
 from jaxprune.cli import terminal
 from jaxprune.pruning.budgets import Flops
 from jaxprune.pruning.selection import select

@@ -12,10 +12,10 @@ from commands import record_of, run
 from test_packing import sparsified
 from tiny import tiny_model
 
-from jaxprune.checkpoints.digests import params_digest
 from jaxprune.checkpoints.folder import load, save
-from jaxprune.checkpoints.int8 import linear_maps
-from jaxprune.checkpoints.record import read_pruning
+from jaxprune.checkpoints.gates import read_pruning
+from jaxprune.checkpoints.tensors import params_digest
+from jaxprune.checkpoints.weights import linear_maps
 from jaxprune.units import flatten, path_name
 
 KEPT = {"README.md": b"# card\n", "vocab.txt": b"[PAD]\n"}

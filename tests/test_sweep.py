@@ -17,10 +17,10 @@ from jaxprune.compaction import compact
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.evaluation.evaluate import evaluate
 from jaxprune.pruning.budgets import Flops, Rules
+from jaxprune.pruning.inspection import Combination, Sweeping, combinations
 from jaxprune.pruning.record import costs, ratios
 from jaxprune.pruning.selection import select
-from jaxprune.pruning.sweep import Combination, Sweeping, combinations
-from jaxprune.scoring.baselines import Magnitude, Random
+from jaxprune.scoring.criteria import Magnitude, Random
 from jaxprune.scoring.scores import load_scores
 from jaxprune.units import Intervention
 

@@ -14,8 +14,8 @@ import pytest
 from test_cost import dot_flops
 from tiny import TEXT_TYPES, random_gates, tiny_batch, tiny_config, tiny_model
 
-from jaxprune.checkpoints.digests import params_digest
 from jaxprune.checkpoints.folder import load, save
+from jaxprune.checkpoints.tensors import params_digest
 from jaxprune.compaction import compact
 from jaxprune.models import BlockSettings, Mask, Model, State, family
 from jaxprune.models.backward import Gradients, Prefix, forward

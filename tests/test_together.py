@@ -20,7 +20,7 @@ from commands import Place, place, record_of, run, start, wait_for
 from tiny import tiny_model
 
 from jaxprune.checkpoints.folder import load, model_digest
-from jaxprune.checkpoints.record import read_pruning
+from jaxprune.checkpoints.gates import read_pruning
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.evaluation.evaluate import evaluate
 from jaxprune.pruning.budgets import Flops, Rules, Units

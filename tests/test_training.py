@@ -14,7 +14,7 @@ import optax
 import pytest
 from tiny import tiny_model
 
-from jaxprune.checkpoints.digests import params_digest
+from jaxprune.checkpoints.tensors import params_digest
 from jaxprune.data.batches import encode
 from jaxprune.data.tasks import Example, Task
 from jaxprune.evaluation.evaluate import Evaluation

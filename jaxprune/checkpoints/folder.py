@@ -3,7 +3,7 @@
 A model is a folder. Our own holds `config.json` (the Hugging Face configuration plus a `jaxprune` section with the task
 heads), `model.safetensors` (one tensor per parameter, named by its path; the shapes are the widths), the tokenizer's
 files and, for a pruned model, `pruning.json`. The weights can be compressed, and rounded to int8: see
-`jaxprune.checkpoints.int8`. A shared folder also holds `gates.safetensors`, the gates of many tasks: see
+`jaxprune.checkpoints.weights`. A shared folder also holds `gates.safetensors`, the gates of many tasks: see
 `jaxprune.checkpoints.shared`. Nothing is ever unpickled.
 """
 
@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import (
     check_writable,
     folder_for,
@@ -33,24 +32,26 @@ from jaxprune.checkpoints.files import (
     remember,
     stamp_of,
 )
-from jaxprune.checkpoints.gate_file import GATES, GateFile, read_gates, unpack_gates
-from jaxprune.checkpoints.int8 import INT8, int8_tensors, linear_maps, reread
-from jaxprune.checkpoints.record import PRUNING
-from jaxprune.checkpoints.tensors import COMPRESSED, FLOATS, Compressor, blocks, write_tensors
+from jaxprune.checkpoints.gates import GATES, PRUNING, GateFile, read_gates, unpack_gates
+from jaxprune.checkpoints.tensors import COMPRESSED, FLOATS, Compressor, blocks, model_digest, write_tensors
 from jaxprune.checkpoints.weights import (
     CONFIG,
+    INT8,
     WEIGHTS,
     Parameter,
     check_layers,
     convert,
     fit_hugging_face,
     fit_own,
+    int8_tensors,
+    linear_maps,
     misfits,
     open_tensors,
     read_compacted,
     read_later,
     read_sparse,
     refuse,
+    reread,
     shapes_of,
     weights_file,
 )

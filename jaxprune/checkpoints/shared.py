@@ -1,7 +1,7 @@
 """One folder for many tasks: the dense weights once, and about a kilobyte of gates per task.
 
 A shared folder is an ordinary model folder with `gates.safetensors` beside the weights, see
-`jaxprune.checkpoints.gate_file`. `load(path)` gives the dense model, `load(path, task="sst2")` that of a task, cut
+`jaxprune.checkpoints.gates`. `load(path)` gives the dense model, `load(path, task="sst2")` that of a task, cut
 out as the weights are read.
 
 Only what gates can say is shared: which units are closed, and what closed ones are replaced by. A model whose weights
@@ -18,20 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import alone, write_atomic
 from jaxprune.checkpoints.folder import check_belongs, opened, opened_digest, save, saved_digest, split_task
-from jaxprune.checkpoints.gate_file import (
+from jaxprune.checkpoints.gates import (
     GATES,
     GateFile,
     StoredGates,
     check_name,
     pack_gates,
     read_gates,
+    read_pruning,
     to_bytes,
+    units_record,
     unpack_gates,
 )
-from jaxprune.checkpoints.record import read_pruning, units_record
+from jaxprune.checkpoints.tensors import model_digest
 from jaxprune.checkpoints.weights import CONFIG, shapes_of
 from jaxprune.models import Model
 from jaxprune.units import Gates, Params

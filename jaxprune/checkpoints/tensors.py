@@ -1,26 +1,35 @@
-"""Reads safetensors files slice by slice, compressed or not, and writes them without a second copy in memory.
+"""Safetensors files, read slice by slice and written without a second copy in memory, and digests of what they hold.
 
 A safetensors file is eight bytes (the length of the header, little-endian), a JSON header (name to type, shape and byte
 range) and the bytes of the tensors. Nothing in it is executed. The header is not trusted: a file is refused, with one
 error, unless its tensors cover the data exactly once and lie within the file.
 
-Only mapped slices keep loading within its bounds of memory: the reader of safetensors maps whole files.
+Only mapped slices keep loading within its bounds of memory: the reader of safetensors maps whole files. A digest is the
+SHA-256 of parameters or of a model, computed once for arrays that cannot change.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxprune.models import Model
+from jaxprune.units import Params, flatten, path_name
 
 COMPRESSED = ".zst"  # ending of the names of files that zstd compressed
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
@@ -315,3 +324,38 @@ def are_sizes(values: Any) -> bool:
         and len(values) <= _MAX_AXES
         and all(type(value) is int and 0 <= value < 2**63 for value in values)
     )
+
+
+# Paths and identities of arrays -> references that remove the entry when an array goes, and their digest.
+_known: dict[tuple[Any, ...], tuple[list[Any], str]] = {}
+
+
+def params_digest(params: Params) -> str:
+    """The SHA-256 of names, shapes, types and values: equal for equal parameters, on whatever device they are.
+
+    That of JAX arrays is computed once and remembered for as long as all of them live; NumPy arrays may change.
+    """
+    flat = flatten(params)
+    key = tuple((path, id(array)) for path, array in flat.items())
+    if key in _known:
+        return _known[key][1]
+    sha = hashlib.sha256()
+    for path, array in flat.items():
+        sha.update(json.dumps([path_name(path), str(array.dtype), list(array.shape)]).encode())
+        for block in blocks(array):
+            sha.update(block.view(np.uint8).data)
+    digest = sha.hexdigest()
+    if flat and all(isinstance(array, jax.Array) for array in flat.values()):
+        _known[key] = ([weakref.ref(array, partial(_forget, key)) for array in flat.values()], digest)
+    return digest
+
+
+def _forget(key: tuple[Any, ...], _: Any) -> None:
+    _known.pop(key, None)
+
+
+def model_digest(model: Model, params: Params) -> str:
+    """The SHA-256 of the configuration, the task heads and the parameters; see `params_digest`."""
+    heads = [asdict(model.head(name)) for name in model.heads]
+    content = [json.loads(model.config.raw), heads, params_digest(params)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

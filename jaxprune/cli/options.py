@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxprune.models.cost import Length
     from jaxprune.pruning.budgets import Budget, Latency, Rules
     from jaxprune.pruning.prune import Watch
-    from jaxprune.pruning.recovery import Recovery
+    from jaxprune.pruning.recoveries import Recovery
     from jaxprune.scoring.attribution import Criterion
     from jaxprune.scoring.run import Scoring
 
@@ -31,15 +31,15 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
     "criterion": {
         "integrated-gradients": "scoring.attribution:IntegratedGradients",
         "gradient-activation": "scoring.attribution:GradientActivation",
-        "random": "scoring.baselines:Random",
-        "magnitude": "scoring.baselines:Magnitude",
-        "activation": "scoring.baselines:Activation",
-        "wanda": "scoring.baselines:Wanda",
-        "gradient": "scoring.baselines:Gradient",
-        "taylor": "scoring.baselines:Taylor",
-        "fisher": "scoring.baselines:Fisher",
-        "top-layers": "scoring.baselines:TopLayers",
-        "leave-one-out": "scoring.baselines:LeaveOneOut",
+        "random": "scoring.criteria:Random",
+        "magnitude": "scoring.criteria:Magnitude",
+        "activation": "scoring.criteria:Activation",
+        "wanda": "scoring.criteria:Wanda",
+        "gradient": "scoring.criteria:Gradient",
+        "taylor": "scoring.criteria:Taylor",
+        "fisher": "scoring.criteria:Fisher",
+        "top-layers": "scoring.criteria:TopLayers",
+        "leave-one-out": "scoring.criteria:LeaveOneOut",
     },
     "path": {"joint": "scoring.attribution:joint", "layer": "scoring.attribution:layer"},
     "rule": {
@@ -71,7 +71,7 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
         "squared": "scoring.objectives:squared",
         "maximum": "scoring.objectives:maximum",
     },
-    "closed": {"zero": "scoring.activations:zero", "mean": "scoring.activations:calibration_means"},
+    "closed": {"zero": "scoring.objectives:zero", "mean": "scoring.objectives:calibration_means"},
     "together": {
         "pooled": "pruning.pooling:pooled",
         "union": "pruning.pooling:kept_by_any",
@@ -95,9 +95,9 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
         "one-shot": "sparse.schedules:one_shot_schedule",
     },
     "weights": {
-        "magnitude": "sparse.saliency:WeightMagnitude",
-        "movement": "sparse.saliency:WeightMovement",
-        "fisher": "sparse.saliency:WeightFisher",
+        "magnitude": "sparse.masks:WeightMagnitude",
+        "movement": "sparse.masks:WeightMovement",
+        "fisher": "sparse.masks:WeightFisher",
     },
 }
 BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
@@ -307,7 +307,7 @@ class RecoveryOptions:
             ValueError: If `--recover-rounds` is none of its words, or there is nothing that it could be about.
         """
         from jaxprune.data.tasks import Rows
-        from jaxprune.pruning.recovery import HELD_OUT, Recovery
+        from jaxprune.pruning.recoveries import HELD_OUT, Recovery
 
         if self.recover_rounds not in (None, "last", "each"):
             raise ValueError(f"--recover-rounds {self.recover_rounds!r} is none of last, each.")

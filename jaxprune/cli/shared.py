@@ -71,7 +71,7 @@ def share_model(
     """
     from jaxprune.checkpoints.files import check_file
     from jaxprune.checkpoints.folder import check_destination, load
-    from jaxprune.checkpoints.gate_file import GATES, read_gates
+    from jaxprune.checkpoints.gates import GATES, read_gates
     from jaxprune.checkpoints.shared import add_gates, check_new, save_shared
     from jaxprune.checkpoints.weights import stored_type
     from jaxprune.models.cost import file_size
@@ -197,7 +197,7 @@ def pack_model(source: str, output: Path, *, packed: Any, dtype: Any, overwrite:
     from jaxprune.checkpoints.folder import check_destination, load, save
     from jaxprune.models.cost import file_size
     from jaxprune.sparse.masks import sparsity_of
-    from jaxprune.sparse.matrices import linear_maps
+    from jaxprune.sparse.patterns import linear_maps
 
     check_destination(output, overwrite)
     model, params = load(source, dtype=None)
@@ -223,7 +223,7 @@ def pack_model(source: str, output: Path, *, packed: Any, dtype: Any, overwrite:
 def _other_files(folder: Path) -> tuple[dict[str, bytes], dict[str, Any] | None]:
     """The files that `save` wrote into a folder beside the model, and the record of the pruning."""
     from jaxprune.checkpoints.files import read_json
-    from jaxprune.checkpoints.record import PRUNING, read_pruning
+    from jaxprune.checkpoints.gates import PRUNING, read_pruning
     from jaxprune.checkpoints.tensors import COMPRESSED
     from jaxprune.checkpoints.weights import CONFIG, WEIGHTS
 

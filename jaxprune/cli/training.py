@@ -279,8 +279,8 @@ def finetune_model(
     **stored: Any,
 ) -> dict[str, Any]:
     """Fine-tunes a model and writes its folder; the run is kept in `OUTPUT.state` until then."""
-    from jaxprune.checkpoints.digests import model_digest
     from jaxprune.checkpoints.folder import load, save
+    from jaxprune.checkpoints.tensors import model_digest
     from jaxprune.cli.render.tables import evaluation_table
     from jaxprune.data.tasks import remove_leaks
     from jaxprune.training.finetuning import finetune
@@ -409,9 +409,9 @@ class StudentRun:
 
         It is tested as it is written, rounded if it is.
         """
-        from jaxprune.checkpoints.digests import model_digest
         from jaxprune.checkpoints.folder import as_loaded, check_destination, load
         from jaxprune.checkpoints.shared import pruning_of
+        from jaxprune.checkpoints.tensors import model_digest
         from jaxprune.data.prompts import prompt_of
         from jaxprune.evaluation.evaluate import fitting_head
         from jaxprune.scoring.scores import describe
@@ -548,7 +548,7 @@ def count_weights(model: Model, params: Params) -> dict[str, int]:
     """Counts weights, and those that are not zero: in the linear maps of the layers, and in the model."""
     from jaxprune.models.cost import parameters
     from jaxprune.sparse.masks import sparsity_of
-    from jaxprune.sparse.matrices import linear_maps
+    from jaxprune.sparse.patterns import linear_maps
 
     maps, every = sparsity_of(params, linear_maps(model)), sparsity_of(params)
     return {
@@ -614,9 +614,9 @@ def augment_rows(
 
     A data set that is there already and was made in the same way is left as it is.
     """
-    from jaxprune.checkpoints.digests import params_digest
     from jaxprune.checkpoints.files import check_file, folder_for
     from jaxprune.checkpoints.folder import load
+    from jaxprune.checkpoints.tensors import params_digest
     from jaxprune.data.augmentation import augmented
 
     model, params = load(source)

@@ -15,13 +15,11 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from jaxprune.data.batches import IGNORED, Batch, Encoded, encode, pack
+from jaxprune.data.batches import IGNORED, Batch, Encoded, encode, find_spans, pack, text_of
 from jaxprune.data.prompts import Prompt, prompt_of
-from jaxprune.data.spans import find_spans, text_of
 from jaxprune.data.splits import Answer
 from jaxprune.data.tasks import Example, Rows, Task, draw, row_key
-from jaxprune.evaluation.generation import generate
-from jaxprune.evaluation.likelihood import candidates_in, rank
+from jaxprune.evaluation.text import candidates_in, generate, rank
 from jaxprune.models import INPUTS, NOWHERE, Model
 from jaxprune.units import Intervention, Params
 

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.models.config import ConfigReader, is_count
-from jaxprune.models.heads import ENDS, Classifier, TaskHead, check_heads
+from jaxprune.models.config import ENDS, Classifier, ConfigReader, TaskHead, check_heads, is_count
 from jaxprune.models.layers import (
     ACTIVATIONS,
     Affine,

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.models.heads import LANGUAGE, TaskHead
+from jaxprune.models.config import LANGUAGE, TaskHead
 from jaxprune.models.layers import Sites
 from jaxprune.models.running import (
     BlockSettings,

@@ -21,7 +21,7 @@ from jaxprune.units import Intervention, Params, check_gates, check_means, subtr
 from jaxprune.units import Path as ParamPath
 
 if TYPE_CHECKING:
-    from jaxprune.models.heads import TaskHead
+    from jaxprune.models.config import TaskHead
     from jaxprune.models.model import Model
 
 

@@ -23,8 +23,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.models.config import ConfigReader, is_count
-from jaxprune.models.heads import TaskHead
+from jaxprune.models.config import ConfigReader, TaskHead, is_count
 from jaxprune.models.layers import (
     ACTIVATIONS,
     Embedding,

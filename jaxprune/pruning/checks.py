@@ -21,9 +21,8 @@ from jaxprune.models import Model
 from jaxprune.pruning.budgets import Rules, Units
 from jaxprune.pruning.record import origin_of, scored_rows
 from jaxprune.pruning.selection import select
-from jaxprune.scoring.activations import calibration_means, zero
-from jaxprune.scoring.baselines import Removal
-from jaxprune.scoring.objectives import gold
+from jaxprune.scoring.criteria import Removal
+from jaxprune.scoring.objectives import calibration_means, gold, zero
 from jaxprune.scoring.run import Scoring, score
 from jaxprune.scoring.scores import Scores
 from jaxprune.scoring.stability import spearman

@@ -28,19 +28,20 @@ from jaxprune.data.tasks import Rows, Task, draw, row_key
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
 from jaxprune.models.backward import forward
-from jaxprune.scoring.activations import calibration_means, zero
 from jaxprune.scoring.attribution import Criterion, Measured, gauss_legendre, quadrature
 from jaxprune.scoring.objectives import (
     ExampleReduction,
     Labels,
     Objective,
     absolute,
+    calibration_means,
     gold,
     open_passes,
     signed,
     squared,
     value_and_cotangent,
     weigh,
+    zero,
 )
 from jaxprune.scoring.run import score_batches
 from jaxprune.scoring.scores import Scores

@@ -20,10 +20,10 @@ import jax
 import numpy as np
 
 from jaxprune import __version__
-from jaxprune.checkpoints.digests import model_digest, params_digest
 from jaxprune.checkpoints.files import file_stem, read_json, remove_folder
 from jaxprune.checkpoints.folder import check_destination, load, save
-from jaxprune.checkpoints.record import PRUNING, recorded_gates
+from jaxprune.checkpoints.gates import PRUNING, recorded_gates
+from jaxprune.checkpoints.tensors import model_digest, params_digest
 from jaxprune.compaction import compact
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import Task, remove_leaks
@@ -42,7 +42,7 @@ from jaxprune.pruning.record import (
     recovery_record,
     settings_of,
 )
-from jaxprune.pruning.recovery import Recovery, RecoveryReport, check_method, recover
+from jaxprune.pruning.recoveries import Recovery, RecoveryReport, check_method, recover
 from jaxprune.pruning.selection import Values, check_selection, least_latency, parts_of, select
 from jaxprune.scoring.objectives import name_of
 from jaxprune.scoring.run import Scoring, kept_scores, score

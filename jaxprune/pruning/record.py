@@ -1,4 +1,4 @@
-"""Builds the record of a pruning, which `checkpoints/record.py` stores, and finds what its scores were made with."""
+"""Builds the record of a pruning, which `checkpoints/gates.py` stores, and finds what its scores were made with."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.checkpoints.digests import params_digest
-from jaxprune.checkpoints.record import units_record
+from jaxprune.checkpoints.gates import units_record
+from jaxprune.checkpoints.tensors import params_digest
 from jaxprune.data.batches import usable_rows
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.splits import Example, row_key
@@ -26,7 +26,7 @@ from jaxprune.pruning.loss import (
     predict_loss,
     reselect,
 )
-from jaxprune.pruning.recovery import RecoveryReport
+from jaxprune.pruning.recoveries import RecoveryReport
 from jaxprune.pruning.selection import Values, parts_of
 from jaxprune.scoring.objectives import (
     ExampleReduction,

@@ -1,4 +1,9 @@
-"""The ways to fit one module of a pruned model to the dense one, by least squares on sums over tokens.
+"""Closed-form repair of a pruned model: the output maps of its modules are fitted to what the dense model does.
+
+From the bottom up, each module (an attention, a feed-forward network) of the pruned model is given new weights for what
+reads its units, and a new bias, so that what it adds to its residual comes close to the dense model's sum there: what
+was lost below is made up for, too. All of it is least squares on sums over tokens: no gradient steps, no labels. A
+method makes candidates from the rows that fit; the rows held out choose between them and the weights as they are.
 
 References:
     Kwon et al., A Fast Post-Training Pruning Framework for Transformers, 2022 (rescaled units).
@@ -7,14 +12,37 @@ References:
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
+
+from jaxprune.data.batches import pack, usable_rows
+from jaxprune.data.tasks import Rows, Task, draw, row_key
+from jaxprune.evaluation.text import answered
+from jaxprune.models import (
+    BlockSettings,
+    Layer,
+    Mask,
+    Model,
+    State,
+    advance,
+    enter,
+    layer_entries,
+    mask_of,
+    model_layers,
+)
+from jaxprune.scoring.scores import describe
+from jaxprune.units import UNITS, Params, Path, flatten, subtree, unflatten
+from jaxprune.units import readers as readers_of
 
 ROUNDING = 1e-6  # of the spread of what is fitted: a smaller gain is none
 
@@ -261,3 +289,269 @@ def _mixed(old: Fit, candidates: Mapping[str, Candidate], picked: Sequence[str])
         if bias is not None and part.bias is not None:
             bias[outputs] = part.bias
     return Fit(kernel, bias)
+
+
+EXAMPLES = 256  # to repair with, unless asked otherwise
+
+
+HELD_OUT = 4  # every fourth row only chooses between candidates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """The settings of a repair of a pruned model; see `recover`."""
+
+    method: Method = Reconstruction()  # how a module is fitted
+    rows: Rows = Rows(examples=EXAMPLES)  # calibration rows of each task, at most so many as the smallest task has
+
+    def __post_init__(self):
+        count = self.rows.examples
+        for name, value in (("examples", count), ("batch_size", self.rows.batch_size)):
+            if isinstance(value, int) and value < HELD_OUT:
+                rule = "one row of four chooses, the others fit"
+                raise ValueError(f"recovery needs {name} of at least {HELD_OUT}: {rule}; got {value}.")
+
+
+class Repair(NamedTuple):
+    """The repair of one module."""
+
+    module: str  # "3.ffn"
+    before: float  # squared error on the rows held out, as a share of the spread of the target
+    after: float  # the same with what was fitted to the other rows
+    chosen: Mapping[str, int]  # how many directions of the output each candidate was chosen for
+
+
+class RecoveryReport(NamedTuple):
+    """The repairs of a model, and the rows that they were made with."""
+
+    method: Mapping[str, Any]
+    examples: int
+    rows: tuple[str, ...]  # their keys: none of them may be tested on
+    modules: tuple[Repair, ...]
+    cut_off: int  # rows of span tasks that were left out, because their answers are cut off
+
+
+def recover(
+    model: Model,
+    params: Params,
+    small: Params,
+    tasks: Task | Sequence[Task],
+    recovery: Recovery = Recovery(),
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Params, RecoveryReport]:
+    """Repairs a pruned model with rows of one or several tasks, whose labels are not read.
+
+    Args:
+        model: The architecture.
+        params: The dense parameters.
+        small: The pruned ones, from `compact`.
+        tasks: The task, or several; as many rows of each are drawn.
+        recovery: How modules are fitted, and to which rows.
+        progress: Called with the layers done and all layers.
+
+    Returns:
+        The repaired parameters, in the structure of `small`, and a report.
+
+    Raises:
+        ValueError: If there is no task, the rows of several tasks are given, or as `recover_batches`.
+    """
+    several = [tasks] if isinstance(tasks, Task) else list(tasks)
+    settings = recovery.rows
+    if not several:
+        raise ValueError("there is nothing to recover with: name a task, or leave recovery out.")
+    if isinstance(settings.examples, tuple) and len(several) != 1:
+        raise ValueError(f"examples of {len(several)} tasks cannot be told apart: give how many to draw of each.")
+    split, usable = settings.split or "calibration", [usable_rows(model, task, settings) for task in several]
+    key = jax.random.key(settings.key) if isinstance(settings.key, int) else settings.key
+    rows, batches = [], []
+    for task, _, encode in usable:
+        drawn = settings.examples
+        if not isinstance(drawn, tuple):
+            count = min(EXAMPLES if drawn is None else drawn, *(len(other.task.rows(split)) for other in usable))
+            drawn = draw(task, count, key, split=split)
+        rows.extend(drawn)
+        for batch in pack(encode(drawn), batch_size=settings.batch_size):
+            batches.append({**batch, "labels": np.full(len(batch["input_ids"]), -1, np.int32)})
+    repaired, repairs = recover_batches(model, params, small, batches, method=recovery.method, progress=progress)
+    keys, cut_off = tuple(sorted(map(row_key, rows))), sum(each.cut_off for each in usable)
+    return repaired, RecoveryReport(describe(recovery.method), len(rows), keys, repairs, cut_off)
+
+
+def recover_batches(
+    model: Model,
+    params: Params,
+    small: Params,
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    method: Method = Reconstruction(),
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Params, tuple[Repair, ...]]:
+    """Fits what reads the units of a pruned model to what the dense one does.
+
+    Of the candidates that `method` makes for a module, and the weights as they are, the one with the least error on
+    every fourth row is taken, which no candidate has seen: a module never gets worse there. Only tokens count that are
+    no padding. Device memory does not grow with the number of batches; hidden states wait on the host.
+
+    Args:
+        model: The architecture.
+        params: The dense parameters.
+        small: The pruned ones, from `compact`.
+        batches: Batches as from `make_batches`, of at least four rows. Labels are not read, but by a text-to-text
+            model, which reads the answers of the labels, or its own likeliest where they are -1.
+        method: How a module is fitted: `BiasCompensation`, `Rescaling` or `Reconstruction`.
+        progress: Called with the layers done and all layers.
+
+    Returns:
+        The repaired parameters, and what was done to each module.
+
+    Raises:
+        ValueError: If there is no batch or one of less than four rows, an activation is not finite, or the method needs
+            a bias and there is none.
+    """
+    if not batches or min(len(batch["input_ids"]) for batch in batches) < HELD_OUT:
+        raise ValueError(f"recovery needs batches of at least {HELD_OUT} rows: one of four chooses, the others fit.")
+    inputs = [answered(model, params, batch) for batch in batches]
+    weights = [jnp.asarray(batch.get("weight", np.ones(len(batch["input_ids"])))) > 0 for batch in batches]
+    scarce: dict[str, tuple[float, int]] = {}  # modules with fewer tokens than inputs
+    dense: list[State | None] = [None] * len(inputs)
+    current: list[State | None] = [None] * len(inputs)
+    flat, repairs = flatten(small), []
+    layers = model_layers(model, params)
+    for place, whole in enumerate(layers):
+        readers, targets = _readers(model, whole), []
+        for i, batch in enumerate(inputs):
+            state, mask = enter(model, whole, batch, dense[i]), mask_of(whole, batch)
+            outputs = _targets(model, whole.kind, readers, whole.params, state, mask, method.drift)
+            dense[i], sums = jax.device_get(outputs)
+            targets.append(sums)
+        for reader in readers:
+            layer = model_layers(model, unflatten(flat))[place]
+            *units, outputs = subtree(layer.params, reader.kernel).shape
+            sums = [Moments.zeros(math.prod(units), outputs)] * 2  # over the rows that fit, and those that choose
+            for i, batch in enumerate(inputs):
+                state, mask = enter(model, layer, batch, current[i]), mask_of(layer, batch)
+                target = targets[i][reader.module]
+                rows = state, mask, weights[i]
+                more = _moments(model, layer.kind, reader, layer.params, *rows, target, method.drift)
+                sums = [total.plus(one) for total, one in zip(sums, more, strict=True)]
+            arrays, repair = _repair(f"{layer.name}.{reader.module}", reader, layer.params, *sums, method)
+            if sums[0].tokens < len(sums[0].gram):
+                scarce[repair.module] = sums[0].tokens, len(sums[0].gram)
+            flat |= {(*layer.path, *path): array for path, array in arrays.items()}
+            repairs.append(repair)
+        layer = model_layers(model, unflatten(flat))[place]
+        for i, batch in enumerate(inputs):
+            current[i] = jax.device_get(advance(model, [layer], batch, current[i]))
+        if progress is not None:
+            progress(place + 1, len(layers))
+    if scarce:
+        name, (tokens, width) = next(iter(scarce.items()))
+        warnings.warn(
+            f"{len(scarce)} modules have more inputs than there are tokens ({name}: {width} and {tokens:.0f}): only "
+            "the ridge makes their fit unique; recover with more examples.",
+            stacklevel=2,
+        )
+    return unflatten(flat), tuple(repairs)
+
+
+def check_method(model: Model, params: Params, method: Method) -> None:
+    """Refuses a method that this model cannot be repaired by, before any work is done.
+
+    Raises:
+        ValueError: If it needs a bias and there is none.
+    """
+    for layer in model_layers(model, params):
+        flat = flatten(layer.params)
+        for _, _, kernel in _readers(model, layer):
+            outputs, bias = flat[kernel].shape[-1], (*kernel[:-1], "bias") in flat
+            nothing = Fit(np.zeros((0, outputs)), np.zeros(outputs) if bias else None)
+            method(Moments.zeros(0, outputs), nothing, np.zeros(0, int))
+
+
+class _Reader(NamedTuple):
+    """The kernel that reads the units of one module of a layer, by local names."""
+
+    module: str  # "ffn"
+    site: str  # "ffn.neurons"
+    kernel: Path  # ("ffn", "down", "kernel")
+
+
+def _readers(model: Model, layer: Layer) -> tuple[_Reader, ...]:
+    """The readers of a layer, in the order in which its modules run: that of the axis table."""
+    whole = unflatten({(*layer.path, *path): array for path, array in flatten(layer.params).items()})
+    kernels = layer_entries(readers_of(model.axes, whole), layer.name)
+    return tuple(_Reader(site.rpartition(".")[0], site, path[len(layer.path) :]) for site, path in kernels.items())
+
+
+_RETURNS = (*UNITS, "residual")  # of a block
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 6))
+def _targets(
+    model: Model, kind: str, readers: tuple[_Reader, ...], params: Params, state: State, mask: Mask, drift: bool
+) -> tuple[State, dict[str, Float[Array, "b t e"]]]:
+    """The state after the layer, and by module its output, with what it is added to if drift is to be made up for."""
+    after, values_of = model.block(params, state, mask, settings=BlockSettings(kind=kind, returns=_RETURNS))
+    flat, sums = flatten(params), {}
+    for module, site, kernel in readers:
+        values, weight = values_of[site].astype(jnp.float32), flat[kernel].astype(jnp.float32)
+        output = jnp.tensordot(values, weight, weight.ndim - 1, precision="highest")
+        offset = flat.get((*kernel[:-1], "bias"))
+        residual = values_of[f"{module}.residual"].astype(jnp.float32) if drift else 0.0
+        sums[module] = residual + output + (0.0 if offset is None else offset)
+    return after, sums
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 8))
+def _moments(
+    model: Model,
+    kind: str,
+    reader: _Reader,
+    params: Params,
+    state: State,
+    mask: Mask,
+    weight: Array,
+    target: Float[Array, "b t e"],
+    drift: bool,
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """The sums over the rows that fit, and over those that choose."""
+    values_of = model.block(params, state, mask, settings=BlockSettings(kind=kind, returns=_RETURNS))[1]
+    values = values_of[reader.site].astype(jnp.float32)
+    values = values.reshape(*target.shape[:2], math.prod(values.shape[2:]))
+    missing = target - (values_of[f"{reader.module}.residual"].astype(jnp.float32) if drift else 0.0)
+    tokens = (mask.tokens.astype(bool) & weight[:, None]).astype(jnp.float32)[..., None]
+    rows = np.arange(target.shape[0]) % HELD_OUT == HELD_OUT - 1
+
+    def sums(rows: np.ndarray) -> tuple[Array, ...]:
+        a, y, w = (
+            array[rows].reshape(rows.size * array.shape[1], array.shape[-1])
+            for array in (values * tokens, missing * tokens, tokens)
+        )
+        product = partial(jnp.matmul, precision="highest")
+        return product(a.T, a), product(a.T, y), product(y.T, y), a.sum(0), y.sum(0), w.sum()
+
+    return sums(np.flatnonzero(~rows)), sums(np.flatnonzero(rows))
+
+
+def _repair(
+    name: str, reader: _Reader, params: Params, fit: Moments, held: Moments, method: Method
+) -> tuple[dict[Path, Array], Repair]:
+    """The new weights of one module, by local path, and a report of them."""
+    if not all(np.isfinite(array).all() for array in (*fit, *held)):
+        raise ValueError(f"the activations of {name} are not finite: is the dense model sound in this precision?")
+    kernel, bias_path = subtree(params, reader.kernel), (*reader.kernel[:-1], "bias")
+    bias = flatten(params).get(bias_path)
+    inputs = math.prod(kernel.shape[:-1])
+    old = Fit(
+        np.asarray(kernel, np.float64).reshape(inputs, kernel.shape[-1]),
+        None if bias is None else np.asarray(bias, np.float64),
+    )
+    units = np.repeat(np.arange(kernel.shape[0]), inputs // max(kernel.shape[0], 1))
+    best, before, after, chosen = fit_module(fit, held, old, units, method)
+    arrays = {}
+    if best is not None:
+        arrays[reader.kernel] = jnp.asarray(best.kernel.reshape(kernel.shape), kernel.dtype)
+        if bias is not None:
+            arrays[bias_path] = jnp.asarray(best.bias, bias.dtype)
+    return arrays, Repair(name, before, after, chosen)

@@ -31,8 +31,8 @@ from jaxprune.models import (
 )
 from jaxprune.models.backward import Gradients, Prefix, Pull, forward
 from jaxprune.models.layers import TokenReduction, sum_tokens
-from jaxprune.scoring.activations import Closed, zero
 from jaxprune.scoring.objectives import (
+    Closed,
     ExampleReduction,
     Labels,
     Objective,
@@ -46,6 +46,7 @@ from jaxprune.scoring.objectives import (
     signed,
     value_and_cotangent,
     weigh,
+    zero,
 )
 from jaxprune.units import (
     KINDS,

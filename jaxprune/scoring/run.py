@@ -24,18 +24,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxprune import __version__
-from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import write_atomic
-from jaxprune.checkpoints.tensors import TensorFile, write_tensors
+from jaxprune.checkpoints.tensors import TensorFile, model_digest, write_tensors
 from jaxprune.data.batches import SHAPE_COST, default_length, pack, usable_rows
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.splits import Example, digest, half_of, row_key
 from jaxprune.data.tasks import Rows, Task, draw, seed_words
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model, model_inputs, prompt_inputs
-from jaxprune.scoring.activations import zero
 from jaxprune.scoring.attribution import Criterion, IntegratedGradients, Measured
-from jaxprune.scoring.objectives import gold, name_of
+from jaxprune.scoring.objectives import gold, name_of, zero
 from jaxprune.scoring.scores import (
     FORMAT,
     Scores,

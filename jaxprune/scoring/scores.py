@@ -19,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxprune.checkpoints.digests import model_digest
 from jaxprune.checkpoints.files import write_atomic
-from jaxprune.checkpoints.tensors import Entry, TensorFile, write_tensors
+from jaxprune.checkpoints.tensors import Entry, TensorFile, model_digest, write_tensors
 from jaxprune.models import Model, TaskHead
 from jaxprune.scoring.attribution import Criterion, GradientActivation, IntegratedGradients
-from jaxprune.scoring.baselines import Fisher, Gradient, LeaveOneOut, Random, Taylor, TopLayers
+from jaxprune.scoring.criteria import Fisher, Gradient, LeaveOneOut, Random, Taylor, TopLayers
 from jaxprune.scoring.objectives import name_of
 from jaxprune.scoring.stability import TARGET, stability
 from jaxprune.units import KINDS, Gates, Params, check_sharing, widths

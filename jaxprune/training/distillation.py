@@ -14,18 +14,15 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from jaxprune.checkpoints.digests import model_digest
+from jaxprune.checkpoints.tensors import model_digest
 from jaxprune.data.batches import default_length, encode, pack, training_batches
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import Rows, Task, remove_leaks
 from jaxprune.evaluation.evaluate import Evaluation, evaluate, fitting_head
 from jaxprune.models import Model
 from jaxprune.scoring.scores import describe
-from jaxprune.sparse.masks import masks_of, sparsity_of
-from jaxprune.sparse.matrices import PROJECTION, linear_maps
-from jaxprune.sparse.optimizer import SparseState, sparse_optimizer
-from jaxprune.sparse.patterns import Pattern, Unstructured
-from jaxprune.sparse.saliency import WeightCriterion, WeightMagnitude
+from jaxprune.sparse.masks import SparseState, WeightCriterion, WeightMagnitude, masks_of, sparse_optimizer, sparsity_of
+from jaxprune.sparse.patterns import PROJECTION, Pattern, Unstructured, linear_maps
 from jaxprune.sparse.schedules import Schedule
 from jaxprune.training.finetuning import check_rows
 from jaxprune.training.joint_loss import (

@@ -19,11 +19,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from jaxprune.checkpoints.digests import model_digest
+from jaxprune.checkpoints.tensors import model_digest
 from jaxprune.data.batches import IGNORED, Batches, Encoded, training_batches, usable_rows
 from jaxprune.data.tasks import Rows, Task, remove_leaks
 from jaxprune.evaluation.evaluate import Evaluation, evaluate
-from jaxprune.evaluation.likelihood import candidates_in, candidates_of, teacher_forced
+from jaxprune.evaluation.text import candidates_in, candidates_of, teacher_forced
 from jaxprune.models import Model, TaskHead
 from jaxprune.models.backward import Gradients, forward
 from jaxprune.training.loop import (

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxprune.data.batches import IGNORED
-from jaxprune.evaluation.likelihood import answered, candidates_in, candidates_of
+from jaxprune.evaluation.text import answered, candidates_in, candidates_of
 from jaxprune.models import (
     BlockSettings,
     Layer,
@@ -42,7 +42,7 @@ from jaxprune.models import (
     score_mask,
 )
 from jaxprune.models.backward import Saved, gradients_at
-from jaxprune.sparse.matrices import PROJECTION
+from jaxprune.sparse.patterns import PROJECTION
 from jaxprune.training.loop import share_gradients
 from jaxprune.units import Params, Path, flatten, unflatten, widths
 
