@@ -35,7 +35,7 @@ from jaxprune.compaction import compact
 from jaxprune.data.tasks import Example, Task
 from jaxprune.models import Model
 from jaxprune.models.cost import Length
-from jaxprune.scoring.attribution import GradientActivation
+from jaxprune.scoring.attribution import Context, GradientActivation
 from jaxprune.scoring.objectives import log_probability, negative_squared_error, signed
 from jaxprune.units import Params
 
@@ -106,7 +106,7 @@ def batch_gradients(model: Model, params: Params, calibration: Calibration, size
     rows: dict[str, list[np.ndarray]] = {}
     for batch in calibration.batches:
         there = batch["weight"] > 0
-        for name, value in criterion(model, params, batch, head=calibration.head).scores.items():
+        for name, value in criterion(model, params, batch, Context(head=calibration.head)).scores.items():
             rows.setdefault(name, []).append(-np.asarray(value, np.float64)[there])  # a loss is minus an objective
     order = np.argsort(np.concatenate([batch["index"][batch["weight"] > 0] for batch in calibration.batches]))
     starts = np.arange(0, len(order), size)

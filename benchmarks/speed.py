@@ -67,7 +67,7 @@ from jaxprune.checkpoints.files import write_atomic
 from jaxprune.models import Model, TaskHead, family
 from jaxprune.models.cost import flops
 from jaxprune.pruning.latency import compare_latency
-from jaxprune.scoring.attribution import gauss_legendre, layer, quadrature
+from jaxprune.scoring.attribution import Context, gauss_legendre, layer, quadrature
 from jaxprune.scoring.objectives import signed
 from jaxprune.units import Params, widths
 
@@ -109,7 +109,9 @@ def joint(setting: Setting) -> Part:
         others = {"autograd": by_hand} | (
             {} if setting.compiled else {"captum": partial(theirs.captum_joint, setting.nodes)}
         )
-        [found], _, _ = criterion.attributions(setting.model, setting.params, setting.rows(), head=setting.head)
+        [found], _, _ = criterion.attributions(
+            setting.model, setting.params, setting.rows(), Context(head=setting.head)
+        )
         facts |= agreement(setting, found, {name: run() for name, run in others.items()})
         for name, run in others.items():
             runs[name] = partial(_each, run, setting.batches)
@@ -137,7 +139,7 @@ def layers(setting: Setting) -> Part:
     runs: dict[str, Callable[[], Any]] = {"jaxprune": setting.score(criterion)}
     theirs, facts = peer(setting), {"precision": precision(setting), "nodes": nodes}
     if theirs is not None:
-        found, _, _ = criterion.attributions(setting.model, setting.params, setting.rows(), head=setting.head)
+        found, _, _ = criterion.attributions(setting.model, setting.params, setting.rows(), Context(head=setting.head))
         runs["captum"] = partial(theirs.captum_layers, nodes)
         facts |= agreement(setting, found[0], {"captum": runs["captum"]()})
     above = [depth - i for i in range(depth) for _ in range(2)]  # layers from a site's own upwards
@@ -158,7 +160,7 @@ def gradient(setting: Setting) -> Part:
     runs: dict[str, Callable[[], Any]] = {"jaxprune": setting.score(criterion)}
     theirs, facts, ratios = peer(setting), {"precision": precision(setting)}, {}
     if theirs is not None:
-        found = criterion(setting.model, setting.params, setting.rows(), head=setting.head).scores
+        found = criterion(setting.model, setting.params, setting.rows(), Context(head=setting.head)).scores
         runs["autograd"] = theirs.gradient
         facts |= agreement(setting, found, {"autograd": theirs.gradient()})
     seconds = in_turns(runs, setting.repeats)

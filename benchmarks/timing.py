@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.models import Model
+from jaxprune.scoring.attribution import Context
 from jaxprune.units import Params
 
 AGREEMENT = 1e-4  # of the largest attribution, in float32
@@ -69,7 +70,7 @@ class Setting:
         def run() -> Any:
             total: Any = None
             for batch in given:
-                found = criterion(self.model, self.params, batch, head=self.head, key=None, means=None).scores
+                found = criterion(self.model, self.params, batch, Context(self.head)).scores
                 sums = _sums(found)
                 total = sums if total is None else jax.tree.map(jnp.add, total, sums)
             return jax.block_until_ready(total)

@@ -15,6 +15,7 @@ from tiny import MODEL_TYPES, tiny_batch, tiny_model
 from jaxprune.models import Model, TaskHead, bert
 from jaxprune.models.layers import absolute_tokens, contribution, max_tokens, squared_tokens, sum_tokens
 from jaxprune.scoring.attribution import (
+    Context,
     GradientActivation,
     IntegratedGradients,
     gauss_legendre,
@@ -173,7 +174,7 @@ def test_completeness_towards_the_means():
     model, params = tiny_model(layers=1)
     batch = labelled(model)
     means = calibration_means(model, params, [batch])
-    [found], [[complete]], _ = IntegratedGradients(nodes=24).attributions(model, params, batch, means=means)
+    [found], [[complete]], _ = IntegratedGradients(nodes=24).attributions(model, params, batch, Context(means=means))
     ones = open_gates(model, params)
     closed = {name: jnp.zeros_like(gate) for name, gate in ones.items()}
     outputs = [logits_of(model, params, batch, gates, means=means) for gates in (ones, closed)]
@@ -267,7 +268,7 @@ def test_padding_reordering_and_splitting_change_nothing(model_type: str, criter
 def test_same_seed_same_bits(criterion: Any):
     model, params = tiny_model(layers=1)
     batches = [labelled(model, seed=0), labelled(model, seed=1)]
-    runs = [score_batches(model, params, batches, criterion, key=jax.random.key(5)) for _ in range(2)]
+    runs = [score_batches(model, params, batches, criterion, Context(key=jax.random.key(5))) for _ in range(2)]
     assert runs[0][1] == runs[1][1]
     for name, value in runs[0][0].items():
         np.testing.assert_array_equal(value, runs[1][0][name])
@@ -277,7 +278,7 @@ def test_another_key_draws_other_labels():
     model, params = tiny_model(layers=1)
     batch = labelled(model, rows=8)
     criterion = GradientActivation(labels=sampled, objective=log_probability)
-    one, other = (criterion(model, params, batch, key=jax.random.key(seed)).scores for seed in (0, 1))
+    one, other = (criterion(model, params, batch, Context(key=jax.random.key(seed))).scores for seed in (0, 1))
     assert any((np.asarray(one[name]) != np.asarray(other[name])).any() for name in one)
 
 
@@ -397,7 +398,9 @@ def test_means_move_the_scores_by_the_gradient_alone():
     model, params = tiny_model(layers=1)
     batch = labelled(model)
     means = calibration_means(model, params, [batch])
-    zero, moved = (GradientActivation(examples=signed)(model, params, batch, means=m).scores for m in ({}, means))
+    zero, moved = (
+        GradientActivation(examples=signed)(model, params, batch, Context(means=m)).scores for m in ({}, means)
+    )
 
     def times_mean(values: jax.Array, cotangent: jax.Array, mask: jax.Array) -> jax.Array:
         mean = means["0.attention.heads" if values.ndim == 4 else "0.ffn.neurons"]

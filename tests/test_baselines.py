@@ -13,6 +13,7 @@ from tiny import tiny_batch, tiny_model
 
 from jaxprune.models import Model, TaskHead
 from jaxprune.models.cost import elements, matmul_flops, unit_costs
+from jaxprune.scoring.attribution import Context
 from jaxprune.scoring.criteria import (
     Activation,
     Fisher,
@@ -71,7 +72,9 @@ def mean_of(model_and_params: tuple[Model, Params], batch: Any, criterion: Any) 
 
 def test_random_scores_depend_on_the_key_alone(model_and_params: tuple[Model, Params]):
     model, params = model_and_params
-    one, same, other = (score_batches(model, params, (), Random(), key=jax.random.key(seed))[0] for seed in (0, 0, 1))
+    one, same, other = (
+        score_batches(model, params, (), Random(), Context(key=jax.random.key(seed)))[0] for seed in (0, 0, 1)
+    )
     assert {name: value.shape for name, value in one.items()} == {
         name: (units,) for name, units in widths(model.axes, params).items()
     }
@@ -190,7 +193,7 @@ def test_leave_one_out_with_means_and_without_labels(model_and_params: tuple[Mod
     model, params = model_and_params
     means = calibration_means(model, params, [batch])
     criterion = LeaveOneOut(labels=predicted, objective=log_probability, examples=signed)
-    lost = criterion(model, params, batch, means=means).scores["1.attention.heads"]
+    lost = criterion(model, params, batch, Context(means=means)).scores["1.attention.heads"]
     gates, logits = open_gates(model, params), logits_of(model, params, batch)
     gates["1.attention.heads"] = jnp.array([1.0, 1.0, 0.0, 1.0])
     target = logits.argmax(1)

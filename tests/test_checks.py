@@ -31,7 +31,7 @@ from jaxprune.pruning.checks import (
     judge_deletion,
     sample_units,
 )
-from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients
+from jaxprune.scoring.attribution import Context, GradientActivation, IntegratedGradients
 from jaxprune.scoring.criteria import LeaveOneOut, Magnitude, Removal, TopLayers
 from jaxprune.scoring.objectives import calibration_means, every, probability, signed
 from jaxprune.scoring.run import Scoring, score, score_batches
@@ -142,7 +142,7 @@ def test_removal_of_heads_is_leave_one_out_and_of_channels_has_means():
     target = jnp.asarray(batch["labels"])
     end = probability(logits_of(model, params, batch), target)
     without = probability(logits_of(model, params, batch, gates, means=means), target)
-    found = criterion(model, params, batch, means=means).scores["1.attention.channels"]
+    found = criterion(model, params, batch, Context(means=means)).scores["1.attention.channels"]
     np.testing.assert_allclose(found[:, 0], end - without, atol=1e-5)
 
 

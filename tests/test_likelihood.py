@@ -25,7 +25,7 @@ from jaxprune.evaluation.evaluate import evaluate, predict
 from jaxprune.evaluation.text import answered, candidates_of, rank, teacher_forced, without_end
 from jaxprune.models import Model
 from jaxprune.models.layers import max_tokens
-from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, layer
+from jaxprune.scoring.attribution import Context, GradientActivation, IntegratedGradients, layer
 from jaxprune.scoring.criteria import Activation, Fisher, LeaveOneOut, Taylor, Wanda
 from jaxprune.scoring.objectives import (
     every,
@@ -143,7 +143,7 @@ def test_label_free_scores_need_no_labels(labels: Any):
     blind = batch | {"labels": np.full(3, -1, np.int32)}
     criterion = GradientActivation(labels=labels)
     key = jax.random.key(1)
-    found, expected = (criterion(model, params, one, key=key).scores for one in (blind, batch))
+    found, expected = (criterion(model, params, one, Context(key=key)).scores for one in (blind, batch))
     for name, rows in expected.items():
         np.testing.assert_array_equal(found[name], rows)
     likelihoods = rank(model, params, batch, batch["candidates"])
@@ -175,7 +175,7 @@ def test_label_free_scores_need_no_labels(labels: Any):
 )
 def test_every_criterion_scores_a_text_to_text_model(criterion: Any):
     model, params = tiny_model("t5", layers=1)
-    found = criterion(model, params, asked(model), key=jax.random.key(0)).scores
+    found = criterion(model, params, asked(model), Context(key=jax.random.key(0))).scores
     names = [name for name in open_gates(model, params) if not isinstance(criterion, LeaveOneOut) or "heads" in name]
     assert sorted(found) == sorted(names)
     assert all(np.isfinite(rows).all() and np.abs(rows).max() > 0 for rows in found.values())

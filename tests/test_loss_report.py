@@ -10,6 +10,7 @@ from tiny import random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
 from jaxprune.pruning.loss import WORTH, LossReporting, _Lost, loss_report
+from jaxprune.scoring.attribution import Context
 from jaxprune.scoring.objectives import calibration_means, log_probability, maximum
 from jaxprune.scoring.run import score_batches
 from jaxprune.units import UNITS
@@ -58,7 +59,7 @@ def test_closed_units_may_be_replaced_by_means():
     batch["labels"] = np.arange(6) % 3
     means = calibration_means(model, params, [batch], UNITS)
     criterion = _Lost(selected, LossReporting(nodes=1, objective=log_probability), means)
-    _, sums, _ = score_batches(model, params, [batch], criterion, means=means)
+    _, sums, _ = score_batches(model, params, [batch], criterion, Context(means=means))
     values = [
         jax.nn.log_softmax(jnp.asarray(model.apply(own, batch).logits))[np.arange(6), batch["labels"]].mean()
         for own in (params, jp.compact(model, params, selected, means))

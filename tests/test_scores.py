@@ -19,7 +19,7 @@ from jaxprune.checkpoints.files import write_atomic
 from jaxprune.checkpoints.tensors import model_digest, write_tensors
 from jaxprune.data.tasks import Example, Rows, Task, row_key
 from jaxprune.models import Model, TaskHead
-from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, layer
+from jaxprune.scoring.attribution import Context, GradientActivation, IntegratedGradients, layer
 from jaxprune.scoring.criteria import Activation, Fisher, LeaveOneOut, Magnitude, Random
 from jaxprune.scoring.objectives import calibration_means, every, margin, maximum, predicted
 from jaxprune.scoring.run import PARTIAL, SAVE_EVERY, Scoring, score, score_batches
@@ -115,7 +115,7 @@ def test_the_criterion_is_called_on_every_batch(model_and_params: tuple[Model, P
     rows = [row for row in task.rows("calibration") if row_key(row) in scores.rows]
     batch = dict(model.tokenizer([row.text for row in rows], padding=True, return_tensors="np"))
     batch["labels"] = np.array([row.label for row in rows])
-    found = IntegratedGradients(nodes=2)(model, params, batch, head="moods")
+    found = IntegratedGradients(nodes=2)(model, params, batch, Context(head="moods"))
     for name, value in found.scores.items():
         np.testing.assert_allclose(scores.values[name], value.mean(0), rtol=1e-4, atol=1e-7)
     for name, value in found.completeness.items():
@@ -173,7 +173,7 @@ def test_what_cannot_be_scored_is_refused(model_and_params: tuple[Model, Params]
     with pytest.raises(ValueError, match="there are no examples"):
         score(model, params, task, Scoring(rows=Rows(examples=())))
     with pytest.raises(ValueError, match="there are no examples to score"):
-        score_batches(model, params, [], GradientActivation(), head="moods")
+        score_batches(model, params, [], GradientActivation(), Context(head="moods"))
     with pytest.raises(ValueError, match="means were given, but this criterion closes units to zero"):
         score(model, params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=4)), means={})
     broken = params | {"heads": jax.tree.map(lambda x: x * jnp.nan, params["heads"])}

@@ -34,7 +34,7 @@ from jaxprune.pruning.loss import LossReporting, loss_report
 from jaxprune.pruning.recoveries import Recovery, recover
 from jaxprune.pruning.selection import select
 from jaxprune.scoring import criteria as baselines
-from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients
+from jaxprune.scoring.attribution import Context, GradientActivation, IntegratedGradients
 from jaxprune.scoring.objectives import (
     OfSpan,
     every,
@@ -287,7 +287,7 @@ def test_completeness():
     model, params = spans_model()
     batch = spans_batch(model)
     criterion = IntegratedGradients(nodes=40, chunk=20, objective=log_probability)
-    [found], [[complete]], _ = criterion.attributions(model, params, batch, head="find")
+    [found], [[complete]], _ = criterion.attributions(model, params, batch, Context(head="find"))
     ones = open_gates(model, params)
     ends = [
         OfSpan(log_probability)(logits_of(model, params, batch, gates, head="find"), jnp.asarray(batch["labels"]))
@@ -304,7 +304,7 @@ def test_completeness():
 def test_padding_reordering_and_splitting_change_nothing(criterion: Any):
     model, params = spans_model()
     batch = spans_batch(model)
-    found = criterion(model, params, batch, head="find").scores
+    found = criterion(model, params, batch, Context(head="find")).scores
     wide = {name: np.pad(a, [(0, 0), (0, 4)]) if name != "labels" and a.ndim == 2 else a for name, a in batch.items()}
     order = np.array([2, 0, 3, 1])
     for own, rows in (
@@ -312,7 +312,7 @@ def test_padding_reordering_and_splitting_change_nothing(criterion: Any):
         ({name: array[order] for name, array in batch.items()}, order),
         ({name: array[:2] for name, array in batch.items()}, np.arange(2)),
     ):
-        again = criterion(model, params, own, head="find").scores
+        again = criterion(model, params, own, Context(head="find")).scores
         for name, value in again.items():
             np.testing.assert_allclose(value, np.asarray(found[name])[rows], rtol=1e-4, atol=1e-6)
 

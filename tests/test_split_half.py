@@ -22,12 +22,12 @@ from jaxprune.data.batches import make_batches
 from jaxprune.data.splits import half_of
 from jaxprune.data.tasks import Example, Rows, Task, draw
 from jaxprune.models import Model
-from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, Measured
+from jaxprune.scoring.attribution import Context, GradientActivation, IntegratedGradients, Measured
 from jaxprune.scoring.criteria import Activation, Fisher, Magnitude
 from jaxprune.scoring.objectives import maximum, signed
 from jaxprune.scoring.run import FIRST, Scoring, _choose, add, halves_of, nothing, score, variance_of
 from jaxprune.scoring.scores import METADATA, Scores, load_scores, merge, save_scores
-from jaxprune.scoring.stability import least_reliability, needed, noise_of, reliability, stability
+from jaxprune.scoring.stability import Stability, least_reliability, needed, noise_of, reliability, stability
 from jaxprune.units import Params
 
 __all__ = ["compiled", "place"]  # fixtures
@@ -47,6 +47,11 @@ def task() -> Task:
 @pytest.fixture(scope="module")
 def scores(model_and_params: tuple[Model, Params], task: Task) -> Scores:
     return score(*model_and_params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=24, batch_size=8)))
+
+
+def halves_stability(scores: Scores, **settings: Any) -> Stability | None:
+    """The stability of the halves in some scores."""
+    return stability(scores.halves, scores.header.get("halves"), **settings)
 
 
 def known(*pairs: list[list[float]], counts: tuple[int, int] = (5, 5)) -> Scores:
@@ -96,7 +101,7 @@ def test_stability_by_hand():
     Of two units of four, the halves keep 2, 3 and 1, 3: one of three. Two random choices have 0, 1 or 2 in common with
     probabilities 1/6, 4/6 and 1/6: 4/6 * 1/3 + 1/6.
     """
-    found = stability(known([[1.0, 2.0, 3.0, 4.0], [0.1, 0.5, 0.3, 9.0]]), target=0.95, fractions=(0.5,))
+    found = halves_stability(known([[1.0, 2.0, 3.0, 4.0], [0.1, 0.5, 0.3, 9.0]]), target=0.95, fractions=(0.5,))
     assert found is not None
     own = found.kinds["neurons"]
     assert (own.units, found.examples, found.halves) == (4, 10, (5, 5))
@@ -111,21 +116,21 @@ def test_stability_by_hand():
 def test_sites_count_alike_and_the_worst_kind_decides():
     """One site agrees, the other one is reversed: mean 0, though all units together agree."""
     scores = known([[1.0, 2.0], [1.0, 2.0]], [[11.0, 12.0], [12.0, 11.0]])
-    found = stability(scores)
+    found = halves_stability(scores)
     assert found is not None
     assert found.kinds["neurons"].spearman == 0.0
     assert found.kinds["neurons"].overall == pytest.approx(0.8)
     assert (found.reliability, found.needed) == (0.0, None)
     assert scores.halves is not None
     more = dict(scores.halves) | {"0.attention.heads": jnp.asarray([[1.0, 2.0, 3.0], [2.0, 4.0, 9.0]])}
-    found = stability(dataclasses.replace(scores, halves=more))
+    found = halves_stability(dataclasses.replace(scores, halves=more))
     assert found is not None
     assert (found.kinds["heads"].reliability, found.reliability) == (1.0, 0.0)
     assert least_reliability(more, (5, 5)) == 0.0
 
 
 def test_equal_scores_do_not_rank():
-    found = stability(known([[1.0, 1.0], [1.0, 2.0]]))
+    found = halves_stability(known([[1.0, 1.0], [1.0, 2.0]]))
     assert found is not None
     assert (found.reliability, found.needed, found.kinds["neurons"].reliability) == (None, None, None)
 
@@ -140,7 +145,7 @@ def test_the_estimate_is_what_a_second_run_gives():
     second = np.corrcoef(runs[0].mean(0), runs[1].mean(0))[0, 1]
     assert found == pytest.approx(second, abs=0.05)  # ranks, not values, and 2,000 units
     scores = Scores({}, {"halves": [15, 25]}, halves={name: jnp.asarray(own) for name, own in halves.items()})
-    told = stability(scores, target=0.8)
+    told = halves_stability(scores, target=0.8)
     assert told is not None and told.needed is not None
     many = [truth + 5 * random.standard_normal((told.needed, 2000)) for _ in range(2)]
     assert np.corrcoef(many[0].mean(0), many[1].mean(0))[0, 1] == pytest.approx(0.8, abs=0.05)
@@ -149,9 +154,9 @@ def test_the_estimate_is_what_a_second_run_gives():
 @pytest.mark.parametrize("target", [0.0, 1.0, 1.5, -1.0, float("nan")])
 def test_a_target_out_of_range_is_refused(scores: Scores, target: float):
     with pytest.raises(ValueError, match=r"a stability must lie in \(0, 1\), got"):
-        stability(scores, target=target)
+        halves_stability(scores, target=target)
     with pytest.raises(ValueError, match=r"fractions must lie in \(0, 1\], got 0"):
-        stability(scores, fractions=(0.5, 0.0))
+        halves_stability(scores, fractions=(0.5, 0.0))
 
 
 # variances and halves
@@ -166,7 +171,7 @@ def test_the_variance_is_that_of_the_examples(
     rows = task.rows("calibration")[:12]
     found = score(model, params, task, Scoring(criterion=criterion, rows=Rows(examples=rows, batch_size=batch_size)))
     [batch] = make_batches(model, rows, batch_size=12)
-    each = criterion(model, params, batch, head="moods", key=jax.random.key(0)).scores
+    each = criterion(model, params, batch, Context(head="moods", key=jax.random.key(0))).scores
     first = np.array([half_of(rows[i]) == 0 for i in batch["index"]])
     assert found.header["halves"] == [first.sum(), (~first).sum()]
     assert found.variance is not None and found.halves is not None
@@ -232,7 +237,7 @@ def test_scores_that_are_no_means_have_no_variance(
 ):
     found = score(*model_and_params, task, Scoring(criterion=criterion, rows=Rows(examples=8)))
     assert (found.variance, found.halves, found.header["halves"], found.header["stability"]) == (None, None, None, None)
-    assert stability(found) is None
+    assert halves_stability(found) is None
     assert equal(load_scores(save_scores(tmp_path / "s.safetensors", found)), found)
 
 
@@ -240,7 +245,7 @@ def test_one_example_has_no_variance(model_and_params: tuple[Model, Params], tas
     rows = task.rows("calibration")[:1]
     found = score(*model_and_params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=rows)))
     assert found.variance is None and sorted(found.header["halves"]) == [0, 1]
-    assert found.header["stability"] is None and stability(found) is None
+    assert found.header["stability"] is None and halves_stability(found) is None
 
 
 # files
@@ -256,7 +261,7 @@ def test_files_of_the_first_format_load(tmp_path: Path, scores: Scores):
     )
     old = load_scores(path)
     assert old.header == header and old.rows == scores.rows
-    assert old.variance is None and old.halves is None and stability(old) is None
+    assert old.variance is None and old.halves is None and halves_stability(old) is None
     assert old.signed is None
     other = dataclasses.replace(scores, rows=("0" * 16,))
     merged = merge(old, other)

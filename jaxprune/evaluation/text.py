@@ -45,15 +45,15 @@ MOST_ROWS = 512  # answers that are decoded together: it sets the memory, not th
 
 def teacher_forced(model: Model, batch: Mapping[str, Any], targets: Int[Array, "b u"] | np.ndarray) -> dict[str, Any]:
     """The batch with the decoder's inputs for a target: the start token, then the target but for its last token."""
-    return {**batch, **_shifted(model.config.start_id, model.config.pad_id, jnp.asarray(targets))}
+    return {**batch, **_shifted(model, jnp.asarray(targets))}
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _shifted(start: int, pad: int, targets: Int[Array, "b u"]) -> dict[str, Array]:
+@partial(jax.jit, static_argnums=0)
+def _shifted(model: Model, targets: Int[Array, "b u"]) -> dict[str, Array]:
     real = targets != IGNORED
-    first = jnp.full((targets.shape[0], 1), start, jnp.int32)
-    inputs = jnp.concatenate([first, jnp.where(real, targets, pad)[:, :-1].astype(jnp.int32)], axis=1)
-    return {"decoder_input_ids": inputs, "decoder_attention_mask": real}
+    first = jnp.full((targets.shape[0], 1), model.config.start_id, jnp.int32)
+    inputs = jnp.concatenate([first, jnp.where(real, targets, model.config.pad_id)[:, :-1].astype(jnp.int32)], axis=1)
+    return dict(zip(model.stacks[-1].inputs[:2], (inputs, real), strict=True))
 
 
 def rank(
@@ -111,7 +111,7 @@ def answered(model: Model, params: Params, batch: Mapping[str, Any]) -> dict[str
     This is the answer of the example's label, or without one (label -1) the likeliest candidate. A batch that has
     decoder inputs, and one of a model that does not answer in text, stay as they are.
     """
-    if not model.answers_in_text or "decoder_input_ids" in batch:
+    if not model.answers_in_text or model.stacks[-1].inputs[0] in batch:
         return model_inputs(model, params, batch)
     candidates = candidates_in(batch)
     labels = jnp.asarray(batch["labels"], jnp.int32)

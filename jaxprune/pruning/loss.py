@@ -28,7 +28,7 @@ from jaxprune.data.tasks import Rows, Task, draw, row_key
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
 from jaxprune.models.backward import forward
-from jaxprune.scoring.attribution import Criterion, Measured, gauss_legendre, quadrature
+from jaxprune.scoring.attribution import AnyBatch, Context, Criterion, Measured, gauss_legendre, quadrature
 from jaxprune.scoring.objectives import (
     ExampleReduction,
     Labels,
@@ -114,25 +114,16 @@ class _Lost(Criterion):
         self.objective, self.labels = reporting.objective, reporting.labels
         self.closed = calibration_means if means else zero
 
-    def __call__(
-        self,
-        model: Model,
-        params: Params,
-        batch: Mapping[str, Any],
-        *,
-        head: str | None = None,
-        key: Array | None = None,
-        means: Gates | None = None,
-    ) -> Measured:
+    def __call__(self, model: Model, params: Params, batch: AnyBatch, context: Context = Context()) -> Measured:
         """Attributes a batch; see `Criterion`."""
-        chosen, settings = model.head(head), self.reporting
+        chosen, settings, means = model.head(context.head), self.reporting, context.means
         objective = self.objective_of(chosen)
         nodes = list(zip(*quadrature(gauss_legendre, settings.nodes), strict=True))
         run = partial(forward, model, params, intervention=Intervention(means=means), head=chosen.name)
         slopes: list[Gates] = []
         shares: tuple[Array, ...] = ()
         expected = jnp.zeros(())
-        for opened in open_passes(model, params, batch, settings.labels, chosen.regression, key, run):
+        for opened in open_passes(model, params, batch, settings.labels, chosen.regression, context.key, run):
             rows = opened.batch["input_ids"]
             pruned = run(opened.batch, intervention=Intervention(_between(self.selected, 0.0, rows), means))[0]
             for target, share in zip(opened.targets, opened.weights, strict=True):
@@ -194,10 +185,8 @@ def loss_report(
         params,
         pack(usable.encode(drawn), batch_size=settings.batch_size),
         _Lost(selected, reporting, means),
-        head=head,
-        key=key,
-        means=means,
-        progress=progress,
+        Context(head, key, means),
+        progress,
     )
     if sums is None:
         raise ValueError("there are no examples to attribute.")

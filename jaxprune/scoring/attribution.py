@@ -172,6 +172,17 @@ class Measured(NamedTuple):
     signed: Mapping[str, Array] = {}  # attributions [b, units] with their signs, where the scores have lost them
 
 
+AnyBatch: TypeAlias = Mapping[str, Any]  # input_ids and so on, as for `Model.apply`
+
+
+class Context(NamedTuple):
+    """What all batches of a scoring run share."""
+
+    head: str | None = None  # the task head; None is the only one
+    key: Array | None = None  # randomness, of which every example takes its own by its index
+    means: Gates | None = None  # what closed units are replaced by; None: zero
+
+
 class Criterion(Protocol):
     """Everything that the library asks of a criterion, with defaults for all but the call.
 
@@ -193,25 +204,14 @@ class Criterion(Protocol):
         """The objective for a task head, as a function of logits and targets."""
         return objective_for(self.objective, head)
 
-    def __call__(
-        self,
-        model: Model,
-        params: Params,
-        batch: Mapping[str, Any],
-        *,
-        head: str | None,
-        key: Array | None,
-        means: Gates | None,
-    ) -> Measured:
+    def __call__(self, model: Model, params: Params, batch: AnyBatch, context: Context = Context()) -> Measured:
         """Scores the examples of a batch.
 
         Args:
             model: The architecture.
             params: Parameters.
             batch: As for `Model.apply`, with `labels` `[b]` if they are used, and the examples' `index` `[b]`.
-            head: The task head.
-            key: Randomness, of which every example takes its own by its index.
-            means: What closed units are replaced by.
+            context: What all batches share.
         """
         ...
 
@@ -250,27 +250,18 @@ class GradientActivation(Criterion):
     def __post_init__(self):
         check_kinds(self.kinds)
 
-    def __call__(
-        self,
-        model: Model,
-        params: Params,
-        batch: Mapping[str, Any],
-        *,
-        head: str | None = None,
-        key: Array | None = None,
-        means: Gates | None = None,
-    ) -> Measured:
+    def __call__(self, model: Model, params: Params, batch: AnyBatch, context: Context = Context()) -> Measured:
         """Scores a batch; see `Criterion`."""
-        chosen = model.head(head)
+        chosen = model.head(context.head)
         objective = self.objective_of(chosen)
         if objective is negative_squared_error and self.labels is predicted:
             raise ValueError("the squared error has no gradient at the prediction itself: use labels=gold.")
         _, gates = _open_rows(model, params, batch, self.kinds)
         gradients = Gradients(tokens=self.tokens)
-        intervention = Intervention(gates, means)
+        intervention = Intervention(gates, context.means)
         run = partial(forward, model, params, intervention=intervention, head=chosen.name, gradients=gradients)
         slopes, weights = [], ()
-        for opened in open_passes(model, params, batch, self.labels, chosen.regression, key, run):
+        for opened in open_passes(model, params, batch, self.labels, chosen.regression, context.key, run):
             slopes += [_slope(opened.pull, objective, opened.logits, target) for target in opened.targets]
             weights += opened.weights
         return reduce(self.examples, slopes, weights, attributions=self.tokens is sum_tokens)
@@ -314,29 +305,13 @@ class IntegratedGradients(Criterion):
             )
         quadrature(self.rule, self.nodes, self.start)
 
-    def __call__(
-        self,
-        model: Model,
-        params: Params,
-        batch: Mapping[str, Any],
-        *,
-        head: str | None = None,
-        key: Array | None = None,
-        means: Gates | None = None,
-    ) -> Measured:
+    def __call__(self, model: Model, params: Params, batch: AnyBatch, context: Context = Context()) -> Measured:
         """Scores a batch; see `Criterion`."""
-        attributions, completeness, weights = self.attributions(model, params, batch, head=head, key=key, means=means)
+        attributions, completeness, weights = self.attributions(model, params, batch, context)
         return reduce(self.examples, attributions, weights, _summary(completeness, weights))
 
     def attributions(
-        self,
-        model: Model,
-        params: Params,
-        batch: Mapping[str, Any],
-        *,
-        head: str | None = None,
-        key: Array | None = None,
-        means: Gates | None = None,
+        self, model: Model, params: Params, batch: Mapping[str, Any], context: Context = Context()
     ) -> tuple[list[Gates], list[list[Completeness]], tuple[Float[Array, " b"], ...]]:
         """The signed attributions of a batch, before they are reduced.
 
@@ -344,7 +319,7 @@ class IntegratedGradients(Criterion):
             One entry per label, each: site name to `[b, units]`. Their completeness `[b]`, one list per path with one
             entry per label. The weight of every label.
         """
-        chosen = model.head(head)
+        chosen = model.head(context.head)
         objective = self.objective_of(chosen)
         ones, gates = _open_rows(model, params, batch, self.kinds)
         paths = self.path(sites(model.axes, params, self.kinds))
@@ -354,11 +329,11 @@ class IntegratedGradients(Criterion):
         for path in paths:
             check_sharing(model.axes, params, [site.name for site in path])
         scaled = [{site.name: ones[site.name] for site in path} for path in paths]
-        along = partial(self._along, model, params, paths, scaled, objective, chosen.name, means)
-        run = partial(forward, model, params, intervention=Intervention(means=means), head=chosen.name)
+        along = partial(self._along, model, params, paths, scaled, objective, context._replace(head=chosen.name))
+        run = partial(forward, model, params, intervention=Intervention(means=context.means), head=chosen.name)
         attributions, weights = [], ()
         completeness: list[list[Completeness]] = [[] for _ in paths]
-        for opened in open_passes(model, params, batch, self.labels, chosen.regression, key, run):
+        for opened in open_passes(model, params, batch, self.labels, chosen.regression, context.key, run):
             along_paths, parts = along(opened.batch, opened.logits, opened.targets)
             attributions += along_paths
             weights += opened.weights
@@ -373,13 +348,13 @@ class IntegratedGradients(Criterion):
         paths: Sequence[Sequence[Site]],
         scaled: Sequence[Gates],
         objective: Objective,
-        head: str,
-        means: Gates | None,
+        context: Context,
         batch: dict[str, Array],
         logits: Array,
         targets: tuple[Array, ...],
     ) -> tuple[list[Gates], list[list[Completeness]]]:
         """The attributions of every target along all paths of open gates, and their completeness by path and target."""
+        head, means = context.head, context.means
         run = partial(forward, model, params, head=head)
         groups = _groups(self.rule, self.nodes, self.start, self.chunk)
         lowest = [_lowest(model, params, path) for path in paths]

@@ -25,6 +25,8 @@ from jaxprune.models.backward import Prefix, forward
 from jaxprune.models.cost import elements, unit_costs
 from jaxprune.models.layers import sum_tokens
 from jaxprune.scoring.attribution import (
+    AnyBatch,
+    Context,
     Criterion,
     GradientActivation,
     IntegratedGradients,
@@ -111,28 +113,19 @@ class Removal(_OneByOne):
 
     units: Mapping[str, Sequence[int]]  # site name to the units to close, one at a time
 
-    def __call__(
-        self,
-        model: Model,
-        params: Params,
-        batch: Mapping[str, Any],
-        *,
-        head: str | None = None,
-        key: Array | None = None,
-        means: Gates | None = None,
-    ) -> Measured:
+    def __call__(self, model: Model, params: Params, batch: AnyBatch, context: Context = Context()) -> Measured:
         """Scores a batch; see `Criterion`.
 
         Raises:
             ValueError: If there is no such site or unit.
         """
         self._check(model, params)
-        chosen = model.head(head)
+        chosen = model.head(context.head)
         objective = self.objective_of(chosen)
         run = partial(forward, model, params, head=chosen.name)
         losses, weights = [], ()
-        for opened in open_passes(model, params, batch, self.labels, chosen.regression, key, run):
-            losses += self._losses(model, params, opened, objective, chosen.name, means)
+        for opened in open_passes(model, params, batch, self.labels, chosen.regression, context.key, run):
+            losses += self._losses(model, params, opened, objective, chosen.name, context.means)
             weights += opened.weights
         return reduce(self.examples, losses, weights)
 
@@ -215,10 +208,10 @@ class Random(_OfKinds):
 
     examples: None = field(default=None, init=False)
 
-    def __call__(self, model: Model, params: Params, *_: Any, key: Array | None = None, **__: Any) -> Measured:
+    def __call__(self, model: Model, params: Params, batch: AnyBatch, context: Context = Context()) -> Measured:
         """Scores a batch; see `Criterion`."""
         units = widths(model.axes, params, self.kinds)
-        keys = jax.random.split(key_or_default(key), len(units))
+        keys = jax.random.split(key_or_default(context.key), len(units))
         drawn = {name: jax.random.uniform(k, (1, n)) for k, (name, n) in zip(keys, units.items(), strict=True)}
         return Measured(drawn, {})
 
@@ -235,7 +228,7 @@ class Magnitude(_OfKinds):
 
     seeded = False
 
-    def __call__(self, model: Model, params: Params, *_: Any, **__: Any) -> Measured:
+    def __call__(self, model: Model, params: Params, batch: AnyBatch, context: Context = Context()) -> Measured:
         """Scores a batch; see `Criterion`."""
         scores = {}
         for site in sites(model.axes, params, self.kinds):
@@ -264,7 +257,7 @@ class TopLayers(Criterion):
     by_layer = False
     seeded = False
 
-    def __call__(self, model: Model, params: Params, *_: Any, **__: Any) -> Measured:
+    def __call__(self, model: Model, params: Params, batch: AnyBatch, context: Context = Context()) -> Measured:
         """Scores a batch; see `Criterion`."""
         units, costs = widths(model.axes, params), unit_costs(model, params, elements)
         scores = {}
@@ -281,7 +274,7 @@ class Activation(_OfKinds):
 
     examples: ExampleReduction = field(default=absolute, init=False)
 
-    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **_: Any) -> Measured:
+    def __call__(self, model: Model, params: Params, batch: AnyBatch, context: Context = Context()) -> Measured:
         """Scores a batch; see `Criterion`."""
         return Measured(site_statistics(model, params, batch, _mean_magnitude, self.kinds), {})
 
@@ -300,7 +293,7 @@ class Wanda(_OfKinds):
         if set(UNREAD) & set(self.kinds):
             raise ValueError("Wanda weighs a unit by the kernel that reads it, and none reads query channels.")
 
-    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **_: Any) -> Measured:
+    def __call__(self, model: Model, params: Params, batch: AnyBatch, context: Context = Context()) -> Measured:
         """Scores a batch; see `Criterion`."""
         squares = site_statistics(model, params, batch, _mean_square, self.kinds)
         readers = {
@@ -324,9 +317,9 @@ class _OfLikelihood(_OfKinds):
         """See `Criterion`."""
         return objective_for(negative_squared_error if head.regression else log_probability, head)
 
-    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **context: Any) -> Measured:
+    def __call__(self, model: Model, params: Params, batch: AnyBatch, context: Context = Context()) -> Measured:
         """Scores a batch; see `Criterion`."""
-        regression = model.head(context.get("head")).regression
+        regression = model.head(context.head).regression
         gradients = GradientActivation(
             objective=negative_squared_error if regression else log_probability,
             labels=self.labels,
@@ -334,7 +327,7 @@ class _OfLikelihood(_OfKinds):
             examples=self.examples or absolute,
             kinds=self.kinds,
         )
-        return gradients(model, params, batch, **context)
+        return gradients(model, params, batch, context)
 
 
 def _mean_gradient(values: Array, cotangent: Array, mask: Bool[Array, "b t"]) -> Float[Array, "b u"]:
@@ -384,11 +377,11 @@ class LeaveOneOut(_OneByOne):
 
     meaning = "the removed heads one at a time, all else open"
 
-    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **context: Any) -> Measured:
+    def __call__(self, model: Model, params: Params, batch: AnyBatch, context: Context = Context()) -> Measured:
         """Scores a batch; see `Criterion`."""
         heads = {name: range(count) for name, count in widths(model.axes, params, ("heads",)).items()}
         return Removal(units=heads, **{field.name: getattr(self, field.name) for field in fields(self)})(
-            model, params, batch, **context
+            model, params, batch, context
         )
 
 

@@ -32,7 +32,7 @@ from jaxprune.data.splits import Example, digest, half_of, row_key
 from jaxprune.data.tasks import Rows, Task, draw, seed_words
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model, model_inputs, prompt_inputs
-from jaxprune.scoring.attribution import Criterion, IntegratedGradients, Measured
+from jaxprune.scoring.attribution import Context, Criterion, IntegratedGradients, Measured
 from jaxprune.scoring.objectives import gold, name_of, zero
 from jaxprune.scoring.scores import (
     FORMAT,
@@ -313,10 +313,8 @@ def score(
         params,
         batches,
         criterion,
-        head=head,
-        key=key,
-        means=means,
-        run=_Run(
+        Context(head, key, means),
+        _Run(
             devices=devices,
             progress=progress,
             file=file,
@@ -380,10 +378,7 @@ def score_batches(
     params: Params,
     batches: Sequence[Mapping[str, Any]],
     criterion: Criterion,
-    *,
-    head: str | None = None,
-    key: Array | None = None,
-    means: Gates | None = None,
+    context: Context = Context(),
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Gates, dict[str, float | None] | None, Gates]:
     """Calls a criterion on every batch and combines the examples.
@@ -393,9 +388,7 @@ def score_batches(
         params: Parameters.
         batches: Batches as from `make_batches`; rows of `weight` 0 count for nothing.
         criterion: How scores are made.
-        head: The task head; None is the only one.
-        key: Randomness of the criterion.
-        means: See `score`.
+        context: The task head, the randomness of the criterion, and what closed units are replaced by (see `score`).
         progress: See `score`.
 
     Returns:
@@ -405,7 +398,7 @@ def score_batches(
         ValueError: If there is no example, or a score is not finite.
     """
     run = _Run(progress=progress)
-    values, totals, closed = _accumulate(model, params, batches, criterion, head=head, key=key, means=means, run=run)
+    values, totals, closed = _accumulate(model, params, batches, criterion, context, run)
     return values, None if totals is None else completeness_of(totals), closed
 
 
@@ -426,25 +419,23 @@ def _accumulate(
     params: Params,
     batches: Sequence[Mapping[str, Any]],
     criterion: Criterion,
-    *,
-    head: str | None,
-    key: Array | None,
-    means: Gates | None,
+    context: Context,
     run: _Run,
 ) -> tuple[Gates, Totals | None, Gates]:
     """The scores, the totals they come from (None if no example is read), and the means."""
     if criterion.examples is None:
-        measured = criterion(model, params, {}, head=head, key=key, means={})
+        measured = criterion(model, params, {}, context._replace(means={}))
         return {name: value[0] for name, value in measured.scores.items()}, None, {}
     largest, progress = criterion.examples.largest, run.progress
     params, place = _placement(model, params, run.devices or jax.local_devices()[:1])
-    closed = place.everywhere(_means(model, params, batches, criterion, means, place))
+    closed = place.everywhere(_means(model, params, batches, criterion, context.means, place))
+    context = context._replace(means=closed)
     totals, done = (None, 0) if run.file is None else run.file.load()
     while done < len(batches):
         if totals is not None and done in run.looks and (_reliability(totals) or 0.0) >= run.target:
             break
         batch = place.batch(batches[done], run.second)
-        measured = criterion(model, params, batch, head=head, key=key, means=closed)
+        measured = criterion(model, params, batch, context)
         if totals is not None:
             jax.block_until_ready(totals)  # the batch before: one is being computed, one is waiting
             if progress is not None:

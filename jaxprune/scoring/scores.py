@@ -132,7 +132,7 @@ def with_relative(completeness: Mapping[str, float]) -> dict[str, float | None]:
 
 def with_stability(scores: Scores, target: float = TARGET) -> Scores:
     """The scores with their stability in the header; None where they have no halves."""
-    known = stability(scores, target=target)
+    known = stability(scores.halves, scores.header.get("halves"), target=target)
     return replace(scores, header=dict(scores.header) | {"stability": None if known is None else known.to_json()})
 
 

@@ -11,13 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import mean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from jaxprune.scoring.scores import Scores
-
 
 FRACTIONS = (0.7, 0.5, 0.3)  # of the units that are kept, for overlaps
 _NEGLIGIBLE = 1e-18  # a probability that does not show in a sum of float64
@@ -109,17 +105,23 @@ class Stability(NamedTuple):
         return {**self._asdict(), "halves": [*self.halves], "fractions": [*self.fractions], "kinds": kinds}
 
 
-def stability(scores: Scores, *, target: float = TARGET, fractions: Sequence[float] = FRACTIONS) -> Stability | None:
+def stability(
+    halves: Mapping[str, Any] | None,
+    counts: Sequence[int] | None,
+    *,
+    target: float = TARGET,
+    fractions: Sequence[float] = FRACTIONS,
+) -> Stability | None:
     """Says from one scoring run how far a second one, with other examples, would agree.
 
     Args:
-        scores: Scores that are means over examples.
+        halves: Site name to the mean scores of the two halves, `[2, units]`; None: the scores are no means.
+        counts: The examples in each.
         target: The rank correlation to reach, in (0, 1).
         fractions: Of the units of every site that are kept, for the overlap of the halves.
 
     Returns:
-        The stability; None for scores without halves: of criteria that read no example or take the largest one, of
-        older files, and if one half has no example.
+        The stability; None without halves, and if one of them has no example.
 
     Raises:
         ValueError: If the target or a fraction is out of range.
@@ -127,10 +129,9 @@ def stability(scores: Scores, *, target: float = TARGET, fractions: Sequence[flo
     check_target(target)
     if outside := [fraction for fraction in fractions if not 0 < fraction <= 1]:
         raise ValueError(f"fractions must lie in (0, 1], got {outside[0]}.")
-    counts = scores.header.get("halves")
-    if scores.halves is None or not counts or not all(counts):
+    if halves is None or not counts or not all(counts):
         return None
-    halves = {site: np.asarray(value, np.float64) for site, value in scores.halves.items()}
+    halves = {site: np.asarray(value, np.float64) for site, value in halves.items()}
     kinds = {}
     for kind, sites in _by_kind(halves).items():
         selections = [
