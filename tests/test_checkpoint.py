@@ -549,9 +549,9 @@ def test_a_damaged_configuration_is_refused_by_name(tmp_path, content):
     [
         ({"format": 2, "heads": []}, "format 2, this version reads 1: update jaxprune"),
         ("yes", "format 'yes'"),
-        ({"format": 1}, "no list of heads"),
-        ({"format": 1, "heads": [], "sparsity": 0.5}, r"unknown entries \['sparsity'\]"),
-        ({"format": 1, "heads": [{"name": "task"}]}, "must have exactly the fields name, labels"),
+        ({"format": 1}, "jaxprune.heads is missing"),
+        ({"format": 1, "heads": [], "sparsity": 0.5}, "jaxprune.sparsity is unknown"),
+        ({"format": 1, "heads": [{"name": "task"}]}, r"jaxprune.heads\[0\].labels is missing"),
         (
             {
                 "format": 1,
@@ -564,7 +564,7 @@ def test_a_damaged_configuration_is_refused_by_name(tmp_path, content):
                 "format": 1,
                 "heads": [{"name": "x", "labels": [1], "regression": False, "pooling": "mean", "dense": None}],
             },
-            "labels that are not text",
+            r"jaxprune.heads\[0\].labels\[0\] is 1, expected text",
         ),
         (
             {

@@ -416,7 +416,7 @@ def test_surviving_heads_are_those_of_the_record():
     assert found == {n: tuple(np.flatnonzero(g)) for n, g in gates.items() if n.endswith("heads")}
     assert found["1.attention.heads"] == ()
     assert surviving_heads(
-        {"sites": {"0.attention.heads": {"which": "0-2,5,7-8"}, "0.ffn.neurons": {"which": "1"}}}
+        {"sites": {"0.attention.heads": {"had": 9, "which": "0-2,5,7-8"}, "0.ffn.neurons": {"had": 2, "which": "1"}}}
     ) == {"0.attention.heads": (0, 1, 2, 5, 7, 8)}
     with pytest.raises(ValueError, match="a record of a pruning has 'sites'"):
         surviving_heads({})

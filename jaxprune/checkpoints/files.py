@@ -17,10 +17,12 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import secrets
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -74,6 +76,92 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, expected a JSON object.")
     return content
+
+
+COUNT = range(2**63)  # in a schema: how many there are of something
+DIGEST = re.compile("[0-9a-f]{64}")  # in a schema: a SHA-256
+
+
+def parse_header(text: str, schema: Any) -> tuple[list[str], Any]:
+    """The problems of a header in JSON, one line each, and what it holds: None if there are any; see `misfits_of`."""
+    try:
+        header = json.loads(text, object_pairs_hook=without_duplicates, parse_constant=_refuse_constant)
+        json.dumps(header, ensure_ascii=False).encode()  # refuses half of a character
+    except (ValueError, RecursionError) as error:
+        return [f"its header is not JSON ({error})"], None
+    version = header.get("format") if isinstance(header, dict) else header
+    if isinstance(schema, dict) and "format" in schema and misfits_of(version, schema["format"]):
+        known = ", ".join(map(str, schema["format"]))
+        return [f"its format is {_shown(version)}, this version of jaxprune reads {known}"], None
+    problems = misfits_of(header, schema)
+    return problems, None if problems else header
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON header.
+
+    Raises:
+        ValueError: If a name stands twice in it.
+    """
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        twice = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"its header names twice: {twice}")
+    return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def misfits_of(value: Any, schema: Any, place: str = "") -> list[str]:
+    """The entries of a JSON value that are not as its schema says, each with what was expected.
+
+    A schema is a type (float: any finite number; object: anything), a `range` of whole numbers, a pattern of a whole
+    text, None, a tuple of schemas of which one fits, a list with the schema of all items, or a dict of schemas by name,
+    in which names that end in "?" may be missing, and `...` stands for all others.
+    """
+    if isinstance(schema, tuple):
+        nested = [each for each in schema if isinstance(each, dict | list) and isinstance(value, type(each))]
+        if nested:
+            return misfits_of(value, nested[0], place)
+        fits = any(not misfits_of(value, each) for each in schema)
+    elif isinstance(schema, dict) and isinstance(value, dict):
+        known = {name.removesuffix("?"): each for name, each in schema.items() if name is not ...}
+        at = {name: f"{place}.{name}" if place else name for name in known | value}
+        problems = [f"{at[name]} is missing" for name in schema if name in known and name not in value]
+        for name, each in value.items():
+            if name in known or ... in schema:
+                problems += misfits_of(each, known[name] if name in known else schema[...], at[name])
+            else:
+                problems.append(f"{at[name]} is unknown, expected {', '.join(known)}")
+        return problems
+    elif isinstance(schema, list) and isinstance(value, list):
+        return [problem for i, each in enumerate(value) for problem in misfits_of(each, schema[0], f"{place}[{i}]")]
+    elif isinstance(schema, range):
+        fits = type(value) is int and value in schema
+    elif isinstance(schema, re.Pattern):
+        fits = isinstance(value, str) and schema.fullmatch(value)
+    elif schema is float:
+        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max  # NaN is not
+    else:
+        fits = schema is object or (value is None if schema is None else type(value) is schema)
+    return [] if fits else [f"{place or 'its header'} is {_shown(value)}, expected {_expected(schema)}"]
+
+
+def _shown(value: Any) -> str:
+    return str(reprlib.repr(value))[:80]
+
+
+def _expected(schema: Any) -> str:
+    if isinstance(schema, tuple):
+        return " or ".join(map(_expected, schema))
+    if isinstance(schema, range):
+        return "a count" if schema == COUNT else f"a whole number from {schema[0]} to {schema[-1]}"
+    if isinstance(schema, re.Pattern):
+        return "a digest" if schema == DIGEST else f"text such as {schema.pattern}"
+    names = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", None: "null"}
+    return "an object" if isinstance(schema, dict) else "a list" if isinstance(schema, list) else names[schema]
 
 
 def check_file(path: Path, overwrite: bool) -> None:

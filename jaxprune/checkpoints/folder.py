@@ -27,6 +27,7 @@ from jaxprune.checkpoints.files import (
     folder_for,
     interrupted,
     is_leftover,
+    misfits_of,
     read_json,
     recall,
     remember,
@@ -49,7 +50,6 @@ from jaxprune.checkpoints.weights import (
     open_tensors,
     read_compacted,
     read_later,
-    read_sparse,
     refuse,
     reread,
     shapes_of,
@@ -77,6 +77,8 @@ _DOWNLOADED = (
     *TOKENIZER_FILES,
 )  # from the hub: never a pickle
 _FORMAT = 1  # of our own folder
+_HEAD = {"name": str, "labels": [str], "regression": bool, "pooling": str, "dense": (str, None)}
+_SECTION = {"format": range(_FORMAT, _FORMAT + 1), "heads": [_HEAD], "dtype?": str, "files?": [str]}
 
 
 class Outline(NamedTuple):
@@ -139,7 +141,7 @@ def load(
     with opened(path_or_hub_id, revision) as files:
         model, folder, parameters = files
         if task is None:
-            return model, (read_sparse if sparse else convert)(parameters, target, folder)
+            return model, convert(parameters, target, folder, sparse=sparse)
         if sparse:
             raise ValueError(f"sparse=True is for the whole model, not for task {task!r}: leave one of them out.")
         file = read_gates(folder / GATES)
@@ -404,23 +406,12 @@ def _json_bytes(content: Mapping[str, Any]) -> bytes:
 
 
 def _task_heads(section: Any) -> tuple[TaskHead, ...]:
-    if not isinstance(section, dict) or section.get("format") != _FORMAT:
-        version = section.get("format") if isinstance(section, dict) else section
+    version = section.get("format") if isinstance(section, dict) else section
+    if misfits_of(version, _SECTION["format"]):
         raise ValueError(f"the jaxprune section has format {version!r}, this version reads {_FORMAT}: update jaxprune.")
-    unknown = sorted(set(section) - {"format", "dtype", "heads", "files"})
-    if unknown or not isinstance(section.get("heads"), list):
-        raise ValueError(f"the jaxprune section has no list of heads, or unknown entries {unknown}.")
-    return tuple(map(_task_head, section["heads"]))
-
-
-def _task_head(fields: Any) -> TaskHead:
-    kinds = {"name": str, "labels": list, "regression": bool, "pooling": str, "dense": str | None}
-    fits = isinstance(fields, dict) and fields.keys() == kinds.keys()
-    if not fits or not all(isinstance(fields[name], kind) for name, kind in kinds.items()):
-        raise ValueError(f"task head {fields!r} must have exactly the fields {', '.join(kinds)}.")
-    if not all(isinstance(label, str) for label in fields["labels"]):
-        raise ValueError(f"task head {fields['name']!r} has labels that are not text: {fields['labels']!r}.")
-    return TaskHead(**{**fields, "labels": tuple(fields["labels"])})
+    if problems := misfits_of(section, _SECTION, "jaxprune"):
+        raise ValueError("; ".join(problems))
+    return tuple(TaskHead(**{**fields, "labels": tuple(fields["labels"])}) for fields in section["heads"])
 
 
 def check_destination(path: Path, overwrite: bool) -> None:

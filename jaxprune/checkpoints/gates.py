@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save
 
-from jaxprune.checkpoints.files import read_json
+from jaxprune.checkpoints.files import COUNT, DIGEST, misfits_of, parse_header, read_json
 from jaxprune.checkpoints.tensors import TensorFile
 from jaxprune.checkpoints.weights import refuse
 from jaxprune.compaction import check_biases
@@ -62,21 +63,26 @@ def units_record(remaining: Mapping[str, np.ndarray], had: Mapping[str, int]) ->
     }
 
 
+_RUN = "[0-9]{1,9}(-[0-9]{1,9})?"
+_SITE = {"had": range(2**24), "kept?": COUNT, "which": re.compile(f"({_RUN}(,{_RUN})*)?")}
+_MOST_UNITS = 2**26  # of a whole model
+
+
 def kept_units(name: str, site: Any) -> tuple[int, np.ndarray]:
     """The number of units that a site had, and those that stay, from its entry: `{"had": 12, "which": "0-3,7"}`.
 
     Raises:
         ValueError: If the entry says something else.
     """
-    try:
-        pairs = [part.split("-") for part in site["which"].split(",") if part]
-        units = [unit for pair in pairs for unit in range(int(pair[0]), int(pair[-1]) + 1)]
-        fits = units == sorted(set(units)) and (not units or units[-1] < site["had"])
-    except (KeyError, TypeError, ValueError, AttributeError):
-        units, fits = [], False
-    if not fits:
-        raise ValueError(f"pruning.json says of {name} {str(site)[:80]!r}: expected the units it had, and which stay.")
-    return int(site["had"]), np.asarray(units, int)
+    if not (problems := misfits_of(site, _SITE, f"sites.{name}")):
+        runs = [(int(run[0]), int(run[-1]) + 1) for part in site["which"].split(",") if (run := part.split("-"))[0]]
+        ends = [end for run in runs for end in run]
+        if ends == sorted(ends) and max(ends, default=0) <= site["had"]:  # else nothing is made of them
+            units = np.concatenate([np.zeros(0, int), *(np.arange(*run) for run in runs)])
+            if (np.diff(units) > 0).all() and len(units) == site.get("kept", len(units)):
+                return site["had"], units
+        problems = [f"sites.{name} is {str(site)[:80]}, expected rising numbers below had, and as many as kept"]
+    raise ValueError(f"{PRUNING} does not say which units stay: {'; '.join(problems)}.")
 
 
 def recorded_gates(record: Mapping[str, Any]) -> Gates:
@@ -86,9 +92,9 @@ def recorded_gates(record: Mapping[str, Any]) -> Gates:
         ValueError: If the record does not say which units stay.
     """
     sites = {name: kept_units(name, site) for name, site in record["sites"].items()}
-    return {
-        name: jnp.asarray(np.isin(np.arange(had), units).astype(np.float32)) for name, (had, units) in sites.items()
-    }
+    if (units := sum(had for had, _ in sites.values())) > _MOST_UNITS:
+        raise ValueError(f"{PRUNING} says that the model had {units:,} units, expected at most {_MOST_UNITS:,}.")
+    return {name: jnp.zeros(had, jnp.float32).at[left].set(1.0) for name, (had, left) in sites.items()}
 
 
 def _ranges(index: np.ndarray) -> str:
@@ -100,14 +106,15 @@ def _ranges(index: np.ndarray) -> str:
 GATES = "gates.safetensors"
 METADATA = "jaxprune_gates"
 FORMAT = 1
-_FIELDS: dict[str, tuple[type, ...]] = {  # of one task in the header, as in `StoredGates`
-    "kinds": (list,),
-    "units": (int,),
-    "sites": (str,),
-    "means": (list, type(None)),
-    "record": (dict,),
-    "checksum": (str,),  # of the model's digest, the task's name, the other fields and the tensors
+_TASK = {  # in the header, as in `StoredGates`
+    "kinds": [re.compile("|".join(KINDS))],
+    "units": COUNT,
+    "sites": DIGEST,
+    "means": ([str], None),
+    "record": {...: object},
+    "checksum": DIGEST,  # of the model's digest, the task's name, the other fields and the tensors
 }
+_HEADER = {"format": range(FORMAT, FORMAT + 1), "model": DIGEST, "tasks": {...: _TASK}}
 
 
 class StoredGates(NamedTuple):
@@ -263,8 +270,10 @@ def read_gates(path: Path) -> GateFile:
         )
     tasks: dict[str, StoredGates] = {}
     with TensorFile(path) as file:
-        problems, header = _read_header(file.metadata)
-        entries: Mapping[str, Any] = header.get("tasks", {})
+        if METADATA not in file.metadata:
+            raise ValueError(f"{path} cannot be used: it holds no gates, its metadata has no {METADATA!r}.")
+        problems, header = parse_header(file.metadata[METADATA], _HEADER)
+        entries: Mapping[str, Any] = header["tasks"] if header else {}
         expected = {f"gates:{task}": "U8" for task in entries}
         expected |= {f"means:{task}": "F32" for task, entry in entries.items() if entry["means"] is not None}
         problems += [f"{name} is in its header and not in its tensors" for name in expected if name not in file.entries]
@@ -276,7 +285,9 @@ def read_gates(path: Path) -> GateFile:
         ]
         for task, entry in ({} if problems else entries).items():
             tasks[task] = stored = _stored(file, task, entry)
-            if _checksum(header["model"], task, stored) != entry["checksum"]:
+            if stored.kinds != tuple(kind for kind in KINDS if kind in stored.kinds):
+                problems.append(f"tasks.{task}.kinds is {entry['kinds']}, expected some of {', '.join(KINDS)} in order")
+            elif _checksum(header["model"], task, stored) != entry["checksum"]:
                 problems.append(f"the gates of {task!r} are not those that were written: their checksum is another")
             elif len(stored.bits) != -(-stored.units // 8):
                 problems.append(f"the gates of {task!r} have {len(stored.bits):,} bytes for {stored.units:,} units")
@@ -299,62 +310,16 @@ def check_name(task: str) -> None:
         raise ValueError(f"the task's name {task!r} must have at least one letter, all of them printable, and no '#'.")
 
 
-def _read_header(metadata: Mapping[str, str]) -> tuple[list[str], dict[str, Any]]:
-    """The problems of the header, and the header; empty if there are any."""
-    if METADATA not in metadata:
-        return [f"it holds no gates, its metadata has no {METADATA!r}"], {}
-    try:
-        header = json.loads(metadata[METADATA])
-        json.dumps(header, allow_nan=False)  # NaN is no JSON either
-    except (ValueError, RecursionError) as error:
-        return [f"its header is not JSON ({error})"], {}
-    version = header.get("format") if isinstance(header, dict) else header
-    if type(version) is not int or version != FORMAT:
-        return [f"its format is {str(version)[:80]!r}, this version of jaxprune reads {FORMAT}"], {}
-    if header.keys() != {"format", "model", "tasks"}:
-        return [f"its header has {sorted(header)}, expected format, model and tasks"], {}
-    if not isinstance(header["model"], str) or not isinstance(header["tasks"], dict):
-        return ["its header does not name a model and tasks"], {}
-    problems = []
-    for task, entry in header["tasks"].items():
-        if not isinstance(entry, dict) or entry.keys() != _FIELDS.keys():
-            problems.append(f"task {task!r} must have exactly the fields {', '.join(_FIELDS)}")
-            continue
-        problems += [
-            f"{name} of task {task!r} is {str(entry[name])[:80]!r}"
-            for name, kinds in _FIELDS.items()
-            if type(entry[name]) not in kinds
-        ]
-        kinds, means = entry["kinds"], entry["means"]
-        if isinstance(kinds, list) and kinds != [kind for kind in KINDS if kind in kinds]:
-            problems.append(f"task {task!r} has units of the kinds {str(kinds)[:80]}, known: {', '.join(KINDS)}")
-        if isinstance(means, list) and not all(isinstance(name, str) for name in means):
-            problems.append(f"task {task!r} has means of {str(means)[:80]}, expected names of sites")
-    return problems, {} if problems else header
-
-
 def _stored(file: TensorFile, task: str, entry: Mapping[str, Any]) -> StoredGates:
     means = None if entry["means"] is None else tuple(entry["means"])
-    return StoredGates(
-        kinds=tuple(entry["kinds"]),
-        units=entry["units"],
-        sites=entry["sites"],
-        bits=file.read(f"gates:{task}"),
-        means=means,
-        values=np.zeros(0, np.float32) if means is None else file.read(f"means:{task}"),
-        record=entry["record"],
-    )
+    values = np.zeros(0, np.float32) if means is None else file.read(f"means:{task}")
+    facts = {name: entry[name] for name in ("units", "sites", "record")}
+    return StoredGates(tuple(entry["kinds"]), bits=file.read(f"gates:{task}"), means=means, values=values, **facts)
 
 
 def _entry(stored: StoredGates) -> dict[str, Any]:
     """The header's entry of one task, but for the checksum."""
-    return {
-        "kinds": list(stored.kinds),
-        "units": stored.units,
-        "sites": stored.sites,
-        "means": None if stored.means is None else list(stored.means),
-        "record": dict(stored.record),
-    }
+    return {name: getattr(stored, name) for name in _TASK if name != "checksum"}
 
 
 def _checksum(model: str, task: str, stored: StoredGates) -> str:

@@ -16,7 +16,6 @@ import math
 import os
 import tempfile
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -28,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.checkpoints.files import COUNT, misfits_of, without_duplicates
 from jaxprune.models import Model
 from jaxprune.units import Params, flatten, path_name
 
@@ -291,39 +291,21 @@ def _read_header(read: Callable[[int], bytes], size: int | None) -> tuple[dict[s
     return entries, metadata, position
 
 
-def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a JSON header.
-
-    Raises:
-        ValueError: If a name stands twice in it.
-    """
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        twice = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"its header names twice: {twice}")
-    return content
-
-
 def _entry(name: str, fields: Any, offset: int) -> Entry:
     if not isinstance(fields, dict) or sorted(fields) != ["data_offsets", "dtype", "shape"]:
         raise ValueError(f"tensor {name!r} is described by {str(fields)[:80]}, expected dtype, shape and data_offsets")
     dtype, shape, span = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BYTES:
         raise ValueError(f"tensor {name!r} has type {dtype!r}, known: {', '.join(_BYTES)}")
-    if not are_sizes(shape) or not are_sizes(span) or len(span) != 2:
+    if not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2:
         raise ValueError(f"tensor {name!r} has shape {str(shape)[:80]} and bytes {str(span)[:80]}, expected counts")
     if math.prod(shape) * _BYTES[dtype] != span[1] - span[0]:
         raise ValueError(f"tensor {name!r} of shape {shape} and type {dtype} does not fill the bytes {span}")
     return Entry(dtype, tuple(shape), offset + span[0], offset + span[1])
 
 
-def are_sizes(values: Any) -> bool:
-    """True if a value of a JSON header is a list of counts."""
-    return (
-        isinstance(values, list)
-        and len(values) <= _MAX_AXES
-        and all(type(value) is int and 0 <= value < 2**63 for value in values)
-    )
+def _are_sizes(values: Any) -> bool:
+    return len(values) <= _MAX_AXES and not misfits_of(values, [COUNT]) if isinstance(values, list) else False
 
 
 # Paths and identities of arrays -> references that remove the entry when an array goes, and their digest.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,8 +23,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxprune.checkpoints.files import read_json
-from jaxprune.checkpoints.tensors import COMPRESSED, FLOATS, Entry, TensorFile, are_sizes, without_duplicates
+from jaxprune.checkpoints.files import COUNT, parse_header, read_json
+from jaxprune.checkpoints.tensors import COMPRESSED, FLOATS, Entry, TensorFile
 from jaxprune.compaction import compact_site
 from jaxprune.models import Model, family
 from jaxprune.units import KINDS, AxisTable, Params, Site, axes_of, flatten, input_axes, path_name, sites, unflatten
@@ -33,9 +32,15 @@ from jaxprune.units import Path as ParamPath
 
 INT8 = "int8"  # in the metadata of a file: name -> type of the kernels that are rounded
 PACKED = "packed"  # the same of the tensors that version 0.1 stored without their zeros
+_DESCRIBED = {  # schemas of both
+    INT8: {...: re.compile("|".join(FLOATS))},
+    PACKED: {"version": range(1, 2), "tensors": {...: {
+        "dtype": re.compile("|".join(FLOATS)), "shape": [COUNT], "values": re.compile("I8|" + "|".join(FLOATS)),
+        "encoding": re.compile("all|bits|deltas"), "count": COUNT,
+    }}},
+}  # fmt: skip
 _LARGEST = 127  # int8, symmetric: -128 is not used
 _RUN = 255  # zeros that no weight follows, in the packed files of version 0.1
-_PACKED_FIELDS = {"dtype", "shape", "values", "encoding", "count"}
 
 
 @dataclass(frozen=True)
@@ -188,21 +193,15 @@ class WeightFile(TensorFile):
             yield rows, block
 
     def _described(self, key: str) -> dict[str, Any]:
-        if key not in self.metadata:
-            return {}
-        content = json.loads(self.metadata[key], object_pairs_hook=without_duplicates)
-        if key == PACKED and isinstance(content, dict):
-            if content.keys() != {"version", "tensors"} or str(content["version"]) != "1":  # nor True
-                raise ValueError(f"they are described by {str(content)[:80]}, expected version 1 and tensors")
-            content = content["tensors"]
-        if not isinstance(content, dict):
-            raise ValueError(f"they are described by {str(content)[:80]}, expected an object of names")
-        return content
+        problems, content = parse_header(self.metadata.get(key, "{}"), _DESCRIBED[key] if key in self.metadata else {})
+        if problems:
+            raise ValueError("; ".join(problems))
+        return content.get("tensors", {}) if key == PACKED else content
 
     def _add_rounded(self, name: str, dtype: Any) -> None:
         entry, scales = self._stored.get(name), self._stored.get(f"{name}.scales")
-        if dtype not in list(FLOATS) or entry is None or entry.dtype != "I8" or scales is None or scales.dtype != "F32":
-            raise ValueError(f"{name} must be I8, with scales in F32, and of one of the types {', '.join(FLOATS)}")
+        if entry is None or entry.dtype != "I8" or scales is None or scales.dtype != "F32":
+            raise ValueError(f"{name} must be I8, with scales in F32")
         width = math.prod(entry.shape[1:])
         if len(scales.shape) != 1 or not scales.shape[0] or len(entry.shape) < 2 or width % scales.shape[0]:
             raise ValueError(f"{name} of shape {list(entry.shape)} has scales of shape {list(scales.shape)}")
@@ -210,14 +209,10 @@ class WeightFile(TensorFile):
         self.entries[name] = entry._replace(dtype=dtype)
         del self.entries[f"{name}.scales"]
 
-    def _add_packed(self, name: str, fields: Any) -> None:
-        if not isinstance(fields, dict) or fields.keys() != _PACKED_FIELDS:
-            raise ValueError(f"{name} is described by {str(fields)[:80]}, expected {', '.join(sorted(_PACKED_FIELDS))}")
+    def _add_packed(self, name: str, fields: dict[str, Any]) -> None:
         dtype, shape, kind, encoding, count = (fields[k] for k in ("dtype", "shape", "values", "encoding", "count"))
-        if dtype not in list(FLOATS) or kind not in (dtype, "I8") or encoding not in ("all", "bits", "deltas"):
-            raise ValueError(f"{name} is described by {str(fields)[:200]}: a type or an encoding is unknown")
-        if not are_sizes(shape) or not are_sizes([count]) or name in self._stored:
-            raise ValueError(f"{name} is described by {str(fields)[:200]}: no counts, or it is there as well")
+        if kind not in (dtype, "I8") or name in self._stored:
+            raise ValueError(f"{name} is described by {str(fields)[:200]}: other types, or it is there as well")
         parts = {"values": kind} | ({} if encoding == "all" else {encoding: "U8"})
         parts |= {"scales": "F32"} if kind == "I8" else {}
         for part, type_of_part in parts.items():
@@ -475,15 +470,20 @@ def refuse(message: str, **problems: list[str]) -> None:
         raise ValueError(f"{message}; {'; '.join(listed)}.")
 
 
-def convert(parameters: list[Parameter], dtype: np.dtype | None, folder: Path) -> Params:
-    """Reads the parameters onto the device, as `read_arrays` does, in the order of the files."""
-    flat = {path: jax.device_put(array) for path, array in read_arrays(in_file_order(parameters), dtype, folder)}
+def convert(parameters: list[Parameter], dtype: np.dtype | None, folder: Path, *, sparse: bool = False) -> Params:
+    """Reads the parameters onto the device in the order of the files; those that take less memory so are `sparse`.
+
+    Raises:
+        ValueError: If there are none of these, or as `read_arrays`.
+    """
+    ordered = sorted(parameters, key=lambda parameter: (parameter.source.file.path, parameter.source.entry.start))
+    make = sparse_if_smaller if sparse else jax.device_put
+    flat = {path: make(array) for path, array in read_arrays(ordered, dtype, folder)}
+    if sparse and not any(hasattr(array, "todense") for array in flat.values()):
+        raise ValueError(
+            f"nothing in {folder} has so many zeros that it takes less memory: load it without sparse=True."
+        )
     return unflatten({path: flat[path] for path, *_ in parameters})
-
-
-def in_file_order(parameters: Iterable[Parameter]) -> list[Parameter]:
-    """The parameters in the order of their files."""
-    return sorted(parameters, key=lambda parameter: (parameter.source.file.path, parameter.source.entry.start))
 
 
 def read_arrays(
@@ -512,21 +512,6 @@ def read_arrays(
             (too_large if finite else not_finite).append(source.name)
         yield path, array
     refuse(f"the weights in {folder} cannot be used", **problems)
-
-
-def read_sparse(parameters: list[Parameter], dtype: np.dtype | None, folder: Path) -> Params:
-    """Reads the parameters as `convert` does; those that take less memory so are sparse (`BCOO`).
-
-    Raises:
-        ValueError: If there are none, or a value is NaN, infinite or too large for `dtype`; it names every tensor.
-    """
-    ordered = read_arrays(in_file_order(parameters), dtype, folder)
-    flat = {path: sparse_if_smaller(array) for path, array in ordered}
-    if not any(hasattr(array, "todense") for array in flat.values()):
-        raise ValueError(
-            f"nothing in {folder} has so many zeros that it takes less memory: load it without sparse=True."
-        )
-    return unflatten({path: flat[path] for path, *_ in parameters})
 
 
 def read_later(parameters: Iterable[Parameter], dtype: np.dtype | None, folder: Path) -> Params:

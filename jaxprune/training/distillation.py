@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
+from jaxprune.checkpoints.gates import kept_units
 from jaxprune.checkpoints.tensors import model_digest
 from jaxprune.data.batches import default_length, encode, pack, training_batches
 from jaxprune.data.prompts import prompt_of
@@ -243,13 +244,8 @@ def surviving_heads(record: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """
     if "sites" not in record:
         raise ValueError(f"a record of a pruning has 'sites', this one has {sorted(record)}.")
-    return {name: _numbers(site["which"]) for name, site in record["sites"].items() if name.endswith(".heads")}
-
-
-def _numbers(ranges: str) -> tuple[int, ...]:
-    """The numbers of `0-3,7`."""
-    ends = [run.partition("-") for run in filter(None, ranges.split(","))]
-    return tuple(i for first, _, end in ends for i in range(int(first), int(end or first) + 1))
+    sites = {name: site for name, site in record["sites"].items() if name.endswith(".heads")}
+    return {name: tuple(kept_units(name, site)[1].tolist()) for name, site in sites.items()}
 
 
 def _with_head(student: Pair, teacher_model: Model, name: str | None, key: Array) -> tuple[Model, Params, bool]:

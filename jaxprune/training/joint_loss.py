@@ -277,8 +277,7 @@ def joint_loss(
         ValueError: If student and teacher do not match, or the batch does not fit them.
     """
     distillation = distillation or Distillation.sparse_bert(regression=student[0].head().regression)
-    total, parts, _ = _run(student, teacher, batch, distillation, key, differentiated=False)
-    return total, parts
+    return _run(student, teacher, batch, distillation, key, differentiated=False)[:2]
 
 
 def joint_loss_and_gradients(
@@ -404,7 +403,7 @@ def _run(
     for layer, layer_key in zip(layers, keys, strict=False):
         layer_counts = mask_of(layer, counts)
         if layer.entry is not None:
-            target = _next(targets, _entry_name(layer)) if distillation.embeddings else None
+            target = _next(targets, f"{layer.stack.name}.embeddings") if distillation.embeddings else None
             moved = _Differentiated(state, layer.entry, projection.get("embeddings"))
             fixed = _Fixed(inputs, layer_counts, target, entry_key(keys, layer))
             places = model.embed_places(layer.stack.name)
@@ -453,16 +452,12 @@ def _targets(
     for layer in layers:
         state = enter(model, layer, inputs, state)
         if layer.entry is not None:
-            yield _entry_name(layer), Target(state.hidden)
+            yield f"{layer.stack.name}.embeddings", Target(state.hidden)
         wanted = ("scores",) if layer.name in scored else ()
         state, scores = run_layer(model, layer, inputs, state, returns=wanted)
         yield layer.name, Target(state.hidden, scores)
     readout = part(params, model.readout_places(head))
     yield LOGITS, Target(readout_compiled(model, head, readout, state, mask_of(layers[-1], inputs), None))
-
-
-def _entry_name(layer: Layer) -> str:
-    return f"{layer.stack.name}.embeddings"
 
 
 def _next(targets: Iterator[tuple[str, Target]], name: str) -> Target:
