@@ -392,6 +392,13 @@ class Rows:
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {self.max_length}.")
 
+    @property
+    def random(self) -> jax.Array:
+        """The `jax.random.key` of `key`."""
+        import jax  # slow to import
+
+        return jax.random.key(self.key) if isinstance(self.key, int) else self.key
+
 
 def draw(
     task: Task, examples: int, key: int | jax.Array, *, split: str = "calibration", stratified: bool = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -22,7 +23,7 @@ Normalise: TypeAlias = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(ABC):
     """The cost that may remain: a fraction, in (0, 1], of the model's cost, or an amount in bytes or seconds."""
 
     fraction: float | None = None
@@ -73,9 +74,9 @@ class Budget:
         """The cost that may remain, in the unit of `total`, which is the whole."""
         return (self.amount * total if self.is_fraction else self.amount) + SLACK * total
 
+    @abstractmethod
     def unit_costs(self, model: Model, params: Params) -> dict[str, float]:
         """The cost of one unit at every site, of all kinds."""
-        raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
         """Its amount by its name in records, and the length."""
@@ -153,6 +154,10 @@ class Latency(Budget):
     def with_length(self, length: Length | None) -> Self:
         """The same budget for examples of this mean length, unless it or its table names one."""
         return super().with_length(self.table.conditions.length if self.table is not None else length)
+
+    def unit_costs(self, model: Model, params: Params) -> dict[str, float]:
+        """Refused: time is no sum over units."""
+        raise ValueError("units have no threshold by latency: give a budget of units, parameters, flops or memory.")
 
     def measured(self, model: Model, params: Params, progress: Callable[[int, int], None] | None = None) -> Self:
         """The same budget with a table of the model on this device, which is measured if there is none.

@@ -19,7 +19,7 @@ from jaxprune.data.tasks import Rows, Task
 from jaxprune.evaluation.evaluate import evaluate
 from jaxprune.models import Model
 from jaxprune.pruning.budgets import Rules, Units
-from jaxprune.pruning.record import origin_of, scored_rows
+from jaxprune.pruning.loss import origin_of, scored_rows
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.criteria import Removal
 from jaxprune.scoring.objectives import calibration_means, gold, zero

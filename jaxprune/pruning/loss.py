@@ -13,7 +13,7 @@ from none. So *re-selection* merges it with the scores and selects again at the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +24,8 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxprune.data.batches import pack, usable_rows
-from jaxprune.data.tasks import Rows, Task, draw, row_key
+from jaxprune.data.prompts import prompt_of
+from jaxprune.data.tasks import Example, Rows, Task, draw, row_key
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
 from jaxprune.models.backward import forward
@@ -35,20 +36,33 @@ from jaxprune.scoring.objectives import (
     Objective,
     absolute,
     calibration_means,
+    every,
     gold,
+    log_probability,
+    margin,
+    maximum,
+    name_of,
+    negative_squared_error,
     open_passes,
+    predicted,
+    probability,
+    sampled,
     signed,
     squared,
     value_and_cotangent,
     weigh,
     zero,
 )
+from jaxprune.scoring.run import EXAMPLES as EXAMPLES_SCORED
 from jaxprune.scoring.run import score_batches
-from jaxprune.scoring.scores import Scores
+from jaxprune.scoring.scores import Scores, check_scores, objective_name
 from jaxprune.units import Gates, Intervention, Params, check_gates
 
 EXAMPLES = 128  # rows of a report, unless asked otherwise
 WORTH = "worth:"  # before a site's name: what all its units are worth along the path
+OBJECTIVES = (probability, log_probability, margin, negative_squared_error)  # that a header can name
+LABELS = (gold, predicted, sampled, every)
+REDUCTIONS = (absolute, signed, squared, maximum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +188,7 @@ def loss_report(
     if all(bool((gate == 1.0).all()) for gate in selected.values()):
         raise ValueError("all gates are open: nothing is lost, so there is nothing to attribute.")
     settings = reporting.rows
-    key = jax.random.key(settings.key) if isinstance(settings.key, int) else settings.key
+    key = settings.random
     head = fitting_head(model, task, reporting.head)
     usable, drawn = usable_rows(model, task, settings), settings.examples
     if not isinstance(drawn, tuple):
@@ -376,3 +390,157 @@ def reselect(
 def _changed(gates: Gates, others: Gates) -> int:
     """Units whose gates differ."""
     return sum(int((np.asarray(gate) != np.asarray(others[name])).sum()) for name, gate in gates.items())
+
+
+class Origin(NamedTuple):
+    """The objective, labels and reduction that a criterion used."""
+
+    objective: Objective
+    labels: Labels | None  # None: the criterion has none
+    examples: ExampleReduction  # absolute, if the criterion has none
+
+
+def origin_of(model: Model, scores: Scores) -> Origin:
+    """The objective, labels and reduction of scores.
+
+    Raises:
+        ValueError: If one of them is a function of the user's own: it cannot be found by its name.
+    """
+    criterion = scores.header["criterion"]
+    return Origin(
+        _named("objective", objective_name(scores, model.head(scores.header["head"])), OBJECTIVES),
+        _named("labels", criterion.get("labels"), LABELS),
+        _named("examples", criterion.get("examples"), REDUCTIONS) or absolute,
+    )
+
+
+def scored_rows(
+    model: Model, params: Params, task: Task, scores: Scores, *, limit: int | None = None, drawn: int = 64, key: int = 0
+) -> tuple[Example, ...]:
+    """The rows that were scored; for scores that read none, calibration rows.
+
+    Args:
+        model: The architecture.
+        params: The parameters that were scored.
+        task: The task, with the rows that were scored.
+        scores: The scores.
+        limit: The most rows; None: all of them.
+        drawn: How many rows are drawn for scores that read none, if there are as many.
+        key: A seed for that draw.
+
+    Raises:
+        ValueError: If the scores do not belong to the model, the task or its rows.
+    """
+    check_scores(model, params, scores)
+    header = scores.header
+    if header["task"] != task.name:
+        raise ValueError(f"the scores are of task {header['task']!r}, not of {task.name!r}: name the task they are of.")
+    prompt = prompt_of(model, task)
+    expected = None if prompt is None else prompt.to_json()
+    if header["examples"] and header.get("prompt") != expected:
+        raise ValueError(f"the scores are of the prompt {header.get('prompt')}, this is {expected}: use the same.")
+    split = header["split"] if header["split"] != "given" else "calibration"
+    task = usable_rows(model, task, Rows(split=split, max_length=header["max_length"])).task
+    rows = task.rows(split)
+    if not rows:
+        raise ValueError(f"{task.name!r} has no {split} rows: the rows that were scored are needed.")
+    if not header["examples"]:
+        return draw(task, min(drawn, len(rows)), key, split=split)
+    wanted = set(scores.rows)
+    known = {row_key(row): row for row in rows if row_key(row) in wanted}
+    if not known:
+        raise ValueError(
+            f"none of the {len(wanted)} rows that were scored is among the {len(rows)} {split} rows of {task.name!r}: "
+            "give the data that the scores were made with."
+        )
+    return tuple(known[key] for key in sorted(known)[:limit])  # keys are hashes: any of the rows
+
+
+class ScoredLoss:
+    """The true loss of the objective by a selection, on the rows and with the settings of its scores."""
+
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        task: Task,
+        scores: Scores,
+        *,
+        means: Gates | None,
+        nodes: int,
+        batch_size: int,
+        open_bar: Callable[[str], Callable[[int, int], None]],
+    ):
+        origin = origin_of(model, scores)
+        rows = scored_rows(model, params, task, scores, drawn=EXAMPLES_SCORED)
+        labelled = all(row.label is not None or row.answers for row in rows)
+        self.scores, self.model, self.task, self.open_bar = scores, model, task, open_bar
+        self.reporting = LossReporting(
+            rows=Rows(examples=rows, batch_size=batch_size, max_length=scores.header["max_length"]),
+            nodes=nodes,
+            objective=origin.objective,
+            labels=origin.labels or (gold if labelled else predicted),
+            examples=absolute if origin.examples.largest else origin.examples,
+            head=scores.header["head"],
+        )
+        self.measure = partial(loss_report, model, params, task, reporting=self.reporting, means=means)
+
+    def __call__(self, gates: Gates) -> LossReport:
+        """Measures what a selection loses."""
+        return self.measure(gates, progress=self.open_bar(f"loss of {self.task.name}"))
+
+    def reselect(self, choose: Callable[[dict[str, np.ndarray]], Gates], rounds: int) -> Reselection:
+        """Selects again by what was really lost; see `jaxprune.pruning.loss.reselect`."""
+        power = 2 if self.scores.header["criterion"].get("examples") == squared.name else 1
+        share = part_of_way(self.scores) ** power  # the report's worth is of all of the way to a closed gate
+        values = {name: np.asarray(value, np.float64) / share for name, value in self.scores.values.items()}
+        return reselect(values, choose, self, rounds=rounds)
+
+    def record(self, gates: Gates, loss: LossReport, tried: Reselection | None, most: int) -> dict[str, Any]:
+        """The loss of a selection, predicted and true, as records hold it."""
+        rounds = None
+        if tried is not None:
+            rounds = [{"lost": it.report.lost, "error": it.report.error, "changed": it.changed} for it in tried.rounds]
+        return {
+            "task": self.task.name,
+            "objective": objective_name(self.scores, self.model.head(self.scores.header["head"])),
+            "labels": name_of(self.reporting.labels),
+            "examples": len(loss.rows),
+            "nodes": self.reporting.nodes,
+            "lost": loss.lost,
+            "found": loss.attributed,
+            "error": loss.error,
+            "layers": loss.layers(),
+            "modules": loss.modules(),
+            "prediction": predict_loss(self.scores, gates).to_json(),
+            "rounds": rounds,
+            "best": None if tried is None else tried.best,
+            "most_rounds": most,
+        }
+
+
+def check_reselection(criterion: Mapping[str, Any], properties: Mapping[str, Any]) -> None:
+    """Refuses scores that a true loss cannot be merged with, by `describe` and `properties_of` their criterion."""
+    meant = properties["meaning"] is not None
+    if not meant or criterion.get("tokens", "sum_tokens") != "sum_tokens":
+        tokens = f" with tokens={criterion['tokens']}" if meant else ""
+        raise ValueError(
+            f"scores of {criterion['name']}{tokens} attribute no objective, so a measured loss cannot be merged with "
+            "them: score with an attribution, or leave the re-selection out."
+        )
+    if criterion.get("examples") == "maximum":
+        raise ValueError(
+            "scores that are the largest of the examples cannot be merged with a measured loss, which is a mean over "
+            "them: score with examples=absolute, or leave the re-selection out."
+        )
+
+
+def _named(setting: str, name: str | None, known: Sequence[Any]) -> Any:
+    """The function that a header names; None for none."""
+    by_name = {name_of(function): function for function in known}
+    if name is not None and name not in by_name:
+        raise ValueError(
+            f"the scores were made with {setting} {name!r}, which is none of {', '.join(by_name)}: a function of your "
+            "own cannot be found by its name, so what these scores are of cannot be computed again."
+        )
+    return None if name is None else by_name[name]

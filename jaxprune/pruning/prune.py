@@ -32,16 +32,9 @@ from jaxprune.models import Model
 from jaxprune.models.cost import memory
 from jaxprune.pruning.budgets import Budget, Latency, Rules
 from jaxprune.pruning.latency import LatencySearch, compare_latency, search_latency
+from jaxprune.pruning.loss import ScoredLoss, check_reselection
 from jaxprune.pruning.pooling import mean_closed, mean_length, pooled
-from jaxprune.pruning.record import (
-    ScoredLoss,
-    check_reselection,
-    costs,
-    pruning_record,
-    ratios,
-    recovery_record,
-    settings_of,
-)
+from jaxprune.pruning.record import costs, pruning_record, ratios, recovery_record, settings_of
 from jaxprune.pruning.recoveries import Recovery, RecoveryReport, check_method, recover
 from jaxprune.pruning.selection import Values, check_selection, least_latency, parts_of, select
 from jaxprune.scoring.objectives import name_of
@@ -79,27 +72,19 @@ class Watch(Protocol):
         ...
 
 
-class _Silent:
-    def open(self, label: str) -> Progress:
-        return lambda done, total, note="": None
-
-    def say(self, message: Any) -> None:
-        pass
-
-
 @dataclass(frozen=True)
 class _Stage:
-    """A watch that says in which round a stage is."""
+    """A watch that says in which round a stage is; without one to tell, it is silent."""
 
-    watch: Watch
-    number: int
-    rounds: int
+    watch: Watch | None
+    label: str = ""
 
     def open(self, label: str) -> Progress:
-        return self.watch.open(f"round {self.number} of {self.rounds}, {label}")
+        return (lambda done, total, note="": None) if self.watch is None else self.watch.open(f"{self.label}{label}")
 
     def say(self, message: Any) -> None:
-        self.watch.say(message)
+        if self.watch is not None:
+            self.watch.say(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +235,7 @@ def prune(
     tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
     given = [] if scores is None else [scores] if isinstance(scores, Scores) else list(scores)
     _check(model, params, tasks, budget, pruning, given)
-    watch = _Silent() if watch is None else watch
+    watch = _Stage(None) if watch is None else watch
     if len(tasks) > 1 and not given:
         tasks, leaks = remove_leaks(tasks)
         for (task, other), count in leaks.items():
@@ -342,11 +327,8 @@ class _Run:
             bar = self.watch.open("measuring modules") if budget.table is None else None
             budget = budget.measured(model, params, bar)
         several = {"together": self.pruning.together} if max(len(scores), len(self.tasks)) > 1 else {}
-        choose = (
-            partial(self.pruning.together, model, params, scores)
-            if several
-            else partial(select, model, params, scores[0])
-        )
+        choose = self.pruning.together if several else select
+        choose = partial(choose, model, params, scores if several else scores[0])
         means = mean_closed(scores)
         search, selected = None, budget
         if isinstance(budget, Latency):
@@ -433,22 +415,22 @@ class _Run:
         records, after = ([], None) if workspace is None else workspace.load(settings)
         if workspace is not None and after is not None:
             self.watch.say(
-                f"round {after.number} of {count}: {workspace.folder}, of an earlier run with the same settings"
+                f"round {after.number} of {count}: {workspace.folder}, of an earlier run with these settings"
             )
-        (first,) = self.scored(_Stage(self.watch, 1, count))
+        (first,) = self.scored(_Stage(self.watch, f"round 1 of {count}, "))
         budget = budget.with_length(length := first.header["mean_length"])
         dense = costs(model, params, budget.length or length)
 
+        def stage() -> _Stage:
+            return _Stage(self.watch, f"round {len(records) + 1} of {count}, ")
+
         def score_left(small: Params) -> Scores:
-            file, stage = (
-                None if workspace is None else workspace.next_scores,
-                _Stage(self.watch, len(records) + 1, count),
-            )
-            return first if small is params else score_once(model, small, task, pruning.scoring, file, stage)
+            file = None if workspace is None else workspace.next_scores
+            return first if small is params else score_once(model, small, task, pruning.scoring, file, stage())
 
         def repair(small: Params) -> tuple[Params, RecoveryReport]:
-            bar = _Stage(self.watch, len(records) + 1, count).open("recovering")
-            return recover(model, params, small, task, pruning.recovery or Recovery(), progress=bar)
+            recovery, bar = pruning.recovery or Recovery(), stage().open("recovering")
+            return recover(model, params, small, task, recovery, progress=bar)
 
         def record_of(gates: Gates) -> dict[str, Any]:
             return pruning_record(first, gates, budget, pruning.rules, rounds=count) | {"rounds": records}
@@ -604,7 +586,21 @@ def prune_in_rounds(
     if isinstance(budget, Latency):
         raise ValueError(ONE_ROUND)
     amounts = geometric(rounds, budget.amount, 1.0 if budget.is_fraction else float(memory(params)))
-    return _rounds(model, params, score, [budget.at(amount) for amount in amounts], rules, repair, after)
+
+    def steps() -> Iterator[Round]:
+        left: Gates = {} if after is None else after.gates
+        small, done = (params, 0) if after is None else (after.params, after.number)
+        for number, amount in enumerate(amounts[done:], done + 1):
+            scores, recovery = score(small), None
+            check_scores(model, small, scores)
+            gates = select_left(model, params, scores, left, budget.at(amount), rules)
+            means = scores.means if isinstance(scores, Scores) else None
+            small, left = compact(model, small, units_left(gates, left), means), gates
+            if repair is not None:
+                small, recovery = repair(small)
+            yield Round(number, amount, scores, gates, small, recovery)
+
+    return steps()
 
 
 def geometric(rounds: int, end: float, start: float = 1.0) -> tuple[float, ...]:
@@ -622,22 +618,9 @@ def select_left(
     scores: Scores | Values,
     left: Gates,
     budget: Budget,
-    *,
-    rules: Rules = Rules(),
+    rules: Rules,
 ) -> Gates:
-    """Selects among the units that are left, to a budget that is one of the dense model.
-
-    Args:
-        model: The architecture.
-        params: The dense parameters.
-        scores: Of the units that are left.
-        left: What this returned at a larger budget, with the same rules. A site that is not named is whole.
-        budget: How much of the dense model may stay.
-        rules: How units are chosen within the budget.
-
-    Returns:
-        Gates of the units of the dense model: open only where `left` is.
-    """
+    """Selects to a budget of the dense model, among the units that are `left` open by an earlier, larger budget."""
     values, header = parts_of(scores)
     normalise = rules.normalise
 
@@ -668,26 +651,3 @@ def units_left(values: Mapping[str, Any], left: Mapping[str, Any]) -> dict[str, 
         name: np.asarray(value)[np.flatnonzero(left[name])] if name in left else np.asarray(value)
         for name, value in values.items()
     }
-
-
-def _rounds(
-    model: Model,
-    params: Params,
-    score: Callable[[Params], Scores | Values],
-    budgets: Sequence[Budget],
-    rules: Rules,
-    repair: Callable[[Params], tuple[Params, RecoveryReport]] | None,
-    after: Round | None,
-) -> Iterator[Round]:
-    left: Gates = {} if after is None else after.gates
-    small, done = (params, 0) if after is None else (after.params, after.number)
-    for number, budget in enumerate(budgets[done:], done + 1):
-        scores = score(small)
-        check_scores(model, small, scores)
-        gates = select_left(model, params, scores, left, budget, rules=rules)
-        means = scores.means if isinstance(scores, Scores) else None
-        small, recovery = compact(model, small, units_left(gates, left), means), None
-        if repair is not None:
-            small, recovery = repair(small)
-        left = gates
-        yield Round(number, budget.amount, scores, gates, small, recovery)

@@ -363,13 +363,12 @@ def recover(
     if isinstance(settings.examples, tuple) and len(several) != 1:
         raise ValueError(f"examples of {len(several)} tasks cannot be told apart: give how many to draw of each.")
     split, usable = settings.split or "calibration", [usable_rows(model, task, settings) for task in several]
-    key = jax.random.key(settings.key) if isinstance(settings.key, int) else settings.key
     rows, batches = [], []
     for task, _, encode in usable:
         drawn = settings.examples
         if not isinstance(drawn, tuple):
             count = min(EXAMPLES if drawn is None else drawn, *(len(other.task.rows(split)) for other in usable))
-            drawn = draw(task, count, key, split=split)
+            drawn = draw(task, count, settings.random, split=split)
         rows.extend(drawn)
         for batch in pack(encode(drawn), batch_size=settings.batch_size):
             batches.append({**batch, "labels": np.full(len(batch["input_ids"]), -1, np.int32)})

@@ -315,8 +315,6 @@ def thresholds(
     Raises:
         ValueError: As `select`; also by latency, where a larger budget need not keep all that a smaller one does.
     """
-    if isinstance(budget, Latency):
-        raise ValueError("units have no threshold by latency: give a budget of units, parameters, flops or memory.")
     plan = _plan(budget, model, params, scores, rules)
     order, spent = sequence(plan.blocks)
     reached = np.empty(len(order))

@@ -282,7 +282,7 @@ def score(
             the file to resume from is damaged or belongs to a run with other settings.
     """
     criterion, chosen, until_stable = scoring.criterion, scoring.rows, scoring.until_stable
-    key = jax.random.key(chosen.key) if isinstance(chosen.key, int) else chosen.key
+    key = chosen.random
     head = fitting_head(model, task, scoring.head)
     reads = criterion.examples is not None
     usable = usable_rows(model, task, chosen)
@@ -364,7 +364,7 @@ def kept_scores(file: Path, model: Model, params: Params, task: Task, scoring: S
     if not file.is_file():
         return None
     scores, chosen, criterion = load_scores(file), scoring.rows, scoring.criterion
-    key = jax.random.key(chosen.key) if isinstance(chosen.key, int) else chosen.key
+    key = chosen.random
     reads, growing = criterion.examples is not None, scoring.until_stable is not None
     rows: tuple[Example, ...] = ()
     if reads:
