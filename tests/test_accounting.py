@@ -16,8 +16,7 @@ from jaxprune.data.splits import row_key
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.models.layers import max_tokens
 from jaxprune.pruning.budgets import Units
-from jaxprune.pruning.loss import LossReporting, loss_report
-from jaxprune.pruning.record import check_reselection
+from jaxprune.pruning.loss import LossReporting, check_reselection, loss_report
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.attribution import GradientActivation
 from jaxprune.scoring.criteria import Magnitude

@@ -76,16 +76,16 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content | {"format": 2}, "format 1"),
-        (lambda content: content | {"more": 1}, "missing or unknown: more"),
-        (lambda content: {name: value for name, value in content.items() if name != "fixed"}, "unknown: fixed"),
-        (lambda content: content | {"fixed": -1.0}, "fixed must be seconds from 0"),
-        (lambda content: content | {"fixed": "soon"}, "could not convert"),
+        (lambda content: content | {"format": 2}, "its format is 2"),
+        (lambda content: content | {"more": 1}, "more is unknown"),
+        (lambda content: {name: value for name, value in content.items() if name != "fixed"}, "fixed is missing"),
+        (lambda content: content | {"fixed": -1.0}, "expected seconds from 0"),
+        (lambda content: content | {"fixed": "soon"}, "fixed is .soon., expected a finite number"),
         (lambda content: content | {"rows": [content["rows"][0] | {"widths": [0, 2, 1, 3, 4]}]}, "rising widths"),
         (lambda content: content | {"rows": [content["rows"][0] | {"seconds": [0.0]}]}, "seconds of each"),
-        (lambda content: content | {"rows": 5}, "not iterable"),
-        (lambda content: content | {"conditions": {}}, "length"),
-        (lambda content: [content], "an object of format 1"),
+        (lambda content: content | {"rows": 5}, "rows is 5, expected a list"),
+        (lambda content: content | {"conditions": {}}, "conditions.length is missing"),
+        (lambda content: [content], "its format is "),
     ],
 )
 def test_what_is_no_table_is_refused(tmp_path, change, message):

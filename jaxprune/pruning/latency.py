@@ -18,7 +18,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.checkpoints.files import write_atomic
+from jaxprune.checkpoints.files import COUNT, parse_header, write_atomic
 from jaxprune.models import (
     BlockSettings,
     Mask,
@@ -537,6 +537,20 @@ def write_table(path: Path, table: LatencyTable) -> Path:
     return write_atomic(path, (json.dumps({"format": _FORMAT, **asdict(table)}, indent=1) + "\n").encode())
 
 
+_SCHEMA = {
+    "format": range(_FORMAT, _FORMAT + 1),
+    "conditions": {
+        **dict.fromkeys(("device", "jax", "flags", "model"), str),
+        "batch": range(1, 2**31),
+        "length": (range(1, 2**31), [range(1, 2**31)]),
+    },
+    "rows": [{"sites": [str], "widths": [COUNT], "seconds": [float]}],
+    "fixed": float,
+    "scale": float,
+    "wholes": [[float]],
+}
+
+
 def read_table(path: Path) -> LatencyTable:
     """Reads what `write_table` wrote.
 
@@ -547,38 +561,28 @@ def read_table(path: Path) -> LatencyTable:
     if not path.is_file():
         raise FileNotFoundError(f"there is no latency table {path}.")
     try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-            raise ValueError(f"expected an object of format {_FORMAT}")
-        return _table(content)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path} is no latency table: {error}.") from error
-
-
-def _table(content: Mapping[str, Any]) -> LatencyTable:
-    """A table from what JSON holds of it."""
-    if unlike := {field.name for field in fields(LatencyTable)} ^ set(content):
-        raise ValueError(f"missing or unknown: {', '.join(sorted(unlike))}")
-    length = content["conditions"]["length"]
-    tokens = (int(length[0]), int(length[1])) if isinstance(length, list) else int(length)
-    rows = tuple(
-        Row(
-            sites=tuple(map(str, row["sites"])),
-            widths=tuple(map(int, row["widths"])),
-            seconds=tuple(map(float, row["seconds"])),
-        )
-        for row in content["rows"]
-    )
-    for row in rows:
-        rises = row.widths[:1] == (0,) and all(a < b for a, b in zip(row.widths, row.widths[1:], strict=False))
-        if not rises or len(row.seconds) != len(row.widths) or not np.isfinite(row.seconds).all():
-            raise ValueError(f"the row of {', '.join(row.sites[:1])} needs rising widths from 0, and seconds of each")
-    fixed, scale = float(content["fixed"]), float(content["scale"])
-    if not (math.isfinite(fixed) and fixed >= 0 and math.isfinite(scale)):
-        raise ValueError(f"fixed must be seconds from 0 upwards and scale a number, got {fixed} and {scale}")
-    wholes = tuple((float(predicted), float(measured)) for predicted, measured in content["wholes"])
-    known = Conditions(**{**content["conditions"], "length": tokens})
-    return LatencyTable(conditions=known, rows=rows, fixed=fixed, scale=scale, wholes=wholes)
+        problems, content = parse_header(path.read_text("utf-8"), _SCHEMA)
+    except UnicodeDecodeError as error:
+        problems, content = [str(error)], None
+    if content is not None:
+        del content["format"]
+        content["rows"] = tuple(Row(**{name: tuple(each) for name, each in row.items()}) for row in content["rows"])
+        content["wholes"] = tuple(map(tuple, content["wholes"]))
+        content["conditions"] = known = Conditions(**content["conditions"])
+        if not isinstance(known.length, int):
+            content["conditions"] = replace(known, length=tuple(known.length))
+        problems = [
+            f"the row of {', '.join(row.sites[:1])} needs rising widths from 0, and seconds of each"
+            for row in content["rows"]
+            if row.widths[:1] != (0,) or (np.diff(row.widths) <= 0).any() or len(row.seconds) != len(row.widths)
+        ]
+        if content["fixed"] < 0:
+            problems.append(f"fixed is {content['fixed']}, expected seconds from 0 upwards")
+        if np.shape(known.length) not in ((), (2,)) or any(len(pair) != 2 for pair in content["wholes"]):
+            problems.append("length is one number or two, and wholes are pairs")
+    if content is None or problems:
+        raise ValueError(f"{path} is no latency table: {'; '.join(problems)}.")
+    return LatencyTable(**content)
 
 
 class Trial(NamedTuple):

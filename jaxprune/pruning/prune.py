@@ -414,9 +414,8 @@ class _Run:
         settings = _settings(model, params, task, budget, pruning)
         records, after = ([], None) if workspace is None else workspace.load(settings)
         if workspace is not None and after is not None:
-            self.watch.say(
-                f"round {after.number} of {count}: {workspace.folder}, of an earlier run with these settings"
-            )
+            at = f"round {after.number} of {count}: {workspace.folder}"
+            self.watch.say(f"{at}, of an earlier run with the same settings")
         (first,) = self.scored(_Stage(self.watch, f"round 1 of {count}, "))
         budget = budget.with_length(length := first.header["mean_length"])
         dense = costs(model, params, budget.length or length)
