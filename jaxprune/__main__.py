@@ -6,6 +6,7 @@ Heavy packages are imported only when a command runs, so `--help` answers at onc
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Annotated, Any
 
@@ -41,6 +42,16 @@ def describe(error: BaseException) -> str:
 class Commands(TyperGroup):
     """Turns errors into one line on stderr and an exit code."""
 
+    def in_options(self, message: str) -> str:
+        """A message of the library with options in the place of its arguments: `--label-names` for `labels=`."""
+        known = {str(it.name) for command in self.commands.values() for it in command.params}
+        names = {name: name for name in known} | {"labels": "label_names"}
+
+        def option(match: re.Match[str]) -> str:
+            return f"--{names[match[1]].replace('_', '-')}" if match[1] in names else match[0]
+
+        return re.sub(r"\b([a-z_]+)=(?=[\s.,;:)]|$)", option, message)
+
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         """Runs a command: exit code 2 for bad input, 130 after Ctrl-C."""
         try:
@@ -53,7 +64,7 @@ class Commands(TyperGroup):
         except BAD_INPUT as error:
             if os.environ.get("JAXPRUNE_TRACEBACK"):
                 raise
-            complain(describe(error))
+            complain(self.in_options(describe(error)))
             code = 2
         except RuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or os.environ.get("JAXPRUNE_TRACEBACK"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from tiny import random_gates, tiny_model
 
 from jaxprune.data.batches import encode, make_batches, pack
+from jaxprune.data.records import pair_labels
 from jaxprune.data.tasks import Example, Rows, Task, draw, row_key
 from jaxprune.evaluation.evaluate import (
     METRICS,
@@ -234,13 +236,41 @@ def test_the_head_must_fit_the_task(tiny: tuple[Model, Params]):
     with pytest.raises(ValueError, match=r"3 task heads .* name one"):
         evaluate(model, params, renamed)
     assert evaluate(model, params, renamed, head="reviews", rows=Rows(examples=5)).head == "reviews"
-    with pytest.raises(ValueError, match="has 2 labels, but 'films' has 3: different, same against no, maybe, yes"):
+    with pytest.raises(ValueError, match="has 2 labels, different, same; 'films' has others, no, maybe, yes"):
         evaluate(model, params, renamed, head="pairs")
     with pytest.raises(ValueError, match="'score' is a regression, but 'films' is a classification"):
         evaluate(model, params, renamed, head="score")
-    with pytest.raises(ValueError, match=r"in another order: load the task with labels=\['no', 'maybe', 'yes'\]"):
-        evaluate(model, params, reviews(labels=("Yes", "Maybe", "No")))
-    assert evaluate(model, params, reviews(labels=("0", "1", "2")), rows=Rows(examples=5)).n == 5
+
+
+@pytest.mark.parametrize(
+    ("labels", "ordered", "error"),
+    [
+        (("No", "maybe", "YES"), False, ""),
+        (("0", "1", "2"), False, ""),  # generic: by place
+        (("LABEL_1", "LABEL_2", "LABEL_3"), False, ""),
+        (("Yes", "Maybe", "No"), False, "no, maybe, yes; 'reviews' has the same in another order, Yes, Maybe, No"),
+        (("Yes", "Maybe", "No"), True, "the same in another order"),
+        (("bad", "fair", "good"), False, "3 labels, no, maybe, yes; 'reviews' has others, bad, fair, good. .*labels="),
+        (("bad", "fair", "good"), True, ""),  # in the order of the logits, says the user
+        (("no", "yes", "well"), False, "others"),
+        (("2", "1", "0"), False, "others"),  # numbers that do not rise are not their places
+        (("no", "yes"), True, "others"),
+    ],
+)
+def test_labels_of_head_and_data_pair_by_name_or_are_refused(
+    tiny: tuple[Model, Params], labels: tuple[str, ...], ordered: bool, error: str
+):
+    model, _ = tiny
+    task = replace(reviews(labels=labels), ordered=ordered)
+    with pytest.raises(ValueError, match=error) if error else nullcontext():
+        assert fitting_head(model, task) == "reviews"
+
+
+def test_labels_that_differ_in_case_alone_pair_as_they_are_written():
+    assert pair_labels(("US", "us"), ("us", "US")) == (1, 0)
+    assert pair_labels(("bad", "good"), ("GOOD", "Bad")) == (1, 0)
+    assert pair_labels(("LABEL_0", "LABEL_1"), ("neg", "pos")) == (0, 1)
+    assert pair_labels(("LABEL_1", "LABEL_0"), ("neg", "pos")) is None
 
 
 def test_an_empty_split_and_broken_logits_are_refused(tiny: tuple[Model, Params]):

@@ -236,6 +236,27 @@ class Labels:
         return self.index[text]
 
 
+def pair_labels(labels: Sequence[str], others: Sequence[str]) -> tuple[int, ...] | None:
+    """The place of each label among others: by name, else by place if one side is generic; None if they do not pair.
+
+    Case counts only if labels differ in nothing else. Generic are `LABEL_0`, `LABEL_1` and so on, and rising numbers.
+    """
+    if len(labels) != len(others):
+        return None
+    for same in (str, str.casefold):
+        place = {same(other): i for i, other in enumerate(others)}
+        if len(place) == len(others) and set(map(same, labels)) == set(place):
+            return tuple(place[same(label)] for label in labels)
+    return tuple(range(len(others))) if _generic(labels) or _generic(others) else None
+
+
+def _generic(labels: Sequence[str]) -> bool:
+    """True if labels say nothing but their places."""
+    numbers = [re.fullmatch(r"(?:LABEL_)?(\d{1,9})", label, re.ASCII | re.IGNORECASE) for label in labels]
+    places = [int(number[1]) for number in numbers if number is not None]
+    return len(places) == len(labels) and places == sorted(set(places))
+
+
 def _number(text: str) -> float | None:
     number = float(text) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text) else math.nan
     return number if math.isfinite(number) else None

@@ -57,6 +57,7 @@ class Task:
     source: str = ""  # where the rows came from, in words
     license: str = ""
     dropped: Mapping[str, int] = field(default_factory=dict)  # rows left out, by split or reason
+    ordered: bool = False  # the labels were named by the user, in the order of the model's logits
     prompt: Prompt | None = None  # what a text-to-text model is asked; None: what is built in for the task's name
 
     @property
@@ -322,6 +323,7 @@ def load_task(
         source=origin,
         license=source.license if source is not None else "",
         dropped=dropped | dict(left_out),
+        ordered=labels is not None,
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxprune.data.batches import IGNORED, Batch, Encoded, encode, find_spans, pack, text_of
 from jaxprune.data.prompts import Prompt, prompt_of
+from jaxprune.data.records import pair_labels
 from jaxprune.data.splits import Answer
 from jaxprune.data.tasks import Example, Rows, Task, draw, row_key
 from jaxprune.evaluation.text import candidates_in, generate, rank
@@ -384,15 +385,15 @@ def fitting_head(model: Model, task: Task, head: str | None = None) -> str:
     kind = "a regression" if task.regression else "for spans" if task.spans else "a classification"
     if chosen.kind != kind:
         raise ValueError(f"the head {chosen.name!r} is {chosen.kind}, but {task.name!r} is {kind}.")
-    if len(chosen.labels) != len(task.labels):
+    if task.spans or task.regression:
+        return chosen.name
+    given = task.ordered and len(task.labels) == len(chosen.labels)
+    places, in_order = pair_labels(task.labels, chosen.labels), tuple(range(len(chosen.labels)))
+    if places != in_order and not (places is None and given):
+        why = "others" if places is None else "the same in another order"
         raise ValueError(
-            f"the head {chosen.name!r} has {len(chosen.labels)} labels, but {task.name!r} has {len(task.labels)}: "
-            f"{', '.join(chosen.labels[:8])} against {', '.join(task.labels[:8])}."
-        )
-    have, want = ([label.casefold() for label in labels] for labels in (chosen.labels, task.labels))
-    if have != want and set(have) == set(want):
-        raise ValueError(
-            f"the head {chosen.name!r} has the labels of {task.name!r} in another order: load the task with "
-            f"labels={list(chosen.labels)}."
+            f"the head {chosen.name!r} has {len(chosen.labels)} labels, {', '.join(chosen.labels)}; {task.name!r} has "
+            f"{why}, {', '.join(task.labels)}. Load the task with labels= in the order of the head's, each under the "
+            "name that the data has for it."
         )
     return chosen.name
