@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import jaxprune as jp
 from jaxprune.cli import terminal
 from jaxprune.cli.options import (
     BatchOptions,
@@ -37,18 +38,13 @@ from jaxprune.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from jaxprune.data.tasks import Task
     from jaxprune.models import Model
-    from jaxprune.pruning.checks import Checking
-    from jaxprune.pruning.inspection import Sweeping
-    from jaxprune.scoring.run import Scoring
     from jaxprune.units import Params
-
 
 FRACTIONS = "0.7,0.5,0.3"
 DELETED = "0.1,0.3,0.5,0.7,0.9"
+BUDGETS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2"
+STRAY = 1e-3  # a smaller share of zeros is no sparsity
 
 
 @grouped
@@ -73,41 +69,30 @@ def score(
     Example: [cyan]jaxprune score multi --task sst2 --data data -o sst2.safetensors[/cyan]
     """
     with terminal.working() as bars:
+        from jaxprune.checkpoints.files import check_file
+        from jaxprune.checkpoints.folder import digest_keeper
         from jaxprune.cli.render import tables
+        from jaxprune.pruning.prune import score_into
 
         chosen = replace(scoring.build(settings, head, batches), until_stable=until_stable)
-        record = score_model(model, lambda: rows.load(task, bars), output, chosen, overwrite, bars)
-    lines = (f"Scores: {output}", f"Next:   jaxprune prune {model} --scores {output} --flops 0.5 -o smaller")
-    terminal.show(record, tables.scores_table(record), *tables.stability_tables(record), *lines, as_json=as_json)
-
-
-def score_model(
-    source: str, load_task: Callable[[], Task], output: Path, scoring: Scoring, overwrite: bool, bars: terminal.Bars
-) -> dict[str, Any]:
-    """Scores a model for a task and writes the score file; an interrupted run resumes.
-
-    The model's digest is remembered, so that budgets can be tried without reading all weights.
-    """
-    from jaxprune.checkpoints.files import check_file
-    from jaxprune.checkpoints.folder import digest_keeper, load
-    from jaxprune.pruning.prune import score_into
-
-    check_file(output, overwrite)
-    memory = terminal.digests_folder()
-    remember = None if memory is None else digest_keeper(source, memory)
-    model, params = load(source)
-    scores = score_into(model, params, load_task(), scoring, output, bars)
-    if remember is not None:
-        remember(scores.header["model"])
-    return {
+        check_file(output, overwrite)
+        memory = terminal.digests_folder()
+        remember = None if memory is None else digest_keeper(model, memory)
+        loaded, params = jp.load(model)
+        scores = score_into(loaded, params, rows.load(task, bars), chosen, output, bars)
+        if remember is not None:  # so that budgets can be tried without reading all weights
+            remember(scores.header["model"])
+    record = {
         "command": "score",
-        "source": source,
+        "source": model,
         "output": str(output),
         **scores.header,
         "units": sum(value.size for value in scores.values.values()),
         "sites": len(scores.values),
         "means": scores.means is not None,
     }
+    lines = (f"Scores: {output}", f"Next:   jaxprune prune {model} --scores {output} --flops 0.5 -o smaller")
+    terminal.show(record, tables.scores_table(record), *tables.stability_tables(record), *lines, as_json=as_json)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,49 +129,37 @@ def check(
     with terminal.working() as bars:
         from jaxprune.cli.render import tables
         from jaxprune.cli.render.pictures import deletion_figure
-        from jaxprune.pruning import checks
+        from jaxprune.pruning.checks import FAIL, PASS, UNDECIDED
 
         fractions = read_fractions("--fractions", options.fractions)[::-1]
-        checking = build(checks.Checking, options, fractions=fractions)
+        checking = build(jp.Checking, options, fractions=fractions)
         picture.check()
-        record = check_model(model, scores, lambda: rows.load(task, bars), checking, bars)
+        checked = jp.load_scores(scores)
+        loaded, params = jp.load(model)
+        rows_of_task = rows.load(task, bars)
+        stages: dict[str, Any] = {}
+
+        def progress(done: int, total: int, note: str) -> None:
+            stages[note] = stages.get(note) or bars.open(f"checking {note}")
+            stages[note](done, total)
+
+        results = jp.check(loaded, params, rows_of_task, checked, checking=checking, progress=progress)
+        verdicts = [each.verdict for each in results]
+        record = {
+            "command": "check",
+            "source": model,
+            "scores": str(scores),
+            "task": rows_of_task.name,
+            "criterion": checked.header["criterion"],
+            "settings": asdict(checking) | {"fractions": [*checking.fractions]},
+            "checks": [each._asdict() for each in results],
+            "verdict": FAIL if FAIL in verdicts else PASS if PASS in verdicts else UNDECIDED,
+        }
         picture.draw(deletion_figure, record)
-    lines = [f"Verdict: {record['verdict']}"] + ([f"Picture: {picture.picture}"] if "picture" in record else [])
+    lines = (f"Verdict: {record['verdict']}", *picture.lines())
     terminal.show(record, *tables.check_tables(record), *lines, as_json=as_json)
-    if record["verdict"] == checks.FAIL:
+    if record["verdict"] == FAIL:
         raise typer.Exit(1)
-
-
-def check_model(
-    source: str, file: Path, load_task: Callable[[], Task], checking: Checking, bars: terminal.Bars
-) -> dict[str, Any]:
-    """Checks a score file; the verdict is fail if one check fails, pass if one passes and none fails."""
-    from jaxprune.checkpoints.folder import load
-    from jaxprune.pruning.checks import FAIL, PASS, UNDECIDED, check
-    from jaxprune.scoring.scores import load_scores
-
-    scores = load_scores(file)
-    model, params = load(source)
-    task = load_task()
-
-    def progress(done: int, total: int, note: str) -> None:
-        stages[note] = stages.get(note) or bars.open(f"checking {note}")
-        stages[note](done, total)
-
-    stages: dict[str, Any] = {}
-
-    results = check(model, params, task, scores, checking=checking, progress=progress)
-    verdicts = [each.verdict for each in results]
-    return {
-        "command": "check",
-        "source": source,
-        "scores": str(file),
-        "task": task.name,
-        "criterion": scores.header["criterion"],
-        "settings": asdict(checking) | {"fractions": [*checking.fractions]},
-        "checks": [each._asdict() for each in results],
-        "verdict": FAIL if FAIL in verdicts else PASS if PASS in verdicts else UNDECIDED,
-    }
 
 
 @grouped
@@ -203,34 +176,29 @@ def compare(
     with terminal.working():
         from jaxprune.cli.render import tables
         from jaxprune.cli.render.pictures import overlap_figure
+        from jaxprune.scoring.scores import check_same_model
 
         picture.check()
-        record = compare_files(scores, read_fractions("--fractions", fractions))
+        kept = read_fractions("--fractions", fractions)
+        if len(scores) < 2:
+            raise ValueError(f"a comparison takes two or more score files, got {scores[0]}.")
+        check_different(scores)
+        loaded = {str(file): jp.load_scores(file) for file in scores}
+        check_same_model(loaded)  # here, under the names of their files
+        headers = [each.header for each in loaded.values()]
+        names = _names(scores, [header["task"] for header in headers])
+        record = {
+            "command": "compare",
+            "model": headers[0]["model"],
+            "files": [
+                {"name": name, "file": file} | {key: header[key] for key in ("task", "criterion", "examples")}
+                for name, file, header in zip(names, loaded, headers, strict=True)
+            ],
+            **jp.compare(dict(zip(names, loaded.values(), strict=True)), kept),
+        }
         picture.draw(overlap_figure, record)
-    lines = [tables.overlap_note(record)] + ([f"Picture: {picture.picture}"] if "picture" in record else [])
+    lines = (tables.overlap_note(record), *picture.lines())
     terminal.show(record, *tables.overlap_tables(record), *lines, as_json=as_json)
-
-
-def compare_files(files: Sequence[Path], fractions: Sequence[float]) -> dict[str, Any]:
-    """Compares at least two score files of one model, pair by pair; see `jaxprune.pruning.inspection.compare`."""
-    from jaxprune.pruning.inspection import compare
-    from jaxprune.scoring.scores import check_same_model, load_scores
-
-    if len(files) < 2:
-        raise ValueError(f"a comparison takes two or more score files, got {files[0]}.")
-    check_different(files)
-    scores = {str(file): load_scores(file) for file in files}
-    check_same_model(scores)  # here, under the names of their files
-    names = _names(files, [each.header["task"] for each in scores.values()])
-    return {
-        "command": "compare",
-        "model": next(iter(scores.values())).header["model"],
-        "files": [
-            {"name": name, "file": file} | {key: each.header[key] for key in ("task", "criterion", "examples")}
-            for name, (file, each) in zip(names, scores.items(), strict=True)
-        ],
-        **compare(dict(zip(names, scores.values(), strict=True)), fractions),
-    }
 
 
 def _names(files: Sequence[Path], tasks: Sequence[str]) -> list[str]:
@@ -239,10 +207,6 @@ def _names(files: Sequence[Path], tasks: Sequence[str]) -> list[str]:
         if len(set(names)) == len(files):
             return names
     return list(map(str, files))
-
-
-BUDGETS = "0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2"
-STRAY = 1e-3  # a smaller share of zeros is no sparsity
 
 
 @grouped
@@ -257,45 +221,32 @@ def inspect(
     Example: [cyan]jaxprune inspect small -o small.png[/cyan]
     """
     with terminal.working():
+        from jaxprune.checkpoints.shared import pruning_of
         from jaxprune.cli.render import tables
+        from jaxprune.cli.render.pictures import inspection_figure
+        from jaxprune.pruning.inspection import inspect
 
-        record = inspect_model(model, scores, picture)
-    lines = [tables.inspection_note(record)]
-    if picture.picture is not None:
-        lines.append(f"Picture: {picture.picture}")
+        picture.check()
+        given = None if scores is None else jp.load_scores(scores)
+        loaded, params = jp.load(model)
+        pruning, zeros = pruning_of(model, loaded), _zeros(loaded, params)
+        layers, ranks = inspect(loaded, params, pruning=pruning, scores=given)
+        for row in (*layers["layers"], layers["total"]):
+            row["zeros"] = zeros.get(row["layer"])
+        record = {
+            "command": "inspect",
+            "source": model,
+            "model_type": loaded.config.model_type,
+            "heads": list(loaded.heads),
+            "tasks": _tasks(model, loaded),
+            "parameters": jp.parameters(params),
+            "pruned": None if pruning is None else pruning.get("settings"),
+            "scores": None if scores is None else str(scores),
+            **layers,
+        }
+        picture.draw(inspection_figure, record, ranks)
+    lines = (tables.inspection_note(record), *picture.lines())
     terminal.show(record, tables.inspection_table(record), *lines, as_json=as_json)
-
-
-def inspect_model(source: str, scores: Path | None, picture: PictureOptions) -> dict[str, Any]:
-    """Counts what a model has in every layer; see `jaxprune.pruning.inspection.inspect`."""
-    from jaxprune.checkpoints.folder import load
-    from jaxprune.checkpoints.shared import pruning_of
-    from jaxprune.cli.render.pictures import inspection_figure
-    from jaxprune.models.cost import parameters
-    from jaxprune.pruning.inspection import inspect
-    from jaxprune.scoring.scores import load_scores
-
-    picture.check()
-    loaded = None if scores is None else load_scores(scores)
-    model, params = load(source)
-    pruning = pruning_of(source, model)
-    layers, ranks = inspect(model, params, pruning=pruning, scores=loaded)
-    zeros = _zeros(model, params)
-    for row in (*layers["layers"], layers["total"]):
-        row["zeros"] = zeros.get(row["layer"])
-    record = {
-        "command": "inspect",
-        "source": source,
-        "model_type": model.config.model_type,
-        "heads": list(model.heads),
-        "tasks": _tasks(source, model),
-        "parameters": parameters(params),
-        "pruned": None if pruning is None else pruning.get("settings"),
-        "scores": None if scores is None else str(scores),
-        **layers,
-    }
-    picture.draw(inspection_figure, record, ranks)
-    return record
 
 
 def _tasks(source: str, model: Model) -> list[str]:
@@ -344,23 +295,21 @@ def evaluate(
     Example: [cyan]jaxprune evaluate small --task sst2 --task mrpc --data data[/cyan]
     """
     with terminal.working() as bars:
-        from jaxprune.checkpoints.folder import load
         from jaxprune.cli.render import tables
-        from jaxprune.data.tasks import Rows
-        from jaxprune.evaluation import evaluate as library
+        from jaxprune.evaluation.evaluate import fitting_head
 
-        loaded, params = load(model)
+        loaded, params = jp.load(model)
         if generate and not loaded.answers_in_text:
             raise ValueError(f"{model} has task heads and writes no text: leave --generate out.")
         tasks = [rows.load(name, bars) for name in task]
         for each in tasks:  # all of them before the first is measured
             each.rows(split)
-            library.fitting_head(loaded, each, head)
-        settings = {"rows": Rows(examples=limit, split=split, **asdict(batches)), "head": head, "generated": generate}
-        results = [
-            library.evaluate(loaded, params, each, **settings, progress=bars.open(f"testing {each.name}")).to_json()
-            for each in tasks
-        ]
+            fitting_head(loaded, each, head)
+        tested, results = jp.Rows(examples=limit, split=split, **asdict(batches)), []
+        for each in tasks:
+            bar = bars.open(f"testing {each.name}")
+            result = jp.evaluate(loaded, params, each, rows=tested, head=head, generated=generate, progress=bar)
+            results.append(result.to_json())
     record = {"command": "evaluate", "source": model, "results": results}
     terminal.show(record, tables.evaluation_table(results), as_json=as_json)
 
@@ -392,9 +341,10 @@ def sweep(
     Choices belong to --split dev: what was chosen on test rows looks better there than it is.
     """
     with terminal.working() as bars:
+        from jaxprune.checkpoints.files import check_file, file_stem
         from jaxprune.cli.render import tables
-        from jaxprune.data.tasks import Rows
-        from jaxprune.pruning.inspection import Sweeping
+        from jaxprune.cli.render.pictures import FORMATS, sweep_figure
+        from jaxprune.pruning.inspection import RESULTS, TABLE, Sweeping, check_budgets, sweep
 
         sweeping = Sweeping(
             criteria=settings.build(*criterion),
@@ -403,37 +353,20 @@ def sweep(
             examples=examples,
             length=selection.tokens(),
             rules=selection.build(),
-            rows=Rows(split=split, examples=limit, **asdict(batches)),
+            rows=jp.Rows(split=split, examples=limit, **asdict(batches)),
             head=head,
         )
-        record = sweep_model(model, lambda: [rows.load(name, bars) for name in task], sweeping, output, dark, bars)
-    files = (f"{title.capitalize() + ':':10}{', '.join(names)}" for title, names in record["files"].items())
-    terminal.show(record, *tables.sweep_tables(record), tables.sweep_note(record), "", *files, as_json=as_json)
-
-
-def sweep_model(
-    source: str,
-    load_tasks: Callable[[], list[Task]],
-    sweeping: Sweeping,
-    output: Path,
-    dark: bool,
-    bars: terminal.Bars,
-) -> dict[str, Any]:
-    """Prunes a model in every combination, tests it, and writes a table and a picture per task."""
-    from jaxprune.checkpoints.files import check_file, file_stem
-    from jaxprune.checkpoints.folder import load
-    from jaxprune.cli.render.pictures import FORMATS, sweep_figure
-    from jaxprune.pruning.inspection import RESULTS, TABLE, check_budgets, sweep
-
-    check_file(output / RESULTS, overwrite=True)
-    model, params = load(source)
-    check_budgets(model, params, sweeping)
-    record = sweep(model, params, load_tasks(), sweeping, output, about={"source": source}, watch=bars)
-    pictures = []
-    for task in record["settings"]["tasks"]:
-        rows = [row for row in record["rows"] if row["task"] == task]
-        for ending in FORMATS:
-            pictures.append(output / f"{file_stem(task)}.{ending}")
-            sweep_figure(pictures[-1], rows, split=record["settings"]["split"], dark=dark)
-    files = {"table": [output / TABLE], "record": [output / RESULTS], "pictures": pictures}
-    return record | {"files": {title: list(map(str, paths)) for title, paths in files.items()}}
+        check_file(output / RESULTS, overwrite=True)
+        loaded, params = jp.load(model)
+        check_budgets(loaded, params, sweeping)
+        tasks = [rows.load(name, bars) for name in task]
+        record = sweep(loaded, params, tasks, sweeping, output, about={"source": model}, watch=bars)
+        files = {"table": [output / TABLE], "record": [output / RESULTS], "pictures": []}
+        for name in record["settings"]["tasks"]:
+            points = [row for row in record["rows"] if row["task"] == name]
+            for ending in FORMATS:
+                files["pictures"].append(output / f"{file_stem(name)}.{ending}")
+                sweep_figure(files["pictures"][-1], points, split=split, dark=dark)
+        record |= {"files": {title: list(map(str, paths)) for title, paths in files.items()}}
+    lines = (f"{title.capitalize() + ':':10}{', '.join(names)}" for title, names in record["files"].items())
+    terminal.show(record, *tables.sweep_tables(record), tables.sweep_note(record), "", *lines, as_json=as_json)

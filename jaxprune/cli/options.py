@@ -176,6 +176,10 @@ class PictureOptions:
             figure(self.picture, record, *more, dark=self.dark)
             record["picture"] = str(self.picture)
 
+    def lines(self) -> list[str]:
+        """The place of the picture, for the terminal."""
+        return [] if self.picture is None else [f"Picture: {self.picture}"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RowOptions:
