@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -52,8 +53,16 @@ class Commands(TyperGroup):
 
         return re.sub(r"\b([a-z_]+)=(?=[\s.,;:)]|$)", option, message)
 
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Runs a command; after a signal the exit code is 128 and its number, 130 after Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            print("interrupted; run the same command again to resume", file=sys.stderr)
+            raise typer.Exit(128 + (error.args[0] if error.args else signal.SIGINT)) from error
+
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
-        """Runs a command: exit code 2 for bad input, 130 after Ctrl-C."""
+        """Runs a command: exit code 2 for bad input."""
         try:
             code = super().main(*args, standalone_mode=False, **extra)
         except typer.TyperException as error:
@@ -71,8 +80,6 @@ class Commands(TyperGroup):
                 raise
             complain(f"out of memory: use a smaller --batch-size ({str(error).splitlines()[0]})")
             code = 2
-        if code == 130:
-            print("interrupted; run the same command again to resume", file=sys.stderr)
         if standalone_mode:
             sys.exit(code or 0)
         return code

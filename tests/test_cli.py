@@ -327,17 +327,35 @@ def test_a_scoring_run_that_was_interrupted_and_killed_ends_with_the_same_bits(p
     assert not part.exists()
 
 
-def test_ctrl_c_is_not_lost_in_a_callback_that_swallows_it():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_not_lost_in_a_callback_that_swallows_it(number: signal.Signals):
     from jaxprune.cli.terminal import working
 
-    before = signal.getsignal(signal.SIGINT)
-    with interruptible(), pytest.raises(KeyboardInterrupt), working() as bars:
-        bar = bars.open("work")
-        bar(0, 2)
-        with contextlib.suppress(KeyboardInterrupt):  # as a library's callback may
-            signal.raise_signal(signal.SIGINT)
-        bar(1, 2)
-    assert signal.getsignal(signal.SIGINT) is before
+    with interruptible():
+        before = signal.getsignal(number)
+        with pytest.raises(KeyboardInterrupt) as raised, working() as bars:
+            bar = bars.open("work")
+            bar(0, 2)
+            with contextlib.suppress(KeyboardInterrupt):  # as a library's callback may
+                signal.raise_signal(number)
+            bar(1, 2)
+        assert raised.value.args == (number,)
+        assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_training_that_is_told_to_end_saves_its_state(place, tmp_path, monkeypatch, number: signal.Signals):
+    from jaxprune.cli.terminal import Bar
+
+    show, out = Bar.__call__, tmp_path / "out"
+    arguments = ("finetune", place.model, "--task", "mood", "--data", place.data, "--epochs", 1, "-o", out)
+    monkeypatch.setattr(Bar, "__call__", lambda *seen: signal.raise_signal(number) or show(*seen))
+    ended = run(*arguments)
+    assert ended.exit_code == 128 + number
+    assert ended.stderr.endswith("interrupted; run the same command again to resume\n")
+    assert ended.stdout == "" and (tmp_path / "out.state").is_file() and not out.exists()
+    monkeypatch.undo()
+    assert run(*arguments).exit_code == 0 and out.is_dir()
 
 
 def test_ctrl_c_is_one_whatever_a_library_makes_of_it():

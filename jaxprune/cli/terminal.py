@@ -37,7 +37,7 @@ class Bars:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
         from rich.progress import TimeRemainingColumn as Remaining
 
-        self.interrupted = False  # by Ctrl-C
+        self.interrupted = 0  # by which signal: SIGINT is Ctrl-C
         self._bars: dict[str, Bar] = {}
         self._console = plain_console(stderr=True)
         self._shown = self._console.is_terminal
@@ -86,9 +86,9 @@ class Bar:
         self._first: int | None = None  # what was done before: a run that is resumed
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        """Shows how far the stage is; stops if Ctrl-C was pressed and what ran then swallowed it."""
+        """Shows how far the stage is; stops if a signal came and what ran then swallowed its exception."""
         if self._bars.interrupted:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(self._bars.interrupted)
         progress = self._bars._progress
         self._task = progress.add_task(self._label, total=None, note="") if self._task is None else self._task
         progress.update(self._task, completed=done, total=total, note=visible(note))
@@ -117,25 +117,31 @@ def working() -> Iterator[Bars]:
 
 @contextlib.contextmanager
 def _listening(bars: Bars) -> Iterator[None]:
-    """Remembers Ctrl-C: an exception that is raised within a library's callback may never come out of it."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
-        yield  # another thread, a background job that ignores it, or a program with its own handler
-        return
+    """Turns Ctrl-C, SIGTERM and SIGHUP into a `KeyboardInterrupt` of the signal's number, and remembers it.
 
-    def stop(*_: Any) -> None:
-        bars.interrupted = True
-        raise KeyboardInterrupt
+    An exception that is raised within a library's callback may never come out of it.
+    """
 
-    signal.signal(signal.SIGINT, stop)
+    def stop(number: int, _: Any) -> None:
+        bars.interrupted = number
+        raise KeyboardInterrupt(number)
+
+    usual = (signal.default_int_handler, signal.SIG_DFL)  # others: a background job, or a program with its own handler
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: handler for number in numbers if (handler := signal.getsignal(number)) in usual}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
-    except Exception as error:  # C code that called Python's, as NumPy's does, makes a SystemError of an interruption
-        if bars.interrupted:
-            raise KeyboardInterrupt from error
+    except (Exception, KeyboardInterrupt) as error:  # C code that called Python's makes a SystemError of it
+        if bars.interrupted and error.args != (bars.interrupted,):
+            raise KeyboardInterrupt(bars.interrupted) from error
         raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def keep_compiled_programs() -> None:
