@@ -27,11 +27,12 @@ from checkpoints import (
 from safetensors.numpy import load_file, save_file
 from tiny import MODEL_TYPES, tiny_batch, tiny_config, tiny_model
 
-from jaxprune.checkpoints.folder import TOKENIZER_FILES, load, save
+from jaxprune.checkpoints.folder import load, save
 from jaxprune.checkpoints.gates import read_pruning
 from jaxprune.checkpoints.tensors import model_digest, params_digest
 from jaxprune.compaction import compact
 from jaxprune.models import Model, TaskHead
+from jaxprune.models.tokenizers import TOKENIZER_FILES
 from jaxprune.units import Params, axes_of, flatten, open_gates, path_name, unflatten, widths
 
 HALF = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(jnp.bfloat16)}
@@ -172,9 +173,10 @@ def test_the_configuration_is_kept_as_it_was_read(tmp_path):
     out = save(tmp_path / "out", *load(source))
     content = json.loads((out / "config.json").read_text())
     section = content.pop("jaxprune")
-    assert content == config
+    assert content == config | {"model_type": "jaxprune"}
     assert section == {
         "format": 1,
+        "model_type": "roberta",
         "dtype": "float32",
         "heads": [
             {"name": "default", "labels": list(LABELS), "regression": False, "pooling": "first", "dense": "tanh"}
@@ -569,6 +571,7 @@ def test_a_damaged_configuration_is_refused_by_name(tmp_path, content):
         (
             {
                 "format": 1,
+                "model_type": "bert",
                 "heads": [{"name": "x", "labels": ["a"], "regression": False, "pooling": "max", "dense": None}],
             },
             "pooling must be",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -56,19 +56,9 @@ from jaxprune.checkpoints.weights import (
     weights_file,
 )
 from jaxprune.models import Model, TaskHead, family
+from jaxprune.models.tokenizers import TOKENIZER_FILES, files_of_kind, run_tokenizer, tokenizer_files
 from jaxprune.units import Params, flatten, path_name, unflatten, widths
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-)
 _DOWNLOADED = (
     "*.json",
     "model*.safetensors",
@@ -77,8 +67,10 @@ _DOWNLOADED = (
     *TOKENIZER_FILES,
 )  # from the hub: never a pickle
 _FORMAT = 1  # of our own folder
+_TRIED = "Two films, 1 café: great!"  # what a tokenizer and its copy must read alike
+_OWN_TYPE = "jaxprune"  # the model type in our own `config.json`: nobody else takes the folder for one of theirs
 _HEAD = {"name": str, "labels": [str], "regression": bool, "pooling": str, "dense": (str, None)}
-_SECTION = {"format": range(_FORMAT, _FORMAT + 1), "heads": [_HEAD], "dtype?": str, "files?": [str]}
+_SECTION = {"format": range(_FORMAT, _FORMAT + 1), "heads": [_HEAD], "dtype?": str, "files?": [str], "model_type?": str}
 
 
 class Outline(NamedTuple):
@@ -223,9 +215,11 @@ def opened(path_or_hub_id: str | Path, revision: str | None = None) -> Iterator[
     folder = _find(path_or_hub_id, revision)
     raw = read_json(folder / CONFIG)
     section = raw.pop("jaxprune", None)
+    if raw.get("model_type") == _OWN_TYPE and isinstance(section, dict):  # not in folders of version 0.1
+        raw["model_type"] = section.get("model_type")
     try:
-        module = family(raw.get("model_type") if isinstance(raw.get("model_type"), str) else None)
-        config = module.parse_config(raw, None if section is None else _task_heads(section))
+        heads = None if section is None else _task_heads(section)
+        config = family(raw.get("model_type")).parse_config(raw, heads)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
     model = Model(config, folder.absolute())
@@ -270,7 +264,8 @@ def save(
     Raises:
         FileExistsError: If something is there and may not be replaced.
         TypeError: If the parameters are sparse: `densify` them first.
-        ValueError: If the parameters are not this model's, or are not finite in the type in which they are saved.
+        ValueError: If the parameters are not this model's, or are not finite in the type in which they are saved; if
+            the tokenizer's files would not make the same tokenizer.
     """
     path = Path(path)
     if packed not in (None, "exact", "int8"):
@@ -287,7 +282,8 @@ def save(
     outputs = linear_maps(model.axes, params) if packed == "int8" else {}
     if large := [name for name in outputs if not _is_finite(arrays[name], kinds[name])]:
         raise ValueError(f"cannot save NaN, infinity or values too large for the type: {', '.join(large)}.")
-    files = dict(extra or {}) | _tokenizer_files(model)
+    tokenizer = _tokenizer(model)
+    files = dict(extra or {}) | _tokenizer_files(model, tokenizer)
     if pruning is not None:
         result = {"digest": model_digest(model, reread(params, outputs)), "widths": widths(model.axes, params)}
         files[PRUNING] = _json_bytes({**pruning, "pruned": result})
@@ -298,11 +294,12 @@ def save(
     stored = set(map(str, kinds.values()))
     section = {
         "format": _FORMAT,
+        "model_type": model.config.model_type,
         "dtype": stored.pop() if len(stored) == 1 else "mixed",
         "heads": [asdict(model.head(name)) for name in model.heads],
         "files": sorted({CONFIG, weights, *files}),
     }
-    files[CONFIG] = _json_bytes({**json.loads(model.config.raw), "jaxprune": section})
+    files[CONFIG] = _json_bytes({**json.loads(model.config.raw), "model_type": _OWN_TYPE, "jaxprune": section})
     metadata = {"format": "jaxprune", "version": str(_FORMAT)}
     if outputs:
         names = {kind: name for name, kind in FLOATS.items()}
@@ -315,6 +312,7 @@ def save(
             write_tensors(writer, int8_tensors(arrays, outputs), metadata, dtypes=kinds)
             if isinstance(writer, Compressor):
                 writer.finish()
+        _check_tokenizer(model, tokenizer, folder, path)
     return path
 
 
@@ -389,8 +387,13 @@ def _find(path_or_hub_id: str | Path, revision: str | None) -> Path:
 
     offline = OSError, ValueError, errors.HTTPError  # pyright: ignore[reportPrivateImportUsage] of a proxy, say
 
+    def download(patterns: Sequence[str]) -> Path:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns], ignore_patterns="*/*"))
+
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_DOWNLOADED), ignore_patterns="*/*"))
+        folder = download(_DOWNLOADED)
+        more = set(files_of_kind(folder)) - set(TOKENIZER_FILES)
+        return download(sorted(more)) if more else folder
     except offline as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(f"no folder {name}, and the hub does not give it either: {reason}") from error
@@ -433,10 +436,42 @@ def check_destination(path: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{path} also holds files that were not saved with the model: {foreign}: move them away.")
 
 
-def _tokenizer_files(model: Model) -> dict[str, bytes]:
+def _tokenizer(model: Model) -> Any:
+    """The tokenizer of a model; None if it has none that can be read."""
     if model.source is None:
-        return {}
+        return None
     if not model.source.is_dir():
         raise FileNotFoundError(f"{model.source}, from which the model was loaded, is gone, and the tokenizer with it.")
-    files = (model.source / name for name in TOKENIZER_FILES)
+    try:
+        return model.tokenizer
+    except FileNotFoundError:
+        return None
+
+
+def _tokenizer_files(model: Model, tokenizer: Any) -> dict[str, bytes]:
+    """The files of a tokenizer, byte by byte; of one that cannot be read those that are usual."""
+    names = TOKENIZER_FILES if tokenizer is None else tokenizer_files(tokenizer)
+    files = [] if model.source is None else [model.source / name for name in names]
     return {file.name: file.read_bytes() for file in files if file.is_file()}
+
+
+def _check_tokenizer(model: Model, tokenizer: Any, saved: Path, path: Path) -> None:
+    """Opens the tokenizer of a saved folder, unless the model has none, and compares the two."""
+    if tokenizer is None:
+        return
+
+    def facts(each: Any) -> tuple[Any, ...]:
+        tokens = None
+        with contextlib.suppress(ValueError):  # a vocabulary may lack what is tried
+            tokens = run_tokenizer(each, _TRIED)["input_ids"]
+        return type(each), len(each), tokens
+
+    try:
+        copy = facts(Model(model.config, saved).tokenizer)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is not saved, as its copy of the tokenizer cannot be opened: {error}") from error
+    if copy != facts(tokenizer):
+        raise ValueError(
+            f"{path} is not saved, as its copy of the tokenizer in {model.source} is another one: say in its "
+            "tokenizer_config.json which tokenizer_class it is."
+        )

@@ -19,6 +19,7 @@ import numpy as np
 from jaxprune.data.splits import Example, marks, row_key, rows_of
 from jaxprune.data.tasks import Task, remove_leaks
 from jaxprune.models import Model
+from jaxprune.models.tokenizers import run_tokenizer
 from jaxprune.units import Params
 
 WORD = re.compile(r"[^\W\d_]+")  # letters only
@@ -157,12 +158,12 @@ def _exchanged(
 def _whole_words(tokenizer: Any) -> dict[str, int]:
     """The lower-case words that are one token when they follow a space."""
     special = set(tokenizer.all_special_ids)
-    texts = enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))]))
+    texts = enumerate(run_tokenizer(tokenizer.batch_decode, [[i] for i in range(len(tokenizer))]))
     words = [(i, text.strip()) for i, text in texts if i not in special and WORD.fullmatch(text.strip())]
     if not words:
         return {}
     whole: dict[str, int] = {}
-    read = tokenizer([f" {text}" for _, text in words], add_special_tokens=False)["input_ids"]
+    read = run_tokenizer(tokenizer, [f" {text}" for _, text in words], add_special_tokens=False)["input_ids"]
     for (i, text), tokens in zip(words, read, strict=True):
         if list(tokens) == [i]:
             whole.setdefault(text.casefold(), i)

@@ -27,6 +27,7 @@ from jaxprune.data.prompts import Prompt, prompt_of
 from jaxprune.data.tasks import Example, Rows, Task, row_key, seed_words
 from jaxprune.models import Model
 from jaxprune.models.cost import Length
+from jaxprune.models.tokenizers import run_tokenizer
 
 # BERT's own settings for SQuAD (Devlin et al. 2019)
 MAX_SPAN_LENGTH = 384  # tokens of question and context, unless asked otherwise
@@ -60,7 +61,8 @@ def tokenise(tokenizer: Any, examples: Sequence[Example], length: int) -> list[T
         raise ValueError(
             f"{type(tokenizer).__name__} does not say where its tokens stand: spans need a fast tokenizer."
         )
-    read = tokenizer(
+    read = run_tokenizer(
+        tokenizer,
         [example.text for example in examples],
         [example.pair for example in examples],
         return_offsets_mapping=True,
@@ -408,7 +410,7 @@ def encode_words(model_or_tokenizer: Any, words: Sequence[str]) -> np.ndarray:
         raise ValueError("the prompt has no words to answer with: give one per label.")
     known: dict[tuple[int, ...], str] = {}
     for word in words:
-        tokens = tuple(tokenizer(word, add_special_tokens=False)["input_ids"])
+        tokens = tuple(run_tokenizer(tokenizer, word, add_special_tokens=False)["input_ids"])
         if not tokens:
             raise ValueError(f"the word {word!r} has no tokens: choose another one for its label.")
         if tokenizer.unk_token_id in tokens:
@@ -432,12 +434,12 @@ def _shortened(tokenizer: Any, prompt: Prompt, example: Example, length: int) ->
         excess = len(tokens) - length
         if excess <= 0:
             return tokens
-        sizes = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        sizes = [len(run_tokenizer(tokenizer, text, add_special_tokens=False)["input_ids"]) for text in texts]
         longest = int(np.argmax(sizes))
         if not sizes[longest]:
             raise ValueError(f"the prompt alone has {len(tokens)} tokens, max_length is {length}: make that longer.")
         text = texts[longest]
-        places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        places = run_tokenizer(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         begin, _ = places[max(0, len(places) - excess)]
         texts[longest] = text[: min(begin, len(text) - 1)]  # always shorter, whatever the tokenizer says
 
@@ -458,7 +460,8 @@ def _tokenise(
     tokenizer: Any, texts: list[str], pairs: list[Any] | None = None, max_length: int | None = None
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Token indices and segments of each text. Without `max_length` nothing is cut, whatever the tokenizer says."""
-    read = tokenizer(
+    read = run_tokenizer(
+        tokenizer,
         texts,
         pairs,
         padding=False,

@@ -38,6 +38,7 @@ from jaxprune.models import (
     readout_compiled,
     repeat_rows,
 )
+from jaxprune.models.tokenizers import run_tokenizer
 from jaxprune.units import Intervention, Params
 
 MOST_ROWS = 512  # answers that are decoded together: it sets the memory, not the result
@@ -202,8 +203,7 @@ def texts(model: Model, tokens: Int[Array, "b n"] | np.ndarray) -> list[str]:
     Raises:
         FileNotFoundError: If the model has no tokenizer.
     """
-    tokenizer = model.tokenizer
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in np.asarray(tokens).tolist()]
+    return run_tokenizer(model.tokenizer.batch_decode, np.asarray(tokens).tolist(), skip_special_tokens=True)
 
 
 class _Layer(NamedTuple):

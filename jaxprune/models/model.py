@@ -38,6 +38,7 @@ from jaxprune.models.running import (
     readout_mask,
     run_layer,
 )
+from jaxprune.models.tokenizers import open_tokenizer, versions_of
 from jaxprune.units import KINDS, UNITS, AxisTable, Gates, Intervention, Params, Site, named_sites
 from jaxprune.units import Path as ParamPath
 
@@ -140,7 +141,7 @@ class Model:
             raise FileNotFoundError(
                 "this model was not loaded from a folder, so it has no tokenizer; use jp.load(path)."
             )
-        return _tokenizer(self.source, _versions(self.source))
+        return open_tokenizer(self.source, self.config.raw, versions_of(self.source))
 
     def head(self, name: str | None = None) -> TaskHead:
         """The task head of this name, or the only one if None. A model that answers in text also has `LANGUAGE`.
@@ -358,26 +359,3 @@ class Model:
 
 
 RETURNS = ("hidden", "sites", "scores")  # what `Model.apply` returns on request, and gated values by kind of unit
-
-_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
-
-
-def _versions(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """The facts by which a changed file of a folder is noticed: name, place on the disk, size and time."""
-    try:
-        files = {file.name: file.stat() for file in folder.iterdir() if file.is_file()}
-    except OSError as error:
-        raise FileNotFoundError(f"no tokenizer could be read from {folder}: {error}") from error
-    if not files.keys() & set(_VOCABULARIES):  # transformers would make one up that knows no word
-        raise FileNotFoundError(f"no tokenizer could be read from {folder}: it has none of {', '.join(_VOCABULARIES)}.")
-    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in sorted(files.items()))
-
-
-@lru_cache(maxsize=8)
-def _tokenizer(folder: Path, versions: tuple[tuple[str, int, int, int], ...]) -> Any:
-    from transformers import AutoTokenizer
-
-    try:  # never run code that comes with a model, nor ask whether to
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # a damaged file raises whatever the parser happens to meet, plain Exception included
-        raise FileNotFoundError(f"no tokenizer could be read from {folder}: {error}") from error
