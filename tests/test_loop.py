@@ -193,7 +193,7 @@ def rewritten(file: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np
 
 def test_a_state_of_another_run_is_refused(file: Path):
     before = file.read_bytes()
-    with pytest.raises(ValueError, match=r"another run \(seed differ\)"):
+    with pytest.raises(ValueError, match=r"another run \(seed is 1, was 0\)"):
         train(RUN._replace(identity={"seed": 1, "steps": STEPS}), start(), file=file)
     assert file.read_bytes() == before
     for damaged in (before[: len(before) // 2], b"", b"\0" * 100):

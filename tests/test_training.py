@@ -102,7 +102,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path):
     assert again == first
     other = run(tasks, replace(short, seed=1))
     assert params_digest(other.params) != params_digest(expected.params)
-    with pytest.raises(ValueError, match=r"another run \(training differ\)"):
+    with pytest.raises(ValueError, match=r"another run \(training.learning_rate is 0.001, was 0.005\)"):
         run(tasks, replace(short, learning_rate=1e-3), state=state)
     with pytest.raises(ValueError, match=r"another run \(tasks differ\)"):
         run([tasks[0], replace(tasks[1], name="other")], short, state=state)

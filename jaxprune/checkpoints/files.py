@@ -20,6 +20,7 @@ import re
 import reprlib
 import secrets
 import shutil
+import stat
 import sys
 import time
 from collections import Counter
@@ -162,6 +163,25 @@ def _expected(schema: Any) -> str:
         return "a digest" if schema == DIGEST else f"text such as {schema.pattern}"
     names = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", None: "null"}
     return "an object" if isinstance(schema, dict) else "a list" if isinstance(schema, list) else names[schema]
+
+
+def differences(old: Any, new: Any, most: int = 6) -> str:
+    """The differences between two JSON values in one line: `limit is 5, was 10; seed is 1, was 0`; or nothing."""
+    lines = list(_differences(old, new, ""))
+    return "; ".join(lines[:most]) + (f"; and {len(lines) - most} more" if len(lines) > most else "")
+
+
+def _differences(old: Any, new: Any, name: str) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for each in dict.fromkeys((*old, *new)):
+            yield from _differences(old.get(each), new.get(each), f"{name}.{each}".lstrip("."))
+    elif old != new:
+        yield f"{name} is {_brief(new)}, was {_brief(old)}"
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def check_file(path: Path, overwrite: bool) -> None:
@@ -385,14 +405,9 @@ def stamp_of(files: Iterable[Path]) -> str | None:
 
 def recall(folder: Path, stamp: str | None) -> str | None:
     """The value remembered for files of this stamp; None if there is none, or it cannot be read."""
-    if stamp is None:
-        return None
-    try:
-        content = json.loads((folder / f"{stamp}.json").read_text())
-    except (OSError, ValueError):
-        return None
-    digest = content.get("digest") if isinstance(content, dict) else None
-    return digest if isinstance(digest, str) else None
+    content = None if stamp is None else read_private(folder / f"{stamp}.json")
+    problems, known = parse_header((content or b"").decode(errors="replace"), {"digest": DIGEST})
+    return None if problems else known["digest"]
 
 
 def remember(folder: Path, stamp: str | None, files: Iterable[Path], digest: str) -> None:
@@ -402,5 +417,60 @@ def remember(folder: Path, stamp: str | None, files: Iterable[Path], digest: str
     """
     with contextlib.suppress(OSError):
         if stamp is not None and stamp_of(files) == stamp:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / f"{stamp}.json", json.dumps({"digest": digest}).encode())
+            write_private(folder / f"{stamp}.json", json.dumps({"digest": digest}).encode())
+
+
+_MOST_PRIVATE = 2**24  # bytes of a file in a cache; tables and digests have a few thousand
+
+
+def private_folder(folder: Path, *, make: bool = True) -> bool:
+    """Makes a folder of a cache, or closes it to others; False if it is missing or others are not kept out of it.
+
+    It must be a folder of this user, and no link to one. Where others could write before, it must hold nothing but
+    plain files of this user.
+    """
+    try:
+        if make and not os.path.lexists(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+        if sys.platform == "win32":
+            return True
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            return False
+        if status.st_mode & 0o077:
+            folder.chmod(0o700)
+        if status.st_mode & 0o022:
+            return all(map(_is_own, (entry.stat(follow_symlinks=False) for entry in os.scandir(folder))))
+        return True
+    except OSError:
+        return False
+
+
+def _is_own(status: os.stat_result) -> bool:
+    """True for a plain file of this user that has no other name."""
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
+
+
+def read_private(path: Path) -> bytes | None:
+    """A small plain file of this user in a folder of a cache; None if there is none, and no link is followed."""
+    if not private_folder(path.parent, make=False):
+        return None
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(handle, "rb") as file:
+            status = os.fstat(handle)
+            if (sys.platform != "win32" and not _is_own(status)) or status.st_size > _MOST_PRIVATE:
+                return None
+            return file.read(_MOST_PRIVATE)
+    except OSError:
+        return None
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Writes a file into a folder of a cache, in the place of whatever has its name; nothing if it is not private."""
+    with contextlib.suppress(OSError):
+        if private_folder(path.parent):
+            if os.path.lexists(path) and not _is_own(path.lstat()):
+                path.unlink()
+            write_atomic(path, content)

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import __version__
 from jaxprune.checkpoints.files import COUNT, misfits_of, without_duplicates
 from jaxprune.models import Model
 from jaxprune.units import Params, flatten, path_name
@@ -341,3 +342,20 @@ def model_digest(model: Model, params: Params) -> str:
     heads = [asdict(model.head(name)) for name in model.heads]
     content = [json.loads(model.config.raw), heads, params_digest(params)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    return {"jaxprune": __version__, "jax": jax.__version__}
+
+
+def sealed(header: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """A header as JSON holds it, with a checksum over its other entries and over all arrays by name, shape and type."""
+    plain = json.loads(json.dumps({name: value for name, value in header.items() if name != "checksum"}))
+    text = json.dumps([plain, params_digest(dict(arrays))], sort_keys=True)
+    return plain | {"checksum": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def is_sealed(header: Mapping[str, Any], arrays: Mapping[str, Any]) -> bool:
+    """True if the checksum of a header is that of `sealed`."""
+    return header.get("checksum") == sealed(header, arrays)["checksum"]

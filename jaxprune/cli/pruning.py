@@ -410,13 +410,12 @@ def predicted(table: LatencyTable, model: Model, params: Params, small: Params, 
 
 def _known_table(timing: Latency, model: Model, params: Params, length: Length) -> LatencyTable | None:
     """The table of a latency, if it was measured before."""
-    from jaxprune.pruning.latency import check_table, conditions, read_table, table_file, whole_tokens
+    from jaxprune.pruning.latency import check_table, conditions, known_table, whole_tokens
 
     table = timing.table
     if table is None and timing.folder is not None:
         known = conditions(model, params, batch=timing.batch or 1, length=whole_tokens(model, length))
-        file = table_file(timing.folder, known)
-        table = read_table(file) if file.is_file() else None
+        table = known_table(timing.folder, known)
     if table is not None:
         check_table(table, model, params)
     return table

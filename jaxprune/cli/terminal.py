@@ -148,9 +148,14 @@ def keep_compiled_programs() -> None:
     """Switches JAX's persistent compilation cache on, unless `JAX_COMPILATION_CACHE_DIR` says where it is."""
     import jax
 
+    from jaxprune.checkpoints.files import private_folder
+
     folder = cache_folder()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and folder.is_absolute():  # it is not for a user without a home
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        if private_folder(folder):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+        elif os.path.lexists(folder):
+            print(f"{folder} is no folder of yours alone: compiled programs are not kept.", file=sys.stderr)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_TIME)
 

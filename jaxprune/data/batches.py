@@ -12,7 +12,9 @@ wrong.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -227,6 +229,24 @@ class Encoded:
             "weight": np.repeat(np.array([1, 0], np.float32), [len(rows), fill]),
             "index": np.concatenate([np.asarray(rows, np.int32), np.full(fill, -1, np.int32)]),
         }
+
+
+def digest_encoded(encoded: Encoded, examples: Sequence[Example]) -> str:
+    """SHA-256 of rows in their order: their exact texts, labels and answers, and the tokens that these became."""
+    rows = [(example.text, example.pair, example.label, example.answers) for example in examples]
+    sha = hashlib.sha256(json.dumps(rows, default=float).encode())
+    for name, value in vars(encoded).items():
+        array = np.ascontiguousarray(0 if value is None else value)
+        sha.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return sha.hexdigest()
+
+
+def digest_rows(model: Model, task: Task, rows: Rows, split: str = "calibration") -> str:
+    """`digest_encoded` of the rows that are given, or of the whole split they are drawn from, as a model reads them."""
+    examples = rows.examples if isinstance(rows.examples, tuple) else task.rows(rows.split or split)
+    if not examples:
+        return hashlib.sha256().hexdigest()
+    return digest_encoded(encode(model, examples, max_length=rows.max_length, prompt=prompt_of(model, task)), examples)
 
 
 class Batches(Sequence[Batch]):

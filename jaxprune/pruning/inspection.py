@@ -13,21 +13,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations as pairs_of
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from jaxprune import __version__
-from jaxprune.checkpoints.files import file_stem, read_json, write_atomic
+from jaxprune.checkpoints.files import differences, file_stem, read_json, write_atomic
 from jaxprune.checkpoints.gates import kept_units
-from jaxprune.checkpoints.tensors import model_digest
+from jaxprune.checkpoints.tensors import model_digest, versions
 from jaxprune.compaction import compact
+from jaxprune.data.batches import digest_rows
 from jaxprune.data.tasks import Rows, Task
 from jaxprune.evaluation.evaluate import Evaluation, evaluate, fitting_head
 from jaxprune.models import Model, order_sites
@@ -409,8 +408,8 @@ def _settings(model: Model, params: Params, tasks: Sequence[Task], sweeping: Swe
         "tasks": {
             task.name: {
                 "head": fitting_head(model, task, sweeping.head),
-                "calibration": task.digest("calibration"),
-                split: task.digest(split),
+                "calibration": digest_rows(model, task, Rows(max_length=rows.max_length)),
+                split: digest_rows(model, task, rows, split),
             }
             for task in tasks
         },
@@ -420,7 +419,7 @@ def _settings(model: Model, params: Params, tasks: Sequence[Task], sweeping: Swe
         "limit": rows.examples,
         "batch_size": rows.batch_size,
         "max_length": rows.max_length,
-        "versions": {"jaxprune": __version__, "jax": jax.__version__},
+        "versions": versions(),
         "budgets": list(sweeping.budgets),
         "seeds": sweeping.seeds,
         "examples": sweeping.examples,
@@ -450,8 +449,8 @@ class _Results:
         earlier = read_json(file)
         if earlier.get("command") != "sweep" or not isinstance(earlier.get("settings"), dict):
             raise ValueError(f"{file} holds no sweep: choose another folder.")
-        if differences := list(_differences("", earlier["settings"], head["settings"])):
-            raise ValueError(f"{folder} holds another sweep: {'; '.join(differences)}. Choose another folder.")
+        if other := differences(earlier["settings"], head["settings"]):
+            raise ValueError(f"{folder} holds another sweep: {other}. Choose another folder.")
         try:
             results.rows.update(
                 {Combination(*(row[name] for name in Combination._fields)): row for row in earlier["rows"]}
@@ -473,17 +472,3 @@ class _Results:
     def record(self) -> dict[str, Any]:
         """The content of the JSON file: rows in the order of the plan."""
         return {**self.head, "rows": [self.rows[one] for one in self.plan if one in self.rows]}
-
-
-def _differences(where: str, old: Any, new: Any) -> Iterator[str]:
-    """The differences between two JSON values, by name: `limit is 5, was 10`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in dict.fromkeys((*old, *new)):
-            yield from _differences(f"{where}.{name}".lstrip("."), old.get(name), new.get(name))
-    elif old != new:
-        yield f"{where} is {_short(new)}, was {_short(old)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

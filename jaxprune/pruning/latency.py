@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.checkpoints.files import COUNT, parse_header, write_atomic
+from jaxprune.checkpoints.files import COUNT, parse_header, read_private, write_atomic, write_private
 from jaxprune.models import (
     BlockSettings,
     Mask,
@@ -348,12 +348,18 @@ def kept_table(
     progress: Callable[[int, int], None] | None = None,
 ) -> LatencyTable:
     """Reads the table in a folder that holds here, for this batch and length; measures and writes it if missing."""
-    file = table_file(folder, conditions(model, params, batch=batch, length=length))
-    if file.is_file():
-        return read_table(file)
-    table = measure_latency_table(model, params, batch=batch, length=length, progress=progress)
-    write_table(file, table)
+    known = conditions(model, params, batch=batch, length=length)
+    if (table := known_table(folder, known)) is None:
+        table = measure_latency_table(model, params, batch=batch, length=length, progress=progress)
+        write_private(table_file(folder, known), _to_json(table))
     return table
+
+
+def known_table(folder: Path, known: Conditions) -> LatencyTable | None:
+    """The table of some conditions in a folder of the cache; None if there is none, or something else in its place."""
+    content = read_private(table_file(folder, known))
+    problems, table = ([""], None) if content is None else _parse(content)
+    return None if problems or table is None or table.conditions != known else table
 
 
 def table_file(folder: Path, known: Conditions) -> Path:
@@ -534,7 +540,11 @@ def check_table(table: LatencyTable, model: Model, params: Params) -> None:
 
 def write_table(path: Path, table: LatencyTable) -> Path:
     """Writes a table as JSON; the file is the old one or the new one, whatever happens."""
-    return write_atomic(path, (json.dumps({"format": _FORMAT, **asdict(table)}, indent=1) + "\n").encode())
+    return write_atomic(path, _to_json(table))
+
+
+def _to_json(table: LatencyTable) -> bytes:
+    return (json.dumps({"format": _FORMAT, **asdict(table)}, indent=1) + "\n").encode()
 
 
 _SCHEMA = {
@@ -560,10 +570,15 @@ def read_table(path: Path) -> LatencyTable:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no latency table {path}.")
-    try:
-        problems, content = parse_header(path.read_text("utf-8"), _SCHEMA)
-    except UnicodeDecodeError as error:
-        problems, content = [str(error)], None
+    problems, table = _parse(path.read_bytes())
+    if problems or table is None:
+        raise ValueError(f"{path} is no latency table: {'; '.join(problems)}.")
+    return table
+
+
+def _parse(text: bytes) -> tuple[list[str], LatencyTable | None]:
+    """The problems of a table in JSON, and the table."""
+    problems, content = parse_header(text.decode(errors="replace"), _SCHEMA)
     if content is not None:
         del content["format"]
         content["rows"] = tuple(Row(**{name: tuple(each) for name, each in row.items()}) for row in content["rows"])
@@ -580,9 +595,7 @@ def read_table(path: Path) -> LatencyTable:
             problems.append(f"fixed is {content['fixed']}, expected seconds from 0 upwards")
         if np.shape(known.length) not in ((), (2,)) or any(len(pair) != 2 for pair in content["wholes"]):
             problems.append("length is one number or two, and wholes are pairs")
-    if content is None or problems:
-        raise ValueError(f"{path} is no latency table: {'; '.join(problems)}.")
-    return LatencyTable(**content)
+    return problems, None if content is None or problems else LatencyTable(**content)
 
 
 class Trial(NamedTuple):

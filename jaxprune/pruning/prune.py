@@ -19,12 +19,12 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import jax
 import numpy as np
 
-from jaxprune import __version__
-from jaxprune.checkpoints.files import file_stem, read_json, remove_folder
+from jaxprune.checkpoints.files import COUNT, DIGEST, differences, file_stem, misfits_of, read_json, remove_folder
 from jaxprune.checkpoints.folder import check_destination, load, save
 from jaxprune.checkpoints.gates import PRUNING, recorded_gates
-from jaxprune.checkpoints.tensors import model_digest, params_digest
+from jaxprune.checkpoints.tensors import is_sealed, model_digest, params_digest, sealed, versions
 from jaxprune.compaction import compact
+from jaxprune.data.batches import digest_rows
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import Task, remove_leaks
 from jaxprune.evaluation.evaluate import fitting_head
@@ -40,7 +40,7 @@ from jaxprune.pruning.selection import Values, check_selection, least_latency, p
 from jaxprune.scoring.objectives import name_of
 from jaxprune.scoring.run import Scoring, kept_scores, score
 from jaxprune.scoring.scores import Scores, check_same_model, check_scores, describe, properties_of, save_scores
-from jaxprune.units import Gates, Params, widths
+from jaxprune.units import Gates, Params, flatten, path_name, widths
 
 BELOW = 1e9  # times the largest score: units that are gone stay last, whatever the units of a site cost
 TRIES = 4  # selections by a budget of latency that are measured at most
@@ -164,22 +164,49 @@ class Workspace:
                 f"{self.folder} is a model and not what an interrupted run in rounds left: move it away, or choose "
                 "another output."
             )
-        if other := [name for name, value in settings.items() if pruning["run"].get(name) != value]:
-            if not self.overwrite:
-                raise ValueError(
-                    f"{self.folder} was begun with other settings ({', '.join(other)}): give those to go on, or "
-                    "another output, or start again with --overwrite."
-                )
+        problem, params = "", {}
+        if other := differences(pruning["run"], settings):
+            problem = f"was begun with other settings ({other})"
+        elif misfits := misfits_of(pruning, _ROUNDS):
+            problem = f"is damaged ({'; '.join(misfits)})"
+        else:
+            _, params = load(self.folder, dtype=None)
+            pruning.pop("pruned", None)  # what `save` adds
+            if not is_sealed(pruning, _arrays(params)) or not 0 < len(pruning["rounds"]) < settings["rounds"]:
+                problem = "is damaged (its checksum is another than that of what it holds)"
+        if problem and not self.overwrite:
+            raise ValueError(
+                f"{self.folder} {problem}: give the settings that it was begun with, or another output, or start again "
+                "with --overwrite."
+            )
+        if problem:
             self.remove()
             return [], None
-        records, (_, params) = pruning["rounds"], load(self.folder, dtype=None)
+        records = pruning["rounds"]
         return records, Round(len(records), records[-1]["budget"], {}, recorded_gates(pruning), params, None)
+
+    def save(self, model: Model, params: Params, record: Mapping[str, Any]) -> None:
+        """Writes the model that a finished round left, and its record, with a checksum."""
+        save(self.folder, model, params, pruning=sealed(record, _arrays(params)), overwrite=True)
 
     def remove(self) -> None:
         """Removes the rounds."""
         for file in (self.next_scores, self.next_scores.with_name(f"{self.next_scores.name}.partial")):
             file.unlink(missing_ok=True)
         remove_folder(self.folder)
+
+
+_ROUNDS = {  # `pruning.json` of an interrupted run
+    "run": {...: object},
+    "rounds": [{"round": COUNT, "budget": float, ...: object}],
+    "sites": {...: object},
+    "checksum": DIGEST,
+    ...: object,
+}
+
+
+def _arrays(params: Params) -> dict[str, Any]:
+    return {path_name(path): array for path, array in flatten(params).items()}
 
 
 class Pruned(NamedTuple):
@@ -443,8 +470,7 @@ class _Run:
             records.append(_round_record(last, dense, costs(model, last.params, budget.length or length)))
             self.watch.say(f"round {last.number} of {count}: {records[-1]['units']:,} units are left")
             if workspace is not None and last.number < count:
-                so_far = record_of(last.gates) | {"run": settings}
-                save(workspace.folder, model, last.params, pruning=so_far, overwrite=True)
+                workspace.save(model, last.params, record_of(last.gates) | {"run": settings})
         if last is None:
             raise ValueError(f"rounds must be at least 1, got {count}.")
         rows, record = first.rows, record_of(last.gates)
@@ -485,9 +511,9 @@ def _joined(scores: Sequence[Scores], means: Gates | None) -> Scores:
 def _settings(model: Model, params: Params, task: Task, budget: Budget, pruning: Pruning) -> dict[str, Any]:
     """All that rounds depend on, as JSON holds it."""
     prompt, scoring, recovery = prompt_of(model, task), pruning.scoring, pruning.recovery
-    described = None
+    read, described = [scoring.rows], None
     if recovery is not None:
-        every = pruning.recover_each_round
+        read, every = [*read, recovery.rows], pruning.recover_each_round
         described = {"method": describe(recovery.method), "rows": describe(recovery.rows), "each_round": every}
     settings = {
         **settings_of(budget, pruning.rules, rounds=pruning.rounds),
@@ -498,9 +524,9 @@ def _settings(model: Model, params: Params, task: Task, budget: Budget, pruning:
         "criterion": describe(scoring.criterion),
         "recovery": described,
         "model": model_digest(model, params),
-        "calibration": task.digest("calibration"),
+        "data": [digest_rows(model, task, rows) for rows in read],
         "prompt": None if prompt is None else prompt.to_json(),
-        "versions": {"jaxprune": __version__, "jax": jax.__version__},
+        "versions": versions(),
         "devices": jax.local_device_count(),
     }
     return json.loads(json.dumps(settings, default=name_of))

@@ -23,10 +23,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxprune import __version__
-from jaxprune.checkpoints.files import write_atomic
-from jaxprune.checkpoints.tensors import TensorFile, model_digest, write_tensors
-from jaxprune.data.batches import SHAPE_COST, default_length, pack, usable_rows
+from jaxprune.checkpoints.files import COUNT, DIGEST, differences, parse_header, write_atomic
+from jaxprune.checkpoints.tensors import TensorFile, is_sealed, model_digest, sealed, versions, write_tensors
+from jaxprune.data.batches import SHAPE_COST, Encoded, default_length, digest_encoded, pack, usable_rows
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.splits import Example, digest, half_of, row_key
 from jaxprune.data.tasks import Rows, Task, draw, seed_words
@@ -48,6 +47,7 @@ from jaxprune.scoring.stability import TARGET, check_target, least_reliability
 from jaxprune.units import Gates, Params
 
 PARTIAL = "jaxprune_partial_scores"
+_PARTIAL = {"settings": {...: object}, "done": COUNT, "checksum": DIGEST}
 
 
 class Totals(NamedTuple):
@@ -185,7 +185,7 @@ class TotalsFile:
                 arrays |= {f"{field}:{site}": np.asarray(array) for site, array in value.items()}
             else:
                 arrays[field] = np.asarray(value)
-        metadata = {PARTIAL: json.dumps({"settings": self.settings, "done": done})}
+        metadata = {PARTIAL: json.dumps(sealed({"settings": self.settings, "done": done}, arrays))}
         write_atomic(self.path, partial(write_tensors, tensors=arrays, metadata=metadata))
 
     def load(self) -> tuple[Totals | None, int]:
@@ -199,26 +199,25 @@ class TotalsFile:
         with TensorFile(self.path) as file:
             if PARTIAL not in file.metadata:
                 raise ValueError(f"{self.path} does not hold an interrupted scoring run: name another file.")
-            try:
-                content = json.loads(file.metadata[PARTIAL])
-                settings, done = dict(content["settings"]), int(content["done"])
-            except (KeyError, TypeError, ValueError, RecursionError) as error:
-                raise ValueError(f"{self.path} is damaged ({error!r}): remove it to start again.") from error
-            other = [name for name, value in self.settings.items() if settings.get(name) != value]
-            if other:
+            problems, header = parse_header(file.metadata[PARTIAL], _PARTIAL)
+            if header and (other := differences(header["settings"], self.settings)):
                 raise ValueError(
-                    f"{self.path} was begun with other settings ({', '.join(other)}): remove it, or name another file."
+                    f"{self.path} was begun with other settings ({other}): remove it, or name another file."
                 )
-            arrays = {name: jnp.asarray(file.read(name)) for name in file.entries}
+            strange = [name for name in file.entries if name.partition(":")[0] not in Totals._fields]
+            problems += [f"it holds {name!r}" for name in strange]
+            problems += [f"no {name}" for name in ("weight", "counts") if name not in file.entries]
+            problems += [f"{name} is {entry.dtype}" for name, entry in file.entries.items() if entry.dtype != "F32"]
+            arrays = {} if problems else {name: file.read(name) for name in file.entries}
+        if not problems and not is_sealed(header, arrays):
+            problems.append("its checksum is another than that of what it holds")
+        if problems:
+            raise ValueError(f"{self.path} is damaged ({'; '.join(problems)}): remove it to start again.")
         parts: dict[str, Any] = {name: {} for name in Totals._fields}
         for name, array in arrays.items():
             field, _, site = name.partition(":")
-            if field not in parts:
-                raise ValueError(f"{self.path} is damaged (it holds {name!r}): remove it to start again.")
-            parts[field] = {**parts[field], site: array} if site else array
-        if missing := [name for name in ("weight", "counts") if isinstance(parts[name], dict)]:
-            raise ValueError(f"{self.path} is damaged (no {' and no '.join(missing)}): remove it to start again.")
-        return Totals(**parts), done
+            parts[field] = {**parts[field], site: jnp.asarray(array)} if site else jnp.asarray(array)
+        return Totals(**parts), header["done"]
 
 
 Devices: TypeAlias = Sequence[Any]  # such as jax.devices()
@@ -298,12 +297,13 @@ def score(
     settings = _settings(model, params, task, scoring, key) | {
         "format": FORMAT,
         "largest": criterion.examples is not None and criterion.examples.largest,
-        "versions": {"jaxprune": __version__, "jax": jax.__version__},
+        "versions": versions(),
         **({"cut_off": usable.cut_off} if task.spans else {}),
     }
     devices = jax.local_devices() if devices is None else devices
     batch_size = -(-chosen.batch_size // len(devices)) * len(devices)
-    run = settings | _facts(rows, reads) | {"batch_size": batch_size, "devices": len(devices), "until": until_stable}
+    run = settings | _facts(rows, encoded, reads)
+    run |= {"batch_size": batch_size, "devices": len(devices), "until": until_stable}
     file = None if resume is None else TotalsFile(resume, run)
     # to compile a gradient takes about three times as long as to compile a forward pass
     shape_cost = 3 * SHAPE_COST // criterion.passes
@@ -327,7 +327,7 @@ def score(
     if file is not None:
         file.path.unlink(missing_ok=True)
     used = rows if totals is None else rows[: round(float(totals.weight))]
-    header = settings | _facts(used, reads) | {"mean_length": encoded.mean_length_of(len(used))}
+    header = settings | _facts(used, encoded, reads) | {"mean_length": encoded.mean_length_of(len(used))}
     header |= {"objective": name_of(criterion.objective_of(model.head(head))), "properties": properties_of(criterion)}
     if totals is None:
         return in_order(
@@ -366,10 +366,10 @@ def kept_scores(file: Path, model: Model, params: Params, task: Task, scoring: S
     scores, chosen, criterion = load_scores(file), scoring.rows, scoring.criterion
     key = chosen.random
     reads, growing = criterion.examples is not None, scoring.until_stable is not None
-    rows: tuple[Example, ...] = ()
-    if reads:
-        rows, _ = _choose(usable_rows(model, task, chosen).task, replace(chosen, key=key), reads, growing)
-    wanted = _settings(model, params, task, scoring, key) | _facts(rows, reads)
+    usable = usable_rows(model, task, chosen)
+    rows, _ = _choose(usable.task, replace(chosen, key=key), reads, growing)
+    wanted = _settings(model, params, task, scoring, key) | _facts(rows, usable.encode(rows), reads)
+    wanted["versions"] = versions()
     return scores if all(scores.header.get(name) == value for name, value in wanted.items()) else None
 
 
@@ -431,6 +431,9 @@ def _accumulate(
     closed = place.everywhere(_means(model, params, batches, criterion, context.means, place))
     context = context._replace(means=closed)
     totals, done = (None, 0) if run.file is None else run.file.load()
+    begun = done
+    if totals is not None and float(totals.weight) != sum(float(batch["weight"].sum()) for batch in batches[:done]):
+        raise ValueError("the file to resume from counts other examples than this run: remove it to start again.")
     while done < len(batches):
         if totals is not None and done in run.looks and (_reliability(totals) or 0.0) >= run.target:
             break
@@ -440,7 +443,10 @@ def _accumulate(
             jax.block_until_ready(totals)  # the batch before: one is being computed, one is waiting
             if progress is not None:
                 progress(done, len(batches))
-        totals = add(largest, totals or nothing(largest, measured), measured, batch["weight"], batch["second"])
+        start = nothing(largest, measured)
+        if done == begun and totals is not None and _shapes(totals) != _shapes(start):
+            raise ValueError("the file to resume from holds totals of other sites or units: remove it to start again.")
+        totals = add(largest, totals or start, measured, batch["weight"], batch["second"])
         done += 1
         if run.file is not None and done % SAVE_EVERY == 0:
             run.file.save(totals, done)
@@ -449,6 +455,10 @@ def _accumulate(
     if progress is not None:
         progress(done, done)
     return finish(largest, totals), totals, closed
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(jnp.shape, tree)
 
 
 class _Placement(NamedTuple):
@@ -529,9 +539,11 @@ def _steps(most: int) -> list[int]:
     return [*(FIRST * 2**i for i in range(doublings)), most]
 
 
-def _facts(rows: Sequence[Example], reads: bool) -> dict[str, Any]:
-    """The entries of a header about the examples that were read."""
-    return {"examples": len(rows) if reads else 0, "data": [digest(rows)] if reads else []}
+def _facts(rows: Sequence[Example], encoded: Encoded, reads: bool) -> dict[str, Any]:
+    """The entries of a header about the examples that were read, the first of those that are `encoded`."""
+    first = encoded if len(rows) == len(encoded) else encoded.take(range(len(rows)))
+    facts = {"examples": len(rows) if reads else 0, "data": [digest(rows)] if reads else []}
+    return facts | {"encoded": digest_encoded(first, rows)}
 
 
 def _reliability(totals: Totals) -> float | None:

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxprune.checkpoints.files import write_atomic
-from jaxprune.checkpoints.tensors import Entry, TensorFile, model_digest, write_tensors
+from jaxprune.checkpoints.tensors import Entry, TensorFile, is_sealed, model_digest, sealed, write_tensors
 from jaxprune.models import Model, TaskHead
 from jaxprune.scoring.attribution import Criterion, GradientActivation, IntegratedGradients
 from jaxprune.scoring.criteria import Fisher, Gradient, LeaveOneOut, Random, Taylor, TopLayers
@@ -32,8 +32,8 @@ METADATA = "jaxprune_scores"
 ROWS = "rows"
 KEY_BYTES = 8  # of a row's key, see `row_key`
 SMALL = 1e-3  # of the objective, such as a probability: below it a relative error means nothing
-FORMAT = 4
-_FORMATS = (1, 2, 3, 4)  # what is read; 1 has neither variances nor halves, 2 no signed attributions, 3 rows as JSON
+FORMAT = 5
+_FORMATS = (1, 2, 3, 4, 5)  # 1 has no variances or halves, 2 no signed attributions, 3 rows as JSON, 4 no checksum
 _EXTRAS = ("means", "variance", "halves", "signed")  # tensors beside the scores, as `means:3.ffn.neurons`
 _SAME = ("criterion", "task", "split", "head", "model", "max_length")  # what merged scores must share
 _FIELDS: dict[str, tuple[type, ...]] = {  # the header and its types; readers of a file rely on them
@@ -54,6 +54,8 @@ _FIELDS: dict[str, tuple[type, ...]] = {  # the header and its types; readers of
 }
 _OPTIONAL: dict[str, tuple[type, ...]] = {
     "rows": (list,),  # of formats before 4: keys of the examples' texts, sorted
+    "encoded": (str,),  # digest of the examples in their order, as the model reads them
+    "checksum": (str,),  # of all tensors and the rest of the header
     "objective": (str,),  # what is attributed, by name
     "properties": (dict,),  # of the criterion, see `properties_of`
     "halves": (list, type(None)),  # the examples in each half; None: the scores have no halves
@@ -156,7 +158,8 @@ def save_scores(path: str | Path, scores: Scores) -> Path:
         sites: Gates = getattr(scores, extra) or {}
         tensors |= {f"{extra}:{name}": np.asarray(value, np.float32) for name, value in sites.items()}
     tensors[ROWS] = np.frombuffer(bytes.fromhex("".join(scores.rows)), np.uint8).reshape(-1, KEY_BYTES)
-    text = json.dumps(dict(scores.header) | {"format": FORMAT}, sort_keys=True, allow_nan=False)
+    header = sealed(dict(scores.header) | {"format": FORMAT}, tensors)
+    text = json.dumps(header, sort_keys=True, allow_nan=False)
     return write_atomic(path, partial(write_tensors, tensors=tensors, metadata={METADATA: text}))
 
 
@@ -181,6 +184,10 @@ def load_scores(path: str | Path) -> Scores:
         problems += _wrong_rows(file.entries.get(ROWS), header)
         if not problems:
             arrays = {name: file.read(name) for name in sorted(entries)}
+            keys = file.read(ROWS) if ROWS in file.entries else None
+            whole = arrays if keys is None else arrays | {ROWS: keys}
+            if header["format"] >= 5 and not is_sealed(header, whole):
+                problems.append("its checksum is another than that of its header and tensors")
             problems += [
                 f"{name} holds NaN or infinity" for name, array in arrays.items() if not np.isfinite(array).all()
             ]
@@ -191,7 +198,8 @@ def load_scores(path: str | Path) -> Scores:
             ]
         if problems:
             raise ValueError(f"{path} cannot be used as scores: {'; '.join(problems)}. Score again.")
-        rows = header.pop(ROWS) if ROWS in header else _keys(file.read(ROWS))
+        rows = header.pop(ROWS) if ROWS in header else _keys(keys)
+        header.pop("checksum", None)
     parts: dict[str, Gates] = {name: {} for name in ("", *_EXTRAS)}
     for name, array in arrays.items():
         extra, _, site = name.rpartition(":")
@@ -206,7 +214,7 @@ def _keys(rows: np.ndarray) -> list[str]:
 
 def _wrong_rows(entry: Entry | None, header: Mapping[str, Any]) -> list[str]:
     """The problems of the keys of the rows: a tensor, or in formats before 4 a list in the header."""
-    if header.get("format") != FORMAT:
+    if header.get("format", 0) < 4:
         return [] if entry is None and ROWS in header else [f"its header has no {ROWS!r}"]
     if entry is None or entry.dtype != "U8" or len(entry.shape) != 2 or entry.shape[1] != KEY_BYTES:
         return [f"it has no tensor {ROWS!r} of type U8 with {KEY_BYTES} bytes for every row"]
@@ -428,7 +436,7 @@ def _merged_header(a: Mapping[str, Any], b: Mapping[str, Any], counts: Sequence[
         pairs = {name: (completeness[name], b["completeness"][name]) for name in completeness if name != "relative"}
         completeness = with_relative({name: float(_weighted(pair, counts)) for name, pair in pairs.items()})
     one, other = a.get("halves"), b.get("halves")
-    shared = {name: value for name, value in a.items() if name != "until_stable"}
+    shared = {name: value for name, value in a.items() if name not in ("until_stable", "encoded")}
     return shared | {
         "format": max(a["format"], b["format"]),
         "halves": None if one is None or other is None else np.add(one, other).tolist(),

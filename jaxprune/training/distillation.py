@@ -15,8 +15,8 @@ import optax
 from jaxtyping import Array
 
 from jaxprune.checkpoints.gates import kept_units
-from jaxprune.checkpoints.tensors import model_digest
-from jaxprune.data.batches import default_length, encode, pack, training_batches
+from jaxprune.checkpoints.tensors import model_digest, versions
+from jaxprune.data.batches import default_length, digest_encoded, digest_rows, encode, pack, training_batches
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import Rows, Task, remove_leaks
 from jaxprune.evaluation.evaluate import Evaluation, evaluate, fitting_head
@@ -190,7 +190,12 @@ def distill(
         "student": model_digest(model, without_projection(params)),
         "teacher": model_digest(teacher_model, teacher_params),
         "heads": {site: list(which) for site, which in (distillation.heads or {}).items()},
-        "task": {split: cleaned.digest(split) for split in ("train", "dev")},
+        "task": {
+            "labels": list(cleaned.labels),
+            "train": digest_encoded(rows, cleaned.rows("train")),
+            "dev": digest_rows(model, cleaned, Rows(split="dev", max_length=length)),
+        },
+        "versions": versions(),
     }
     compared = pack(read(model, cleaned.rows("dev")[: training.batch_size]), batch_size=training.batch_size)[0]
     dev = Rows(split="dev", examples=training.dev_limit, max_length=length)

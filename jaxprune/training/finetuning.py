@@ -19,8 +19,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from jaxprune.checkpoints.tensors import model_digest
-from jaxprune.data.batches import IGNORED, Batches, Encoded, training_batches, usable_rows
+from jaxprune.checkpoints.tensors import model_digest, versions
+from jaxprune.data.batches import IGNORED, Batches, Encoded, digest_encoded, digest_rows, training_batches, usable_rows
 from jaxprune.data.tasks import Rows, Task, remove_leaks
 from jaxprune.evaluation.evaluate import Evaluation, evaluate
 from jaxprune.evaluation.text import candidates_in, candidates_of, teacher_forced
@@ -121,13 +121,19 @@ def finetune(
     identity = {
         "training": training.to_json(),
         "model": model_digest(model.with_heads(others), encoder | ({"heads": old} if old else {})),
-        "tasks": {task.name: [task.digest("train"), task.digest("dev")] for task in cleaned},
+        "versions": versions(),
+        "tasks": {},
     }
     encoded, cut_off = {}, {}
     for task in cleaned:
         usable = usable_rows(trained, task, Rows(split="train", max_length=training.max_length))
         encoded[task.name] = usable.encode(usable.task.rows("train"))
         cut_off |= {task.name: usable.cut_off} if usable.cut_off else {}
+        identity["tasks"][task.name] = {
+            "labels": list(task.labels),
+            "train": digest_encoded(encoded[task.name], usable.task.rows("train")),
+            "dev": digest_rows(trained, task, Rows(split="dev", max_length=training.max_length)),
+        }
     per_epoch = len(_visits(encoded, training, 0))
     steps = training.steps or training.epochs * per_epoch
     key = jax.random.key(training.seed)

@@ -21,11 +21,19 @@ from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
-from jaxprune.checkpoints.files import write_atomic
+from jaxprune.checkpoints.files import COUNT, DIGEST, differences, misfits_of, write_atomic
+from jaxprune.checkpoints.tensors import is_sealed, sealed
 from jaxprune.models import Model
 from jaxprune.units import Params, flatten, unflatten
 
-VERSION = 2  # of the state files; those of version 1 named the moments by their position
+VERSION = 3  # of the state files; those of version 2 had no checksum
+_HEADER = {
+    "version": COUNT,
+    "run": {...: object},
+    "done": COUNT,
+    "history": [{"step": COUNT, ...: object}],
+    "checksum": DIGEST,
+}
 REPORT_EVERY = 10  # steps
 
 OPTIMIZERS: Mapping[str, Callable[[], optax.GradientTransformation]] = {
@@ -199,6 +207,8 @@ def train(
     """
     if file is not None and file.exists():
         state = read_state(file, state, run.identity)
+        if state.done > run.steps:
+            raise ValueError(f"{file} has {state.done} steps of a run of {run.steps}: remove it to start again.")
 
     def save() -> None:
         if file is not None:
@@ -266,7 +276,7 @@ def write_state(file: Path, state: TrainingState, identity: Mapping[str, Any]) -
     """Writes a run in progress, atomically."""
     header = {"version": VERSION, "run": identity, "done": state.done, "history": state.history}
     arrays = {name: np.asarray(array) for name, array in _named(_arrays(state)).items()}
-    write_atomic(file, to_safetensors(arrays, {"jaxprune_training": json.dumps(header)}))
+    write_atomic(file, to_safetensors(arrays, {"jaxprune_training": json.dumps(sealed(header, arrays))}))
 
 
 def read_state(file: Path, state: TrainingState, identity: Mapping[str, Any]) -> TrainingState:
@@ -277,14 +287,18 @@ def read_state(file: Path, state: TrainingState, identity: Mapping[str, Any]) ->
             header = json.loads((stored.metadata() or {})["jaxprune_training"])
             if header.get("version") != VERSION:
                 raise ValueError(f"{file} is the state of a run of another version of jaxprune: {anew}")
-            wanted = json.loads(json.dumps(identity))
-            if header["run"] != wanted:
-                other = [part for part in wanted if header["run"].get(part) != wanted[part]]
-                raise ValueError(f"{file} is the state of another run ({', '.join(other)} differ): {anew}")
+            problems = misfits_of(header, _HEADER)
+            if not problems and (other := differences(header["run"], json.loads(json.dumps(identity)))):
+                raise ValueError(f"{file} is the state of another run ({other}): {anew}")
             arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            history, done = tuple(header["history"]), header["done"]
     except (SafetensorError, KeyError, AttributeError, TypeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is no state of a run ({error!r}): {anew}") from error
+    history, done = tuple(header.get("history", ())), header.get("done")
+    taken = [] if problems else [entry["step"] for entry in history]
+    if taken != sorted(set(taken)) or not all(0 < step <= done for step in taken):
+        problems.append(f"its evaluations are after the steps {taken}, of {done}")
+    if problems:
+        raise ValueError(f"{file} is no state of a run ({'; '.join(problems)}): {anew}")
     begun = any(name.startswith("best.") for name in arrays)
     structure = _arrays(state._replace(best=state.params if begun else {}))
     expected = _named(structure)
@@ -296,5 +310,7 @@ def read_state(file: Path, state: TrainingState, identity: Mapping[str, Any]) ->
             f"{file} does not fit this run in {len(differing)} of its arrays, such as {name}: expected "
             f"{wanted.get(name, 'none')}, got {kinds.get(name, 'none')}: {anew}"
         )
+    if not is_sealed(header, arrays):
+        raise ValueError(f"{file} is damaged, its checksum is another than that of what it holds: {anew}")
     restored = jax.tree.unflatten(jax.tree.structure(structure), [jnp.array(arrays[name]) for name in expected])
     return TrainingState(**restored, done=done, history=history)
