@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -221,7 +222,9 @@ def inspect(
     Example: [cyan]jaxprune inspect small -o small.png[/cyan]
     """
     with terminal.working():
+        from jaxprune.checkpoints.gates import PRUNING
         from jaxprune.checkpoints.shared import pruning_of
+        from jaxprune.checkpoints.tensors import model_digest
         from jaxprune.cli.render import tables
         from jaxprune.cli.render.pictures import inspection_figure
         from jaxprune.pruning.inspection import inspect
@@ -231,6 +234,9 @@ def inspect(
         loaded, params = jp.load(model)
         pruning, zeros = pruning_of(model, loaded), _zeros(loaded, params)
         layers, ranks = inspect(loaded, params, pruning=pruning, scores=given)
+        written = (pruning or {}).get("pruned")
+        if isinstance(written, Mapping) and written.get("digest") != model_digest(loaded, params):
+            warnings.warn(f"the weights of {model} are not those that its {PRUNING} was written with.", stacklevel=2)
         for row in (*layers["layers"], layers["total"]):
             row["zeros"] = zeros.get(row["layer"])
         record = {

@@ -33,7 +33,7 @@ from jaxprune.models import Model, order_sites
 from jaxprune.models.cost import Length, elements, matmul_flops, parameters, unit_costs, usual_length
 from jaxprune.pruning.budgets import NAMES, Flops, Rules
 from jaxprune.pruning.prune import Watch, score_once
-from jaxprune.pruning.record import settings_of
+from jaxprune.pruning.record import check_record, settings_of
 from jaxprune.pruning.selection import check_selection, select, select_units
 from jaxprune.scoring.attribution import Criterion
 from jaxprune.scoring.run import Scoring
@@ -155,6 +155,7 @@ def inspect(
         ValueError: If the scores belong to another model, or the record does not fit the parameters.
     """
     recorded = {} if pruning is None else pruning.get("sites", {})
+    check_record(pruning or {})
     named = {name.rpartition(".")[2] for name in (*recorded, *({} if scores is None else scores.values))}
     kinds = tuple(kind for kind in KINDS if kind in UNITS or kind in named)
     units = _units(model, params, pruning, scores, kinds)

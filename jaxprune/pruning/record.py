@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.checkpoints.gates import units_record
+from jaxprune.checkpoints.gates import PRUNING, kept_units, units_record
 from jaxprune.checkpoints.tensors import params_digest
 from jaxprune.models import Model
 from jaxprune.models.cost import Length, flops, memory, parameters, prunable_parameters
@@ -57,10 +57,35 @@ def pruning_record(
         "digests": {
             "scores": params_digest(dict(values)),
             "means": params_digest(means) if means else None,  # what closed units are replaced by; None is zero
-            "gates": params_digest(arrays),
+            "gates": (digest := params_digest(arrays)),
+            **({} if (kept := _kept_digest(remaining, had)) == digest else {"sites": kept}),
         },
         **units_record(remaining, had),
     }
+
+
+def _kept_digest(remaining: Mapping[str, np.ndarray], had: Mapping[str, int]) -> str:
+    """The digest of the gates that are 1 where a unit stays, as `sites` says it, and 0 elsewhere."""
+    gates = {name: np.zeros(units, np.float32) for name, units in had.items()}
+    for name, units in remaining.items():
+        gates[name][units] = 1.0
+    return params_digest(gates)
+
+
+def check_record(record: Mapping[str, Any]) -> None:
+    """Refuses a record whose sites are not those that its digest of the gates is of.
+
+    Raises:
+        ValueError: If it does not say which units stay, or says something else than when it was written.
+    """
+    digests = record.get("digests")
+    expected = digests.get("sites", digests.get("gates")) if isinstance(digests, Mapping) else None
+    units = {name: kept_units(name, site) for name, site in record.get("sites", {}).items()}
+    if expected and expected != _kept_digest(*({name: unit[i] for name, unit in units.items()} for i in (1, 0))):
+        raise ValueError(
+            f"{PRUNING} names other units than when it was written: its sites have not the digest that it holds of "
+            "them. Take the file from where the model came from, or prune again."
+        )
 
 
 def settings_of(budget: Budget | None = None, rules: Rules | None = None, **more: Any) -> dict[str, Any]:

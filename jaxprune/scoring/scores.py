@@ -184,9 +184,8 @@ def load_scores(path: str | Path) -> Scores:
         problems += _wrong_rows(file.entries.get(ROWS), header)
         if not problems:
             arrays = {name: file.read(name) for name in sorted(entries)}
-            keys = file.read(ROWS) if ROWS in file.entries else None
-            whole = arrays if keys is None else arrays | {ROWS: keys}
-            if header["format"] >= 5 and not is_sealed(header, whole):
+            keys = {ROWS: file.read(ROWS)} if ROWS in file.entries else {}
+            if header["format"] >= 5 and not is_sealed(header, arrays | keys):
                 problems.append("its checksum is another than that of its header and tensors")
             problems += [
                 f"{name} holds NaN or infinity" for name, array in arrays.items() if not np.isfinite(array).all()
@@ -198,7 +197,7 @@ def load_scores(path: str | Path) -> Scores:
             ]
         if problems:
             raise ValueError(f"{path} cannot be used as scores: {'; '.join(problems)}. Score again.")
-        rows = header.pop(ROWS) if ROWS in header else _keys(keys)
+        rows = header.pop(ROWS) if ROWS in header else _keys(file.read(ROWS))
         header.pop("checksum", None)
     parts: dict[str, Gates] = {name: {} for name in ("", *_EXTRAS)}
     for name, array in arrays.items():
