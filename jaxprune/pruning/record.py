@@ -51,25 +51,27 @@ def pruning_record(
     for name, value in values.items():  # a site without gates is open
         remaining.setdefault(name, np.arange(len(value)))
     had = {name: len(arrays[name]) if name in arrays else len(values[name]) for name in remaining}
+    kept = _kept_gates(remaining, had)
+    whole = kept.keys() == arrays.keys() and all(np.array_equal(kept[name], arrays[name]) for name in kept)
     return {
         "settings": {name: _plain(value, name) for name, value in settings_of(budget, rules, **more).items()},
         "scores": {name: _plain(value, name) for name, value in header.items()},
         "digests": {
             "scores": params_digest(dict(values)),
             "means": params_digest(means) if means else None,  # what closed units are replaced by; None is zero
-            "gates": (digest := params_digest(arrays)),
-            **({} if (kept := _kept_digest(remaining, had)) == digest else {"sites": kept}),
+            "gates": params_digest(arrays),
+            **({} if whole else {"sites": params_digest(kept)}),  # what `sites` says, where that is not the gates
         },
         **units_record(remaining, had),
     }
 
 
-def _kept_digest(remaining: Mapping[str, np.ndarray], had: Mapping[str, int]) -> str:
-    """The digest of the gates that are 1 where a unit stays, as `sites` says it, and 0 elsewhere."""
+def _kept_gates(remaining: Mapping[str, np.ndarray], had: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Gates that are 1 where a unit stays and 0 elsewhere."""
     gates = {name: np.zeros(units, np.float32) for name, units in had.items()}
     for name, units in remaining.items():
         gates[name][units] = 1.0
-    return params_digest(gates)
+    return gates
 
 
 def check_record(record: Mapping[str, Any]) -> None:
@@ -81,7 +83,8 @@ def check_record(record: Mapping[str, Any]) -> None:
     digests = record.get("digests")
     expected = digests.get("sites", digests.get("gates")) if isinstance(digests, Mapping) else None
     units = {name: kept_units(name, site) for name, site in record.get("sites", {}).items()}
-    if expected and expected != _kept_digest(*({name: unit[i] for name, unit in units.items()} for i in (1, 0))):
+    had, remaining = ({name: unit[i] for name, unit in units.items()} for i in (0, 1))
+    if expected and expected != params_digest(_kept_gates(remaining, had)):
         raise ValueError(
             f"{PRUNING} names other units than when it was written: its sites have not the digest that it holds of "
             "them. Take the file from where the model came from, or prune again."
