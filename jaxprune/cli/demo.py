@@ -10,11 +10,11 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any
 
+import jaxprune as jp
 from jaxprune.cli import terminal
 from jaxprune.cli.options import Json, find, option
 
 if TYPE_CHECKING:
-    from jaxprune.data.tasks import Task
     from jaxprune.models import Model
     from jaxprune.scoring.scores import Scores
     from jaxprune.units import Gates, Params
@@ -58,10 +58,9 @@ def demo(
     Example: [cyan]jaxprune demo --task snips[/cyan]
     """
     with terminal.working() as bars:
-        from jaxprune.bundled import bundled_data, bundled_model
         from jaxprune.cli.render import tables
 
-        record = run_demo(output, task, model or str(bundled_model()), data or bundled_data(), bars)
+        record = run_demo(output, task, model or str(jp.bundled_model()), data or jp.bundled_data(), bars)
     shown = tables.comparison_table(record["tasks"], VARIANTS, record["task"]), tables.before_after_table(record)
     files = (f"{title.capitalize() + ':':9}{file}" for title, file in record["files"].items())
     lines = (explain(record), "", *files, "", "Next:", *next_steps(record))
@@ -78,34 +77,28 @@ def run_demo(output: Path, chosen: str, source: str, data: Path, bars: terminal.
         FileExistsError: If the output folder has a `model` that jaxprune did not save.
     """
     from jaxprune.checkpoints.files import write_atomic
-    from jaxprune.checkpoints.folder import check_destination, load, save
+    from jaxprune.checkpoints.folder import check_destination
     from jaxprune.checkpoints.weights import stored_type
     from jaxprune.cli.pruning import measured_costs
-    from jaxprune.compaction import compact
-    from jaxprune.data.tasks import load_task
     from jaxprune.evaluation.evaluate import fitting_head
     from jaxprune.models.cost import file_size
-    from jaxprune.pruning.budgets import Flops, Rules
-    from jaxprune.pruning.record import compared, pruning_record, settings_of
-    from jaxprune.pruning.selection import select
-    from jaxprune.scoring.scores import save_scores
+    from jaxprune.pruning.record import compared, settings_of
 
     begun = time.monotonic()
     check_destination(output / "model", True)
-    task = load_task(chosen, data=data)
-    model, params = load(source)
+    task = jp.load_task(chosen, data=data)
+    model, params = jp.load(source)
     head = fitting_head(model, task)
     scores = _scores(model, params, task, bars)
     best = scores["attribution"]
-    length = best.header["mean_length"]
-    budget, rules = Flops(FLOPS, length=length), Rules(multiple_of=MULTIPLE_OF)
-    gates = {name: select(model, params, each, budget, rules=rules) for name, each in scores.items()}
-    variants = {"dense": params} | {name: compact(model, params, each) for name, each in gates.items()}
+    budget, rules = jp.budgets.Flops(FLOPS, length=best.header["mean_length"]), jp.Rules(multiple_of=MULTIPLE_OF)
+    gates = {name: jp.select(model, params, each, budget, rules=rules) for name, each in scores.items()}
+    variants = {"dense": params} | {name: jp.compact(model, params, each) for name, each in gates.items()}
     small = variants["attribution"]
     rows = _test(model, variants, [task, *_other_tasks(model, task, data)], best.rows, bars)
-    pruning = pruning_record(best, gates["attribution"], budget, rules)
-    costs = measured_costs(model, params, small, length, head, (LATENCY_BATCH,), bars)
-    save(output / "model", model, small, pruning=pruning, overwrite=True, dtype=stored_type(model))
+    pruning = jp.pruning_record(best, gates["attribution"], budget, rules)
+    costs = measured_costs(model, params, small, pruning, head, (LATENCY_BATCH,), bars)
+    jp.save(output / "model", model, small, pruning=pruning, overwrite=True, dtype=stored_type(model))
     for when, folder in (("before", model.source or source), ("after", output / "model")):
         costs[when]["file_bytes"] = file_size(folder)
     draw(output / "comparison.png", rows, gates["attribution"])
@@ -124,45 +117,38 @@ def run_demo(output: Path, chosen: str, source: str, data: Path, bars: terminal.
         "versions": best.header["versions"],
         "seconds": time.monotonic() - begun,
     }
-    save_scores(record["files"]["scores"], best)
+    jp.save_scores(record["files"]["scores"], best)
     write_atomic(output / "results.json", (json.dumps(record, indent=1) + "\n").encode())
     return record
 
 
-def _other_tasks(model: Model, task: Task, data: Path) -> list[Task]:
+def _other_tasks(model: Model, task: jp.Task, data: Path) -> list[jp.Task]:
     """The other tasks in a folder that a model can do."""
     from jaxprune.data.prompts import PROMPTS
-    from jaxprune.data.tasks import load_task
 
     known = PROMPTS if model.answers_in_text else model.heads
     names = sorted(folder.name for folder in data.iterdir() if folder.is_dir() and folder.name in known)
-    return [load_task(name, data=data) for name in names if name != task.name]
+    return [jp.load_task(name, data=data) for name in names if name != task.name]
 
 
-def _scores(model: Model, params: Params, task: Task, bars: terminal.Bars) -> dict[str, Scores]:
+def _scores(model: Model, params: Params, task: jp.Task, bars: terminal.Bars) -> dict[str, Scores]:
     """Scores by each criterion, from the same rows."""
-    from jaxprune.data.tasks import Rows
-    from jaxprune.scoring.run import Scoring, score
-
     bar, scores = bars.open(f"scoring {task.name}"), {}
     for name, criterion in CRITERIA.items():
-        scoring = Scoring(criterion=find("criterion", criterion)(), rows=Rows(examples=EXAMPLES))
-        scores[name] = score(model, params, task, scoring, progress=bar if name == "attribution" else None)
+        scoring = jp.Scoring(criterion=find("criterion", criterion)(), rows=jp.Rows(examples=EXAMPLES))
+        scores[name] = jp.score(model, params, task, scoring, progress=bar if name == "attribution" else None)
     return scores
 
 
 def _test(
-    model: Model, variants: Mapping[str, Params], tasks: Sequence[Task], scored: Sequence[str], bars: terminal.Bars
+    model: Model, variants: Mapping[str, Params], tasks: Sequence[jp.Task], scored: Sequence[str], bars: terminal.Bars
 ) -> list[dict[str, Any]]:
     """The primary metric of every variant on every task; of the first, which was scored, with all test rows."""
-    from jaxprune.data.tasks import Rows
-    from jaxprune.evaluation.evaluate import evaluate
-
     bar, rows = bars.open("testing"), []
     for i, task in enumerate(tasks):
         limit, results = OTHER_ROWS if i else None, {}
         for j, (name, params) in enumerate(variants.items(), 1):
-            results[name] = evaluate(model, params, task, rows=Rows(examples=limit, exclude=scored))
+            results[name] = jp.evaluate(model, params, task, rows=jp.Rows(examples=limit, exclude=scored))
             bar(i * len(variants) + j, len(tasks) * len(variants), f"{task.name}, {name}")
         dense = results["dense"]
         facts = {"task": task.name, "n": dense.n, "metric": dense.primary[0], "chance": dense.chance}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import jaxprune as jp
 from jaxprune.cli import terminal
 from jaxprune.cli.options import (
     BatchOptions,
@@ -36,12 +37,11 @@ from jaxprune.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from jaxprune.data.tasks import Rows, Task
     from jaxprune.models import Model
     from jaxprune.models.cost import Length
-    from jaxprune.pruning.budgets import Budget, Latency, Rules
+    from jaxprune.pruning.budgets import Budget, Latency
     from jaxprune.pruning.latency import LatencyTable
-    from jaxprune.pruning.prune import Pruned, Pruning, Watch
+    from jaxprune.pruning.prune import Pruned, Watch
     from jaxprune.scoring.scores import Scores
     from jaxprune.units import Gates, Params
 
@@ -105,10 +105,7 @@ def prune(
         files, names = scores or [], task or []
         check_sources(context, files, names, together)
         sizes = testing.timed()
-        from jaxprune.data.tasks import Rows
-        from jaxprune.pruning.prune import Pruning
-
-        pruning = Pruning(
+        pruning = jp.Pruning(
             scoring=scoring.build(settings, head, batches),
             rules=selection.build(),
             recovery=recovery.build(scoring.seed, batches, rounds, scoring=not files),
@@ -118,7 +115,7 @@ def prune(
             report_loss=losses.loss_report,
             reselect=losses.reselect,
         )
-        tested = Rows(split="test", examples=testing.limit, **asdict(batches)) if testing.evaluate else None
+        tested = jp.Rows(split="test", examples=testing.limit, **asdict(batches)) if testing.evaluate else None
         job = PruneCommand(model, output, files, tested, sizes, overwrite)
         load_tasks = lambda: [rows.load(name, bars) for name in names]  # noqa: E731
         record = job.run(budget.build(selection.tokens()), pruning, load_tasks, bars)
@@ -158,30 +155,29 @@ class PruneCommand:
     source: str
     output: Path
     files: Sequence[Path]  # score files; with none, the tasks are scored
-    tested: Rows | None  # None: it is not tested
+    tested: jp.Rows | None  # None: it is not tested
     sizes: Sequence[int]  # examples in timed passes
     overwrite: bool
 
     def run(
-        self, budget: Budget, pruning: Pruning, load_tasks: Callable[[], Sequence[Task]], bars: Watch
+        self, budget: Budget, pruning: jp.Pruning, load_tasks: Callable[[], Sequence[jp.Task]], bars: Watch
     ) -> dict[str, Any]:
         """Prunes the model, writes its folder and compares the two.
 
         With score files nothing is scored, and tasks are only needed to test, to repair and to measure the loss.
         Otherwise scores are kept beside the folder, for the same command after an interruption and for other budgets.
         """
-        from jaxprune.checkpoints.folder import check_destination, load
-        from jaxprune.pruning.prune import Workspace, prune
-        from jaxprune.scoring.scores import check_same_model, load_scores
+        from jaxprune.checkpoints.folder import check_destination
+        from jaxprune.scoring.scores import check_same_model
 
         check_destination(self.output, self.overwrite)
         check_different(self.files)
-        scores = [load_scores(file) for file in self.files]
+        scores = [jp.load_scores(file) for file in self.files]
         if scores:
             check_same_model(dict(zip(map(str, self.files), scores, strict=True)))
-        model, params = load(self.source)
-        tasks, workspace = load_tasks(), Workspace(self.output, self.overwrite)
-        pruned = prune(model, params, tasks, budget, pruning, scores=scores or None, workspace=workspace, watch=bars)
+        model, params = jp.load(self.source)
+        tasks, workspace = load_tasks(), jp.Workspace(self.output, self.overwrite)
+        pruned = jp.prune(model, params, tasks, budget, pruning, scores=scores or None, workspace=workspace, watch=bars)
         costs = self._measure(model, params, pruned, tasks, pruning.scoring.head, bars)
         files, made = list(self.files) or workspace.score_files(tasks), pruned.record
         facts = [_facts(model, file, each) for file, each in zip(files, pruned.scores, strict=True)]
@@ -200,18 +196,15 @@ class PruneCommand:
         return record
 
     def _measure(
-        self, model: Model, params: Params, pruned: Pruned, tasks: Sequence[Task], head: str | None, bars: Watch
+        self, model: Model, params: Params, pruned: Pruned, tasks: Sequence[jp.Task], head: str | None, bars: Watch
     ) -> dict[str, Any]:
         """The costs and the quality of a model before and after; rows that were read for it are not tested on."""
-        from jaxprune.evaluation.evaluate import evaluate
-        from jaxprune.pruning.budgets import Latency
-
         sizes = list(self.sizes)
-        if isinstance(pruned.budget, Latency) and pruned.budget.table is not None:
+        if isinstance(pruned.budget, jp.budgets.Latency) and pruned.budget.table is not None:
             batch = pruned.budget.table.conditions.batch
             sizes = sizes if batch in sizes else [batch, *sizes]
-        length, scored_head = pruned.record["settings"]["length"], model.head(pruned.scores[0].header["head"]).name
-        costs = measured_costs(model, params, pruned.params, length, scored_head, sizes, bars)
+        scored_head = model.head(pruned.scores[0].header["head"]).name
+        costs = measured_costs(model, params, pruned.params, pruned.record, scored_head, sizes, bars)
         if self.tested is None or not tasks:
             return costs
         rows = replace(self.tested, exclude=pruned.rows)
@@ -219,23 +212,19 @@ class PruneCommand:
             results = []
             for task in tasks:
                 bar = bars.open(f"testing {when}" if len(tasks) == 1 else f"testing {when}, {task.name}")
-                results.append(evaluate(model, each, task, rows=rows, head=head, progress=bar).to_json())
+                results.append(jp.evaluate(model, each, task, rows=rows, head=head, progress=bar).to_json())
             costs[when] |= {"evaluation": results[0]} if len(tasks) == 1 else {"evaluations": results}
         return costs
 
     def _write(self, model: Model, pruned: Pruned, record: Mapping[str, Any], costs: dict[str, Any]) -> dict[str, Any]:
         """Writes the folder of a pruned model, with `pruning.json` and a card, and completes its record."""
-        from jaxprune.checkpoints.folder import save, split_task
+        from jaxprune.checkpoints.folder import split_task
         from jaxprune.checkpoints.weights import stored_type
         from jaxprune.cli.render.cards import CARD, model_card
         from jaxprune.models.cost import file_size
         from jaxprune.pruning.record import compared, ratios
 
         pruning, before, after = pruned.record, costs["before"], costs["after"]
-        before["units"], after["units"] = (
-            pruning["units"]["had"],
-            pruning["units"]["kept"],
-        )  # channels, if they were cut
         complete = {
             **record,
             "kinds": kinds_of(pruning["sites"]),
@@ -245,7 +234,7 @@ class PruneCommand:
             "versions": pruning["scores"]["versions"],
         }
         on_hub = not Path(split_task(self.source)[0]).expanduser().is_dir()
-        save(
+        jp.save(
             self.output,
             model,
             pruned.params,
@@ -267,20 +256,34 @@ def kinds_of(sites: Mapping[str, Any]) -> list[str]:
     return [kind for kind in KINDS if kind in named]
 
 
-def measured_costs(
-    model: Model, params: Params, small: Params, length: Length, head: str, sizes: Sequence[int], bars: Watch
-) -> dict[str, Any]:
-    """The costs of a model before and after, and its latency at each batch size."""
-    from jaxprune.pruning.latency import compare_latencies
+def both_costs(model: Model, params: Params, small: Params, pruning: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The costs of a model before and after by count; the units are those of the record, which counts channels too."""
     from jaxprune.pruning.record import costs
 
-    both = {"before": costs(model, params, length), "after": costs(model, small, length)}
+    length, units = pruning["settings"]["length"], pruning["units"]
+    before, after = costs(model, params, length), costs(model, small, length)
+    return {"before": before | {"units": units["had"]}, "after": after | {"units": units["kept"]}}
+
+
+def measured_costs(
+    model: Model,
+    params: Params,
+    small: Params,
+    pruning: Mapping[str, Any],
+    head: str,
+    sizes: Sequence[int],
+    bars: Watch,
+) -> dict[str, dict[str, Any]]:
+    """The costs of a model before and after, with the latency at each batch size."""
+    from jaxprune.pruning.latency import compare_latencies
+
+    costs = both_costs(model, params, small, pruning)
     if sizes:
-        bar = bars.open("measuring latency")
+        bar, length = bars.open("measuring latency"), pruning["settings"]["length"]
         timings = compare_latencies(model, (params, small), sizes, length=length, head=head, progress=bar)
-        for each, timing in zip(both.values(), timings, strict=True):
+        for each, timing in zip(costs.values(), timings, strict=True):
             each["latency"] = timing
-    return both
+    return costs
 
 
 def _facts(model: Model, file: Path, scores: Scores) -> dict[str, Any]:
@@ -301,10 +304,8 @@ def _facts(model: Model, file: Path, scores: Scores) -> dict[str, Any]:
 
 def _latency_budget(model: Model, params: Params, pruned: Pruned, costs: Mapping[str, Any]) -> dict[str, Any]:
     """For a budget of latency, what was asked for, predicted and measured."""
-    from jaxprune.pruning.budgets import Latency
-
     budget, search = pruned.budget, pruned.latency
-    if search is None or not isinstance(budget, Latency) or budget.table is None:
+    if search is None or not isinstance(budget, jp.budgets.Latency) or budget.table is None:
         return {}
     batch = budget.table.conditions.batch
     before, after = (next(it for it in costs[when]["latency"] if it["batch"] == batch) for when in ("before", "after"))
@@ -334,67 +335,54 @@ def plan(
     For a latency, the modules are measured on this device, once: the table is kept.
     """
     with terminal.working() as bars:
+        from jaxprune.checkpoints.folder import outline
         from jaxprune.cli.render import tables
+        from jaxprune.compaction import compacted_shapes
+        from jaxprune.pruning.loss import predict_loss
+        from jaxprune.pruning.record import compared
+        from jaxprune.pruning.selection import check_selection
+        from jaxprune.scoring.scores import check_scores, objective_name
 
-        length = selection.tokens()
-        record = plan_model(model, scores, budget.build(length), selection.build(), budget.timing(length), bars)
+        tokens, rules = selection.tokens(), selection.build()
+        asked, timing = budget.build(tokens), budget.timing(tokens)
+        scored = jp.load_scores(scores)
+        shapes, params, digest = outline(model, memory=terminal.digests_folder())
+        check_selection(shapes, params, asked, rules, scored.values)
+        check_scores(shapes, params, scored, digest=digest)
+        asked = asked.with_length(scored.header["mean_length"])
+        if isinstance(asked, jp.budgets.Latency):  # weights are loaded only where a table may be missing
+            asked = asked.measured(*jp.load(model), bars.open("measuring modules") if asked.table is None else None)
+            table = asked.table
+        else:
+            table = _known_table(timing, shapes, params, asked.length or scored.header["mean_length"])
+        gates = jp.select(shapes, params, scored, asked, rules=rules)
+        small = compacted_shapes(shapes, params, gates)
+        pruning, layers = jp.pruning_record(scored, gates, asked, rules), _layers(scored, gates)
+        record = {
+            "command": "plan",
+            "source": model,
+            "scores": str(scores),
+            "selection": pruning["settings"],
+            "kinds": kinds_of(gates),
+            **compared(**both_costs(shapes, params, small, pruning)),
+            "widths": {name: [site["had"], site["kept"]] for name, site in pruning["sites"].items()},
+            "layers": layers,
+            "latency": None if table is None else predicted(table, shapes, params, small, asked),
+            "objective": objective_name(scored, shapes.head(scored.header["head"])),
+            "prediction": predict_loss(scored, gates).to_json(),
+            "score_kept": layers[-1]["score_kept"],
+        }
     terminal.show(record, *tables.plan_tables(record), *tables.plan_notes(record), as_json=as_json)
-
-
-def plan_model(source: str, file: Path, budget: Budget, rules: Rules, timing: Latency, bars: Watch) -> dict[str, Any]:
-    """Predicts what `prune` would leave of a model. Weights are loaded only where a latency table may be missing.
-
-    Nothing is written but the latency table then, and the digest of the model, which is remembered.
-    """
-    from jaxprune.checkpoints.folder import load, outline
-    from jaxprune.compaction import compacted_shapes
-    from jaxprune.pruning.budgets import Latency
-    from jaxprune.pruning.loss import predict_loss
-    from jaxprune.pruning.record import compared, costs, pruning_record
-    from jaxprune.pruning.selection import check_selection, select
-    from jaxprune.scoring.scores import check_scores, load_scores, objective_name
-
-    scores = load_scores(file)
-    model, params, digest = outline(source, memory=terminal.digests_folder())  # shapes in the place of the parameters
-    check_selection(model, params, budget, rules, scores.values)
-    check_scores(model, params, scores, digest=digest)
-    length: Length = scores.header["mean_length"]
-    budget = budget.with_length(length)
-    if isinstance(budget, Latency):
-        budget = budget.measured(*load(source), bars.open("measuring modules") if budget.table is None else None)
-    length = budget.length or length
-    gates = select(model, params, scores, budget, rules=rules)
-    small = compacted_shapes(model, params, gates)
-    table = budget.table if isinstance(budget, Latency) else _known_table(timing, model, params, length)
-    pruning = pruning_record(scores, gates, budget, rules)
-    before, after = costs(model, params, length), costs(model, small, length)
-    before["units"], after["units"] = pruning["units"]["had"], pruning["units"]["kept"]
-    layers = _layers(scores, gates)
-    return {
-        "command": "plan",
-        "source": source,
-        "scores": str(file),
-        "selection": pruning["settings"],
-        "kinds": kinds_of(gates),
-        **compared(before, after),
-        "widths": {name: [site["had"], site["kept"]] for name, site in pruning["sites"].items()},
-        "layers": layers,
-        "latency": None if table is None else predicted(table, model, params, small, budget),
-        "objective": objective_name(scores, model.head(scores.header["head"])),
-        "prediction": predict_loss(scores, gates).to_json(),
-        "score_kept": layers[-1]["score_kept"],
-    }
 
 
 def predicted(table: LatencyTable, model: Model, params: Params, small: Params, budget: Budget) -> dict[str, Any]:
     """The seconds that a table predicts for a model before and after, and how far it is to be trusted."""
-    from jaxprune.pruning.budgets import Latency
     from jaxprune.units import widths
 
     before, after = (table.predict(widths(model.axes, each)) for each in (params, small))
     known = table.conditions
     return {
-        "asked": {budget.name: budget.amount} if isinstance(budget, Latency) else {},
+        "asked": {budget.name: budget.amount} if isinstance(budget, jp.budgets.Latency) else {},
         "batch": known.batch,
         "length": known.length,
         "device": known.device,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import jaxprune as jp
 from jaxprune.cli import terminal
 from jaxprune.cli.options import (
     BudgetOptions,
@@ -20,7 +21,7 @@ from jaxprune.cli.options import (
 
 if TYPE_CHECKING:
     from jaxprune.models import Model
-    from jaxprune.pruning.budgets import Budget, Rules
+    from jaxprune.pruning.budgets import Budget
     from jaxprune.scoring.scores import Scores
     from jaxprune.units import Params
 
@@ -47,78 +48,58 @@ def share(
     Gates only say which units stay: a repaired model (prune --recover) needs a separate folder.
     """
     with terminal.working() as bars:
+        from jaxprune.checkpoints.files import check_file
+        from jaxprune.checkpoints.folder import check_destination
+        from jaxprune.checkpoints.gates import GATES, read_gates
+        from jaxprune.checkpoints.shared import check_new
+        from jaxprune.checkpoints.weights import stored_type
         from jaxprune.cli.render import tables
+        from jaxprune.models.cost import file_size
 
-        chosen = budget.build(selection.tokens()), selection.build()
-        record = share_model(model, scores, *chosen, output, overwrite=overwrite, bars=bars)
-    lines = (tables.share_note(record), "", f"Next: jaxprune inspect {record['output']}#{record['tasks'][0]['task']}")
+        asked, rules = budget.build(selection.tokens()), selection.build()
+        by_task = scores_by_task(scores)
+        folder = Path(model).expanduser() if output is None else output
+        if output is None:
+            check_new(folder, by_task, overwrite)
+            check_file(folder / GATES, True)
+        else:
+            check_destination(output, overwrite)
+        loaded, params = jp.load(model)
+        check_fit(loaded, params, by_task, dict(zip(by_task, scores, strict=True)), asked, rules)
+        gates, records, rows = {}, {}, []
+        for (task, each), file in zip(by_task.items(), scores, strict=True):
+            gates[task], records[task], costs = select_for(loaded, params, each, asked, rules, bars)
+            about = {"task": task, "scores": str(file), "criterion": each.header["criterion"]}
+            rows.append(about | {"selection": records[task]["settings"]} | costs)
+        more: dict[str, Any] = {"means": {task: each.means for task, each in by_task.items()}, "records": records}
+        if output is None:
+            jp.add_gates(folder, gates, overwrite=overwrite, **more)
+        else:
+            jp.save_shared(output, loaded, params, gates, overwrite=overwrite, dtype=stored_type(loaded), **more)
+        written = read_gates(folder / GATES)
+        for row in rows:
+            stored = written.tasks[row["task"]]
+            row |= {"gates_bytes": stored.bits.nbytes, "means_bytes": stored.values.nbytes}
+        record = {
+            "command": "share",
+            "source": model,
+            "output": str(folder),
+            "added": output is None,
+            "model": written.model,
+            "tasks": rows,
+            "all_tasks": sorted(written.tasks),
+            "gates_file_bytes": (folder / GATES).stat().st_size,
+            "weights_file_bytes": file_size(folder),
+        }
+    lines = (tables.share_note(record), "", f"Next: jaxprune inspect {folder}#{rows[0]['task']}")
     terminal.show(record, tables.share_table(record), *lines, as_json=as_json)
-
-
-def share_model(
-    source: str,
-    scored: Sequence[Path],
-    budget: Budget,
-    rules: Rules,
-    output: Path | None,
-    *,
-    overwrite: bool,
-    bars: terminal.Bars,
-) -> dict[str, Any]:
-    """Selects for every task by itself, within the budget, and writes the gates of all beside one copy of the weights.
-
-    Without an output the tasks are added to the source, itself a shared folder, and `overwrite` replaces tasks there.
-    """
-    from jaxprune.checkpoints.files import check_file
-    from jaxprune.checkpoints.folder import check_destination, load
-    from jaxprune.checkpoints.gates import GATES, read_gates
-    from jaxprune.checkpoints.shared import add_gates, check_new, save_shared
-    from jaxprune.checkpoints.weights import stored_type
-    from jaxprune.models.cost import file_size
-
-    scores = scores_by_task(scored)
-    folder = Path(source).expanduser() if output is None else output
-    if output is None:
-        check_new(folder, scores, overwrite)
-        check_file(folder / GATES, True)
-    else:
-        check_destination(output, overwrite)
-    model, params = load(source)
-    check_fit(model, params, scores, dict(zip(scores, scored, strict=True)), budget, rules)
-    gates, records, rows = {}, {}, []
-    for (task, each), file in zip(scores.items(), scored, strict=True):
-        gates[task], records[task], costs = select_for(model, params, each, budget, rules, bars)
-        about = {"task": task, "scores": str(file), "criterion": each.header["criterion"]}
-        rows.append(about | {"selection": records[task]["settings"]} | costs)
-    more: dict[str, Any] = {"means": {task: each.means for task, each in scores.items()}, "records": records}
-    if output is None:
-        add_gates(folder, gates, overwrite=overwrite, **more)
-    else:
-        save_shared(output, model, params, gates, overwrite=overwrite, dtype=stored_type(model), **more)
-    written = read_gates(folder / GATES)
-    for row in rows:
-        task = written.tasks[row["task"]]
-        row |= {"gates_bytes": task.bits.nbytes, "means_bytes": task.values.nbytes}
-    return {
-        "command": "share",
-        "source": source,
-        "output": str(folder),
-        "added": output is None,
-        "model": written.model,
-        "tasks": rows,
-        "all_tasks": sorted(written.tasks),
-        "gates_file_bytes": (folder / GATES).stat().st_size,
-        "weights_file_bytes": file_size(folder),
-    }
 
 
 def scores_by_task(files: Sequence[Path]) -> dict[str, Scores]:
     """The scores in some files by their tasks, each of which has one file."""
-    from jaxprune.scoring.scores import load_scores
-
     scores: dict[str, Scores] = {}
     for i, file in enumerate(files):
-        each = load_scores(file)
+        each = jp.load_scores(file)
         task = each.header["task"]
         if task in scores:
             other = files[list(scores).index(task)]
@@ -128,7 +109,7 @@ def scores_by_task(files: Sequence[Path]) -> dict[str, Scores]:
 
 
 def check_fit(
-    model: Model, params: Params, scores: dict[str, Scores], files: dict[str, Path], budget: Budget, rules: Rules
+    model: Model, params: Params, scores: dict[str, Scores], files: dict[str, Path], budget: Budget, rules: jp.Rules
 ) -> None:
     """Refuses scores of another model, and budgets and rules that do not fit, before anything is measured."""
     from jaxprune.pruning.prune import check_scope
@@ -145,23 +126,19 @@ def check_fit(
 
 
 def select_for(
-    model: Model, params: Params, scores: Scores, budget: Budget, rules: Rules, bars: terminal.Bars
+    model: Model, params: Params, scores: Scores, budget: Budget, rules: jp.Rules, bars: terminal.Bars
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The gates of one task, the record of its pruning, and the costs before and after."""
-    from jaxprune.compaction import compact
-    from jaxprune.pruning.budgets import Latency
-    from jaxprune.pruning.record import costs, pruning_record, ratios
-    from jaxprune.pruning.selection import select
+    from jaxprune.cli.pruning import both_costs
+    from jaxprune.pruning.record import ratios
 
     budget = budget.with_length(scores.header["mean_length"])
-    if isinstance(budget, Latency):
+    if isinstance(budget, jp.budgets.Latency):
         budget = budget.measured(model, params, bars.open("measuring modules") if budget.table is None else None)
-    gates = select(model, params, scores, budget, rules=rules)
-    record = pruning_record(scores, gates, budget, rules)
-    small, length = compact(model, params, gates, scores.means), record["settings"]["length"]
-    before, after = costs(model, params, length), costs(model, small, length)
-    before["units"], after["units"] = record["units"]["had"], record["units"]["kept"]  # channels, if they were cut
-    return gates, record, {"before": before, "after": after, "kept": ratios(before, after)}
+    gates = jp.select(model, params, scores, budget, rules=rules)
+    record = jp.pruning_record(scores, gates, budget, rules)
+    costs = both_costs(model, params, jp.compact(model, params, gates, scores.means), record)
+    return gates, record, costs | {"kept": ratios(costs["before"], costs["after"])}
 
 
 @grouped
@@ -184,40 +161,34 @@ def pack(
             raise ValueError(f"--values is exact or int8, got {values!r}.")
         if unpack and values != "exact":
             raise ValueError("--values says how to pack, but --unpack writes a dense file: give one of them.")
+        from jaxprune.checkpoints.folder import check_destination
         from jaxprune.cli.render import tables
+        from jaxprune.models.cost import file_size
+        from jaxprune.sparse.masks import sparsity_of
+        from jaxprune.sparse.patterns import linear_maps
 
-        stored = {"packed": None if unpack else values, "dtype": "float16" if half else None}
-        record = pack_model(model, output, overwrite=overwrite, **stored)
+        stored: dict[str, Any] = {"packed": None if unpack else values, "dtype": "float16" if half else None}
+        check_destination(output, overwrite)
+        loaded, params = jp.load(model, dtype=None)
+        folder = Path(loaded.source or model)
+        extra, pruning = _other_files(folder)
+        before = file_size(folder)  # now: the output may be the same folder
+        jp.save(output, loaded, params, pruning=pruning, overwrite=overwrite, extra=extra, **stored)
+        sparsity, after = sparsity_of(params, linear_maps(loaded)), file_size(output)
+        record = {
+            "command": "pack",
+            "source": model,
+            "output": str(output),
+            "values": stored["packed"],
+            "dtype": stored["dtype"],
+            "linear_weights": sparsity.size,
+            "density": 1 - sparsity.zeros / sparsity.size if sparsity.size else None,
+            "before": {"file": before},
+            "after": {"file": after},
+            "ratios": {"file": before / after},
+        }
     lines = (tables.storage_note(record), f"Model: {output}")
     terminal.show(record, tables.storage_table(record), *lines, as_json=as_json)
-
-
-def pack_model(source: str, output: Path, *, packed: Any, dtype: Any, overwrite: bool) -> dict[str, Any]:
-    """Writes a model packed or dense, with all other files of its folder, and counts bytes before and after."""
-    from jaxprune.checkpoints.folder import check_destination, load, save
-    from jaxprune.models.cost import file_size
-    from jaxprune.sparse.masks import sparsity_of
-    from jaxprune.sparse.patterns import linear_maps
-
-    check_destination(output, overwrite)
-    model, params = load(source, dtype=None)
-    folder = Path(model.source or source)
-    extra, pruning = _other_files(folder)
-    before = file_size(folder)  # now: the output may be the same folder
-    save(output, model, params, pruning=pruning, overwrite=overwrite, dtype=dtype, extra=extra, packed=packed)
-    sparsity, after = sparsity_of(params, linear_maps(model)), file_size(output)
-    return {
-        "command": "pack",
-        "source": source,
-        "output": str(output),
-        "values": packed,
-        "dtype": dtype,
-        "linear_weights": sparsity.size,
-        "density": 1 - sparsity.zeros / sparsity.size if sparsity.size else None,
-        "before": {"file": before},
-        "after": {"file": after},
-        "ratios": {"file": before / after},
-    }
 
 
 def _other_files(folder: Path) -> tuple[dict[str, bytes], dict[str, Any] | None]:
