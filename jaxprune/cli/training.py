@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import jaxprune as jp
 from jaxprune.cli import terminal
 from jaxprune.cli.options import (
     BatchOptions,
@@ -34,14 +35,10 @@ from jaxprune.cli.options import (
 if TYPE_CHECKING:
     from jaxprune.data.augmentation import Augmentation
     from jaxprune.data.splits import Example
-    from jaxprune.data.tasks import Task
     from jaxprune.evaluation.evaluate import Evaluation
     from jaxprune.models import Model
     from jaxprune.sparse.patterns import Pattern
     from jaxprune.sparse.schedules import Schedule
-    from jaxprune.training.distillation import Sparsification
-    from jaxprune.training.finetuning import FineTuning
-    from jaxprune.training.joint_loss import Distillation
     from jaxprune.training.loop import Step
     from jaxprune.units import Params
 
@@ -73,7 +70,7 @@ class FineTuningOptions:
     rows_of: Annotated[
         list[str] | None, training("Rows of a task in an epoch; all by default.", "--rows", metavar="sst2=20000")
     ] = None
-    pooling: Annotated[str, training("Of the new task heads.", metavar="first|mean")] = "mean"
+    pooling: Annotated[str, training("Of the new task heads.", metavar="first|mean|last")] = "mean"
     dense: Annotated[str | None, training("A layer before their output, by its activation.", metavar="tanh|relu")] = (
         None
     )
@@ -128,17 +125,15 @@ class DistillationOptions:
     ] = "one-to-one"
     head: Annotated[str | None, learned("The teacher's task head; by default the one of the task's name.")] = None
 
-    def build(self, *, regression: bool = False) -> Distillation:
+    def build(self, *, regression: bool = False) -> jp.Distillation:
         """The settings for a classification or a regression.
 
         Raises:
             ValueError: If a loss is unknown, named twice, or its weight is no number.
         """
-        from jaxprune.training.joint_loss import Distillation
-
         weights: dict[str, Any] = {} if self.losses is None else read_losses(self.losses)
         settings: dict[str, Any] = {"temperature": self.temperature, "layers": find("layers", self.layers)}
-        return replace(Distillation.sparse_bert(regression=regression), head=self.head, **settings, **weights)
+        return replace(jp.Distillation.sparse_bert(regression=regression), head=self.head, **settings, **weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,27 +153,23 @@ class SparsificationOptions:
     ] = "any"
     together: Annotated[bool, zeroed("All matrices compete, or each loses the same.", "--global/--per-matrix")] = False
 
-    def build(self) -> Sparsification:
+    def build(self) -> jp.Sparsification:
         """The settings; without a sparsity, that of the pattern or of SparseBERT.
 
         Raises:
             ValueError: If one of the options is not possible.
         """
-        from jaxprune.sparse.patterns import NM
-        from jaxprune.sparse.schedules import check_sparsity
-        from jaxprune.training.distillation import Sparsification
-
         pattern, sparsity = read_pattern(self.pattern), self.sparsity
         if sparsity is None:
-            sparsity = 1 - pattern.n / pattern.m if isinstance(pattern, NM) else SPARSITY
-        check_sparsity("--sparsity", sparsity)
+            sparsity = 1 - pattern.n / pattern.m if isinstance(pattern, jp.patterns.NM) else SPARSITY
+        jp.schedules.check_sparsity("--sparsity", sparsity)
         if not 0 <= self.prune_from < self.prune_until <= 1:
             raise ValueError(
                 f"--prune-from and --prune-until must be fractions of the training, the first below the second; "
                 f"got {self.prune_from} and {self.prune_until}."
             )
         schedule, criterion = partial(self._schedule, sparsity), find("weights", self.weights)()
-        return Sparsification(schedule=schedule, criterion=criterion, pattern=pattern, together=self.together)
+        return jp.Sparsification(schedule=schedule, criterion=criterion, pattern=pattern, together=self.together)
 
     def _schedule(self, sparsity: float, steps: int) -> Schedule:
         """The schedule of a training of so many steps; what is pruned at once is pruned in the beginning."""
@@ -206,13 +197,11 @@ def read_pattern(text: str) -> Pattern:
     Raises:
         ValueError: If it is something else.
     """
-    from jaxprune.sparse.patterns import NM, Block, Unstructured
-
     if text == "any":
-        return Unstructured()
+        return jp.patterns.Unstructured()
     if match := re.fullmatch(r"(\d+)([:x])(\d+)", text):
         first, second = int(match[1]), int(match[3])
-        return NM(n=first, m=second) if match[2] == ":" else Block(inputs=first, outputs=second)
+        return jp.patterns.NM(n=first, m=second) if match[2] == ":" else jp.patterns.Block(inputs=first, outputs=second)
     raise ValueError(f"--pattern is any, N:M such as 2:4, or inputs x outputs of a block such as 4x4; got {text!r}.")
 
 
@@ -257,74 +246,64 @@ def finetune(
     """
     with terminal.working() as bars:
         from jaxprune.checkpoints.folder import check_destination
+        from jaxprune.checkpoints.tensors import model_digest
         from jaxprune.cli.render import tables
-        from jaxprune.training.finetuning import FineTuning
+        from jaxprune.data.tasks import remove_leaks
 
-        settings = build(FineTuning, options, batches, rows=numbers("--rows", options.rows_of) or None)
+        settings = build(jp.FineTuning, options, batches, rows=numbers("--rows", options.rows_of) or None)
         check_destination(output, overwrite)
-        dtype = "float16" if half else None
-        load_tasks = lambda: [rows.load(name, bars) for name in task]  # noqa: E731
-        record = finetune_model(encoder, load_tasks, output, settings, bars, overwrite=overwrite, dtype=dtype)
-    best = record["best_epoch"]
-    table = tables.evaluation_table(record["epochs"][best - 1], f"epoch {best}, the best on dev")
+        state = state_of(output)
+        model, params = jp.load(encoder)
+        tasks, leaks = remove_leaks([rows.load(name, bars) for name in task])
+        for (name, other), count in leaks.items():
+            bars.say(f"{name}: {count:,} rows dropped, held out in {other}")
+        bar = bars.open("fine-tuning")
+
+        def progress(step: Step) -> None:
+            epoch = f"epoch {step.epoch} of {settings.epochs}"
+            bar(step.step, step.steps, f"{epoch}, loss {step.loss:.4f}")
+            if step.evaluation is not None:
+                bars.say(tables.evaluation_table(step.evaluation["results"], f"{epoch}, dev"))
+
+        done = jp.finetune(model, params, tasks, settings, state=state, progress=progress)
+        for name, count in done.cut_off.items():
+            bars.say(f"{name}: {count:,} train rows left out, their answer is cut off; --max-length reaches further")
+        record = {
+            "command": "finetune",
+            "source": encoder,
+            "output": str(output),
+            "recipe": settings.to_json(),
+            "best_epoch": done.best + 1,
+            "epochs": [[result.to_json() for result in epoch] for epoch in done.evaluations],
+            "leaks": [{"task": name, "held_out_in": other, "rows": count} for (name, other), count in leaks.items()],
+            "tasks": {
+                each.name: {
+                    "source": each.source,
+                    "license": each.license,
+                    "rows": each.sizes,
+                    **({"cut_off": done.cut_off.get(each.name, 0)} if each.spans else {}),
+                    "digests": {split: each.digest(split) for split in each.splits},
+                }
+                for each in tasks
+            },
+            "model": model_digest(done.model, done.params),
+        }
+        extra, dtype = {FINETUNING: as_file(record)}, "float16" if half else None
+        jp.save(output, done.model, done.params, extra=extra, overwrite=overwrite, dtype=dtype)
+        state.unlink(missing_ok=True)
+    best = done.best
+    table = tables.evaluation_table(record["epochs"][best], f"epoch {best + 1}, the best on dev")
     terminal.show(record, table, f"Model: {output}", as_json=as_json)
 
 
-def finetune_model(
-    source: str,
-    load_tasks: Callable[[], list[Task]],
-    output: Path,
-    settings: FineTuning,
-    bars: terminal.Bars,
-    **stored: Any,
-) -> dict[str, Any]:
-    """Fine-tunes a model and writes its folder; the run is kept in `OUTPUT.state` until then."""
-    from jaxprune.checkpoints.folder import load, save
-    from jaxprune.checkpoints.tensors import model_digest
-    from jaxprune.cli.render.tables import evaluation_table
-    from jaxprune.data.tasks import remove_leaks
-    from jaxprune.training.finetuning import finetune
+def state_of(output: Path) -> Path:
+    """The file that an unfinished training is kept in."""
+    return output.with_name(f"{output.name}.state")
 
-    state = output.with_name(f"{output.name}.state")
-    model, params = load(source)
-    cleaned, leaks = remove_leaks(load_tasks())
-    for (task, other), count in leaks.items():
-        bars.say(f"{task}: {count:,} rows dropped, held out in {other}")
-    bar = bars.open("fine-tuning")
 
-    def progress(step: Step) -> None:
-        epoch = f"epoch {step.epoch} of {settings.epochs}"
-        bar(step.step, step.steps, f"{epoch}, loss {step.loss:.4f}")
-        if step.evaluation is not None:
-            bars.say(evaluation_table(step.evaluation["results"], f"{epoch}, dev"))
-
-    done = finetune(model, params, cleaned, settings, state=state, progress=progress)
-    for name, count in done.cut_off.items():
-        bars.say(f"{name}: {count:,} train rows left out, their answer is cut off; --max-length reaches further")
-    record = {
-        "command": "finetune",
-        "source": source,
-        "output": str(output),
-        "recipe": settings.to_json(),
-        "best_epoch": done.best + 1,
-        "epochs": [[result.to_json() for result in epoch] for epoch in done.evaluations],
-        "leaks": [{"task": task, "held_out_in": other, "rows": count} for (task, other), count in leaks.items()],
-        "tasks": {
-            task.name: {
-                "source": task.source,
-                "license": task.license,
-                "rows": task.sizes,
-                **({"cut_off": done.cut_off.get(task.name, 0)} if task.spans else {}),
-                "digests": {split: task.digest(split) for split in task.splits},
-            }
-            for task in cleaned
-        },
-        "model": model_digest(done.model, done.params),
-    }
-    extra = {FINETUNING: (json.dumps(record, indent=1) + "\n").encode()}
-    save(output, done.model, done.params, extra=extra, **stored)
-    state.unlink(missing_ok=True)
-    return record
+def as_file(record: Mapping[str, Any]) -> bytes:
+    """A record as the content of a JSON file."""
+    return (json.dumps(record, indent=1) + "\n").encode()
 
 
 @grouped
@@ -375,10 +354,8 @@ def distill(
     The record of a pruned student says which heads it has left. The run is kept in OUTPUT.state.
     """
     with terminal.working() as bars:
-        from jaxprune.training.distillation import Sparsification
-
         student_run = StudentRun(student, teacher, output, batches, options, distillation, overwrite)
-        record = student_run.train(lambda: rows.load(task, bars), Sparsification(keep_zeros=keep_zeros), bars)
+        record = student_run.train(lambda: rows.load(task, bars), jp.Sparsification(keep_zeros=keep_zeros), bars)
     show_student(record, output, as_json)
 
 
@@ -403,37 +380,35 @@ class StudentRun:
     overwrite: bool
 
     def train(
-        self, load_task: Callable[[], Task], sparsification: Sparsification, bars: terminal.Bars
+        self, load_task: Callable[[], jp.Task], sparsification: jp.Sparsification, bars: terminal.Bars
     ) -> dict[str, Any]:
         """Trains the student, tests it and its teacher, and writes it.
 
         It is tested as it is written, rounded if it is.
         """
-        from jaxprune.checkpoints.folder import as_loaded, check_destination, load
+        from jaxprune.checkpoints.folder import as_loaded, check_destination
         from jaxprune.checkpoints.shared import pruning_of
         from jaxprune.checkpoints.tensors import model_digest
         from jaxprune.data.prompts import prompt_of
         from jaxprune.evaluation.evaluate import fitting_head
         from jaxprune.scoring.scores import describe
-        from jaxprune.training.distillation import distill
-        from jaxprune.training.loop import Training
 
-        training, stored = build(Training, self.options, self.batches), self.options.stored()
+        training, stored = build(jp.Training, self.options, self.batches), self.options.stored()
         self.distillation.build()  # refuses what is wrong before anything is read
         check_destination(self.output, self.overwrite)
-        pairs = {"teacher": load(self.teacher), "student": load(self.source)}
+        pairs = {"teacher": jp.load(self.teacher), "student": jp.load(self.source)}
         model, student = pairs["student"]
         task = load_task()
         settings, pruning = self.distillation.build(regression=task.regression), pruning_of(self.source, model)
         head = fitting_head(pairs["teacher"][0], task, settings.head)
-        done = distill(
+        done = jp.distill(
             pairs["student"],
             pairs["teacher"],
             task,
             replace(settings, head=head, heads=_surviving_heads(pruning, pairs)),
             training,
             sparsification=sparsification,
-            state=self._state,
+            state=state_of(self.output),
             progress=_show_steps(sparsification, bars),
         )
         if done.fresh_head:
@@ -473,37 +448,32 @@ class StudentRun:
         }
         return self._write(done.model, done.params, pruning, record, stored)
 
-    @property
-    def _state(self) -> Path:
-        return self.output.with_name(f"{self.output.name}.state")
-
     def _write(
         self, model: Model, params: Params, pruning: dict[str, Any] | None, record: dict[str, Any], stored: Any
     ) -> dict[str, Any]:
         """Writes the folder, with a card and a picture."""
-        from jaxprune.checkpoints.folder import save, split_task
+        from jaxprune.checkpoints.folder import split_task
         from jaxprune.cli.render.cards import CARD, LEARNED, student_card
         from jaxprune.cli.render.pictures import training_picture
         from jaxprune.models.cost import file_size
 
         on_hub = not Path(split_task(self.source)[0]).expanduser().is_dir()
         extra = {
-            DISTILLATION: (json.dumps(record, indent=1) + "\n").encode(),
+            DISTILLATION: as_file(record),
             CARD: student_card(record, on_hub=on_hub).encode(),
             LEARNED: training_picture(record),
         }
         if pruning is not None:
             pruning = {part: value for part, value in pruning.items() if part != "pruned"}  # `save` says that anew
-        save(self.output, model, params, pruning=pruning, overwrite=self.overwrite, extra=extra, **stored)
-        self._state.unlink(missing_ok=True)
+        jp.save(self.output, model, params, pruning=pruning, overwrite=self.overwrite, extra=extra, **stored)
+        state_of(self.output).unlink(missing_ok=True)
         return record | {"file_bytes": file_size(self.output)}
 
     def _tested(
-        self, pairs: Mapping[str, Pair], task: Task, head: str, known: Mapping[str, Evaluation], bars: terminal.Bars
+        self, pairs: Mapping[str, Pair], task: jp.Task, head: str, known: Mapping[str, Evaluation], bars: terminal.Bars
     ) -> dict[str, dict[str, Any]]:
         """Every model on dev, where it is not `known` already, and on test, if that is asked for and there are rows."""
-        from jaxprune.data.tasks import Rows, remove_leaks
-        from jaxprune.evaluation.evaluate import evaluate
+        from jaxprune.data.tasks import remove_leaks
 
         (clean,), _ = remove_leaks([task])
         limits: dict[str, int | None] = {"dev": self.options.dev_limit}
@@ -514,16 +484,14 @@ class StudentRun:
             for split, limit in limits.items():
                 result = known.get(who) if split == "dev" else None
                 if result is None:
-                    bar, rows = (
-                        bars.open(f"testing the {who} on {split}"),
-                        Rows(split=split, examples=limit, **asdict(self.batches)),
-                    )
-                    result = evaluate(*pair, clean, rows=rows, head=head, progress=bar)
+                    bar = bars.open(f"testing the {who} on {split}")
+                    rows = jp.Rows(split=split, examples=limit, **asdict(self.batches))
+                    result = jp.evaluate(*pair, clean, rows=rows, head=head, progress=bar)
                 results[who][split] = result.to_json()
         return results
 
 
-def _show_steps(sparsification: Sparsification, bars: terminal.Bars) -> Any:
+def _show_steps(sparsification: jp.Sparsification, bars: terminal.Bars) -> Any:
     """Shows the steps of a training, and its evaluations on dev."""
     from jaxprune.cli.render.tables import evaluation_line
 
@@ -533,10 +501,9 @@ def _show_steps(sparsification: Sparsification, bars: terminal.Bars) -> Any:
         sparse = ""
         if sparsification.schedule is not None:
             schedule = sparsification.schedule_of(step.steps)
-            done = [
-                sparsity for at, sparsity in zip(schedule.steps, schedule.sparsities, strict=True) if at <= step.step
-            ]
-            sparse = f", {100 * (done[-1] if done else 0.0):.1f} % zero"
+            pairs = zip(schedule.steps, schedule.sparsities, strict=True)
+            reached = [sparsity for at, sparsity in pairs if at <= step.step] or [0.0]
+            sparse = f", {100 * reached[-1]:.1f} % zero"
         bar(step.step, step.steps, f"epoch {step.epoch}, loss {step.loss:.4f}{sparse}")
         if step.evaluation is not None:
             bars.say(evaluation_line(step.evaluation))
@@ -546,7 +513,6 @@ def _show_steps(sparsification: Sparsification, bars: terminal.Bars) -> Any:
 
 def count_weights(model: Model, params: Params) -> dict[str, int]:
     """Counts weights, and those that are not zero: in the linear maps of the layers, and in the model."""
-    from jaxprune.models.cost import parameters
     from jaxprune.sparse.masks import sparsity_of
     from jaxprune.sparse.patterns import linear_maps
 
@@ -554,7 +520,7 @@ def count_weights(model: Model, params: Params) -> dict[str, int]:
     return {
         "linear_maps": maps.size,
         "linear_maps_not_zero": maps.size - maps.zeros,
-        "parameters": parameters(params),
+        "parameters": jp.parameters(params),
         "parameters_not_zero": every.size - every.zeros,
     }
 
@@ -604,7 +570,7 @@ def augment(
 
 def augment_rows(
     source: str,
-    load_task: Callable[[], Task],
+    load_task: Callable[[], jp.Task],
     output: Path,
     settings: Augmentation,
     overwrite: bool,
@@ -615,11 +581,10 @@ def augment_rows(
     A data set that is there already and was made in the same way is left as it is.
     """
     from jaxprune.checkpoints.files import check_file, folder_for
-    from jaxprune.checkpoints.folder import load
     from jaxprune.checkpoints.tensors import params_digest
     from jaxprune.data.augmentation import augmented
 
-    model, params = load(source)
+    model, params = jp.load(source)
     task = load_task()
     folder, count = output / task.name, len(task.rows("train"))
     made = {
@@ -652,11 +617,11 @@ def augment_rows(
                 (fresh / f"{name}.jsonl").unlink()
         bar(total, total, f"{sizes['train']:,} rows")
         record |= {"train_rows": count, "sizes": sizes, "examples": _first_copies(fresh / "train.jsonl", count)}
-        (fresh / AUGMENTATION).write_text(json.dumps(record, indent=1) + "\n")
+        (fresh / AUGMENTATION).write_bytes(as_file(record))
     return record
 
 
-def _fields(task: Task, example: Example) -> dict[str, Any]:
+def _fields(task: jp.Task, example: Example) -> dict[str, Any]:
     """An example as a row of a file that `load_task` reads."""
     from jaxprune.data.records import PAIR
     from jaxprune.data.tasks import TASKS
