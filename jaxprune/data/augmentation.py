@@ -109,9 +109,6 @@ def augment(model: Model, params: Params, task: Task, settings: Augmentation | N
 
     Args:
         model: The model whose word embeddings say which words are similar.
-        params: Its parameters.
-        task: A task with train rows.
-        settings: How copies are made.
 
     Raises:
         ValueError: If the task is for spans or has no train rows, or no word of them can be exchanged.

@@ -53,7 +53,6 @@ def tokenise(tokenizer: Any, examples: Sequence[Example], length: int) -> list[T
 
     Args:
         tokenizer: A fast Hugging Face tokenizer: others do not know the places of tokens.
-        examples: Question, context and answers.
         length: The most tokens of an example.
 
     Raises:
@@ -288,7 +287,6 @@ def encode(
 
     Args:
         model_or_tokenizer: A model, or a Hugging Face tokenizer.
-        examples: The examples.
         max_length: The most tokens of an example, special ones included; None is `default_length`.
         prompt: The prompt of a text-to-text model, fitted to the task. Its own words are never cut.
 
@@ -377,8 +375,6 @@ def usable_rows(model: Model, task: Task, rows: Rows, *, split: str = "calibrati
     their contexts holds nothing to learn or to score from. Rows that are given are taken as they are.
 
     Args:
-        model: The model that reads them.
-        task: The task.
         rows: The settings; how many are drawn is up to the caller.
         split: The split unless the settings name one.
 
@@ -538,8 +534,6 @@ def pack(
     """Arranges examples into batches in a fixed order, the longest first: what does not fit in memory fails at once.
 
     Args:
-        encoded: The examples.
-        batch_size: Rows of every batch.
         buckets: Lengths to choose from; `max_length` is always one.
         shape_cost: Padded tokens that one more shape must save. 0 uses every bucket.
         steps: Numbers of examples, growing. The batches of the first so many come before those of the others, which all

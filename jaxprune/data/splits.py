@@ -191,7 +191,6 @@ def divide(
         given: The source's `train`, `validation`, `test` and `calibration` examples, those of them it has.
         grouped: Whether rows with the same second text must stay on one side.
         regression: Whether labels are numbers.
-        seed: Chooses the rows of each cut.
         max_calibration: The most calibration rows.
 
     Returns:

@@ -410,9 +410,6 @@ def draw(
     The draw depends on the texts and the key, not on the order of the rows.
 
     Args:
-        task: The task.
-        examples: How many.
-        key: A seed or a `jax.random.key`.
         split: Where from.
         stratified: Whether the labels keep their proportions (in a regression the fifths of the distribution).
 

@@ -182,14 +182,7 @@ def predict(
     -1e9 where none may start or end.
 
     Args:
-        model: The model.
-        params: Its parameters, of any widths.
         examples: The examples, or what `encode` made of them (with another `max_length`, say).
-        head: The task head; None is the only one.
-        intervention: Gates to apply, and what closed units are replaced by.
-        batch_size: Examples in a batch.
-        prompt: The prompt of a text-to-text model, fitted to the task.
-        progress: Called with the number of batches sent to the device, and of all.
 
     Raises:
         ValueError: If a logit is not finite.
@@ -227,14 +220,9 @@ def find_answers(
     """Answers to questions, word for word from their contexts: the likeliest spans, of at most 30 tokens.
 
     Args:
-        model: The model.
-        params: Its parameters, of any widths.
         examples: The questions: `Example(question, context, answers=())`, or with the answers that are known.
         encoded: What `encode` made of them; None: contexts are cut after 384 tokens.
         head: The task head, one for spans; None is the only one.
-        intervention: See `predict`.
-        batch_size: See `predict`.
-        progress: See `predict`.
 
     Raises:
         ValueError: If the head is not for spans, the examples have no answers in the place of labels, or a logit is not
@@ -317,16 +305,11 @@ def evaluate(
     For span tasks: exact match and F1 of the likeliest span. An answer that is cut off counts as not found.
 
     Args:
-        model: The model.
-        params: Its parameters, of any widths.
-        task: The task.
         rows: The rows to evaluate on, by default all test rows; choose on `dev`, report `test`. Fewer `examples` are a
             stratified draw, the same for the same `key`. No row may be in `exclude`, such as those used for scoring.
         head: The task head; by default the one of the task's name, else the only one.
-        intervention: Gates to apply, and what closed units are replaced by.
         generated: Whether a text-to-text model has to write the words of the label by itself; otherwise the likeliest
             of the labels is what it predicts.
-        progress: Called with the number of batches sent to the device, and of all.
 
     Raises:
         ValueError: If the head does not fit the task, the split is empty, a row is in `exclude`, or the logits are not

@@ -67,11 +67,8 @@ def rank(
     """The log-likelihood, in nats, of every candidate answer. The encoder runs once for all of them.
 
     Args:
-        model: The architecture.
-        params: Parameters of any widths.
         batch: `input_ids` and `attention_mask`.
         candidates: The tokens of the answers.
-        intervention: Gates by site name, and what closed units are replaced by.
     """
     candidates = jnp.asarray(candidates)
     rows, labels, length = candidates.shape
@@ -162,8 +159,6 @@ def generate(
     Rows do not affect each other. With gates the text is that of the compacted model.
 
     Args:
-        model: A model that answers in text.
-        params: Parameters of any widths.
         batch: What a Hugging Face tokenizer returns, padded on any side: `input_ids` and `attention_mask`, each
             `[b, t]`. Other keys are ignored, those of the decoder too.
         max_new_tokens: The most tokens to write. One program is compiled for each number and shape.

@@ -208,8 +208,6 @@ class Criterion(Protocol):
         """Scores the examples of a batch.
 
         Args:
-            model: The architecture.
-            params: Parameters.
             batch: As for `Model.apply`, with `labels` `[b]` if they are used, and the examples' `index` `[b]`.
             context: What all batches share.
         """
@@ -398,7 +396,6 @@ def reduce(
     """The scores of a batch, and beside them its attributions with their signs, if the scores lose them.
 
     Args:
-        examples: How attributions become scores.
         values: One entry per label: site name to `[b, units]`.
         weights: One entry per label.
         completeness: Of integrated gradients.

@@ -55,8 +55,6 @@ def site_statistics(
     """One statistic of the gated values at every site, for every example. Only one layer's values exist at a time.
 
     Args:
-        model: The architecture.
-        params: Parameters.
         batch: As for `Model.apply`; of a text-to-text model with `candidates` and `labels`, see `answered`.
         statistic: Takes the values `[b, t, units]` (heads: `[b, t, units, channels]`) in float32 and the mask `[b, t]`.
         kinds: Kinds of units.
@@ -333,10 +331,6 @@ def open_passes(
     """Runs the open model for the targets that `labels` chooses: once for a task head, once per answer of a text.
 
     Args:
-        model: The architecture.
-        params: Parameters.
-        batch: As for a criterion.
-        labels: Chooses the targets.
         regression: Whether they are numbers.
         key: Randomness of the labels; None is that of seed 0.
         run: The forward pass; its logits may choose the labels.

@@ -262,15 +262,11 @@ def score(
     so a first one above the target is a little too high on average.
 
     Args:
-        model: The architecture.
-        params: Parameters.
-        task: The task.
         scoring: The criterion, and the rows to score with.
         means: What closed units are replaced by, if `criterion.closed` is not `zero`; by default `criterion.closed`
             computes it from all of the examples, in a separate forward pass.
         devices: Devices over which the rows of every batch are spread; the batch size is rounded up to a multiple of
             their number. By default all of this process.
-        progress: Called with the number of finished batches, and of all.
         resume: File that keeps the running totals; an existing one is continued, and it is removed at the end.
 
     Returns:
@@ -384,12 +380,9 @@ def score_batches(
     """Calls a criterion on every batch and combines the examples.
 
     Args:
-        model: The architecture.
-        params: Parameters.
         batches: Batches as from `make_batches`; rows of `weight` 0 count for nothing.
         criterion: How scores are made.
         context: The task head, the randomness of the criterion, and what closed units are replaced by (see `score`).
-        progress: See `score`.
 
     Returns:
         The scores by site; of integrated gradients the completeness (see `with_relative`); the means.

@@ -352,7 +352,6 @@ def check_scores(
     """Refuses scores that do not belong to a model: of other sites or numbers of units, or of other weights.
 
     Args:
-        model: The architecture.
         params: The parameters; or their shapes, if `digest` is given.
         scores: The scores; those without a header do not say which weights they are of.
         digest: The `model_digest` of the model, if it is known.
