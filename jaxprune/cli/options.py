@@ -197,18 +197,16 @@ class RowOptions:
     ] = None
 
     def load(self, name: str, bars: Watch) -> Task:
-        """Reads the rows of a task, and says which answers cannot be used."""
+        """Reads the rows of a task, and says what of them is not used."""
         from jaxprune.data.prompts import STYLES, fit, prompt_for, read_prompt
-        from jaxprune.data.records import MISPLACED, MISSING
         from jaxprune.data.tasks import load_task
 
         labels = None if self.label_names is None else tuple(self.label_names.split(","))
         task = load_task(
             name, data=self.data, text=self.text, text_pair=self.text_pair, label=self.label, labels=labels
         )
-        for reason in (MISPLACED, MISSING):
-            if count := task.dropped.get(reason):
-                bars.say(f"{task.name}: {count:,} rows left out, {reason}")
+        for note in task.notes:
+            bars.say(f"{task.name}: {note}")
         if self.prompt is None:
             return task
         prompt = prompt_for(task, self.prompt) if self.prompt in STYLES else fit(read_prompt(self.prompt), task)

@@ -1,60 +1,79 @@
-"""Reads rows of text and their labels or answers from JSON lines, CSV, TSV and Parquet files.
+"""Reads rows of text and their labels or answers from JSON, CSV, TSV and Parquet files, as far as they are asked for.
 
-Every fault of a file is one `ValueError` with the file, the line and what was expected there. Answers are stored in
-SQuAD's format, `{"text": ["in 1912", ...], "answer_start": [37, ...]}`: each with the place of its first character in
-the *context*, the text that holds it.
+Every fault of a file is one `ValueError` with the file, the line and what was expected there. Whatever a file claims to
+hold, what is read of it is bounded. Answers are stored in SQuAD's format, `{"text": ["in 1912", ...], "answer_start":
+[37, ...]}`: each with the place of its first character in the *context*, the text that holds it.
 """
 
 from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import math
 import re
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 from jaxprune.data.splits import Answer, Example
 
 PAIR = ("sentence1", "sentence2")
 SPAN_COLUMNS = ("question", "context")
 ANSWERS = "answers"
-MISSING, MISPLACED = "no answer", "no answer stands where it says"  # why rows are left out
+MISSING, MISPLACED, EMPTY = "no answer", "no answer stands where it says", "empty"  # why rows are left out
 HIDDEN = -1  # what the hub writes where a label is kept secret
-KINDS = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+KINDS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 FILES = {  # split -> file names, without their ending
-    "train": ("train",),
-    "validation": ("validation", "valid", "dev"),
-    "test": ("test",),
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "validation_matched", "dev_matched"),
+    "test": ("test", "testing"),
     "calibration": ("calibration",),
 }
+NAME = re.compile(r"(.+?)(?:-v\d[\d.]*|-(\d{5})-of-(\d{5}))?")  # train, train-v1.1, train-00000-of-00002
+
+MOST_LINE = 1 << 25  # characters
+MOST_DOCUMENT = 1 << 26  # characters of JSON that is not in lines
+MOST_UNPACKED, RATIO = 1 << 30, 64  # characters that a file may have, and how many more for every byte on the disk
+MOST_HELD, ROW = 1 << 31, 256  # bytes of texts that are held beside the size of the file; of a row beside its texts
+BATCH = 8192  # rows of a Parquet file that are read at once
+csv.field_size_limit(MOST_LINE)
 
 
 @dataclass(frozen=True)
 class Records:
-    """The rows of one split, as they are stored."""
+    """The rows of one split, read when they are asked for."""
 
     where: str  # the file or the hub's split, for messages
     columns: tuple[str, ...]
-    rows: list[tuple[int, Mapping[str, Any]]]  # line or row number; column -> value
+    read: Callable[[Sequence[str]], Iterator[tuple[int | str, Mapping[str, Any]]]]  # the number and cells of every row
     unit: str = "line"  # what the number counts
+    typed: bool = True  # False: every cell is text, numbers too, as in CSV
+    size: int = 0  # bytes on the disk
+    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # columns whose cells are places among names
 
-    def place(self, number: int) -> str:
+    @property
+    def rows(self) -> list[tuple[int | str, Mapping[str, Any]]]:
+        """All rows with all columns."""
+        return list(self.read(self.columns))
+
+    def place(self, number: int | str) -> str:
         """Names a row in a message."""
         return f"{self.where}, {self.unit} {number}"
 
 
 def kind_of(path: Path) -> str:
     """The ending by which a file is read; empty if it is none of those known."""
-    return next((kind for kind in sorted(KINDS, key=len, reverse=True) if path.name.endswith(kind)), "")
+    return next((kind for kind in sorted(KINDS, key=len, reverse=True) if path.name.lower().endswith(kind)), "")
 
 
-def read(path: Path) -> Records:
-    """Reads one file.
+def read(path: Path, header: Sequence[str] = ()) -> Records:
+    """Opens one file; `header` are the columns of a TSV file that does not name them.
 
     Raises:
         ValueError: If the file is empty, broken, not UTF-8 or of an unknown kind.
@@ -62,112 +81,274 @@ def read(path: Path) -> Records:
     kind = kind_of(path).removesuffix(".gz")
     if not kind:
         raise ValueError(f"{path} is none of {', '.join(KINDS)}.")
-    if kind == ".jsonl":
-        records = _read_jsonl(path)
+    if kind in (".json", ".jsonl"):
+        records = _read_json(path, kind)
     elif kind == ".parquet":
         records = _read_parquet(path)
     else:
-        records = _read_csv(path, "," if kind == ".csv" else "\t")
-    if not records.rows:
+        records = _read_cells(path, _csv_rows if kind == ".csv" else _tsv_rows, header)
+    if next(records.read(records.columns[:1]), None) is None:
         raise ValueError(f"{path} has no rows.")
-    return records
+    return replace(records, size=path.stat().st_size)
 
 
-def read_folder(folder: Path) -> dict[str, Records]:
-    """Reads the train, validation, test and calibration files of a folder, those of them it has.
+def split_of(path: Path) -> tuple[str, tuple[int, int] | None]:
+    """The split that a file is named after, or nothing, and its place among shards, if it is one."""
+    match = NAME.fullmatch(path.name[: len(path.name) - len(kind_of(path))].lower())
+    name, shard, shards = match.groups() if match and kind_of(path) else ("", None, None)
+    split = next((split for split, names in FILES.items() if name in names), "")
+    return split, None if shard is None else (int(shard), int(shards))
+
+
+def read_folder(folder: Path, header: Sequence[str] = ()) -> tuple[dict[str, Records], list[str]]:
+    """Opens the train, validation, test and calibration files of a folder, or of its folder `data`, as the hub has it.
+
+    Returns:
+        The splits, and the names of data files that belong to none of them.
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If one of them is broken, or there are two for one split.
+        ValueError: If one of them is broken, a shard is missing, or there are two for one split.
     """
-    records: dict[str, Records] = {}
-    for split, names in FILES.items():
-        paths = [folder / f"{name}{kind}" for name in names for kind in KINDS if (folder / f"{name}{kind}").is_file()]
-        if len(paths) > 1:
-            raise ValueError(f"{folder} has {' and '.join(path.name for path in paths)}: keep one of them.")
-        if paths:
-            records[split] = read(paths[0])
-    if not records:
+    files: dict[str, list[tuple[tuple[int, int] | None, Path]]] = {}
+    for place in (folder, folder / "data"):
+        if not files and place.is_dir():
+            for path in sorted(place.iterdir()):
+                if kind_of(path) and path.is_file():
+                    split, shard = split_of(path)
+                    files.setdefault(split, []).append((shard, path))
+            if not files.keys() - {""}:
+                files = {}
+    unused = [path.name for _, path in files.pop("", [])]
+    if not files:
         raise FileNotFoundError(
             f"{folder} has no train.jsonl, validation.jsonl or test.jsonl (or .jsonl.gz, .csv, ...)."
         )
-    return records
+    records = {}
+    for split in FILES:
+        shards = files.get(split, [])
+        paths = [path for _, path in shards]
+        if len({shard and shard[1] for shard, _ in shards}) > 1 or (shards and not shards[0][0] and len(paths) > 1):
+            raise ValueError(f"{folder} has {' and '.join(path.name for path in paths)}: keep one of them.")
+        if shards and shards[0][0] and [shard and shard[0] for shard, _ in shards] != list(range(shards[0][0][1])):
+            raise ValueError(f"{folder} has {len(paths)} of the {shards[0][0][1]} parts of {split}: add the others.")
+        if paths:
+            records[split] = _joined(split, [read(path, header) for path in paths])
+    return records, unused
 
 
-def _lines(path: Path) -> Iterator[str]:
-    opened = gzip.open if path.suffix == ".gz" else open
+def _joined(split: str, parts: Sequence[Records]) -> Records:
+    """The shards of a split as one."""
+    first = parts[0]
+    for part in parts[1:]:
+        if (set(part.columns), part.classes, part.typed) != (set(first.columns), first.classes, first.typed):
+            raise ValueError(f"{part.where} has the columns {list(part.columns)}, {first.where} {list(first.columns)}.")
+
+    def rows(columns: Sequence[str]) -> Iterator[tuple[int | str, Mapping[str, Any]]]:
+        for part in parts:
+            for number, cells in part.read(columns):
+                yield f"{number} of {Path(part.where).name}", cells
+
+    where = f"{Path(first.where).parent} ({split})"
+    return first if len(parts) == 1 else replace(first, where=where, read=rows, size=sum(part.size for part in parts))
+
+
+def _lines(path: Path, most: int | None = None) -> Iterator[str]:
+    """The lines of a file with their ends; it is refused once it has unpacked to more than there is room for."""
+    opened = gzip.open if path.name.lower().endswith(".gz") else open
+    most = MOST_UNPACKED + RATIO * path.stat().st_size if most is None else most
+    number = unpacked = 0
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-            yield from file
+            for number, line in enumerate(iter(partial(file.readline, MOST_LINE + 1), ""), 1):
+                unpacked += len(line)
+                if len(line) > MOST_LINE or unpacked > most:
+                    what = f"a line of more than {MOST_LINE:,}" if len(line) > MOST_LINE else f"more than {most:,}"
+                    raise ValueError(f"{path}, line {number}: {what} characters; is this a data file?")
+                yield line
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason}): convert it first.") from error
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is not a whole gzip file: {error}.") from error
+        raise ValueError(f"{path} is not UTF-8 ({error.reason}, after line {number}): convert it first.") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error} (after line {number}).") from error
 
 
 def _refuse_twice(columns: Sequence[str], where: str) -> None:
     for column, count in Counter(columns).items():
-        if count > 1:
+        if count > 1 and column:  # pandas' index has no name, and is not asked for
             raise ValueError(f"{where}: column {column!r} occurs {count} times; rename or remove one.")
 
 
-def _read_jsonl(path: Path) -> Records:
-    rows: list[tuple[int, Mapping[str, Any]]] = []
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
+def _parsed(text: str, where: str) -> Any:
+    """JSON, of which no object may have a name twice."""
 
-        def row(cells: list[tuple[str, Any]], where: str = where) -> dict[str, Any]:
+    def row(cells: list[tuple[str, Any]]) -> dict[str, Any]:
+        named = dict(cells)
+        if len(named) < len(cells):
             _refuse_twice([name for name, _ in cells], where)
-            return dict(cells)
+        return named
 
-        try:
-            cells = json.loads(line, object_pairs_hook=row)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: broken JSON, {error.msg} at character {error.pos + 1}.") from error
-        except RecursionError as error:
-            raise ValueError(f"{where}: broken JSON, nested too deeply.") from error
-        if not isinstance(cells, dict):
-            raise ValueError(f'{where}: expected an object such as {{"sentence": "...", "label": 0}}.')
-        try:
-            if "\\u" in line:
-                json.dumps(cells, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{where}: half of a character (such as \\ud800) is no text: remove it.") from error
-        rows.append((number, cells))
-    return Records(str(path), tuple(rows[0][1]) if rows else (), rows)
-
-
-def _read_csv(path: Path, separator: str) -> Records:
-    reader = csv.reader(_lines(path), delimiter=separator, strict=True)
-    rows: list[tuple[int, Mapping[str, Any]]] = []
     try:
-        header = next(reader, [])
-        _refuse_twice(header, str(path))
+        value = json.loads(text, object_pairs_hook=row)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: broken JSON, {error.msg} at character {error.pos + 1}.") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: half of a character (such as \\ud800) is no text: remove it.") from error
+    except ValueError as error:  # a row that names a column twice, or a number with thousands of digits
+        if str(error).startswith(where):
+            raise
+        raise ValueError(f"{where}: {_line(error)}") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: broken JSON, nested too deeply.") from error
+    return value
+
+
+def _read_json(path: Path, kind: str) -> Records:
+    """JSON lines; or a document, which is an array of rows or SQuAD's nested data."""
+    number, first = next(((i, line) for i, line in enumerate(_lines(path), 1) if line.strip()), (1, ""))
+    if not first:
+        return Records(str(path), (), lambda columns: iter(()))
+    try:
+        row = _parsed(first, f"{path}, line {number}")
+    except ValueError:
+        if kind == ".jsonl":
+            raise
+        row = None  # the first line of a document
+    if isinstance(row, dict) and not isinstance(row.get("data"), list):
+        return Records(str(path), tuple(row), lambda columns: _json_rows(path))
+    if kind == ".jsonl" and not isinstance(row, dict):
+        raise ValueError(f'{path}, line {number}: expected an object such as {{"sentence": "...", "label": 0}}.')
+    document = _parsed("".join(_lines(path, MOST_DOCUMENT)), str(path))
+    rows = document if isinstance(document, list) else list(_squad_rows(document, path))
+    if not all(isinstance(cells, dict) for cells in rows):
+        raise ValueError(f"{path}: expected JSON lines, an array of objects, or SQuAD's own format.")
+    return Records(
+        str(path), tuple(rows[0]) if rows else (), lambda columns: iter(list(enumerate(rows, 1))), unit="row"
+    )
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int | str, Mapping[str, Any]]]:
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            cells = _parsed(line, where := f"{path}, line {number}")
+            if not isinstance(cells, dict):
+                raise ValueError(f'{where}: expected an object such as {{"sentence": "...", "label": 0}}.')
+            yield number, cells
+
+
+def _squad_rows(document: Any, path: Path) -> Iterator[dict[str, Any]]:
+    """The questions of SQuAD's own nested files, each with its context and its answers."""
+    try:
+        for article in document["data"]:
+            for paragraph in article["paragraphs"]:
+                for asked in paragraph["qas"]:
+                    yield {
+                        "question": asked["question"],
+                        "context": paragraph["context"],
+                        ANSWERS: asked.get("answers") or [],
+                    }
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected JSON lines, an array of objects, or SQuAD's own format (data, paragraphs, qas)."
+        ) from error
+
+
+Cells = Iterator[tuple[int, list[str]]]  # the number of a row's last line, and its cells
+
+
+def _csv_rows(path: Path) -> Cells:
+    reader, begin = csv.reader(_lines(path), strict=True), 0
+    try:
         for cells in reader:
-            if cells and len(cells) != len(header):
-                raise ValueError(
-                    f"{path}, line {reader.line_num}: {len(cells)} cells under {len(header)} column names."
-                )
+            begin = reader.line_num
             if cells:
-                rows.append((reader.line_num, dict(zip(header, cells, strict=True))))
+                yield begin, cells
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: broken CSV, {error}.") from error
-    return Records(str(path), tuple(header), rows)
+        raise ValueError(f"{path}, line {begin + 1}: broken CSV, {error}.") from error
+
+
+def _tsv_rows(path: Path) -> Cells:
+    """Rows of a TSV file, which is literal: a quotation mark is one, and every line is a row."""
+    for number, line in enumerate(_lines(path), 1):
+        if line := line.rstrip("\r\n"):
+            yield number, line.split("\t")
+
+
+def _read_cells(path: Path, rows: Callable[[Path], Cells], header: Sequence[str]) -> Records:
+    """A file whose first row names the columns, or which has the columns of `header` and does not name them."""
+    names = next((cells for _, cells in rows(path)), [])
+    named = not header or len(names) != len(header) or bool(set(names) & set(header))
+    names = names if named else list(header)
+    _refuse_twice(names, str(path))
+    literal = " (a TSV file is read as it stands: cells in quotes need CSV)" if rows is _tsv_rows else ""
+
+    def read(columns: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        places = [(column, names.index(column)) for column in columns if column in names]
+        for number, cells in itertools.islice(rows(path), int(named), None):
+            if len(cells) != len(names):
+                raise ValueError(f"{path}, line {number}: {len(cells)} cells under {len(names)} column names{literal}.")
+            yield number, {column: cells[place] for column, place in places}
+
+    return Records(str(path), tuple(names), read, typed=False)
 
 
 def _read_parquet(path: Path) -> Records:
     import pyarrow
+    import pyarrow.compute
     import pyarrow.parquet
+    from pyarrow import types
 
+    broken = (pyarrow.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError)
     try:
-        columns = pyarrow.parquet.read_schema(path).names
-        _refuse_twice(columns, str(path))
-        rows = cast(list[Mapping[str, Any]], pyarrow.parquet.read_table(path).to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
-    return Records(str(path), tuple(columns), list(enumerate(rows, 1)), "row")
+        with pyarrow.parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            names = schema.names
+            classes = _class_names(schema.metadata or {})
+    except broken as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {_line(error)}") from error
+    _refuse_twice(names, str(path))
+
+    def read(columns: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        number, columns = 0, [column for column in columns if column in names]
+        # texts that repeat stay so until their size is known
+        texts = [name for name in columns if types.is_string(schema.field(name).type)]
+        try:
+            with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
+                for batch in file.iter_batches(BATCH, columns=columns):
+                    cells = []
+                    for column in map(batch.column, columns):
+                        if types.is_dictionary(column.type):
+                            lengths = pyarrow.compute.binary_length(column.dictionary.cast("string"))
+                            if (pyarrow.compute.sum(lengths.take(column.indices)).as_py() or 0) > MOST_UNPACKED:
+                                raise ValueError(f"more than {MOST_UNPACKED:,} characters in {BATCH:,} rows")
+                            column = column.dictionary_decode()
+                        cells.append(column.to_pylist())
+                    for row in zip(*cells, strict=True):
+                        number += 1
+                        yield number, dict(zip(columns, row, strict=True))
+        except broken as error:
+            raise ValueError(f"{path} cannot be read as Parquet after row {number}: {_line(error)}") from error
+
+    return Records(str(path), tuple(names), read, unit="row", classes=classes)
+
+
+def _line(error: BaseException) -> str:
+    """An error in one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, tuple[str, ...]]:
+    """The names of the classes in the columns of a file from the hub, which stores their places."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        return {name: tuple(kind["names"]) for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):  # not the hub's: whole numbers are labels
+        return {}
+
+
+_WHOLE = re.compile(r"(0|-?[1-9][0-9]*)(\.0)?")
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -176,32 +357,57 @@ class Labels:
 
     names: tuple[str, ...]  # ("score",) in a regression
     regression: bool = False
-    index: Mapping[str, int] = field(default_factory=dict)  # a stored label, as text -> its index
+    index: Mapping[str, int] = field(default_factory=dict)  # a stored label as `label_text` -> its index
 
     @staticmethod
     def of(names: Sequence[str], regression: bool = False) -> Labels:
-        """Labels that are stored by name, or by their place among the names.
+        """Labels that are stored by name, or by their place among the names unless these are numbers themselves.
 
         Raises:
             ValueError: If there is no name, or one twice.
         """
-        if not names or len(set(names)) < len(names):
+        index = {label_text(name): place for place, name in enumerate(names)}
+        if not names or len(index) < len(names):
             raise ValueError(f"label names must be given and differ, got {list(names)}.")
-        places = {str(place): place for place in range(len(names))}
-        return Labels(tuple(names), regression, places | {name: place for place, name in enumerate(names)})
+        numbers = any(_WHOLE.fullmatch(name) for name in index)
+        places = {} if numbers else {str(place): place for place in range(len(names))}
+        return Labels(tuple(names), regression, places | index)
 
     @staticmethod
-    def found(records: Iterable[Records], column: str) -> Labels:
-        """The labels in the data, sorted (whole numbers as numbers); fractions make a regression."""
-        texts = {_label_text(cells.get(column), r.place(number)) for r in records for number, cells in r.rows}
-        numbers = [_number(text) for text in texts]
-        if None in numbers:
-            names = sorted(texts)
-        elif all(number is not None and number.is_integer() for number in numbers):
-            names = sorted(texts, key=int)
-        else:
+    def found(given: Sequence[tuple[Records, Sequence[Stored]]], where: str) -> Labels:
+        """The labels in the data, sorted (whole numbers as numbers); numbers with fractions make a regression.
+
+        Text is a number only in files that hold nothing but text, such as CSV.
+
+        Args:
+            given: The files and their rows.
+            where: The data, for messages.
+
+        Raises:
+            ValueError: If a label is missing or of another type, or there are more than make sense.
+        """
+        names: dict[str, str] = {}
+        numbers = []
+        for records, rows in given:
+            for (kind, value), number in _distinct(records, rows).items():
+                try:
+                    key = label_text(value)
+                except ValueError as error:
+                    raise ValueError(f"{records.place(number)}: {error}") from error
+                as_text = records.typed and kind is str
+                name = value.strip() if as_text else key
+                names[key] = name if names.get(key, name) == name else key
+                numbers.append(None if as_text else _number(key))
+        rows = sum(len(some) for _, some in given)
+        if None not in numbers and not all(number is None or number.is_integer() for number in numbers):
             return Labels(("score",), True)
-        return Labels(tuple(names), False, {name: place for place, name in enumerate(names)})
+        keys = sorted(names, key=int) if all(map(_WHOLE.fullmatch, names)) else sorted(names)
+        if len(keys) > 2 and 2 * len(keys) > rows:
+            raise ValueError(
+                f"{where} has {len(keys):,} different labels in {rows:,} rows, such as {names[keys[0]][:40]!r}: is "
+                "this the column of the labels? Name it with label=; for numbers to predict, give labels=('score',)."
+            )
+        return Labels(tuple(names[key] for key in keys), False, {key: place for place, key in enumerate(keys)})
 
     def renamed(self, names: Sequence[str]) -> Labels:
         """The same stored labels under other names; the same names in another order reorder the classes.
@@ -212,27 +418,29 @@ class Labels:
         if len(set(names)) != len(self.names) or len(names) != len(self.names):
             count = len(self.names)
             raise ValueError(f"expected {count} different label names, for {', '.join(self.names)}; got {list(names)}.")
-        place = {name.casefold(): i for i, name in enumerate(names)}
-        old = [name.casefold() for name in self.names]
-        new = [place[name] for name in old] if set(place) == set(old) else range(len(old))
+        new: Sequence[int] = range(len(names))
+        for same in (str.casefold, str):
+            old, places = [same(name) for name in self.names], {same(name): i for i, name in enumerate(names)}
+            if set(places) == set(old) and len(places) == len(names):
+                new = [places[name] for name in old]
         return Labels(tuple(names), self.regression, {text: new[i] for text, i in self.index.items()})
 
-    def read(self, value: Any, where: str) -> int | float:
+    def read(self, value: Any) -> int | float:
         """A stored label as an index, or as a float in a regression.
 
         Raises:
             ValueError: If the label is missing or not one of these.
         """
-        text = _label_text(value, where)
+        text = label_text(value)
         if self.regression:
             number = _number(text)
             if number is None:
-                raise ValueError(f"{where}: the label {value!r} is not a finite number, and this is a regression.")
+                raise ValueError(f"the label {value!r} is not a finite number, and this is a regression.")
             return number
         if text not in self.index:
             some = ", ".join(self.names[:8]) + (", ..." if len(self.names) > 8 else "")
-            last = len(self.names) - 1
-            raise ValueError(f"{where}: the label {value!r} is none of {some}, nor one of the places 0 to {last}.")
+            places = f", nor one of the places 0 to {len(self.names) - 1}" if len(self.index) > len(self.names) else ""
+            raise ValueError(f"the label {value!r} is none of {some}{places}.")
         return self.index[text]
 
 
@@ -258,51 +466,87 @@ def _generic(labels: Sequence[str]) -> bool:
 
 
 def _number(text: str) -> float | None:
-    number = float(text) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text) else math.nan
+    number = float(text) if _NUMBER.fullmatch(text) else math.nan
     return number if math.isfinite(number) else None
 
 
-def _label_text(value: Any, where: str) -> str:
-    """A stored label as text; a whole number reads the same whether it was 1, 1.0 or "1"."""
-    if value is None or str(value).strip().lower() in ("", "nan"):
-        raise ValueError(f"{where}: the label is missing (empty or NaN).")
-    if not isinstance(value, (str, int, float)):
-        raise ValueError(f"{where}: a label must be text or a number, got {type(value).__name__}.")
+def is_blank(value: Any) -> bool:
+    """True if a label is missing: nothing, empty or not a number."""
+    return value is None or (str(value).strip().lower() in ("", "nan") if isinstance(value, str | float) else False)
+
+
+def label_text(value: Any) -> str:
+    """A stored label as text, as it is written; a whole number reads the same whether it was 1, 1.0 or "1".
+
+    Raises:
+        ValueError: If the label is missing, or neither text nor a number.
+    """
+    if is_blank(value):
+        raise ValueError("the label is missing (empty or NaN).")
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
+    if not isinstance(value, str | int):
+        raise ValueError(f"a label must be text or a number, got {type(value).__name__}.")
     text = str(value).strip()
-    number = _number(text)
-    return str(int(number)) if number is not None and number.is_integer() else text
+    whole = _WHOLE.fullmatch(text)
+    return whole[1] if whole else text
 
 
-def text_columns(records: Mapping[str, Records], wanted: tuple[str, ...] | None, label: str) -> tuple[str, ...]:
-    """The text columns, after making sure that they and the label are in every file."""
+def text_columns(
+    records: Mapping[str, Records], wanted: Sequence[tuple[str, ...]], labels: Sequence[str]
+) -> tuple[tuple[str, ...], str]:
+    """The columns of the text and of the label, after making sure that every file has them.
+
+    Args:
+        records: The splits. That of the test may have no labels.
+        wanted: Columns of the text that may be meant, the first that are there are taken.
+        labels: Likewise, of the label.
+    """
     first = next(iter(records.values()))
-    usual = (PAIR, ("sentence",), ("text",), SPAN_COLUMNS)
-    columns = wanted or next((c for c in usual if set(c) <= set(first.columns)), None)
-    if columns is None:
-        raise ValueError(f"{first.where} has the columns {list(first.columns)}: name the text with text=, text_pair=.")
-    for given in records.values():
-        for column in (*columns, label):
+    columns = next((columns for columns in wanted if set(columns) <= set(first.columns)), wanted[0])
+    label = next((name for name in labels if name in first.columns), labels[0])
+    for split, given in records.items():
+        for column in columns if split == "test" and len(records) > 1 else (*columns, label):
             if column not in given.columns:
                 raise ValueError(f"{given.where} has no column {column!r}; it has {list(given.columns)}.")
-    return columns
+    return columns, label
+
+
+def _distinct(records: Records, rows: Iterable[Stored]) -> dict[tuple[type, Any], int | str]:
+    """The different labels of a file, with their types, and the number of the first row of each."""
+    first: dict[tuple[type, Any], int | str] = {}
+    for row in rows:
+        try:
+            first.setdefault((type(row.label), row.label), row.number)
+        except TypeError as error:  # a list or an object
+            kind = type(row.label).__name__
+            raise ValueError(f"{records.place(row.number)}: a label must be text or a number, got {kind}.") from error
+    return first
 
 
 def read_answers(stored: Any, where: str) -> tuple[Answer, ...]:
-    """The answers of a row in SQuAD's format; none where the question has none, as in SQuAD 2.
+    """The answers of a row in SQuAD's format, or in that of its own files, a list of texts with their starts.
+
+    There are none where the question has none, as in SQuAD 2.
 
     Raises:
         ValueError: If it is something else; `where` names the cell.
     """
+    if isinstance(stored, list) and all(isinstance(answer, Mapping) for answer in stored):
+        stored = {name: [answer.get(name) for answer in stored] for name in ("text", "answer_start")}
     cell: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
     texts: Any = cell.get("text")
     starts: Any = cell.get("answer_start")
     lists = isinstance(texts, list | tuple) and isinstance(starts, list | tuple) and len(texts) == len(starts)
-    if not lists or not all(isinstance(text, str) for text in texts) or not all(type(start) is int for start in starts):
+    whole = lists and all(type(start) is int or (type(start) is float and start.is_integer()) for start in starts)
+    if not whole or not all(isinstance(text, str) for text in texts):
         shown, example = repr(stored), '{"text": ["in 1912"], "answer_start": [37]}'
+        hint = ": a cell of CSV cannot hold them, use JSON lines or Parquet" if isinstance(stored, str) else ""
         raise ValueError(
-            f"{where}: the answers must be an object such as {example}, got {shown[:77]}{'...' * (len(shown) > 77)}."
+            f"{where}: the answers must be an object such as {example}, got {shown[:77]}{'...' * (len(shown) > 77)}"
+            f"{hint}."
         )
-    return tuple(Answer(start, text) for text, start in zip(texts, starts, strict=True))
+    return tuple(Answer(int(start), text) for text, start in zip(texts, starts, strict=True))
 
 
 def standing(answers: Sequence[Answer], context: str) -> tuple[Answer, ...]:
@@ -314,43 +558,73 @@ def standing(answers: Sequence[Answer], context: str) -> tuple[Answer, ...]:
     )
 
 
-def read_examples(
-    records: Records, columns: tuple[str, ...], label: str, codec: Labels | None, skip_empty: bool
-) -> tuple[list[Example], Counter[str]]:
-    """The examples of one file, and how many rows were left out, by reason.
+class Stored(NamedTuple):
+    """A row as it is stored."""
+
+    number: int | str
+    texts: tuple[str, ...]
+    label: Any  # or the answers
+
+
+def read_rows(
+    records: Records, columns: tuple[str, ...], label: str, *, spans: bool, skip_empty: bool
+) -> tuple[list[Stored], Counter[str]]:
+    """The texts and the labels of one file, and how many rows were left out, by reason.
 
     Args:
-        records: The rows.
+        records: The file.
         columns: Those of the text or the two texts.
         label: That of the label, or of the answers.
-        codec: How labels are read; None: they are answers in SQuAD's format.
+        spans: Whether it holds answers in SQuAD's format.
         skip_empty: Whether rows without a text are left out: the hub's QQP has some.
 
     Raises:
-        ValueError: If a row has no text or no label, or they are not what they should be.
+        ValueError: If a row has no text or no label, or there is too much to be held.
     """
-    examples, left_out = [], Counter[str]()
-    for number, cells in records.rows:
-        where = records.place(number)
-        missing = [column for column in (*columns, label) if column not in cells]
-        if missing:
-            raise ValueError(f"{where}: no column {missing[0]!r}; it has {list(cells)}.")
-        texts = [cells[column] for column in columns]
-        empty = [c for c, text in zip(columns, texts, strict=True) if text is None or not str(text).strip()]
-        if empty and skip_empty:
-            left_out["empty"] += 1
-            continue
-        if empty:
-            raise ValueError(f"{where}: {empty[0]!r} is empty.")
+    rows, left_out, held = [], Counter[str](), 0
+    classes = records.classes.get(label)
+    for number, cells in records.read((*columns, label)):
+        try:
+            texts, stored = tuple(cells[column] for column in columns), cells[label]
+        except KeyError as error:
+            raise ValueError(f"{records.place(number)}: no column {error}; it has {list(cells)}.") from error
+        held += ROW
         for column, text in zip(columns, texts, strict=True):
+            if text is None or (isinstance(text, str) and not text.strip()):
+                if skip_empty:
+                    left_out[EMPTY] += 1
+                    break
+                raise ValueError(f"{records.place(number)}: {column!r} is empty.")
             if not isinstance(text, str):
-                raise ValueError(f"{where}: {column!r} must be text, got {text!r}.")
-        if codec is not None:
-            examples.append(Example(texts[0], texts[1] if len(texts) == 2 else None, codec.read(cells[label], where)))
-            continue
-        given = read_answers(cells[label], where)
-        if answers := standing(given, texts[1]):
-            examples.append(Example(texts[0], texts[1], answers=answers))
+                raise ValueError(f"{records.place(number)}: {column!r} must be text, got {text!r}.")
+            held += len(text)
         else:
-            left_out[MISPLACED if given else MISSING] += 1
-    return examples, left_out
+            if spans:
+                answers = read_answers(stored, records.place(number))
+                stored = standing(answers, texts[1])
+                held += ROW * len(stored)
+                if not stored:
+                    left_out[MISPLACED if answers else MISSING] += 1
+                    continue
+            elif classes is not None and isinstance(stored, int):
+                stored = classes[stored] if 0 <= stored < len(classes) else HIDDEN
+            if held > MOST_HELD + records.size:
+                raise ValueError(
+                    f"{records.place(number)}: the rows take {held:,} bytes, which is too much: split them."
+                )
+            rows.append(Stored(number, texts, stored))
+    return rows, left_out
+
+
+def examples_of(records: Records, rows: Sequence[Stored], codec: Labels | None) -> list[Example]:
+    """The examples of one file; `codec` reads their labels, None: they have answers."""
+    pairs = ((row, row.texts[1] if len(row.texts) == 2 else None) for row in rows)
+    if codec is None:
+        return [Example(row.texts[0], pair, answers=row.label) for row, pair in pairs]
+    known = {}
+    for label, number in _distinct(records, rows).items():
+        try:
+            known[label] = codec.read(label[1])
+        except ValueError as error:
+            raise ValueError(f"{records.place(number)}: {error}") from error
+    return [Example(row.texts[0], pair, known[type(row.label), row.label]) for row, pair in pairs]

@@ -1,8 +1,9 @@
 """Examples and their texts: which texts are the same, and splits that share none.
 
-Two texts are the same if they are equal without case, white space and punctuation, so that differently tokenised copies
-of a sentence match; the two texts of a pair may swap places. Rows are chosen by the hash of their text: the choice does
-not depend on their order, and a smaller choice is part of a larger one as far as the proportions of the labels allow.
+Two texts are the same if a reader would say so: they are equal without case, white space and punctuation, so that
+differently tokenised copies of a sentence match, but what tells texts apart stays (see `normalise`); the two texts of a
+pair may swap places. Rows are chosen by the hash of their text: the choice does not depend on their order, and a
+smaller choice is part of a larger one as far as the proportions of the labels allow.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "calibration", "dev", "test")  # a text found in several of them stays in the last one
 MOST_ROWS = 2_048  # of a split that is cut from another one
+SURPLUS = "copies, or more calibration rows than are used"
 
 
 class Answer(NamedTuple):
@@ -46,16 +48,48 @@ class Row(NamedTuple):
     example: Example
     key: str
     group: str  # rows of one group stay on one side: the key of the passage in a grouped task, else the row's own
+    lot: str  # its place in a draw comes from this, see `_lot`
+
+
+# Punctuation that tells texts apart: C# and 5 %, 1.5 and 15, -5 and 5, :) and :(
+_TELLING = re.compile(r"[#%&@]|[.,:/-](?<=\d.)(?=\d)|-(?<!\w-)(?=\d)|[:;=]['^-]?[()\[\]]+(?!\w)")
+
+
+class _Table(dict[int, int | None]):
+    """Keeps letters, marks, digits and symbols, and drops the rest; a character is looked up when it first occurs."""
+
+    def __missing__(self, code: int) -> int | None:
+        kind = unicodedata.category(chr(code))
+        # a quotation mark of old files, the selectors of an emoji's or a sign's variant, what is not seen
+        dropped = kind[0] in "PZ" or kind in ("Cc", "Cf") or chr(code) in "`\xb4" or 0xFE00 <= code <= 0xFE0F
+        self[code] = None if dropped else code
+        return self[code]
+
+
+_TABLE = _Table()
+
+
+def _fold(text: str) -> str:
+    return (text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold()
 
 
 def normalise(text: str) -> str:
-    """The text without case, white space and punctuation; of punctuation alone, the punctuation is kept."""
-    plain = (text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold()
-    return re.sub(r"[\W_]+", "", plain) or re.sub(r"\s+", "", plain)
+    """The text without case, white space and punctuation; of punctuation alone, the punctuation is kept.
+
+    Vowel signs and accents, emoji and other symbols stay, and punctuation that tells texts apart, as in C#, 1.5 or :).
+    """
+    plain = _fold(text)
+    # private characters stand for telling punctuation, so that it stays
+    marked = _TELLING.sub(lambda match: "".join(chr(0xF0000 + ord(sign)) for sign in match[0]), plain)
+    return marked.translate(_TABLE) or re.sub(r"\s+", "", plain)
 
 
-def _key(*texts: str) -> str:
-    return hashlib.sha256("\x1f".join(sorted(map(normalise, texts))).encode()).hexdigest()[:16]
+def _hash(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\x1f".join(sorted(texts)).encode()).hexdigest()[:16]
+
+
+def _texts(example: Example) -> tuple[str, ...]:
+    return (example.text,) if example.pair is None else (example.text, example.pair)
 
 
 def row_key(example: Example) -> str:
@@ -63,12 +97,24 @@ def row_key(example: Example) -> str:
 
     The two texts of a pair may swap places. The label does not matter.
     """
-    return _key(example.text) if example.pair is None else _key(example.text, example.pair)
+    return _hash(map(normalise, _texts(example)))
+
+
+def _lot(texts: Iterable[str], normalised: Iterable[str]) -> str:
+    """The 16 hexadecimal digits that decide on draws: those of the letters and digits alone.
+
+    Texts that differ in symbols share them. Draws have always gone by these, and are to stay the same.
+    """
+    plain = (
+        known if known.isalnum() else re.sub(r"[\W_]+", "", _fold(text)) or re.sub(r"\s+", "", _fold(text))
+        for text, known in zip(texts, normalised, strict=True)
+    )
+    return _hash(plain)
 
 
 def half_of(example: Example) -> int:
     """0 or 1, a bit of the hash of an example's text: its half does not depend on the other examples or their order."""
-    return int(row_key(example)[-1], 16) % 2
+    return int(rows_of([example])[0].lot[-1], 16) % 2
 
 
 def digest(examples: Iterable[Example]) -> str:
@@ -85,8 +131,14 @@ def rows_of(examples: Iterable[Example], grouped: bool = False) -> list[Row]:
     """The examples with their keys; in a grouped task rows with the same second text belong together."""
     rows = []
     for example in examples:
-        key = row_key(example)
-        rows.append(Row(example, key, _key(example.pair) if grouped and example.pair is not None else key))
+        texts = _texts(example)
+        normalised = tuple(map(normalise, texts))
+        key = group = _hash(normalised)
+        if grouped and len(texts) == 2:
+            texts, normalised = texts[1:], normalised[1:]
+            group = _hash(normalised)
+        lot = group if all(map(str.isalnum, normalised)) else _lot(texts, normalised)
+        rows.append(Row(example, key, group, lot))
     return rows
 
 
@@ -113,13 +165,22 @@ def choose(
 
     Args:
         rows: Where to choose from.
-        count: How many to take; fewer if there are not as many.
+        count: How many to take; fewer if there are not as many. Of a text with different labels, a drawn copy first.
         salt: Makes one choice different from another.
         regression: Whether labels are numbers; then the fifths of their distribution take the place of classes.
         stratified: Whether the labels keep their proportions.
         distinct: Whether to take a text only once.
     """
-    ranked = sorted(rows, key=lambda row: (_rank(row.group, salt), row.key, _target(row.example), row.example.text))
+    ranked = sorted(rows, key=lambda row: (_rank(row.lot, salt), row.key, _target(row.example), row.example.text))
+    if odd := contradictory(ranked):  # whatever the first label is called, it has no better chance than another
+        count_of: Counter[tuple[str, str]] = Counter()
+        chances = []
+        for row in ranked:
+            target = (row.key, _target(row.example))
+            count_of[target] += 1
+            chances.append(_rank(f"{target}:{count_of[target]}", salt) if row.key in odd else "")
+        order = sorted(range(len(ranked)), key=lambda i: (_rank(ranked[i].lot, salt), ranked[i].key, chances[i]))
+        ranked = [ranked[i] for i in order]
     if distinct:
         ranked = list({row.key: row for row in reversed(ranked)}.values())[::-1]
     if not stratified or len(ranked) <= count:
@@ -132,6 +193,17 @@ def choose(
             left[stratum] -= 1
             chosen.append(row)
     return chosen
+
+
+def contradictory(rows: Iterable[Row]) -> set[str]:
+    """The keys of texts that occur with different labels or answers."""
+    first: dict[str, Example] = {}
+    odd = set()
+    for row in rows:
+        other = first.setdefault(row.key, row.example)
+        if other.label != row.example.label or other.answers != row.example.answers:
+            odd.add(row.key)
+    return odd
 
 
 def _rank(mark: str, salt: str) -> str:
@@ -174,6 +246,14 @@ def seed_words(key: int | jax.Array) -> tuple[int, ...]:
     return tuple(int(word) for word in jax.random.key_data(key).ravel())
 
 
+class Division(NamedTuple):
+    """The rows of a source in four splits."""
+
+    splits: dict[str, tuple[Example, ...]]
+    dropped: dict[str, int]  # rows left out: by split because their text is in a later one, or by reason
+    contradictory: int  # texts that occur with different labels
+
+
 def divide(
     given: Mapping[str, Sequence[Example]],
     *,
@@ -181,7 +261,7 @@ def divide(
     regression: bool = False,
     seed: int = 0,
     max_calibration: int = MOST_ROWS,
-) -> tuple[dict[str, tuple[Example, ...]], dict[str, int]]:
+) -> Division:
     """Divides the rows of a source into train, calibration, dev and test; no text is in two of them.
 
     A cut takes a tenth of the different texts (of a small set up to a quarter, until 256) and at most 2,048: 256 rows
@@ -193,15 +273,13 @@ def divide(
         regression: Whether labels are numbers.
         max_calibration: The most calibration rows.
 
-    Returns:
-        The splits, and how many rows of each were left out because their text is in a later split.
-
     Raises:
         ValueError: If there are too few rows.
     """
     pool, dev, test, calibration = (
         rows_of(given.get(split, ()), grouped) for split in ("train", "validation", "test", "calibration")
     )
+    everything = [*pool, *dev, *test, *calibration]
     dropped: Counter[str] = Counter()
 
     def drop(rows: list[Row], others: Sequence[Row], split: str) -> list[Row]:
@@ -234,6 +312,7 @@ def divide(
     if calibration:
         left = drop(calibration, [*dev, *test, *(pool if rest != "train" else [])], "calibration")
         calibration = choose(left, max_calibration, f"calibration:{seed}", regression=regression)
+        dropped[SURPLUS] += len(left) - len(calibration)
         pool = drop(pool, calibration, rest)
     else:
         calibration = cut(min(size, max_calibration), "calibration")
@@ -242,4 +321,8 @@ def divide(
         raise ValueError(
             f"{rows} rows are too few to cut calibration, dev and test from; give at least 8 of each label."
         )
-    return {split: tuple(row.example for row in parts[split]) for split in SPLITS}, dict(+dropped)
+    return Division(
+        {split: tuple(row.example for row in parts[split]) for split in SPLITS},
+        dict(+dropped),
+        len(contradictory(everything)),
+    )

@@ -8,24 +8,31 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxprune.data import splits
 from jaxprune.data.records import (
     ANSWERS,
+    EMPTY,
     HIDDEN,
     PAIR,
     SPAN_COLUMNS,
     Labels,
     Records,
+    Stored,
+    examples_of,
+    is_blank,
     kind_of,
     read,
-    read_examples,
+    read_answers,
     read_folder,
+    read_rows,
+    split_of,
     text_columns,
 )
 from jaxprune.data.splits import MOST_ROWS, SPLITS, Example, Row, row_key, seed_words
@@ -58,6 +65,7 @@ class Task:
     license: str = ""
     dropped: Mapping[str, int] = field(default_factory=dict)  # rows left out, by split or reason
     ordered: bool = False  # the labels were named by the user, in the order of the model's logits
+    notes: tuple[str, ...] = ()  # what of the data was not used, or not as it stands, in sentences
     prompt: Prompt | None = None  # what a text-to-text model is asked; None: what is built in for the task's name
 
     @property
@@ -94,6 +102,8 @@ class Source:
     hub_label: str = "label"
     hub_labels: tuple[str, ...] | None = None  # the hub's names, in the order of `labels`; None: the same names
     hub_validation: str = "validation"
+    original: tuple[str, ...] = ()  # columns of the text and of the label in the files that GLUE offers
+    header: tuple[str, ...] = ()  # the columns of those that do not name them
     pool: str = "train"  # the split that stands for train where there is none
     metric: str = "accuracy"
     regression: bool = False
@@ -115,29 +125,32 @@ TASKS: Mapping[str, Source] = {
     "sst2": Source(hub=GLUE, config="sst2", hub_columns=("sentence",), folders=("sst2",), labels=POLARITY),
     "cola": Source(
         hub=GLUE, config="cola", hub_columns=("sentence",), folders=("cola",), labels=("unacceptable", "acceptable"),
-        metric="matthews",
+        metric="matthews", header=("source", "label", "mark", "sentence"),
     ),
     "mrpc": Source(
         hub=GLUE, config="mrpc", hub_columns=PAIR, folders=("mrpc",), columns=PAIR,
         labels=("not_equivalent", "equivalent"), metric="accuracy_f1", license="Microsoft Research licence terms",
+        original=("#1 String", "#2 String", "Quality"),
     ),
     "qqp": Source(
         hub=GLUE, config="qqp", hub_columns=("question1", "question2"), folders=("qqp", "qqp_subset"), columns=PAIR,
         labels=("not_duplicate", "duplicate"), metric="accuracy_f1", license="Quora terms of service, non-commercial",
+        original=("question1", "question2", "is_duplicate"),
     ),
     "stsb": Source(
         hub=GLUE, config="stsb", hub_columns=PAIR, folders=("stsb",), columns=PAIR, labels=("score",), regression=True,
-        metric="pearson_spearman", license="scores CC BY-SA 4.0, each part's texts under their own licence",
+        original=(*PAIR, "score"), metric="pearson_spearman",
+        license="scores CC BY-SA 4.0, each part's texts under their own licence",
     ),
     "mnli": Source(
         hub=GLUE, config="mnli", hub_columns=("premise", "hypothesis"), hub_validation="validation_matched",
         folders=("mnli", "mnli_m_1k"), columns=PAIR, labels=("entailment", "neutral", "contradiction"),
-        license="OANC and other licences, research use",
+        license="OANC and other licences, research use", original=(*PAIR, "gold_label"),
     ),
     # sentence1 is the question, sentence2 the passage, which serves several questions
     "qnli": Source(
         hub=GLUE, config="qnli", hub_columns=("question", "sentence"), folders=("qnli", "qnli_devsplit"), columns=PAIR,
-        labels=ENTAILMENT, grouped=True, license="CC BY-SA 4.0",
+        labels=ENTAILMENT, grouped=True, license="CC BY-SA 4.0", original=("question", "sentence", "label"),
     ),
     "rte": Source(hub=GLUE, config="rte", hub_columns=PAIR, folders=("rte",), columns=PAIR, labels=ENTAILMENT),
     "wnli": Source(
@@ -244,9 +257,10 @@ def load_task(
 
     A cut takes a tenth of the texts (of a small set up to a quarter, until 256) and at most 2,048, stratified by label,
     by the hash of their text, whatever the order of the rows. A text that occurs in several splits stays in the last
-    of train, calibration, dev, test; `Task.dropped` counts the others. In QNLI and BoolQ the passage alone decides, in
-    span tasks the context. Span tasks are data in SQuAD's format (see `jaxprune.data.records`); rows without an answer,
-    or whose answers are not where they say, are left out and counted.
+    of train, calibration, dev, test; `Task.dropped` counts the others, `Task.notes` say all that was not used. In QNLI
+    and BoolQ the passage alone decides, in span tasks the context. Span tasks are data in SQuAD's format (see
+    `jaxprune.data.records`); rows without an answer, or whose answers are not where they say, are left out and counted.
+    A test file without labels is not used.
 
     Args:
         name: A built-in task (`TASKS`), the name of a folder in `data`, or the path of your own file or folder. A
@@ -258,78 +272,155 @@ def load_task(
         label: Column of the label; by default `label`, else `answers`. Names, or whole numbers; fractions make a
             regression, objects with `text` and `answer_start` answers.
         labels: Label names in the order of the model's logits. By default the built-in task's, or those found, sorted.
-            Other names for a built-in task rename its labels, the same names in another order reorder them.
+            Other names for a built-in task rename its labels, the same names in another order reorder them. One name,
+            such as `("score",)`, makes a regression of whole numbers, too.
         seed: Chooses the rows of each cut. Use one seed for fine-tuning, scoring and testing.
         max_calibration: The most calibration rows.
 
     Raises:
         FileNotFoundError: If there is no such file or folder, or the hub cannot be reached.
-        ValueError: If the name is unknown, or the data is empty, broken, has one class only or misses a column.
+        ValueError: If the name is unknown, or the data is empty, broken, misses a column, or has a split of one class.
     """
     if max_calibration < 1:
         raise ValueError(f"max_calibration must be at least 1, got {max_calibration}.")
     if text_pair is not None and text is None:
         raise ValueError(f"text_pair={text_pair!r} needs text= as well.")
-    title, source, records, origin = _find(str(name), None if data is None else Path(data))
-    hub = origin.startswith("hub ")
-    if text is not None:
-        wanted = (text,) if text_pair is None else (text, text_pair)
-    else:
-        wanted = None if source is None else source.hub_columns if hub else source.columns
-    first = next(iter(records.values()))
-    if label is None and source is not None:
-        label = source.hub_label if hub or source.spans else "label"
-    elif label is None:
-        label = ANSWERS if ANSWERS in first.columns and "label" not in first.columns else "label"
-    columns = text_columns(records, wanted, label)
-    labelled = {split: given for split, given in records.items() if not _hidden(given, label)}
-    if not labelled:
-        raise ValueError(f"{title}: every label is {HIDDEN}, which means hidden; there is nothing to learn from.")
-    stored = next(iter(labelled.values())).rows[0][1].get(label)
-    spans = isinstance(stored, Mapping) if source is None else source.spans
+    found = _find(str(name), None if data is None else Path(data))
+    title, source, records = found.title, found.source, found.records
+    hub, notes = found.origin.startswith("hub "), list(found.notes)
+    columns, label = _columns(found, text, text_pair, label)
+    hidden = [split for split, given in records.items() if label not in given.columns]
+    spans = source.spans if source is not None else _has_answers(records, columns, label)
     if spans and (labels is not None or len(columns) != 2):
         raise ValueError(f"{title}: answers need a question, its context and no label names; got the texts {columns}.")
-    if spans:
-        codec = Labels.of(ENDS)
-    elif source is not None:
-        codec = Labels.of(source.labels, source.regression).renamed(labels or source.labels)
-    else:
-        codec = Labels.found(labelled.values(), label) if labels is None else Labels.of(labels)
-    examples, left_out = {}, Counter[str]()
-    for split, given in labelled.items():
-        examples[split], unusable = read_examples(given, columns, label, None if spans else codec, skip_empty=hub)
-        left_out += unusable
-    distinct = {example.label for rows in examples.values() for example in rows}
+    rows: dict[str, list[Stored]] = {}
+    left_out = Counter[str]()
+    for split, given in records.items():
+        if split not in hidden:
+            rows[split], unusable = read_rows(given, columns, label, spans=spans, skip_empty=hub)
+            left_out += unusable
+            if not spans and all(_is_hidden(row.label, split) for row in rows[split]):
+                hidden.append(split)
+    notes += [f"{records[split].where} has no labels: it is not used." for split in hidden]
+    labelled = {split: some for split, some in rows.items() if split not in hidden}
+    if not labelled:
+        raise ValueError(f"{title}: every label is {HIDDEN}, which means hidden; there is nothing to learn from.")
+    codec = _codec(found, spans, labels, label, labelled)
+    examples = {split: examples_of(records[split], some, None if spans else codec) for split, some in labelled.items()}
+    distinct = {example.label for some in examples.values() for example in some}
     if spans and not any(examples.values()):
         raise ValueError(f"{title}: no row has an answer that occurs in its context; left out: {dict(left_out)}.")
     if not spans and len(distinct) < 2:
-        raise ValueError(f"{title}: every label is {next(iter(distinct), None)!r}; a task needs two different ones.")
+        only = "score" if codec.regression else codec.names[int(next(iter(distinct)) or 0)]
+        raise ValueError(f"{title}: every label is {only!r}; a task needs two different ones.")
     grouped = spans or (source is not None and source.grouped and len(columns) == 2)
     try:
-        divided, dropped = splits.divide(
+        division = splits.divide(
             examples, grouped=grouped, regression=codec.regression, seed=seed, max_calibration=max_calibration
         )
     except ValueError as error:
         raise ValueError(f"{title}: {error}") from error
+    for split, some in division.splits.items():
+        classes = {example.label for example in some}
+        if not spans and len(classes) == 1 < len(some):
+            one = some[0].label if codec.regression else codec.names[int(some[0].label or 0)]
+            raise ValueError(
+                f"{title}: all {len(some)} {split} rows have the label {one!r}, which no score can tell from chance; "
+                f"give {split} rows of two labels."
+            )
+    dropped = division.dropped | dict(left_out)
+    notes += [f"{count:,} rows left out, {_REASONS.get(why, why)}." for why, count in dropped.items()]
+    if division.contradictory and not spans:
+        notes.append(
+            f"{division.contradictory:,} texts occur with different labels; where one copy is used, it is drawn."
+        )
     return Task(
         name=title,
-        splits=divided,
+        splits=division.splits,
         labels=codec.names,
         columns=columns,
         regression=codec.regression,
         spans=spans,
         metric="squad" if spans else _metric(source, codec),
         grouped=grouped,
-        source=origin,
+        source=found.origin,
         license=source.license if source is not None else "",
-        dropped=dropped | dict(left_out),
         ordered=labels is not None,
+        dropped=dropped,
+        notes=tuple(notes),
     )
 
 
-def _hidden(records: Records, label: str) -> bool:
-    """True if all labels are hidden."""
-    return all(cells.get(label) in (HIDDEN, str(HIDDEN)) for _, cells in records.rows)
+_REASONS = {split: f"whose text is in another split, too ({split})" for split in SPLITS} | {EMPTY: "without a text"}
+
+
+class _Found(NamedTuple):
+    """The files of a task."""
+
+    title: str
+    source: Source | None  # None: it is not built in
+    records: dict[str, Records]
+    origin: str  # in words
+    notes: tuple[str, ...] = ()
+
+
+def _columns(found: _Found, text: str | None, text_pair: str | None, label: str | None) -> tuple[tuple[str, ...], str]:
+    """The columns of the texts and of the label: those asked for, or those that the task's files usually have."""
+    source = found.source
+    if text is not None:
+        texts = [(text,) if text_pair is None else (text, text_pair)]
+    elif source is None:
+        texts = [PAIR, ("sentence",), ("text",), SPAN_COLUMNS]
+        first = next(iter(found.records.values()))
+        if not any(set(columns) <= set(first.columns) for columns in texts):
+            raise ValueError(
+                f"{first.where} has the columns {list(first.columns)}: name the text with text=, text_pair=."
+            )
+    else:
+        texts = [source.hub_columns if found.origin.startswith("hub ") else source.columns]
+        texts += [columns for columns in (source.hub_columns, source.original[:-1]) if columns]
+    names = ["label", ANSWERS]
+    if label is not None:
+        names = [label]
+    elif source is not None:
+        names = [source.hub_label] if found.origin.startswith("hub ") or source.spans else ["label", source.hub_label]
+        names += source.original[-1:]
+    return text_columns(found.records, texts, names)
+
+
+def _has_answers(records: Mapping[str, Records], columns: tuple[str, ...], label: str) -> bool:
+    """True if the rows hold answers in their contexts; text among the answers is refused."""
+    given = next(given for given in records.values() if label in given.columns)
+    number, cells = next(given.read((label,)))
+    stored = cells.get(label)
+    if label == ANSWERS and columns == SPAN_COLUMNS and not isinstance(stored, Mapping | list):
+        read_answers(stored, given.place(number))
+    return isinstance(stored, Mapping) or (isinstance(stored, list) and label == ANSWERS)
+
+
+def _is_hidden(label: Any, split: str) -> bool:
+    return label in (HIDDEN, str(HIDDEN)) or (split == "test" and is_blank(label))
+
+
+def _codec(
+    found: _Found, spans: bool, labels: Sequence[str] | None, label: str, rows: Mapping[str, Sequence[Stored]]
+) -> Labels:
+    """How the labels of a task are read."""
+    if spans:
+        return Labels.of(ENDS)
+    if found.source is not None:
+        return Labels.of(found.source.labels, found.source.regression).renamed(labels or found.source.labels)
+    if labels is not None:
+        return Labels.of(labels, regression=len(labels) == 1)
+    stored = {found.records[split].classes.get(label, ()) for split in rows}
+    if len(stored) > 1:
+        raise ValueError(f"{found.title}: the files name different labels: {', '.join(map(str, stored))}.")
+    (names,) = stored
+    return (
+        Labels.of(names)
+        if names
+        else Labels.found([(found.records[split], some) for split, some in rows.items()], found.title)
+    )
 
 
 def remove_leaks(tasks: Sequence[Task]) -> tuple[tuple[Task, ...], dict[tuple[str, str], int]]:
@@ -434,22 +525,40 @@ def from_hub(source: Source, stored: Mapping[str, Any]) -> dict[str, Records]:
     """
     records = {}
     for split, hub_split in {"train": "train", "validation": source.hub_validation, "test": "test"}.items():
-        if hub_split not in stored:
-            continue
-        rows: list[dict[str, Any]] = stored[hub_split].to_list()
-        names = getattr(stored[hub_split].features.get(source.hub_label), "names", None)
-        if names is not None:
-            ours = dict(zip(source.hub_labels or source.labels, source.labels, strict=True))
-            if set(ours) != set(names):
-                raise ValueError(f"{source.hub} has the labels {sorted(names)}, expected {sorted(ours)}.")
-            meaning = {i: ours[hub_name] for i, hub_name in enumerate(names)}
-            rows = [row | {source.hub_label: meaning.get(row[source.hub_label], HIDDEN)} for row in rows]
-        columns = tuple(stored[hub_split].column_names)
-        records[split] = Records(f"{source.hub} ({hub_split})", columns, list(enumerate(rows, 1)), "row")
+        if hub_split in stored:
+            given = _hub_records(stored[hub_split], f"{source.hub} ({hub_split})")
+            records[split] = _classes_of(source, given)
     if not records:
         expected = f"train, {source.hub_validation}, test"
         raise ValueError(f"{source.hub} has the splits {sorted(stored)}, expected {expected}.")
     return records
+
+
+def _hub_records(stored: Any, where: str) -> Records:
+    """One split of a data set of the library `datasets`."""
+    names = {name: getattr(kind, "names", None) for name, kind in stored.features.items()}
+
+    def rows(columns: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        present = [column for column in columns if column in names]
+        yield from enumerate(stored.select_columns(present), 1)
+
+    classes = {name: tuple(some) for name, some in names.items() if some is not None}
+    return Records(where, tuple(names), rows, unit="row", classes=classes)
+
+
+def _classes_of(source: Source, records: Records) -> Records:
+    """The records of a built-in task, with its own label names in the place of those that a file from the hub has.
+
+    Raises:
+        ValueError: If these are other ones.
+    """
+    names = records.classes.get(source.hub_label)
+    if names is None:
+        return records
+    ours = dict(zip(source.hub_labels or source.labels, source.labels, strict=True))
+    if set(ours) != set(names):
+        raise ValueError(f"{records.where} has the labels {sorted(names)}, expected {sorted(ours)}.")
+    return replace(records, classes={source.hub_label: tuple(ours[name] for name in names)})
 
 
 def _download(name: str, source: Source) -> dict[str, Records]:
@@ -465,25 +574,31 @@ def _download(name: str, source: Source) -> dict[str, Records]:
     return from_hub(source, stored)
 
 
-def _find(name: str, data: Path | None) -> tuple[str, Source | None, dict[str, Records], str]:
-    """Finds a task's rows: its name, its source if it is built in, its records, and their origin in words."""
+def _find(name: str, data: Path | None) -> _Found:
+    """Finds a task's rows."""
     if data is not None and not data.is_dir():
         raise FileNotFoundError(f"the data folder {data} does not exist.")
     if name in TASKS and data is None:
-        return name, TASKS[name], _pooled(TASKS[name], _download(name, TASKS[name])), f"hub {TASKS[name].hub}"
+        return _Found(name, TASKS[name], _pooled(TASKS[name], _download(name, TASKS[name])), f"hub {TASKS[name].hub}")
     if data is not None and (name in TASKS or (data / name).is_dir()):
         folders = TASKS[name].folders if name in TASKS else (name,)
         folder = next((data / folder for folder in folders if (data / folder).is_dir()), None)
+        if folder is None:  # GLUE's own folders are CoLA, SST-2 and so on
+            alike = [entry for entry in sorted(data.iterdir()) if _plain(entry.name) in map(_plain, folders)]
+            folder = next((entry for entry in alike if entry.is_dir()), None)
         if folder is None:
             raise FileNotFoundError(f"no folder for task {name!r} in {data}: looked for {', '.join(folders)}.")
         source = TASKS.get(name) or next((source for source in TASKS.values() if name in source.folders), None)
-        title = name if name in TASKS else Path(name).name
-        return title, source, _pooled(source, read_folder(folder)), f"folder {folder.name}"
+        return _in_folder(folder, name if name in TASKS else Path(name).name, source)
     path = Path(name)
     if path.is_dir():
-        return path.resolve().name, None, read_folder(path), f"folder {path.resolve().name}"
+        return _in_folder(path, path.resolve().name, None)
     if path.is_file():
-        return path.name.removesuffix(kind_of(path)), None, {"train": read(path)}, f"file {path.name}"
+        split, shard = split_of(path)
+        stem = path.name[: len(path.name) - len(kind_of(path))]
+        if split or shard:  # train.csv says nothing, its folder does
+            stem = path.resolve().parent.name
+        return _named(stem, None, {"train": read(path)}, f"file {path.name}", ())
     if kind_of(path) or len(path.parts) > 1:
         raise FileNotFoundError(f"there is no file or folder {name}.")
     folders = sorted(entry.name for entry in data.iterdir() if entry.is_dir()) if data is not None else []
@@ -491,6 +606,45 @@ def _find(name: str, data: Path | None) -> tuple[str, Source | None, dict[str, R
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     more = f" In {data}: {', '.join(folders)}." if folders else ""
     raise ValueError(f"unknown task {name!r}.{hint} Built in: {', '.join(sorted(TASKS))}.{more}")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _in_folder(folder: Path, title: str, source: Source | None) -> _Found:
+    """The files of a folder, or a data set that the library `datasets` saved there."""
+    if (folder / "dataset_dict.json").is_file():
+        import datasets
+
+        try:
+            stored: Any = datasets.load_from_disk(str(folder))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder} is no data set of the library `datasets`: {error}") from error
+        splits_in = {split_of(Path(f"{split}.jsonl"))[0]: split for split in stored}
+        records = {
+            split: _hub_records(stored[given], f"{folder} ({given})") for split, given in splits_in.items() if split
+        }
+        unused = [
+            given for given in stored if given not in splits_in.values() or not split_of(Path(f"{given}.jsonl"))[0]
+        ]
+    else:
+        records, unused = read_folder(folder, () if source is None else source.header)
+    if source is not None:
+        records = {split: _classes_of(source, given) for split, given in records.items()}
+    notes = (f"{folder.name} has {', '.join(unused[:8])}{', ...' * (len(unused) > 8)}, not used.",) if unused else ()
+    return _named(title, source, _pooled(source, records), f"folder {folder.resolve().name}", notes)
+
+
+def _named(
+    stem: str, source: Source | None, records: dict[str, Records], origin: str, notes: tuple[str, ...]
+) -> _Found:
+    """The task with a name that a task head can have."""
+    title = re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_-")
+    title = title if re.match("[A-Za-z]", title) else f"task_{title}".rstrip("_")
+    if title != stem:
+        notes = (*notes, f"{stem!r} is called {title!r}, since names are of letters, digits, _ and -.")
+    return _Found(title, source, records, origin, notes)
 
 
 def _pooled(source: Source | None, records: dict[str, Records]) -> dict[str, Records]:
