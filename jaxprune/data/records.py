@@ -418,11 +418,7 @@ class Labels:
         if len(set(names)) != len(self.names) or len(names) != len(self.names):
             count = len(self.names)
             raise ValueError(f"expected {count} different label names, for {', '.join(self.names)}; got {list(names)}.")
-        new: Sequence[int] = range(len(names))
-        for same in (str.casefold, str):
-            old, places = [same(name) for name in self.names], {same(name): i for i, name in enumerate(names)}
-            if set(places) == set(old) and len(places) == len(names):
-                new = [places[name] for name in old]
+        new = pair_labels(self.names, names) or range(len(names))
         return Labels(tuple(names), self.regression, {text: new[i] for text, i in self.index.items()})
 
     def read(self, value: Any) -> int | float:
