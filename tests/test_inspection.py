@@ -16,6 +16,7 @@ from commands import Place, place, record_of, run
 from tiny import tiny_model
 
 from jaxprune.checkpoints.folder import load, save
+from jaxprune.checkpoints.gates import read_pruning, recorded_gates
 from jaxprune.pruning.record import costs
 from jaxprune.scoring.scores import load_scores
 from jaxprune.sparse.masks import one_shot
@@ -137,7 +138,7 @@ def test_bad_input(place, small, tmp_path):
     assert (tmp_path / "a.png").read_text() == "mine"
 
 
-@pytest.mark.parametrize("which", ["0-99", "3,1", "x", None])
+@pytest.mark.parametrize("which", ["0-99", "3,1", "x", None, "0-9999999999", "0-999999999", "2,2", "1-0"])
 def test_a_record_that_does_not_fit_is_refused(small, tmp_path, which):
     out = tmp_path / "small"
     out.mkdir()
@@ -148,7 +149,31 @@ def test_a_record_that_does_not_fit_is_refused(small, tmp_path, which):
     (out / "pruning.json").write_text(json.dumps(content))
     result = run("inspect", out)
     assert result.exit_code == 2
-    assert "0.ffn.neurons" in result.stderr
+    assert "0.ffn.neurons" in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sites": [1]}, r"sites is \[1\], expected an object"),
+        ({"sites": {"0.ffn.neurons": 3}}, "sites.0.ffn.neurons is 3, expected an object"),
+        ({"sites": {"0.ffn.neurons": {"had": 10**30, "which": "0"}}}, "had is 10+, expected a whole number"),
+        ({"sites": {"0.ffn.neurons": {"had": True, "which": "0"}}}, "had is True"),
+        ({"settings": {"length": "16"}}, "settings.length is '16', expected a finite number or a list or null"),
+        ({"settings": {"length": 10**400}}, "settings.length is 10"),
+        ({"scores": 5}, "scores is 5, expected an object"),
+    ],
+)
+def test_a_record_of_which_an_entry_is_wrong_is_refused_by_its_name(tmp_path, change, message):
+    (tmp_path / "pruning.json").write_text(json.dumps(change))
+    with pytest.raises(ValueError, match=rf"pruning.json cannot be used: {message}"):
+        read_pruning(tmp_path)
+
+
+def test_gates_are_not_made_of_more_units_than_a_model_has():
+    site = {"had": 2**24 - 1, "which": "0"}
+    with pytest.raises(ValueError, match="had 167,772,150 units, expected at most 67,108,864"):
+        recorded_gates({"sites": {f"{i}.ffn.neurons": site for i in range(10)}})
 
 
 def test_it_needs_neither_transformers_nor_datasets(small):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +34,7 @@ from jaxprune.checkpoints.files import (
     remember,
     stamp_of,
 )
-from jaxprune.checkpoints.gates import GATES, PRUNING, GateFile, read_gates, unpack_gates
+from jaxprune.checkpoints.gates import GATES, PRUNING, GateFile, check_record, read_gates, unpack_gates
 from jaxprune.checkpoints.tensors import COMPRESSED, FLOATS, Compressor, blocks, model_digest, write_tensors
 from jaxprune.checkpoints.weights import (
     CONFIG,
@@ -56,7 +57,14 @@ from jaxprune.checkpoints.weights import (
     weights_file,
 )
 from jaxprune.models import Model, TaskHead, family
-from jaxprune.models.tokenizers import TOKENIZER_FILES, files_of_kind, run_tokenizer, tokenizer_files
+from jaxprune.models.tokenizers import (
+    OTHER_FILES,
+    TOKENIZER_FILES,
+    files_of_kind,
+    run_tokenizer,
+    tokenizer_files,
+    versions_of,
+)
 from jaxprune.units import Params, flatten, path_name, unflatten, widths
 
 _DOWNLOADED = (
@@ -287,6 +295,7 @@ def save(
     if pruning is not None:
         result = {"digest": model_digest(model, reread(params, outputs)), "widths": widths(model.axes, params)}
         files[PRUNING] = _json_bytes({**pruning, "pruned": result})
+        check_record(json.loads(files[PRUNING]))
     weights = WEIGHTS if packed is None else WEIGHTS + COMPRESSED
     for name in files:
         if name in (CONFIG, WEIGHTS, WEIGHTS + COMPRESSED, "", "..") or Path(name).name != name:
@@ -437,11 +446,18 @@ def check_destination(path: Path, overwrite: bool) -> None:
 
 
 def _tokenizer(model: Model) -> Any:
-    """The tokenizer of a model; None if it has none that can be read."""
+    """The tokenizer of a model; None if it has none that can be read, or none of its files can be left behind.
+
+    Then all of them have the usual names, so the copy is the same without a look at it, which takes seconds if nobody
+    has imported transformers yet.
+    """
     if model.source is None:
         return None
     if not model.source.is_dir():
         raise FileNotFoundError(f"{model.source}, from which the model was loaded, is gone, and the tokenizer with it.")
+    usual = all(OTHER_FILES.fullmatch(name) or name in TOKENIZER_FILES for name, *_ in versions_of(model.source))
+    if usual and "transformers" not in sys.modules:
+        return None
     try:
         return model.tokenizer
     except FileNotFoundError:

@@ -33,6 +33,18 @@ from jaxprune.models import Model
 from jaxprune.units import KINDS, Gates, Params, check_gates, check_means, mean_shapes, widths
 
 PRUNING = "pruning.json"
+_RUN = "[0-9]{1,9}(-[0-9]{1,9})?"
+_SITE = {"had": range(2**24), "kept?": COUNT, "which": re.compile(f"({_RUN}(,{_RUN})*)?")}
+_MOST_UNITS = 2**26  # of a whole model
+_LENGTH = (float, [float], None)
+_RECORD = {  # what is read of it; `save` may be given more
+    "settings?": {"length?": _LENGTH, ...: object},
+    "scores?": {"model?": (str, None), ...: object},
+    "sites?": {...: _SITE},
+    "run?": {...: object},
+    "rounds?": [{...: object}],
+    ...: object,
+}
 
 
 def read_pruning(path: str | Path) -> dict[str, Any]:
@@ -45,7 +57,18 @@ def read_pruning(path: str | Path) -> dict[str, Any]:
     file = Path(path) / PRUNING
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: the model was not pruned, or not saved by jaxprune.")
-    return read_json(file)
+    check_record(record := read_json(file), str(file))
+    return record
+
+
+def check_record(record: Mapping[str, Any], name: str = PRUNING) -> None:
+    """Refuses a record of a pruning in which an entry that is read is not what it should be.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if problems := misfits_of(record, _RECORD):
+        raise ValueError(f"{name} cannot be used: {'; '.join(problems[:5])}.")
 
 
 def units_record(remaining: Mapping[str, np.ndarray], had: Mapping[str, int]) -> dict[str, Any]:
@@ -61,11 +84,6 @@ def units_record(remaining: Mapping[str, np.ndarray], had: Mapping[str, int]) ->
             name: {"had": had[name], "kept": len(index), "which": _ranges(index)} for name, index in remaining.items()
         },
     }
-
-
-_RUN = "[0-9]{1,9}(-[0-9]{1,9})?"
-_SITE = {"had": range(2**24), "kept?": COUNT, "which": re.compile(f"({_RUN}(,{_RUN})*)?")}
-_MOST_UNITS = 2**26  # of a whole model
 
 
 def kept_units(name: str, site: Any) -> tuple[int, np.ndarray]:

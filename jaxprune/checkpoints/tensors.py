@@ -35,10 +35,12 @@ from jaxprune.units import Params, flatten, path_name
 COMPRESSED = ".zst"  # ending of the names of files that zstd compressed
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 TYPES = FLOATS | {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8)}  # of the arrays that are read and written
-_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
-_BYTES |= {"I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8, "C64": 8}  # per element, of every type there is
+SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
+SIZES |= {"I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8, "C64": 8}  # per element, of every type there is
 _MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 _MAX_AXES = 64  # of one tensor; NumPy's limit
+_EXPANSION = 200  # times the size of a packed file that its tensors may have, and
+_SLACK = 2**26  # bytes beyond
 _SLICE = 2**19  # bytes of a file that are mapped at once
 _FRAME = 2**22  # bytes that are compressed at once; more need more memory and save little
 _LEVEL = 9  # of zstd; 19 makes files a tenth smaller and takes seventy times as long (benchmarks/packing.py)
@@ -69,18 +71,24 @@ class TensorFile:
         self._file: BinaryIO = open(self.path, "rb")  # noqa: SIM115, stays the same if another is renamed over it
         self._stream: Any = None  # of a compressed file
         self._position = 0  # in the stream
+        self._size = size = os.fstat(self._file.fileno()).st_size
         try:
             if self.path.suffix == COMPRESSED:
                 self._start()
                 self.entries, self.metadata, self._stop = _read_header(self._read, None)
+                self._check_expansion(self._stop)
             else:
-                size = os.fstat(self._file.fileno()).st_size
                 self.entries, self.metadata, self._stop = _read_header(self._file.read, size)
                 _check_end(self._stop, size)
         except ValueError as error:
             self._file.close()
             raise self._incomplete(error) from error
         self._stored = dict(self.entries)
+
+    def _check_expansion(self, claimed: int) -> None:
+        """Refuses tensors that take far more memory than the file: a sparse model takes at most 30 times as much."""
+        if claimed > (most := _SLACK + _EXPANSION * self._size):
+            raise ValueError(f"its {self._size:,} bytes claim tensors of {claimed:,}, expected at most {most:,}")
 
     def _incomplete(self, reason: object) -> ValueError:
         return ValueError(f"{self.path} is not a complete safetensors file: {reason}. Download it or save it again.")
@@ -296,11 +304,11 @@ def _entry(name: str, fields: Any, offset: int) -> Entry:
     if not isinstance(fields, dict) or sorted(fields) != ["data_offsets", "dtype", "shape"]:
         raise ValueError(f"tensor {name!r} is described by {str(fields)[:80]}, expected dtype, shape and data_offsets")
     dtype, shape, span = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _BYTES:
-        raise ValueError(f"tensor {name!r} has type {dtype!r}, known: {', '.join(_BYTES)}")
+    if not isinstance(dtype, str) or dtype not in SIZES:
+        raise ValueError(f"tensor {name!r} has type {dtype!r}, known: {', '.join(SIZES)}")
     if not _are_sizes(shape) or not _are_sizes(span) or len(span) != 2:
         raise ValueError(f"tensor {name!r} has shape {str(shape)[:80]} and bytes {str(span)[:80]}, expected counts")
-    if math.prod(shape) * _BYTES[dtype] != span[1] - span[0]:
+    if math.prod(shape) * SIZES[dtype] != span[1] - span[0]:
         raise ValueError(f"tensor {name!r} of shape {shape} and type {dtype} does not fill the bytes {span}")
     return Entry(dtype, tuple(shape), offset + span[0], offset + span[1])
 

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from jaxprune.checkpoints.files import COUNT, parse_header, read_json
-from jaxprune.checkpoints.tensors import COMPRESSED, FLOATS, Entry, TensorFile
+from jaxprune.checkpoints.tensors import COMPRESSED, FLOATS, SIZES, Entry, TensorFile
 from jaxprune.compaction import compact_site
 from jaxprune.models import Model, family
 from jaxprune.units import KINDS, AxisTable, Params, Site, axes_of, flatten, input_axes, path_name, sites, unflatten
@@ -177,6 +177,7 @@ class WeightFile(TensorFile):
                 self._add_rounded(name, dtype)
             for name, fields in self._described(PACKED).items():
                 self._add_packed(name, fields)
+            self._check_expansion(sum(math.prod(e.shape) * SIZES[e.dtype] for e in self.entries.values()))
         except (ValueError, RecursionError) as error:
             self._file.close()
             raise ValueError(f"the int8 or packed tensors of {path} cannot be read: {error}. Save it again.") from error

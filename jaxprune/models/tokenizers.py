@@ -35,7 +35,9 @@ SECONDS = 60.0  # that a call may take, and
 CHARACTERS = 20_000  # in each second beyond: a usual tokenizer reads fifty times as many
 _FEW = 200  # characters: a thread would take longer than they do
 LARGEST_GROWTH = 10_000  # times that a text may grow; ALBERT's grows up to 700 times
-_OTHER_FILES = re.compile(r"\..*|(generation_)?config\.json|pruning\.json|.+\.(bin|md|safetensors|index\.json|svg|zst)")
+OTHER_FILES = re.compile(  # of a model's folder
+    r"\..*|(generation_)?config\.json|(pruning|results)\.json|.+\.(bin|md|safetensors|index\.json|svg|zst)"
+)
 _MOST = 10**7  # tokens that a tokenizer's settings may ask for
 _GROWTH = {"ByteLevel": 2, "Lowercase": 2, "BertNormalizer": 4, "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18}
 _stderr = threading.RLock()
@@ -77,7 +79,7 @@ def open_tokenizer(folder: Path, config: str, versions: tuple[tuple[str, int, in
         return tokenizer
 
     message = f"no tokenizer could be read from {folder}: "
-    if all(_OTHER_FILES.fullmatch(name) for name, *_ in versions):
+    if all(OTHER_FILES.fullmatch(name) for name, *_ in versions):
         raise FileNotFoundError(f"{message}it has none of {', '.join(TOKENIZER_FILES)}.")
     try:
         tokenizer = _bounded(read, SECONDS)
