@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import pty
 import random
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import write_classifier
 from tiny import tiny_model
 
 from jaxprune.checkpoints import files
-from jaxprune.checkpoints.files import folder_for, interrupted, remove_folder, write_atomic
+from jaxprune.checkpoints.files import (
+    check_file,
+    check_writable,
+    folder_for,
+    interrupted,
+    remove_folder,
+    write_atomic,
+)
 from jaxprune.checkpoints.folder import load, save
-from jaxprune.checkpoints.tensors import model_digest
+from jaxprune.checkpoints.tensors import TensorFile, model_digest
 
 
 def names(folder: Path) -> list[str]:
@@ -56,6 +68,89 @@ def test_write_atomic_follows_a_symbolic_link(tmp_path):
     link.symlink_to(target)
     write_atomic(link, b"new")
     assert link.is_symlink() and target.read_bytes() == b"new"
+
+
+def special(path: Path, kind: str) -> Path:
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a socket":
+        with socket.socket(socket.AF_UNIX) as opened:
+            opened.bind(os.path.relpath(path))  # names of sockets are short
+    elif kind == "a device":
+        path.symlink_to(os.ttyname(pty.openpty()[1]))  # where nobody can make files
+    else:
+        path.symlink_to("elsewhere")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a socket", "a device"])
+def test_nothing_but_files_and_folders_is_replaced(tmp_path, monkeypatch, kind: str):
+    monkeypatch.chdir(tmp_path)
+    path = special(tmp_path / "out", kind)
+    before = path.stat()
+    for refused in (lambda: check_file(path, True), lambda: write_atomic(path, b"new")):
+        with pytest.raises(FileExistsError, match=f"out is {kind}, which is never replaced"):
+            refused()
+    with pytest.raises(FileExistsError), folder_for(path, overwrite=True):
+        pass
+    with pytest.raises(ValueError, match="is no file"):
+        TensorFile(path)
+    assert path.stat() == before and names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a socket", "a symbolic link"])
+def test_a_folder_with_something_else_under_a_known_name_is_not_replaced(tmp_path, monkeypatch, kind: str):
+    model, params = tiny_model()
+    monkeypatch.chdir(tmp_path)
+    out = save(tmp_path / "out", model, params, extra={"card.md": b"old"})
+    (out / "card.md").unlink()
+    special(out / "card.md", kind)
+    with pytest.raises(FileExistsError, match=f"card.md is {kind}, which is never replaced"):
+        save(out, model, params, overwrite=True)
+    with pytest.raises(FileExistsError, match=f"card.md is {kind}"), folder_for(out, overwrite=True):
+        pass
+    assert names(out) == ["card.md", "config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o400])
+def test_a_file_keeps_its_mode(tmp_path, mode: int):
+    path = write_atomic(tmp_path / "scores.json", b"one")
+    usual = (tmp_path / "usual").touch() or (tmp_path / "usual").stat().st_mode
+    assert path.stat().st_mode == usual
+    path.chmod(mode)
+    modes = []
+
+    def write(file: Any) -> None:
+        modes.append(stat.S_IMODE(os.stat(file.fileno()).st_mode))
+        file.write(b"two")
+
+    write_atomic(path, write)
+    assert path.read_bytes() == b"two" and stat.S_IMODE(path.stat().st_mode) == mode
+    assert modes == [0o600]  # nobody else reads it before it has its mode
+
+
+def test_a_private_folder_and_private_files_stay_private(tmp_path):
+    out = tmp_path / "out"
+    for content in (("config", "weights"), ("config", "packed", "weights")):
+        with folder_for(out, overwrite=True) as fresh:
+            for name in content:
+                (fresh / name).touch()
+            assert not out.exists() or stat.S_IMODE(fresh.stat().st_mode) == 0o700
+        if "packed" not in content:
+            out.chmod(0o750)
+            (out / "config").chmod(0o640)
+            (out / "weights").chmod(0o600)
+    modes = {entry.name: stat.S_IMODE(entry.stat().st_mode) for entry in (out, *out.iterdir())}
+    assert modes == {"out": 0o750, "config": 0o640, "weights": 0o600, "packed": 0o600}
+
+
+def test_links_that_lead_to_each_other_are_refused_before_any_work(tmp_path):
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("one")
+    for path in (tmp_path / "one", tmp_path / "one" / "out"):
+        for refused in (check_writable, lambda path: check_file(path, True), lambda path: write_atomic(path, b"")):
+            with pytest.raises(OSError, match="Too many levels of symbolic links"):
+                refused(path)
 
 
 # Folders

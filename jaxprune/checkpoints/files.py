@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
+import operator
 import os
 import re
 import reprlib
@@ -25,6 +27,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,13 +45,17 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
     """Writes one file, which afterwards is the old one or the new one, whatever happens in between.
 
     Args:
-        path: Where to. An existing file is replaced; missing folders are made.
+        path: Where to. An existing file is replaced and keeps its mode; missing folders are made.
         content: The bytes, or a function that writes them to an open file.
 
     Returns:
         The path.
+
+    Raises:
+        FileExistsError: If a device, a pipe or a socket is there.
     """
-    target = Path(path).resolve()  # a symbolic link stays; the file behind it changes
+    target = real_path(path)  # a symbolic link stays; the file behind it changes
+    check_replaceable(Path(path))
     with _claimed(target, folder=False) as fresh:
         with open(fresh, "r+b") as file:
             if callable(content):
@@ -56,6 +63,7 @@ def write_atomic(path: str | Path, content: bytes | Callable[[BinaryIO], object]
             else:
                 file.write(content)
         _force_to_disk(fresh)
+        _keep_mode(fresh, target)
         os.replace(fresh, target)
         _force_to_disk(target.parent)
     return Path(path)
@@ -196,11 +204,41 @@ def check_file(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already: choose another name, or replace it with --overwrite.")
     check_writable(path)
+    check_replaceable(path)
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuses to replace anything but a file, or a folder of files and folders."""
+    for entry in [path, *path.rglob("*")] if path.exists() else []:
+        mode = (entry.stat() if entry == path else entry.lstat()).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            kind = next((name for name, test in _SPECIAL.items() if test(mode)), "no file")
+            raise FileExistsError(f"{entry} is {kind}, which is never replaced: choose another name, or move it away.")
+
+
+_SPECIAL = {
+    "a symbolic link": stat.S_ISLNK,
+    "a pipe": stat.S_ISFIFO,
+    "a socket": stat.S_ISSOCK,
+    "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+}
+
+
+def real_path(path: str | Path) -> Path:
+    """The path without symbolic links.
+
+    Raises:
+        OSError: If links lead to each other.
+    """
+    try:
+        return Path(path).resolve()
+    except RuntimeError as error:  # what Python 3.11 raises then
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
 
 
 def check_writable(path: Path) -> None:
     """Refuses a file or folder whose place is no folder, or cannot be written."""
-    above = path.absolute().parent
+    above = real_path(path).parent
     while not above.exists():
         above = above.parent
     if not above.is_dir():
@@ -224,22 +262,26 @@ def folder_for(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         path: The destination. Missing folders above it are made.
-        overwrite: Whether a folder that is there is replaced, with all that it holds.
+        overwrite: Whether a folder that is there is replaced, with all that it holds. The new one has its mode and
+            those of its files; a file of another name gets what all of them allow.
 
     Yields:
         The folder to write into.
 
     Raises:
-        FileExistsError: If something that is not an empty folder is there and `overwrite` is false.
+        FileExistsError: If something that is not an empty folder is there and `overwrite` is false, or the folder holds
+            something else than files and folders.
         ValueError: If the destination cannot be renamed: the current folder or a mount point.
     """
-    target = Path(path).resolve()
+    target = real_path(path)
     if os.path.ismount(target) or Path.cwd().is_relative_to(target):
         raise ValueError(f"{path} is the current folder, above it, or a mount point: save to a folder inside it.")
+    check_replaceable(target)
     with _claimed(target, folder=True) as fresh:
         yield fresh
         for entry in (*fresh.rglob("*"), fresh):
             _force_to_disk(entry)
+        _keep_modes(fresh, target)
         if overwrite and target.is_dir():
             _swap(fresh, target)
         else:
@@ -262,7 +304,7 @@ def is_leftover(name: str, of: Collection[str]) -> bool:
 
 def remove_folder(path: str | Path) -> None:
     """Removes a folder, which is there whole or not at all, whatever happens in between; none may be there."""
-    target = Path(path).resolve()
+    target = real_path(path)
     if target.parent.is_dir():
         _sweep(target)
     if target.is_dir():
@@ -273,7 +315,7 @@ def remove_folder(path: str | Path) -> None:
 
 def interrupted(path: str | Path) -> Path | None:
     """The complete old folder that a save which was interrupted between two renames left in place of `path`."""
-    target = Path(path).resolve()
+    target = real_path(path)
     if target.exists() or not target.parent.is_dir():
         return None
     return next(iter(_left_behind(target, "old")), None)
@@ -288,6 +330,8 @@ def _claimed(target: Path, *, folder: bool) -> Iterator[Path]:
         with _locked(target.parent):  # nobody sweeps between making it and locking it
             _sweep(target)
             fresh.mkdir() if folder else fresh.touch(exist_ok=False)
+            if target.exists():  # private until it has the mode of what it replaces
+                fresh.chmod(0o700 if folder else 0o600)
             locks.enter_context(_locked(fresh))
         try:
             yield fresh
@@ -317,6 +361,26 @@ def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         os.close(handle)  # and with it the lock
 
 
+def _keep_mode(fresh: Path, old: Path) -> None:
+    """Gives a new file or folder the owner and the mode of the one that it replaces, if there is one."""
+    if old.exists():
+        known = old.stat()
+        with contextlib.suppress(OSError, AttributeError):  # others' files, and Windows
+            os.chown(fresh, known.st_uid, known.st_gid)
+        fresh.chmod(stat.S_IMODE(known.st_mode))
+
+
+def _keep_modes(fresh: Path, old: Path) -> None:
+    files = [entry.stat().st_mode for entry in old.rglob("*") if entry.is_file()]
+    allowed = reduce(operator.and_, files, 0o777)
+    for entry in fresh.rglob("*"):
+        if (old / entry.relative_to(fresh)).exists():
+            _keep_mode(entry, old / entry.relative_to(fresh))
+        elif entry.is_file():
+            entry.chmod(stat.S_IMODE(entry.stat().st_mode & allowed))
+    _keep_mode(fresh, old)
+
+
 def _sweep(target: Path) -> None:
     """Puts back what an interrupted swap took away; removes what killed saves of this name left behind."""
     old = interrupted(target)
@@ -331,7 +395,7 @@ def _sweep(target: Path) -> None:
 def _left_behind(target: Path, kind: str) -> list[Path]:
     pattern = re.compile(re.escape(f".{target.name}.{kind}-") + "[0-9a-f]{8}")
     entries = (entry for entry in target.parent.iterdir() if pattern.fullmatch(entry.name))
-    return sorted(entry for entry in entries if not entry.is_symlink())
+    return sorted(entry for entry in entries if not entry.is_symlink() and (entry.is_file() or entry.is_dir()))
 
 
 def _hidden(target: Path, kind: str) -> Path:

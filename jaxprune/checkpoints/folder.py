@@ -24,6 +24,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxprune.checkpoints.files import (
+    check_replaceable,
     check_writable,
     folder_for,
     interrupted,
@@ -443,6 +444,7 @@ def check_destination(path: Path, overwrite: bool) -> None:
     foreign = sorted(name for name in names if name not in known and not is_leftover(name, known))
     if foreign:
         raise FileExistsError(f"{path} also holds files that were not saved with the model: {foreign}: move them away.")
+    check_replaceable(path)
 
 
 def _tokenizer(model: Model) -> Any:

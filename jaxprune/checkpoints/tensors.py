@@ -68,6 +68,8 @@ class TensorFile:
             ValueError: If the file is not a complete safetensors file.
         """
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_file():  # reading a pipe would wait for ever
+            raise ValueError(f"{self.path} is no file: name a safetensors file.")
         self._file: BinaryIO = open(self.path, "rb")  # noqa: SIM115, stays the same if another is renamed over it
         self._stream: Any = None  # of a compressed file
         self._position = 0  # in the stream

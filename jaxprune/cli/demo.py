@@ -76,7 +76,7 @@ def run_demo(output: Path, chosen: str, source: str, data: Path, bars: terminal.
         ValueError: If the task is unknown, or the model has no head for it.
         FileExistsError: If the output folder has a `model` that jaxprune did not save.
     """
-    from jaxprune.checkpoints.files import write_atomic
+    from jaxprune.checkpoints.files import check_file, write_atomic
     from jaxprune.checkpoints.folder import check_destination
     from jaxprune.checkpoints.weights import stored_type
     from jaxprune.cli.pruning import measured_costs
@@ -86,6 +86,7 @@ def run_demo(output: Path, chosen: str, source: str, data: Path, bars: terminal.
 
     begun = time.monotonic()
     check_destination(output / "model", True)
+    check_file(output / "results.json", True)
     task = jp.load_task(chosen, data=data)
     model, params = jp.load(source)
     head = fitting_head(model, task)

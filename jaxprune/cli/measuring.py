@@ -362,7 +362,8 @@ def sweep(
             rows=jp.Rows(split=split, examples=limit, **asdict(batches)),
             head=head,
         )
-        check_file(output / RESULTS, overwrite=True)
+        for name in (RESULTS, TABLE):
+            check_file(output / name, overwrite=True)
         loaded, params = jp.load(model)
         check_budgets(loaded, params, sweeping)
         tasks = [rows.load(name, bars) for name in task]

@@ -245,6 +245,7 @@ def finetune(
     Own files in SQuAD's format (question, context, answers) train a head that marks the answer in the context.
     """
     with terminal.working() as bars:
+        from jaxprune.checkpoints.files import check_file
         from jaxprune.checkpoints.folder import check_destination
         from jaxprune.checkpoints.tensors import model_digest
         from jaxprune.cli.render import tables
@@ -253,6 +254,7 @@ def finetune(
         settings = build(jp.FineTuning, options, batches, rows=numbers("--rows", options.rows_of) or None)
         check_destination(output, overwrite)
         state = state_of(output)
+        check_file(state, True)
         model, params = jp.load(encoder)
         tasks, leaks = remove_leaks([rows.load(name, bars) for name in task])
         for (name, other), count in leaks.items():
@@ -386,6 +388,7 @@ class StudentRun:
 
         It is tested as it is written, rounded if it is.
         """
+        from jaxprune.checkpoints.files import check_file
         from jaxprune.checkpoints.folder import as_loaded, check_destination
         from jaxprune.checkpoints.shared import pruning_of
         from jaxprune.checkpoints.tensors import model_digest
@@ -396,6 +399,7 @@ class StudentRun:
         training, stored = build(jp.Training, self.options, self.batches), self.options.stored()
         self.distillation.build()  # refuses what is wrong before anything is read
         check_destination(self.output, self.overwrite)
+        check_file(state_of(self.output), True)
         pairs = {"teacher": jp.load(self.teacher), "student": jp.load(self.source)}
         model, student = pairs["student"]
         task = load_task()

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxprune.checkpoints.files import COUNT, DIGEST, differences, parse_header, write_atomic
+from jaxprune.checkpoints.files import COUNT, DIGEST, check_file, differences, parse_header, write_atomic
 from jaxprune.checkpoints.tensors import TensorFile, is_sealed, model_digest, sealed, versions, write_tensors
 from jaxprune.data.batches import SHAPE_COST, Encoded, default_length, digest_encoded, pack, usable_rows
 from jaxprune.data.prompts import prompt_of
@@ -176,6 +176,7 @@ class TotalsFile:
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any]):
         self.path, self.settings = Path(path), json.loads(json.dumps(settings))
+        check_file(self.path, True)
 
     def save(self, totals: Totals, done: int) -> None:
         """Writes the totals after `done` batches, atomically."""

@@ -21,7 +21,7 @@ from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
-from jaxprune.checkpoints.files import COUNT, DIGEST, differences, misfits_of, write_atomic
+from jaxprune.checkpoints.files import COUNT, DIGEST, check_file, differences, misfits_of, write_atomic
 from jaxprune.checkpoints.tensors import is_sealed, sealed
 from jaxprune.models import Model
 from jaxprune.units import Params, flatten, unflatten
@@ -205,6 +205,8 @@ def train(
         ValueError: If the loss is not finite, or the file belongs to another run.
         KeyboardInterrupt: After the state was written; one that fell into an update leaves the file as it was.
     """
+    if file is not None:
+        check_file(file, True)
     if file is not None and file.exists():
         state = read_state(file, state, run.identity)
         if state.done > run.steps:
