@@ -305,7 +305,7 @@ def commanded(
         "recover_each_round": True,
     }
     job = PruneCommand(str(place.model), output, (), Rows(split="test", examples=10), (), overwrite)
-    return job.run(budget, Pruning(**settings | changes), lambda: [load_task("mood", data=place.data)], watch)
+    return job.run(budget, Pruning(**settings | changes), lambda _: [load_task("mood", data=place.data)], watch)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -461,7 +461,7 @@ def test_a_text_to_text_model_in_rounds(tmp_path):
 
     def command(output: Path, watch: Silent) -> dict[str, Any]:
         job = PruneCommand(source, output, (), None, (), False)
-        return job.run(Flops(0.4), pruning, lambda: [options.load("mood", watch)], watch)
+        return job.run(Flops(0.4), pruning, lambda _: [options.load("mood", watch)], watch)
 
     with pytest.raises(KeyboardInterrupt):
         command(out, Silent("round 2 of 2, scoring"))

@@ -18,6 +18,7 @@ import jax
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tiny import tiny_model
 
 from jaxprune.data.records import Records, read_rows
 from jaxprune.data.splits import choose, divide, normalise, rows_of
@@ -34,6 +35,8 @@ from jaxprune.data.tasks import (
     row_key,
     seed_words,
 )
+from jaxprune.evaluation.evaluate import fitting_head
+from jaxprune.models import TaskHead
 
 DATA = Path(__file__).parent / "data"
 ROWS = [{"sentence": f"sentence number {i}", "label": i % 2} for i in range(40)]
@@ -659,3 +662,60 @@ def test_a_built_in_task_with_a_folder_is_suggested_once(tmp_path):
     (tmp_path / "snips").mkdir()
     with pytest.raises(ValueError, match=r"Did you mean 'snips'\? Built in"):
         load_task("snip", data=tmp_path)
+
+
+# The head that a task is for
+
+
+def rated(file: Path, labels: Sequence[Any]) -> Path:
+    return write(file, [{"text": f"film number {i}", "label": labels[i % len(labels)]} for i in range(60)])
+
+
+RATING = TaskHead(name="rating", labels=("score",), regression=True)
+
+
+@pytest.mark.parametrize("values", [(1, 2, 3, 4, 5), (1.0, 2.0), (0, 1), tuple(range(60))])
+def test_a_head_or_one_label_name_makes_a_regression_of_whole_numbers(tmp_path: Path, values: tuple[float, ...]):
+    file = rated(tmp_path / "rating.jsonl", values)
+    model, _ = tiny_model(heads=(RATING, TaskHead(name="other", labels=("a", "b"))))
+    for labels in (RATING, model, ("score",)):
+        task = load_task(file, labels=labels)
+        assert task.regression and task.labels == ("score",) and task.metric == "pearson_spearman"
+        assert {example.label for split in task.splits.values() for example in split} <= set(map(float, values))
+        assert fitting_head(model, task) == "rating"
+    if len(values) < 60:
+        assert not load_task(file).regression
+        with pytest.raises(ValueError, match=r"is a regression, but 'rating' is a classification.*one name in labels="):
+            fitting_head(model, load_task(file))
+
+
+def test_a_head_makes_classes_of_fractions(tmp_path: Path):
+    file, head = rated(tmp_path / "version.jsonl", (1.5, 2.0)), TaskHead(name="version", labels=("2.0", "1.5"))
+    assert load_task(file).regression
+    task = load_task(file, labels=head)
+    assert not task.regression and len(task.labels) == 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "wanted"),
+    [
+        (("POSITIVE", "NEGATIVE"), ("positive", "negative")),
+        (("positive", "neutral", "negative"), ("positive", "neutral", "negative")),  # one has no rows
+        (("LABEL_0", "LABEL_1"), ("negative", "positive")),
+        (("good", "bad"), ("negative", "positive")),  # do not pair: as they are, for a refusal
+    ],
+)
+def test_labels_are_in_the_order_of_the_head_that_they_pair_with(
+    tmp_path: Path, labels: tuple[str, ...], wanted: tuple[str, ...]
+):
+    file, head = rated(tmp_path / "mood.jsonl", ("positive", "negative")), TaskHead(name="mood", labels=labels)
+    task = load_task(file, labels=head)
+    assert task.labels == wanted and not task.ordered
+    for example in task.rows("test"):
+        assert task.labels[int(example.label or 0)] == ("positive", "negative")[int(example.text.split()[-1]) % 2]
+    model, _ = tiny_model(heads=(head,))
+    if labels == ("good", "bad"):
+        with pytest.raises(ValueError, match="2 labels, good, bad; 'mood' has others, negative, positive"):
+            fitting_head(model, task)
+    else:
+        assert fitting_head(model, task) == "mood"

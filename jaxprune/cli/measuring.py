@@ -80,7 +80,7 @@ def score(
         memory = terminal.digests_folder()
         remember = None if memory is None else digest_keeper(model, memory)
         loaded, params = jp.load(model)
-        scores = score_into(loaded, params, rows.load(task, bars), chosen, output, bars)
+        scores = score_into(loaded, params, rows.load(task, bars, loaded, head), chosen, output, bars)
         if remember is not None:  # so that budgets can be tried without reading all weights
             remember(scores.header["model"])
     record = {
@@ -137,7 +137,7 @@ def check(
         picture.check()
         checked = jp.load_scores(scores)
         loaded, params = jp.load(model)
-        rows_of_task = rows.load(task, bars)
+        rows_of_task = rows.load(task, bars, loaded, checked.header["head"])
         stages: dict[str, Any] = {}
 
         def progress(done: int, total: int, note: str) -> None:
@@ -307,7 +307,7 @@ def evaluate(
         loaded, params = jp.load(model)
         if generate and not loaded.answers_in_text:
             raise ValueError(f"{model} has task heads and writes no text: leave --generate out.")
-        tasks = [rows.load(name, bars) for name in task]
+        tasks = [rows.load(name, bars, loaded, head) for name in task]
         for each in tasks:  # all of them before the first is measured
             each.rows(split)
             fitting_head(loaded, each, head)
@@ -366,7 +366,7 @@ def sweep(
             check_file(output / name, overwrite=True)
         loaded, params = jp.load(model)
         check_budgets(loaded, params, sweeping)
-        tasks = [rows.load(name, bars) for name in task]
+        tasks = [rows.load(name, bars, loaded, head) for name in task]
         record = sweep(loaded, params, tasks, sweeping, output, about={"source": model}, watch=bars)
         files = {"table": [output / TABLE], "record": [output / RESULTS], "pictures": []}
         for name in record["settings"]["tasks"]:

@@ -19,6 +19,7 @@ import typer
 
 if TYPE_CHECKING:
     from jaxprune.data.tasks import Task
+    from jaxprune.models import Model
     from jaxprune.models.cost import Length
     from jaxprune.pruning.budgets import Budget, Latency, Rules
     from jaxprune.pruning.prune import Watch
@@ -190,18 +191,23 @@ class RowOptions:
     text_pair: Annotated[str | None, rows("Your own files: column of text 2 or the context.", metavar="COLUMN")] = None
     label: Annotated[str | None, rows("Your own files: column of the label or the answers.", metavar="COLUMN")] = None
     label_names: Annotated[
-        str | None, rows("Your own files: labels, as the task head has them.", metavar="A,B,...")
+        str | None,
+        rows("Your own files: labels, as the task head has them; one: a regression.", metavar="A,B,..."),
     ] = None
     prompt: Annotated[
         str | None, rows("Text-to-text models: t5 (default), flan, or a YAML file of your own.", metavar="PROMPT")
     ] = None
 
-    def load(self, name: str, bars: Watch) -> Task:
-        """Reads the rows of a task, and says what of them is not used."""
+    def load(self, name: str, bars: Watch, model: Model | None = None, head: str | None = None) -> Task:
+        """Reads the rows of a task, for a model's head if there is one, and says what of them is not used."""
         from jaxprune.data.prompts import STYLES, fit, prompt_for, read_prompt
         from jaxprune.data.tasks import load_task
 
-        labels = None if self.label_names is None else tuple(self.label_names.split(","))
+        labels: Any = model
+        if self.label_names is not None:
+            labels = tuple(self.label_names.split(","))
+        elif model is not None and head is not None and not model.answers_in_text:
+            labels = model.head(head)
         task = load_task(
             name, data=self.data, text=self.text, text_pair=self.text_pair, label=self.label, labels=labels
         )

@@ -117,7 +117,7 @@ def prune(
         )
         tested = jp.Rows(split="test", examples=testing.limit, **asdict(batches)) if testing.evaluate else None
         job = PruneCommand(model, output, files, tested, sizes, overwrite)
-        load_tasks = lambda: [rows.load(name, bars) for name in names]  # noqa: E731
+        load_tasks = lambda of: [rows.load(name, bars, of, head) for name in names]  # noqa: E731
         record = job.run(budget.build(selection.tokens()), pruning, load_tasks, bars)
     show_pruned(record, output, as_json, scored=not files)
 
@@ -160,7 +160,7 @@ class PruneCommand:
     overwrite: bool
 
     def run(
-        self, budget: Budget, pruning: jp.Pruning, load_tasks: Callable[[], Sequence[jp.Task]], bars: Watch
+        self, budget: Budget, pruning: jp.Pruning, load_tasks: Callable[[jp.Model], Sequence[jp.Task]], bars: Watch
     ) -> dict[str, Any]:
         """Prunes the model, writes its folder and compares the two.
 
@@ -176,7 +176,7 @@ class PruneCommand:
         if scores:
             check_same_model(dict(zip(map(str, self.files), scores, strict=True)))
         model, params = jp.load(self.source)
-        tasks, workspace = load_tasks(), jp.Workspace(self.output, self.overwrite)
+        tasks, workspace = load_tasks(model), jp.Workspace(self.output, self.overwrite)
         pruned = jp.prune(model, params, tasks, budget, pruning, scores=scores or None, workspace=workspace, watch=bars)
         costs = self._measure(model, params, pruned, tasks, pruning.scoring.head, bars)
         files, made = list(self.files) or workspace.score_files(tasks), pruned.record

@@ -330,7 +330,7 @@ def sparsify(
     """
     with terminal.working() as bars:
         student_run = StudentRun(student, teacher, output, batches, options, distillation, overwrite)
-        record = student_run.train(lambda: rows.load(task, bars), zeros.build(), bars)
+        record = student_run.train(lambda *of: rows.load(task, bars, *of), zeros.build(), bars)
     show_student(record, output, as_json)
 
 
@@ -357,7 +357,9 @@ def distill(
     """
     with terminal.working() as bars:
         student_run = StudentRun(student, teacher, output, batches, options, distillation, overwrite)
-        record = student_run.train(lambda: rows.load(task, bars), jp.Sparsification(keep_zeros=keep_zeros), bars)
+        record = student_run.train(
+            lambda *of: rows.load(task, bars, *of), jp.Sparsification(keep_zeros=keep_zeros), bars
+        )
     show_student(record, output, as_json)
 
 
@@ -382,7 +384,7 @@ class StudentRun:
     overwrite: bool
 
     def train(
-        self, load_task: Callable[[], jp.Task], sparsification: jp.Sparsification, bars: terminal.Bars
+        self, load_task: Callable[..., jp.Task], sparsification: jp.Sparsification, bars: terminal.Bars
     ) -> dict[str, Any]:
         """Trains the student, tests it and its teacher, and writes it.
 
@@ -402,7 +404,7 @@ class StudentRun:
         check_file(state_of(self.output), True)
         pairs = {"teacher": jp.load(self.teacher), "student": jp.load(self.source)}
         model, student = pairs["student"]
-        task = load_task()
+        task = load_task(pairs["teacher"][0], self.distillation.head)
         settings, pruning = self.distillation.build(regression=task.regression), pruning_of(self.source, model)
         head = fitting_head(pairs["teacher"][0], task, settings.head)
         done = jp.distill(

@@ -374,7 +374,7 @@ class Labels:
         return Labels(tuple(names), regression, places | index)
 
     @staticmethod
-    def found(given: Sequence[tuple[Records, Sequence[Stored]]], where: str) -> Labels:
+    def found(given: Sequence[tuple[Records, Sequence[Stored]]], where: str, *, classes: bool = False) -> Labels:
         """The labels in the data, sorted (whole numbers as numbers); numbers with fractions make a regression.
 
         Text is a number only in files that hold nothing but text, such as CSV.
@@ -382,6 +382,7 @@ class Labels:
         Args:
             given: The files and their rows.
             where: The data, for messages.
+            classes: Whether they are classes in any case.
 
         Raises:
             ValueError: If a label is missing or of another type, or there are more than make sense.
@@ -399,7 +400,7 @@ class Labels:
                 names[key] = name if names.get(key, name) == name else key
                 numbers.append(None if as_text else _number(key))
         rows = sum(len(some) for _, some in given)
-        if None not in numbers and not all(number is None or number.is_integer() for number in numbers):
+        if not classes and None not in numbers and not all(number is None or number.is_integer() for number in numbers):
             return Labels(("score",), True)
         keys = sorted(names, key=int) if all(map(_WHOLE.fullmatch, names)) else sorted(names)
         if len(keys) > 2 and 2 * len(keys) > rows:
@@ -420,6 +421,16 @@ class Labels:
             raise ValueError(f"expected {count} different label names, for {', '.join(self.names)}; got {list(names)}.")
         new = pair_labels(self.names, names) or range(len(names))
         return Labels(tuple(names), self.regression, {text: new[i] for text, i in self.index.items()})
+
+    def ordered_as(self, others: Sequence[str]) -> Labels:
+        """The same labels among others and in their order, or as they are where the two do not pair."""
+        places = pair_labels(self.names, others)
+        if places is None:
+            return self
+        names = list(others)
+        for name, place in zip(self.names, places, strict=True):
+            names[place] = name
+        return Labels(tuple(names), self.regression, {text: places[i] for text, i in self.index.items()})
 
     def read(self, value: Any) -> int | float:
         """A stored label as an index, or as a float in a regression.
@@ -443,15 +454,15 @@ class Labels:
 def pair_labels(labels: Sequence[str], others: Sequence[str]) -> tuple[int, ...] | None:
     """The place of each label among others: by name, else by place if one side is generic; None if they do not pair.
 
-    Case counts only if labels differ in nothing else. Generic are `LABEL_0`, `LABEL_1` and so on, and rising numbers.
+    By name the others may be more. Case counts only if labels differ in nothing else. Generic are `LABEL_0`, `LABEL_1`
+    and so on, and rising numbers.
     """
-    if len(labels) != len(others):
-        return None
     for same in (str, str.casefold):
         place = {same(other): i for i, other in enumerate(others)}
-        if len(place) == len(others) and set(map(same, labels)) == set(place):
+        if len(place) == len(others) and len(set(map(same, labels)) & set(place)) == len(labels):
             return tuple(place[same(label)] for label in labels)
-    return tuple(range(len(others))) if _generic(labels) or _generic(others) else None
+    by_place = len(labels) == len(others) and (_generic(labels) or _generic(others))
+    return tuple(range(len(others))) if by_place else None
 
 
 def _generic(labels: Sequence[str]) -> bool:

@@ -36,7 +36,7 @@ from jaxprune.data.records import (
     text_columns,
 )
 from jaxprune.data.splits import MOST_ROWS, SPLITS, Example, Row, row_key, seed_words
-from jaxprune.models import ENDS
+from jaxprune.models import ENDS, Model, TaskHead
 
 if TYPE_CHECKING:
     import jax
@@ -244,7 +244,7 @@ def load_task(
     text: str | None = None,
     text_pair: str | None = None,
     label: str | None = None,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str] | TaskHead | Model | None = None,
     seed: int = 0,
     max_calibration: int = MOST_ROWS,
 ) -> Task:
@@ -273,7 +273,8 @@ def load_task(
             regression, objects with `text` and `answer_start` answers.
         labels: Label names in the order of the model's logits. By default the built-in task's, or those found, sorted.
             Other names for a built-in task rename its labels, the same names in another order reorder them. One name,
-            such as `("score",)`, makes a regression of whole numbers, too.
+            such as `("score",)`, makes a regression of whole numbers, too. A task head, or a model with one for the
+            task, decides that itself, and the order of labels that pair with its own by name.
         seed: Chooses the rows of each cut. Use one seed for fine-tuning, scoring and testing.
         max_calibration: The most calibration rows.
 
@@ -291,7 +292,10 @@ def load_task(
     columns, label = _columns(found, text, text_pair, label)
     hidden = [split for split, given in records.items() if label not in given.columns]
     spans = source.spans if source is not None else _has_answers(records, columns, label)
-    if spans and (labels is not None or len(columns) != 2):
+    if isinstance(labels, Model):
+        labels = _head_of(labels, title)
+    ordered = labels is not None and not isinstance(labels, TaskHead)
+    if spans and (ordered or len(columns) != 2):
         raise ValueError(f"{title}: answers need a question, its context and no label names; got the texts {columns}.")
     rows: dict[str, list[Stored]] = {}
     left_out = Counter[str]()
@@ -345,7 +349,7 @@ def load_task(
         grouped=grouped,
         source=found.origin,
         license=source.license if source is not None else "",
-        ordered=labels is not None,
+        ordered=ordered,
         dropped=dropped,
         notes=tuple(notes),
     )
@@ -402,25 +406,46 @@ def _is_hidden(label: Any, split: str) -> bool:
     return label in (HIDDEN, str(HIDDEN)) or (split == "test" and is_blank(label))
 
 
+def _head_of(model: Model, task: str) -> TaskHead | None:
+    """The model's head of the task's name, else its only one."""
+    if model.answers_in_text or (task not in model.heads and len(model.heads) != 1):
+        return None
+    return model.head(task if task in model.heads else None)
+
+
 def _codec(
-    found: _Found, spans: bool, labels: Sequence[str] | None, label: str, rows: Mapping[str, Sequence[Stored]]
+    found: _Found,
+    spans: bool,
+    labels: Sequence[str] | TaskHead | None,
+    label: str,
+    rows: Mapping[str, Sequence[Stored]],
 ) -> Labels:
-    """How the labels of a task are read."""
+    """How the labels of a task are read: as the user or the head says, else as they are."""
     if spans:
         return Labels.of(ENDS)
-    if found.source is not None:
-        return Labels.of(found.source.labels, found.source.regression).renamed(labels or found.source.labels)
-    if labels is not None:
+    if isinstance(labels, TaskHead):
+        codec = _codec_for(found, labels, label, rows)
+        return codec if codec.regression else codec.ordered_as(labels.labels)
+    if found.source is None and labels is not None:
         return Labels.of(labels, regression=len(labels) == 1)
+    codec = _codec_for(found, None, label, rows)
+    return codec if labels is None else codec.renamed(labels)
+
+
+def _codec_for(found: _Found, head: TaskHead | None, label: str, rows: Mapping[str, Sequence[Stored]]) -> Labels:
+    """The labels of a built-in task, or those in the data, which are classes or numbers as the head is."""
+    if found.source is not None:
+        return Labels.of(found.source.labels, found.source.regression)
     stored = {found.records[split].classes.get(label, ()) for split in rows}
     if len(stored) > 1:
         raise ValueError(f"{found.title}: the files name different labels: {', '.join(map(str, stored))}.")
     (names,) = stored
-    return (
-        Labels.of(names)
-        if names
-        else Labels.found([(found.records[split], some) for split, some in rows.items()], found.title)
-    )
+    if names:
+        return Labels.of(names)
+    if head is not None and head.regression:
+        return Labels(("score",), True)
+    given = [(found.records[split], some) for split, some in rows.items()]
+    return Labels.found(given, found.title, classes=head is not None and not head.spans)
 
 
 def remove_leaks(tasks: Sequence[Task]) -> tuple[tuple[Task, ...], dict[tuple[str, str], int]]:

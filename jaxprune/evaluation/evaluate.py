@@ -367,13 +367,16 @@ def fitting_head(model: Model, task: Task, head: str | None = None) -> str:
     chosen = model.head(task.name if head is None and task.name in model.heads else head)
     kind = "a regression" if task.regression else "for spans" if task.spans else "a classification"
     if chosen.kind != kind:
-        raise ValueError(f"the head {chosen.name!r} is {chosen.kind}, but {task.name!r} is {kind}.")
+        raise ValueError(
+            f"the head {chosen.name!r} is {chosen.kind}, but {task.name!r} is {kind}. A file's numbers are read as the "
+            "head is if no labels= are given; one name in labels= makes a regression, several make classes."
+        )
     if task.spans or task.regression:
         return chosen.name
     given = task.ordered and len(task.labels) == len(chosen.labels)
     places, in_order = pair_labels(task.labels, chosen.labels), tuple(range(len(chosen.labels)))
     if places != in_order and not (places is None and given):
-        why = "others" if places is None else "the same in another order"
+        why = "the same in another order" if sorted(places or ()) == list(in_order) else "others"
         raise ValueError(
             f"the head {chosen.name!r} has {len(chosen.labels)} labels, {', '.join(chosen.labels)}; {task.name!r} has "
             f"{why}, {', '.join(task.labels)}. Load the task with labels= in the order of the head's, each under the "
