@@ -43,15 +43,16 @@ def describe(error: BaseException) -> str:
 class Commands(TyperGroup):
     """Turns errors into one line on stderr and an exit code."""
 
-    def in_options(self, message: str) -> str:
-        """A message of the library with options in the place of its arguments: `--label-names` for `labels=`."""
-        known = {str(it.name) for command in self.commands.values() for it in command.params}
-        names = {name: name for name in known} | {"labels": "label_names"}
+    def in_options(self, message: str, command: str | None) -> str:
+        """A message of the library with a command's options in the place of arguments: `--max-length`, `labels=`."""
+        params = self.commands[command].params if command in self.commands else []
+        options = {str(it.name): it.opts[0] for it in params if it.opts[0].startswith("--")}
+        named = options | {"labels": options.get("label_names", "labels=")}  # of a task, not of a criterion
 
         def option(match: re.Match[str]) -> str:
-            return f"--{names[match[1]].replace('_', '-')}" if match[1] in names else match[0]
+            return named.get(match[1], match[0]) if match[1] else options.get(match[2], match[0])
 
-        return re.sub(r"\b([a-z_]+)=(?=[\s.,;:)]|$)", option, message)
+        return re.sub(r"\b([a-z_]+)=(?=[\s.,;:)]|$)|^([a-z_]+)(?= must )", option, message)
 
     def invoke(self, ctx: typer.Context) -> Any:
         """Runs a command; after a signal the exit code is 128 and its number, 130 after Ctrl-C."""
@@ -60,6 +61,11 @@ class Commands(TyperGroup):
         except KeyboardInterrupt as error:
             print("interrupted; run the same command again to resume", file=sys.stderr)
             raise typer.Exit(128 + (error.args[0] if error.args else signal.SIGINT)) from error
+        except BAD_INPUT as error:
+            if os.environ.get("JAXPRUNE_TRACEBACK"):
+                raise
+            complain(self.in_options(describe(error), ctx.invoked_subcommand))
+            raise typer.Exit(2) from error
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         """Runs a command: exit code 2 for bad input."""
@@ -69,11 +75,6 @@ class Commands(TyperGroup):
             context = getattr(error, "ctx", None)
             hint = f" See `{context.command_path} --help`." if context is not None else ""
             complain(error.format_message() + hint)
-            code = 2
-        except BAD_INPUT as error:
-            if os.environ.get("JAXPRUNE_TRACEBACK"):
-                raise
-            complain(self.in_options(describe(error)))
             code = 2
         except RuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or os.environ.get("JAXPRUNE_TRACEBACK"):

@@ -13,6 +13,7 @@ import typer
 import jaxprune as jp
 from jaxprune.cli import terminal
 from jaxprune.cli.options import (
+    MOST_TOGETHER,
     BatchOptions,
     CriterionOptions,
     Dark,
@@ -106,8 +107,8 @@ class CheckingOptions:
     fractions: Annotated[str, measured("Of the units that are deleted.", metavar="A,B,...")] = DELETED
     split: Annotated[str, measured("Rows to test on while units are deleted.")] = "dev"
     limit: Annotated[int, measured("The most of them.")] = 256
-    seed: Annotated[int, measured("Of the sample of units and of the random orders.")] = 0
-    batch_size: Annotated[int, measured("Examples in a batch.")] = 32
+    seed: Annotated[int, measured("Of the sample of units and of the random orders.", least=0)] = 0
+    batch_size: Annotated[int, measured("Examples in a batch.", most=MOST_TOGETHER)] = 32
     chunk: Annotated[int, measured("Units closed together, for accelerators with room.")] = 1
 
 

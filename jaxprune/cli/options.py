@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -101,6 +102,9 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
         "fisher": "sparse.masks:WeightFisher",
     },
 }
+MOST = 2**31 - 1  # the largest number on the command line
+MOST_TOGETHER = 2**16  # the most that is held in memory at once, in numbers of rows
+MOST_NODES = 2**12  # a rule of n nodes is found in a matrix of n x n
 BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 NAMED_ALIKE = ("nodes", "chunk", "path", "start", "rule", "objective", "labels", "tokens", "closed", "kinds")
@@ -124,9 +128,39 @@ def choice(option: str, text: str, panel: str = "Scoring") -> Any:
     return typer.Option(help=text, callback=check, metavar="|".join(names), rich_help_panel=panel)
 
 
-def option(text: str, *names: str, metavar: str | None = None, panel: str | None = None) -> Any:
-    """An option and its help."""
-    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel)
+def option(
+    text: str,
+    *names: str,
+    metavar: str | None = None,
+    panel: str | None = None,
+    least: int = 1,
+    most: int = MOST,
+) -> Any:
+    """An option and its help; whole numbers lie in a range, fractions are finite and not negative."""
+
+    def check(param: typer.CallbackParam, value: Any) -> Any:
+        if type(value) is int:
+            check_range(param.opts[0], value, least, most)
+        elif type(value) is float and not 0 <= value < float("inf"):
+            raise ValueError(f"{param.opts[0]} must be a finite number of at least 0, got {value}.")
+        return value
+
+    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel, callback=check)
+
+
+def check_range(name: str, value: int, least: int, most: int) -> None:
+    """Refuses a number on the command line that is too small or too large for anything."""
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be at least {least} and at most {most:,}, got {value}.")
+
+
+def whole(name: str, text: str, least: int = 0) -> int:
+    """Reads a whole number that stands in the text of an option."""
+    if not text.strip().isdecimal() or len(text) > 20:
+        raise ValueError(f"{name} takes whole numbers up to {MOST:,}, got {text[:40]!r}.")
+    value = int(text)
+    check_range(name, value, least, MOST)
+    return value
 
 
 def find(option: str, name: str) -> Any:
@@ -223,7 +257,7 @@ class RowOptions:
 class BatchOptions:
     """Batches of texts."""
 
-    batch_size: Annotated[int, rows("Examples in a batch.")] = 32
+    batch_size: Annotated[int, rows("Examples in a batch.", most=MOST_TOGETHER)] = 32
     max_length: Annotated[int | None, rows("Tokens after which texts are cut; by default 128, for spans 384.")] = None
 
 
@@ -231,7 +265,9 @@ class BatchOptions:
 class CriterionOptions:
     """The settings of criteria; None is the criterion's own default."""
 
-    nodes: Annotated[int | None, scoring("Quadrature nodes of integrated gradients; by default 8.")] = None
+    nodes: Annotated[
+        int | None, scoring("Quadrature nodes of integrated gradients; by default 8.", most=MOST_NODES)
+    ] = None
     chunk: Annotated[int | None, scoring("Nodes, or heads left out, evaluated together; by default 1.")] = None
     path: Annotated[str | None, choice("path", "All gates together (default), or one module at a time: slower.")] = None
     start: Annotated[float | None, scoring("Start of the path, in [0, 1); by default 0.")] = None
@@ -280,7 +316,7 @@ class ScoringOptions:
 
     criterion: Annotated[str, choice("criterion", "How units are scored")] = "integrated-gradients"
     examples: Annotated[int | None, scoring("Calibration rows to score with, stratified; by default 128.")] = None
-    seed: Annotated[int, scoring("Seed of the draw of rows, and of random criteria.")] = 0
+    seed: Annotated[int, scoring("Seed of the draw of rows, and of random criteria.", least=0)] = 0
 
     def build(self, settings: CriterionOptions, head: str | None, batches: BatchOptions) -> Scoring:
         """The settings of a scoring run.
@@ -348,6 +384,7 @@ class LossOptions:
             "Select again, up to so often, by what was really lost, at the same budget; the best is kept.",
             "--reselect",
             "--receipt-rounds",
+            least=0,
         ),
     ] = 0
 
@@ -365,7 +402,7 @@ class BudgetOptions:
     latency: Annotated[
         str | None, selecting("Time that a forward pass may take on this device, or the fraction.", metavar="12ms|0.5")
     ] = None
-    latency_batch: Annotated[int | None, selecting("Examples in that pass; by default 1.")] = None
+    latency_batch: Annotated[int | None, selecting("Examples in that pass; by default 1.", most=MOST_TOGETHER)] = None
     latency_table: Annotated[
         Path | None, selecting("Its table; by default the one in the cache, measured if needed.", metavar="FILE")
     ] = None
@@ -428,7 +465,7 @@ class SelectionOptions:
             self,
             multiple_of=by_kind("--multiple-of", self.multiple_of),
             floor=by_kind("--floor", self.floor),
-            protect=tuple(int(item) if item.isdigit() else item for item in self.protect or ()),
+            protect=tuple(whole("--protect", item) if item.isdecimal() else item for item in self.protect or ()),
             normalise=None if self.normalise is None else find("normalise", self.normalise),
         )
 
@@ -444,8 +481,10 @@ def read_length(text: str) -> Length:
     """Reads `128`, or `128,4` of a model that writes text."""
     try:
         numbers = tuple(map(float, text.split(",")))
-    except ValueError as error:
-        raise ValueError(f"--length {text!r} is no number of tokens; write 128, or 128,4 for T5.") from error
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(0 < number <= MOST for number in numbers):
+        raise ValueError(f"--length {text!r} is no number of tokens; write 128, or 128,4 for T5.")
     return numbers[0] if len(numbers) == 1 else numbers
 
 
@@ -471,8 +510,8 @@ def read_amount(name: str, text: str | None, unit: str, factors: Mapping[str, fl
 
 def by_kind(name: str, values: list[str] | None) -> int | dict[str, int] | None:
     """Reads `8`, or `neurons=8` and `heads=2`."""
-    if values and len(values) == 1 and values[0].isdigit():
-        return int(values[0])
+    if values and len(values) == 1 and values[0].isdecimal():
+        return whole(name, values[0])
     return numbers(name, values) or None
 
 
@@ -481,9 +520,9 @@ def numbers(name: str, values: list[str] | None) -> dict[str, int]:
     numbers_by_name: dict[str, int] = {}
     for value in values or ():
         key, _, number = value.partition("=")
-        if not key or not number.isdigit() or key in numbers_by_name:
+        if not key or not number.isdecimal() or key in numbers_by_name:
             raise ValueError(f"{name} takes NAME=NUMBER, each name once; got {value!r}.")
-        numbers_by_name[key] = int(number)
+        numbers_by_name[key] = whole(name, number)
     return numbers_by_name
 
 
@@ -497,14 +536,14 @@ def read_fractions(name: str, text: str) -> tuple[float, ...]:
         fractions = [float(part) for part in text.split(",")]
     except ValueError:
         fractions = []
-    if not fractions or len(set(fractions)) < len(fractions):
-        raise ValueError(f"{name} takes fractions such as 0.9,0.5, each once; got {text!r}.")
+    if not fractions or len(set(fractions)) < len(fractions) or not all(0 <= each <= 1 for each in fractions):
+        raise ValueError(f"{name} takes fractions in 0 to 1 such as 0.9,0.5, each once; got {text!r}.")
     return tuple(sorted(fractions, reverse=True))
 
 
 def check_different(files: Sequence[Path]) -> None:
     """Refuses to take one score file twice."""
-    resolved = [file.resolve() for file in files]
+    resolved = [os.path.realpath(file) for file in files]  # of links that lead to each other, too
     if twice := [file for i, file in enumerate(files) if resolved[i] in resolved[:i]]:
         raise ValueError(f"{twice[0]} is named twice: name files of different tasks.")
 

@@ -12,6 +12,7 @@ import typer
 import jaxprune as jp
 from jaxprune.cli import terminal
 from jaxprune.cli.options import (
+    MOST_TOGETHER,
     BatchOptions,
     BudgetOptions,
     CriterionOptions,
@@ -26,6 +27,7 @@ from jaxprune.cli.options import (
     ScoringOptions,
     SelectionOptions,
     check_different,
+    check_range,
     choice,
     find,
     given,
@@ -34,6 +36,7 @@ from jaxprune.cli.options import (
     option,
     rows,
     selecting,
+    whole,
 )
 
 if TYPE_CHECKING:
@@ -56,10 +59,10 @@ class TestOptions:
 
     def timed(self) -> tuple[int, ...]:
         """The numbers of examples in timed passes."""
-        sizes = self.measure.split(",")
-        if not all(size.strip().isdigit() for size in sizes):
-            raise ValueError(f"--measure takes whole numbers, such as 1,32 (0: none), got {self.measure!r}.")
-        return tuple(int(size) for size in sizes if int(size))
+        sizes = [whole("--measure", size) for size in self.measure.split(",")]
+        for size in sizes:
+            check_range("--measure", size, 0, MOST_TOGETHER)
+        return tuple(size for size in sizes if size)
 
 
 @grouped

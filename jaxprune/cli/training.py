@@ -30,6 +30,7 @@ from jaxprune.cli.options import (
     numbers,
     option,
     training,
+    whole,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class FineTuningOptions:
     dense: Annotated[str | None, training("A layer before their output, by its activation.", metavar="tanh|relu")] = (
         None
     )
-    seed: Annotated[int, training("Of the new heads, the order of the rows and dropout.")] = 0
+    seed: Annotated[int, training("Of the new heads, the order of the rows and dropout.", least=0)] = 0
     dev_limit: Annotated[int, training("The most dev rows of a task to test on after an epoch.")] = 1000
     keep_heads: Annotated[bool, training("Keep other task heads; the encoder changes under them.", "--keep-heads")] = (
         False
@@ -90,7 +91,7 @@ class TrainingOptions:
     learning_rate: Annotated[float, training("Of every step.")] = 3e-5
     decay: Annotated[bool, training("Let the learning rate fall linearly to 0.", "--decay")] = False
     dropout: Annotated[bool, training("Whether the student has it.", "--dropout/--no-dropout")] = True
-    seed: Annotated[int, training("Of a new task head, the order of the rows and dropout.")] = 0
+    seed: Annotated[int, training("Of a new task head, the order of the rows and dropout.", least=0)] = 0
     evaluate_every: Annotated[
         int | None, training("Steps between two tests on dev; once an epoch by default.", metavar="STEPS")
     ] = None
@@ -187,8 +188,8 @@ class AugmentationOptions:
     copies: Annotated[int, exchanged("Of each train row.")] = 20
     probability: Annotated[float, exchanged("That a word is exchanged.")] = 0.4
     candidates: Annotated[int, exchanged("The most similar words that it may become.")] = 15
-    frequent: Annotated[int, exchanged("Words that always stay: the most frequent ones.")] = 50
-    seed: Annotated[int, exchanged("Of the choice of words.")] = 0
+    frequent: Annotated[int, exchanged("Words that always stay: the most frequent ones.", least=0)] = 50
+    seed: Annotated[int, exchanged("Of the choice of words.", least=0)] = 0
 
 
 def read_pattern(text: str) -> Pattern:
@@ -200,7 +201,7 @@ def read_pattern(text: str) -> Pattern:
     if text == "any":
         return jp.patterns.Unstructured()
     if match := re.fullmatch(r"(\d+)([:x])(\d+)", text):
-        first, second = int(match[1]), int(match[3])
+        first, second = whole("--pattern", match[1], 1), whole("--pattern", match[3], 1)
         return jp.patterns.NM(n=first, m=second) if match[2] == ":" else jp.patterns.Block(inputs=first, outputs=second)
     raise ValueError(f"--pattern is any, N:M such as 2:4, or inputs x outputs of a block such as 4x4; got {text!r}.")
 
