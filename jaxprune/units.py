@@ -35,11 +35,13 @@ if TYPE_CHECKING:
 # many units stay in every entry: channels in every head.
 KINDS: Mapping[str, tuple[str, ...]] = {
     "heads": ("heads",),
+    "groups": ("groups",),
     "neurons": ("neurons",),
     "channels": ("heads", "channels"),
     "query_channels": ("heads", "query_channels"),
+    "query_heads": ("groups", "queries"),
 }
-UNITS = ("heads", "neurons")  # the kinds that are meant where none are named
+UNITS = ("heads", "groups", "neurons")  # the kinds that are meant where none are named
 UNREAD = ("query_channels",)  # the kinds that no kernel reads
 
 Params: TypeAlias = dict[Any, Any]  # nested dict of arrays; layers have int keys

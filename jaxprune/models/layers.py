@@ -156,14 +156,15 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """Division by the root mean square over the last axis, in float32 (Zhang and Sennrich 2019)."""
 
-    def __init__(self, embed: int, eps: float):
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones(embed))
+    def __init__(self, embed: int, eps: float, offset: float = 0.0):
+        self.eps, self.offset = eps, offset  # the offset is added to the scale: 1 in Gemma
+        self.scale = nnx.Param(jnp.full(embed, 1.0 - offset))
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def __call__(self, x: Float[Array, "b t *n d"]) -> Float[Array, "b t *n d"]:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        scale = self.scale[...].astype(jnp.float32)
+        return (y * (scale + self.offset if self.offset else scale)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
