@@ -41,7 +41,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "query_channels": ("heads", "query_channels"),
     "query_heads": ("groups", "queries"),
 }
-UNITS = ("heads", "groups", "neurons")  # the kinds that are meant where none are named
+UNITS = ("heads", "groups", "neurons")  # whole units, which are meant where no kinds are named; no model has all
 UNREAD = ("query_channels",)  # the kinds that no kernel reads
 
 Params: TypeAlias = dict[Any, Any]  # nested dict of arrays; layers have int keys

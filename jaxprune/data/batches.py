@@ -159,6 +159,7 @@ class Encoded:
     padding: int  # index of the padding token
     candidates: np.ndarray | None = None  # [labels, tokens]: what a text-to-text model may answer, see `likelihood`
     characters: np.ndarray | None = None  # for spans [all tokens, 2]: the place of a token in its context, see `spans`
+    continued: bool = False  # whether answers go on from their prompts, in the same stack
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -185,7 +186,8 @@ class Encoded:
             return read
         tokens, labels = (self.candidates != IGNORED).sum(1), self.labels[:count]
         known = labels[labels >= 0]
-        return [read, float(tokens[known].mean() if len(known) else tokens.mean())]
+        written = float(tokens[known].mean() if len(known) else tokens.mean())
+        return read + written - 1 if self.continued else [read, written]  # of an answer the last token is not read
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Encoded:
         """Some of the examples, in this order."""
@@ -345,6 +347,7 @@ def encode(
         padding=tokenizer.pad_token_id or 0,
         candidates=None if prompt is None else encode_words(model_or_tokenizer, prompt.words),
         characters=None if characters is None else np.concatenate(characters),
+        continued=model is not None and model.stacks[-1].memory is None,
     )
 
 
@@ -405,7 +408,7 @@ def usable_rows(model: Model, task: Task, rows: Rows, *, split: str = "calibrati
 
 
 def encode_words(model_or_tokenizer: Any, words: Sequence[str]) -> np.ndarray:
-    """The tokens of the words that a text-to-text model may answer, `[labels, tokens]`, each with its end of sequence.
+    """The tokens of the words that a text-to-text model may answer, `[labels, tokens]`, with their end if it has one.
 
     Raises:
         ValueError: If there are no words, one has no tokens or unknown ones, is longer than 32 tokens, or two have the
@@ -413,10 +416,11 @@ def encode_words(model_or_tokenizer: Any, words: Sequence[str]) -> np.ndarray:
     """
     tokenizer, _, model = _reader(model_or_tokenizer)
     end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
-    if model is not None and (end, padding) != (model.config.end_id, model.config.pad_id):
+    ends = model is None or model.config.ends_answers
+    if model is not None and ends and ((end,), padding) != (model.config.end_ids, model.config.pad_id):
         raise ValueError(
             f"the tokenizer ends a text with {end} and pads with {padding}, the model with "
-            f"{model.config.end_id} and {model.config.pad_id}: is this its tokenizer?"
+            f"{model.config.end_ids[0]} and {model.config.pad_id}: is this its tokenizer?"
         )
     if model is not None and len(tokenizer) > model.config.vocab:
         raise ValueError(
@@ -436,9 +440,9 @@ def encode_words(model_or_tokenizer: Any, words: Sequence[str]) -> np.ndarray:
         if tokens in known:
             raise ValueError(f"the words {known[tokens]!r} and {word!r} have the same tokens: choose others.")
         known[tokens] = word
-    candidates = np.full((len(known), max(map(len, known)) + 1), IGNORED, np.int32)
+    candidates = np.full((len(known), max(map(len, known)) + ends), IGNORED, np.int32)
     for row, tokens in zip(candidates, known, strict=True):
-        row[: len(tokens) + 1] = (*tokens, end)
+        row[: len(tokens) + ends] = (*tokens, end) if ends else tokens
     return candidates
 
 

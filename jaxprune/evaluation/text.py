@@ -10,7 +10,7 @@ the encoder's output once, and ends early when every row has ended.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.data.batches import IGNORED
 from jaxprune.models import (
+    ANSWER,
     LANGUAGE,
     Cache,
     Mask,
@@ -30,12 +31,12 @@ from jaxprune.models import (
     advance,
     check_intervention,
     layer_intervention,
-    mask_of,
     model_inputs,
     model_layers,
     part,
     prompt_inputs,
     readout_compiled,
+    readout_mask,
     repeat_rows,
 )
 from jaxprune.models.tokenizers import run_tokenizer
@@ -45,8 +46,29 @@ MOST_ROWS = 512  # answers that are decoded together: it sets the memory, not th
 
 
 def teacher_forced(model: Model, batch: Mapping[str, Any], targets: Int[Array, "b u"] | np.ndarray) -> dict[str, Any]:
-    """The batch with the decoder's inputs for a target: the start token, then the target but for its last token."""
+    """The batch with the inputs for a target: a start token or the prompt, then the target but for its last token."""
+    if model.stacks[-1].memory is None:
+        ids, mask = (jnp.asarray(batch[name]) for name in model.stacks[-1].inputs[:2])
+        return {**batch, **_continued(model, ids, mask.astype(bool), jnp.asarray(targets))}
     return {**batch, **_shifted(model, jnp.asarray(targets))}
+
+
+def _right_aligned(ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> tuple[Int[Array, "b t"], Bool[Array, "b t"]]:
+    """The tokens of every row at its end, in their order, and where they are."""
+    order = jnp.argsort(mask.astype(jnp.int32), axis=1, stable=True)
+    return jnp.take_along_axis(ids, order, axis=1), jnp.take_along_axis(mask, order, axis=1)
+
+
+@partial(jax.jit, static_argnums=0)
+def _continued(
+    model: Model, ids: Int[Array, "b t"], mask: Bool[Array, "b t"], targets: Int[Array, "b u"]
+) -> dict[str, Array]:
+    """Prompts with all but the last token of a target behind them, so that all targets stand at the same places."""
+    ids, mask = _right_aligned(ids, mask)
+    real = targets != IGNORED
+    answer = jnp.where(real, targets, model.config.pad_id)[:, :-1].astype(jnp.int32)
+    arrays = (jnp.concatenate([ids, answer], axis=1), jnp.concatenate([mask, real[:, :-1]], axis=1), real)
+    return dict(zip(model.stacks[-1].inputs, arrays, strict=True))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -75,6 +97,19 @@ def rank(
     encoded = prompt_inputs(model, params, batch)
     check_intervention(model, params, encoded, intervention)
     layers, last = model_layers(model, params), model.stacks[-1].layers
+    if length == 1 and labels > 1:  # all candidates are one token, given the same ones: one pass
+        each = _filled(candidates[:, :1], 1)[:, 0]
+        tiled = model_inputs(model, params, teacher_forced(model, encoded, each))
+        state = advance(model, layers, tiled, None, intervention)
+        logits = readout_compiled(
+            model,
+            LANGUAGE,
+            part(params, model.readout_places(LANGUAGE)),
+            state,
+            readout_mask(LANGUAGE, layers[-1], tiled),
+            None,
+        )
+        return _log_likelihoods(logits[:, 0], candidates[:, :, 0])
     memory = advance(model, layers[:-last], encoded, None, intervention)
     output = part(params, model.readout_places(LANGUAGE))
     together = max(1, min(labels, MOST_ROWS // rows))
@@ -85,7 +120,7 @@ def rank(
         targets = some.reshape(rows * together, length)
         tiled = model_inputs(model, params, teacher_forced(model, tiled, targets))
         state = advance(model, layers[-last:], tiled, state, intervention)
-        logits = readout_compiled(model, LANGUAGE, output, state, mask_of(layers[-1], tiled), None)
+        logits = readout_compiled(model, LANGUAGE, output, state, readout_mask(LANGUAGE, layers[-1], tiled), None)
         likelihoods.append(_log_likelihood(logits, targets).reshape(rows, together))
     return jnp.concatenate(likelihoods, axis=1)[:, :labels]
 
@@ -94,6 +129,11 @@ def _filled(candidates: Int[Array, "b l u"], labels: int) -> Int[Array, "b k u"]
     """The last group of labels, filled up to the size of the others so that they share their programs."""
     missing = labels - candidates.shape[1]
     return jnp.pad(candidates, [(0, 0), (0, missing), (0, 0)], mode="edge") if missing else candidates
+
+
+@jax.jit
+def _log_likelihoods(logits: Float[Array, "b v"], tokens: Int[Array, "b l"]) -> Float[Array, "b l"]:
+    return jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens, axis=-1)
 
 
 @jax.jit
@@ -109,7 +149,8 @@ def answered(model: Model, params: Params, batch: Mapping[str, Any]) -> dict[str
     This is the answer of the example's label, or without one (label -1) the likeliest candidate. A batch that has
     decoder inputs, and one of a model that does not answer in text, stay as they are.
     """
-    if not model.answers_in_text or model.stacks[-1].inputs[0] in batch:
+    stack = model.stacks[-1]
+    if not model.answers_in_text or (ANSWER if stack.memory is None else stack.inputs[0]) in batch:
         return model_inputs(model, params, batch)
     candidates = candidates_in(batch)
     labels = jnp.asarray(batch["labels"], jnp.int32)
@@ -141,9 +182,9 @@ def candidates_of(candidates: Int[Array, "b l u"] | np.ndarray, labels: Int[Arra
     return jnp.take_along_axis(candidates, labels[:, None, None], axis=1)[:, 0]
 
 
-def without_end(targets: Int[Array, "b u"], end: int) -> Int[Array, "b u"]:
+def without_end(targets: Int[Array, "b u"], ends: Sequence[int]) -> Int[Array, "b u"]:
     """The targets without their last token if it is the end of the sequence."""
-    return jnp.where(targets == end, IGNORED, targets)
+    return jnp.where(jnp.isin(targets, jnp.asarray(ends, jnp.int32)), IGNORED, targets)
 
 
 def generate(
@@ -184,12 +225,11 @@ def generate(
     check_intervention(model, params, inputs, intervention)
     layers, writer = model_layers(model, params), model.stacks[-1]
     encoded = advance(model, layers[: -writer.layers], inputs, None, intervention)
-    decoding = tuple(
+    writing = tuple(
         _Layer(layer.params, layer_intervention(intervention, layer.name)) for layer in layers[-writer.layers :]
     )
     entry, output = part(params, model.embed_places(writer.name)), part(params, model.readout_places(LANGUAGE))
-    decoder = _Decoder(entry, decoding, output)
-    return _write(model, int(max_new_tokens), decoder, encoded, inputs[model.stacks[0].inputs[1]])
+    return _write(model, int(max_new_tokens), _Writer(entry, writing, output), encoded, inputs)
 
 
 def texts(model: Model, tokens: Int[Array, "b n"] | np.ndarray) -> list[str]:
@@ -208,7 +248,7 @@ class _Layer(NamedTuple):
     intervention: Intervention
 
 
-class _Decoder(NamedTuple):
+class _Writer(NamedTuple):
     """The parameters that the generating program reads."""
 
     entry: Params  # for `Model.embed`
@@ -221,40 +261,55 @@ class _Written(NamedTuple):
 
     count: Int[Array, ""]
     tokens: Int[Array, "b n"]
-    last: Int[Array, " b"]  # what the decoder reads next
+    last: Int[Array, "b 1"]  # what is read next
     ended: Bool[Array, " b"]
     caches: tuple[Cache, ...]  # one per layer: their widths differ
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _write(model: Model, length: int, decoder: _Decoder, encoded: State, mask: Bool[Array, "b s"]) -> Int[Array, "b n"]:
-    rows, config, writer = mask.shape[0], model.config, model.stacks[-1]
+def _write(
+    model: Model, length: int, writer: _Writer, encoded: State | None, inputs: dict[str, Array]
+) -> Int[Array, "b n"]:
+    config, stack = model.config, model.stacks[-1]
+    ends = jnp.asarray(config.end_ids, jnp.int32)
+    if stack.memory is None:  # the text goes on from the prompt
+        prompt, mask = _right_aligned(*(inputs[name] for name in stack.inputs[:2]))
+    else:
+        rows = inputs[stack.memory].shape[0]
+        prompt, mask = jnp.full((rows, 1), config.start_id, jnp.int32), jnp.ones((rows, 1), bool)
+    rows, before = prompt.shape[0], prompt.shape[1] - 1
+    mask = jnp.concatenate([mask, jnp.ones((rows, length - 1), bool)], axis=1)
+    masks = Mask(mask, None if stack.memory is None else inputs[stack.memory])
 
-    def read(token: Int[Array, " b"]) -> State:
-        inputs = {writer.inputs[0]: token[:, None]}
-        return model.embed(decoder.entry, inputs, stack=writer.name, before=encoded)
+    def read(tokens: Int[Array, "b s"], caches: tuple[Cache, ...], position: Array) -> tuple[State, tuple[Cache, ...]]:
+        state, extended = entered(tokens), []
+        for layer, kind, cache in zip(writer.layers, stack.kinds, caches, strict=True):
+            state, cache = model.step(layer.params, state, cache, position, masks, layer.intervention, kind=kind)
+            extended.append(cache)
+        return state, tuple(extended)
+
+    def entered(tokens: Int[Array, "b s"]) -> State:
+        return model.embed(writer.entry, {stack.inputs[0]: tokens}, stack=stack.name, before=encoded)
 
     def unfinished(text: _Written) -> Bool[Array, ""]:
         return (text.count < length) & ~text.ended.all()
 
     def write(text: _Written) -> _Written:
-        hidden, caches = read(text.last).hidden, []
-        for layer, cache in zip(decoder.layers, text.caches, strict=True):
-            hidden, cache = model.step(layer.params, hidden, cache, text.count, mask, layer.intervention)
-            caches.append(cache)
-        state, masks = State(hidden, memory), Mask(jnp.ones((rows, 1), bool), mask)
-        best = model.readout(decoder.output, state, masks, LANGUAGE)[:, 0].argmax(-1).astype(jnp.int32)
-        token = jnp.where(text.ended, config.pad_id, best)
+        state, caches = read(text.last, text.caches, before + text.count)
+        logits = model.readout(writer.output, state, Mask(jnp.ones((rows, 1), bool), masks.memory), LANGUAGE)
+        token = jnp.where(text.ended, config.pad_id, logits[:, 0].argmax(-1).astype(jnp.int32))
         tokens = jax.lax.dynamic_update_slice_in_dim(text.tokens, token[:, None], text.count, axis=1)
-        return _Written(text.count + 1, tokens, token, text.ended | (token == config.end_id), tuple(caches))
+        return _Written(text.count + 1, tokens, token[:, None], text.ended | jnp.isin(token, ends), caches)
 
-    start = jnp.full(rows, config.start_id, jnp.int32)
-    memory: Any = read(start).memory
+    first = entered(prompt[:, -1:])
+    caches = tuple(model.prepare(layer.params, first, before + length) for layer in writer.layers)
+    if before:
+        _, caches = read(prompt[:, :-1], caches, jnp.zeros((), jnp.int32))
     nothing = _Written(
         count=jnp.zeros((), jnp.int32),
         tokens=jnp.full((rows, length), config.pad_id, jnp.int32),
-        last=start,
+        last=prompt[:, -1:],
         ended=jnp.zeros(rows, bool),
-        caches=tuple(model.prepare(layer.params, memory, length) for layer in decoder.layers),
+        caches=caches,
     )
     return jax.lax.while_loop(unfinished, write, nothing).tokens

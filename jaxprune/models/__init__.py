@@ -3,6 +3,7 @@
 from jaxprune.models.config import ENDS, LANGUAGE, NOWHERE, TaskHead
 from jaxprune.models.model import Model, Output, families, family, order_sites
 from jaxprune.models.running import (
+    ANSWER,
     INPUTS,
     BlockSettings,
     Cache,
@@ -35,6 +36,7 @@ from jaxprune.models.running import (
 )
 
 __all__ = [
+    "ANSWER",
     "ENDS",
     "INPUTS",
     "LANGUAGE",

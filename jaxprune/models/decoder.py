@@ -40,10 +40,11 @@ from jaxprune.models.layers import (
     describe,
     dropout,
     dropout_of,
+    sum_tokens,
 )
 from jaxprune.models.layers import initialise as initialise_part
-from jaxprune.models.running import KeysValues, Mask, Places, Stack, State
-from jaxprune.units import Params, Path
+from jaxprune.models.running import ANSWER, Cache, KeysValues, Mask, Places, Stack, State
+from jaxprune.units import Intervention, Params, Path
 
 SLIDING, GLOBAL = "sliding_attention", "full_attention"  # the kinds of layers
 
@@ -138,6 +139,7 @@ class DecoderConfig:
     task_heads: tuple[TaskHead, ...] = ()  # there are none: tasks are told apart by their prompts
 
     answers_in_text: ClassVar[bool] = True
+    ends_answers: ClassVar[bool] = False  # a label's word stands for it, whatever comes after
 
     @property
     def layers(self) -> int:
@@ -489,7 +491,7 @@ def positions_of(tokens: Bool[Array, "b t"]) -> Array:
 
 def stacks(config: DecoderConfig) -> tuple[Stack, ...]:
     """The stacks of layers; see `Model.stacks`."""
-    return (Stack("", ("layers",), config.kinds, ("input_ids", "attention_mask"), causal=True),)
+    return (Stack("", ("layers",), config.kinds, ("input_ids", "attention_mask", ANSWER), causal=True),)
 
 
 _WORD, _LANGUAGE = ("embeddings", "word"), ("language", "out")
@@ -569,11 +571,44 @@ def block(
     return State(module.ffn(hidden, sites, keys[1]))
 
 
+def prepare(config: DecoderConfig, params: Params, state: State, length: int) -> Cache:
+    """An empty cache of one layer; see `Model.prepare`."""
+    module = bind(_block(config), params)
+    shapes = (side.kernel.shape[1:] for side in (module.attention.key, module.attention.value))
+    return Cache(KeysValues.empty(state, length, shapes))
+
+
+def step(
+    config: DecoderConfig,
+    kind: str,
+    params: Params,
+    state: State,
+    cache: Cache,
+    position: Array,
+    mask: Mask,
+    intervention: Intervention,
+) -> tuple[State, Cache]:
+    """One layer for the next tokens; see `Model.step`."""
+    module, tokens = bind(_block(config), params), state.hidden.shape[1]
+    sites = Sites(intervention, jnp.ones(state.hidden.shape[:2], bool), sum_tokens, (), {})
+    positions = jax.lax.dynamic_slice_in_dim(positions_of(mask.tokens), position, tokens, axis=1)
+    places = jnp.arange(mask.tokens.shape[1])
+    allowed = mask.tokens[:, None, :] & _allowed(config, kind, position + places[:tokens], places)
+    caches = [cache]
+
+    def before(read: KeysValues) -> KeysValues:
+        caches.append(cache.extended(position, read))
+        return caches[-1].tokens
+
+    hidden = module.attention(state.hidden, _angles(config, kind, positions), before, allowed, sites, None)
+    return State(module.ffn(hidden, sites, None)), caches[-1]
+
+
 def readout(
     config: DecoderConfig, params: Params, state: State, mask: Mask, head: TaskHead, key: Array | None
 ) -> Float[Array, "b t v"]:
     """The logits of the next token; see `Model.readout`."""
-    hidden = bind(_norm(config), params["norm"])(state.hidden)
+    hidden = bind(_norm(config), params["norm"])(state.hidden[:, -mask.tokens.shape[1] :])
     if config.tied:
         table = params["word"]["embedding"]
         logits = jnp.einsum("btd,vd->btv", hidden.astype(table.dtype), table, preferred_element_type=jnp.float32)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from jaxprune.models.config import LANGUAGE, TaskHead
 from jaxprune.models.layers import Sites
@@ -231,39 +231,42 @@ class Model:
         sites = Sites(intervention, mask.tokens, settings.tokens, settings.returns, known or {})
         return self._family.block(self.config, settings.kind, params, state, mask, sites, key), sites.values
 
-    def prepare(self, params: Params, memory: Float[Array, "b s d"], length: int) -> Cache:
-        """The cache of one layer of the last stack before the first token is generated.
+    def prepare(self, params: Params, state: State, length: int) -> Cache:
+        """The cache of one layer of the last stack before its first token.
 
         Args:
             params: The layer's parameters.
-            memory: What the stack before has returned, as in `State`.
+            state: The input of the stack's first layer, of any number of tokens.
             length: The most tokens that `step` will read.
         """
-        return self._family.prepare(self.config, params, memory, length)
+        return self._family.prepare(self.config, params, state, length)
 
     def step(
         self,
         params: Params,
-        hidden: Float[Array, "b 1 d"],
+        state: State,
         cache: Cache,
         position: Array,
-        memory_mask: Bool[Array, "b s"],
+        mask: Mask,
         intervention: Intervention = Intervention(),
-    ) -> tuple[Float[Array, "b 1 d"], Cache]:
-        """One layer of the last stack for one token: the same as `block`, given the tokens before.
+        *,
+        kind: str = "",
+    ) -> tuple[State, Cache]:
+        """One layer of the last stack for the next tokens: the same as `block`, given the tokens before.
 
         Args:
             params: The layer's parameters.
-            hidden: The layer's input at this token.
+            state: The layer's input at these tokens.
             cache: What the step before has returned, or `prepare`.
-            position: The token's place: steps go from 0 upwards.
-            memory_mask: True where the stack before has a token.
+            position: The place of the first of these tokens; the first of all is at 0.
+            mask: True where there is a token, among all that the cache has room for.
             intervention: The layer's gates and means by local name.
+            kind: The layer's, see `Stack.kinds`.
 
         Returns:
-            The layer's output at this token, and the cache for the next.
+            The layer's output at these tokens, and the cache for the next.
         """
-        return self._family.step(self.config, params, hidden, cache, position, memory_mask, intervention)
+        return self._family.step(self.config, kind, params, state, cache, position, mask, intervention)
 
     def readout(
         self, params: Params, state: State, mask: Mask, head: TaskHead, *, key: Array | None = None

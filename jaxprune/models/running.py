@@ -6,7 +6,7 @@ the model's family; what runs them is here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -61,12 +61,26 @@ class KeysValues(NamedTuple):
     keys: Float[Array, "b s n h"]
     values: Float[Array, "b s n h"]
 
+    @classmethod
+    def empty(cls, like: State, length: int, shapes: Iterable[tuple[int, ...]]) -> KeysValues:
+        """Room for the keys and values of `length` tokens."""
+        rows, kind = like.hidden.shape[0], like.hidden.dtype
+        return cls(*(jnp.zeros((rows, length, *shape), kind) for shape in shapes))
+
 
 class Cache(NamedTuple):
     """The keys and values that a layer keeps from one token to the next."""
 
     tokens: KeysValues  # of the tokens before; room for all that are to come
-    memory: KeysValues  # of what the stack before has returned
+    memory: KeysValues | None = None  # of what the stack before has returned
+
+    def extended(self, position: Array, new: KeysValues) -> Cache:
+        """The cache with the keys and values of some tokens, the first of them at `position`."""
+        pairs = zip(self.tokens, new, strict=True)
+        return Cache(
+            KeysValues(*(jax.lax.dynamic_update_slice_in_dim(old, some, position, axis=1) for old, some in pairs)),
+            self.memory,
+        )
 
 
 Places: TypeAlias = ParamPath | Mapping[str, ParamPath]  # a subtree of the parameters, or several by local name
@@ -93,7 +107,9 @@ def score_mask(mask: Mask, allowed: Bool[Array, "b *t s"]) -> Bool[Array, "b 1 t
 # What models read from a batch, as Hugging Face calls it; other keys are ignored.
 INPUTS = (
     "input_ids", "attention_mask", "token_type_ids", "answerable", "decoder_input_ids", "decoder_attention_mask",
+    "answer_mask",
 )  # fmt: skip
+ANSWER = "answer_mask"  # `[b, u]`: the last u tokens are those whose next ones are wanted; else all are
 # Of those that are indices: the part of the embeddings that they look up
 _TABLES = {"input_ids": "word", "token_type_ids": "token_type", "decoder_input_ids": "word"}
 
@@ -146,6 +162,8 @@ def _stack_inputs(model: Model, params: Params, batch: Mapping[str, Any], stack:
     inputs: dict[str, Array] = {}
     for name, given in ((name, batch[name]) for name in stack.inputs if name in batch):
         shape = getattr(given, "shape", type(given).__name__)
+        if name == ANSWER and isinstance(shape, tuple) and len(shape) == 2:
+            shape = (shape[0], ids.shape[1]) if shape[1] <= ids.shape[1] else shape
         if shape != ids.shape:
             raise ValueError(f"{name} must be an array of shape {ids.shape}, as {first}, got {shape}.")
         array, table = jnp.asarray(given), _TABLES.get(name)
@@ -266,8 +284,12 @@ def mask_of(layer: Layer, inputs: Mapping[str, Array]) -> Mask:
 
 
 def readout_mask(head: TaskHead, layer: Layer, inputs: Mapping[str, Array]) -> Mask:
-    """The mask that a task head reads after the last layer; of spans, the tokens at which one may start or end."""
-    return Mask(inputs["answerable"]) if head.spans and "answerable" in inputs else mask_of(layer, inputs)
+    """The mask that a task head reads after the last layer.
+
+    Of spans these are the tokens at which one may start or end; of an answer behind its prompt, the last ones.
+    """
+    name = "answerable" if head.spans else ANSWER
+    return Mask(inputs[name]) if name in inputs else mask_of(layer, inputs)
 
 
 def enter(model: Model, layer: Layer, inputs: dict[str, Array], state: State | None, key: Array | None = None) -> State:
@@ -309,11 +331,10 @@ def advance(
 
     `state` is what the layer before them returned; None: they are the first.
     """
+    result: Any = state  # without layers, what came in
     for layer in layers:
-        state, _ = run_layer(model, layer, inputs, enter(model, layer, inputs, state), intervention)
-    if state is None:
-        raise ValueError("there are no layers to run.")
-    return state
+        result, _ = run_layer(model, layer, inputs, enter(model, layer, inputs, result), intervention)
+    return result
 
 
 def layer_entries(entries: Mapping[str, Any] | None, layer: str) -> dict[str, Any]:

@@ -73,6 +73,12 @@ class T5Config:
     task_heads: tuple[TaskHead, ...] = ()  # there are none: tasks are told apart by their prompts
 
     answers_in_text: ClassVar[bool] = True
+    ends_answers: ClassVar[bool] = True  # with a token of its own
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        return (self.end_id,)
 
     @property
     def layers(self) -> int:
@@ -428,40 +434,35 @@ def block(
     return State(module.ffn(hidden, sites, keys[2]), state.memory)
 
 
-def prepare(config: T5Config, params: Params, memory: Float[Array, "b s d"], length: int) -> Cache:
+def prepare(config: T5Config, params: Params, state: State, length: int) -> Cache:
     """An empty cache of one decoder layer; see `Model.prepare`."""
-    module = bind(_block(config, True), params)
+    module, memory = bind(_block(config, True), params), state.memory
     shapes = (side.kernel.shape[1:] for side in (module.attention.key, module.attention.value))
-    empty = KeysValues(*(jnp.zeros((memory.shape[0], length, *shape), memory.dtype) for shape in shapes))
-    return Cache(empty, module.cross.read(memory))
+    return Cache(KeysValues.empty(state, length, shapes), module.cross.read(memory))
 
 
 def step(
     config: T5Config,
+    kind: str,
     params: Params,
-    hidden: Float[Array, "b 1 d"],
+    state: State,
     cache: Cache,
     position: Array,
-    memory_mask: Bool[Array, "b s"],
+    mask: Mask,
     intervention: Intervention,
-) -> tuple[Float[Array, "b 1 d"], Cache]:
+) -> tuple[State, Cache]:
     """One decoder layer for one token; see `Model.step`."""
-    module = bind(_block(config, True), params)
+    module, hidden = bind(_block(config, True), params), state.hidden
     sites = Sites(intervention, jnp.ones(hidden.shape[:2], bool), sum_tokens, (), {})
     y = module.attention.norm(hidden)
-    tokens = KeysValues(
-        *(
-            jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=1)
-            for old, new in zip(cache.tokens, module.attention.read(y), strict=True)
-        )
-    )
-    places = jnp.arange(tokens.keys.shape[1])
-    allowed = jnp.broadcast_to(places <= position, (hidden.shape[0], places.size))
+    cache = cache.extended(position, module.attention.read(y))
+    places = jnp.arange(cache.tokens.keys.shape[1])
+    allowed = mask.tokens & (places <= position)
     buckets = _positions(config, position[None], places, both_ways=False)
-    hidden = module.attention.mix(hidden, module.attention.query(y), tokens, allowed, buckets, sites)
+    hidden = module.attention.mix(hidden, module.attention.query(y), cache.tokens, allowed, buckets, sites)
     query = module.cross.query(module.cross.norm(hidden))
-    hidden = module.cross.mix(hidden, query, cache.memory, memory_mask, None, sites)
-    return module.ffn(hidden, sites, None), Cache(tokens, cache.memory)
+    hidden = module.cross.mix(hidden, query, cache.memory, mask.memory, None, sites)
+    return State(module.ffn(hidden, sites, None), state.memory), cache
 
 
 def readout(

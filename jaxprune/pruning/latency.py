@@ -483,7 +483,7 @@ def whole_tokens(model: Model, length: Length) -> int | tuple[int, int]:
         max(1, min(math.ceil(tokens), model.max_length))
         for tokens in np.atleast_1d(np.asarray(checked_length(model, length)))
     ]
-    return (rounded[0], rounded[1]) if model.answers_in_text else rounded[0]
+    return (rounded[0], rounded[1]) if len(rounded) == 2 else rounded[0]
 
 
 def conditions(model: Model, params: Params, *, batch: int, length: Tokens) -> Conditions:

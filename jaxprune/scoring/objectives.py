@@ -375,7 +375,7 @@ def answers_of(
     for label, weight in zip(chosen, weights, strict=True):
         target = candidates_of(candidates, label)
         inputs = model_inputs(model, params, teacher_forced(model, batch, target))
-        answers.append(Answer(inputs, without_end(target, model.config.end_id), weight))
+        answers.append(Answer(inputs, without_end(target, model.config.end_ids), weight))
     return answers
 
 

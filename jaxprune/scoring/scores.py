@@ -26,7 +26,7 @@ from jaxprune.scoring.attribution import Criterion, GradientActivation, Integrat
 from jaxprune.scoring.criteria import Fisher, Gradient, LeaveOneOut, Random, Taylor, TopLayers
 from jaxprune.scoring.objectives import name_of
 from jaxprune.scoring.stability import TARGET, stability
-from jaxprune.units import KINDS, Gates, Params, check_sharing, widths
+from jaxprune.units import KINDS, UNITS, Gates, Params, check_sharing, widths
 
 METADATA = "jaxprune_scores"
 ROWS = "rows"
@@ -85,13 +85,16 @@ class Scores:
         return known or properties_of(_BEFORE.get(self.header["criterion"]["name"], _OTHER))
 
 
+_USUAL = ("heads", "neurons")  # how files spell `UNITS`, whatever family the model is of
+
+
 def describe(criterion: Any) -> dict[str, Any]:
     """The name and the settings of a criterion, functions by their names."""
     settings = {"name": type(criterion).__name__}
     for field in fields(criterion):
         value = getattr(criterion, field.name)
         if value != field.default or not field.metadata.get("if_changed"):
-            settings[field.name] = _plain(value)
+            settings[field.name] = _plain(_USUAL if value == UNITS else value)
     return settings
 
 
