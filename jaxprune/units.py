@@ -42,6 +42,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "query_heads": ("groups", "queries"),
 }
 UNITS = ("heads", "groups", "neurons")  # whole units, which are meant where no kinds are named; no model has all
+UNIT_AXES = frozenset(axis for axes in KINDS.values() for axis in axes)
 UNREAD = ("query_channels",)  # the kinds that no kernel reads
 
 Params: TypeAlias = dict[Any, Any]  # nested dict of arrays; layers have int keys

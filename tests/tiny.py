@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.models import Model, TaskHead, family
-from jaxprune.units import UNITS, Gates, Params, axes_of, flatten, unflatten, widths
+from jaxprune.units import UNITS, Gates, Params, axes_of, flatten, input_axes, unflatten, widths
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert")
 NUMERIC_TYPES = ("bert", "distilbert")  # for laws of numbers: the others differ in positions and names
 TEXT_TYPES = ("t5", "mt5")  # answer in text; t5 is T5 1.0 here, mt5 the later architecture
+# Decoders: a plain one, one with biases, one with norms of heads, and one with windows and norms after each module
+DECODER_TYPES = ("llama", "qwen2", "qwen3", "gemma3_text")
 LENGTH = 64  # the most tokens a tiny model reads
 
 
@@ -58,6 +60,23 @@ def tiny_config(
             "seq_classif_dropout": 0.0,
             "pad_token_id": 0,
         }
+    if model_type in DECODER_TYPES:
+        gemma = model_type == "gemma3_text"
+        return {
+            "model_type": model_type,
+            "vocab_size": vocab,
+            "max_position_embeddings": LENGTH,
+            "hidden_size": embed,
+            "num_hidden_layers": layers,
+            "num_attention_heads": attention_heads,
+            "num_key_value_heads": attention_heads // 2,
+            "head_dim": 6,
+            "intermediate_size": neurons,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "tie_word_embeddings": gemma,
+            "rope_theta": 100.0,  # else tiny heads hardly turn within a few tokens
+        } | ({"sliding_window": 4, "sliding_window_pattern": 2, "query_pre_attn_scalar": 9} if gemma else {})
     roberta = model_type != "bert"
     return {
         "model_type": model_type,
@@ -95,7 +114,7 @@ def tiny_model(
     raw = tiny_config(
         model_type, layers=layers, embed=embed, attention_heads=attention_heads, neurons=neurons, vocab=vocab
     )
-    if heads is None and model_type in TEXT_TYPES:
+    if heads is None and model_type in (*TEXT_TYPES, *DECODER_TYPES):
         heads = ()
     elif heads is None:
         dense = "relu" if model_type == "distilbert" else "tanh"
@@ -119,7 +138,8 @@ def lively(model: Model, seed: int = 0) -> Params:
         draw = random.standard_normal(array.shape)
         if path[-1] == "kernel":
             axes = axes_of(model.axes, path)
-            outputs = 1 if axes[0] in ("heads", "neurons") else len(axes) - 1  # the axes that are not contracted
+            inputs = input_axes(axes)
+            outputs = len(axes) - inputs  # the axes that are not contracted
             fan_in = int(np.prod(array.shape[: len(axes) - outputs]))
             value = 1.5 * draw / np.sqrt(max(fan_in, 1))
         elif path[-1] == "embedding":
@@ -145,7 +165,7 @@ def tiny_batch(model: Model, rows: int = 3, length: int = 9, seed: int = 0) -> d
     if model.config.segments:
         second = np.arange(length) >= lengths[:, None] // 2
         batch["token_type_ids"] = (second & mask & (model.config.segments > 1)).astype(np.int32)
-    if model.answers_in_text:
+    if len(model.stacks) > 1:
         decoded = np.arange(5) < random.integers(2, 6, rows)[:, None]
         ids = np.where(decoded, random.integers(2, model.config.vocab, decoded.shape), pad)
         ids[:, 0] = model.config.start_id

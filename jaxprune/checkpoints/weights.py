@@ -27,7 +27,19 @@ from jaxprune.checkpoints.files import COUNT, parse_header, read_json
 from jaxprune.checkpoints.tensors import COMPRESSED, FLOATS, SIZES, Entry, TensorFile
 from jaxprune.compaction import compact_site
 from jaxprune.models import Model, family
-from jaxprune.units import KINDS, AxisTable, Params, Site, axes_of, flatten, input_axes, path_name, sites, unflatten
+from jaxprune.units import (
+    KINDS,
+    UNIT_AXES,
+    AxisTable,
+    Params,
+    Site,
+    axes_of,
+    flatten,
+    input_axes,
+    path_name,
+    sites,
+    unflatten,
+)
 from jaxprune.units import Path as ParamPath
 
 INT8 = "int8"  # in the metadata of a file: name -> type of the kernels that are rounded
@@ -436,13 +448,13 @@ def misfits(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, li
         (path, full), shape = expected[name], shapes[name]
         axes = axes_of(model.axes, path)
         if len(shape) != len(full) or any(
-            size > most or (size < most and axis not in KINDS)
+            size > most or (size < most and axis not in UNIT_AXES)
             for axis, size, most in zip(axes, shape, full, strict=True)
         ):
             problems.append(f"{name} is {list(shape)}, expected {list(full)} or fewer heads or neurons or channels")
             continue
         for axis, size in zip(axes, shape, strict=True):
-            if axis in KINDS:
+            if axis in UNIT_AXES:
                 units.setdefault((path_name(path[:-2]), axis), {})[name] = size
     for (module, axis), sizes in units.items():
         if len(set(sizes.values())) > 1:

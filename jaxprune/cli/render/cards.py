@@ -43,6 +43,8 @@ WORDS = {  # kinds of units, in a sentence
     "neurons": "neurons",
     "channels": "channels of values",
     "query_channels": "channels of queries and keys",
+    "groups": "key-value heads with their query heads",
+    "query_heads": "query heads",
 }
 
 
