@@ -85,12 +85,12 @@ def test_a_step_computes_what_the_block_does_at_its_place(kind: str, dtype: Any)
     intervention, settings = Intervention(gates, means), BlockSettings(kind="decoder")
     state, _ = model.block(layer, given, masks, intervention, settings=settings)
     step = jax.jit(model.step)
-    cache = model.prepare(layer, memory, 26)
+    cache = model.prepare(layer, State(hidden, memory), 26)
     assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(dtype)}
     assert [leaf.shape for leaf in cache.tokens] == [(2, 26, 4, 3)] * 2
     for place in range(26):
-        token = hidden[:, place : place + 1]
-        output, cache = step(layer, token, cache, jnp.int32(place), mask, intervention)
+        token = State(hidden[:, place : place + 1], memory)
+        (output, _), cache = step(layer, token, cache, jnp.int32(place), masks, intervention)
         expected = np.asarray(state.hidden[:, place : place + 1], np.float32)
         atol = (1e-5 if dtype == jnp.float32 else 0.03) * np.abs(expected).max()  # bfloat16 has 8 bits
         np.testing.assert_allclose(np.asarray(output, np.float32), expected, rtol=0, atol=atol)

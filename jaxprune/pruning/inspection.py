@@ -157,7 +157,8 @@ def inspect(
     recorded = {} if pruning is None else pruning.get("sites", {})
     check_record(pruning or {})
     named = {name.rpartition(".")[2] for name in (*recorded, *({} if scores is None else scores.values))}
-    kinds = tuple(kind for kind in KINDS if kind in UNITS or kind in named)
+    named |= {site.kind for site in sites(model.axes, params)}
+    kinds = tuple(kind for kind in KINDS if kind in named)
     units = _units(model, params, pruning, scores, kinds)
     length = _length(model, pruning, scores)
     flops = unit_costs(model, params, matmul_flops(model, length))  # those of channels are their heads'
