@@ -102,10 +102,9 @@ def test_gradients_equal_those_of_apply(model_type: str, kinds: tuple[str, ...])
     model, params = tiny(model_type)
     batch, gates = tiny_batch(model), open_gates(model, params, kinds)
     logits, pull = forward(model, params, batch, Intervention(gates))
-    cotangent = jax.random.normal(jax.random.key(0), logits.shape) * batch["attention_mask"][..., None].astype(
-        np.float32
-    )
-    expected = jax.grad(lambda gates: (model.apply(params, batch, gates).logits * cotangent).sum())(gates)
+    weights = batch["attention_mask"][..., None].astype(np.float32)
+    cotangent = jax.random.normal(jax.random.key(0), logits.shape) * weights
+    expected = jax.grad(lambda gates: (jnp.asarray(model.apply(params, batch, gates).logits) * cotangent).sum())(gates)
     for name, gradient in pull(cotangent)[0].items():
         np.testing.assert_allclose(gradient, expected[name], atol=1e-4 * float(jnp.abs(expected[name]).max()))
 

@@ -191,7 +191,7 @@ def parse_config(raw: Mapping[str, Any], task_heads: tuple[TaskHead, ...] | None
     neurons, positions = reader.size("intermediate_size"), reader.size("max_position_embeddings")
     sizes = all(map(is_count, (embed, layers, heads, vocab, neurons, positions)))
     groups = heads if raw.get("num_key_value_heads") is None else reader.size("num_key_value_heads")
-    head_dim = reader.size("head_dim") if raw.get("head_dim") is not None else kind.head_dim
+    head_dim: Any = reader.size("head_dim") if raw.get("head_dim") is not None else kind.head_dim
     if head_dim is None and sizes and heads:
         reader.expect("hidden_size", embed, embed % heads == 0, f"a multiple of the {heads} heads, or a head_dim")
         head_dim = embed // heads
@@ -203,8 +203,8 @@ def parse_config(raw: Mapping[str, Any], task_heads: tuple[TaskHead, ...] | None
         reader.problems.append(f"architectures is {raw['architectures']!r}, supported: one ...ForCausalLM")
     layer_kinds, window = _windows(reader, kind, layers if is_count(layers) else 0)
     rotary = tuple((name, _rotary(reader, name, kind)) for name in sorted(set(layer_kinds)))
-    flags = tuple(_flag(reader, bias) for bias in (*kind.biases, kind.ffn_bias))
-    scalar = reader.size("query_pre_attn_scalar", 256) if kind.gemma else head_dim
+    inner, outer, ffn = (_flag(reader, bias) for bias in (*kind.biases, kind.ffn_bias))
+    scalar: Any = reader.size("query_pre_attn_scalar", 256) if kind.gemma else head_dim
     cap: Any = raw.get("final_logit_softcapping") if kind.gemma else None
     reader.expect("final_logit_softcapping", cap, cap is None or (is_number(cap) and cap > 0), "a positive number")
     tied = raw.get("tie_word_embeddings", kind.tied)
@@ -234,7 +234,7 @@ def parse_config(raw: Mapping[str, Any], task_heads: tuple[TaskHead, ...] | None
         rotary=rotary,
         scale=float(scalar) ** -0.5,
         activation=activation,
-        biases=flags,
+        biases=(inner, outer, ffn),
         eps=float(eps),
         cap=None if cap is None else float(cap),
         tied=tied,
@@ -379,6 +379,12 @@ def _map(kernel: tuple[int, ...], bias: tuple[int, ...], biased: bool, rngs: nnx
     return Affine(kernel, bias, rngs=rngs) if biased else Linear(kernel, 0.02, len(kernel) - len(bias), rngs=rngs)
 
 
+def _bias_alone(part: Affine | Linear, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """The output of a map that no unit is left to feed."""
+    y = jnp.zeros_like(x)
+    return y + part.bias[...].astype(x.dtype) if isinstance(part, Affine) else y
+
+
 class Attention(nnx.Module):
     """Normalised input, attention over the remaining groups and their query heads, and the residual."""
 
@@ -395,7 +401,7 @@ class Attention(nnx.Module):
             self.key_norm = RMSNorm(h, config.eps, kind.offset)
         if kind.gemma:
             self.after = RMSNorm(d, config.eps, kind.offset)
-        self.head_norms, self.gemma, self.biased, self.scale = kind.head_norms, kind.gemma, outer, config.scale
+        self.head_norms, self.gemma, self.scale = kind.head_norms, kind.gemma, config.scale
         self.rates = (config.attention_dropout, config.residual_dropout)
 
     def __call__(
@@ -429,7 +435,7 @@ class Attention(nnx.Module):
             y = self.out(mixed)
         else:  # no head is left: the output's bias is all that stays
             mixed, raw = query, jnp.zeros((x.shape[0], 0, x.shape[1], read.keys.shape[1]), jnp.float32)
-            y = jnp.zeros_like(x) + (self.out.bias[...].astype(x.dtype) if self.biased else jnp.zeros((), x.dtype))
+            y = _bias_alone(self.out, x)
         for name, kept in (("groups", mixed), ("query_heads", mixed), ("scores", raw), ("allowed", allowed)):
             sites.keep(f"attention.{name}", kept)
         return x + dropout(self.after(y) if self.gemma else y, self.rates[1], outer)
@@ -446,8 +452,7 @@ class FeedForward(nnx.Module):
         self.down = _map((f, d), (d,), biased, rngs)
         if kind.gemma:
             self.after = RMSNorm(d, config.eps, kind.offset)
-        self.activation, self.gemma, self.biased = config.activation, kind.gemma, biased
-        self.rate = config.residual_dropout
+        self.activation, self.gemma, self.rate = config.activation, kind.gemma, config.residual_dropout
 
     def __call__(self, x: Float[Array, "b t d"], sites: Sites, key: Array | None) -> Float[Array, "b t d"]:
         sites.keep("ffn.residual", x)
@@ -457,7 +462,7 @@ class FeedForward(nnx.Module):
             y = self.down(inner)
         else:  # no neuron is left: the output's bias is all that stays
             inner = jnp.zeros((*x.shape[:2], 0), x.dtype)
-            y = jnp.zeros_like(x) + (self.down.bias[...].astype(x.dtype) if self.biased else jnp.zeros((), x.dtype))
+            y = _bias_alone(self.down, x)
         sites.keep("ffn.neurons", inner)
         return x + dropout(self.after(y) if self.gemma else y, self.rate, key)
 
