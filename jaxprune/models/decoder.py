@@ -186,13 +186,14 @@ def parse_config(raw: Mapping[str, Any], task_heads: tuple[TaskHead, ...] | None
         ValueError: Listing every value that is missing or not supported.
     """
     kind, reader = _TYPES[raw["model_type"]], ConfigReader(raw, _SUPPORTED)
-    embed, layers = reader.size("hidden_size"), reader.size("num_hidden_layers")
+    embed: Any = reader.size("hidden_size")
+    layers = reader.size("num_hidden_layers")
     heads, vocab = reader.size("num_attention_heads"), reader.size("vocab_size")
     neurons, positions = reader.size("intermediate_size"), reader.size("max_position_embeddings")
     sizes = all(map(is_count, (embed, layers, heads, vocab, neurons, positions)))
     groups = heads if raw.get("num_key_value_heads") is None else reader.size("num_key_value_heads")
     head_dim: Any = reader.size("head_dim") if raw.get("head_dim") is not None else kind.head_dim
-    if head_dim is None and sizes and heads:
+    if head_dim is None and sizes and embed and heads:
         reader.expect("hidden_size", embed, embed % heads == 0, f"a multiple of the {heads} heads, or a head_dim")
         head_dim = embed // heads
     if sizes and is_count(groups) and groups:
