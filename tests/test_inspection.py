@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from commands import Place, place, record_of, run
 from tiny import tiny_model
 
 from jaxprune.checkpoints.folder import load, save
-from jaxprune.checkpoints.gates import read_pruning, recorded_gates
-from jaxprune.pruning.record import costs
+from jaxprune.checkpoints.gates import kept_units, read_pruning, recorded_gates
+from jaxprune.compaction import compact
+from jaxprune.pruning.inspection import inspect
+from jaxprune.pruning.record import costs, pruning_record
 from jaxprune.scoring.scores import load_scores
 from jaxprune.sparse.masks import one_shot
 from jaxprune.sparse.patterns import linear_maps
@@ -174,6 +178,43 @@ def test_gates_are_not_made_of_more_units_than_a_model_has():
     site = {"had": 2**24 - 1, "which": "0"}
     with pytest.raises(ValueError, match="had 167,772,150 units, expected at most 67,108,864"):
         recorded_gates({"sites": {f"{i}.ffn.neurons": site for i in range(10)}})
+
+
+def test_units_that_were_exchanged_in_the_record_are_refused(small, tmp_path):
+    """As many stay as the weights have, and they are others."""
+    out = tmp_path / "small"
+    shutil.copytree(small, out)
+    content: dict[str, Any] = json.loads((out / "pruning.json").read_text())
+    site = content["sites"]["0.ffn.neurons"]
+    had, left = kept_units("0.ffn.neurons", site)
+    assert 0 < len(left) < had
+    gone = next(i for i in range(had) if i not in left)
+    site["which"] = ",".join(map(str, sorted([gone, *left[1:]])))
+    (out / "pruning.json").write_text(json.dumps(content))
+    result = run("inspect", out)
+    assert result.exit_code == 2 and "pruning.json names other units than when it was written" in result.stderr
+
+
+def test_weights_that_changed_since_the_record_are_said(small, tmp_path):
+    model, params = load(small)
+    out = tmp_path / "small"
+    shutil.copytree(small, out)
+    assert "not those" not in run("inspect", out).stderr
+    save(tmp_path / "other", model, jax.tree.map(lambda array: array * 2, params))
+    shutil.copy(tmp_path / "other" / "model.safetensors", out / "model.safetensors")
+    result = run("inspect", out)
+    assert result.exit_code == 0
+    said = " ".join(result.stderr.split())
+    assert "are not those that its pruning.json was written with" in said
+
+
+def test_fractional_gates_and_sites_without_gates_are_told_from_an_edited_record(tmp_path):
+    model, params = tiny_model()
+    gates = {"0.ffn.neurons": np.linspace(0, 1, 32).astype(np.float32).round(2)}
+    scores = {"0.ffn.neurons": gates["0.ffn.neurons"], "1.ffn.neurons": np.ones(32, np.float32)}
+    record = json.loads(json.dumps(pruning_record(scores, gates)))
+    layers, _ = inspect(model, compact(model, params, gates), pruning=record)
+    assert layers["layers"][0]["neurons"] == [31, 32]
 
 
 def test_it_needs_neither_transformers_nor_datasets(small):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,11 +16,13 @@ from tiny import random_gates, tiny_model
 from jaxprune.compaction import compact
 from jaxprune.pruning import latency as latency_table
 from jaxprune.pruning.latency import (
+    LatencyTable,
     Row,
     check_table,
     compare_latency,
     conditions,
     kept_table,
+    known_table,
     latency,
     measure_latency_table,
     read_table,
@@ -99,6 +102,34 @@ def test_what_is_no_table_is_refused(tmp_path, change, message):
         read_table(file)
     with pytest.raises(FileNotFoundError, match="no latency table"):
         read_table(tmp_path / "missing.json")
+
+
+def test_a_poisoned_table_in_the_cache_is_measured_anew(tmp_path, monkeypatch):
+    model, params = tiny_model()
+    table = hand_table(model, params)
+    known, measured = table.conditions, []
+
+    def measure(*_: Any, **__: Any) -> LatencyTable:
+        measured.append(table)
+        return table
+
+    monkeypatch.setattr(latency_table, "measure_latency_table", measure)
+    folder, kept = tmp_path / "cache", partial(kept_table, tmp_path / "cache", model, params)
+    assert kept(batch=known.batch, length=known.length) == table and len(measured) == 1
+    assert kept(batch=known.batch, length=known.length) == table and len(measured) == 1
+    assert folder.stat().st_mode & 0o777 == 0o700
+    file = table_file(folder, known)
+    good = file.read_text()
+    other = replace(table, conditions=replace(known, device="another"))
+    (tmp_path / "other.json").write_text(good)
+    for content in ("", "{", good.replace('"fixed"', '"broken"'), write_table(tmp_path / "x.json", other).read_text()):
+        file.write_text(content)
+        assert known_table(folder, known) is None
+    file.unlink()
+    file.symlink_to(tmp_path / "other.json")
+    assert known_table(folder, known) is None
+    assert kept(batch=known.batch, length=known.length) == table and len(measured) == 2
+    assert not file.is_symlink() and known_table(folder, known) == table
 
 
 def test_another_table_is_for_another_device_version_model_and_shape(monkeypatch):

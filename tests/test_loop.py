@@ -230,6 +230,43 @@ def test_arrays_that_do_not_fit_are_refused(file: Path, change: Any, message: st
         train(RUN, start(), file=file)
 
 
+def test_a_value_that_changed_in_the_file_is_found(file: Path):
+    rewritten(file, lambda own: own | {MU: own[MU] + np.float32(1e-3)})
+    with pytest.raises(ValueError, match="damaged, its checksum is another than that of what it holds: remove it"):
+        train(RUN, start(), file=file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"done": 3}, "its evaluations are after the steps .*, of 3"),
+        ({"done": 26}, "checksum"),
+        ({"done": -1}, "done is -1, expected a count"),
+        ({"done": None}, "done is None"),
+        ({"done": 10**30}, "done is 1000"),
+        ({"history": 5}, "history is 5, expected a list"),
+        ({"history": [{}]}, r"history\[0\].step is missing"),
+        ({"history": [{"step": 20}, {"step": 5}]}, r"its evaluations are after the steps \[20, 5\]"),
+        ({"history": [{"step": 99}]}, r"its evaluations are after the steps \[99\], of 25"),
+        ({"run": []}, "run is .*, expected an object"),
+        ({"more": 1}, "more is unknown"),
+    ],
+)
+def test_a_header_that_was_edited_is_refused(tmp_path: Path, changes: dict[str, Any], message: str):
+    file = tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        train(RUN, start(), file=file, progress=stop_at(25))
+    rewritten(file, lambda own: own, **changes)
+    with pytest.raises(ValueError, match=message):
+        train(RUN, start(), file=file)
+
+
+def test_a_state_of_more_steps_than_the_run_has_is_refused(tmp_path: Path):
+    train(RUN, start(), file=tmp_path / "state")
+    with pytest.raises(ValueError, match="has 33 steps of a run of 20"):
+        train(RUN._replace(steps=20), start(), file=tmp_path / "state")
+
+
 class Rising(NamedTuple):
     first: Params
     second: Params

@@ -356,6 +356,32 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(place, whole, tmp_pa
     assert {entry.name for entry in tmp_path.iterdir()} == {"small", "small.scores.safetensors"}
 
 
+def test_rounds_that_were_edited_are_refused(place, tmp_path):
+    out, rest = tmp_path / "small", tmp_path / "small.rounds"
+    with pytest.raises(KeyboardInterrupt):
+        commanded(place, out, Silent("round 2 of 3, recovering"))
+    record = json.loads((rest / "pruning.json").read_text())
+    first = record["rounds"][0]
+    edits: list[tuple[dict[str, Any], str]] = [
+        ({"rounds": [first | {"budget": 0.9}]}, "checksum"),
+        ({"rounds": [first, first, first]}, "checksum"),
+        ({"rounds": [{}]}, r"rounds\[0\].round is missing"),
+        ({"rounds": 5}, "rounds is 5, expected a list"),
+        ({"checksum": None}, "checksum is None"),
+    ]
+    for changes, message in edits:
+        (rest / "pruning.json").write_text(json.dumps(record | changes))
+        with pytest.raises(ValueError, match=rf"small\.rounds is damaged \(.*{message}"):
+            commanded(place, out, Silent())
+    (rest / "pruning.json").write_text(json.dumps(record))
+    model, params = load(rest, dtype=None)
+    whole = (rest / "pruning.json").read_text()
+    save(rest, model, jax.tree.map(lambda array: array * 2, params), pruning=record, overwrite=True)
+    (rest / "pruning.json").write_text(whole)
+    with pytest.raises(ValueError, match="checksum"):
+        commanded(place, out, Silent())
+
+
 def test_another_command_does_not_go_on_from_it(place, whole, tmp_path):
     out = tmp_path / "small"
     with pytest.raises(KeyboardInterrupt):

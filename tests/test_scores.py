@@ -13,16 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from tiny import tiny_model
 
 from jaxprune.checkpoints.files import write_atomic
-from jaxprune.checkpoints.tensors import model_digest, write_tensors
+from jaxprune.checkpoints.tensors import model_digest, sealed, write_tensors
 from jaxprune.data.tasks import Example, Rows, Task, row_key
 from jaxprune.models import Model, TaskHead
 from jaxprune.scoring.attribution import Context, GradientActivation, IntegratedGradients, layer
 from jaxprune.scoring.criteria import Activation, Fisher, LeaveOneOut, Magnitude, Random
 from jaxprune.scoring.objectives import calibration_means, every, margin, maximum, predicted
-from jaxprune.scoring.run import PARTIAL, SAVE_EVERY, Scoring, score, score_batches
+from jaxprune.scoring.run import PARTIAL, SAVE_EVERY, Scoring, kept_scores, score, score_batches
 from jaxprune.scoring.scores import FORMAT, METADATA, Scores, describe, load_scores, merge, save_scores, with_relative
 from jaxprune.units import Params, widths
 
@@ -409,6 +411,101 @@ def test_running_totals_do_not_grow_with_the_rows(model_and_params: tuple[Model,
             score(*model_and_params, task, settings, progress=interrupt, resume=path)
         sizes.append(path.stat().st_size)
     assert sizes[1] <= sizes[0] + 8  # a digit more, and the header is a multiple of 8 bytes
+
+
+def respelt(task: Task) -> Task:
+    """The task with rows that are spelt otherwise: without case and punctuation they are the same."""
+    rows = tuple(dataclasses.replace(row, text=f"{row.text.capitalize()}.") for row in task.rows("calibration"))
+    return dataclasses.replace(task, splits={**task.splits, "calibration": rows})
+
+
+def interrupted(model: Model, params: Params, task: Task, path: Path, settings: Scoring) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == SAVE_EVERY:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        score(model, params, task, settings, progress=interrupt, resume=path)
+
+
+def test_rows_that_changed_are_not_scored_on_nor_are_their_scores_taken(
+    model_and_params: tuple[Model, Params], task: Task, tmp_path: Path
+):
+    model, params = model_and_params
+    settings, path = scoring(Activation(), examples=24, batch_size=4), tmp_path / "scores.safetensors"
+    interrupted(model, params, task, path, settings)
+    with pytest.raises(ValueError, match="was begun with other settings \\(encoded is"):
+        score(model, params, respelt(task), settings, resume=path)
+    save_scores(path, score(model, params, task, settings, resume=path))
+    assert kept_scores(path, model, params, task, settings) is not None
+    assert kept_scores(path, model, params, respelt(task), settings) is None
+    given = task.rows("calibration")[:8]
+    save_scores(path, score(model, params, task, scoring(Activation(), examples=given)))
+    assert kept_scores(path, model, params, task, scoring(Activation(), examples=given)) is not None
+    assert kept_scores(path, model, params, task, scoring(Activation(), examples=given[::-1])) is None
+
+
+def test_scores_of_another_version_are_made_anew(
+    model_and_params: tuple[Model, Params], task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings, path = scoring(Activation(), examples=8), tmp_path / "scores.safetensors"
+    save_scores(path, score(*model_and_params, task, settings))
+    monkeypatch.setattr(jax, "__version__", "0.0.1")
+    assert kept_scores(path, *model_and_params, task, settings) is None
+
+
+def test_totals_that_were_edited_are_refused(model_and_params: tuple[Model, Params], task: Task, tmp_path: Path):
+    path, settings = tmp_path / "partial.safetensors", scoring(Activation(), examples=24, batch_size=4)
+    interrupted(*model_and_params, task, path, settings)
+    arrays = load_file(path)
+    with safe_open(path, framework="numpy") as file:
+        header = json.loads(file.metadata()[PARTIAL])
+    one, other = "scores:0.ffn.neurons", "scores:1.ffn.neurons"
+    swapped = arrays | {one: arrays[other], other: arrays[one]}
+    edits: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        (swapped, {}, "checksum"),
+        (arrays | {one: arrays[one] * 2}, {}, "checksum"),
+        (arrays, {"done": header["done"] - 1}, "checksum"),
+        (arrays, {"done": "4"}, "done is '4', expected a count"),
+        (arrays, {"done": -1}, "done is -1"),
+        (arrays, {"settings": 5}, "settings is 5, expected an object"),
+        (arrays, {"checksum": "no"}, "checksum is 'no', expected a digest"),
+        ({name: array for name, array in arrays.items() if name != "weight"}, {}, "no weight"),
+        (arrays | {"theirs:x": arrays[one]}, {}, "it holds 'theirs:x'"),
+        (arrays | {"weight": arrays["weight"].astype(np.int8)}, {}, "weight is I8"),
+    ]
+    for changed, changes, message in edits:
+        save_file(changed, path, {PARTIAL: json.dumps(header | changes)})
+        with pytest.raises(ValueError, match=f"is damaged \\(.*{message}.*remove it to start again"):
+            score(*model_and_params, task, settings, resume=path)
+    count = {"done": header["done"] - 1}  # whoever makes a checksum anew meets what the totals must fit
+    sums = {name: array for name, array in arrays.items() if name != one}
+    for changed, changes, message in ((arrays, count, "other examples"), (sums, {}, "other sites or units")):
+        save_file(changed, path, {PARTIAL: json.dumps(sealed(header | changes, changed))})
+        with pytest.raises(ValueError, match=message):
+            score(*model_and_params, task, settings, resume=path)
+
+
+def test_a_score_file_that_was_edited_is_refused(tmp_path: Path, scores: Scores):
+    path = save_scores(tmp_path / "scores.safetensors", scores)
+    arrays, one, other = load_file(path), "0.ffn.neurons", "1.ffn.neurons"
+    with safe_open(path, framework="numpy") as file:
+        header = json.loads(file.metadata()[METADATA])
+    edits: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        (arrays | {one: arrays[other], other: arrays[one]}, {}, "its checksum is another"),
+        (arrays | {"rows": arrays["rows"][::-1].copy()}, {}, "its checksum is another"),
+        (arrays, {"task": "another"}, "its checksum is another"),
+        (arrays, {"checksum": 5}, "checksum"),
+    ]
+    for changed, changes, message in edits:
+        save_file(changed, path, {METADATA: json.dumps(header | changes)})
+        with pytest.raises(ValueError, match=message):
+            load_scores(path)
+    save_file(arrays, path, {METADATA: json.dumps({n: v for n, v in header.items() if n != "checksum"})})
+    with pytest.raises(ValueError, match="checksum"):
+        load_scores(path)
+    save_file(arrays, path, {METADATA: json.dumps(header | {"format": 4})})  # those had none
+    assert np.array_equal(load_scores(path).values[one], arrays[one])
 
 
 def test_a_run_goes_on_only_with_its_own_settings(model_and_params: tuple[Model, Params], task: Task, tmp_path: Path):

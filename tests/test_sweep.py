@@ -162,6 +162,20 @@ def test_a_folder_of_another_sweep_is_refused(place, swept, change, message):
     assert bits(out) == before
 
 
+def test_rows_that_changed_do_not_go_on(place, swept, tmp_path):
+    """Without case and punctuation they are the same."""
+    out, before = swept[0], bits(swept[0])
+    data = tmp_path / "data"
+    shutil.copytree(place.data, data)
+    (file,) = data.rglob("topic/test.*")
+    file.write_text(re.sub(r"\b(the|a) ", lambda word: word[0].upper(), file.read_text()))
+    assert file.read_text() != next(place.data.rglob("topic/test.*")).read_text()
+    given = [str(data) if option == str(place.data) else option for option in map(str, arguments(place, out))]
+    result = run(*given)
+    assert result.exit_code == 2 and "holds another sweep: tasks.topic.test is" in result.stderr
+    assert bits(out) == before
+
+
 def test_another_model_is_refused(place, swept, tmp_path):
     model, params = load(place.model)
     save(tmp_path / "other", model, params | changed(params))

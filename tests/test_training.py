@@ -104,8 +104,34 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path):
     assert params_digest(other.params) != params_digest(expected.params)
     with pytest.raises(ValueError, match=r"another run \(training.learning_rate is 0.001, was 0.005\)"):
         run(tasks, replace(short, learning_rate=1e-3), state=state)
-    with pytest.raises(ValueError, match=r"another run \(tasks differ\)"):
+    with pytest.raises(ValueError, match=r"another run \(tasks\.lengths is null, was "):
         run([tasks[0], replace(tasks[1], name="other")], short, state=state)
+
+
+def test_rows_that_changed_do_not_go_on_from_a_state(tmp_path: Path):
+    """Another order, another spelling, other dev rows: the texts without case and punctuation may be the same."""
+    task, state = moods(), tmp_path / "state"
+    short = replace(TRAINING, steps=2)
+
+    def interrupt(step: Step) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run([task], short, state=state, progress=interrupt)
+    before = state.read_bytes()
+    train, dev = task.rows("train"), task.rows("dev")
+    others = {
+        "train": [train[::-1], tuple(replace(row, text=row.text.upper()) for row in train)],
+        "dev": [dev[::-1], (replace(dev[0], text=f"{dev[0].text}!"), *dev[1:])],
+    }
+    for split, changes in others.items():
+        for rows in changes:
+            other = replace(task, splits={**task.splits, split: rows})
+            with pytest.raises(ValueError, match=rf"another run \(tasks\.moods\.{split} is "):
+                run([other], short, state=state)
+    with pytest.raises(ValueError, match="labels is"):
+        run([replace(task, labels=("good", "bad"))], short, state=state)
+    assert state.read_bytes() == before
 
 
 def test_the_best_epoch_is_by_the_primary_metric():

@@ -505,7 +505,7 @@ def private_folder(folder: Path, *, make: bool = True) -> bool:
         if status.st_mode & 0o077:
             folder.chmod(0o700)
         if status.st_mode & 0o022:
-            return all(map(_is_own, (entry.stat(follow_symlinks=False) for entry in os.scandir(folder))))
+            return all(_is_own(entry.lstat()) for entry in folder.iterdir())
         return True
     except OSError:
         return False

@@ -295,10 +295,10 @@ def read_state(file: Path, state: TrainingState, identity: Mapping[str, Any]) ->
             arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, AttributeError, TypeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is no state of a run ({error!r}): {anew}") from error
-    history, done = tuple(header.get("history", ())), header.get("done")
-    taken = [] if problems else [entry["step"] for entry in history]
-    if taken != sorted(set(taken)) or not all(0 < step <= done for step in taken):
-        problems.append(f"its evaluations are after the steps {taken}, of {done}")
+    if not problems:
+        taken, done = [entry["step"] for entry in header["history"]], header["done"]
+        if taken != sorted(set(taken)) or not all(0 < step <= done for step in taken):
+            problems.append(f"its evaluations are after the steps {taken}, of {done}")
     if problems:
         raise ValueError(f"{file} is no state of a run ({'; '.join(problems)}): {anew}")
     begun = any(name.startswith("best.") for name in arrays)
@@ -315,4 +315,4 @@ def read_state(file: Path, state: TrainingState, identity: Mapping[str, Any]) ->
     if not is_sealed(header, arrays):
         raise ValueError(f"{file} is damaged, its checksum is another than that of what it holds: {anew}")
     restored = jax.tree.unflatten(jax.tree.structure(structure), [jnp.array(arrays[name]) for name in expected])
-    return TrainingState(**restored, done=done, history=history)
+    return TrainingState(**restored, done=header["done"], history=tuple(header["history"]))
