@@ -161,8 +161,11 @@ def test_a_record_that_does_not_fit_is_refused(small, tmp_path, which):
     [
         ({"sites": [1]}, r"sites is \[1\], expected an object"),
         ({"sites": {"0.ffn.neurons": 3}}, "sites.0.ffn.neurons is 3, expected an object"),
-        ({"sites": {"0.ffn.neurons": {"had": 10**30, "which": "0"}}}, "had is 10+, expected a whole number"),
-        ({"sites": {"0.ffn.neurons": {"had": True, "which": "0"}}}, "had is True"),
+        (
+            {"sites": {"0.ffn.neurons": {"had": 10**30, "which": "0"}}},
+            "sites.0.ffn.neurons.had is 10+, expected a whole number",
+        ),
+        ({"sites": {"0.ffn.neurons": {"had": True, "which": "0"}}}, "sites.0.ffn.neurons.had is True"),
         ({"settings": {"length": "16"}}, "settings.length is '16', expected a finite number or a list or null"),
         ({"settings": {"length": 10**400}}, "settings.length is 10"),
         ({"scores": 5}, "scores is 5, expected an object"),
