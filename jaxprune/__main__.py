@@ -116,6 +116,7 @@ for command in (
 
 def main() -> None:
     """Runs the command line."""
+    terminal.keep_streams_apart()
     app(prog_name="jaxprune")
 
 

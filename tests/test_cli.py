@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -293,6 +294,17 @@ def test_finetune_shows_leaks_and_epochs(place, tmp_path):
     assert "mood: 5 rows dropped, held out in topic" in result.stderr
     assert "epoch 1 of 1, dev" in result.stderr
     assert "the best on dev" in result.stdout
+
+
+# streams
+
+
+@pytest.mark.parametrize(("model", "stderr"), [("none", "<&- 2>&-"), ("{model}", "2>/dev/full")])
+def test_stdout_gets_nothing_but_the_result_whatever_stderr_is(place, model: str, stderr: str):
+    command = (sys.executable, "-m", "jaxprune", "inspect", model.format(model=place.model), "--json")
+    done = subprocess.run(f"{shlex.join(command)} {stderr}", shell=True, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == (2 if model == "none" else 0)
+    assert done.stdout == "" if model == "none" else json.loads(done.stdout)["command"] == "inspect"
 
 
 # resuming

@@ -30,6 +30,37 @@ _QUIET = {  # third parties that would write between our lines; a value that is 
 }
 
 
+class Messages:
+    """The stream of messages, which drops what cannot be written: a terminal that is gone ends no run."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes a text if that is possible."""
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Writes what is left if that is possible."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
+def keep_streams_apart() -> None:
+    """Makes closed streams the null device: else `print` takes stdout for stderr, and a file may get its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    sys.stderr = Messages(open(os.devnull, "w") if sys.stderr is None else sys.stderr)  # noqa: SIM115, for the process
+
+
 class Bars:
     """Progress bars on stderr, one per stage; where stderr is no terminal, a line now and then."""
 
