@@ -1,6 +1,7 @@
-"""Pictures of results, for light and for dark pages: plain records go in.
+"""Pictures of results, for light and for dark pages: records go in, as the commands print them with `--json`.
 
-Lines differ in colour, marker and dashes, so that they can be told apart without colours as well.
+A picture is a `.png` or a `.svg`, by the ending of its name; another ending is a ValueError. Lines differ in colour,
+marker and dashes, so that they can be told apart without colours as well.
 """
 
 from __future__ import annotations
@@ -42,11 +43,7 @@ DARK = Page("#14171c", "#e8e8e8", "#6a6f78")
 
 
 def check_picture(path: Path) -> None:
-    """Refuses a format that cannot be written.
-
-    Raises:
-        ValueError: If the ending of the name is not a format's.
-    """
+    """Refuses a format that cannot be written."""
     if path.suffix.lower().lstrip(".") not in FORMATS:
         raise ValueError(f"{path} must end with .{' or .'.join(FORMATS)}: the ending names the picture's format.")
 
@@ -121,11 +118,8 @@ def _draw_heads(axes: Any, page: Page, layers: Sequence[Sequence[float]], colour
     for y, ranks in enumerate(layers):
         for x, rank in enumerate(ranks):
             gone = rank != rank
-            look = {
-                "facecolor": "none" if gone else colours(float(rank)),
-                "edgecolor": page.faint if gone else page.ink,
-            }
-            axes.add_patch(Rectangle((x - 0.4, y - 0.36), 0.8, 0.72, lw=0.7, **look))
+            face, edge = ("none", page.faint) if gone else (colours(float(rank)), page.ink)
+            axes.add_patch(Rectangle((x - 0.4, y - 0.36), 0.8, 0.72, lw=0.7, facecolor=face, edgecolor=edge))
     return max(map(len, layers), default=0)
 
 
@@ -134,12 +128,7 @@ def comparison_figure(
 ) -> None:
     """Writes a picture: bars per task and variant, and the heads and neurons that stay in every layer.
 
-    Args:
-        path: The picture; its ending names the format.
-        rows: As for `comparison_table`.
-        variants: The names of the bars, in order.
-        units: For every layer the gates of its `heads` and of its `neurons`, each `[units]`.
-        title: What is shown.
+    The rows are those of `comparison_table`; a layer has the gates of its `heads` and of its `neurons`, each `[units]`.
     """
     width = 0.8 / len(variants)
     with _drawing(path, 11, 4.6, columns=2, width_ratios=(3, 1), dark=False) as (_, panels, page):
@@ -170,18 +159,9 @@ def comparison_figure(
 
 
 def sweep_figure(path: Path, rows: Sequence[Record], *, split: str, dark: bool = False) -> None:
-    """Writes a picture of one task of a sweep: its metric over the FLOPs that stay, a line per criterion.
+    """Writes a picture of a sweep's rows of one task: its metric over the FLOPs that stay, a line per criterion.
 
     A line is the mean over the seeds, the band around it reaches from the smallest to the largest value.
-
-    Args:
-        path: The picture, `.png` or `.svg`.
-        rows: The rows of one task, as `sweep` returns them.
-        split: What was tested.
-        dark: Whether it is for a dark page.
-
-    Raises:
-        ValueError: If the ending names another format.
     """
     first, seeds = rows[0], max(row["seed"] for row in rows) + 1
     with _drawing(path, 7.2, 4.8, dark=dark) as (figure, panels, page):
@@ -201,27 +181,14 @@ def sweep_figure(path: Path, rows: Sequence[Record], *, split: str, dark: bool =
 
 
 def deletion_figure(path: Path, record: Record, *, dark: bool = False) -> None:
-    """Writes a picture of the deletion check: quality over the units that are deleted, in three kinds of order.
-
-    Args:
-        path: The picture, `.png` or `.svg`.
-        record: As `jaxprune check --json` prints it.
-        dark: Whether it is for a dark page.
-
-    Raises:
-        ValueError: If the ending names another format.
-    """
+    """Writes a picture of the deletion check: quality over the units that are deleted, in three kinds of order."""
     facts = record["checks"][-1]["facts"]
     x = [0.0, *(100 * fraction for fraction in facts["fractions"])]
-    curves = {name: [facts["dense"], *values] for name, values in facts["curves"].items()}
-    orders = {
-        kind: [curves[name] for name in curves if name.startswith(kind)] for kind in ("lowest", "random", "highest")
-    }
     with _drawing(path, 7.2, 4.8, dark=dark) as (figure, panels, page):
         axes = panels[0, 0]
-        labels = ("lowest first", "random", "highest first")
-        for i, (label, values) in enumerate(zip(labels, orders.values(), strict=True)):
-            _draw_line(axes, i, x, list(zip(*values, strict=True)), label)
+        for i, label in enumerate(("lowest first", "random", "highest first")):
+            curves = [[facts["dense"], *values] for name, values in facts["curves"].items() if name.startswith(label)]
+            _draw_line(axes, i, x, list(zip(*curves, strict=True)), label)
         _draw_level(axes, page, facts["chance"], "chance", dashed=True)
         axes.set_xlabel("units deleted, % of every site")
         axes.set_ylabel(f"{facts['metric']}, %")
@@ -234,17 +201,8 @@ def inspection_figure(path: Path, record: Record, units: Mapping[str, Sequence[A
     """Writes a picture of a model's units: per layer a cell for every head, and a strip for each other kind of units.
 
     Cells and strips are empty where units were removed. With scores, colours tell the rank of a unit among all of its
-    kind in the model, and a strip is sorted by it.
-
-    Args:
-        path: The picture, `.png` or `.svg`.
-        record: As `jaxprune inspect --json` prints it.
-        units: For `heads`, `neurons` and whatever else was cut: per layer an array `[units it had]`, NaN where a unit
-            was removed, else its rank in [0, 1].
-        dark: Whether it is for a dark page.
-
-    Raises:
-        ValueError: If the ending names another format.
+    kind in the model, and a strip is sorted by it. `units`: for every kind, per layer an array `[units it had]`, NaN
+    where a unit was removed, else its rank in [0, 1].
     """
     import matplotlib as mpl
     import numpy as np
@@ -287,14 +245,6 @@ def overlap_figure(path: Path, record: Record, *, dark: bool = False) -> None:
 
     Of more than two tasks it has one of tasks x tasks above, at the fraction in the middle; layers then show the mean
     over the pairs. Every cell shows its number, and the overlap by chance stands below.
-
-    Args:
-        path: The picture, `.png` or `.svg`.
-        record: As `jaxprune compare --json` prints it.
-        dark: Whether it is for a dark page.
-
-    Raises:
-        ValueError: If the ending names another format.
     """
     groups, pairs, files = record["groups"], record["pairs"], [file["name"] for file in record["files"]]
     kinds = list(dict.fromkeys(group["kind"] for group in groups))
@@ -359,18 +309,11 @@ def _heat_map(
 
 
 def training_picture(record: Record, *, dark: bool = False) -> bytes:
-    """A picture, as PNG, of how a student learned: its metric on dev, its zeros and its losses, over the steps.
-
-    Args:
-        record: As `jaxprune distill --json` prints it.
-        dark: Whether it is for a dark page.
-    """
+    """A picture, as PNG, of how a student learned: its metric on dev, its zeros and its losses, over the steps."""
     evaluations, best = record["exams"], record["exams"][record["best"]]
     primary, sparse, content = best["evaluation"]["primary"], best["sparsity"] is not None, io.BytesIO()
-    steps, values = (
-        [each["step"] for each in evaluations],
-        [each["evaluation"]["metrics"][primary] for each in evaluations],
-    )
+    steps = [each["step"] for each in evaluations]
+    values = [each["evaluation"]["metrics"][primary] for each in evaluations]
     with _drawing(content, 7.2, 4.6 + 1.6 * sparse, 2 + sparse, dark=dark, sharex=True) as (_, panels, page):
         metric, losses = panels[0, 0], panels[-1, 0]
         _draw_line(metric, 0, steps, [[value] for value in values], "student")
