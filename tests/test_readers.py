@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import re
+import resource
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from faults import record
 
 from jaxprune.data import records
 from jaxprune.data.records import KINDS, read
@@ -180,8 +182,9 @@ def test_a_test_file_without_labels_is_not_used_and_that_is_said(tmp_path: Path,
 def test_files_that_are_not_used_are_named(tmp_path: Path):
     for name in ("train", "extra", "test_mismatched"):
         write(tmp_path / "t" / f"{name}.csv", table(TEXTS))
+    write(tmp_path / "t" / "data" / "validation.csv", table(TEXTS))
     write(tmp_path / "t" / "README.md", "text")
-    assert load_task(tmp_path / "t").notes == ("t has extra.csv, test_mismatched.csv, not used.",)
+    assert load_task(tmp_path / "t").notes == ("t has extra.csv, test_mismatched.csv, data/validation.csv, not used.",)
 
 
 def test_shards_and_class_names_of_the_hub(tmp_path: Path):
@@ -200,6 +203,8 @@ def test_shards_and_class_names_of_the_hub(tmp_path: Path):
     datasets.DatasetDict({"train": whole, "rest": whole}).save_to_disk(tmp_path / "saved")
     task = load_task(tmp_path / "saved")
     assert len(all_rows(task)) == 60 and task.notes == ("saved has rest, not used.",)
+    one = load_task(folder / "train-00000-of-00002.parquet")
+    assert one.notes[0].startswith("train-00000-of-00002.parquet is one of 2 parts")
     (folder / "train-00000-of-00002.parquet").unlink()
     with pytest.raises(ValueError, match="sst2 has 1 of the 2 parts of train"):
         load_task("sst2", data=tmp_path / "data")
@@ -274,6 +279,7 @@ def test_labels_stay_as_they_are_written(tmp_path: Path, labels: tuple[str, ...]
     task = load_task(write(tmp_path / "t.jsonl", lines(rows)))
     stored = {row["text"]: row["label"] for row in rows}
     assert sorted(task.labels) == sorted(labels) and not task.regression
+    assert any("nothing but case" in note for note in task.notes) == ("no" in labels)
     assert all(task.labels[int(row.label or 0)] == stored[row.text] for row in all_rows(task))
     if "1.1" not in labels:  # in CSV a number is what looks like one
         content = "text,label\n" + "".join(f"{text},{label}\n" for text, label in stored.items())
@@ -340,7 +346,7 @@ def test_what_is_read_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             with pytest.raises(ValueError, match=rf"{ending}, line \d+: a line of more than 1,000 characters"):
                 load_task(write(tmp_path / f"t.{ending}", content))
     with pytest.raises(ValueError, match=r"bomb.csv.gz, line \d+: more than [\d,]+ characters; is this a data file"):
-        load_task(write(tmp_path / "bomb.csv.gz", "text,label\n" + "\n" * 2_000_000))
+        load_task(write(tmp_path / "bomb.csv.gz", "text,label\n" + "\n" * 100_000))
     pyarrow.parquet.write_table(
         pyarrow.table({"text": ["x" * 90] * 5000, "label": [0, 1] * 2500}), tmp_path / "b.parquet"
     )
@@ -424,3 +430,13 @@ def try_mutations(folder: Path, count: int, seed: int) -> Counter[str]:
 def test_mutated_files_are_read_or_refused(tmp_path: Path):
     ended = try_mutations(tmp_path, 500, seed=0)
     assert ended.total() == 500 and len(ended) > len(KINDS)  # both ends of most kinds
+
+
+@pytest.mark.faults
+def test_campaign_of_mutated_files(tmp_path: Path):
+    """More of them, each of them with an end, and in a bounded memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ended = sum((try_mutations(tmp_path, 500, seed) for seed in range(1, 11)), Counter[str]())
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) // 1024
+    assert ended.total() == 5000 and grown < 2048
+    record("data files", {"mutations": ended.total(), "ended": dict(ended), "memory grown, MB": grown})

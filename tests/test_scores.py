@@ -19,7 +19,8 @@ from tiny import tiny_model
 
 from jaxprune.checkpoints.files import write_atomic
 from jaxprune.checkpoints.tensors import model_digest, sealed, write_tensors
-from jaxprune.data.tasks import Example, Rows, Task, row_key
+from jaxprune.data.batches import encode
+from jaxprune.data.tasks import Example, Rows, Task, draw, row_key
 from jaxprune.models import Model, TaskHead
 from jaxprune.scoring.attribution import Context, GradientActivation, IntegratedGradients, layer
 from jaxprune.scoring.criteria import Activation, Fisher, LeaveOneOut, Magnitude, Random
@@ -351,7 +352,8 @@ def test_scores_that_do_not_belong_together_are_not_merged(
 
     with pytest.raises(ValueError, match="12 examples are in both"):
         merge(scores, scores)
-    for field, value in (("model", "0" * 64), ("task", "stars"), ("head", "stars"), ("criterion", {"name": "Random"})):
+    for field, value in (("model", "0" * 64), ("task", "stars"), ("head", "stars"), ("prompt", {"name": "flan"}),
+                         ("criterion", {"name": "Random"})):  # fmt: skip
         with pytest.raises(ValueError, match=f"cannot be merged: {field} differs"):
             merge(scores, changed(**{field: value}))
     with pytest.raises(ValueError, match="made without examples have nothing to merge"):
@@ -535,3 +537,14 @@ def test_a_run_goes_on_only_with_its_own_settings(model_and_params: tuple[Model,
     with pytest.raises(ValueError, match="does not hold an interrupted scoring run"):
         score(model, params, task, scoring(criterion=Activation(), **settings), resume=path)
     assert PARTIAL != METADATA
+
+
+def test_texts_that_were_cut_are_counted(model_and_params: tuple[Model, Params], task: Task):
+    whole, cut = (
+        score(*model_and_params, task, scoring(GradientActivation(), examples=12, max_length=n)) for n in (None, 4)
+    )
+    assert "truncated" not in whole.header and cut.header["truncated"] > 0
+    encoded = encode(model_and_params[0], draw(task, 12, jax.random.key(0)), max_length=4)
+    assert cut.header["truncated"] == encoded.truncated
+    other = dataclasses.replace(cut, rows=("0" * 16,))
+    assert merge(cut, other).header["truncated"] == 2 * encoded.truncated

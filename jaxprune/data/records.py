@@ -41,6 +41,7 @@ MOST_LINE = 1 << 25  # characters
 MOST_DOCUMENT = 1 << 26  # characters of JSON that is not in lines
 MOST_UNPACKED, RATIO = 1 << 30, 64  # characters that a file may have, and how many more for every byte on the disk
 MOST_HELD, ROW = 1 << 31, 256  # bytes of texts that are held beside the size of the file; of a row beside its texts
+LINE = 32  # characters for which a line counts beside its own: it takes time, even if it is empty
 BATCH = 8192  # rows of a Parquet file that are read at once
 csv.field_size_limit(MOST_LINE)
 
@@ -97,7 +98,7 @@ def split_of(path: Path) -> tuple[str, tuple[int, int] | None]:
     match = NAME.fullmatch(path.name[: len(path.name) - len(kind_of(path))].lower())
     name, shard, shards = match.groups() if match and kind_of(path) else ("", None, None)
     split = next((split for split, names in FILES.items() if name in names), "")
-    return split, None if shard is None else (int(shard), int(shards))
+    return split, (int(shard), int(shards)) if shard and shards else None
 
 
 def read_folder(folder: Path, header: Sequence[str] = ()) -> tuple[dict[str, Records], list[str]]:
@@ -111,30 +112,37 @@ def read_folder(folder: Path, header: Sequence[str] = ()) -> tuple[dict[str, Rec
         ValueError: If one of them is broken, a shard is missing, or there are two for one split.
     """
     files: dict[str, list[tuple[tuple[int, int] | None, Path]]] = {}
+    unused = []
     for place in (folder, folder / "data"):
-        if not files and place.is_dir():
-            for path in sorted(place.iterdir()):
-                if kind_of(path) and path.is_file():
-                    split, shard = split_of(path)
+        done = bool(files)
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            if kind_of(path) and path.is_file():
+                split, shard = split_of(path)
+                if split and not done:
                     files.setdefault(split, []).append((shard, path))
-            if not files.keys() - {""}:
-                files = {}
-    unused = [path.name for _, path in files.pop("", [])]
+                else:
+                    unused.append(str(path.relative_to(folder)))
     if not files:
         raise FileNotFoundError(
             f"{folder} has no train.jsonl, validation.jsonl or test.jsonl (or .jsonl.gz, .csv, ...)."
         )
-    records = {}
-    for split in FILES:
-        shards = files.get(split, [])
-        paths = [path for _, path in shards]
-        if len({shard and shard[1] for shard, _ in shards}) > 1 or (shards and not shards[0][0] and len(paths) > 1):
-            raise ValueError(f"{folder} has {' and '.join(path.name for path in paths)}: keep one of them.")
-        if shards and shards[0][0] and [shard and shard[0] for shard, _ in shards] != list(range(shards[0][0][1])):
-            raise ValueError(f"{folder} has {len(paths)} of the {shards[0][0][1]} parts of {split}: add the others.")
-        if paths:
-            records[split] = _joined(split, [read(path, header) for path in paths])
+    records = {
+        split: _joined(split, [read(path, header) for path in _parts(folder, split, files[split])])
+        for split in FILES
+        if split in files
+    }
     return records, unused
+
+
+def _parts(folder: Path, split: str, files: Sequence[tuple[tuple[int, int] | None, Path]]) -> list[Path]:
+    """The files of a split: one, or all the shards of one set, in their order."""
+    paths, shards = [path for _, path in files], [shard for shard, _ in files if shard is not None]
+    counts = {count for _, count in shards}
+    if len(counts) > 1 or len(paths) - len(shards) > (not shards):
+        raise ValueError(f"{folder} has {' and '.join(path.name for path in paths)}: keep one of them.")
+    if shards and [place for place, _ in shards] != list(range(*counts)):
+        raise ValueError(f"{folder} has {len(paths)} of the {max(counts)} parts of {split}: add the others.")
+    return paths
 
 
 def _joined(split: str, parts: Sequence[Records]) -> Records:
@@ -161,13 +169,15 @@ def _lines(path: Path, most: int | None = None) -> Iterator[str]:
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             for number, line in enumerate(iter(partial(file.readline, MOST_LINE + 1), ""), 1):
-                unpacked += len(line)
+                unpacked += len(line) + LINE
                 if len(line) > MOST_LINE or unpacked > most:
                     what = f"a line of more than {MOST_LINE:,}" if len(line) > MOST_LINE else f"more than {most:,}"
                     raise ValueError(f"{path}, line {number}: {what} characters; is this a data file?")
                 yield line
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason}, after line {number}): convert it first.") from error
+        raise ValueError(
+            f"{path} is not UTF-8 ({error.reason}, in line {number + 1} or later): convert it first."
+        ) from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error} (after line {number}).") from error
 
@@ -299,6 +309,8 @@ def _read_parquet(path: Path) -> Records:
     import pyarrow.parquet
     from pyarrow import types
 
+    compute: Any = pyarrow.compute  # its functions are made when it is imported
+
     broken = (pyarrow.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -319,8 +331,8 @@ def _read_parquet(path: Path) -> Records:
                     cells = []
                     for column in map(batch.column, columns):
                         if types.is_dictionary(column.type):
-                            lengths = pyarrow.compute.binary_length(column.dictionary.cast("string"))
-                            if (pyarrow.compute.sum(lengths.take(column.indices)).as_py() or 0) > MOST_UNPACKED:
+                            lengths = compute.binary_length(column.dictionary.cast("string"))
+                            if (compute.sum(lengths.take(column.indices)).as_py() or 0) > MOST_UNPACKED:
                                 raise ValueError(f"more than {MOST_UNPACKED:,} characters in {BATCH:,} rows")
                             column = column.dictionary_decode()
                         cells.append(column.to_pylist())

@@ -334,6 +334,8 @@ def load_task(
             )
     dropped = division.dropped | dict(left_out)
     notes += [f"{count:,} rows left out, {_REASONS.get(why, why)}." for why, count in dropped.items()]
+    if len({name.casefold() for name in codec.names}) < len(codec.names):
+        notes.append(f"of the labels {', '.join(codec.names[:8])} some differ in nothing but case.")
     if division.contradictory and not spans:
         notes.append(
             f"{division.contradictory:,} texts occur with different labels; where one copy is used, it is drawn."
@@ -586,7 +588,7 @@ def _classes_of(source: Source, records: Records) -> Records:
     return replace(records, classes={source.hub_label: tuple(ours[name] for name in names)})
 
 
-def _download(name: str, source: Source) -> dict[str, Records]:
+def _download(name: str, source: Source) -> _Found:
     import datasets
 
     try:
@@ -596,7 +598,9 @@ def _download(name: str, source: Source) -> dict[str, Records]:
             f"task {name!r} could not be fetched from the hub: {error}. "
             f"Without a network, give a folder that has {source.folders[0]}/train.jsonl with data=."
         ) from error
-    return from_hub(source, stored)
+    used = {"train", source.hub_validation, "test"}
+    notes = tuple(f"the hub's split {split} is not used." for split in stored if split not in used)
+    return _Found(name, source, _pooled(source, from_hub(source, stored)), f"hub {source.hub}", notes)
 
 
 def _find(name: str, data: Path | None) -> _Found:
@@ -604,7 +608,7 @@ def _find(name: str, data: Path | None) -> _Found:
     if data is not None and not data.is_dir():
         raise FileNotFoundError(f"the data folder {data} does not exist.")
     if name in TASKS and data is None:
-        return _Found(name, TASKS[name], _pooled(TASKS[name], _download(name, TASKS[name])), f"hub {TASKS[name].hub}")
+        return _download(name, TASKS[name])
     if data is not None and (name in TASKS or (data / name).is_dir()):
         folders = TASKS[name].folders if name in TASKS else (name,)
         folder = next((data / folder for folder in folders if (data / folder).is_dir()), None)
@@ -623,7 +627,8 @@ def _find(name: str, data: Path | None) -> _Found:
         stem = path.name[: len(path.name) - len(kind_of(path))]
         if split or shard:  # train.csv says nothing, its folder does
             stem = path.resolve().parent.name
-        return _named(stem, None, {"train": read(path)}, f"file {path.name}", ())
+        notes = (f"{path.name} is one of {shard[1]} parts: give its folder for all of them.",) if shard else ()
+        return _named(stem, None, {"train": read(path)}, f"file {path.name}", notes)
     if kind_of(path) or len(path.parts) > 1:
         raise FileNotFoundError(f"there is no file or folder {name}.")
     folders = sorted(entry.name for entry in data.iterdir() if entry.is_dir()) if data is not None else []

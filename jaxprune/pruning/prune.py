@@ -494,6 +494,9 @@ def score_into(model: Model, params: Params, task: Task, scoring: Scoring, file:
     scores = score(model, params, task, scoring, progress=bar, resume=totals)
     if count := scores.header.get("cut_off"):
         watch.say(f"{task.name}: {count:,} rows left out, their answers are cut off; --max-length reaches further")
+    if count := scores.header.get("truncated"):
+        length = scores.header["max_length"]
+        watch.say(f"{task.name}: {count:,} texts cut to {length} tokens; --max-length reaches further")
     if file is not None:
         save_scores(file, scores)
     return scores

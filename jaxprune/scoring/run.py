@@ -325,6 +325,8 @@ def score(
         file.path.unlink(missing_ok=True)
     used = rows if totals is None else rows[: round(float(totals.weight))]
     header = settings | _facts(used, encoded, reads) | {"mean_length": encoded.mean_length_of(len(used))}
+    if truncated := int(encoded.cut[: len(used)].sum()) if reads else 0:
+        header["truncated"] = truncated
     header |= {"objective": name_of(criterion.objective_of(model.head(head))), "properties": properties_of(criterion)}
     if totals is None:
         return in_order(

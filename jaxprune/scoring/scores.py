@@ -35,7 +35,7 @@ SMALL = 1e-3  # of the objective, such as a probability: below it a relative err
 FORMAT = 5
 _FORMATS = (1, 2, 3, 4, 5)  # 1 has no variances or halves, 2 no signed attributions, 3 rows as JSON, 4 no checksum
 _EXTRAS = ("means", "variance", "halves", "signed")  # tensors beside the scores, as `means:3.ffn.neurons`
-_SAME = ("criterion", "task", "split", "head", "model", "max_length")  # what merged scores must share
+_SAME = ("criterion", "task", "split", "head", "model", "max_length", "prompt")  # what merged scores must share
 _FIELDS: dict[str, tuple[type, ...]] = {  # the header and its types; readers of a file rely on them
     "format": (int,),
     "criterion": (dict,),  # name and every setting, functions by name
@@ -56,6 +56,7 @@ _OPTIONAL: dict[str, tuple[type, ...]] = {
     "rows": (list,),  # of formats before 4: keys of the examples' texts, sorted
     "encoded": (str,),  # digest of the examples in their order, as the model reads them
     "checksum": (str,),  # of all tensors and the rest of the header
+    "truncated": (int,),  # examples whose texts were cut to max_length tokens, if there are any
     "objective": (str,),  # what is attributed, by name
     "properties": (dict,),  # of the criterion, see `properties_of`
     "halves": (list, type(None)),  # the examples in each half; None: the scores have no halves
@@ -277,13 +278,13 @@ def merge(a: Scores, b: Scores) -> Scores:
     the larger one is taken.
 
     Raises:
-        ValueError: If they differ in model, criterion, task, split, head, text length or closed values, share examples,
-            or were made without examples.
+        ValueError: If they differ in model, criterion, task, split, head, text length, prompt or closed values, share
+            examples, or were made without examples.
     """
     problems = [
-        f"{name} differs ({_short(a.header[name])} and {_short(b.header[name])})"
+        f"{name} differs ({_short(a.header.get(name))} and {_short(b.header.get(name))})"
         for name in _SAME
-        if a.header[name] != b.header[name]
+        if a.header.get(name) != b.header.get(name)
     ]
     shared = set(a.rows) & set(b.rows)
     if shared:
@@ -438,6 +439,8 @@ def _merged_header(a: Mapping[str, Any], b: Mapping[str, Any], counts: Sequence[
         completeness = with_relative({name: float(_weighted(pair, counts)) for name, pair in pairs.items()})
     one, other = a.get("halves"), b.get("halves")
     shared = {name: value for name, value in a.items() if name not in ("until_stable", "encoded")}
+    if truncated := a.get("truncated", 0) + b.get("truncated", 0):
+        shared["truncated"] = truncated
     return shared | {
         "format": max(a["format"], b["format"]),
         "halves": None if one is None or other is None else np.add(one, other).tolist(),
@@ -446,7 +449,7 @@ def _merged_header(a: Mapping[str, Any], b: Mapping[str, Any], counts: Sequence[
         "data": sorted({*a["data"], *b["data"]}),
         "mean_length": _weighted([np.asarray(a["mean_length"]), np.asarray(b["mean_length"])], counts).tolist(),
         "completeness": completeness,
-        "versions": {name: _either(v, b["versions"].get(name, v)) for name, v in a["versions"].items()},
+        "versions": b["versions"] | {n: _either(v, b["versions"].get(n, v)) for n, v in a["versions"].items()},
     }
 
 
