@@ -131,7 +131,7 @@ def _serve() -> None:
     from jaxprune.pruning import prune, sweep  # noqa: F401
     from jaxprune.scoring import (
         attribution,  # noqa: F401
-        baselines,  # noqa: F401
+        criteria,  # noqa: F401
     )
     from jaxprune.training import distillation, finetuning  # noqa: F401
 

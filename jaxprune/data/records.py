@@ -359,7 +359,7 @@ def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, tuple[str, ...]]:
         return {}
 
 
-_WHOLE = re.compile(r"(0|-?[1-9][0-9]*)(\.0)?")
+_WHOLE = re.compile(r"(0|-?[1-9][0-9]{0,999})(\.0)?")
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
