@@ -273,11 +273,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path, scores: Scores):
     header = json.dumps(dict(scores.header))
     refuses("holds no scores: its metadata has no 'jaxprune_scores'", values, {"format": "pt"})
     refuses("its header is not JSON", values, {METADATA: "{"})
-    refuses("its header is not a JSON object", values, {METADATA: "[]"})
+    refuses(r"its format is \[\], this version", values, {METADATA: "[]"})
     refuses("its format is 9, this version of jaxprune reads 1, 2, 3, 4", values, {METADATA: '{"format": 9}'})
-    refuses("its header has no 'criterion'", values, {METADATA: '{"format": 1}'})
+    refuses("criterion is missing; ", values, {METADATA: '{"format": 1}'})
     changed = json.dumps(dict(scores.header) | {"task": 5})
-    refuses("task in its header is 5", values, {METADATA: changed})
+    refuses("task is 5, expected text", values, {METADATA: changed})
     refuses("0.ffn.neurons is F16, expected F32", {"0.ffn.neurons": np.zeros(3, np.float16)}, {METADATA: header})
     refuses(
         r"has shape \[3, 2\], expected one axis", {"0.ffn.neurons": np.zeros((3, 2), np.float32)}, {METADATA: header}

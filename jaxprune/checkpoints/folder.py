@@ -230,7 +230,7 @@ def opened(path_or_hub_id: str | Path, revision: str | None = None) -> Iterator[
         heads = None if section is None else _task_heads(section)
         config = family(raw.get("model_type")).parse_config(raw, heads)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
+        raise ValueError(f"{folder / CONFIG}: {str(error)[:2000]}") from error
     model = Model(config, folder.absolute())
     with contextlib.ExitStack() as files:
         tensors = open_tensors(folder, files)

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from jaxprune.checkpoints.files import COUNT, misfits_of
 from jaxprune.data.batches import IGNORED, Batch, Encoded, encode, find_spans, pack, text_of
 from jaxprune.data.prompts import Prompt, prompt_of
 from jaxprune.data.records import pair_labels
@@ -124,6 +125,17 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
+_RECORD = {  # of an `Evaluation`
+    **dict.fromkeys(("task", "split", "head", "primary"), str),
+    "metrics": {...: float},
+    "chance": float,
+    "n": COUNT,
+    "truncated?": COUNT,
+    "generated?": bool,
+    ...: object,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """The metrics of a model on a split of a task."""
@@ -158,7 +170,15 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Evaluation:
-        """The evaluation from its `to_json`, in any order of names."""
+        """The evaluation from its `to_json`, in any order of names.
+
+        Raises:
+            ValueError: If it is not one.
+        """
+        if problems := misfits_of(record, _RECORD):
+            raise ValueError(f"an evaluation is damaged: {'; '.join(problems)}")
+        if record["primary"] not in record["metrics"]:
+            raise ValueError(f"an evaluation is damaged: {record['primary']!r} is none of its metrics")
         first = record["primary"]
         metrics = {first: record["metrics"][first]} | record["metrics"]
         fields = {name: value for name, value in record.items() if name in cls.__dataclass_fields__}

@@ -9,6 +9,7 @@ under the metadata key `jaxprune_scores`.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from jaxprune.checkpoints.files import write_atomic
+from jaxprune.checkpoints.files import COUNT, parse_header, write_atomic
 from jaxprune.checkpoints.tensors import Entry, TensorFile, is_sealed, model_digest, sealed, write_tensors
 from jaxprune.models import Model, TaskHead
 from jaxprune.scoring.attribution import Criterion, GradientActivation, IntegratedGradients
@@ -33,37 +34,56 @@ ROWS = "rows"
 KEY_BYTES = 8  # of a row's key, see `row_key`
 SMALL = 1e-3  # of the objective, such as a probability: below it a relative error means nothing
 FORMAT = 5
-_FORMATS = (1, 2, 3, 4, 5)  # 1 has no variances or halves, 2 no signed attributions, 3 rows as JSON, 4 no checksum
+# 1 has no variances or halves, 2 no signed attributions, 3 rows as JSON, 4 no checksum
+_FORMATS = range(1, FORMAT + 1)
 _EXTRAS = ("means", "variance", "halves", "signed")  # tensors beside the scores, as `means:3.ffn.neurons`
 _SAME = ("criterion", "task", "split", "head", "model", "max_length", "prompt")  # what merged scores must share
-_FIELDS: dict[str, tuple[type, ...]] = {  # the header and its types; readers of a file rely on them
-    "format": (int,),
-    "criterion": (dict,),  # name and every setting, functions by name
-    "task": (str,),
-    "split": (str,),
-    "head": (str,),
-    "examples": (int,),  # how many were read; 0 for criteria that read none
-    "largest": (bool,),  # whether scores are the largest over the examples, not their mean
-    "keys": (list,),  # the numbers of every random key that was used
-    "model": (str,),  # digest of configuration and parameters
-    "data": (list,),  # digests of the examples
-    "max_length": (int,),  # tokens to which texts were cut
-    "mean_length": (float, int, list),  # tokens per example, without padding; of a text-to-text model its answers' too
-    "completeness": (dict, type(None)),  # of integrated gradients, in the unit of the objective
-    "versions": (dict,),
+_NAME = (str, None, bool, float)  # of a function, or another setting of a criterion
+_VALUE = (float, None)
+_STABILITY = {  # see `jaxprune.scoring.stability`
+    **{"examples": COUNT, "halves": [COUNT], "target": float, "fractions": [float]},
+    **{"reliability": _VALUE, "needed": (COUNT, None)},
+    "kinds": {
+        ...: {
+            **{"units": COUNT, "spearman": _VALUE, "overall": _VALUE, "reliability": _VALUE},
+            **{"needed": (COUNT, None), "overlap": [_VALUE], "chance": [_VALUE]},
+        }
+    },
 }
-_OPTIONAL: dict[str, tuple[type, ...]] = {
-    "rows": (list,),  # of formats before 4: keys of the examples' texts, sorted
-    "encoded": (str,),  # digest of the examples in their order, as the model reads them
-    "checksum": (str,),  # of all tensors and the rest of the header
-    "truncated": (int,),  # examples whose texts were cut to max_length tokens, if there are any
-    "objective": (str,),  # what is attributed, by name
-    "properties": (dict,),  # of the criterion, see `properties_of`
-    "halves": (list, type(None)),  # the examples in each half; None: the scores have no halves
-    "stability": (dict, type(None)),  # see `jaxprune.scoring.stability`
-    "until_stable": (
-        dict,
-    ),  # the target of a run that stopped by itself, whether it was reached, and the most examples
+_HEADER = {
+    "format": _FORMATS,
+    "criterion": {  # name and every setting, functions by name
+        "name": str,
+        **dict.fromkeys(("objective?", "labels?", "examples?", "tokens?"), _NAME),
+        "start?": float,
+        ...: object,
+    },
+    "task": str,
+    "split": str,
+    "head": str,
+    "prompt?": ({...: object}, None),
+    "examples": COUNT,  # how many were read; 0 for criteria that read none
+    "cut_off?": COUNT,
+    "truncated?": COUNT,  # examples whose texts were cut to max_length tokens, if there are any
+    "largest": bool,  # whether scores are the largest over the examples, not their mean
+    "keys": [object],  # the numbers of every random key that was used
+    "model": str,  # digest of configuration and parameters
+    "data": [str],  # digests of the examples
+    "rows?": [re.compile("[0-9a-f]{16}")],  # of formats before 4: keys of the examples' texts, sorted
+    "encoded?": str,  # digest of the examples in their order, as the model reads them
+    "checksum?": str,  # of all tensors and the rest of the header
+    "max_length": range(1, 2**31),  # tokens to which texts were cut
+    "mean_length": (float, [float]),  # tokens per example, without padding; of a text-to-text model its answers' too
+    # of integrated gradients, in the unit of the objective
+    "completeness": (dict.fromkeys(("expected", "found", "error", "size"), float) | {"relative": (float, None)}, None),
+    "objective?": str,  # what is attributed, by name
+    "properties?": {"by_layer": bool, "meaning": (str, None), ...: object},  # of the criterion, see `properties_of`
+    "halves?": ([COUNT], None),  # the examples in each half; None: the scores have no halves
+    "stability?": (_STABILITY, None),
+    # the target of a run that stopped by itself, whether it was reached, and the most examples
+    "until_stable?": {"target": float, "reached": bool, "most": COUNT},
+    "versions": {...: object},
+    ...: object,
 }
 
 
@@ -179,13 +199,14 @@ def load_scores(path: str | Path) -> Scores:
     with TensorFile(path) as file:
         if METADATA not in file.metadata:
             raise ValueError(f"{path} is a safetensors file, but holds no scores: its metadata has no {METADATA!r}.")
-        problems, header = _read_header(file.metadata[METADATA])
+        problems, header = parse_header(file.metadata[METADATA], _HEADER)
         entries = {name: entry for name, entry in file.entries.items() if name != ROWS}
         problems += [
             f"{name} is {entry.dtype}, expected F32" for name, entry in entries.items() if entry.dtype != "F32"
         ]
-        problems += _wrong_shapes({name: entry.shape for name, entry in entries.items()}, header)
-        problems += _wrong_rows(file.entries.get(ROWS), header)
+        if header:
+            problems += _wrong_shapes({name: entry.shape for name, entry in entries.items()}, header)
+            problems += _wrong_rows(file.entries.get(ROWS), header)
         if not problems:
             arrays = {name: file.read(name) for name in sorted(entries)}
             keys = {ROWS: file.read(ROWS)} if ROWS in file.entries else {}
@@ -248,26 +269,6 @@ def _are_counts(value: Any, total: Any) -> bool:
     if not isinstance(value, list) or len(value) != 2:
         return False
     return all(type(count) is int and count >= 0 for count in value) and sum(value) == total
-
-
-def _read_header(text: str) -> tuple[list[str], dict[str, Any]]:
-    """The problems of a header, and the header."""
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return [f"its header is not JSON ({error})"], {}
-    if not isinstance(header, dict):
-        return ["its header is not a JSON object"], {}
-    if header.get("format") not in _FORMATS:
-        known = ", ".join(map(str, _FORMATS))
-        return [f"its format is {header.get('format')!r}, this version of jaxprune reads {known}"], {}
-    problems = [f"its header has no {name!r}" for name in _FIELDS if name not in header]
-    problems += [
-        f"{name} in its header is {header[name]!r}"
-        for name, kinds in (_FIELDS | _OPTIONAL).items()
-        if name in header and not isinstance(header[name], kinds)
-    ]
-    return problems, header
 
 
 def merge(a: Scores, b: Scores) -> Scores:

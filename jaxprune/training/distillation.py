@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
+from jaxprune.checkpoints.files import COUNT, misfits_of
 from jaxprune.checkpoints.gates import kept_units
 from jaxprune.checkpoints.tensors import model_digest, versions
 from jaxprune.data.batches import default_length, digest_encoded, digest_rows, encode, pack, training_batches
@@ -97,6 +98,10 @@ class Sparsification:
         )
 
 
+# of the history; a loss may be infinite
+_ENTRY = {"step": COUNT, "sparsity": (float, None), "losses": {...: object}, "evaluation": {...: object}}
+
+
 class StudentEvaluation(NamedTuple):
     """One evaluation of a student on dev."""
 
@@ -107,7 +112,13 @@ class StudentEvaluation(NamedTuple):
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> StudentEvaluation:
-        """An entry of the training's history."""
+        """An entry of the training's history.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        if problems := misfits_of(entry, _ENTRY):
+            raise ValueError("; ".join(problems))
         fields: dict[str, Any] = dict(entry) | {"evaluation": Evaluation.from_json(entry["evaluation"])}
         return cls(**fields)
 
@@ -219,7 +230,7 @@ def distill(
     def quality(entry: Mapping[str, Any]) -> float:
         if pruning is not None and entry["step"] < pruning["steps"][-1]:
             return -np.inf  # not yet as sparse as asked for
-        return Evaluation.from_json(entry["evaluation"]).primary[1]
+        return StudentEvaluation.from_json(entry).evaluation.primary[1]
 
     run = Run(
         identity=identity,

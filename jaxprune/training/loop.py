@@ -211,6 +211,12 @@ def train(
         state = read_state(file, state, run.identity)
         if state.done > run.steps:
             raise ValueError(f"{file} has {state.done} steps of a run of {run.steps}: remove it to start again.")
+        try:
+            run.best(state.history)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{file} has a history that cannot be read ({error}): remove it to start again."
+            ) from error
 
     def save() -> None:
         if file is not None:
