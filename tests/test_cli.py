@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -28,8 +29,9 @@ from jaxprune.checkpoints.folder import load, save
 from jaxprune.checkpoints.gates import read_pruning
 from jaxprune.checkpoints.tensors import TensorFile
 from jaxprune.cli import options
-from jaxprune.data.tasks import Rows, load_task
+from jaxprune.data.tasks import Rows, load_task, remove_leaks
 from jaxprune.evaluation.evaluate import evaluate
+from jaxprune.models import TaskHead
 from jaxprune.pruning.budgets import Flops, Units
 from jaxprune.pruning.latency import write_table
 from jaxprune.pruning.selection import select
@@ -294,6 +296,26 @@ def test_finetune_shows_leaks_and_epochs(place, tmp_path):
     assert "mood: 5 rows dropped, held out in topic" in result.stderr
     assert "epoch 1 of 1, dev" in result.stderr
     assert "the best on dev" in result.stdout
+
+
+# names of tasks
+
+
+def test_a_task_is_named_on_the_command_line(tmp_path):
+    rows = "text,label\n" + "".join(f"text number {i},{i % 2}\n" for i in range(60))
+    model, _ = tiny_model(heads=(TaskHead(name="mood", labels=("1", "0")), TaskHead(name="topic", labels=("a", "b"))))
+    said: list[str] = []
+    loaded = {}
+    for name in ("отзывы", "оценки"):
+        (tmp_path / f"{name}.csv").write_text(rows)
+        watch: Any = SimpleNamespace(say=said.append)
+        derived = options.RowOptions().load(str(tmp_path / f"{name}.csv"), watch)
+        assert derived.name == "task" and said.pop().startswith(f"task: '{name}' is called 'task'")
+        loaded[name] = options.RowOptions().load(f"mood={tmp_path / f'{name}.csv'}", watch, model)
+    assert [task.name for task in loaded.values()] == ["mood", "mood"] and not said
+    assert loaded["отзывы"].labels == ("1", "0")  # of the head of that name
+    with pytest.raises(ValueError, match=r"two tasks are named 'mood'; .* write --task NAME=FILE"):
+        remove_leaks(list(loaded.values()))
 
 
 # streams

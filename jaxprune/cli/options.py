@@ -179,8 +179,8 @@ ModelName: TypeAlias = Annotated[
     str,
     typer.Argument(help="A model folder, or a name on the Hugging Face hub; FOLDER#TASK: a task of a shared one."),
 ]
-OneTask: TypeAlias = Annotated[str, rows("A built-in task, a folder in --data, or your own file or folder.", "--task")]
-Tasks: TypeAlias = Annotated[list[str], rows("A built-in task, or your own file; repeat it for several.", "--task")]
+OneTask: TypeAlias = Annotated[str, rows("A built-in task, a folder in --data, your own file, or NAME=FILE.", "--task")]
+Tasks: TypeAlias = Annotated[list[str], rows("A built-in task, your own file, or NAME=FILE; once or more.", "--task")]
 Folder: TypeAlias = Annotated[Path, option("The folder to write.", "--output", "-o", metavar="FOLDER")]
 Head: TypeAlias = Annotated[str | None, rows("The task head; by default the one named like the task, or the only one.")]
 Dark: TypeAlias = Annotated[bool, option("Draw for a dark page.", "--dark")]
@@ -233,10 +233,17 @@ class RowOptions:
     ] = None
 
     def load(self, name: str, bars: Watch, model: Model | None = None, head: str | None = None) -> Task:
-        """Reads the rows of a task, for a model's head if there is one, and says what of them is not used."""
+        """Reads the rows of a task, for a model's head if there is one, and says what of them is not used.
+
+        A name before the path (`reviews=train.csv`) is the task's.
+        """
         from jaxprune.data.prompts import STYLES, fit, prompt_for, read_prompt
         from jaxprune.data.tasks import load_task
 
+        given = re.fullmatch(r"([A-Za-z][A-Za-z0-9_-]*)=(.+)", name)
+        title, name = (given[1], given[2]) if given and not Path(name).exists() else (None, name)
+        if model is not None and head is None and title in model.heads:
+            head = title
         labels: Any = model
         if self.label_names is not None:
             labels = tuple(self.label_names.split(","))
@@ -245,6 +252,8 @@ class RowOptions:
         task = load_task(
             name, data=self.data, text=self.text, text_pair=self.text_pair, label=self.label, labels=labels
         )
+        if title is not None:
+            task = replace(task, name=title, notes=tuple(note for note in task.notes if " is called " not in note))
         for note in task.notes:
             bars.say(f"{task.name}: {note}")
         if self.prompt is None:

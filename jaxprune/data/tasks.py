@@ -467,7 +467,9 @@ def remove_leaks(tasks: Sequence[Task]) -> tuple[tuple[Task, ...], dict[tuple[st
     """
     twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
     if twice:
-        raise ValueError(f"two tasks are named {twice[0]!r}; task names must differ.")
+        raise ValueError(
+            f"two tasks are named {twice[0]!r}; task names must differ: write --task NAME=FILE, or rename a file."
+        )
     rows = {t.name: {split: splits.rows_of(t.splits[split], t.grouped) for split in SPLITS} for t in tasks}
     held = {name: splits.marks([*parts["dev"], *parts["test"]]) for name, parts in rows.items()}
     counts: Counter[tuple[str, str]] = Counter()

@@ -30,6 +30,11 @@ from jaxprune.data.prompts import Prompt
 
 model, params = jp.load("FOLDER")
 """
+REFUSED = (
+    "Load it with jaxprune. transformers refuses this folder, whose `model_type` is `jaxprune`: it does not know these "
+    "arrays, and would fill a model of the usual size with random numbers. Other programs find the arrays of `params` "
+    "in the safetensors file, under the same names."
+)
 PREDICTING = """logits = jp.predict(model, params, [Example(text="a text")], head={head})  # [examples, labels]"""
 FINDING = """questions = [Example("a question", "its context", answers=())]
 texts = jp.find_answers(model, params, questions, head={head})"""
@@ -145,6 +150,7 @@ def _use(tasks: Sequence[Record]) -> list[str]:
     options = [f" --task {_word(task['task'])}" for task in tasks]
     return [
         "## How to load it",
+        REFUSED,
         f"```python\n{_loading(tasks[0])}\n```",
         *(
             f"Labels{of}, in the order of the logits: {', '.join(map(_code, task['labels']))}."
