@@ -345,6 +345,10 @@ def test_what_is_read_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         for ending in (kind, f"{kind}.gz"):
             with pytest.raises(ValueError, match=rf"{ending}, line \d+: a line of more than 1,000 characters"):
                 load_task(write(tmp_path / f"t.{ending}", content))
+    with pytest.raises(ValueError, match=r"long.json, line \d+: more than 1,000 characters"):
+        load_task(write(tmp_path / "long.json", "[" + "\n1," * 200))
+    with pytest.raises(ValueError, match=r"two.json, line 2: expected nothing after the first line"):
+        load_task(write(tmp_path / "two.json", "[]\n[]\n"))
     with pytest.raises(ValueError, match=r"bomb.csv.gz, line \d+: more than [\d,]+ characters; is this a data file"):
         load_task(write(tmp_path / "bomb.csv.gz", "text,label\n" + "\n" * 100_000))
     pyarrow.parquet.write_table(

@@ -37,8 +37,7 @@ FILES = {  # split -> file names, without their ending
 }
 NAME = re.compile(r"(.+?)(?:-v\d[\d.]*|-(\d{5})-of-(\d{5}))?")  # train, train-v1.1, train-00000-of-00002
 
-MOST_LINE = 1 << 25  # characters
-MOST_DOCUMENT = 1 << 26  # characters of JSON that is not in lines
+MOST_LINE = 50_000_000  # characters, also of JSON that is not in lines; SQuAD 2.0 has 42 million in one
 MOST_UNPACKED, RATIO = 1 << 30, 64  # characters that a file may have, and how many more for every byte on the disk
 MOST_HELD, ROW = 1 << 31, 256  # bytes of texts that are held beside the size of the file; of a row beside its texts
 LINE = 32  # characters for which a line counts beside its own: it takes time, even if it is empty
@@ -216,7 +215,8 @@ def _parsed(text: str, where: str) -> Any:
 
 def _read_json(path: Path, kind: str) -> Records:
     """JSON lines; or a document, which is an array of rows or SQuAD's nested data."""
-    number, first = next(((i, line) for i, line in enumerate(_lines(path), 1) if line.strip()), (1, ""))
+    lines = ((number, line) for number, line in enumerate(_lines(path), 1) if line.strip())
+    number, first = next(lines, (1, ""))
     if not first:
         return Records(str(path), (), lambda columns: iter(()))
     try:
@@ -229,7 +229,9 @@ def _read_json(path: Path, kind: str) -> Records:
         return Records(str(path), tuple(row), lambda columns: _json_rows(path))
     if kind == ".jsonl" and not isinstance(row, dict):
         raise ValueError(f'{path}, line {number}: expected an object such as {{"sentence": "...", "label": 0}}.')
-    document = _parsed("".join(_lines(path, MOST_DOCUMENT)), str(path))
+    if row is not None and (more := next(lines, None)):
+        raise ValueError(f"{path}, line {more[0]}: expected nothing after the first line, which is a whole document.")
+    document = _parsed("".join(_lines(path, MOST_LINE)), str(path)) if row is None else row
     rows = document if isinstance(document, list) else list(_squad_rows(document, path))
     if not all(isinstance(cells, dict) for cells in rows):
         raise ValueError(f"{path}: expected JSON lines, an array of objects, or SQuAD's own format.")
