@@ -128,11 +128,8 @@ def _serve() -> None:
     import transformers.models.bert  # its parts are imported when they are asked for
 
     from jaxprune.cli.render import tables  # noqa: F401
-    from jaxprune.pruning import prune, sweep  # noqa: F401
-    from jaxprune.scoring import (
-        attribution,  # noqa: F401
-        criteria,  # noqa: F401
-    )
+    from jaxprune.pruning import inspection, prune  # noqa: F401
+    from jaxprune.scoring import attribution, criteria  # noqa: F401
     from jaxprune.training import distillation, finetuning  # noqa: F401
 
     transformers.AutoTokenizer  # noqa: B018

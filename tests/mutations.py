@@ -13,16 +13,20 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow
 from checkpoints import safetensors_bytes, write_classifier
+from hand_tables import hand_table
 from safetensors.numpy import load_file
 from tiny import random_gates, tiny_model
 
@@ -33,7 +37,12 @@ from jaxprune.checkpoints.shared import save_shared
 from jaxprune.checkpoints.tensors import params_digest
 from jaxprune.compaction import compact
 from jaxprune.models import family
+from jaxprune.pruning.latency import read_table, write_table
+from jaxprune.pruning.prune import Workspace
+from jaxprune.pruning.record import pruning_record
+from jaxprune.scoring.run import PARTIAL, Totals, TotalsFile
 from jaxprune.scoring.scores import METADATA, Scores, load_scores, save_scores
+from jaxprune.training.loop import OPTIMIZERS, TrainingState, read_state, write_state
 from jaxprune.units import flatten, path_name, unflatten
 
 MEMORY = 2**30  # bytes that a case may ask for beyond what the worker has
@@ -306,7 +315,9 @@ def outcome_of_scores(file: Path, kind: str) -> str:
         found = load_scores(file)
     except (ValueError, FileNotFoundError) as error:
         return "refused" if str(file) in str(error) else f"the error names no file: {error}"
-    plain = load_file(file)
+    whole = make_scores(Path(tempfile.mkdtemp(dir=file.parent)))  # a checksum tells apart what was written
+    plain = load_file(whole)
+    shutil.rmtree(whole.parent)
     values: dict[str, Any] = {**found.values, **{f"means:{name}": array for name, array in (found.means or {}).items()}}
     values["rows"] = np.frombuffer(bytes.fromhex("".join(found.rows)), np.uint8)
     equal = values.keys() == plain.keys() and all(np.asarray(values[n]).tobytes() == plain[n].tobytes() for n in plain)
@@ -345,6 +356,131 @@ def outcome_of_gates(folder: Path, kind: str) -> str:
     return "equal"
 
 
+SETTINGS = {"criterion": {"name": "Taylor"}, "batch_size": 4, "rounds": 3}  # of a run in progress
+
+
+def _totals() -> Totals:
+    units = {"0.attention.heads": 4, "0.ffn.neurons": 32}
+    draw = np.random.default_rng(0)
+    rows = {name: jnp.asarray(draw.random(count), jnp.float32) for name, count in units.items()}
+    halves = {name: jnp.stack([row, row]) for name, row in rows.items()}
+    return Totals(rows, {"expected": jnp.ones(())}, jnp.ones(()) * 8, rows, halves, jnp.ones(2) * 4, rows)
+
+
+def make_totals(folder: Path) -> Path:
+    """The running totals of a scoring run."""
+    folder.mkdir()
+    TotalsFile(file := folder / "scores.partial", SETTINGS).save(_totals(), 2)
+    return file
+
+
+def damage_totals(file: Path, draw: random.Random) -> str:
+    """Damages running totals, or their description, and says what was done."""
+    return _damage_with_header(file, PARTIAL, draw)
+
+
+def outcome_of_totals(file: Path, kind: str) -> str:
+    """Reads damaged totals: "refused", "equal", or what is wrong with the answer."""
+    return _same_or_refused(file, lambda: TotalsFile(file, SETTINGS).load(), (_totals(), 2))
+
+
+def _state() -> TrainingState:
+    params = {"a": {"kernel": jnp.arange(12.0).reshape(4, 3)}, "b": {"bias": jnp.ones(3)}}
+    history = ({"step": 2, "value": 0.5}, {"step": 4, "value": 0.25})
+    return TrainingState(params, OPTIMIZERS["adamw"]().init(params), params, 5, history)
+
+
+def make_states(folder: Path) -> Path:
+    """The state of a training."""
+    folder.mkdir()
+    write_state(file := folder / "run.state", _state(), SETTINGS)
+    return file
+
+
+def damage_states(file: Path, draw: random.Random) -> str:
+    """Damages the state of a training, or its description, and says what was done."""
+    return _damage_with_header(file, "jaxprune_training", draw)
+
+
+def outcome_of_states(file: Path, kind: str) -> str:
+    """Reads a damaged state: "refused", "equal", or what is wrong with the answer."""
+    state = _state()
+    return _same_or_refused(
+        file, lambda: read_state(file, state._replace(best={}, history=(), done=0), SETTINGS), state
+    )
+
+
+def make_tables(folder: Path) -> Path:
+    """A latency table."""
+    return write_table(folder / "table.json", hand_table(*tiny_model(layers=1)))
+
+
+def damage_tables(file: Path, draw: random.Random) -> str:
+    """Damages a latency table, and says what was done."""
+    what, content = damaged_json(file.read_bytes(), draw)
+    file.write_bytes(content)
+    return what
+
+
+def outcome_of_tables(file: Path, kind: str) -> str:
+    """Reads a damaged table: "refused", "equal" to what is in the file, or what is wrong with the answer."""
+    try:
+        table = read_table(file)
+    except ValueError as error:
+        return "refused" if str(file) in str(error) else f"the error names no file: {error}"
+    same = json.loads(json.dumps({"format": 1, **asdict(table)})) == json.loads(file.read_text(errors="replace"))
+    return "equal" if same else "wrong table"
+
+
+def make_rounds(folder: Path) -> Path:
+    """The folder of a pruning in rounds that was interrupted after the first."""
+    model, params = tiny_model(layers=1)
+    gates = random_gates(model, params)
+    record = pruning_record({}, gates) | {"rounds": [{"round": 1, "budget": 0.5}], "run": SETTINGS}
+    workspace = Workspace(folder / "out")
+    workspace.save(model, compact(model, params, gates), record)
+    return workspace.folder
+
+
+def damage_rounds(folder: Path, draw: random.Random) -> str:
+    """Damages the record or the weights of rounds, and says what was done."""
+    name = draw.choice(("pruning.json", "pruning.json", "config.json", "model.safetensors"))
+    damaged = damaged_tensors if name == "model.safetensors" else damaged_json
+    what, content = damaged((folder / name).read_bytes(), draw)
+    (folder / name).write_bytes(content)
+    return f"{name}: {what}"
+
+
+def outcome_of_rounds(folder: Path, kind: str) -> str:
+    """Resumes from damaged rounds: "refused", "equal", or what is wrong with the answer."""
+    target = folder.with_name("out.rounds")  # where a run looks for it
+    folder.rename(target)
+    model, params = tiny_model(layers=1)
+    gates = {name: np.asarray(gate) for name, gate in random_gates(model, params).items()}
+    small = compact(model, params, gates)
+    expected = {name: (gate > 0).astype(np.float32) for name, gate in gates.items()}, small
+
+    def resume() -> Any:
+        after = Workspace(folder.with_name("out")).load(SETTINGS)[1]
+        return None if after is None else (after.gates, after.params)
+
+    met = _same_or_refused(target, resume, expected)
+    target.rename(folder)
+    return met
+
+
+def _same_or_refused(place: Path, read: Callable[[], Any], expected: Any) -> str:
+    """Reads something: "refused" with an error that names it, "equal" to what is expected, or what is wrong."""
+    try:
+        found = read()
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        return "refused" if str(place) in str(error) else f"the error names no file: {type(error).__name__}: {error}"
+    leaves, wanted = (jax.tree.leaves_with_path(tree) for tree in (found, expected))
+    same = [path for path, _ in leaves] == [path for path, _ in wanted]
+    same = same and all(np.array_equal(a, b) for (_, a), (_, b) in zip(leaves, wanted, strict=True))
+    return "equal" if same else "wrong values"
+
+
 def cases(folder: Path, campaign: str, seed: int, first: int, last: int) -> Iterator[tuple[int, str, str | None]]:
     """The cases of a campaign: (number, what was done, None), then (number, what was done, outcome)."""
     make, damage, check = CAMPAIGNS[campaign]
@@ -368,6 +504,10 @@ CAMPAIGNS: dict[str, tuple[Callable[..., Any], Callable[..., str], Callable[...,
     "scores": (make_scores, damage_scores, outcome_of_scores),
     "gates": (make_shared, damage_gates, outcome_of_gates),
     "packed": (make_packed, damage_packed, outcome_of_packed),
+    "totals": (make_totals, damage_totals, outcome_of_totals),
+    "states": (make_states, damage_states, outcome_of_states),
+    "tables": (make_tables, damage_tables, outcome_of_tables),
+    "rounds": (make_rounds, damage_rounds, outcome_of_rounds),
 }
 
 

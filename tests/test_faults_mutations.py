@@ -20,7 +20,16 @@ from jaxprune.checkpoints.folder import load
 from jaxprune.checkpoints.tensors import TensorFile
 
 SEED = 20260102
-CASES = {"models": 2000, "scores": 300, "gates": 300, "packed": 600}
+CASES = {
+    "models": 2000,
+    "scores": 500,
+    "gates": 300,
+    "packed": 600,
+    "totals": 500,
+    "states": 500,
+    "tables": 500,
+    "rounds": 500,
+}
 FEW = 20  # with the other tests
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from jaxprune.checkpoints.files import differences, file_stem, read_json, write_atomic
 from jaxprune.checkpoints.gates import kept_units
-from jaxprune.checkpoints.tensors import model_digest, versions
+from jaxprune.checkpoints.tensors import is_sealed, model_digest, sealed, versions
 from jaxprune.compaction import compact
 from jaxprune.data.batches import digest_rows
 from jaxprune.data.tasks import Rows, Task
@@ -453,6 +453,8 @@ class _Results:
             raise ValueError(f"{file} holds no sweep: choose another folder.")
         if other := differences(earlier["settings"], head["settings"]):
             raise ValueError(f"{folder} holds another sweep: {other}. Choose another folder.")
+        if not is_sealed(earlier, {}):
+            raise ValueError(f"{file} was edited or is damaged, its checksum is another: remove it to start again.")
         try:
             results.rows.update(
                 {Combination(*(row[name] for name in Combination._fields)): row for row in earlier["rows"]}
@@ -469,7 +471,8 @@ class _Results:
         writer.writeheader()
         writer.writerows(record["rows"])
         write_atomic(self.folder / TABLE, table.getvalue().encode())
-        write_atomic(self.folder / RESULTS, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+        text = json.dumps(sealed(record, {}), indent=1, allow_nan=False) + "\n"
+        write_atomic(self.folder / RESULTS, text.encode())
 
     def record(self) -> dict[str, Any]:
         """The content of the JSON file: rows in the order of the plan."""

@@ -210,7 +210,7 @@ def load_scores(path: str | Path) -> Scores:
         if not problems:
             arrays = {name: file.read(name) for name in sorted(entries)}
             keys = {ROWS: file.read(ROWS)} if ROWS in file.entries else {}
-            if header["format"] >= 5 and not is_sealed(header, arrays | keys):
+            if (header["format"] >= 5 or "checksum" in header) and not is_sealed(header, arrays | keys):
                 problems.append("its checksum is another than that of its header and tensors")
             problems += [
                 f"{name} holds NaN or infinity" for name, array in arrays.items() if not np.isfinite(array).all()
