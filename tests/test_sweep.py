@@ -13,6 +13,7 @@ import pytest
 from commands import Place, place, record_of, run
 
 from jaxprune.checkpoints.folder import load, save
+from jaxprune.checkpoints.tensors import sealed
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.evaluation.evaluate import evaluate
@@ -113,7 +114,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_bits(place, swept, tmp_pat
     shutil.copytree(whole, out)
     record = json.loads((out / "results.json").read_text())
     record["rows"] = record["rows"][:7]  # what the file holds after seven combinations
-    (out / "results.json").write_text(json.dumps(record))
+    (out / "results.json").write_text(json.dumps(sealed(record, {})))
     for file in (*out.glob("topic.*"), out / "results.csv", out / "scores" / "mood.random.0.safetensors"):
         file.unlink()
     result = run(*arguments(place, out))
@@ -127,7 +128,7 @@ def test_what_is_done_is_not_computed_again(place, swept, tmp_path):
     shutil.rmtree(out / "scores")
     record = json.loads((out / "results.json").read_text())
     record["rows"][3]["value"] = 0.125  # not a multiple of 1 / 24, so computing it would give something else
-    (out / "results.json").write_text(json.dumps(record))
+    (out / "results.json").write_text(json.dumps(sealed(record, {})))
     again = record_of(*arguments(place, out))
     assert again["rows"] == record["rows"]
     assert not (out / "scores").exists()
@@ -160,6 +161,16 @@ def test_a_folder_of_another_sweep_is_refused(place, swept, change, message):
     assert result.exit_code == 2
     assert re.search(f"holds another sweep: .*{message}", result.stderr), result.stderr
     assert bits(out) == before
+
+
+def test_results_that_were_edited_are_refused(place, swept, tmp_path):
+    out = tmp_path / "sweep"
+    shutil.copytree(swept[0], out)
+    record = json.loads((out / "results.json").read_text())
+    record["rows"][3]["value"] = 0.125
+    (out / "results.json").write_text(json.dumps(record))
+    result = run(*arguments(place, out))
+    assert result.exit_code == 2 and "was edited or is damaged, its checksum is another" in result.stderr
 
 
 def test_rows_that_changed_do_not_go_on(place, swept, tmp_path):
