@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tiny import random_gates
 
-from jaxprune.checkpoints.folder import load
+from jaxprune.checkpoints.folder import load, save
 
 pytestmark = pytest.mark.reference
 TOLERANCE = 1e-4  # of the scale: float32, other order of sums
@@ -54,17 +55,32 @@ def random_t5(kind: str, seed: int = 0, **sizes: Any) -> Any:
 
 
 def saved(folder: Path, kind: str, model: Any) -> Path:
-    """The folder as it is on the hub: an untied model has its own `lm_head.weight` and says so."""
-    tensors = {
-        name: t.detach().contiguous().numpy() for name, t in model.state_dict().items() if "embed_tokens" not in name
-    }
-    if KINDS[kind]["tie_word_embeddings"]:
-        tensors.pop("lm_head.weight")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, folder / "model.safetensors")
-    raw = model.config.to_dict() | KINDS[kind]
-    (folder / "config.json").write_text(json.dumps(raw, default=str))
+    """The folder as the installed transformers saves it, whose flag always says that the table is the output layer."""
+    model.save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is True
+    assert ("lm_head.weight" in load_file(folder / "model.safetensors")) != KINDS[kind]["tie_word_embeddings"]
     return folder
+
+
+def changed(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]], **settings: Any) -> Path:
+    """The folder with other tensors, and with other settings of the configuration (None takes one out)."""
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text()) | settings
+    raw = {name: value for name, value in raw.items() if name not in settings or value is not None}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+def assert_as_hugging_face(folder: Path) -> Any:
+    """Loads a folder with both, compares the logits, and returns our configuration."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    model, params = load(folder)
+    batch = random_batch(7, 3)
+    expected = run(AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), batch).logits
+    assert_close(model.apply(params, batch).logits, expected, batch["decoder_attention_mask"] > 0)
+    return model.config
 
 
 def random_batch(length: int, targets: int, seed: int = 0, rows: int = 3) -> dict[str, np.ndarray]:
@@ -155,3 +171,42 @@ def test_bfloat16_is_as_close_as_hugging_face(kind: str, tmp_path: Path, torch: 
     assert found is not None and found.dtype == jnp.float32
     errors = [np.sqrt(np.mean(np.square(other - exact))) for other in (np.asarray(found)[own], rounded)]
     assert 0 < errors[0] <= 2 * errors[1]
+
+
+@pytest.mark.parametrize("name", ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table_has_any_of_its_names(kind: str, name: str, tmp_path: Path):
+    folder = saved(tmp_path / "hf", kind, random_t5(kind))
+    config = assert_as_hugging_face(changed(folder, lambda t: {name if k == "shared.weight" else k: t[k] for k in t}))
+    assert config.tied == KINDS[kind]["tie_word_embeddings"]
+    model, params = load(folder)
+    small = save(tmp_path / "own", model, params)  # our own folder says the same
+    assert (load(small)[0].config.tied, load(small)[0].config.scaled) == (config.tied, config.scaled)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_version_4_say_whether_they_are_tied(kind: str, tmp_path: Path):
+    flag = KINDS[kind]["tie_word_embeddings"]
+    folder = saved(tmp_path, kind, random_t5(kind))
+    config = assert_as_hugging_face(changed(folder, lambda t: t, tie_word_embeddings=flag, scale_decoder_outputs=None))
+    assert (config.tied, config.scaled) == (flag, kind == "t5 1.0")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_output_layer_is_that_of_the_file_or_the_table(kind: str, tmp_path: Path):
+    """Whatever the flag: one that differs is used, one that is equal or absent is the table."""
+    folder = saved(tmp_path, kind, random_t5(kind))
+    table = load_file(folder / "model.safetensors")["shared.weight"]
+    for other, tied in ((table[::-1].copy(), False), (table, True)):
+        assert assert_as_hugging_face(changed(folder, lambda t, o=other: t | {"lm_head.weight": o})).tied == tied
+    without = changed(folder, lambda t: {k: t[k] for k in t if k != "lm_head.weight"}, tie_word_embeddings=False)
+    assert assert_as_hugging_face(without).tied
+    only = changed(folder, lambda t: {"lm_head.weight" if k == "shared.weight" else k: t[k] for k in t})
+    assert assert_as_hugging_face(only).tied
+
+
+def test_tables_that_differ_are_refused(tmp_path: Path):
+    folder = saved(tmp_path, "t5 1.0", random_t5("t5 1.0"))
+    changed(folder, lambda t: t | {"decoder.embed_tokens.weight": t["shared.weight"] + 1})
+    with pytest.raises(ValueError, match=r"differ: shared\.weight and decoder\.embed_tokens\.weight"):
+        load(folder)

@@ -46,6 +46,7 @@ from jaxprune.checkpoints.weights import (
     convert,
     fit_hugging_face,
     fit_own,
+    fit_tying,
     int8_tensors,
     linear_maps,
     misfits,
@@ -231,9 +232,9 @@ def opened(path_or_hub_id: str | Path, revision: str | None = None) -> Iterator[
         config = family(raw.get("model_type")).parse_config(raw, heads)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / CONFIG}: {str(error)[:2000]}") from error
-    model = Model(config, folder.absolute())
     with contextlib.ExitStack() as files:
         tensors = open_tensors(folder, files)
+        model = Model(fit_tying(config, tensors, hugging_face=section is None), folder.absolute())
         check_layers(model, tensors, folder)
         fit = fit_hugging_face if section is None else fit_own
         yield Opened(model, folder, fit(model, tensors, folder))

@@ -375,6 +375,30 @@ def _no_weights(folder: Path) -> str:
     )
 
 
+def fit_tying(config: Any, tensors: Mapping[str, Source], *, hugging_face: bool) -> Any:
+    """The configuration of a model; of one that answers in text, with an output layer if the tensors have one.
+
+    An output layer that equals the table of embeddings is the table.
+    """
+    if not config.answers_in_text:
+        return config
+    module = family(config.model_type)
+    if not hugging_face:  # what `save` writes says what it has: only folders of older versions may say less
+        return module.with_tying(config, config.tied and "language.out.kernel" not in tensors)
+    stored = {name.removeprefix(module.PREFIXES[config.model_type]): source for name, source in tensors.items()}
+    output = stored.get(module.OUTPUT)
+    table = next((stored[name] for name in module.TABLES if name in stored), output)
+    return module.with_tying(config, output is None or table is None or _is_equal(table, output))
+
+
+def _is_equal(one: Source, other: Source) -> bool:
+    """True if two tensors hold the same values; their blocks are compared one by one."""
+    if one == other or one.entry[:2] != other.entry[:2] or one.entry.dtype not in FLOATS:
+        return one == other
+    blocks = zip(one.file.slices(one.name), other.file.slices(other.name), strict=True)
+    return all(np.array_equal(first, second) for (_, first), (_, second) in blocks)
+
+
 def fit_hugging_face(model: Model, tensors: Mapping[str, Source], folder: Path) -> list[Parameter]:
     """Finds every parameter of a model among the tensors of a Hugging Face checkpoint.
 
@@ -390,6 +414,15 @@ def fit_hugging_face(model: Model, tensors: Mapping[str, Source], folder: Path) 
         if plain in stored:
             twice.append(f"{stored[plain]} and {name}")
         stored[plain] = name
+    differing = []
+    if config.answers_in_text:  # one table, which a file may hold under another of its names or under several
+        tables = [name for name in (*module.TABLES, *[module.OUTPUT] * config.tied) if name in stored]
+        differing = [
+            f"{stored[tables[0]]} and {stored[name]}"
+            for name in tables[1:]
+            if not _is_equal(tensors[stored[tables[0]]], tensors[stored[name]])
+        ]
+        stored |= {module.TABLES[0]: stored[tables[0]]} if tables else {}
     wanted = {plain for plain, _ in names.values()}
     inputs = {
         path: {"copy": None, "split_bias": 0}.get(kind, input_axes(axes_of(model.axes, path)))
@@ -406,6 +439,7 @@ def fit_hugging_face(model: Model, tensors: Mapping[str, Source], folder: Path) 
         ],
         missing=[plain for plain, _ in names.values() if plain not in stored],
         twice=twice,
+        names_of_one_table_that_differ=differing,
         wrong_shape=[
             f"{stored[names[path][0]]} is {list(entry.shape)}, expected {list(shapes[path])}"
             for path, entry in entries.items()

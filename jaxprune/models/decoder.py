@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
@@ -667,6 +667,17 @@ _GEMMA_NAMES = _NAMES | {
     "ffn.norm": "pre_feedforward_layernorm",
     "ffn.after": "post_feedforward_layernorm",
 }
+
+
+TABLES, OUTPUT = ("embed_tokens.weight",), "lm_head.weight"  # in checkpoints; see the T5 family
+
+
+def with_tying(config: DecoderConfig, tied: bool) -> DecoderConfig:
+    """The configuration, with an output layer where the tensors have another one than the table."""
+    if tied or not config.tied:
+        return config
+    raw = json.loads(config.raw) | {"tie_word_embeddings": False}
+    return replace(config, tied=False, raw=json.dumps(raw, sort_keys=True))
 
 
 def checkpoint_names(config: DecoderConfig) -> dict[Path, tuple[str, str]]:

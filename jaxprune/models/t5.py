@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -143,14 +143,15 @@ def parse_config(raw: Mapping[str, Any], task_heads: tuple[TaskHead, ...] | None
 
     pad_id, end_id = token("pad_token_id", 0), token("eos_token_id", 1)
     start_id = token("decoder_start_token_id", raw.get("pad_token_id", 0))
-    tied, scaled = raw.get("tie_word_embeddings", True), raw.get("scale_decoder_outputs")
+    tied = raw.get("tie_word_embeddings", True)
     reader.expect("tie_word_embeddings", tied, isinstance(tied, bool), "true or false")
+    scaled = raw.get("scale_decoder_outputs")
     reader.expect("scale_decoder_outputs", scaled, scaled in (True, False, None), "true or false")
     if task_heads:
         reader.problems.append(f"it has the task heads {', '.join(head.name for head in task_heads)}, supported: none")
     reader.check()
-    # T5 1.0 shares one table and scales by it; T5 1.1 does neither. Newer files always say "tied" and keep the scaling.
-    untied = tied is False or scaled is False
+    # T5 1.0 scales and T5 1.1 does not, which only the flag told before there was a setting; mT5 never scales.
+    scaled = kind == "t5" and bool(raw.get("scale_decoder_outputs", tied))
     return T5Config(
         model_type=kind,
         **value,
@@ -159,8 +160,8 @@ def parse_config(raw: Mapping[str, Any], task_heads: tuple[TaskHead, ...] | None
         max_distance=distance,
         activation=activation,
         gated=gated,
-        tied=not untied,
-        scaled=not untied,
+        tied=tied,
+        scaled=scaled,
         eps=float(eps),
         pad_id=pad_id,
         start_id=start_id,
@@ -522,11 +523,25 @@ def tied_places(config: T5Config) -> tuple[tuple[Path, ...], ...]:
     )
 
 
+# The names that the table has in checkpoints, and that of the output layer
+TABLES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+OUTPUT = "lm_head.weight"
+
+
+def with_tying(config: T5Config, tied: bool) -> T5Config:
+    """The configuration as the tensors say, whatever its flag: version 5 of transformers always writes that as true."""
+    if tied == config.tied:
+        return config
+    raw = json.loads(config.raw) | {"tie_word_embeddings": tied}
+    raw |= {"scale_decoder_outputs": config.scaled} if config.model_type == "t5" else {}
+    return replace(config, tied=tied, raw=json.dumps(raw, sort_keys=True))
+
+
 def checkpoint_names(config: T5Config) -> dict[Path, tuple[str, str]]:
     """The places of all parameters in a Hugging Face checkpoint; kinds as in the BERT family."""
-    names: dict[Path, tuple[str, str]] = {(*_WORD, "embedding"): ("shared.weight", "copy")}
+    names: dict[Path, tuple[str, str]] = {(*_WORD, "embedding"): (TABLES[0], "copy")}
     if not config.tied:
-        names[*_LANGUAGE, "kernel"] = ("lm_head.weight", "linear")
+        names[*_LANGUAGE, "kernel"] = (OUTPUT, "linear")
     for stack in stacks(config):
         decoder = stack.name == "decoder"
         names[stack.name, "norm", "scale"] = (f"{stack.name}.final_layer_norm.weight", "copy")
@@ -551,6 +566,5 @@ def checkpoint_names(config: T5Config) -> dict[Path, tuple[str, str]]:
 
 def ignored_names(config: T5Config) -> tuple[str, ...]:
     """Patterns of tensors in checkpoints that are copies or that no model reads."""
-    copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
     unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # in files from before 2021
-    return (*copies, unused, *(["lm_head.weight"] if config.tied else []))
+    return (*TABLES, unused, *([OUTPUT] if config.tied else []))
