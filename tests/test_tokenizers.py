@@ -77,7 +77,7 @@ def test_a_sentencepiece_model_alone_is_a_tokenizer(tmp_path, kind, file):
 
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"the film number {i} was {word}" for i in range(50) for word in ("good", "bad", "long")))
-    special = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} if kind == "T5Tokenizer" else {}
+    special: dict[str, Any] = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} if kind == "T5Tokenizer" else {}
     sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
         input=str(text), model_prefix=str(tmp_path / "m"), vocab_size=34, model_type="unigram", minloglevel=2, **special
     )
