@@ -49,7 +49,8 @@ def random_classifier(
         settings |= {"dim": embed, "n_heads": heads, "hidden_dim": neurons, "n_layers": layers}
         settings |= {"activation": activation, "max_position_embeddings": POSITIONS, "pad_token_id": 0}
     else:
-        roberta = model_type != "bert"
+        roberta = model_type in ("roberta", "xlm-roberta", "camembert", "data2vec-text")
+        settings |= {"embedding_size": embed} if model_type == "electra" else {}
         settings |= {"hidden_size": embed, "num_attention_heads": heads, "intermediate_size": neurons}
         settings |= {"num_hidden_layers": layers, "hidden_act": activation, "pad_token_id": int(roberta)}
         settings |= {"max_position_embeddings": POSITIONS + 2 * roberta, "layer_norm_eps": 1e-5 if roberta else 1e-12}

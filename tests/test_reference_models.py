@@ -36,6 +36,38 @@ def assert_close(found: Any, expected: Any) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("task", ["SequenceClassification", "QuestionAnswering"])
+@pytest.mark.parametrize("model_type", ["camembert", "data2vec-text", "electra", "ernie"])
+def test_aliases_equal_hugging_face(model_type: str, task: str, tmp_path: Path):
+    theirs = random_classifier(model_type, activation="gelu_new", labels=2, task=task)
+    model, params = load(saved(tmp_path, theirs))
+    batch = random_batch(theirs, 7)
+    found, expected = np.asarray(model.apply(params, batch).logits), run(theirs, batch)
+    if task == "SequenceClassification":
+        assert_close(found, expected.logits)
+    else:
+        tokens = batch["attention_mask"] > 0
+        for ours, other in zip(found.swapaxes(0, 1), (expected.start_logits, expected.end_logits), strict=True):
+            assert_close(ours[tokens], other.numpy()[tokens])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embedding_size": 8}, "embedding_size is 8"),
+        ({"embedding_size": None}, "embedding_size is 128"),
+        ({"use_task_id": True}, "use_task_id is True"),
+    ],
+)
+def test_aliases_with_other_arrays_are_refused(change: dict[str, Any], message: str, tmp_path: Path):
+    folder = saved(tmp_path, random_classifier("ernie" if "use_task_id" in change else "electra"))
+    raw = json.loads((folder / "config.json").read_text()) | change
+    raw = {name: value for name, value in raw.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_logits_equal_hugging_face(model_type: str, activation: str, tmp_path: Path):

@@ -1,7 +1,9 @@
-"""The BERT family: `bert`, `roberta`, `xlm-roberta` and `distilbert` encoders with heads for labels and for spans.
+"""The BERT family of encoders, with heads for labels and for spans: `MODEL_TYPES` lists its types.
 
-Devlin et al. 2019, Liu et al. 2019, Conneau et al. 2020, Sanh et al. 2019. They share post-norm blocks and differ in
-position indices, segment embeddings, the layer before the classifier and the names in their checkpoints.
+Devlin et al. 2019, Liu et al. 2019, Conneau et al. 2020, Sanh et al. 2019; with the arrays of BERT also ERNIE (Sun et
+al. 2020) and ELECTRA (Clark et al. 2020), with those of RoBERTa CamemBERT (Martin et al. 2020) and data2vec (Baevski et
+al. 2022). They share post-norm blocks and differ in position indices, segment embeddings, the layer before the
+classifier and the names in their checkpoints.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ def parse_config(raw: Mapping[str, Any], task_heads: tuple[TaskHead, ...] | None
         ValueError: Listing every value that is missing or not supported.
     """
     kind, reader = raw["model_type"], ConfigReader(raw, _SUPPORTED)
-    distil, counts_from_padding = kind == "distilbert", kind in ("roberta", "xlm-roberta")
+    distil, counts_from_padding = kind == "distilbert", kind in _ROBERTAS
     names = _DISTILBERT_NAMES if distil else _BERT_NAMES
     value = {size: reader.size(names[size]) for size in ("vocab", "embed", "layers", "attention_heads", "neurons")}
     value["positions"] = reader.size(names["positions"], 512)
@@ -96,6 +98,9 @@ def parse_config(raw: Mapping[str, Any], task_heads: tuple[TaskHead, ...] | None
     given: Any = raw.get("pad_token_id", int(counts_from_padding))
     pad_id: Any = 0 if not counts_from_padding and given is None else given  # only RoBERTa's positions depend on it
     reader.expect("pad_token_id", pad_id, is_count(pad_id), "a token index")
+    if kind == "electra":  # smaller ones have a projection between the embeddings and the layers
+        width, embed = reader.size("embedding_size", 128), value["embed"]
+        reader.expect("embedding_size", width, width == embed, f"hidden_size, {embed}: projections are not supported")
     first_position = 0
     if not reader.problems:
         first_position = int(pad_id) + 1 if counts_from_padding else 0
@@ -149,6 +154,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {  # settings that change what is compu
     "add_cross_attention": (False, None),
     "is_encoder_decoder": (False, None),
     "pruned_heads": ({}, None),
+    "use_task_id": (False, None),  # of ERNIE: embeddings of tasks
     "problem_type": (None, "single_label_classification", "regression"),
 }
 
@@ -173,7 +179,7 @@ def _head_of(raw: Mapping[str, Any]) -> tuple[tuple[TaskHead, ...], list[str]]:
     regression = problem == "regression" or (problem is None and len(labels) == 1)
     if regression and len(labels) != 1:
         return (), [f"problem_type is regression with {len(labels)} outputs, supported: 1"]
-    dense = "relu" if raw["model_type"] == "distilbert" else "tanh"
+    dense = {"distilbert": "relu", "electra": "gelu"}.get(raw["model_type"], "tanh")
     return (TaskHead(name="default", labels=labels, regression=regression, dense=dense),), []
 
 
@@ -183,8 +189,18 @@ def with_heads(config: EncoderConfig, task_heads: tuple[TaskHead, ...]) -> Encod
     return replace(config, task_heads=tuple(task_heads))
 
 
-MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert")
-PREFIXES = {"bert": "bert.", "roberta": "roberta.", "xlm-roberta": "roberta.", "distilbert": "distilbert."}
+PREFIXES = {
+    "bert": "bert.",
+    "ernie": "ernie.",
+    "electra": "electra.",
+    "roberta": "roberta.",
+    "xlm-roberta": "roberta.",
+    "camembert": "roberta.",
+    "data2vec-text": "data2vec_text.",
+    "distilbert": "distilbert.",
+}
+MODEL_TYPES = tuple(PREFIXES)
+_ROBERTAS = ("roberta", "xlm-roberta", "camembert", "data2vec-text")  # count positions from the padding's index
 
 AXES: dict[str, tuple[str, ...]] = {
     "embeddings.word.embedding": ("vocab", "embed"),
@@ -442,9 +458,9 @@ def checkpoint_names(config: EncoderConfig) -> dict[Path, tuple[str, str]]:
 
 def ignored_names(config: EncoderConfig) -> tuple[str, ...]:
     """Patterns of tensors in checkpoints that belong neither to the encoder nor to its task head."""
-    always = ("embeddings.position_ids", "cls.*", "lm_head.*", "vocab_*")
-    pooler_is_ours = config.model_type == "bert" and any(head.dense is not None for head in config.task_heads)
-    return always if pooler_is_ours else (*always, "pooler.*")
+    always = ("embeddings.position_ids", "cls.*", "lm_head.*", "vocab_*", "discriminator_*", "generator_*")
+    dense = any(head.dense is not None for head in config.task_heads)
+    return always if dense and config.model_type in ("bert", "ernie") else (*always, "pooler.*")
 
 
 _LAYER = (  # our module, kind of its weight, kind of its bias, its name in BERT's checkpoints and in DistilBERT's
@@ -458,9 +474,8 @@ _LAYER = (  # our module, kind of its weight, kind of its bias, its name in BERT
     ("ffn.norm", "copy", "copy", "output.LayerNorm", "output_layer_norm"),
 )
 _HEAD_NAMES = {  # the layer before the output, the output
-    "bert": ("pooler.dense", "classifier"),
-    "roberta": ("classifier.dense", "classifier.out_proj"),
-    "xlm-roberta": ("classifier.dense", "classifier.out_proj"),
+    **dict.fromkeys((*_ROBERTAS, "electra"), ("classifier.dense", "classifier.out_proj")),
+    **dict.fromkeys(("bert", "ernie"), ("pooler.dense", "classifier")),
     "distilbert": ("pre_classifier", "classifier"),
     "spans": ("", "qa_outputs"),  # of all of them: there is no layer before the output
 }
