@@ -101,7 +101,7 @@ def test_more_layers_than_the_tensors_number_are_refused_before_any_is_described
     ("changes", "message"),
     [
         ({"num_labels": 2**31 - 1, "id2label": None}, "num_labels is 2147483647, expected a number of labels below"),
-        ({"architectures": 5}, r"unknown: .*classifier\.weight"),
+        ({"architectures": ["BertForSequenceClassification"], "id2label": [3]}, "id2label is .3., expected an object"),
     ],
 )
 def test_a_head_that_a_configuration_makes_up_is_refused(tmp_path, changes, message):

@@ -56,6 +56,7 @@ from jaxprune.checkpoints.weights import (
     refuse,
     reread,
     shapes_of,
+    unwrap,
     weights_file,
 )
 from jaxprune.models import Model, TaskHead, family
@@ -234,6 +235,7 @@ def opened(path_or_hub_id: str | Path, revision: str | None = None) -> Iterator[
         raise ValueError(f"{folder / CONFIG}: {str(error)[:2000]}") from error
     with contextlib.ExitStack() as files:
         tensors = open_tensors(folder, files)
+        tensors = unwrap(tensors, folder) if section is None else tensors
         model = Model(fit_tying(config, tensors, hugging_face=section is None), folder.absolute())
         check_layers(model, tensors, folder)
         fit = fit_hugging_face if section is None else fit_own

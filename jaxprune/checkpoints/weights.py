@@ -13,6 +13,7 @@ import contextlib
 import fnmatch
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -269,6 +270,7 @@ class WeightFile(TensorFile):
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _ALIGNMENT = 64  # bytes; JAX adopts host memory that is aligned so, and copies other memory
+_WRAPPERS = ("module.", "_orig_mod.")
 _LEGACY = re.compile(r"(LayerNorm\.|layer_norm\.)(gamma|beta)$")  # as TensorFlow called a norm's weight and bias
 
 
@@ -375,6 +377,18 @@ def _no_weights(folder: Path) -> str:
     )
 
 
+def unwrap(tensors: dict[str, Source], folder: Path) -> dict[str, Source]:
+    """The tensors without what PyTorch puts before all their names when a model is compiled or on several devices."""
+    wrapped = tensors
+    for prefix in _WRAPPERS * 2:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): source for name, source in tensors.items()}
+    if tensors is not wrapped:
+        first, plain = next(iter(wrapped)), next(iter(tensors))
+        warnings.warn(f"the tensors of {folder} are read without {first.removesuffix(plain)!r}.", stacklevel=2)
+    return tensors
+
+
 def fit_tying(config: Any, tensors: Mapping[str, Source], *, hugging_face: bool) -> Any:
     """The configuration of a model; of one that answers in text, with an output layer if the tensors have one.
 
@@ -424,6 +438,12 @@ def fit_hugging_face(model: Model, tensors: Mapping[str, Source], folder: Path) 
         ]
         stored |= {module.TABLES[0]: stored[tables[0]]} if tables else {}
     wanted = {plain for plain, _ in names.values()}
+    parts = {plain.partition(".")[0] for plain in wanted}  # of the model: what else they hold would change its result
+    unknown = {
+        name: plain.partition(".")[0] in parts and tensors[name].entry.dtype in FLOATS  # others are buffers
+        for plain, name in stored.items()
+        if plain not in wanted and not any(fnmatch.fnmatchcase(plain, pattern) for pattern in ignored)
+    }
     inputs = {
         path: {"copy": None, "split_bias": 0}.get(kind, input_axes(axes_of(model.axes, path)))
         for path, (_, kind) in names.items()
@@ -432,11 +452,7 @@ def fit_hugging_face(model: Model, tensors: Mapping[str, Source], folder: Path) 
     entries = {path: tensors[stored[plain]].entry for path, (plain, _) in names.items() if plain in stored}
     refuse(
         f"the weights in {folder} do not fit its {CONFIG}",
-        unknown=[
-            name
-            for plain, name in stored.items()
-            if plain not in wanted and not any(fnmatch.fnmatchcase(plain, pattern) for pattern in ignored)
-        ],
+        unknown=[name for name, needed in unknown.items() if needed],
         missing=[plain for plain, _ in names.values() if plain not in stored],
         twice=twice,
         names_of_one_table_that_differ=differing,
@@ -447,6 +463,9 @@ def fit_hugging_face(model: Model, tensors: Mapping[str, Source], folder: Path) 
         ],
         wrong_type=_wrong_types({stored[names[path][0]]: entry for path, entry in entries.items()}),
     )
+    if unknown:
+        listed = ", ".join([*unknown][:8]) + (", …" if len(unknown) > 8 else "")
+        warnings.warn(f"{len(unknown)} tensors of {folder} are no part of the model: {listed}.", stacklevel=2)
     return [
         Parameter(path, tensors[stored[plain]], dense[path].shape, inputs[path]) for path, (plain, _) in names.items()
     ]
