@@ -45,7 +45,7 @@ class Commands(TyperGroup):
 
     def in_options(self, message: str, command: str | None) -> str:
         """A message of the library with a command's options in the place of arguments: `--max-length`, `labels=`."""
-        params = self.commands[command].params if command in self.commands else []
+        params = self.commands[command].params if command is not None and command in self.commands else []
         options = {str(it.name): it.opts[0] for it in params if it.opts[0].startswith("--")}
         named = options | {"labels": options.get("label_names", "labels=")}  # of a task, not of a criterion
 

@@ -76,7 +76,7 @@ def test_teacher_forcing_by_hand():
     found = teacher_forced(model, {"input_ids": np.ones((2, 3))}, np.array([[7, 8, 1], [9, 1, IGNORED]]))
     assert found["decoder_input_ids"].tolist() == [[0, 7, 8], [0, 9, 1]]
     assert found["decoder_attention_mask"].tolist() == [[True, True, True], [True, True, False]]
-    assert without_end(jnp.array([[7, 1, IGNORED]]), 1).tolist() == [[7, IGNORED, IGNORED]]
+    assert without_end(jnp.array([[7, 1, IGNORED]]), (1,)).tolist() == [[7, IGNORED, IGNORED]]
 
 
 @pytest.mark.parametrize("most", [1, 7, 512])
@@ -190,7 +190,7 @@ def test_leaving_a_head_out_by_hand():
     name = "decoder.0.cross.heads"
     closed = open_gates(model, params) | {name: jnp.array([1.0, 0.0, 1.0, 1.0])}
     values = [
-        value_and_cotangent(log_probability, model.apply(params, inputs, gates).logits, without_end(target, 1))[0]
+        value_and_cotangent(log_probability, model.apply(params, inputs, gates).logits, without_end(target, (1,)))[0]
         for gates in (None, closed)
     ]
     np.testing.assert_allclose(found[name][:, 1], values[0] - values[1], rtol=1e-4, atol=1e-5)

@@ -289,7 +289,7 @@ def test_an_encoder_without_task_heads():
     model, params = tiny_model(heads=())
     output = model.apply(params, tiny_batch(model), returns=("hidden",))
     assert output.logits is None and output.hidden is not None
-    with pytest.raises(ValueError, match="no task head 'task'; it has: none"):
+    with pytest.raises(ValueError, match="no task head 'task': fine-tune it first"):
         model.apply(params, tiny_batch(model), head="task")
     with pytest.raises(ValueError, match="the parameters have no 'heads'"):
         model.with_heads(HEADS).apply(params, tiny_batch(model))

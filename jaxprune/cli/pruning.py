@@ -163,7 +163,7 @@ class PruneCommand:
     overwrite: bool
 
     def run(
-        self, budget: Budget, pruning: jp.Pruning, load_tasks: Callable[[jp.Model], Sequence[jp.Task]], bars: Watch
+        self, budget: Budget, pruning: jp.Pruning, load_tasks: Callable[[Model], Sequence[jp.Task]], bars: Watch
     ) -> dict[str, Any]:
         """Prunes the model, writes its folder and compares the two.
 

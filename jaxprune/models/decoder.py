@@ -198,7 +198,7 @@ def parse_config(raw: Mapping[str, Any], task_heads: tuple[TaskHead, ...] | None
         head_dim = embed // heads
     if sizes and is_count(groups) and groups:
         reader.expect("num_attention_heads", heads, heads % groups == 0, f"a multiple of the {groups} key-value heads")
-    if is_count(head_dim):
+    if head_dim is not None and is_count(head_dim):
         reader.expect("head_dim", head_dim, head_dim % 2 == 0, "an even number: rotary positions turn pairs")
     if "ForCausalLM" not in str(raw.get("architectures") or "ForCausalLM"):
         reader.problems.append(f"architectures is {raw['architectures']!r}, supported: one ...ForCausalLM")

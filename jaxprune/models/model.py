@@ -156,6 +156,9 @@ class Model:
         for head in self.config.task_heads:
             if head.name == name:
                 return head
+        if not self.heads and not self.answers_in_text:
+            asked = "" if name is None else f" {name!r}"
+            raise ValueError(f"the model has no task head{asked}: fine-tune it first (`finetune`), which adds one.")
         have = ", ".join(self.heads) or "none"
         if name is None:
             raise ValueError(f"the model has {len(self.heads)} task heads ({have}): name one with head=.")

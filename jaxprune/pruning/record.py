@@ -83,7 +83,7 @@ def check_record(record: Mapping[str, Any]) -> None:
     digests = record.get("digests")
     expected = digests.get("sites", digests.get("gates")) if isinstance(digests, Mapping) else None
     units = {name: kept_units(name, site) for name, site in record.get("sites", {}).items()}
-    had, remaining = ({name: unit[i] for name, unit in units.items()} for i in (0, 1))
+    had, remaining = {name: unit[0] for name, unit in units.items()}, {name: unit[1] for name, unit in units.items()}
     if expected and expected != params_digest(_kept_gates(remaining, had)):
         raise ValueError(
             f"{PRUNING} names other units than when it was written: its sites have not the digest that it holds of "
