@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -154,39 +153,3 @@ def test_a_model_that_transformers_saves_again(tmp_path: Path):
         transformers.AutoModelForSeq2SeqLM.from_pretrained(first).save_pretrained(again)
         config = assert_alike(again)
         assert not config.tied and not config.scaled
-
-
-@pytest.mark.parametrize("name", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"])
-def test_the_table_has_several_names(name: str, tmp_path: Path):
-    text_model("t5", 2).save_pretrained(tmp_path / "a")
-    table = load_file(tmp_path / "a" / "model.safetensors")["shared.weight"]
-    rewrite(tmp_path / "a", **{"shared.weight": None, name: table})
-    model, params = jp.load(tmp_path / "a")
-    np.testing.assert_array_equal(params["embeddings"]["word"]["embedding"], table)
-    assert model.config.tied
-    rewrite(tmp_path / "a", **{"shared.weight": table, name: table + 1})
-    if name == "lm_head.weight":
-        assert not jp.load(tmp_path / "a")[0].config.tied
-    else:
-        with pytest.raises(ValueError, match=f"differing: {name} and shared.weight"):
-            jp.load(tmp_path / "a")
-
-
-def test_tensors_that_are_not_needed_are_said(tmp_path: Path):
-    import transformers
-
-    theirs = lively(transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, num_labels=3)), 0)
-    theirs.save_pretrained(tmp_path)
-    plain = load_file(tmp_path / "model.safetensors")
-    more = {"loss_fct.weight": OUTPUT, "aux.bias": OUTPUT[0], "bert.embeddings.position_ids": np.arange(66)}
-    rewrite(tmp_path, **more)
-    with pytest.warns(UserWarning, match=r"2 tensors are no part of this model and were left out: .*loss_fct\.weight"):
-        jp.load(tmp_path)
-    rewrite(tmp_path, **{"bert.encoder.layer.0.adapter.weight": OUTPUT})
-    with pytest.raises(ValueError, match=r"unknown: bert\.encoder\.layer\.0\.adapter\.weight"):
-        jp.load(tmp_path)
-    for wrapper in ("module.", "_orig_mod."):
-        save_file({wrapper + name: array for name, array in plain.items()}, tmp_path / "model.safetensors")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            jp.load(tmp_path)
