@@ -440,6 +440,12 @@ BAD: dict[str, tuple[Sequence[Any], str]] = {
     "too large a batch": ((*SCORE, "--batch-size", 10**9), "--batch-size must be at least 1 and at most 65,536"),
     "no rows to test on": (("evaluate", "{model}", "--task", "mood", "--limit", 0), "--limit must be at least 1"),
     "an infinite fraction": ((*PRUNE, "--flops", "inf"), "--flops must be a finite number of at least 0"),
+    "a multiple of nothing": (
+        (*PRUNE, "--units", 0.5, "--multiple-of", "neurons=0"),
+        "--multiple-of must be at least 1",
+    ),
+    "digits of another script": ((*PRUNE, "--memory", "\u0664MB"), "--memory takes a fraction in"),
+    "more than there is": ((*PRUNE, "--memory", "1e30MB"), "--memory must lie above 0, and be no more than"),
     "a multiple without end": ((*PRUNE, "--units", 0.5, "--multiple-of", 10**30), "--multiple-of takes whole numbers"),
     "a superscript": ((*PRUNE, "--units", 0.5, "--floor", "heads=²"), "--floor takes NAME=NUMBER"),
     "a pass too large": ((*PRUNE, "--units", 0.5, "--measure", 10**9), "--measure must be at least 0 and at most"),

@@ -69,8 +69,9 @@ def random_config(model_type: str, random: np.random.Generator) -> dict[str, Any
 
 def lively(model_type: str, config: dict[str, Any], seed: int) -> Any:
     """A model of transformers in which everything matters: no bias is zero, no norm's scale is one."""
-    import torch
     import transformers
+
+    torch = pytest.importorskip("torch")
 
     torch.manual_seed(seed)
     torch.set_num_threads(1)

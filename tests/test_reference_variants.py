@@ -27,7 +27,7 @@ ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "camembert", "data2v
 
 def lively(model: Any, seed: int) -> Any:
     """The model with weights in which everything matters."""
-    import torch
+    torch = pytest.importorskip("torch")
 
     torch.manual_seed(seed)
     torch.set_num_threads(1)

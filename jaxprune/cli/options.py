@@ -102,7 +102,8 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
         "fisher": "sparse.masks:WeightFisher",
     },
 }
-MOST = 2**31 - 1  # the largest number on the command line
+MOST = 2**31 - 1  # the largest whole number on the command line
+LARGEST = 1e15  # bytes, seconds or anything else
 MOST_TOGETHER = 2**16  # the most that is held in memory at once, in numbers of rows
 MOST_NODES = 2**12  # a rule of n nodes is found in a matrix of n x n
 BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
@@ -141,7 +142,7 @@ def option(
     def check(param: typer.CallbackParam, value: Any) -> Any:
         if type(value) is int:
             check_range(param.opts[0], value, least, most)
-        elif type(value) is float and not 0 <= value < float("inf"):
+        elif type(value) is float and not 0 <= value < LARGEST:
             raise ValueError(f"{param.opts[0]} must be a finite number of at least 0, got {value}.")
         return value
 
@@ -154,9 +155,14 @@ def check_range(name: str, value: int, least: int, most: int) -> None:
         raise ValueError(f"{name} must be at least {least} and at most {most:,}, got {value}.")
 
 
+def is_number(text: str) -> bool:
+    """True for a whole number in plain digits: Python would also read those of other scripts."""
+    return text.isascii() and text.isdecimal()
+
+
 def whole(name: str, text: str, least: int = 0) -> int:
     """Reads a whole number that stands in the text of an option."""
-    if not text.strip().isdecimal() or len(text) > 20:
+    if not is_number(text.strip()) or len(text) > 20:
         raise ValueError(f"{name} takes whole numbers up to {MOST:,}, got {text[:40]!r}.")
     value = int(text)
     check_range(name, value, least, MOST)
@@ -472,9 +478,9 @@ class SelectionOptions:
         return build(
             Rules,
             self,
-            multiple_of=by_kind("--multiple-of", self.multiple_of),
+            multiple_of=by_kind("--multiple-of", self.multiple_of, least=1),
             floor=by_kind("--floor", self.floor),
-            protect=tuple(whole("--protect", item) if item.isdecimal() else item for item in self.protect or ()),
+            protect=tuple(whole("--protect", item) if is_number(item) else item for item in self.protect or ()),
             normalise=None if self.normalise is None else find("normalise", self.normalise),
         )
 
@@ -505,33 +511,33 @@ def read_amount(name: str, text: str | None, unit: str, factors: Mapping[str, fl
     """
     if text is None:
         return {}
-    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)(?:[eE]([+-]?\d+))?\s*([A-Za-z]*)", text.strip())
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)(?:[eE]([+-]?\d+))?\s*([A-Za-z]*)", text.strip(), re.ASCII)
     words = f"a fraction in (0, 1], or a number and one of {', '.join(factors)}"
     if match is None or (match[3] and match[3] not in factors):
         raise ValueError(f"--{name} takes {words}; got {text!r}.")
     value = float(f"{match[1]}e{match[2] or 0}") * factors.get(match[3], 1.0)
-    if not 0 < value < float("inf"):
-        raise ValueError(f"--{name} must lie above 0: {words}; got {text!r}.")
+    if not 0 < value < LARGEST:
+        raise ValueError(f"--{name} must lie above 0, and be no more than there is: {words}; got {text!r}.")
     if not match[3] and value > 1:
         raise ValueError(f"--{name} needs a unit: {words}; got {text!r}.")
     return {f"{name}_{unit}" if match[3] else name: value}
 
 
-def by_kind(name: str, values: list[str] | None) -> int | dict[str, int] | None:
+def by_kind(name: str, values: list[str] | None, least: int = 0) -> int | dict[str, int] | None:
     """Reads `8`, or `neurons=8` and `heads=2`."""
-    if values and len(values) == 1 and values[0].isdecimal():
-        return whole(name, values[0])
-    return numbers(name, values) or None
+    if values and len(values) == 1 and is_number(values[0]):
+        return whole(name, values[0], least)
+    return numbers(name, values, least) or None
 
 
-def numbers(name: str, values: list[str] | None) -> dict[str, int]:
+def numbers(name: str, values: list[str] | None, least: int = 0) -> dict[str, int]:
     """Reads `NAME=NUMBER`, each name once."""
     numbers_by_name: dict[str, int] = {}
     for value in values or ():
         key, _, number = value.partition("=")
-        if not key or not number.isdecimal() or key in numbers_by_name:
+        if not key or not is_number(number) or key in numbers_by_name:
             raise ValueError(f"{name} takes NAME=NUMBER, each name once; got {value!r}.")
-        numbers_by_name[key] = whole(name, number)
+        numbers_by_name[key] = whole(name, number, least)
     return numbers_by_name
 
 

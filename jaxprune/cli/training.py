@@ -200,7 +200,7 @@ def read_pattern(text: str) -> Pattern:
     """
     if text == "any":
         return jp.patterns.Unstructured()
-    if match := re.fullmatch(r"(\d+)([:x])(\d+)", text):
+    if match := re.fullmatch(r"(\d+)([:x])(\d+)", text, re.ASCII):
         first, second = whole("--pattern", match[1], 1), whole("--pattern", match[3], 1)
         return jp.patterns.NM(n=first, m=second) if match[2] == ":" else jp.patterns.Block(inputs=first, outputs=second)
     raise ValueError(f"--pattern is any, N:M such as 2:4, or inputs x outputs of a block such as 4x4; got {text!r}.")
