@@ -315,7 +315,7 @@ def site_of(name: str) -> Site:
     *steps, kind = name.split(".")
     at = next((i for i, step in enumerate(steps) if step.isdecimal()), None)
     if kind in KINDS and kind not in UNITS:
-        raise ValueError(f"{name!r} has {kind}: only scores of {' and '.join(UNITS)} are compared without a model.")
+        raise ValueError(f"{name!r} has {kind}: only scores of {' or '.join(UNITS)} are compared without a model.")
     if kind not in UNITS or at not in (0, 1) or len(steps) != at + 2 or not all(steps):
         raise ValueError(f"{name!r} is not the name of a site, such as 3.ffn.neurons or encoder.1.ffn.neurons.")
     return _site(kind, (*steps[:at], "layers", int(steps[at]), *steps[at + 1 :]))

@@ -142,7 +142,7 @@ def test_completeness(model_type: str, path: Any, kinds: tuple[str, ...]):
     [found], completeness, _ = criterion.attributions(model, params, batch)
     ones = open_gates(model, params)
     groups = path([site for site in sites(model.axes, params) if site.kind in kinds])
-    assert len(groups) == len(completeness) == (1 if path is joint else 2 * len(kinds))
+    assert len(groups) == len(completeness) == (1 if path is joint else 2 * len({*kinds} & {"heads", "neurons"}))
     end = objective_of(model, params, batch, ones, log_probability)
     for group, [complete] in zip(groups, completeness, strict=True):
         closed = ones | {site.name: jnp.zeros_like(ones[site.name]) for site in group}
@@ -371,7 +371,7 @@ def test_settings_that_make_no_sense_are_refused():
         IntegratedGradients(tokens=max_tokens)
     with pytest.raises(ValueError, match="trapezoidal rule needs at least 2 nodes, got 1"):
         IntegratedGradients(nodes=1, rule=trapezoid)
-    with pytest.raises(ValueError, match=r"kinds must be some of heads, neurons, .*, got \('layers',\)"):
+    with pytest.raises(ValueError, match=r"kinds must be some of heads, groups, neurons, .*, got \('layers',\)"):
         GradientActivation(kinds=("layers",))
     model, params = tiny_model()
     with pytest.raises(ValueError, match="the batch has no 'labels'"):

@@ -232,5 +232,5 @@ def test_what_a_latency_budget_cannot_have_is_refused():
     with pytest.raises(ValueError, match="for a model with the shapes"):
         select(model, small, random_scores(model, small), Latency(0.5, table=table))
     channels = {"0.attention.channels": np.ones(16)}
-    with pytest.raises(ValueError, match="needs scores of heads and neurons, these are of channels"):
+    with pytest.raises(ValueError, match="needs scores of heads or groups or neurons, these are of channels"):
         select(model, params, channels, Latency(0.5, table=table))

@@ -328,7 +328,7 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "an objective of one's own": ((*CHECK[:3], "{own}", *CHECK[4:]), "made with objective 'mine', which is none of"),
     "no such rows": ((*CHECK, "--split", "dust", *LITTLE), "no split 'dust'"),
     "one order": ((*CHECK, "--orders", 1), "orders must be at least 2, got 1"),
-    "no fractions": ((*CHECK, "--fractions", "few"), "--fractions takes fractions such as"),
+    "no fractions": ((*CHECK, "--fractions", "few"), "--fractions takes fractions in 0 to 1 such as"),
     "all deleted": ((*CHECK, "--fractions", "1"), r"fractions must lie in \(0, 1\)"),
     "no picture": ((*CHECK, "-o", "picture.jpg"), "must end with .png or .svg"),
     "no task": (CHECK[:4], "Missing option '--task'"),

@@ -41,7 +41,7 @@ class Descending(Criterion):
     seeded = False
     meaning = "by its place"
 
-    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], **_: Any) -> Measured:
+    def __call__(self, model: Model, params: Params, batch: Mapping[str, Any], context: Any = None) -> Measured:
         rows = batch["input_ids"].shape[0]
         sizes = widths(model.axes, params, self.kinds)
         return Measured(

@@ -360,7 +360,7 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "another head": (("--head", "sound"), "no task head 'sound'"),
     "steps": (("--steps", 0), "steps must be at least 1"),
     "other labels": (("--task", "topic", "--head", "mood"), "has 2 labels"),
-    "not finite": (("--learning-rate", 1e30, "--steps", 20), "lower the learning rate"),
+    "not finite": (("--learning-rate", 1e14, "--steps", 20), "lower the learning rate"),
 }
 
 

@@ -17,7 +17,7 @@ TOLERANCE = 1e-4  # of the logits' scale: float32, other order of sums
 
 
 def test_every_model_type_has_golden_logits():
-    assert set(CASES) == set(family("bert").MODEL_TYPES) == set(MODEL_TYPES)
+    assert set(CASES) == set(MODEL_TYPES) < set(family("bert").MODEL_TYPES)  # the others are compared with PyTorch
 
 
 @pytest.mark.parametrize("model_type", CASES)

@@ -431,7 +431,7 @@ def _select_by_table(budget: Latency, model: Model, params: Params, scores: Scor
     check_table(table, model, params)
     candidates = _candidates(model, params, scores, rules)
     if other := sorted({site.kind for site in candidates.sites} - set(UNITS)):
-        raise ValueError(f"a latency budget needs scores of {' and '.join(UNITS)}, these are of {', '.join(other)}.")
+        raise ValueError(f"a latency budget needs scores of {' or '.join(UNITS)}, these are of {', '.join(other)}.")
     choices = [_choices(candidates, site, table) for site in candidates.sites]
     total = table.predict(candidates.width)
     _refuse_unreachable(budget, table.fixed + math.fsum(float(site.costs[0]) for site in choices), total)
