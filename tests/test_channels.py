@@ -59,6 +59,7 @@ from jaxprune.units import (
 )
 
 FAMILIES = ("bert", "t5", "mt5")  # the types of a family share its code and its axes
+pytestmark = pytest.mark.slow  # heads and neurons have the same laws in the quick tests
 FINE = ("channels", "query_channels", "neurons")  # all that a model is made of, without heads
 SMOOTH = (TaskHead(name="task", labels=("no", "maybe", "yes"), dense="tanh"),)
 
