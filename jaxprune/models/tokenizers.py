@@ -114,7 +114,7 @@ def _own_files(tokenizer: Any) -> tuple[str, ...]:
 
 
 def run_tokenizer(call: Callable[..., Result], texts: Any, *more: Any, **settings: Any) -> Result:
-    """What a tokenizer, or one of its methods, makes of texts or tokens.
+    """The result of a tokenizer, or of one of its methods, for texts or tokens.
 
     Raises:
         ValueError: If it fails or does not come to an end.

@@ -49,7 +49,7 @@ class Budget(ABC):
 
     @property
     def is_fraction(self) -> bool:
-        """Whether it is a fraction of the whole model's cost."""
+        """True if it is a fraction of the whole model's cost."""
         return self.fraction is not None
 
     @property

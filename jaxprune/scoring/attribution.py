@@ -176,7 +176,7 @@ AnyBatch: TypeAlias = Mapping[str, Any]  # input_ids and so on, as for `Model.ap
 
 
 class Context(NamedTuple):
-    """What all batches of a scoring run share."""
+    """The settings that all batches of a scoring run share."""
 
     head: str | None = None  # the task head; None is the only one
     key: Array | None = None  # randomness, of which every example takes its own by its index
