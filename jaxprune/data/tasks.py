@@ -422,7 +422,7 @@ def _codec(
     label: str,
     rows: Mapping[str, Sequence[Stored]],
 ) -> Labels:
-    """How the labels of a task are read: as the user or the head says, else as they are."""
+    """The way in which labels of a task are read: as the user or the head says, else as they are."""
     if spans:
         return Labels.of(ENDS)
     if isinstance(labels, TaskHead):

@@ -102,7 +102,7 @@ class TaskHead:
 
     @property
     def spans(self) -> bool:
-        """Whether every token has its logits, for a span's start and end."""
+        """True if every token has its logits, for a span's start and end."""
         return self.pooling == "none"
 
     @property

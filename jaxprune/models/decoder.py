@@ -63,7 +63,7 @@ class _Type(NamedTuple):
 
     @property
     def offset(self) -> float:
-        """What norms add to their scale."""
+        """The number that norms add to their scale."""
         return 1.0 if self.gemma else 0.0
 
 
@@ -158,7 +158,7 @@ class DecoderConfig:
 
     @property
     def type(self) -> _Type:
-        """What the model type says."""
+        """The facts of the model type."""
         return _TYPES[self.model_type]
 
 
@@ -248,7 +248,7 @@ def parse_config(raw: Mapping[str, Any], task_heads: tuple[TaskHead, ...] | None
 
 
 def _flag(reader: ConfigReader, bias: bool | str) -> bool:
-    """Whether there is a bias: a fact of the model type, or a setting."""
+    """True if there is a bias: a fact of the model type, or a setting."""
     if isinstance(bias, bool):
         return bias
     value = reader.raw.get(bias, reader.raw["model_type"] == "seed_oss" and bias == "attention_bias")
