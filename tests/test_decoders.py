@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from tiny import DECODER_TYPES, random_gates, tiny_batch, tiny_config, tiny_mode
 import jaxprune as jp
 from jaxprune.compaction import compact
 from jaxprune.data.batches import IGNORED
+from jaxprune.data.prompts import prompt_of
 from jaxprune.evaluation.text import generate, rank
 from jaxprune.models import BlockSettings, Mask, Model, State, family
 from jaxprune.models.backward import forward
@@ -221,3 +223,10 @@ def test_float16_is_refused():
     half = jax.tree.map(lambda array: array.astype(jnp.float16), params)
     with pytest.raises(TypeError, match="overflows in float16"):
         model.apply(half, tiny_batch(model))
+
+
+def test_prompts_of_t5_are_not_taken_in_silence():
+    model, _ = tiny("llama")
+    task: Any = SimpleNamespace(name="sst2", prompt=None)
+    with pytest.raises(ValueError, match=r"goes on from its prompt, and the built-in ones are T5's: give 'sst2' one"):
+        prompt_of(model, task)

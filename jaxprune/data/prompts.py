@@ -243,6 +243,11 @@ def prompt_of(model: Model, task: Task) -> Prompt | None:
         if task.prompt is not None:
             raise ValueError(f"the model has task heads, it does not answer prompts: load {task.name!r} without one.")
         return None
+    if task.prompt is None and model.stacks[-1].memory is None:
+        raise ValueError(
+            f"a {model.config.model_type} model goes on from its prompt, and the built-in ones are T5's: give "
+            f"{task.name!r} one in a YAML file with template: and words:, each word with the space before it."
+        )
     return prompt_for(task) if task.prompt is None else fit(task.prompt, task)
 
 
