@@ -39,8 +39,8 @@ from jaxtyping import Array, Float
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Example, Task
 from jaxprune.models import BlockSettings, Mask, Model, State, enter, layer_entries, mask_of, model_inputs, model_layers
-from jaxprune.models.backward import Prefix, forward
 from jaxprune.models.cost import Length
+from jaxprune.models.running import Prefix, forward
 from jaxprune.units import Gates, Intervention, Params
 
 

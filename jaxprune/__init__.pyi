@@ -32,9 +32,9 @@ from .pruning.latency import latency as latency
 from .pruning.prune import Pruning as Pruning
 from .pruning.prune import Workspace as Workspace
 from .pruning.prune import prune as prune
-from .pruning.record import pruning_record as pruning_record
 from .pruning.recoveries import Recovery as Recovery
 from .pruning.recoveries import recover as recover
+from .pruning.selection import pruning_record as pruning_record
 from .pruning.selection import select as select
 from .scoring import criteria as criteria
 from .scoring import objectives as objectives

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from jaxprune import __version__
-from jaxprune.cli import demo, measuring, pruning, shared, terminal, training
+from jaxprune.cli import demo, measuring, pruning, terminal, training
 from jaxprune.cli.options import option
 
 EPILOG = (
@@ -106,10 +106,10 @@ def jaxprune(
 
 
 for command in (
-    *(measuring.score, pruning.prune, shared.share, pruning.plan),
+    *(measuring.score, pruning.prune, pruning.share, pruning.plan),
     *(measuring.sweep, measuring.inspect, measuring.compare, measuring.check, measuring.evaluate),
     *(training.finetune, training.sparsify, training.distill, training.augment),
-    *(shared.pack, demo.demo),
+    *(pruning.pack, demo.demo),
 ):
     app.command()(command)
 

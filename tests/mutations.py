@@ -40,7 +40,7 @@ from jaxprune.compaction import compact
 from jaxprune.models import family
 from jaxprune.pruning.latency import read_table, write_table
 from jaxprune.pruning.prune import Workspace
-from jaxprune.pruning.record import pruning_record
+from jaxprune.pruning.selection import pruning_record
 from jaxprune.scoring.run import PARTIAL, Totals, TotalsFile
 from jaxprune.scoring.scores import METADATA, Scores, load_scores, save_scores
 from jaxprune.training.loop import OPTIMIZERS, TrainingState, read_state, write_state

@@ -25,8 +25,8 @@ from jaxprune.models import (
     part,
     values_compiled,
 )
-from jaxprune.models.backward import Gradients, Prefix, forward
 from jaxprune.models.layers import TokenReduction, absolute_tokens, max_tokens, squared_tokens, sum_tokens
+from jaxprune.models.running import Gradients, Prefix, forward
 from jaxprune.units import Gates, Intervention, Params, open_gates, widths
 
 ROWS, LENGTH = 3, 9

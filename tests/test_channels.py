@@ -20,9 +20,9 @@ from tiny import TEXT_TYPES, random_gates, tiny_batch, tiny_model
 from jaxprune.checkpoints.folder import load, save
 from jaxprune.compaction import compact
 from jaxprune.models import BlockSettings, Mask, Model, State, TaskHead
-from jaxprune.models.backward import Gradients, forward
 from jaxprune.models.cost import elements, flops, matmul_flops, parameters, unit_costs
 from jaxprune.models.layers import absolute_tokens, max_tokens
+from jaxprune.models.running import Gradients, forward
 from jaxprune.pruning.budgets import Flops, Rules, Units
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, joint, layer

@@ -20,8 +20,7 @@ from jaxprune.pruning.budgets import Rules, Units
 from jaxprune.pruning.inspection import Sweeping, combinations
 from jaxprune.pruning.loss import predict_loss
 from jaxprune.pruning.prune import check_scope
-from jaxprune.pruning.record import pruning_record
-from jaxprune.pruning.selection import select
+from jaxprune.pruning.selection import pruning_record, select
 from jaxprune.scoring.attribution import Criterion, Measured
 from jaxprune.scoring.criteria import Random
 from jaxprune.scoring.objectives import margin, signed

@@ -19,8 +19,8 @@ from jaxprune.data.batches import IGNORED
 from jaxprune.data.prompts import prompt_of
 from jaxprune.evaluation.text import generate, rank
 from jaxprune.models import BlockSettings, Mask, Model, State, family
-from jaxprune.models.backward import forward
 from jaxprune.models.cost import flops, parameters
+from jaxprune.models.running import forward
 from jaxprune.units import Intervention, Params, open_gates, sites, widths
 
 UNITS = (("groups", "neurons"), ("query_heads", "neurons"))

@@ -18,7 +18,7 @@ import jaxprune as jp
 from jaxprune.checkpoints import tensors as digests
 from jaxprune.checkpoints.folder import saved_digest
 from jaxprune.checkpoints.tensors import model_digest, params_digest
-from jaxprune.pruning.record import pruning_record
+from jaxprune.pruning.selection import pruning_record
 from jaxprune.scoring.criteria import Taylor
 from jaxprune.scoring.run import Scoring
 from jaxprune.scoring.scores import check_scores

@@ -20,8 +20,9 @@ from tiny import tiny_model
 from jaxprune.checkpoints.folder import load, save
 from jaxprune.checkpoints.gates import kept_units, read_pruning, recorded_gates
 from jaxprune.compaction import compact
+from jaxprune.models.cost import costs
 from jaxprune.pruning.inspection import inspect
-from jaxprune.pruning.record import costs, pruning_record
+from jaxprune.pruning.selection import pruning_record
 from jaxprune.scoring.scores import load_scores
 from jaxprune.sparse.masks import one_shot
 from jaxprune.sparse.patterns import linear_maps

@@ -28,8 +28,7 @@ from jaxprune import models
 from jaxprune.compaction import compact
 from jaxprune.models import BlockSettings, Mask, Model, Output, State, TaskHead, families, family, model_inputs, running
 from jaxprune.models import bert as bert_family
-from jaxprune.models.config import pool
-from jaxprune.models.layers import Affine, attend, bind, describe, dropout, fused_attention, has_fused_attention
+from jaxprune.models.layers import Affine, attend, bind, describe, dropout, fused_attention, has_fused_attention, pool
 from jaxprune.units import UNITS, Intervention, Params, flatten, open_gates, unflatten
 
 HEADS = (TaskHead(name="task", labels=("no", "yes")),)

@@ -20,8 +20,7 @@ from jaxprune.models import Model
 from jaxprune.models.cost import elements, flops, matmul_flops, prunable_parameters, unit_costs
 from jaxprune.pruning.budgets import NAMES, Flops, Parameters, Rules, Units
 from jaxprune.pruning.pooling import intersection, union
-from jaxprune.pruning.record import pruning_record
-from jaxprune.pruning.selection import per_layer_l2, select, thresholds
+from jaxprune.pruning.selection import per_layer_l2, pruning_record, select, thresholds
 from jaxprune.scoring.scores import Scores, check_scores
 from jaxprune.units import Gates, Params, open_gates, sites, widths
 

@@ -31,8 +31,7 @@ from jaxprune.checkpoints.shared import add_gates, load_gates, save_shared
 from jaxprune.checkpoints.tensors import model_digest
 from jaxprune.compaction import compact
 from jaxprune.models import Model
-from jaxprune.pruning.record import pruning_record
-from jaxprune.pruning.selection import select
+from jaxprune.pruning.selection import pruning_record, select
 from jaxprune.units import Gates, Params, mean_shapes, open_gates, widths
 
 ALL = ("channels", "query_channels", "neurons")

@@ -17,9 +17,9 @@ from jaxprune.checkpoints.tensors import sealed
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.evaluation.evaluate import evaluate
+from jaxprune.models.cost import costs, ratios
 from jaxprune.pruning.budgets import Flops, Rules
 from jaxprune.pruning.inspection import Combination, Sweeping, combinations
-from jaxprune.pruning.record import costs, ratios
 from jaxprune.pruning.selection import select
 from jaxprune.scoring.criteria import Magnitude, Random
 from jaxprune.scoring.scores import load_scores

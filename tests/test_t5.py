@@ -18,8 +18,8 @@ from jaxprune.checkpoints.folder import load, save
 from jaxprune.checkpoints.tensors import params_digest
 from jaxprune.compaction import compact
 from jaxprune.models import BlockSettings, Mask, Model, State, family
-from jaxprune.models.backward import Gradients, Prefix, forward
 from jaxprune.models.cost import flops
+from jaxprune.models.running import Gradients, Prefix, forward
 from jaxprune.models.t5 import bucket_of
 from jaxprune.pruning.budgets import Flops, Rules
 from jaxprune.pruning.latency import compare_latency, latency

@@ -81,8 +81,8 @@ def run_demo(output: Path, chosen: str, source: str, data: Path, bars: terminal.
     from jaxprune.checkpoints.weights import stored_type
     from jaxprune.cli.pruning import measured_costs
     from jaxprune.evaluation.evaluate import fitting_head
-    from jaxprune.models.cost import file_size
-    from jaxprune.pruning.record import compared, settings_of
+    from jaxprune.models.cost import compared, file_size
+    from jaxprune.pruning.selection import settings_of
 
     begun = time.monotonic()
     check_destination(output / "model", True)

@@ -1,6 +1,6 @@
 """Transformer models as pure functions of `(params, batch, gates)`; one file per family, found by its `MODEL_TYPES`."""
 
-from jaxprune.models.config import ENDS, LANGUAGE, NOWHERE, TaskHead
+from jaxprune.models.layers import ENDS, LANGUAGE, NOWHERE, TaskHead
 from jaxprune.models.model import Model, Output, families, family, order_sites
 from jaxprune.models.running import (
     ANSWER,

@@ -19,19 +19,24 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.models.config import ENDS, Classifier, ConfigReader, TaskHead, check_heads, is_count
 from jaxprune.models.layers import (
     ACTIVATIONS,
+    ENDS,
     Affine,
+    Classifier,
+    ConfigReader,
     Embedding,
     LayerNorm,
     Part,
     Sites,
+    TaskHead,
     attend,
     bind,
+    check_heads,
     describe,
     dropout,
     dropout_of,
+    is_count,
 )
 from jaxprune.models.layers import initialise as initialise_part
 from jaxprune.models.running import Mask, Places, Stack, State

@@ -7,9 +7,9 @@ Costs are additive over units: with one length, every unit of a site costs the s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class Slice(NamedTuple):
 
 
 Length: TypeAlias = float | Sequence[float]  # tokens; of a text-to-text model those it reads and those it writes
+COUNTED = ("units", "prunable_parameters", "parameters", "memory", "flops", "file_bytes")
 Measure: TypeAlias = Callable[[Slice], float]  # what one parameter adds to the cost of one unit
 
 
@@ -152,6 +153,31 @@ def file_size(path: str | Path) -> int:
     if not files:
         raise FileNotFoundError(f"{path} has no *.safetensors file.")
     return sum(file.stat().st_size for file in files)
+
+
+def costs(model: Model, params: Params, length: Length) -> dict[str, Any]:
+    """The costs of a model by count, for examples of so many tokens."""
+    return {
+        "units": sum(widths(model.axes, params).values()),
+        "prunable_parameters": prunable_parameters(model, params),
+        "parameters": parameters(params),
+        "memory": memory(params),
+        "flops": flops(model, params, length),
+        "length": length,
+    }
+
+
+def ratios(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
+    """The fraction that remains of everything that is counted."""
+    return {name: after[name] / before[name] for name in COUNTED if before.get(name)}
+
+
+def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Costs before and after, the fractions that remain, and speed-ups by FLOPs and as measured at each batch size."""
+    measured = [{"batch": timing["batch"], "speedup": timing["speedup"]} for timing in after.get("latency", ())]
+    theoretical = before["flops"] / after["flops"] if after["flops"] else None
+    speedup = {"theoretical": theoretical, "measured": measured}
+    return {"before": before, "after": after, "kept": ratios(before, after), "speedup": speedup}
 
 
 def _slices(model: Model, params: Params, kinds: Collection[str]) -> Iterator[tuple[str, Slice]]:

@@ -26,20 +26,23 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.models.config import ConfigReader, TaskHead, is_count, is_number
 from jaxprune.models.layers import (
     ACTIVATIONS,
     Affine,
+    ConfigReader,
     Embedding,
     Linear,
     Part,
     RMSNorm,
     Sites,
+    TaskHead,
     attend,
     bind,
     describe,
     dropout,
     dropout_of,
+    is_count,
+    is_number,
     sum_tokens,
 )
 from jaxprune.models.layers import initialise as initialise_part

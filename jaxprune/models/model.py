@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float
 
-from jaxprune.models.config import LANGUAGE, TaskHead
-from jaxprune.models.layers import Sites
+from jaxprune.models.layers import LANGUAGE, Sites, TaskHead
 from jaxprune.models.running import (
     BlockSettings,
     Cache,

@@ -23,19 +23,21 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from jaxprune.models.config import ConfigReader, TaskHead, is_count
 from jaxprune.models.layers import (
     ACTIVATIONS,
+    ConfigReader,
     Embedding,
     Linear,
     Part,
     RMSNorm,
     Sites,
+    TaskHead,
     attend,
     bind,
     describe,
     dropout,
     dropout_of,
+    is_count,
     sum_tokens,
 )
 from jaxprune.models.layers import initialise as initialise_part

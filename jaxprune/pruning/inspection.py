@@ -33,8 +33,7 @@ from jaxprune.models import Model, order_sites
 from jaxprune.models.cost import Length, elements, matmul_flops, parameters, unit_costs, usual_length
 from jaxprune.pruning.budgets import NAMES, Flops, Rules
 from jaxprune.pruning.prune import Watch, score_once
-from jaxprune.pruning.record import check_record, settings_of
-from jaxprune.pruning.selection import check_selection, select, select_units
+from jaxprune.pruning.selection import check_record, check_selection, select, select_units, settings_of
 from jaxprune.scoring.attribution import Criterion
 from jaxprune.scoring.run import Scoring
 from jaxprune.scoring.scores import Scores, check_scores, describe

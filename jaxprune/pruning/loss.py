@@ -28,7 +28,7 @@ from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import Example, Rows, Task, draw, row_key
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
-from jaxprune.models.backward import forward
+from jaxprune.models.running import forward
 from jaxprune.scoring.attribution import AnyBatch, Context, Criterion, Measured, gauss_legendre, quadrature
 from jaxprune.scoring.objectives import (
     ExampleReduction,

@@ -29,14 +29,21 @@ from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import Task, remove_leaks
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
-from jaxprune.models.cost import memory
+from jaxprune.models.cost import costs, memory, ratios
 from jaxprune.pruning.budgets import Budget, Latency, Rules
 from jaxprune.pruning.latency import LatencySearch, compare_latency, search_latency
 from jaxprune.pruning.loss import ScoredLoss, check_reselection
 from jaxprune.pruning.pooling import mean_closed, mean_length, pooled
-from jaxprune.pruning.record import costs, pruning_record, ratios, recovery_record, settings_of
-from jaxprune.pruning.recoveries import Recovery, RecoveryReport, check_method, recover
-from jaxprune.pruning.selection import Values, check_selection, least_latency, parts_of, select
+from jaxprune.pruning.recoveries import Recovery, RecoveryReport, check_method, recover, recovery_record
+from jaxprune.pruning.selection import (
+    Values,
+    check_selection,
+    least_latency,
+    parts_of,
+    pruning_record,
+    select,
+    settings_of,
+)
 from jaxprune.scoring.objectives import name_of
 from jaxprune.scoring.run import Scoring, kept_scores, score
 from jaxprune.scoring.scores import Scores, check_same_model, check_scores, describe, properties_of, save_scores

@@ -554,3 +554,10 @@ def _repair(
         if bias is not None:
             arrays[bias_path] = jnp.asarray(best.bias, bias.dtype)
     return arrays, Repair(name, before, after, chosen)
+
+
+def recovery_record(report: RecoveryReport) -> dict[str, Any]:
+    """A recovery as records hold it."""
+    modules = {it.module: {"before": it.before, "after": it.after, "chosen": it.chosen} for it in report.modules}
+    left_out = {"cut_off": report.cut_off} if report.cut_off else {}
+    return {"method": report.method, "examples": report.examples, **left_out, "modules": modules}

@@ -1,4 +1,4 @@
-"""Selection decides which units stay, and so why a unit is kept: scores and a budget in, gates out.
+"""Selection decides which units stay, and so why a unit is kept: scores and a budget in, gates and their record out.
 
 Every site's units are sorted, best first, and cut into blocks of one unit, or of `multiple_of`. The blocks of all sites
 stand in one order that does not depend on the budget; the longest prefix that the budget pays for is kept. So a smaller
@@ -20,10 +20,12 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 
+from jaxprune.checkpoints.gates import PRUNING, kept_units, units_record
+from jaxprune.checkpoints.tensors import params_digest
 from jaxprune.models import Model, order_sites
 from jaxprune.models.cost import memory as memory_of
 from jaxprune.models.cost import usual_length
-from jaxprune.pruning.budgets import SLACK, Budget, Latency, Memory, Rules, Units
+from jaxprune.pruning.budgets import NAMES, SLACK, Budget, Latency, Memory, Rules, Units
 from jaxprune.pruning.latency import LatencyTable, check_table
 from jaxprune.scoring.scores import Scores, fitting_values
 from jaxprune.units import KINDS, UNITS, Gates, Params, Site, check_sharing, sites, widths
@@ -481,3 +483,95 @@ def _gates(candidates: Candidates, widths: Sequence[int] | np.ndarray) -> Gates:
         gate[candidates.ranking[site.name][:units]] = 1.0
         gates[site.name] = jax.device_put(gate)  # jnp.asarray would compile a program for every width
     return gates
+
+
+def pruning_record(
+    scores: Scores | Values,
+    gates: Mapping[str, Any],
+    budget: Budget | None = None,
+    rules: Rules | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Says how a pruned model was made, for `save(..., pruning=...)`.
+
+    Args:
+        scores: The scores that were selected by.
+        gates: What `select` returned.
+        budget: The budget, and
+        rules: the rules that were selected by.
+        **more: What else is worth keeping. Functions are recorded by name.
+
+    Returns:
+        A dict that JSON can hold: the settings, the header of the scores without the keys of single examples, digests
+        of scores, means and gates, and for every site the units it had, how many it keeps and which (`"0-3,7"`; a unit
+        with a fractional gate is kept).
+
+    Raises:
+        TypeError: If a setting cannot be written as JSON.
+    """
+    values, header = parts_of(scores)
+    means = None if isinstance(scores, Mapping) else scores.means
+    arrays = {name: np.asarray(gate) for name, gate in gates.items()}
+    remaining = {name: np.flatnonzero(gate) for name, gate in arrays.items()}
+    for name, value in values.items():  # a site without gates is open
+        remaining.setdefault(name, np.arange(len(value)))
+    had = {name: len(arrays[name]) if name in arrays else len(values[name]) for name in remaining}
+    kept = _kept_gates(remaining, had)
+    whole = kept.keys() == arrays.keys() and all(np.array_equal(kept[name], arrays[name]) for name in kept)
+    return {
+        "settings": {name: _plain(value, name) for name, value in settings_of(budget, rules, **more).items()},
+        "scores": {name: _plain(value, name) for name, value in header.items()},
+        "digests": {
+            "scores": params_digest(dict(values)),
+            "means": params_digest(means) if means else None,  # what closed units are replaced by; None is zero
+            "gates": params_digest(arrays),
+            **({} if whole else {"sites": params_digest(kept)}),  # what `sites` says, where that is not the gates
+        },
+        **units_record(remaining, had),
+    }
+
+
+def _kept_gates(remaining: Mapping[str, np.ndarray], had: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Gates that are 1 where a unit stays and 0 elsewhere."""
+    gates = {name: np.zeros(units, np.float32) for name, units in had.items()}
+    for name, units in remaining.items():
+        gates[name][units] = 1.0
+    return gates
+
+
+def check_record(record: Mapping[str, Any]) -> None:
+    """Refuses a record whose sites are not those that its digest of the gates is of.
+
+    Raises:
+        ValueError: If it does not say which units stay, or says something else than when it was written.
+    """
+    digests = record.get("digests")
+    expected = digests.get("sites", digests.get("gates")) if isinstance(digests, Mapping) else None
+    units = {name: kept_units(name, site) for name, site in record.get("sites", {}).items()}
+    had, remaining = {name: unit[0] for name, unit in units.items()}, {name: unit[1] for name, unit in units.items()}
+    if expected and expected != params_digest(_kept_gates(remaining, had)):
+        raise ValueError(
+            f"{PRUNING} names other units than when it was written: its sites have not the digest that it holds of "
+            "them. Take the file from where the model came from, or prune again."
+        )
+
+
+def settings_of(budget: Budget | None = None, rules: Rules | None = None, **more: Any) -> dict[str, Any]:
+    """A budget and rules in one flat dict, as records hold them."""
+    amounts = {} if budget is None else dict.fromkeys((*NAMES, "length")) | budget.settings()
+    return amounts | ({} if rules is None else rules.settings()) | more
+
+
+def _plain(value: Any, name: str) -> Any:
+    """A value as JSON can hold it."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, name) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item, name) for item in value]
+    if hasattr(value, "tolist"):  # numpy and jax
+        return np.asarray(value).tolist()
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    raise TypeError(f"{name} cannot be written as JSON: {value!r}.")

@@ -29,8 +29,8 @@ from jaxprune.models import (
     repeat_rows,
     values_compiled,
 )
-from jaxprune.models.backward import Gradients, Prefix, Pull, forward
 from jaxprune.models.layers import TokenReduction, sum_tokens
+from jaxprune.models.running import Gradients, Prefix, Pull, forward
 from jaxprune.scoring.objectives import (
     Closed,
     ExampleReduction,

@@ -21,9 +21,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.models import Model, TaskHead, advance, model_layers, repeat_rows
-from jaxprune.models.backward import Prefix, forward
 from jaxprune.models.cost import elements, unit_costs
 from jaxprune.models.layers import sum_tokens
+from jaxprune.models.running import Prefix, forward
 from jaxprune.scoring.attribution import (
     AnyBatch,
     Context,

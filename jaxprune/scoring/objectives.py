@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from jaxprune.data.batches import IGNORED, UNKNOWN, best_spans
 from jaxprune.evaluation.text import answered, candidates_in, candidates_of, rank, teacher_forced, without_end
 from jaxprune.models import BlockSettings, Mask, Model, State, TaskHead, enter, mask_of, model_inputs, model_layers
-from jaxprune.models.backward import Pull
+from jaxprune.models.running import Pull
 from jaxprune.units import UNITS, UNREAD, Gates, Params, sites
 
 # (values [b, t, units(, channels)] float32, mask [b, t]) -> [b, units] or [b, units, channels]

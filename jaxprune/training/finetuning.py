@@ -25,7 +25,7 @@ from jaxprune.data.tasks import Rows, Task, remove_leaks
 from jaxprune.evaluation.evaluate import Evaluation, evaluate
 from jaxprune.evaluation.text import candidates_in, candidates_of, teacher_forced
 from jaxprune.models import Model, TaskHead
-from jaxprune.models.backward import Gradients, forward
+from jaxprune.models.running import Gradients, forward
 from jaxprune.training.loop import (
     OPTIMIZERS,
     Run,

@@ -41,7 +41,7 @@ from jaxprune.models import (
     run_layer,
     score_mask,
 )
-from jaxprune.models.backward import Saved, gradients_at
+from jaxprune.models.running import Saved, gradients_at
 from jaxprune.sparse.patterns import PROJECTION
 from jaxprune.training.loop import share_gradients
 from jaxprune.units import Params, Path, flatten, unflatten, widths
