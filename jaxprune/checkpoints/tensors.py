@@ -1,4 +1,4 @@
-"""Safetensors files, read slice by slice and written without a second copy in memory, and digests of what they hold.
+"""Safetensors files, compressed or not: read slice by slice, written without a second copy in memory; their digests.
 
 A safetensors file is eight bytes (the length of the header, little-endian), a JSON header (name to type, shape and byte
 range) and the bytes of the tensors. Nothing in it is executed. The header is not trusted: a file is refused, with one

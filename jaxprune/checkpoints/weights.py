@@ -1,6 +1,6 @@
-"""Tensors of a checkpoint, fitted to the parameters of a model, exactly and in bounded memory; kernels rounded to int8.
+"""Weights in files, sparse ones packed (compressed, if asked for as int8), and their fit to a model's parameters.
 
-The packed layout of version 0.1 is still read.
+Fitting is exact and in bounded memory. The packed layout of version 0.1 is still read.
 
 A rounded kernel is stored as int8, with `KERNEL.scales`, one float32 per output: a weight is its value
 times the scale of its output. The metadata of the file name the type that each such kernel had, under `"int8"`.

@@ -1,4 +1,4 @@
-"""Pictures of results, for light and for dark pages: records go in, as the commands print them with `--json`.
+"""Plots of results, for light and for dark pages: records go in, as the commands print them with `--json`.
 
 A picture is a `.png` or a `.svg`, by the ending of its name; another ending is a ValueError. Lines differ in colour,
 marker and dashes, so that they can be told apart without colours as well.
