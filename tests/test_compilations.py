@@ -20,13 +20,13 @@ from jaxprune.models import (
     State,
     TaskHead,
     advance,
-    backward,
     bert,
     block_compiled,
     layer_entries,
     mask_of,
     model_inputs,
     model_layers,
+    running,
     t5,
     values_compiled,
 )
@@ -167,9 +167,9 @@ def test_one_node_costs_two_forward_passes():
     forward = flops_of(block_compiled, model, settings, *before[:2], mask, Intervention(), None)
     for inner in (False, True):  # the lowest layer, whose input is not differentiated, and any other
         static = (model, settings, False, inner)
-        output, saved = jax.eval_shape(partial(backward._block_forward, *static), *arrays)
+        output, saved = jax.eval_shape(partial(running._block_forward, *static), *arrays)
         pullback = saved.restore(before)
-        node = flops_of(backward._block_forward, *static, *arrays) + flops_of(backward._pull, pullback, output)
+        node = flops_of(running._block_forward, *static, *arrays) + flops_of(running._pull, pullback, output)
         assert 1.5 * forward < node <= 2.1 * forward
 
 
@@ -198,9 +198,9 @@ def test_one_node_of_a_text_to_text_model_costs_two_forward_passes(stack: str):
     settings = BlockSettings(kind=layer.kind)
     forward = flops_of(block_compiled, model, settings, layer.params, state, mask, Intervention(), None)
     static = (model, settings, False, True)
-    output, saved = jax.eval_shape(partial(backward._block_forward, *static), *arrays)
+    output, saved = jax.eval_shape(partial(running._block_forward, *static), *arrays)
     pullback = saved.restore((layer.params, state, {}))
-    node = flops_of(backward._block_forward, *static, *arrays) + flops_of(backward._pull, pullback, output)
+    node = flops_of(running._block_forward, *static, *arrays) + flops_of(running._pull, pullback, output)
     assert 1.5 * forward < node <= 2.1 * forward
 
 
@@ -226,7 +226,7 @@ def test_what_the_lowest_gates_multiply_is_not_computed_again():
     gates: Any = {"attention.heads": jax.ShapeDtypeStruct((2, 12), jnp.float32)}
     whole, rest = (
         flops_of(
-            backward._block_forward,
+            running._block_forward,
             *(model, BlockSettings(), False, False, (params, state, own), mask, Intervention(gates, {}), None),
         )
         for own in ({}, known)
