@@ -292,15 +292,18 @@ def test_what_is_known_to_be_no_part_of_the_model_is_left_out(tmp_path):
     tensors = classifier_tensors(config)
     expected = load(write_checkpoint(tmp_path / "plain", config, tensors))[1]
     tensors["bert.embeddings.position_ids"] = np.arange(64, dtype=np.int64)[None]
-    tensors["cls.predictions.bias"] = np.full(60, np.nan, np.float32)  # never read
     assert_same(load(write_checkpoint(tmp_path / "more", config, tensors))[1], expected)
+    tensors["cls.predictions.bias"] = np.full(60, np.nan, np.float32)  # never read
+    with pytest.warns(UserWarning, match=r"^1 tensors of .*head are no part of the model: cls\.predictions\.bias\.$"):
+        assert_same(load(write_checkpoint(tmp_path / "head", config, tensors))[1], expected)
 
 
 def test_a_bare_encoder_loads_without_its_pooler(tmp_path):
     config = tiny_config("bert") | {"architectures": ["BertModel"]}
     tensors = classifier_tensors(config, prefix=False)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier")}
-    model, params = load(write_checkpoint(tmp_path / "hf", config, tensors))
+    with pytest.warns(UserWarning, match=r"no part of the model: pooler\.dense\.bias, pooler\.dense\.weight"):
+        model, params = load(write_checkpoint(tmp_path / "hf", config, tensors))
     assert model.heads == () and "heads" not in params
 
 
@@ -533,6 +536,34 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path, shard):
     with pytest.raises(ValueError, match="not safetensors files of this folder") as error:
         load(folder)
     assert repr(shard) in str(error.value)
+
+
+def test_an_index_need_not_agree_on_what_is_not_needed(tmp_path):
+    config = classifier_config("bert")
+    tensors = classifier_tensors(config)
+    folder = write_checkpoint(tmp_path / "hf", config, tensors, shards=2)
+    expected, index = load(folder)[1], folder / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    file = names["classifier.bias"]
+    index.write_text(json.dumps({"weight_map": names | {"adapter.weight": file}}))
+    with pytest.warns(UserWarning, match=r"names more than its files hold, tensors .*: adapter\.weight in model"):
+        assert_same(load(folder)[1], expected)
+    del names["classifier.bias"]
+    index.write_text(json.dumps({"weight_map": names}))
+    with (
+        pytest.warns(UserWarning, match=r"names less than its files hold, tensors .*: classifier\.bias"),
+        pytest.raises(ValueError, match=r"missing: classifier\.bias"),
+    ):
+        load(folder)
+
+
+def test_a_folder_with_two_files_of_all_weights_says_which_is_read(tmp_path):
+    config = classifier_config("bert")
+    folder = write_checkpoint(tmp_path / "hf", config, classifier_tensors(config))
+    expected = load(folder)[1]
+    write_checkpoint(folder, config, classifier_tensors(config, seed=1), shards=2)
+    with pytest.warns(UserWarning, match=r"has model\.safetensors and .*index\.json: only model\.safetensors is read"):
+        assert_same(load(folder)[1], expected)
 
 
 def test_an_index_must_agree_with_its_files(tmp_path):

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from checkpoints import classifier_config, classifier_tensors, write_checkpoint
 from commands import WORDS, Place, interruptible, place, record_of, run, start, wait_for
 from hand_tables import hand_table
 from tiny import tiny_batch, tiny_model
@@ -374,6 +375,9 @@ def test_a_signal_is_not_lost_in_a_callback_that_swallows_it(number: signal.Sign
                 signal.raise_signal(number)
             bar(1, 2)
         assert raised.value.args == (number,)
+        with pytest.raises(KeyboardInterrupt) as raised, working(), contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(number)  # where nothing is called any more
+        assert raised.value.args == (number,)
         assert signal.getsignal(number) is before
 
 
@@ -403,6 +407,17 @@ def test_ctrl_c_is_one_whatever_a_library_makes_of_it():
     assert isinstance(raised.value.__cause__, SystemError)
     with pytest.raises(SystemError, match="of its own"), working():
         raise SystemError("of its own")
+
+
+def test_a_warning_is_said_once(tmp_path, capfd):
+    from jaxprune.cli.terminal import working
+
+    config = classifier_config("bert")
+    folder = write_checkpoint(tmp_path / "hf", config, classifier_tensors(config) | {"cls.bias": np.zeros(1, "f")})
+    with working():
+        for _ in range(2):
+            load(folder)
+    assert capfd.readouterr().err.count("cls.bias") == 1
 
 
 def test_prune_does_not_score_twice(place, tmp_path):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -230,6 +231,17 @@ def test_arrays_that_do_not_fit_are_refused(file: Path, change: Any, message: st
         train(RUN, start(), file=file)
 
 
+def test_arrays_that_do_not_fit_are_not_read(file: Path):
+    rewritten(file, lambda own: own | {MU: np.zeros(2**24, np.float32)})
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=rf"such as {MU}: expected float32\[3, 2\], got float32\[16777216\]"):
+            read_state(file, start(), RUN.identity)
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_value_that_changed_in_the_file_is_found(file: Path):
     rewritten(file, lambda own: own | {MU: own[MU] + np.float32(1e-3)})
     with pytest.raises(ValueError, match="damaged, its checksum is another than that of what it holds: remove it"):
@@ -337,10 +349,10 @@ def test_an_update_is_one_of_clipped_adamw():
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"evaluate_every": 0}, "evaluate_every must be at least 1"),
         ({"save_every": 0}, "save_every must be at least 1"),
-        ({"learning_rate": 0.0}, "must be positive"),
-        ({"clip": 0.0}, "must be positive"),
-        ({"weight_decay": -1.0}, "weight_decay at least 0"),
-        ({"warmup": 1.5}, "warmup in"),
+        ({"learning_rate": 0.0}, "^learning_rate must be above 0, got 0.0"),
+        ({"clip": 0.0}, "^clip must be above 0"),
+        ({"weight_decay": -1.0}, "weight_decay be at least 0"),
+        ({"warmup": 1.5}, "warmup must lie in"),
         ({"optimizer": "sgd"}, "optimizer must be one of adamw, adafactor"),
     ],
 )

@@ -373,6 +373,10 @@ def test_rounds_that_were_edited_are_refused(place, tmp_path):
         (rest / "pruning.json").write_text(json.dumps(record | changes))
         with pytest.raises(ValueError, match=rf"small\.rounds is damaged \(.*{message}"):
             commanded(place, out, Silent())
+    for text, message in (('{"run": {}, "run": {}}', "names twice"), ('{"run": {"a": NaN}}', "NaN"), ("{", "not JSON")):
+        (rest / "pruning.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"pruning\.json is damaged \(.*{message}"):
+            commanded(place, out, Silent())
     (rest / "pruning.json").write_text(json.dumps(record))
     model, params = load(rest, dtype=None)
     whole = (rest / "pruning.json").read_text()

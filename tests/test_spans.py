@@ -166,6 +166,7 @@ def test_the_likeliest_span_is_that_of_brute_force(tokens: int, longest: int):
 # Models
 
 
+@pytest.mark.filterwarnings("ignore:2 tensors of .* are no part of the model. bert.pooler")
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_logits_are_of_every_token(model_type: str, tmp_path: Path):
     """Hugging Face's checkpoints for question answering load, and their logits are `hidden @ W.T + b`."""

@@ -161,6 +161,14 @@ def test_a_tokenizer_that_does_not_come_to_an_end_is_left(tmp_path, monkeypatch)
     assert run_tokenizer(tokenizer, "a")["input_ids"] == [2]
 
 
+def test_a_tokenizer_that_cannot_be_opened_is_copied_and_said(tmp_path):
+    model = hostile(tmp_path / "hf", pre_tokenizer=split("("))
+    _, params = load(tmp_path / "hf")
+    with pytest.warns(UserWarning, match=r"^no tokenizer could be read .*as it stands: tokenizer\.json, tok"):
+        save(tmp_path / "out", model, params)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "hf" / "tokenizer.json").read_bytes()
+
+
 def test_numbers_of_a_tokenizer_are_bounded(tmp_path):
     folder = write_classifier(tmp_path / "hf")
     settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 10**9, "model_max_length": 10**30}

@@ -13,6 +13,7 @@ import contextlib
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -443,6 +444,8 @@ def check_destination(path: Path, overwrite: bool) -> None:
     if not isinstance(section, dict) or weights_file(path) is None:
         raise FileExistsError(f"{path} is not a folder that jaxprune saved: it is not replaced, choose another name.")
     known = section.get("files", [])
+    if problems := misfits_of(known, [str], "jaxprune.files"):
+        raise FileExistsError(f"{path} is not replaced, its {CONFIG} is damaged ({'; '.join(problems)}): move it away.")
     names = (entry.name for entry in path.iterdir())
     foreign = sorted(name for name in names if name not in known and not is_leftover(name, known))
     if foreign:
@@ -460,12 +463,15 @@ def _tokenizer(model: Model) -> Any:
         return None
     if not model.source.is_dir():
         raise FileNotFoundError(f"{model.source}, from which the model was loaded, is gone, and the tokenizer with it.")
-    usual = all(OTHER_FILES.fullmatch(name) or name in TOKENIZER_FILES for name, *_ in versions_of(model.source))
-    if usual and "transformers" not in sys.modules:
+    names = [name for name, *_ in versions_of(model.source) if not OTHER_FILES.fullmatch(name)]
+    if set(names) <= set(TOKENIZER_FILES) and "transformers" not in sys.modules:
         return None
     try:
         return model.tokenizer
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if names:
+            copied = ", ".join(sorted(set(names) & set(TOKENIZER_FILES))) or "none of its files"
+            warnings.warn(f"{error} Saved with the model, as it stands: {copied}.", stacklevel=3)
         return None
 
 

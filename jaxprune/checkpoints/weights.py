@@ -328,6 +328,9 @@ def open_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, Source]
         FileNotFoundError: If there are no safetensors files, or some are missing.
         ValueError: If a file or the index is damaged, or they disagree.
     """
+    there = [name for name in (WEIGHTS, WEIGHTS + COMPRESSED, INDEX) if (folder / name).is_file()]
+    if len(there) > 1:
+        warnings.warn(f"{folder} has {' and '.join(there)}: only {there[0]} is read.", stacklevel=2)
     if (weights := weights_file(folder)) is not None:
         file = files.enter_context(WeightFile(weights))
         return {name: Source(file, name) for name in file.entries}
@@ -343,12 +346,15 @@ def open_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, Source]
     if absent:
         raise FileNotFoundError(f"{folder / INDEX} names files that are not there: {absent}. Download them again.")
     shards = {name: files.enter_context(WeightFile(folder / name)) for name in sorted(set(index.values()))}
-    refuse(
-        f"{folder / INDEX} and its files disagree",
-        missing=[f"{name} in {shard}" for name, shard in index.items() if name not in shards[shard].entries],
-        unknown=[f"{t} in {name}" for name, shard in shards.items() for t in shard.entries if index.get(t) != name],
-    )
-    return {name: Source(shards[shard], name) for name, shard in index.items()}
+    found = {name: Source(shards[shard], name) for name, shard in index.items() if name in shards[shard].entries}
+    elsewhere = [f"{t} in {name}" for name, shard in shards.items() for t in shard.entries if index.get(t) != name]
+    missing = [f"{name} in {shard}" for name, shard in index.items() if name not in found]
+    if any(name.partition(" in ")[0] in index for name in elsewhere):
+        refuse(f"{folder / INDEX} and its files disagree", missing=missing, unknown=elsewhere)
+    for names, what in ((missing, "names more than its files hold"), (elsewhere, "names less than its files hold")):
+        if names:  # a tensor that the model needs is refused as missing
+            warnings.warn(f"{folder / INDEX} {what}, tensors that are left out: {_some(names)}.", stacklevel=2)
+    return found
 
 
 def check_layers(model: Model, tensors: Mapping[str, Source], folder: Path) -> None:
@@ -464,11 +470,15 @@ def fit_hugging_face(model: Model, tensors: Mapping[str, Source], folder: Path) 
         wrong_type=_wrong_types({stored[names[path][0]]: entry for path, entry in entries.items()}),
     )
     if unknown:
-        listed = ", ".join([*unknown][:8]) + (", …" if len(unknown) > 8 else "")
+        listed = _some([*unknown])
         warnings.warn(f"{len(unknown)} tensors of {folder} are no part of the model: {listed}.", stacklevel=2)
     return [
         Parameter(path, tensors[stored[plain]], dense[path].shape, inputs[path]) for path, (plain, _) in names.items()
     ]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
 def _today(match: re.Match[str]) -> str:

@@ -142,7 +142,14 @@ def working() -> Iterator[Bars]:
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), Bars() as bars, _listening(bars):
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", module=r"jaxprune\.")
-        warnings.showwarning = lambda message, *_, **__: bars.say(f"Warning: {message}")
+        said: set[str] = set()  # a folder that is opened twice has the same to say
+
+        def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+            if str(message) not in said:
+                said.add(str(message))
+                bars.say(f"Warning: {message}")
+
+        warnings.showwarning = show_warning
         yield bars
 
 
@@ -166,6 +173,8 @@ def _listening(bars: Bars) -> Iterator[None]:
         signal.signal(number, stop)
     try:
         yield
+        if bars.interrupted:  # what ran last swallowed it
+            raise KeyboardInterrupt(bars.interrupted)
     except (Exception, KeyboardInterrupt) as error:  # C code that called Python's makes a SystemError of it
         if bars.interrupted and error.args != (bars.interrupted,):
             raise KeyboardInterrupt(bars.interrupted) from error

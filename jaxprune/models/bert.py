@@ -462,10 +462,8 @@ def checkpoint_names(config: EncoderConfig) -> dict[Path, tuple[str, str]]:
 
 
 def ignored_names(config: EncoderConfig) -> tuple[str, ...]:
-    """Patterns of tensors in checkpoints that belong neither to the encoder nor to its task head."""
-    always = ("embeddings.position_ids", "cls.*", "lm_head.*", "vocab_*", "discriminator_*", "generator_*")
-    dense = any(head.dense is not None for head in config.task_heads)
-    return always if dense and config.model_type in ("bert", "ernie") else (*always, "pooler.*")
+    """Patterns of tensors in checkpoints that no model reads: a buffer. Heads of the pre-training are named."""
+    return ("embeddings.position_ids",)
 
 
 _LAYER = (  # our module, kind of its weight, kind of its bias, its name in BERT's checkpoints and in DistilBERT's

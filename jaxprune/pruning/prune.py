@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import jax
 import numpy as np
 
-from jaxprune.checkpoints.files import COUNT, DIGEST, differences, file_stem, misfits_of, read_json, remove_folder
+from jaxprune.checkpoints.files import COUNT, DIGEST, differences, file_stem, misfits_of, parse_header, remove_folder
 from jaxprune.checkpoints.folder import check_destination, load, save
 from jaxprune.checkpoints.gates import PRUNING, recorded_gates
 from jaxprune.checkpoints.tensors import is_sealed, model_digest, params_digest, sealed, versions
@@ -165,7 +165,10 @@ class Workspace:
         check_destination(self.folder, True)
         if not self.folder.is_dir() or not any(self.folder.iterdir()):
             return [], None
-        pruning = read_json(self.folder / PRUNING) if (self.folder / PRUNING).is_file() else {}
+        file = self.folder / PRUNING
+        problems, pruning = parse_header(file.read_text("utf-8", "replace") if file.is_file() else "{}", {...: object})
+        if problems:
+            raise ValueError(f"{file} is damaged ({'; '.join(problems)}): move {self.folder} away to start again.")
         if "run" not in pruning:
             raise FileExistsError(
                 f"{self.folder} is a model and not what an interrupted run in rounds left: move it away, or choose "

@@ -70,8 +70,11 @@ class Training:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}.")
-        if not self.learning_rate > 0 or not 0 <= self.warmup <= 1 or self.weight_decay < 0 or not self.clip > 0:
-            raise ValueError("learning_rate and clip must be positive, warmup in [0, 1], weight_decay at least 0.")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+        if not 0 <= self.warmup <= 1 or self.weight_decay < 0:
+            raise ValueError("warmup must lie in [0, 1], and weight_decay be at least 0.")
 
     def rate(self, steps: int) -> optax.Schedule:
         """The learning rate of a run of so many steps."""
@@ -287,6 +290,13 @@ def write_state(file: Path, state: TrainingState, identity: Mapping[str, Any]) -
     write_atomic(file, to_safetensors(arrays, {"jaxprune_training": json.dumps(sealed(header, arrays))}))
 
 
+def _kind(stored: Any) -> str:
+    """The type and the shape of an array that is not read yet, as NumPy calls them."""
+    kind, letters = stored.get_dtype(), stored.get_dtype().rstrip("0123456789")
+    names = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "BOOL": "bool"}
+    return f"{names.get(letters, letters)}{kind[len(letters) :]}{list(stored.get_shape())}"
+
+
 def read_state(file: Path, state: TrainingState, identity: Mapping[str, Any]) -> TrainingState:
     """Reads a run in progress: every array by its name, into the structure of `state`; refuses what does not fit."""
     anew = "remove it to start again."
@@ -298,7 +308,13 @@ def read_state(file: Path, state: TrainingState, identity: Mapping[str, Any]) ->
             problems = misfits_of(header, _HEADER)
             if not problems and (other := differences(header["run"], json.loads(json.dumps(identity)))):
                 raise ValueError(f"{file} is the state of another run ({other}): {anew}")
-            arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            begun = any(name.startswith("best.") for name in stored.keys())  # noqa: SIM118
+            structure = _arrays(state._replace(best=state.params if begun else {}))
+            expected = _named(structure)
+            kinds = {name: _kind(stored.get_slice(name)) for name in stored.keys()}  # noqa: SIM118
+            wanted = {name: f"{array.dtype}{list(array.shape)}" for name, array in expected.items()}
+            differing = sorted(name for name in kinds | wanted if kinds.get(name) != wanted.get(name))
+            arrays = {} if problems or differing else {name: stored.get_tensor(name) for name in kinds}
     except (SafetensorError, KeyError, AttributeError, TypeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is no state of a run ({error!r}): {anew}") from error
     if not problems:
@@ -307,11 +323,6 @@ def read_state(file: Path, state: TrainingState, identity: Mapping[str, Any]) ->
             problems.append(f"its evaluations are after the steps {taken}, of {done}")
     if problems:
         raise ValueError(f"{file} is no state of a run ({'; '.join(problems)}): {anew}")
-    begun = any(name.startswith("best.") for name in arrays)
-    structure = _arrays(state._replace(best=state.params if begun else {}))
-    expected = _named(structure)
-    kinds, wanted = ({n: f"{a.dtype}{list(a.shape)}" for n, a in tree.items()} for tree in (arrays, expected))
-    differing = sorted(name for name in kinds | wanted if kinds.get(name) != wanted.get(name))
     if differing:
         name = differing[0]
         raise ValueError(
