@@ -411,6 +411,7 @@ class BudgetOptions:
     flops: Annotated[float | None, selecting("Fraction of the FLOPs that may stay.")] = None
     parameters: Annotated[float | None, selecting("Fraction of the units' parameters that may stay.")] = None
     units: Annotated[float | None, selecting("Fraction of the units that may stay.")] = None
+    cache: Annotated[float | None, selecting("Fraction of a decoder's cache of keys and values that may stay.")] = None
     memory: Annotated[
         str | None, selecting("Memory that all weights may take, or the fraction that may stay.", metavar="40MB|0.5")
     ] = None
@@ -435,6 +436,7 @@ class BudgetOptions:
                 "flops": self.flops,
                 "parameters": self.parameters,
                 "units": self.units,
+                "cache": self.cache,
                 **read_amount("memory", self.memory, "bytes", BYTES),
                 **read_amount("latency", self.latency, "seconds", SECONDS),
                 "length": length,

@@ -1,4 +1,4 @@
-"""The costs of a model and of its units: parameters, FLOPs, and bytes in memory and on disk.
+"""The costs of a model and of its units: parameters, FLOPs, and bytes in memory, in the cache and on disk.
 
 Costs are additive over units: with one length, every unit of a site costs the same, and what can be pruned costs
 `sum(width * cost of one unit)` over the sites. All of it is read from the axis table and the shapes of the arrays.
@@ -32,7 +32,7 @@ class Slice(NamedTuple):
 
 
 Length: TypeAlias = float | Sequence[float]  # tokens; of a text-to-text model those it reads and those it writes
-COUNTED = ("units", "prunable_parameters", "parameters", "memory", "flops", "file_bytes")
+COUNTED = ("units", "prunable_parameters", "parameters", "memory", "cache", "flops", "file_bytes")
 Measure: TypeAlias = Callable[[Slice], float]  # what one parameter adds to the cost of one unit
 
 
@@ -49,6 +49,16 @@ def memory(params: Params) -> int:
 def prunable_parameters(model: Model, params: Params) -> int:
     """The number of weights and biases with a unit axis: those removed if every unit is."""
     return round(_total(model, params, elements))
+
+
+def cache(model: Model, params: Params) -> int:
+    """The bytes of keys and values that stay in memory for one token while a text is written; 0 where none is.
+
+    A decoder keeps them of all tokens, its prompt's included. A text-to-text model keeps those of a token that it has
+    written and, for cross-attention, those of one that it has read: this is the sum of both. A layer with a sliding
+    window counts like any other.
+    """
+    return round(_total(model, params, cache_bytes(model, params)))
 
 
 def flops(model: Model, params: Params, length: Length) -> float:
@@ -96,7 +106,8 @@ def unit_costs(model: Model, params: Params, measure: Measure, kinds: Collection
     Args:
         model: The architecture.
         params: Parameters of any widths; a site without units has a cost, too.
-        measure: The cost that a parameter adds: `elements`, `weight_bytes(params)` or `matmul_flops(model, length)`.
+        measure: The cost that a parameter adds: `elements`, `weight_bytes(params)`, `cache_bytes(model, params)` or
+            `matmul_flops(model, length)`.
         kinds: Kinds of units. A head costs what its channels and query channels cost together.
 
     Returns:
@@ -116,6 +127,19 @@ def elements(part: Slice) -> float:
 def weight_bytes(params: Params) -> Measure:
     """Measures bytes: weights and biases in their types."""
     return lambda part: part.size * np.dtype(subtree(params, part.path).dtype).itemsize
+
+
+def cache_bytes(model: Model, params: Params) -> Measure:
+    """Measures bytes of the cache per token, see `cache`: one element for every output of a key or value kernel."""
+    stack = model.stacks[-1]
+
+    def measure(part: Slice) -> float:
+        cached = stack.causal and part.path[: len(stack.path)] == stack.path
+        if not cached or part.path[-1] != "kernel" or part.path[-2] not in ("key", "value"):
+            return 0.0
+        return part.size // part.shape[part.axes.index("embed")] * np.dtype(subtree(params, part.path).dtype).itemsize
+
+    return measure
 
 
 def matmul_flops(model: Model, length: Length) -> Measure:
@@ -162,6 +186,7 @@ def costs(model: Model, params: Params, length: Length) -> dict[str, Any]:
         "prunable_parameters": prunable_parameters(model, params),
         "parameters": parameters(params),
         "memory": memory(params),
+        **({"cache": cache(model, params)} if model.causal else {}),
         "flops": flops(model, params, length),
         "length": length,
     }

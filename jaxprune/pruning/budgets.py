@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self, TypeAlias
 import numpy as np
 
 from jaxprune.models import Model
-from jaxprune.models.cost import Length, elements, matmul_flops, unit_costs, weight_bytes
+from jaxprune.models.cost import Length, cache_bytes, elements, matmul_flops, unit_costs, weight_bytes
 from jaxprune.pruning.latency import LatencyTable, check_table, kept_table, measure_latency_table, whole_tokens
 from jaxprune.units import KINDS, Params, widths
 
@@ -135,6 +135,25 @@ class Memory(Budget):
 
 
 @dataclass(frozen=True)
+class Cache(Budget):
+    """A fraction of the bytes that generation keeps for one token may stay; see `jaxprune.models.cost.cache`.
+
+    Only units with keys and values cost any: all others stay.
+    """
+
+    counted = "cache"
+
+    def unit_costs(self, model: Model, params: Params) -> dict[str, float]:
+        """Bytes per token."""
+        if not model.causal:
+            raise ValueError(
+                f"a {model.config.model_type} model writes no text, so it keeps no cache: give a budget of flops, "
+                "parameters, units, memory or latency."
+            )
+        return unit_costs(model, params, cache_bytes(model, params), KINDS)
+
+
+@dataclass(frozen=True)
 class Latency(Budget):
     """A fraction of the time of a forward pass may stay, or so many seconds, as a table predicts."""
 
@@ -183,8 +202,8 @@ class Latency(Budget):
         return self
 
 
-KINDS_OF_BUDGETS = (Units, Parameters, Flops, Memory, Latency)
-NAMES = ("units", "parameters", "flops", "memory", "memory_bytes", "latency", "latency_seconds")  # in records
+KINDS_OF_BUDGETS = (Units, Parameters, Flops, Cache, Memory, Latency)
+NAMES = ("units", "parameters", "flops", "cache", "memory", "memory_bytes", "latency", "latency_seconds")  # in records
 
 
 def read_budget(settings: Mapping[str, Any]) -> Budget:

@@ -30,7 +30,7 @@ from jaxprune.data.batches import digest_rows
 from jaxprune.data.tasks import Rows, Task
 from jaxprune.evaluation.evaluate import Evaluation, evaluate, fitting_head
 from jaxprune.models import Model, order_sites
-from jaxprune.models.cost import Length, elements, matmul_flops, parameters, unit_costs, usual_length
+from jaxprune.models.cost import Length, cache, elements, matmul_flops, parameters, unit_costs, usual_length
 from jaxprune.pruning.budgets import NAMES, Flops, Rules
 from jaxprune.pruning.prune import Watch, score_once
 from jaxprune.pruning.selection import check_record, check_selection, select, select_units, settings_of
@@ -186,6 +186,7 @@ def inspect(
     layers = {name: [each for each in units if each.site.layer_name == name] for name in names}
     record = {
         "flops": total_flops,
+        **({"cache": cache(model, params)} if model.causal else {}),
         "length": length,
         "kinds": list(kinds),
         "layers": [row(name.replace(".", " "), group) for name, group in layers.items()],

@@ -41,7 +41,7 @@ class Candidates(NamedTuple):
 
     sites: tuple[Site, ...]
     width: Mapping[str, int]  # the units of every site
-    groups: Mapping[str, int]  # groups of a site that must keep as many units: heads, for channels
+    groups: Mapping[str, int]  # groups of a site that must keep as many units: heads for channels, and for query heads
     scores: Mapping[str, np.ndarray]  # a missing one is zero
     ranking: Mapping[str, np.ndarray]  # the units of every site, best first
     multiple_of: Mapping[str, int]  # by kind
@@ -89,14 +89,16 @@ def cut(candidates: Candidates, costs: Mapping[str, float], per_layer: bool) -> 
             continue
         starts = np.arange(0, units, groups * candidates.multiple_of[site.kind])
         sizes = np.diff(starts, append=units)
-        if per_layer:
+        if not cost:
+            order = np.full(len(starts), -np.inf)  # what costs nothing is kept first
+        elif per_layer:
             order = (starts + sizes) / units
         else:
             best = candidates.best(site)
             below = np.add.reduceat(best - np.repeat(best[starts], sizes), starts)
             means = best[starts] + below / sizes  # this way the mean of equal scores is exactly that score
             order = np.maximum.accumulate(-means / cost)  # rounding must not put a later block first
-        least = units if site.name in candidates.whole else groups * candidates.floor[site.kind]
+        least = units if site.name in candidates.whole or not cost else groups * candidates.floor[site.kind]
         columns.append((np.full(len(starts), index), sizes, sizes * cost, order, starts < least))
     if not columns:
         columns.append((np.zeros(0, int), np.zeros(0, int), np.zeros(0), np.zeros(0), np.zeros(0, bool)))
@@ -339,6 +341,9 @@ def _plan(budget: Budget, model: Model, params: Params, scores: Scores | Values,
     costs = budget.with_length(parts_of(scores)[1].get("mean_length")).unit_costs(model, params)
     candidates = _candidates(model, params, scores, rules)
     blocks = cut(candidates, costs, rules.per_layer)
+    if blocks.cost.size and not blocks.cost.any():
+        kinds = " and ".join(dict.fromkeys(site.kind for site in candidates.sites if candidates.width[site.name]))
+        raise ValueError(f"{budget.name} cannot be reduced: these scores are of {kinds}, which cost none of it.")
     fixed = memory_of(params) - float(blocks.cost.sum()) if isinstance(budget, Memory) else 0.0
     return _Plan(candidates, blocks, fixed)
 
@@ -352,8 +357,8 @@ def _candidates(model: Model, params: Params, scores: Scores | Values, rules: Ru
     ranked = fitting_values(values, width, "scores")
     if rules.normalise is not None:
         ranked = fitting_values(rules.normalise(dict(ranked)), width, "normalised scores", expected=ranked)
-    heads = {site.module: every[site.name] for site in sites(model.axes, params, ("heads",))}
-    groups = {site.name: heads[site.module] if len(KINDS[site.kind]) > 1 else 1 for site in places}
+    along = {(site.module, site.kind): every[site.name] for site in sites(model.axes, params)}
+    groups = {site.name: 1 if site.kind in UNITS else along[site.module, KINDS[site.kind][0]] for site in places}
     return _ranked(places, width, groups, ranked, rules)
 
 

@@ -290,6 +290,7 @@ def before_after_sections(record: Record) -> list[list[tuple[str, ...]]]:
     speedup = times(record["speedup"]["theoretical"])
     rows.append(row(f"MFLOPs, {length_text(before['length'])}", "flops", ",.1f", speedup=speedup))
     sizes = {"memory": "weights in memory, MB", "file_bytes": "weights on disk, MB"}
+    rows += [row("cache, kB per token", "cache", unit=1e3)] if before.get("cache") else []
     sections.append(rows + [row(title, name) for name, title in sizes.items() if before.get(name)])
     for old, new in zip(before.get("latency", ()), after.get("latency", ()), strict=True):
         medians, late = ([milliseconds(latency[name]) for latency in (old, new)] for name in ("median", "p95"))
@@ -585,6 +586,8 @@ def inspection_note(record: Record) -> str:
         f"Task heads: {', '.join(record['heads']) or 'none'}.",
         f"Parameters and FLOPs of heads and neurons, {length_text(record['length'])}.",
     ]
+    if record.get("cache"):
+        parts.append(f"Cache: {record['cache']:,} bytes per token.")
     if record["total"].get("zeros") is not None:
         parts.append("Zeros: in the kernels of attention and FFN; they are counted as parameters and FLOPs.")
     if record["tasks"]:

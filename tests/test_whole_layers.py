@@ -1,0 +1,120 @@
+"""The cache of keys and values as a cost and a budget: what generation keeps, and what has to go for less of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from commands import record_of, run, write_rows
+from test_likelihood import ANSWERS
+from tiny import random_gates, tiny_batch, tiny_model
+
+import jaxprune as jp
+from jaxprune.checkpoints.folder import load, save
+from jaxprune.compaction import compact
+from jaxprune.models import Model, State, enter, model_inputs, model_layers, run_layer
+from jaxprune.models.cost import cache
+from jaxprune.pruning.budgets import Cache, Rules, read_budget
+from jaxprune.pruning.selection import check_selection, select, thresholds
+from jaxprune.units import Params, widths
+
+PROMPT = 'template: "mood : {sentence} ?"\nwords: {good: " very good", bad: " bad"}\n'
+
+
+def random_scores(model: Model, params: Params, kinds: tuple[str, ...] = ("heads", "groups", "neurons")) -> Any:
+    random = np.random.default_rng(0)
+    return {name: random.random(units) for name, units in widths(model.axes, params, kinds).items()}
+
+
+def counts(gates: Any) -> dict[str, int]:
+    return {name: int(np.asarray(gate).sum()) for name, gate in gates.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "t5"])
+def test_the_cache_is_what_generation_keeps_for_a_token(model_type: str, dtype: str):
+    model, dense = tiny_model(model_type, attention_heads=8)
+    dense = jax.tree.map(lambda leaf: leaf.astype(dtype), dense)
+    for params in (dense, compact(model, dense, random_gates(model, dense, 1))):
+        inputs, state, kept = model_inputs(model, params, tiny_batch(model)), None, 0
+        for layer in model_layers(model, params):
+            state = enter(model, layer, inputs, state)
+            if layer.stack == model.stacks[-1]:  # one row, one token written, and if there is a memory one read
+                one = State(*(None if part is None else part[:1, :1] for part in state))
+                room = jax.eval_shape(lambda own, one: model.prepare(own, one, 1), layer.params, one)
+                kept += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(room))
+            state = run_layer(model, layer, inputs, state)[0]
+        assert cache(model, params) == kept > 0
+
+
+@pytest.mark.parametrize("per_layer", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "t5"])
+def test_a_budget_of_cache_takes_what_is_cached_and_nothing_else(model_type: str, per_layer: bool):
+    model, params = tiny_model(model_type, attention_heads=8, layers=3)
+    scores, rules, whole = random_scores(model, params), Rules(per_layer=per_layer), cache(model, params)
+    cached = {name for name in scores if "neurons" not in name and "encoder" not in name}
+    from_on, sizes = thresholds(model, params, scores, Cache(0.5), rules=rules), widths(model.axes, params)
+    for fraction in (0.01, 0.3, 0.5, 1.0):
+        gates = select(model, params, scores, Cache(fraction), rules=rules)
+        left = counts(gates)
+        assert {name: units for name, units in left.items() if name not in cached} == {
+            name: units for name, units in sizes.items() if name not in cached
+        }
+        small = compact(model, params, gates)
+        unit = whole / sum(sizes[name] for name in cached)
+        assert fraction * whole - unit < cache(model, small) == unit * sum(left[name] for name in cached)
+        assert cache(model, small) <= fraction * whole
+        for name, gate in gates.items():
+            np.testing.assert_array_equal(np.asarray(gate) == 1.0, from_on[name] <= fraction + 1e-9)
+    kind = "groups" if model_type == "llama" else "heads"
+    left = counts(select(model, params, scores, Cache(0.6), rules=replace(rules, multiple_of=2, floor={kind: 2})))
+    assert {left[name] % 2 for name in cached} == {0} and min(left[name] for name in cached) >= 2
+
+
+def test_what_a_budget_of_cache_cannot_have_is_refused():
+    model, params = tiny_model("llama", attention_heads=8)
+    with pytest.raises(ValueError, match=r"cache=0.2 cannot be reached: .* smallest reachable fraction is 0.25"):
+        select(model, params, random_scores(model, params), Cache(0.2), rules=Rules(floor={"groups": 1}))
+    queries = random_scores(model, params, ("query_heads", "neurons"))
+    with pytest.raises(ValueError, match=r"cache cannot be reduced: .* of query_heads and neurons, which cost none"):
+        check_selection(model, params, Cache(0.5), Rules(), queries)
+    encoder = tiny_model()
+    with pytest.raises(ValueError, match="a bert model writes no text, so it keeps no cache: give a budget of flops"):
+        check_selection(*encoder, Cache(0.5), Rules(), widths(encoder[0].axes, encoder[1]))
+    assert cache(*encoder) == 0
+    assert read_budget({"cache": 0.5}) == jp.budgets.Cache(0.5)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder, a task and a prompt for it."""
+    folder = tmp_path_factory.mktemp("decoder")
+    model, params = tiny_model("llama", attention_heads=8, layers=3)
+    save(folder / "model", replace(model, source=ANSWERS), params)
+    for i, (split, rows) in enumerate({"train": 240, "validation": 40, "test": 60}.items()):
+        write_rows(folder / "data" / "mood" / f"{split}.jsonl", ("bad", "good"), rows, i)
+    (folder / "prompt.yaml").write_text(PROMPT)
+    return folder
+
+
+def asked(place: Path) -> tuple[Any, ...]:
+    rows = ("--task", "mood", "--data", place / "data", "--prompt", place / "prompt.yaml")
+    return (place / "model", *rows, "--examples", 16, "--limit", 16, "--recover", "none", "--measure", 0)
+
+
+def test_a_decoder_is_pruned_to_a_cache(place: Path, tmp_path: Path):
+    out, scores = tmp_path / "small", tmp_path / "small.scores.safetensors"
+    record = record_of("prune", *asked(place), "--criterion", "activation", "--cache", 0.5, "-o", out)
+    assert record["kept"]["cache"] == 0.5 and record["selection"]["cache"] == 0.5
+    model, params = load(out)
+    assert record["after"]["cache"] == cache(model, params) == 3 * 2 * (2 * 6) * 4  # layers, groups, channels, bytes
+    assert set(widths(model.axes, params, ("neurons",)).values()) == {32}
+    assert "cache, kB per token" in (out / "README.md").read_text()
+    planned = record_of("plan", place / "model", "--scores", scores, "--cache", 0.5)
+    assert planned["after"].items() <= record["after"].items()
+    assert "Cache: 288 bytes per token." in " ".join(run("inspect", out).stdout.split())
+    assert record_of("inspect", out)["cache"] == 288
