@@ -26,6 +26,7 @@ from jaxprune.scoring.attribution import (
     riemann,
     trapezoid,
 )
+from jaxprune.scoring.criteria import BlockInfluence
 from jaxprune.scoring.objectives import (
     absolute,
     calibration_means,
@@ -241,6 +242,7 @@ def test_chunked_quadrature_equals_all_at_once(path: Any, chunk: int):
         ("bert", GradientActivation(tokens=absolute_tokens, examples=maximum)),
         ("bert", GradientActivation(tokens=max_tokens, labels=every, closed=calibration_means)),
         ("bert", GradientActivation(labels=sampled, objective=log_probability, examples=squared)),
+        ("bert", BlockInfluence()),
     ],
 )
 def test_padding_reordering_and_splitting_change_nothing(model_type: str, criterion: Any):

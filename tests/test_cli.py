@@ -489,7 +489,7 @@ BAD: dict[str, tuple[Sequence[Any], str]] = {
             "-o",
             "{new}",
         ),
-        "top-layers ranks layers.*--global",
+        "top-layers and block-influence rank layers.*--global",
     ),
     "option of no criterion": ((*SCORE, "--criterion", "top-layers", "--nodes", 4), "it has no options"),
     "impossible tokens": ((*SCORE, "--tokens", "max"), "not possible with integrated gradients"),

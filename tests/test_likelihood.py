@@ -26,7 +26,7 @@ from jaxprune.evaluation.text import answered, candidates_of, rank, teacher_forc
 from jaxprune.models import Model
 from jaxprune.models.layers import max_tokens
 from jaxprune.scoring.attribution import Context, GradientActivation, IntegratedGradients, layer
-from jaxprune.scoring.criteria import Activation, Fisher, LeaveOneOut, Taylor, Wanda
+from jaxprune.scoring.criteria import Activation, BlockInfluence, Fisher, LeaveOneOut, Taylor, Wanda
 from jaxprune.scoring.objectives import (
     every,
     gold,
@@ -169,6 +169,7 @@ def test_label_free_scores_need_no_labels(labels: Any):
         Fisher(),
         Wanda(),
         Activation(),
+        BlockInfluence(),
         LeaveOneOut(chunk=3),
     ],
     ids=lambda own: type(own).__name__,

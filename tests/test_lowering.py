@@ -15,7 +15,7 @@ from jaxprune.models import TaskHead
 from jaxprune.models.layers import max_tokens
 from jaxprune.scoring import run as totals
 from jaxprune.scoring.attribution import GradientActivation, IntegratedGradients, layer
-from jaxprune.scoring.criteria import Fisher, Gradient, LeaveOneOut, Wanda
+from jaxprune.scoring.criteria import BlockInfluence, Fisher, Gradient, LeaveOneOut, Wanda
 from jaxprune.scoring.objectives import every, margin, maximum, site_statistics, token_sum
 
 HEADS = (TaskHead(name="task", labels=("no", "maybe", "yes"), dense="tanh"),)
@@ -31,6 +31,7 @@ HEADS = (TaskHead(name="task", labels=("no", "maybe", "yes"), dense="tanh"),)
         (Fisher(), 1),
         (Gradient(), 1),
         (Wanda(), 1),
+        (BlockInfluence(), 1),
         (LeaveOneOut(chunk=2), 1),
     ],
 )

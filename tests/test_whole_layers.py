@@ -1,4 +1,4 @@
-"""The cache of keys and values as a cost and a budget: what generation keeps, and what has to go for less of it."""
+"""Whole layers that go, by block influence, and the cache of keys and values as a cost and a budget."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from commands import record_of, run, write_rows
+from hand_tables import hand_table
 from test_likelihood import ANSWERS
 from tiny import random_gates, tiny_batch, tiny_model
 
@@ -18,9 +19,14 @@ from jaxprune.checkpoints.folder import load, save
 from jaxprune.compaction import compact
 from jaxprune.models import Model, State, enter, model_inputs, model_layers, run_layer
 from jaxprune.models.cost import cache
-from jaxprune.pruning.budgets import Cache, Rules, read_budget
+from jaxprune.models.running import ANSWER
+from jaxprune.pruning.budgets import Cache, Flops, Latency, Memory, Parameters, Rules, Units, read_budget
+from jaxprune.pruning.pooling import pooled
+from jaxprune.pruning.prune import check_scope, select_left
 from jaxprune.pruning.selection import check_selection, select, thresholds
-from jaxprune.units import Params, widths
+from jaxprune.scoring.criteria import BlockInfluence
+from jaxprune.scoring.scores import Scores, properties_of
+from jaxprune.units import Params, site_of, widths
 
 PROMPT = 'template: "mood : {sentence} ?"\nwords: {good: " very good", bad: " bad"}\n'
 
@@ -118,3 +124,93 @@ def test_a_decoder_is_pruned_to_a_cache(place: Path, tmp_path: Path):
     assert planned["after"].items() <= record["after"].items()
     assert "Cache: 288 bytes per token." in " ".join(run("inspect", out).stdout.split())
     assert record_of("inspect", out)["cache"] == 288
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama", "t5"])
+def test_block_influence_is_how_far_a_layer_turns_its_input(model_type: str):
+    model, params = tiny_model(model_type, layers=3)
+    batch = tiny_batch(model)
+    batch |= {ANSWER: batch["attention_mask"]}  # there is nothing more to answer
+    found = BlockInfluence()(model, params, batch).scores
+    assert found.keys() == widths(model.axes, params).keys()
+    states = iter(model.apply(params, batch, returns=("hidden",)).hidden or ())
+    expected = {}
+    for stack in model.stacks:
+        mask, x = batch[stack.inputs[1]].astype(bool), np.asarray(next(states), np.float64)
+        for i in range(stack.layers):
+            y = np.asarray(next(states), np.float64)
+            cosine = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
+            expected[stack.name, i] = [1 - own[real].mean() for own, real in zip(cosine, mask, strict=True)]
+            x = y
+    assert np.min(list(expected.values())) > 0.01
+    for name, value in found.items():
+        site = site_of(name)
+        np.testing.assert_allclose(value[:, -1], expected[site.stack, site.layer], rtol=1e-4)
+        np.testing.assert_array_equal(value, value[:, :1].repeat(value.shape[1], 1))
+
+
+INFLUENCE = {0: 0.31, 1: 0.299, 2: 0.9, 3: 0.3}  # nearly alike: what units cost must not matter
+BY_LAYER = Rules(per_layer=False)
+
+
+def of_layers(model: Model, params: Params) -> Scores:
+    """Scores as block influence makes them."""
+    sizes = widths(model.axes, params).items()
+    values: Any = {name: np.full(units, INFLUENCE[site_of(name).layer], np.float32) for name, units in sizes}
+    return Scores(values, {"properties": properties_of(BlockInfluence())})
+
+
+@pytest.mark.parametrize(
+    "budget", [Flops(0.5, length=200), Flops(0.5, length=2), Parameters(0.5), Units(0.5), Cache(0.5), Memory(0.56)]
+)
+def test_whole_layers_go_whatever_their_units_cost(budget: Any):
+    model, params = tiny_model("llama", attention_heads=8, layers=4)
+    scores, sizes = of_layers(model, params), widths(model.axes, params)
+    gates = select(model, params, scores, budget, rules=BY_LAYER)
+    cached = {name for name in sizes if "groups" in name or not isinstance(budget, Cache)}
+    gone = {name for name in cached if site_of(name).layer in (1, 3)}  # those with the least influence
+    part = {name for name in gone if isinstance(budget, Memory) and site_of(name).layer == 3}
+    assert {name: units for name, units in counts(gates).items() if name not in part} == {
+        name: 0 if name in gone else units for name, units in sizes.items() if name not in part
+    }
+    for again in (
+        pooled(model, params, [scores, scores], budget, rules=BY_LAYER),
+        select_left(model, params, scores, {}, budget, BY_LAYER),
+    ):
+        assert counts(again) == counts(gates)
+    with pytest.raises(ValueError, match="block-influence rank layers"):
+        check_scope(scores.properties, Rules())
+
+
+def test_of_the_last_layer_neurons_go_first():
+    model, params = tiny_model("llama", attention_heads=8, layers=4)
+    left = counts(select(model, params, of_layers(model, params), Parameters(0.7), rules=BY_LAYER))
+    assert left["1.attention.groups"] == left["1.ffn.neurons"] == 0
+    assert left["3.attention.groups"] == 4 and 0 < left["3.ffn.neurons"] < 32
+    assert left["0.attention.groups"] == 4 and left["0.ffn.neurons"] == 32
+
+
+def test_whole_layers_go_by_latency():
+    model, params = tiny_model(layers=4)
+    table, sizes = hand_table(model, params, length=12), widths(model.axes, params)
+    wanted = {name: 0 if site_of(name).layer in (1, 3) else units for name, units in sizes.items()}
+    budget = Latency(seconds=table.predict(wanted), table=table)
+    assert counts(select(model, params, of_layers(model, params), budget, rules=BY_LAYER)) == wanted
+
+
+def test_a_decoder_loses_whole_layers(place: Path, tmp_path: Path):
+    out = tmp_path / "small"
+    how = ("--criterion", "block-influence", "--flops", 0.7, "--global", "-o", out)
+    record = record_of("prune", *asked(place), *how)
+    assert 0.5 < record["kept"]["flops"] <= 0.7
+    model, params = load(out)
+    sizes = widths(model.axes, params)
+    (gone,) = {site_of(name).layer for name, units in sizes.items() if not units}
+    assert sizes[f"{gone}.attention.groups"] == sizes[f"{gone}.ffn.neurons"] == 0
+    states = model.apply(params, tiny_batch(model), returns=("hidden",)).hidden or ()
+    np.testing.assert_array_equal(states[gone], states[gone + 1])  # what is left of the layer is the identity
+    evaluated = record_of("evaluate", out, *asked(place)[1:7], "--limit", 16)["results"]
+    assert evaluated[0]["metrics"] == record["after"]["evaluation"]["metrics"]
+    assert len(jp.generate(model, params, tiny_batch(model), max_new_tokens=3)) == 3
+    shown = run("plan", place / "model", "--scores", f"{out}.scores.safetensors", "--flops", 0.7)
+    assert shown.exit_code == 2 and "--global" in shown.stderr

@@ -41,6 +41,7 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
         "taylor": "scoring.criteria:Taylor",
         "fisher": "scoring.criteria:Fisher",
         "top-layers": "scoring.criteria:TopLayers",
+        "block-influence": "scoring.criteria:BlockInfluence",
         "leave-one-out": "scoring.criteria:LeaveOneOut",
     },
     "path": {"joint": "scoring.attribution:joint", "layer": "scoring.attribution:layer"},

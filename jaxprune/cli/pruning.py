@@ -342,6 +342,7 @@ def plan(
         from jaxprune.compaction import compacted_shapes
         from jaxprune.models.cost import compared
         from jaxprune.pruning.loss import predict_loss
+        from jaxprune.pruning.prune import check_scope
         from jaxprune.pruning.selection import check_selection
         from jaxprune.scoring.scores import check_scores, objective_name
 
@@ -349,6 +350,7 @@ def plan(
         asked, timing = budget.build(tokens), budget.timing(tokens)
         scored = jp.load_scores(scores)
         shapes, params, digest = outline(model, memory=terminal.digests_folder())
+        check_scope(scored.properties, rules)
         check_selection(shapes, params, asked, rules, scored.values)
         check_scores(shapes, params, scored, digest=digest)
         asked = asked.with_length(scored.header["mean_length"])

@@ -18,7 +18,7 @@ import numpy as np
 from jaxprune.models import Model
 from jaxprune.models.cost import Length
 from jaxprune.pruning.budgets import Budget, Rules
-from jaxprune.pruning.selection import Values, parts_of, select, thresholds
+from jaxprune.pruning.selection import Values, parts_of, per_cost, select, thresholds
 from jaxprune.scoring.scores import Scores, some
 from jaxprune.units import Gates, Params
 
@@ -27,7 +27,8 @@ def pooled(
     model: Model, params: Params, scores: Sequence[Scores | Values], budget: Budget, *, rules: Rules = Rules()
 ) -> Gates:
     """Selects by the mean of the tasks' scores, each divided by its total, so that every task weighs the same."""
-    return select(model, params, mean_scores(scores), _at_mean_length(budget, scores), rules=rules)
+    mean = Scores(mean_scores(scores), {"properties": {"per_cost": any(map(per_cost, scores))}})
+    return select(model, params, mean, _at_mean_length(budget, scores), rules=rules)
 
 
 def kept_by_any(

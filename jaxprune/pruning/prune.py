@@ -329,10 +329,10 @@ def _check(
 
 def check_scope(properties: Mapping[str, Any], rules: Rules) -> None:
     """Refuses rules that scores of a criterion, by its `properties`, cannot be selected by."""
-    if rules.per_layer and not properties["by_layer"]:
+    if (rules.per_layer or rules.normalise is not None) and not properties["by_layer"]:
         raise ValueError(
-            "top-layers ranks layers, and all units within a layer alike: let all layers compete (--global in the "
-            "command line, per_layer=False in Python)."
+            "top-layers and block-influence rank layers, and all units within a layer alike: let all layers compete by "
+            "the scores as they are (--global without --normalise; in Python Rules(per_layer=False))."
         )
 
 
@@ -667,7 +667,9 @@ def select_left(
 
     rules = rules if normalise is None else replace(rules, normalise=normalise_left)
     budget = budget.with_length(header.get("mean_length"))
-    gates = select(model, params, with_gone(values, left), budget, rules=rules)
+    every: Any = with_gone(values, left)
+    every = every if isinstance(scores, Mapping) else replace(scores, values=every)
+    gates = select(model, params, every, budget, rules=rules)
     return {name: jax.device_put(np.minimum(gate, left.get(name, 1.0))) for name, gate in gates.items()}
 
 

@@ -47,6 +47,7 @@ class Candidates(NamedTuple):
     multiple_of: Mapping[str, int]  # by kind
     floor: Mapping[str, int]  # by kind
     whole: frozenset[str]  # sites that keep all units
+    per_cost: bool = True  # whether scores are compared per cost
 
     def best(self, site: Site) -> np.ndarray:
         """The scores of a site, best first."""
@@ -97,7 +98,9 @@ def cut(candidates: Candidates, costs: Mapping[str, float], per_layer: bool) -> 
             best = candidates.best(site)
             below = np.add.reduceat(best - np.repeat(best[starts], sizes), starts)
             means = best[starts] + below / sizes  # this way the mean of equal scores is exactly that score
-            order = np.maximum.accumulate(-means / cost)  # rounding must not put a later block first
+            order = np.maximum.accumulate(
+                -means / (cost if candidates.per_cost else 1.0)
+            )  # rounding must not put a later block first
         least = units if site.name in candidates.whole or not cost else groups * candidates.floor[site.kind]
         columns.append((np.full(len(starts), index), sizes, sizes * cost, order, starts < least))
     if not columns:
@@ -359,7 +362,7 @@ def _candidates(model: Model, params: Params, scores: Scores | Values, rules: Ru
         ranked = fitting_values(rules.normalise(dict(ranked)), width, "normalised scores", expected=ranked)
     along = {(site.module, site.kind): every[site.name] for site in sites(model.axes, params)}
     groups = {site.name: 1 if site.kind in UNITS else along[site.module, KINDS[site.kind][0]] for site in places}
-    return _ranked(places, width, groups, ranked, rules)
+    return _ranked(places, width, groups, ranked, rules)._replace(per_cost=per_cost(scores))
 
 
 def _ranked(
@@ -380,6 +383,11 @@ def _ranked(
 def parts_of(scores: Scores | Values) -> tuple[Values, Mapping[str, Any]]:
     """The scores by site, and what is known about them."""
     return (scores, {}) if isinstance(scores, Mapping) else (scores.values, scores.header)
+
+
+def per_cost(scores: Scores | Values) -> bool:
+    """Whether scores are compared per cost, see `Criterion`."""
+    return (parts_of(scores)[1].get("properties") or {}).get("per_cost", True)
 
 
 def _competing(model: Model, params: Params, scored: Collection[str]) -> tuple[Site, ...]:
@@ -464,7 +472,8 @@ def _choices(candidates: Candidates, site: Site, table: LatencyTable) -> Choices
         if width == units or (rounded >= least and site.name not in candidates.whole):
             cheapest.setdefault(rounded, seconds)
     offered = np.array(list(cheapest), int)
-    return Choices(offered, np.array(list(cheapest.values())), totals[offered])
+    costs = np.array(list(cheapest.values()))
+    return Choices(offered, costs, totals[offered] if candidates.per_cost else costs * totals[-1] / max(units, 1))
 
 
 def _refuse_unreachable(budget: Budget, least: float, total: float) -> None:

@@ -197,6 +197,7 @@ class Criterion(Protocol):
     kinds: tuple[str, ...] = UNITS  # units to score
     passes: int = 3  # through the model for a batch, backward ones too: what they cost decides on the shapes of batches
     by_layer: bool = True  # whether units of one layer can be ranked; otherwise all layers must compete
+    per_cost: bool = True  # whether units that compete are compared by their score per cost; else by the score itself
     seeded: bool = True  # whether another key, or other examples, gives other scores
     meaning: str | None = None  # what the sum of several units' attributions is; None: they attribute no objective
 

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxprune.models import Model, TaskHead, advance, model_layers, repeat_rows
+from jaxprune.evaluation.text import answered
+from jaxprune.models import Model, TaskHead, advance, enter, mask_of, model_layers, repeat_rows
 from jaxprune.models.cost import elements, unit_costs
 from jaxprune.models.layers import sum_tokens
 from jaxprune.models.running import Prefix, forward
@@ -76,6 +77,7 @@ from jaxprune.units import (
 
 __all__ = [
     "Activation",
+    "BlockInfluence",
     "Fisher",
     "Gradient",
     "GradientActivation",
@@ -266,6 +268,39 @@ class TopLayers(Criterion):
             score = 4.0**above * costs[site.name]
             scores[site.name] = jnp.full((1, units[site.name]), score, jnp.float32)
         return Measured(scores, {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockInfluence(_OfKinds):
+    """Drops the layers first that change their input least: `s_i = 1 - E[cos(x, y)]` (ShortGPT, Men et al. 2024).
+
+    `x` is what the unit's layer reads at a token and `y` what it returns: the residual stream before and after, in BERT
+    the normalised states. Units of a layer share the score, and it is not divided by what they cost, so a budget takes
+    whole layers; of the last one it takes what it needs, from the end: first neurons. Needs no labels.
+    """
+
+    examples: ExampleReduction = field(default=absolute, init=False)
+
+    by_layer = False
+    per_cost = False
+
+    def __call__(self, model: Model, params: Params, batch: AnyBatch, context: Context = Context()) -> Measured:
+        """Scores a batch; see `Criterion`."""
+        inputs, state, influence = answered(model, params, batch), None, {}
+        for layer in model_layers(model, params):
+            before = enter(model, layer, inputs, state)
+            state = advance(model, [layer], inputs, before)
+            influence[layer.name] = _influence(before.hidden, state.hidden, mask_of(layer, inputs).tokens)
+        units = widths(model.axes, params, self.kinds)
+        each = ((site.name, influence[site.layer_name]) for site in sites(model.axes, params, self.kinds))
+        return Measured({name: jnp.repeat(own[:, None], units[name], axis=1) for name, own in each}, {})
+
+
+@jax.jit
+def _influence(x: Float[Array, "b t d"], y: Float[Array, "b t d"], mask: Bool[Array, "b t"]) -> Float[Array, " b"]:
+    x, y = (each.astype(jnp.float32) for each in (x, y))
+    sizes = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
+    return 1.0 - token_mean((x * y).sum(-1, keepdims=True) / jnp.maximum(sizes, 1e-30)[..., None], mask)[:, 0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,7 +77,12 @@ _HEADER = {
     # of integrated gradients, in the unit of the objective
     "completeness": (dict.fromkeys(("expected", "found", "error", "size"), float) | {"relative": (float, None)}, None),
     "objective?": str,  # what is attributed, by name
-    "properties?": {"by_layer": bool, "meaning": (str, None), ...: object},  # of the criterion, see `properties_of`
+    "properties?": {
+        "by_layer": bool,
+        "per_cost?": bool,
+        "meaning": (str, None),
+        ...: object,
+    },  # of the criterion, see `properties_of`
     "halves?": ([COUNT], None),  # the examples in each half; None: the scores have no halves
     "stability?": (_STABILITY, None),
     # the target of a run that stopped by itself, whether it was reached, and the most examples
@@ -120,8 +125,8 @@ def describe(criterion: Any) -> dict[str, Any]:
 
 
 def properties_of(criterion: Criterion) -> dict[str, Any]:
-    """The facts about a criterion that selection and prediction need: its `by_layer` and `meaning`."""
-    return {"by_layer": criterion.by_layer, "meaning": criterion.meaning}
+    """The facts about a criterion that selection and prediction need: its `by_layer`, `per_cost` and `meaning`."""
+    return {name: getattr(criterion, name) for name in ("by_layer", "per_cost", "meaning")}
 
 
 # Files before format 4 hold nothing of the criterion but its name and settings.
