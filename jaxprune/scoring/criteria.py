@@ -276,7 +276,7 @@ class BlockInfluence(_OfKinds):
 
     `x` is what the unit's layer reads at a token and `y` what it returns: the residual stream before and after, in BERT
     the normalised states. Units of a layer share the score, and it is not divided by what they cost, so a budget takes
-    whole layers; of the last one it takes what it needs, from the end: first neurons. Needs no labels.
+    whole layers, and of the last one only what is still too much. Needs no labels.
     """
 
     examples: ExampleReduction = field(default=absolute, init=False)
