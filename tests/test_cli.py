@@ -431,10 +431,26 @@ def test_prune_does_not_score_twice(place, tmp_path):
     assert "an earlier run with the same settings" in again.stderr
     assert kept.stat().st_mtime_ns == made
     assert weights(out) == model
+    shutil.rmtree(out)
+    refused = run(*arguments, "--seed", 1)
+    assert refused.exit_code == 2 and not out.exists() and kept.stat().st_mtime_ns == made
+    assert re.search(r"scores that were made with other settings \(keys is .*, was \[\[0, 0\]\]", refused.stderr)
+    assert run(*arguments).exit_code == 0
     other = run(*arguments, "--seed", 1, "--overwrite")
     assert other.exit_code == 0, other.stderr
     assert kept.stat().st_mtime_ns > made
     assert load_scores(kept).header["keys"] == [[0, 1]]
+
+
+def test_fewer_rows_than_are_asked_for_are_counted(place, scored, tmp_path):
+    rows = ("--task", "mood", "--data", place.data, "--limit", 999)
+    said = " ".join(run("evaluate", place.model, *rows).stderr.split())
+    assert said.count("mood: --limit is 999, and there are 60 test rows: all of them are taken") == 1
+    more = ("--units", 0.5, "--measure", "0", "--recover", "bias", "--recover-examples", 998, "-o", tmp_path / "small")
+    said = " ".join(run("prune", place.model, "--scores", scored, *rows, *more).stderr.split())
+    assert said.count("--limit is 999, and there are 60 test rows") == 1
+    assert said.count("--recover-examples is 998, and there are 60 calibration rows") == 1
+    assert "is 1,000" not in run("evaluate", place.model, *rows[:-1], 60).stderr
 
 
 # bad input
@@ -450,6 +466,12 @@ BAD: dict[str, tuple[Sequence[Any], str]] = {
     "unknown head": ((*SCORE, "--head", "weather"), "no task head 'weather'"),
     "too many examples": ((*SCORE, "--examples", 9999), "error: --examples must lie in 1 to"),
     "no such seed": ((*SCORE, "--seed", 10**30), "--seed must be at least 0 and at most 2,147,483,647, got 10000000"),
+    "a number with lines": ((*SCORE, "--examples", "1_0"), "'--examples': .*'1_0' is no whole number in plain digits"),
+    "a fraction with lines": ((*PRUNE, "--flops", "0.5_0"), "'--flops': .*'0.5_0' is no number in plain digits"),
+    "nothing to learn": (
+        ("finetune", "{model}", "--task", "mood", "--learning-rate", 0, "-o", "{new}"),
+        "error: --learning-rate must be above 0, got 0.0",
+    ),
     "negative seed": ((*SCORE, "--seed", -1), "--seed must be at least 0"),
     "too many nodes": ((*SCORE, "--nodes", 100_000), "--nodes must be at least 1 and at most 4,096"),
     "too large a batch": ((*SCORE, "--batch-size", 10**9), "--batch-size must be at least 1 and at most 65,536"),

@@ -128,6 +128,15 @@ def test_with_labels_alone_the_teacher_is_not_asked(teacher):
     assert done.evaluations[done.best].evaluation["accuracy"] > 0.7
 
 
+def test_texts_that_are_cut_are_counted(teacher):
+    long = replace(TRAINING, max_length=8)
+    with (
+        pytest.warns(UserWarning, match="of 320 train texts of 'moods' are cut to 8 tokens"),
+        pytest.raises(ValueError, match="the schedule prunes until"),
+    ):
+        teach(teacher, long, sparsification=Sparsification(schedule=lambda steps: cubic_schedule(0.9, steps + 1)))
+
+
 def test_the_students_own_head_is_kept_if_it_has_the_labels(teacher):
     model, params = teacher
     extra = model.with_heads((TaskHead(name="other", labels=("a", "b")), *model.config.task_heads))

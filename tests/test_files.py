@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,15 @@ def test_overwrite_never_touches_what_save_did_not_write(tmp_path):
     assert (ours / "notes.txt").read_text() == "do not lose"
     assert names(thesis) == ["thesis.tex"]
     assert names(tmp_path) == ["hf", "out", "thesis"]
+
+
+def test_extra_files_do_not_lose_to_those_that_are_written(tmp_path):
+    model, params = tiny_model()
+    model = replace(model, source=save(tmp_path / "in", model, params, extra={"vocab.txt": b"[PAD]\n"}))
+    for extra in ({"vocab.txt": b"mine"}, {"pruning.json": b"{}"}):
+        with pytest.raises(ValueError, match=f"extra files {next(iter(extra))}: the tokenizer or `pruning` has"):
+            save(tmp_path / "out", model, params, extra=extra, pruning={})
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "../card.md", "sub/card.md", ".."])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +12,15 @@ import pytest
 from tiny import random_gates, tiny_batch, tiny_model
 
 import jaxprune as jp
-from jaxprune.pruning.loss import WORTH, LossReporting, _Lost, loss_report
+from jaxprune.data.tasks import Example
+from jaxprune.models import TaskHead
+from jaxprune.pruning.loss import WORTH, LossReporting, _Lost, loss_report, scored_rows
 from jaxprune.scoring.attribution import Context
 from jaxprune.scoring.objectives import calibration_means, log_probability, maximum
 from jaxprune.scoring.run import score_batches
 from jaxprune.units import UNITS
+
+LABELS, WORDS = ("no", "maybe", "yes"), Path(__file__).parent / "data" / "words"
 
 
 @pytest.mark.slow
@@ -70,6 +77,26 @@ def test_closed_units_may_be_replaced_by_means():
 def test_the_largest_of_the_examples_is_no_loss():
     with pytest.raises(ValueError, match="examples=maximum is no mean over the examples"):
         LossReporting(examples=maximum)
+
+
+def reviews(rows: int) -> jp.Task:
+    words = ["the film was not very good", "a bad book", "the sun is old and the dog is red and long"]
+    every = tuple(Example(f"{word} {'very ' * i}good", None, i % 3) for i in range(rows // 3) for word in words)
+    return jp.Task(name="reviews", splits={"calibration": every, "test": every}, labels=LABELS)
+
+
+def test_texts_that_are_cut_and_rows_that_are_gone_are_counted():
+    model, params = tiny_model(heads=(TaskHead(name="reviews", labels=LABELS, pooling="mean"),))
+    model, task = replace(model, source=WORDS), reviews(12)
+    scoring = jp.Scoring(criterion=jp.criteria.GradientActivation(), rows=jp.Rows(examples=12, max_length=10))
+    scores, gates = jp.score(model, params, task, scoring), random_gates(model, params, 3)
+    rows = scored_rows(model, params, task, scores)
+    selected = {name: (np.asarray(gate) > 0).astype(np.float32) for name, gate in gates.items()}
+    reporting = LossReporting(rows=jp.Rows(examples=rows, max_length=10), nodes=1)
+    report = loss_report(model, params, task, selected, reporting)
+    assert report.truncated == scores.header["truncated"] > 0 and report.cut_off == 0
+    with pytest.warns(UserWarning, match=r"only 9 of the 12 rows that were scored are among the calibration rows"):
+        assert len(scored_rows(model, params, reviews(9), scores)) == 9
 
 
 def test_open_gates_lose_nothing():

@@ -184,13 +184,20 @@ def test_files_that_are_not_used_are_named(tmp_path: Path):
         write(tmp_path / "t" / f"{name}.csv", table(TEXTS))
     write(tmp_path / "t" / "data" / "validation.csv", table(TEXTS))
     write(tmp_path / "t" / "README.md", "text")
-    assert load_task(tmp_path / "t").notes == ("t has extra.csv, test_mismatched.csv, data/validation.csv, not used.",)
+    write(tmp_path / "t" / "dev.txt", "text")
+    write(tmp_path / "t" / "test" / "part.csv", table(TEXTS))
+    (note,) = load_task(tmp_path / "t").notes
+    assert note == "t has dev.txt, extra.csv, test, test_mismatched.csv, data/validation.csv, not used."
 
 
 def test_shards_and_class_names_of_the_hub(tmp_path: Path):
     names = datasets.ClassLabel(names=["positive", "negative"])  # not in the order of the built-in task
     features = datasets.Features(sentence=datasets.Value("string"), label=names)
     columns = {"sentence": TEXTS, "label": [i % 2 for i in range(60)]}
+    odd = pyarrow.table(columns | {"label": [7] * 60}, schema=features.arrow_schema)
+    pyarrow.parquet.write_table(odd, tmp_path / "odd.parquet")
+    with pytest.raises(ValueError, match="the label 7 is none of positive, negative, nor one of the places 0 to 1"):
+        load_task(tmp_path / "odd.parquet")
     whole = datasets.Dataset.from_dict(columns, features=features)
     folder = tmp_path / "data" / "sst2" / "data"
     for shard in range(2):
@@ -247,6 +254,11 @@ def test_squads_own_files_and_other_json(tmp_path: Path):
         assert load_task(write(tmp_path / name, content)).digest("test") == expected
     listed = [row | {"answers": [own[0] | {"text": row["answers"]["text"][0]}]} for row in rows]
     assert load_task(write(tmp_path / "listed.jsonl", lines(listed))).digest("test") == expected
+    for row in listed[:7]:
+        row["answers"].append({"text": "mill", "answer_start": 0})
+    strayed = load_task(write(tmp_path / "strayed.jsonl", lines(listed)))
+    assert strayed.digest("test") == expected and not strayed.dropped
+    assert strayed.notes == ("7 answers left out, which do not stand where they say; their rows have others.",)
     write(tmp_path / "d" / "squad" / "train-v1.1.json", json.dumps(nested))
     assert load_task("squad", data=tmp_path / "d").digest("test") == expected
     text = "question,context,answers\n" + "".join(f'q {i},c {i},"{{\'text\': [""c""]}}"\n' for i in range(60))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,22 @@ def test_a_model_can_be_packed_over_itself(sparse, tmp_path):
     one = record_of("pack", sparse, "-o", tmp_path / "out")
     two = record_of("pack", tmp_path / "out", "-o", tmp_path / "out", "--overwrite")
     assert two["before"] == two["after"] == one["after"]
+
+
+def test_files_that_are_not_packed_are_named(sparse, tmp_path):
+    folder = tmp_path / "more"
+    shutil.copytree(sparse, folder)
+    (folder / "mine.txt").touch()
+    (folder / "vocab.txt").unlink()
+    said = " ".join(run("pack", folder, "-o", tmp_path / "out").stderr.split())
+    assert "has files that are not there, which are left out: vocab.txt." in said
+    assert "has files that its config.json does not list, which are left out: mine.txt." in said
+    config = json.loads((folder / "config.json").read_text())
+    config["jaxprune"]["files"].append("../elsewhere")
+    (folder / "config.json").write_text(json.dumps(config))
+    result = run("pack", folder, "-o", tmp_path / "other")
+    assert result.exit_code == 2 and "lists '../elsewhere' among its files" in result.stderr
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,18 @@ def test_rows_are_drawn_or_repeated():
     assert order == again and order != other
 
 
+def test_texts_that_are_cut_are_counted():
+    with (
+        pytest.warns(UserWarning, match=r"^(\d+) of 320 train texts of 'moods' are cut to 8 tokens \(max_length\)\.$"),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        run([moods()], replace(TRAINING, max_length=8, steps=1), progress=stop)
+
+
+def stop(step: Step) -> None:
+    raise KeyboardInterrupt
+
+
 def test_an_update_is_one_of_adamw():
     """Of the encoder and one head, clipped by their common norm."""
     random = np.random.default_rng(0)

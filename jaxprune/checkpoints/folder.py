@@ -296,7 +296,11 @@ def save(
     if large := [name for name in outputs if not _is_finite(arrays[name], kinds[name])]:
         raise ValueError(f"cannot save NaN, infinity or values too large for the type: {', '.join(large)}.")
     tokenizer = _tokenizer(model)
-    files = dict(extra or {}) | _tokenizer_files(model, tokenizer)
+    files = _tokenizer_files(model, tokenizer)
+    taken = files | ({} if pruning is None else {PRUNING: b""})
+    if other := [name for name, content in (extra or {}).items() if taken.get(name, content) != content]:
+        raise ValueError(f"extra files {', '.join(other)}: the tokenizer or `pruning` has these, with other content.")
+    files |= extra or {}
     if pruning is not None:
         result = {"digest": model_digest(model, reread(params, outputs)), "widths": widths(model.axes, params)}
         files[PRUNING] = _json_bytes({**pruning, "pruned": result})

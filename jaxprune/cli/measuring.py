@@ -35,6 +35,7 @@ from jaxprune.cli.options import (
     option,
     read_fractions,
     rows,
+    say_fewer,
     scoring,
     selecting,
 )
@@ -145,6 +146,9 @@ def check(
             stages[note] = stages.get(note) or bars.open(f"checking {note}")
             stages[note](done, total)
 
+        if 0 < (scored := checked.header["examples"]) < options.examples != CheckingOptions.examples:
+            bars.say(f"{rows_of_task.name}: --examples is {options.examples:,}, and {scored:,} rows were scored")
+        say_fewer(bars, options.limit, rows_of_task, options.split, CheckingOptions.limit)
         results = jp.check(loaded, params, rows_of_task, checked, checking=checking, progress=progress)
         verdicts = [each.verdict for each in results]
         record = {
@@ -312,6 +316,7 @@ def evaluate(
         for each in tasks:  # all of them before the first is measured
             each.rows(split)
             fitting_head(loaded, each, head)
+            say_fewer(bars, limit, each, split)
         tested, results = jp.Rows(examples=limit, split=split, **asdict(batches)), []
         for each in tasks:
             bar = bars.open(f"testing {each.name}")
@@ -368,6 +373,8 @@ def sweep(
         loaded, params = jp.load(model)
         check_budgets(loaded, params, sweeping)
         tasks = [rows.load(name, bars, loaded, head) for name in task]
+        for each in tasks:
+            say_fewer(bars, limit, each, split)
         record = sweep(loaded, params, tasks, sweeping, output, about={"source": model}, watch=bars)
         files = {"table": [output / TABLE], "record": [output / RESULTS], "pictures": []}
         for name in record["settings"]["tasks"]:

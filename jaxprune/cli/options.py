@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 import os
 import pkgutil
 import re
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast, get_args, get_type_hints
 
 import typer
 
@@ -566,6 +567,12 @@ def check_different(files: Sequence[Path]) -> None:
         raise ValueError(f"{twice[0]} is named twice: name files of different tasks.")
 
 
+def say_fewer(bars: Watch, asked: int | None, task: Task, split: str, usual: int | None = None, name: str = "--limit"):
+    """Says how many rows there are, if more are asked for than these; the usual number is a most, and said to be."""
+    if asked not in (None, usual) and asked > (rows := len(task.rows(split))):
+        bars.say(f"{task.name}: {name} is {asked:,}, and there are {rows:,} {split} rows: all of them are taken")
+
+
 def given(context: typer.Context, *options: str | type) -> str:
     """The options, of those named and of groups of options, that are on the command line."""
     named = [[it] if isinstance(it, str) else [field.name for field in fields(it)] for it in options]
@@ -575,6 +582,20 @@ def given(context: typer.Context, *options: str | type) -> str:
         if source is not None and source.name == "COMMANDLINE":
             names.append("--" + name.replace("_", "-"))
     return ", ".join(names)
+
+
+def plain(kind: type[int] | type[float]) -> Callable[[Any], Any]:
+    """Reads a number on the command line, in plain digits: Python would also read `1_0` and those of other scripts."""
+
+    def read(text: Any) -> Any:
+        try:
+            return kind("" if isinstance(text, str) and ("_" in text or not text.isascii()) else text)
+        except ValueError as error:
+            what = "whole number" if kind is int else "number"
+            raise ValueError(f"{text[:40]!r} is no {what} in plain digits") from error
+
+    read.__name__ = kind.__name__  # shown in help
+    return read
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -602,6 +623,10 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         }
         command(**given, **packed)
 
+    for kind, parameter in itertools.product((int, float), parameters):
+        declared_as, *about = get_args(parameter.annotation) or (None,)
+        if kind in (declared_as, *get_args(declared_as)):
+            about[0].parser = plain(kind)
     run.__dict__["__signature__"] = inspect.Signature(parameters)
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run

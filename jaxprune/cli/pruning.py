@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from jaxprune.cli.options import (
     measured,
     option,
     rows,
+    say_fewer,
     selecting,
     whole,
 )
@@ -180,6 +182,12 @@ class PruneCommand:
             check_same_model(dict(zip(map(str, self.files), scores, strict=True)))
         model, params = jp.load(self.source)
         tasks, workspace = load_tasks(model), jp.Workspace(self.output, self.overwrite)
+        for task in tasks:
+            if self.tested is not None and isinstance(self.tested.examples, int):
+                say_fewer(bars, self.tested.examples, task, "test")
+            if pruning.recovery is not None and isinstance(pruning.recovery.rows.examples, int):
+                asked, usual = pruning.recovery.rows.examples, RecoveryOptions.recover_examples
+                say_fewer(bars, asked, task, "calibration", usual, "--recover-examples")
         pruned = jp.prune(model, params, tasks, budget, pruning, scores=scores or None, workspace=workspace, watch=bars)
         costs = self._measure(model, params, pruned, tasks, pruning.scoring.head, bars)
         files, made = list(self.files) or workspace.score_files(tasks), pruned.record
@@ -600,17 +608,22 @@ def pack(
 
 
 def _other_files(folder: Path) -> tuple[dict[str, bytes], dict[str, Any] | None]:
-    """The files that `save` wrote into a folder beside the model, and the record of the pruning."""
-    from jaxprune.checkpoints.files import read_json
+    """The files that `save` wrote into a folder beside the model, and the record of the pruning; others are named."""
+    from jaxprune.checkpoints.files import is_leftover, read_json
     from jaxprune.checkpoints.gates import PRUNING, read_pruning
     from jaxprune.checkpoints.tensors import COMPRESSED
     from jaxprune.checkpoints.weights import CONFIG, WEIGHTS
 
     listed = read_json(folder / CONFIG).get("jaxprune", {}).get("files", [])
     written = (CONFIG, WEIGHTS, WEIGHTS + COMPRESSED, PRUNING)
-    others = (name for name in listed if isinstance(name, str) and name not in written)
-    names = [name for name in others if Path(name).name == name]
-    extra = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    if odd := [name for name in listed if Path(name).name != name]:
+        raise ValueError(f"{folder / CONFIG} lists {odd[0]!r} among its files: remove it, a folder holds names alone.")
+    extra = {name: (folder / name).read_bytes() for name in listed if name not in written and (folder / name).is_file()}
+    there = {entry.name for entry in folder.iterdir() if not is_leftover(entry.name, listed)} if listed else set()
+    kinds = {"that are not there": {*listed} - there, f"that its {CONFIG} does not list": there - {*listed}}
+    for what, names in kinds.items():
+        if names:
+            warnings.warn(f"{folder} has files {what}, which are left out: {', '.join(sorted(names))}.", stacklevel=2)
     if PRUNING not in listed:
         return extra, None
     return extra, {name: value for name, value in read_pruning(folder).items() if name != "pruned"}

@@ -29,6 +29,7 @@ from jaxprune.cli.options import (
     measured,
     numbers,
     option,
+    say_fewer,
     training,
     whole,
 )
@@ -260,6 +261,8 @@ def finetune(
         tasks, leaks = remove_leaks([rows.load(name, bars) for name in task])
         for (name, other), count in leaks.items():
             bars.say(f"{name}: {count:,} rows dropped, held out in {other}")
+        for each in tasks:
+            say_fewer(bars, options.dev_limit, each, "dev", FineTuningOptions.dev_limit, "--dev-limit")
         bar = bars.open("fine-tuning")
 
         def progress(step: Step) -> None:
@@ -406,6 +409,9 @@ class StudentRun:
         pairs = {"teacher": jp.load(self.teacher), "student": jp.load(self.source)}
         model, student = pairs["student"]
         task = load_task(pairs["teacher"][0], self.distillation.head)
+        say_fewer(bars, self.options.dev_limit, task, "dev", TrainingOptions.dev_limit, "--dev-limit")
+        if self.options.evaluate:
+            say_fewer(bars, self.options.limit, task, "test")
         settings, pruning = self.distillation.build(regression=task.regression), pruning_of(self.source, model)
         head = fitting_head(pairs["teacher"][0], task, settings.head)
         done = jp.distill(

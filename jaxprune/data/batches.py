@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -230,6 +231,15 @@ class Encoded:
             "weight": np.repeat(np.array([1, 0], np.float32), [len(rows), fill]),
             "index": np.concatenate([np.asarray(rows, np.int32), np.full(fill, -1, np.int32)]),
         }
+
+
+def warn_cut(encoded: Encoded, of: str) -> None:
+    """Warns of texts that were cut; `of` names them."""
+    if encoded.truncated:
+        warnings.warn(
+            f"{encoded.truncated:,} of {len(encoded):,} {of} are cut to {encoded.max_length} tokens (max_length).",
+            stacklevel=3,
+        )
 
 
 def digest_encoded(encoded: Encoded, examples: Sequence[Example]) -> str:

@@ -27,6 +27,7 @@ PAIR = ("sentence1", "sentence2")
 SPAN_COLUMNS = ("question", "context")
 ANSWERS = "answers"
 MISSING, MISPLACED, EMPTY = "no answer", "no answer stands where it says", "empty"  # why rows are left out
+STRAY = "stray"  # answers that are left out, of rows that have others
 HIDDEN = -1  # what the hub writes where a label is kept secret
 KINDS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 FILES = {  # split -> file names, without their ending
@@ -104,7 +105,7 @@ def read_folder(folder: Path, header: Sequence[str] = ()) -> tuple[dict[str, Rec
     """Opens the train, validation, test and calibration files of a folder, or of its folder `data`, as the hub has it.
 
     Returns:
-        The splits, and the names of data files that belong to none of them.
+        The splits, and the names of data files that belong to none of them, or cannot be read.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -121,6 +122,8 @@ def read_folder(folder: Path, header: Sequence[str] = ()) -> tuple[dict[str, Rec
                     files.setdefault(split, []).append((shard, path))
                 else:
                     unused.append(str(path.relative_to(folder)))
+            elif split_of(path.with_name(f"{path.name.partition('.')[0]}.jsonl"))[0]:  # a folder, or of another kind
+                unused.append(str(path.relative_to(folder)))
     if not files:
         raise FileNotFoundError(
             f"{folder} has no train.jsonl, validation.jsonl or test.jsonl (or .jsonl.gz, .csv, ...)."
@@ -590,7 +593,7 @@ class Stored(NamedTuple):
 def read_rows(
     records: Records, columns: tuple[str, ...], label: str, *, spans: bool, skip_empty: bool
 ) -> tuple[list[Stored], Counter[str]]:
-    """The texts and the labels of one file, and how many rows were left out, by reason.
+    """The texts and the labels of one file, and how many rows (and `STRAY` answers) were left out, by reason.
 
     Args:
         records: The file.
@@ -624,11 +627,12 @@ def read_rows(
                 answers = read_answers(stored, records.place(number))
                 stored = standing(answers, texts[1])
                 held += ROW * len(stored)
+                left_out[STRAY] += len(answers) - len(stored) if stored else 0
                 if not stored:
                     left_out[MISPLACED if answers else MISSING] += 1
                     continue
             elif classes is not None and isinstance(stored, int):
-                stored = classes[stored] if 0 <= stored < len(classes) else HIDDEN
+                stored = classes[stored] if 0 <= stored < len(classes) else stored
             if held > MOST_HELD + records.size:
                 raise ValueError(
                     f"{records.place(number)}: the rows take {held:,} bytes, which is too much: split them."

@@ -22,6 +22,7 @@ from jaxprune.data.records import (
     HIDDEN,
     PAIR,
     SPAN_COLUMNS,
+    STRAY,
     Labels,
     Records,
     Stored,
@@ -332,6 +333,8 @@ def load_task(
                 f"{title}: all {len(some)} {split} rows have the label {one!r}, which no score can tell from chance; "
                 f"give {split} rows of two labels."
             )
+    if stray := left_out.pop(STRAY, 0):
+        notes.append(f"{stray:,} answers left out, which do not stand where they say; their rows have others.")
     dropped = division.dropped | dict(left_out)
     notes += [f"{count:,} rows left out, {_REASONS.get(why, why)}." for why, count in dropped.items()]
     if len({name.casefold() for name in codec.names}) < len(codec.names):

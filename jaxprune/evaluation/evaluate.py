@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import string
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -402,4 +403,15 @@ def fitting_head(model: Model, task: Task, head: str | None = None) -> str:
             f"{why}, {', '.join(task.labels)}. Load the task with labels= in the order of the head's, each under the "
             "name that the data has for it."
         )
+    if not given and _named(task.labels) != _named(chosen.labels):
+        warnings.warn(
+            f"labels are paired by their places: {', '.join(task.labels)} of {task.name!r} are "
+            f"{', '.join(chosen.labels)} of the head {chosen.name!r}.",
+            stacklevel=2,
+        )
     return chosen.name
+
+
+def _named(labels: Sequence[str]) -> list[str]:
+    """Names without the word that is put before numbers."""
+    return [label.casefold().removeprefix("label_") for label in labels]

@@ -13,6 +13,7 @@ from none. So *re-selection* merges it with the scores and selects again at the 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -95,6 +96,8 @@ class LossReport(NamedTuple):
     error: float  # the mean over the examples of |attributed - lost|
     rows: tuple[str, ...]  # the keys of the examples
     worth: Mapping[str, np.ndarray]  # [units], open ones too: mean f(slope along the path), as scores are reduced
+    cut_off: int = 0  # rows of span tasks that were not drawn from, because their answers are cut off
+    truncated: int = 0  # examples whose texts are cut
 
     def modules(self) -> dict[str, float]:
         """The loss with each module: `"3.ffn"` to the sum of its units."""
@@ -194,10 +197,11 @@ def loss_report(
     if not isinstance(drawn, tuple):
         count = EXAMPLES if drawn is None else drawn
         drawn = draw(usable.task, count, key, split=settings.split or "calibration")
+    encoded = usable.encode(drawn)
     values, sums, _ = score_batches(
         model,
         params,
-        pack(usable.encode(drawn), batch_size=settings.batch_size),
+        pack(encoded, batch_size=settings.batch_size),
         _Lost(selected, reporting, means),
         Context(head, key, means),
         progress,
@@ -207,7 +211,8 @@ def loss_report(
     expected, attributed, error = (float(sums[name] or 0.0) for name in ("expected", "found", "error"))
     arrays = {name: np.asarray(value) for name, value in values.items()}
     units, worth = ({name: arrays[f"{part}{name}"] for name in selected} for part in ("", WORTH))
-    return LossReport(units, expected, attributed, error, tuple(sorted(map(row_key, drawn))), worth)
+    left_out = usable.cut_off, encoded.truncated
+    return LossReport(units, expected, attributed, error, tuple(sorted(map(row_key, drawn))), worth, *left_out)
 
 
 @jax.jit
@@ -453,6 +458,12 @@ def scored_rows(
             f"none of the {len(wanted)} rows that were scored is among the {len(rows)} {split} rows of {task.name!r}: "
             "give the data that the scores were made with."
         )
+    if len(known) < len(wanted):
+        warnings.warn(
+            f"only {len(known):,} of the {len(wanted):,} rows that were scored are among the {split} rows of "
+            f"{task.name!r}: the others are left out.",
+            stacklevel=2,
+        )
     return tuple(known[key] for key in sorted(known)[:limit])  # keys are hashes: any of the rows
 
 
@@ -506,6 +517,8 @@ class ScoredLoss:
             "objective": objective_name(self.scores, self.model.head(self.scores.header["head"])),
             "labels": name_of(self.reporting.labels),
             "examples": len(loss.rows),
+            "cut_off": loss.cut_off,
+            "truncated": loss.truncated,
             "nodes": self.reporting.nodes,
             "lost": loss.lost,
             "found": loss.attributed,

@@ -135,7 +135,7 @@ class Workspace:
     """
 
     path: Path
-    overwrite: bool = False  # whether rounds with other settings are discarded, not refused
+    overwrite: bool = False  # whether scores and rounds with other settings are discarded, not refused
 
     def score_files(self, tasks: Sequence[Task]) -> list[Path]:
         """The score file of every task."""
@@ -350,7 +350,10 @@ class _Run:
     def scored(self, watch: Watch | None = None) -> list[Scores]:
         """The scores of the dense model for every task."""
         files = [None] * len(self.tasks) if self.workspace is None else self.workspace.score_files(self.tasks)
-        scoring = self.pruning.scoring
+        scoring, overwrite = self.pruning.scoring, self.workspace is None or self.workspace.overwrite
+        for task, file in zip(self.tasks, files, strict=True):
+            if file is not None and not overwrite:  # refused before the first is scored
+                kept_scores(file, self.model, self.params, task, scoring, replace_others=False)
         return [
             score_once(self.model, self.params, task, scoring, file, watch or self.watch)
             for task, file in zip(self.tasks, files, strict=True)
@@ -388,6 +391,9 @@ class _Run:
         if recovery is not None and report is None:
             bar = self.watch.open("recovering")
             small, report = recover(self.model, self.params, small, self.tasks, recovery, progress=bar)
+        if report is not None and (report.cut_off or report.truncated):
+            what = f"{report.cut_off:,} rows left out, their answers are cut off, and {report.truncated:,} texts cut"
+            self.watch.say(f"recovery: {what}; --max-length reaches further")
         record = pruned.record | ({} if report is None else {"recovery": recovery_record(report)})
         rows = tuple(sorted({*pruned.rows, *(() if report is None else report.rows)}))
         return pruned._replace(params=small, record=record, rows=rows, recovery=report)

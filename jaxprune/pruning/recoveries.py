@@ -329,6 +329,7 @@ class RecoveryReport(NamedTuple):
     rows: tuple[str, ...]  # their keys: none of them may be tested on
     modules: tuple[Repair, ...]
     cut_off: int  # rows of span tasks that were left out, because their answers are cut off
+    truncated: int = 0  # examples whose texts were cut
 
 
 def recover(
@@ -363,18 +364,20 @@ def recover(
     if isinstance(settings.examples, tuple) and len(several) != 1:
         raise ValueError(f"examples of {len(several)} tasks cannot be told apart: give how many to draw of each.")
     split, usable = settings.split or "calibration", [usable_rows(model, task, settings) for task in several]
-    rows, batches = [], []
+    rows, batches, truncated = [], [], 0
     for task, _, encode in usable:
         drawn = settings.examples
         if not isinstance(drawn, tuple):
             count = min(EXAMPLES if drawn is None else drawn, *(len(other.task.rows(split)) for other in usable))
             drawn = draw(task, count, settings.random, split=split)
         rows.extend(drawn)
-        for batch in pack(encode(drawn), batch_size=settings.batch_size):
+        encoded = encode(drawn)
+        truncated += encoded.truncated
+        for batch in pack(encoded, batch_size=settings.batch_size):
             batches.append({**batch, "labels": np.full(len(batch["input_ids"]), -1, np.int32)})
     repaired, repairs = recover_batches(model, params, small, batches, method=recovery.method, progress=progress)
     keys, cut_off = tuple(sorted(map(row_key, rows))), sum(each.cut_off for each in usable)
-    return repaired, RecoveryReport(describe(recovery.method), len(rows), keys, repairs, cut_off)
+    return repaired, RecoveryReport(describe(recovery.method), len(rows), keys, repairs, cut_off, truncated)
 
 
 def recover_batches(

@@ -358,8 +358,14 @@ def _settings(model: Model, params: Params, task: Task, scoring: Scoring, key: A
     }
 
 
-def kept_scores(file: Path, model: Model, params: Params, task: Task, scoring: Scoring = Scoring()) -> Scores | None:
-    """The scores in a file, if they are what `score` would return with these settings."""
+def kept_scores(
+    file: Path, model: Model, params: Params, task: Task, scoring: Scoring = Scoring(), *, replace_others: bool = True
+) -> Scores | None:
+    """The scores in a file, if they are what `score` would return with these settings.
+
+    Raises:
+        FileExistsError: If they are not, and may not be replaced; with what differs.
+    """
     if not file.is_file():
         return None
     scores, chosen, criterion = load_scores(file), scoring.rows, scoring.criterion
@@ -369,7 +375,13 @@ def kept_scores(file: Path, model: Model, params: Params, task: Task, scoring: S
     rows, _ = _choose(usable.task, replace(chosen, key=key), reads, growing)
     wanted = _settings(model, params, task, scoring, key) | _facts(rows, usable.encode(rows), reads)
     wanted["versions"] = versions()
-    return scores if all(scores.header.get(name) == value for name, value in wanted.items()) else None
+    other = differences({name: scores.header.get(name) for name in wanted}, wanted)
+    if other and not replace_others:
+        raise FileExistsError(
+            f"{file} holds scores that were made with other settings ({other}): give those, or another output, or "
+            "replace it with --overwrite."
+        )
+    return None if other else scores
 
 
 def score_batches(

@@ -412,6 +412,8 @@ def loss_notes(report: Record) -> list[str]:
         f"Lost: by integrated gradients, {report['nodes']} nodes from the selected gates to open ones; the layers sum "
         f"to {report['found']:.4f}, and miss an example's loss by {report['error']:.2g} (mean). Before any recovery.",
     ]
+    if report.get("truncated"):
+        notes.append(f"Of {report['examples']:,} texts {report['truncated']:,} are cut: --max-length reaches further.")
     if rounds := report["rounds"]:
         steps = ", ".join(f"{each['lost']:.4f} ({each['changed']:,})" for each in rounds[1:]) or "the same again"
         chosen = "the first selection stays" if report["best"] == 0 else f"re-selection {report['best']} is kept"
