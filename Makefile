@@ -46,7 +46,7 @@ test-oldest: .venv-oldest/.stamp  ## the laws with the oldest supported jax and 
 	$(call quickly,.venv-oldest/bin/python) -m pytest -m "not slow and not reference and not faults" $(PARALLEL) $(LAWS)
 
 test-faults: .venv/.stamp-test  ## kill and damage things at random, write benchmarks/results/faults.json
-	JAXPRUNE_FAULTS_RECORD=benchmarks/results/faults.json $(BIN)/python -m pytest -m faults
+	JAXPRUNE_FAULTS_RECORD=benchmarks/results/faults.json $(call quickly,$(BIN)/python) -m pytest -m faults $(PARALLEL)
 
 notebooks: .venv/.stamp-test  ## run the notebooks and store what they show
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb

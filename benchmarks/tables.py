@@ -205,7 +205,7 @@ def faults() -> str:
     """The cases of the fault campaign, and their outcomes."""
     rows = []
     for name, own in sorted(record("faults").items()):
-        counts = {what: value for what, value in own.items() if what not in ("outcomes", "by_kind")}
+        counts = {what: value for what, value in own.items() if what not in ("outcomes", "by_file")}
         counts |= own.get("outcomes", {})
         if name != "versions":
             numbers = {what: len(value) if isinstance(value, list) else value for what, value in counts.items()}

@@ -6,6 +6,7 @@ that a child's whole life is work, and a kill at a random moment meets work.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -94,12 +95,15 @@ def record(campaign: str, found: Mapping[str, Any]) -> None:
     name = os.environ.get(RECORD)
     if name is None:
         return
-    file = Path(name)
-    content = json.loads(file.read_text()) if file.is_file() else {}
     versions = {"jaxprune": __version__, "jax": jax.__version__, "python": platform.python_version()}
-    content |= {campaign: dict(found), "versions": versions}
+    file = Path(name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    with file.open("a+") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)  # two workers write to it
+        stream.seek(0)
+        content = json.loads(stream.read() or "{}") | {campaign: dict(found), "versions": versions}
+        stream.truncate(0)
+        stream.write(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def _child(arguments: list[str], log: str, limits: Mapping[str, Any]) -> int:

@@ -1,14 +1,17 @@
-"""Damaged models, packed or not, score files and gates of tasks, drawn from a seed, and a worker that judges them.
+"""Damaged files of every format that is read, drawn from a seed, and a worker that judges how they are taken.
 
-Run as a script, it takes the cases of a campaign one by one under a limit on memory and processor time, and prints one
-JSON line before and after each. A case that crashes, hangs or asks for too much memory ends the process, and the last
-line says which it was.
+A campaign makes whole files, damages copies of them, and reads each by the library, by a command, or both. Run as a
+script, it takes the cases of a campaign one by one under a limit on memory and time, and prints one JSON line before
+and after each. A case that crashes or hangs ends the process, and the last line says which it was.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -17,43 +20,73 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow
-from checkpoints import safetensors_bytes, write_classifier
+from checkpoints import classifier_config, classifier_tensors, safetensors_bytes, write_checkpoint
+from commands import run
 from hand_tables import hand_table
+from pyarrow import parquet
 from safetensors.numpy import load_file
 from tiny import random_gates, tiny_model
 
+from jaxprune.checkpoints.files import recall
 from jaxprune.checkpoints.folder import load, save
-from jaxprune.checkpoints.gates import GATES, read_pruning
-from jaxprune.checkpoints.gates import METADATA as METADATA_OF_GATES
+from jaxprune.checkpoints.gates import GATES, PRUNING, read_pruning
 from jaxprune.checkpoints.shared import save_shared
-from jaxprune.checkpoints.tensors import params_digest
+from jaxprune.checkpoints.tensors import model_digest, params_digest
 from jaxprune.compaction import compact
-from jaxprune.models import family
+from jaxprune.data.prompts import read_prompt
+from jaxprune.data.records import KINDS
+from jaxprune.data.splits import SPLITS
+from jaxprune.data.tasks import load_task
+from jaxprune.models import TaskHead, family
 from jaxprune.pruning.latency import read_table, write_table
 from jaxprune.pruning.prune import Workspace
 from jaxprune.pruning.selection import pruning_record
-from jaxprune.scoring.run import PARTIAL, Totals, TotalsFile
-from jaxprune.scoring.scores import METADATA, Scores, load_scores, save_scores
+from jaxprune.scoring.run import Totals, TotalsFile
+from jaxprune.scoring.scores import Scores, load_scores, save_scores
 from jaxprune.training.loop import OPTIMIZERS, TrainingState, read_state, write_state
-from jaxprune.units import flatten, path_name, unflatten
+from jaxprune.units import flatten, path_name, unflatten, widths
 
-MEMORY = 2**30  # bytes that a case may ask for beyond what the worker has
-SECONDS = 10  # of processor time that a case may take
+DATA = Path(__file__).parent / "data"
+BEFORE = DATA / "before"
+MEMORY = 2**31  # bytes that a case may ask for beyond what the worker has
+SECONDS = 60  # that a case may take
 NUMBERS: tuple[Any, ...] = (
     0, -1, 1, 3, 7, 2**20, 2**31 - 1, 2**31, 2**53, 2**63, 2**64, 10**30, -(2**63), 0.5, -0.5, 16.0, 1e300, 1e-300,
     float("nan"), float("inf"), -float("inf"),
 )  # fmt: skip
 THINGS: tuple[Any, ...] = (None, True, False, "", "16", "bert", [], [16], {}, {"0": 1}, "\ud800", "\x00", "a" * 10_000)
-TOKENIZER = ("vocab.txt", "tokenizer_config.json")
+PIECES = (
+    b'"', b"\t", b",", b"\n", b"\r", b"\x00", b"\xff", b"{", b"[" * 3000, b"1" * 5000, b"null", b"NaN", b"1e999",
+    b"\\ud800", b"\xef\xbb\xbf", b"-1", b'"label"', b"\xf0\x9f\x98\x80", b"true", b"9" * 20, b"{}", b"", b"&a", b"*a",
+    b"!!python/object:os.system", b"- ", b": ", b"#", b"'", b"|\n",
+)  # fmt: skip
+RAW = (  # in the place of a JSON value
+    "1e999", "-1e999", "9" * 5000, "NaN", "-Infinity", "1e-999", '"\\ud800"', "01", "'x'", "", "1, 2",
+    f'"{"x" * 10**6}"',
+)  # fmt: skip
+ADDED = (  # names that mean something somewhere
+    "num_labels", "architectures", "id2label", "label2id", "jaxprune", "tokenizer_class", "auto_map", "extra_ids",
+    "vocab", "rope_scaling",
+    "rope_parameters", "layer_types", "quantization_config", "torch_dtype", "problem_type", "format",
+    "data", "sentence", "label", "packed", "int8", "means", "rows", "checksum", "__metadata__", "pruned", "settings",
+)  # fmt: skip
+LABELS = ("bad", "good")
+ANSWER = {"answer_start": 3}
+CLEAR = "model|pruning.json|prompt|the word|latency"  # in an error, as good as the name of the only such file
+ENDS = ("equal", "read", "refused")  # of a case; all others are faults
+NOTES = re.compile(  # on stderr, beside an error
+    r"Warning: .+|[\w/. -]+: ([\d,]+ (of|rows|texts) .+|of an earlier run .+)|Ignored unknown kwarg option .+"
+)
 MEANS = {"0.ffn.neurons": np.arange(32, dtype=np.float32)}  # of one of the shared tasks
 PLACES = ("length", "header", "data", "cut", "shape", "offsets", "type", "name", "duplicate", "extra")
 
@@ -64,9 +97,9 @@ def split(file: bytes) -> tuple[bytes, bytes]:
     return file[8 : 8 + length], file[8 + length :]
 
 
-def expanded(file: Path) -> bytes:
-    """The content of a file that zstd compressed."""
-    with pyarrow.input_stream(str(file), compression="zstd") as stream:
+def expanded(content: bytes) -> bytes:
+    """The content that zstd compressed."""
+    with pyarrow.input_stream(pyarrow.py_buffer(content), compression="zstd") as stream:
         return stream.read()
 
 
@@ -88,6 +121,12 @@ def damaged_tensors(whole: bytes, draw: random.Random) -> tuple[str, bytes]:
     if place == "cut":
         return place, whole[: draw.randrange(len(whole))] + b"\0" * draw.choice((0, 0, 1, 4096))
     header = json.loads(text)
+    described = [key for key, value in header.get("__metadata__", {}).items() if value.startswith("{")]
+    if described and draw.random() < 0.4:
+        text = header["__metadata__"][key := draw.choice(described)].encode()
+        place, content = damaged_json(text, draw)
+        header["__metadata__"][key] = content.decode(errors="replace")
+        return f"{key}: {place}", safetensors_bytes(header, data)
     name = draw.choice([name for name in header if name != "__metadata__"])
     entry = header[name]
     if place == "shape":
@@ -119,71 +158,154 @@ def damaged_tensors(whole: bytes, draw: random.Random) -> tuple[str, bytes]:
 
 
 def damaged_json(whole: bytes, draw: random.Random) -> tuple[str, bytes]:
-    """The change made to a JSON file, and the file."""
-    kind = draw.choice(("value", "value", "value", "nested value", "gone", "deep", "bits", "cut", "duplicate"))
-    if kind == "bits":
-        changed = bytearray(whole)
-        changed[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
-        return kind, bytes(changed)
-    if kind == "cut":
-        return kind, whole[: draw.randrange(len(whole))]
-    content = json.loads(whole)
-    name = draw.choice(sorted(content))
-    if kind == "duplicate":
-        again = json.dumps({name: draw.choice((*NUMBERS, *THINGS))})
-        return kind, whole.rstrip()[:-1] + b"," + again[1:].encode()
-    if kind == "deep":
-        levels = draw.choice((50, 300, 900, 990, 1100, 100_000))
-        rest = {own: value for own, value in content.items() if own != name}
-        return kind, json.dumps(rest).encode()[:-1] + f', "{name}": {"[" * levels}{"]" * levels}}}'.encode()
-    if kind == "gone":
-        del content[name]
-    elif kind == "nested value" and content.get("jaxprune"):
-        head = draw.choice(content["jaxprune"]["heads"])
-        head[draw.choice(sorted(head))] = draw.choice((*NUMBERS, *THINGS, ["a"], ["a", "b", "c"], ["a"] * 3000))
+    """The change made somewhere in a JSON file, and the file."""
+    holder: Any = [json.loads(whole)]
+    content, key = holder, 0
+    while (value := holder[key]) and isinstance(value, dict | list) and (holder is content or draw.random() < 0.7):
+        holder, key = value, draw.choice(sorted(value)) if isinstance(value, dict) else draw.randrange(len(value))
+    kinds = ("value", "value", "near", "gone", "swapped", "deep", "raw")
+    kind = draw.choice((*kinds, "name", "twice", "added") if isinstance(holder, dict) else kinds)
+    held, text = holder[key], ""
+    if kind == "value":
+        holder[key] = draw.choice((*NUMBERS, *THINGS))
+    elif kind == "near":
+        holder[key] = held + draw.choice((-1, 1)) if isinstance(held, int | float) else [held, held]
+        if isinstance(held, str | list) and held:
+            holder[key] = draw.choice((held[:-1], held[::-1], held * 2, held[1:], held * (3000 // len(held) + 1)))
+    elif kind == "gone" and holder is not content:
+        del holder[key]
+    elif kind == "swapped":
+        other = draw.choice(sorted(holder) if isinstance(holder, dict) else range(len(holder)))
+        holder[key], holder[other] = holder[other], held
+    elif kind == "name":
+        holder[draw.choice((*map(str, THINGS), key.upper(), f"{key}x"))] = holder.pop(key)
+    elif kind == "added":
+        holder[draw.choice(ADDED)] = draw.choice((*NUMBERS, *THINGS, ["X"], {"a": 1, "b": 2}))
     else:
-        content[name] = draw.choice((*NUMBERS, *THINGS))
-    if draw.random() < 0.2:  # the sizes that a head without names has
-        content |= {
-            "num_labels": draw.choice(NUMBERS),
-            "architectures": draw.choice((["X"], 5, content.get("id2label"))),
-        }
-    return kind, json.dumps(content).encode()
+        holder[key], levels = "@here@", draw.choice((3, 50, 300, 900, 990, 1100, 100_000))
+        text = {
+            "deep": draw.choice(("[" * levels + "]" * levels, '{"a":' * levels + "1" + "}" * levels)),
+            "raw": draw.choice(RAW),
+            "twice": f"{json.dumps(held)}, {json.dumps(key)}: {json.dumps(draw.choice((held, *NUMBERS, *THINGS)))}",
+        }.get(kind, "")
+    return kind, json.dumps(content[0]).replace('"@here@"', text).encode()
+
+
+def damaged_table(whole: bytes, draw: random.Random) -> tuple[str, bytes]:
+    """The change made to a Parquet file, and the file."""
+    table = parquet.read_table(pyarrow.BufferReader(whole))
+    place, kind = draw.randrange(table.num_columns), draw.choice(("cells", "cells", "names", "none", "rows", "classes"))
+    if kind == "cells":
+        cell = draw.choice(
+            (None, b"\xff", [1], {"a": 1}, Decimal("1.5"), True, 2**63 - 1, float("nan"), "", "x" * 10**6)
+        )
+        cells = [draw.choice((cell, None)) for _ in range(table.num_rows)]
+        cells = cells if draw.random() < 0.3 else [cell] * table.num_rows
+        table = table.set_column(place, table.column_names[place], pyarrow.array(cells))
+    elif kind == "names":
+        table = table.rename_columns(
+            [draw.choice((*table.column_names, "", "\0", "x" * 10**5)) for _ in table.column_names]
+        )
+    elif kind == "none":
+        table = table.remove_column(place)
+    elif kind == "rows":
+        table = draw.choice((table.slice(0, 0), table.slice(0, 1), pyarrow.concat_tables([table] * 100)))
+    else:
+        names = {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["bad", "good"]}}}}
+        table = table.replace_schema_metadata({"huggingface": damaged_json(json.dumps(names).encode(), draw)[1]})
+    parquet.write_table(table, sink := pyarrow.BufferOutputStream())
+    return kind, sink.getvalue().to_pybytes()
+
+
+def damaged_lines(whole: bytes, draw: random.Random) -> tuple[str, bytes]:
+    """The change made to a line of a text, and the text."""
+    rows = whole.splitlines(keepends=True)
+    place, kind = draw.randrange(len(rows)), draw.choice(("line gone", "line twice", "lines moved", "cell", "cell"))
+    if rows[place][:1] == b"{" and draw.random() < 0.7:
+        kind, row = damaged_json(rows[place], draw)
+        rows[place] = row + b"\n"
+    elif kind == "cell":
+        cells = re.split(rb"([,\t:])", rows[place])
+        things = [str(each).encode(errors="replace") for each in (*NUMBERS, *THINGS)]
+        cells[draw.randrange(len(cells))] = draw.choice((*PIECES, *things))
+        rows[place] = b"".join(cells)
+    elif kind == "lines moved":
+        rows.insert(draw.randrange(len(rows)), rows.pop(place))
+    else:
+        rows[place] = b"" if kind == "line gone" else rows[place] * draw.choice((2, 5000))
+    return kind, b"".join(rows)
+
+
+def damaged_bytes(whole: bytes, draw: random.Random) -> bytes:
+    """A file with bytes or pieces changed, cut, doubled or put elsewhere."""
+    data = bytearray(whole)
+    for _ in range(draw.choice((1, 1, 2, 8))):
+        start = draw.randrange(len(data) + 1)
+        stop = min(len(data), start + draw.choice((0, 1, 4, 50)))
+        data[start:stop] = draw.choice((draw.choice(PIECES), draw.randbytes(stop - start), bytes(data[start:stop]) * 3))
+    return bytes(data[: draw.randrange(len(data) + 1)] if draw.random() < 0.15 else data)
+
+
+def damaged(name: str, whole: bytes, draw: random.Random) -> tuple[str, bytes]:
+    """The change made to a file of any format, and the file."""
+    stem, _, ending = name.rpartition(".")
+    if draw.random() < 0.2 or ending in ("model", "arrow"):
+        return "bytes", damaged_bytes(whole, draw)
+    if ending in ("gz", "zst"):
+        unpack, pack = (gzip.decompress, gzip.compress) if ending == "gz" else (expanded, compressed)
+        what, content = damaged(stem, unpack(whole), draw)
+        return what, pack(content)
+    of_kind = damaged_tensors if whole[8:9] == b"{" else damaged_table if whole[:4] == b"PAR1" else damaged_lines
+    return (damaged_json if ending == "json" else of_kind)(whole, draw)
+
+
+def damage(place: Path, files: str, draw: random.Random) -> str:
+    """Damages a file, or one file of a folder that matches a pattern, and says which and how."""
+    found = [file for pattern in files.split() for file in sorted(place.glob(pattern))] if files else [place]
+    file = draw.choice(found)
+    what, content = damaged(file.name, file.read_bytes(), draw)
+    file.write_bytes(content)
+    return f"{file.name if files else ''.join(file.suffixes)}: {what}"
+
+
+def ran(command: str, case: Path) -> str:
+    """Runs a command on a damaged file: "read", "refused" in one line, or what is wrong with its end."""
+    out, written = case.with_name("out"), os.fstat(2).st_size
+    names = {"case": case, "before": BEFORE, "out": out}
+    result = run(*(word.format(**names) for word in command.split()))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    left = [entry.name for entry in case.parent.iterdir() if entry.name.startswith((".out", f".{case.name}"))]
+    ends, made = result.exit_code, out.exists()
+    shutil.rmtree(out, ignore_errors=True)
+    *before, last = result.stderr.splitlines() or [""]
+    if left or made != (ends == 0 and "{out}" in command):
+        return f"exit code {ends}, and it left {[*left, *['out'] * made]}: {last}"
+    past = Path("/proc/self/fd/2").read_bytes()[written:].decode(errors="replace")  # what did not pass through Python
+    before += past.splitlines()
+    if not all(map(NOTES.fullmatch, before)):
+        return f"it also wrote {before[:3]}"
+    if ends == 0:
+        return "read"
+    if ends != 2 or result.stdout or not last.startswith("jaxprune: error: "):
+        return f"exit code {ends}: {last[-300:]}"
+    if re.search("emory|allocat", last) or not re.search(rf"\b({case.name.split('.')[0]}|{CLEAR})\b", last):
+        return f"the error names no file, or memory: {last[:300]}"
+    return "refused"
 
 
 def make_models(folder: Path) -> list[Path]:
-    """A folder of our own and one of Hugging Face's, both whole."""
-    model, params = tiny_model(layers=1)
-    extra = {name: (Path(__file__).parent / "data" / "words" / name).read_bytes() for name in TOKENIZER}
-    return [
-        save(folder / "own", model, params, pruning={"seed": 0}, extra=extra),
-        write_classifier(folder / "hf"),
-    ]
-
-
-def damage_model(folder: Path, draw: random.Random) -> str:
-    """Damages one file of a model folder, and says what was done."""
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    own = (folder / "pruning.json").is_file()
-    kind = draw.choices(("weights", "config", "pruning", "tokenizer"), (50, 45, 2 * own, 3 * own))[0]
-    if kind == "weights":
-        what, content = damaged_tensors(weights.read_bytes(), draw)
-        weights.write_bytes(content)
-    elif kind == "config":
-        what, content = damaged_json(config.read_bytes(), draw)
-        config.write_bytes(content)
-    elif kind == "pruning":
-        what, content = damaged_json((folder / "pruning.json").read_bytes(), draw)
-        (folder / "pruning.json").write_bytes(content)
-    else:
-        what = draw.choice(TOKENIZER)
-        if draw.random() < 0.3:
-            (folder / what).unlink()
-        else:
-            (folder / what).write_bytes(
-                draw.choice((b"", b"{", b"[]", b'{"model_max_length": []}', b"\xff\xfe", b"null"))
-            )
-    return f"{kind}: {what}"
+    """A folder of our own, and two of Hugging Face's: one file, and several with an index."""
+    heads = (TaskHead(name="mood", labels=LABELS, dense="tanh"),)
+    model, params = tiny_model(layers=1, heads=heads)
+    config = classifier_config("bert") | {"id2label": dict(enumerate(LABELS))}
+    tensors = classifier_tensors(config)
+    tensors |= {name: tensors[name][:2] for name in ("classifier.weight", "classifier.bias")}
+    places = [save(folder / "own", model, params, pruning={"seed": 0})]
+    places += [write_checkpoint(folder / f"hf{shards}", config, tensors, shards=shards) for shards in (1, 3)]
+    for place in places:
+        shutil.copytree(DATA / "words", place, dirs_exist_ok=True)
+    return places
 
 
 def outcome(folder: Path, kind: str) -> str:
@@ -192,16 +314,16 @@ def outcome(folder: Path, kind: str) -> str:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r".*are no part of the model: ")  # a tensor more, as it should say
             model, params = load(folder)
-        if kind.startswith("pruning"):
+        if kind.startswith("pruning.json"):
             read_pruning(folder)
-        if kind.startswith("tokenizer"):
+        if kind.startswith(("tokenizer", "vocab")):
             model.tokenizer  # noqa: B018
     except (ValueError, FileNotFoundError) as error:
         named = str(folder) in str(error)
         return "refused" if named else f"the error names no file: {type(error).__name__}: {str(error)[:300]}"
-    plain = load_file(folder / "model.safetensors")
+    plain = {name: array for file in folder.glob("model*.safetensors") for name, array in load_file(file).items()}
     flat = {path: np.asarray(array) for path, array in flatten(params).items()}
-    if (folder / "pruning.json").is_file():
+    if "jaxprune" in json.loads((folder / "config.json").read_bytes()):
         expected = {path: plain[path_name(path)] for path in flat}
     else:  # PyTorch keeps [out, in], and heads and head size as one axis
         names = family(model.config.model_type).checkpoint_names(model.config)
@@ -210,6 +332,60 @@ def outcome(folder: Path, kind: str) -> str:
         expected = {path: (a.T if path[-1] == "kernel" else a).reshape(flat[path].shape) for path, a in found.items()}
     wrong = [path for path, array in flat.items() if array.tobytes() != expected[path].astype(np.float32).tobytes()]
     return f"wrong weights: {wrong}" if wrong else "equal"
+
+
+def make_texts(folder: Path) -> list[Path]:
+    """An encoder with a decoder, and a decoder alone."""
+    model, params = tiny_model("llama", layers=1)
+    places = [save(folder / "llama", replace(model, source=DATA / "answers"), params)]
+    places.append(Path(shutil.copytree(BEFORE / "t5", folder / "t5")))
+    for place in places:
+        (place / "generation_config.json").write_text('{"max_length": 20, "eos_token_id": 1, "num_beams": 1}')
+    return places
+
+
+def make_tokenizers(folder: Path) -> list[Path]:
+    """A model with tokenizers of every kind of file."""
+    import sentencepiece
+
+    folder.mkdir()
+    (text := folder / "text.txt").write_text("\n".join(f"the film number {i} was good bad long" for i in range(99)))
+    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
+        input=str(text), model_prefix=str(folder / "m"), vocab_size=34, minloglevel=2, pad_id=0, eos_id=1, unk_id=2,
+        bos_id=-1,
+    )  # fmt: skip
+    pieces, config = (folder / "m.model").read_bytes(), (BEFORE / "bert" / "config.json").read_bytes()
+    words = [*"abcdefghijklmnopqrstuvwxyz", "\u0120", "\u0120g", "oo", "ood", "<s>", "</s>", "<unk>", "<pad>", "<mask>"]
+    whole = json.loads((DATA / "answers" / "tokenizer.json").read_bytes()) | {"normalizer": {"type": "Lowercase"}}
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    files: dict[str, dict[str, bytes | Any]] = {
+        "words": {
+            **{file.name: file.read_bytes() for file in (DATA / "words").iterdir()},
+            "special_tokens_map.json": {"unk_token": "[UNK]", "mask_token": {"content": "[MASK]", "lstrip": True}},
+            "added_tokens.json": {"[MASK]": 4},
+        },
+        "answers": {
+            "tokenizer.json": whole,
+            "tokenizer_config.json": (DATA / "answers" / "tokenizer_config.json").read_bytes(),
+        },
+        "pairs": {
+            "vocab.json": {word: i for i, word in enumerate(words)},
+            "merges.txt": "#version: 0.2\no o\noo d\n\u0120 g\n".encode(),
+            "tokenizer_config.json": {"tokenizer_class": "RobertaTokenizer", "model_max_length": 64, **special},
+        },
+        "t5": {"spiece.model": pieces, "tokenizer_config.json": {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}},
+        "xlmr": {
+            "sentencepiece.bpe.model": pieces,
+            "tokenizer_config.json": {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": 64},
+        },
+    }
+    for name, own in files.items():
+        (folder / name).mkdir()
+        weights = (BEFORE / "bert" / "model.safetensors").read_bytes()
+        for file, content in (own | {"config.json": config, "model.safetensors": weights}).items():
+            content = content if isinstance(content, bytes) else json.dumps(content).encode()
+            (folder / name / file).write_bytes(content)
+    return [folder / name for name in files]
 
 
 def make_packed(folder: Path) -> list[Path]:
@@ -221,47 +397,11 @@ def make_packed(folder: Path) -> list[Path]:
             flat[path] = np.where(random.random(array.shape) < 0.1, np.asarray(array), np.float32(0))
     folders = [save(folder / values, model, unflatten(flat), packed=values) for values in ("exact", "int8")]
     for name in ("packed_exact", "packed_int8"):
-        folders.append(Path(shutil.copytree(Path(__file__).parent / "data" / "before" / name, folder / name)))
+        folders.append(Path(shutil.copytree(BEFORE / name, folder / name)))
     for whole in folders:
         arrays: dict[str, Any] = {path_name(p): np.asarray(a) for p, a in flatten(load(whole)[1]).items()}
         np.savez(whole / "whole.npz", **arrays)
     return folders
-
-
-def damage_packed(folder: Path, draw: random.Random) -> str:
-    """Damages the file of a packed folder, or the descriptions in it, and says what was done."""
-    (file,) = folder.glob("model.safetensors*")
-    former = file.suffix != ".zst"
-    if not former and draw.random() < 0.3:
-        whole = bytearray(file.read_bytes())
-        if draw.random() < 0.5:
-            file.write_bytes(whole[: draw.randrange(len(whole))])
-            return "compressed: cut"
-        whole[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
-        file.write_bytes(whole)
-        return "compressed: bits"
-    whole = file.read_bytes() if former else expanded(file)
-    text, data = split(whole)
-    header = json.loads(text)
-    keys = sorted(header["__metadata__"].keys() & {"packed", "int8"})
-    if not keys or draw.random() < 0.5:
-        what, content = damaged_tensors(whole, draw)
-    else:
-        described = header["__metadata__"][keys[0]]
-        if not former or draw.random() < 0.3:
-            what, changed = damaged_json(described.encode(), draw)
-            described = changed.decode(errors="replace")
-        else:
-            fields = json.loads(described)
-            what = draw.choice(("dtype", "shape", "values", "encoding", "count"))
-            own = fields["tensors"][draw.choice(sorted(fields["tensors"]))]
-            near = {"shape": [[64, 32], [32, 65], [2048]], "count": [own["count"] + 1]}.get(what, ["F16", "I8", "bits"])
-            own[what] = draw.choice((*NUMBERS, *THINGS, *near))
-            described = json.dumps(fields)
-        header["__metadata__"][keys[0]] = described
-        what, content = f"description: {what}", safetensors_bytes(header, data)
-    file.write_bytes(content if former else compressed(content))
-    return what
 
 
 def outcome_of_packed(folder: Path, what: str) -> str:
@@ -270,7 +410,7 @@ def outcome_of_packed(folder: Path, what: str) -> str:
         found = {path_name(path): np.asarray(array) for path, array in flatten(load(folder)[1]).items()}
     except (ValueError, FileNotFoundError) as error:
         return "refused" if str(folder) in str(error) else f"the error names no file: {error}"
-    if what in ("bits of the data", "compressed: bits"):  # other values are as good as those that were written
+    if what.endswith((": bits of the data", ": bytes")):  # other values are as good as those that were written
         return "equal"
     with np.load(folder / "whole.npz") as whole:
         wrong = [name for name, array in found.items() if array.tobytes() != whole[name].tobytes()]
@@ -279,37 +419,19 @@ def outcome_of_packed(folder: Path, what: str) -> str:
 
 def make_scores(folder: Path) -> Path:
     """A whole score file."""
+    model, params = load(BEFORE / "bert")
     generator = np.random.default_rng(0)
     values = {
-        name: generator.standard_normal(units).astype(np.float32)
-        for name, units in {"0.attention.heads": 4, "0.ffn.neurons": 32}.items()
+        name: generator.standard_normal(units).astype(np.float32) for name, units in widths(model.axes, params).items()
     }
     header = {
         "format": 1, "criterion": {"name": "Random"}, "task": "mood", "split": "calibration", "head": "mood",
-        "examples": 4, "largest": False, "keys": [[0, 1]], "model": "0" * 64, "data": ["1"],
+        "examples": 4, "largest": False, "keys": [[0, 1]], "model": model_digest(model, params), "data": ["1"],
         "max_length": 64, "mean_length": 7.5, "completeness": None, "versions": {"jax": "0"},
     }  # fmt: skip
     gates = {name: jnp.asarray(value) for name, value in values.items()}
-    return save_scores(folder / "scores.safetensors", Scores(gates, header, means=gates, rows=("0" * 16, "a" * 16)))
-
-
-def damage_scores(file: Path, draw: random.Random) -> str:
-    """Damages a score file, or the header in its metadata, and says what was done."""
-    return _damage_with_header(file, METADATA, draw)
-
-
-def _damage_with_header(file: Path, name: str, draw: random.Random) -> str:
-    whole = file.read_bytes()
-    if draw.random() < 0.6:
-        what, content = damaged_tensors(whole, draw)
-    else:
-        text, data = split(whole)
-        header = json.loads(text)
-        what, changed = damaged_json(header["__metadata__"][name].encode(), draw)
-        header["__metadata__"][name] = changed.decode(errors="replace")
-        what, content = f"header: {what}", safetensors_bytes(header, data)
-    file.write_bytes(content)
-    return what
+    means = {name: gate[:, None] * jnp.ones(4) if "heads" in name else gate for name, gate in gates.items()}
+    return save_scores(folder / "scores.safetensors", Scores(gates, header, means=means, rows=("0" * 16, "a" * 16)))
 
 
 def outcome_of_scores(file: Path, kind: str) -> str:
@@ -342,11 +464,6 @@ def _digests_of_tasks() -> dict[str, str]:
     return {task: params_digest(compact(model, params, gates, means)) for task, means in (("a", None), ("b", MEANS))}
 
 
-def damage_gates(folder: Path, draw: random.Random) -> str:
-    """Damages the gates of a shared folder, or their description, and says what was done."""
-    return _damage_with_header(folder / GATES, METADATA_OF_GATES, draw)
-
-
 def outcome_of_gates(folder: Path, kind: str) -> str:
     """Loads the tasks of a damaged shared folder: "refused", "equal", or what is wrong with the answer."""
     for task, wanted in _digests_of_tasks().items():
@@ -377,11 +494,6 @@ def make_totals(folder: Path) -> Path:
     return file
 
 
-def damage_totals(file: Path, draw: random.Random) -> str:
-    """Damages running totals, or their description, and says what was done."""
-    return _damage_with_header(file, PARTIAL, draw)
-
-
 def outcome_of_totals(file: Path, kind: str) -> str:
     """Reads damaged totals: "refused", "equal", or what is wrong with the answer."""
     return _same_or_refused(file, lambda: TotalsFile(file, SETTINGS).load(), (_totals(), 2))
@@ -400,11 +512,6 @@ def make_states(folder: Path) -> Path:
     return file
 
 
-def damage_states(file: Path, draw: random.Random) -> str:
-    """Damages the state of a training, or its description, and says what was done."""
-    return _damage_with_header(file, "jaxprune_training", draw)
-
-
 def outcome_of_states(file: Path, kind: str) -> str:
     """Reads a damaged state: "refused", "equal", or what is wrong with the answer."""
     state = _state()
@@ -415,14 +522,7 @@ def outcome_of_states(file: Path, kind: str) -> str:
 
 def make_tables(folder: Path) -> Path:
     """A latency table."""
-    return write_table(folder / "table.json", hand_table(*tiny_model(layers=1)))
-
-
-def damage_tables(file: Path, draw: random.Random) -> str:
-    """Damages a latency table, and says what was done."""
-    what, content = damaged_json(file.read_bytes(), draw)
-    file.write_bytes(content)
-    return what
+    return write_table(folder / "table.json", hand_table(*load(BEFORE / "bert")))
 
 
 def outcome_of_tables(file: Path, kind: str) -> str:
@@ -443,15 +543,6 @@ def make_rounds(folder: Path) -> Path:
     workspace = Workspace(folder / "out")
     workspace.save(model, compact(model, params, gates), record)
     return workspace.folder
-
-
-def damage_rounds(folder: Path, draw: random.Random) -> str:
-    """Damages the record or the weights of rounds, and says what was done."""
-    name = draw.choice(("pruning.json", "pruning.json", "config.json", "model.safetensors"))
-    damaged = damaged_tensors if name == "model.safetensors" else damaged_json
-    what, content = damaged((folder / name).read_bytes(), draw)
-    (folder / name).write_bytes(content)
-    return f"{name}: {what}"
 
 
 def outcome_of_rounds(folder: Path, kind: str) -> str:
@@ -484,34 +575,162 @@ def _same_or_refused(place: Path, read: Callable[[], Any], expected: Any) -> str
     return "equal" if same else "wrong values"
 
 
-def cases(folder: Path, campaign: str, seed: int, first: int, last: int) -> Iterator[tuple[int, str, str | None]]:
+def make_rows(folder: Path) -> list[Path]:
+    """A small file of every kind, SQuAD's own, and a data set that `datasets` saved."""
+    import datasets
+
+    folder.mkdir()
+    rows: list[dict[str, Any]] = [
+        {"text": f'say "{i}"', "pair": f"b {i}", "label": LABELS[i % 2], "when": 1.5} for i in range(24)
+    ]
+    csv = "".join(f'"say ""{i}""",b {i},{LABELS[i % 2]}\n' for i in range(24))
+    tsv = "".join(f'say "{i}"\tb {i}\t{LABELS[i % 2]}\n' for i in range(24))
+    asked = [
+        {
+            "context": f"In {1900 + i} it was.",
+            "qas": [{"question": f"When {i}?", "answers": [ANSWER | {"text": f"{1900 + i}"}]}],
+        }
+        for i in range(24)
+    ]
+    content = {
+        "rows.jsonl": "".join(json.dumps(row) + "\n" for row in rows), "rows.json": json.dumps(rows),
+        "rows.csv": f"text,pair,label\n{csv}", "rows.tsv": f"text\tpair\tlabel\n{tsv}",
+    }  # fmt: skip
+    for name, text in content.items():
+        (folder / name).write_text(text)
+        (folder / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "rows.parquet")
+    assert {"".join(file.suffixes) for file in folder.iterdir()} == set(KINDS)
+    (folder / "rows.squad.json").write_text(
+        json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": asked}]})
+    )
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(folder / "saved")
+    return sorted(folder.iterdir())
+
+
+def outcome_of_rows(place: Path, what: str) -> str:
+    """Reads damaged rows: "equal" if they are texts, "refused" in one line, or what is wrong."""
+    columns = {} if what.startswith(".squad") else {"text": "text", "label": "label"}
+    try:
+        task = load_task(place, **columns)
+    except ValueError as error:
+        named = "\n" not in str(error) and re.search(rf"\b{place.name.split('.')[0]}\b", str(error))
+        return "refused" if named else f"the error names no file: {error}"
+    good = all(isinstance(row.text, str) and row.text.strip() for split in SPLITS for row in task.rows(split))
+    return "equal" if good else "no texts"
+
+
+def make_prompts(folder: Path) -> list[Path]:
+    """Files of prompts."""
+    folder.mkdir()
+    (folder / "list.yaml").write_text(
+        "template: >\n  mood :\n  {sentence} ?\nwords: [\"no\", 'very good']\nname: mine\n"
+    )
+    return [Path(shutil.copy(BEFORE / "prompt.yaml", folder)), folder / "list.yaml"]
+
+
+def outcome_of_prompts(file: Path, what: str) -> str:
+    """Reads a damaged prompt."""
+    try:
+        read_prompt(file)
+    except ValueError as error:
+        return "refused" if str(error).startswith(f"{file}:") else f"the error names no file: {error}"
+    return "equal"
+
+
+def made_by(command: str) -> Callable[[Path], Path]:
+    """Makes what a command writes."""
+
+    def make(folder: Path) -> Path:
+        folder.mkdir()
+        assert ran(command, folder / "own") == "read"
+        return folder / "own"
+
+    return make
+
+
+def make_caches(folder: Path) -> Path:
+    """The digest of a model in a cache."""
+    folder.mkdir(mode=0o700)
+    (folder / "known.json").write_text(json.dumps({"digest": "0" * 64}))
+    return folder
+
+
+def outcome_of_caches(folder: Path, what: str) -> str:
+    """Reads a damaged digest, which is no error: there is none, or one."""
+    found = recall(folder, "known")
+    return "refused" if found is None else "equal" if re.fullmatch("[0-9a-f]{64}", found) else "no digest"
+
+
+def cases(folder: Path, campaign: str, seed: int, first: int, last: int, commands: bool = True) -> Iterator[Any]:
     """The cases of a campaign: (number, what was done, None), then (number, what was done, outcome)."""
-    make, damage, check = CAMPAIGNS[campaign]
+    make, files, check, command = CAMPAIGNS[campaign]
     whole = made if isinstance(made := make(folder / "whole"), list) else [made]
+
+    def outcome_of(case: Path, what: str) -> str:
+        met = "read" if check is None else check(case, what)
+        if met in ENDS and commands and command:
+            found = ran(command, case)
+            met = met if check and found in ENDS else found
+        return met
+
     for place in whole:  # once undamaged: compiles, and shows that the comparison holds
-        assert check(place, "") == "equal"
+        met = outcome_of(place, f"{''.join(place.suffixes)}: nothing")
+        assert met in ENDS[:2], (place, met)
     yield -1, "", "ready"
     for number in range(first, last):
         draw = random.Random(f"{seed} {number}")
         source = whole[number % len(whole)]
-        target = folder / f"case{number}{source.suffix}"
-        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
-        what = damage(target, draw)
+        case = folder / f"case{number}{''.join(source.suffixes)}"
+        shutil.copytree(source, case) if source.is_dir() else shutil.copy(source, case)
+        what = damage(case, files if case.is_dir() else "", draw)
         yield number, what, None
-        yield number, what, _met(lambda target=target, what=what: check(target, what))
-        shutil.rmtree(target) if target.is_dir() else target.unlink()
+        yield number, what, _met(lambda case=case, what=what: outcome_of(case, what))
+        shutil.rmtree(case) if case.is_dir() else case.unlink()
 
 
-CAMPAIGNS: dict[str, tuple[Callable[..., Any], Callable[..., str], Callable[..., str]]] = {
-    "models": (make_models, damage_model, outcome),
-    "scores": (make_scores, damage_scores, outcome_of_scores),
-    "gates": (make_shared, damage_gates, outcome_of_gates),
-    "packed": (make_packed, damage_packed, outcome_of_packed),
-    "totals": (make_totals, damage_totals, outcome_of_totals),
-    "states": (make_states, damage_states, outcome_of_states),
-    "tables": (make_tables, damage_tables, outcome_of_tables),
-    "rounds": (make_rounds, damage_rounds, outcome_of_rounds),
-}
+class Campaign(NamedTuple):
+    """What is damaged, and what reads it."""
+
+    make: Callable[[Path], Any]  # whole files or folders
+    files: str = ""  # patterns of the files of a folder that are damaged
+    check: Callable[[Path, str], str] | None = None  # reads them by the library
+    command: str = ""
+
+
+BERT, ROWS = "{before}/bert", "--task mood --data {before}/rows"
+EVALUATE = f"evaluate {{case}} {ROWS} --limit 8"
+PRUNE = f"prune {BERT} --recover none --measure 0 -o {{out}}"
+SWEEP = f"sweep {BERT} {ROWS} --criterion random --flops 0.5 --seeds 1 --examples 8 --limit 8 -o {{case}}"
+AUGMENT = f"augment {BERT} {ROWS} --copies 1 --frequent 0 -o {{case}}"
+CAMPAIGNS = {
+    "models": Campaign(make_models, "config.json config.json model*.safetensors model*.s* *", outcome, EVALUATE),
+    "texts": Campaign(
+        make_texts, "config.json config.json generation*", None, f"{EVALUATE} --prompt {{before}}/prompt.yaml"
+    ),
+    "tokenizers": Campaign(make_tokenizers, "[!cm]* merges.txt", None, EVALUATE),
+    "scores": Campaign(make_scores, "", outcome_of_scores, f"{PRUNE} --flops 0.5 --scores {{case}}"),
+    "gates": Campaign(make_shared, GATES, outcome_of_gates, "pack {case}#b -o {out}"),
+    "packed": Campaign(make_packed, "model.safetensors*", outcome_of_packed, "pack {case} --unpack -o {out}"),
+    "totals": Campaign(make_totals, "", outcome_of_totals),
+    "states": Campaign(make_states, "", outcome_of_states),
+    "tables": Campaign(
+        make_tables, "", outcome_of_tables,
+        f"{PRUNE} --scores {{before}}/mood.safetensors --latency 0.9 --latency-table {{case}}",
+    ),
+    "rounds": Campaign(make_rounds, "pruning.json config.json model.safetensors", outcome_of_rounds),
+    "rows": Campaign(
+        make_rows, "*.json */*", outcome_of_rows,
+        f"evaluate {BERT} --head mood --task {{case}} --text text --label label --limit 8",
+    ),
+    "prompts": Campaign(
+        make_prompts, "", outcome_of_prompts, f"evaluate {{before}}/t5 {ROWS} --limit 8 --prompt {{case}}"
+    ),
+    "pruned": Campaign(lambda folder: shutil.copytree(BEFORE / "pruned", folder), PRUNING, None, "inspect {case}"),
+    "sweeps": Campaign(made_by(SWEEP), "results.json", None, SWEEP),
+    "augmented": Campaign(made_by(AUGMENT), "mood/*.json", None, AUGMENT),
+    "caches": Campaign(make_caches, "*", outcome_of_caches),
+}  # fmt: skip
 
 
 def _met(check: Callable[[], str]) -> str:
@@ -522,19 +741,21 @@ def _met(check: Callable[[], str]) -> str:
         return f"{type(error).__name__} in {Path(where.filename).name}, line {where.lineno}: {str(error)[:300]}"
 
 
-def _limit() -> None:
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+def _limit(most: int) -> None:
+    """Lets this process have so many more bytes of data, and no more."""
+    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_DATA, (used + most, resource.RLIM_INFINITY))
 
 
 def main() -> None:
     """Takes FOLDER, CAMPAIGN, SEED, FIRST and LAST, and prints every case twice."""
     folder, campaign, *numbers = sys.argv[1:]
+    lines = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # where whatever else is written is met
     for number, what, found in cases(Path(folder), campaign, *map(int, numbers)):
-        print(json.dumps([number, what, found]), flush=True)
-        if number < 0:
-            _limit()
-        signal.setitimer(signal.ITIMER_PROF, SECONDS if found is None else 0)  # SIGPROF ends the process
+        print(json.dumps([number, what, found]), file=lines, flush=True)
+        _limit(MEMORY)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS if found is None else 0)  # SIGALRM ends the process
 
 
 if __name__ == "__main__":

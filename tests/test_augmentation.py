@@ -136,6 +136,10 @@ def test_augment_writes_a_data_set(place: Place, tmp_path: Path):
     other = run(*how, "--seed", 1)
     assert other.exit_code == 2 and "exists already" in other.stderr
     assert {file.name: file.read_bytes() for file in (more / "mood").iterdir()} == files
+    for damaged in (b"[]", b"{}", b"\xff", b"[" * 100_000, json.dumps(record | {"examples": 5}).encode()):
+        (more / "mood" / AUGMENTATION).write_bytes(damaged)
+        refused = run(*how)
+        assert refused.exit_code == 2 and f"{AUGMENTATION} cannot be used: " in refused.stderr
     assert run(*how, "--seed", 1, "--overwrite").exit_code == 0
     assert (more / "mood" / "train.jsonl").read_bytes() != files["train.jsonl"]
     mine = tmp_path / "mine" / "mood"

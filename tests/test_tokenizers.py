@@ -177,6 +177,21 @@ def test_numbers_of_a_tokenizer_are_bounded(tmp_path):
         load(folder)[0].tokenizer  # noqa: B018
 
 
+@pytest.mark.parametrize("odd", [{"problem_type": "odd"}, {"num_labels": 10**12}, {"id2label": 5}])
+def test_only_what_tells_the_tokenizer_is_taken_of_a_configuration(tmp_path, odd):
+    model = hostile(tmp_path / "hf")
+    config = json.loads(model.config.raw) | odd  # transformers would make as many names of labels
+    assert model.source and tokenizers.open_tokenizer(model.source, json.dumps(config), (("vocab", 0, 0, 0),))
+
+
+def test_what_the_tokenizers_say_does_not_get_into_the_output(tmp_path, capfd):
+    model = hostile(tmp_path / "hf")
+    odd = {"mask_token": {"content": "[MASK]", "odd": 1}}
+    (tmp_path / "hf" / "special_tokens_map.json").write_text(json.dumps(odd))
+    assert model.tokenizer.mask_token == "[MASK]"
+    assert capfd.readouterr() == ("", "Ignored unknown kwarg option odd\n")
+
+
 @pytest.mark.parametrize("write", [lambda: print("for users", file=__import__("sys").stderr), lambda: None])
 def test_what_is_written_to_standard_error_meanwhile_arrives(capfd, write: Callable[[], None]):
     tokenizers._bounded(write, 10.0)

@@ -100,7 +100,7 @@ class Bars:
 
     def say(self, message: Any) -> None:
         """Prints a line, or a table, above the bars."""
-        self._console.print(message)
+        self._console.print(message, soft_wrap=isinstance(message, str))
 
 
 class Bar:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import jaxprune as jp
+from jaxprune.checkpoints.files import COUNT
 from jaxprune.cli import terminal
 from jaxprune.cli.options import (
     BatchOptions,
@@ -54,6 +55,10 @@ SPARSITY = 0.95  # of SparseBERT
 FINETUNING = "finetuning.json"  # in the folder of a fine-tuned model: how it was made, and how well it does
 DISTILLATION = "distillation.json"  # in the folder of a student, likewise
 AUGMENTATION = "augmentation.json"  # beside rows with copies: how these were made
+_AUGMENTED = {  # what is read of it
+    "task": str, "train_rows": COUNT, "sizes": {"train": COUNT, ...: COUNT}, "examples": [{...: object}],
+    "settings": object, "embeddings": str, "rows": object, ...: object,
+}  # fmt: skip
 FILES = {"train": "train", "calibration": "calibration", "dev": "validation", "test": "test"}
 
 Half = Annotated[bool, training("Write the weights in half precision.", "--half")]
@@ -593,7 +598,7 @@ def augment_rows(
 
     A data set that is there already and was made in the same way is left as it is.
     """
-    from jaxprune.checkpoints.files import check_file, folder_for
+    from jaxprune.checkpoints.files import check_file, folder_for, parse_header
     from jaxprune.checkpoints.tensors import params_digest
     from jaxprune.data.augmentation import augmented
 
@@ -607,7 +612,9 @@ def augment_rows(
     }
     known = folder / AUGMENTATION
     if known.is_file() and not overwrite:
-        earlier = json.loads(known.read_text())
+        problems, earlier = parse_header(known.read_bytes().decode(errors="replace"), _AUGMENTED)
+        if problems:
+            raise ValueError(f"{known} cannot be used: {'; '.join(problems[:5])}. Write it again with --overwrite.")
         if {name: earlier.get(name) for name in made} == made:
             bars.say(f"{folder}: of an earlier run with the same settings")
             return earlier

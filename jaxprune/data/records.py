@@ -210,7 +210,7 @@ def _parsed(text: str, where: str) -> Any:
     except ValueError as error:  # a row that names a column twice, or a number with thousands of digits
         if str(error).startswith(where):
             raise
-        raise ValueError(f"{where}: {_line(error)}") from error
+        raise ValueError(f"{where}: {one_line(error)}") from error
     except RecursionError as error:
         raise ValueError(f"{where}: broken JSON, nested too deeply.") from error
     return value
@@ -323,7 +323,7 @@ def _read_parquet(path: Path) -> Records:
             names = schema.names
             classes = _class_names(schema.metadata or {})
     except broken as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {_line(error)}") from error
+        raise ValueError(f"{path} cannot be read as Parquet: {one_line(error)}") from error
     _refuse_twice(names, str(path))
 
     def read(columns: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -345,12 +345,12 @@ def _read_parquet(path: Path) -> Records:
                         number += 1
                         yield number, dict(zip(columns, row, strict=True))
         except broken as error:
-            raise ValueError(f"{path} cannot be read as Parquet after row {number}: {_line(error)}") from error
+            raise ValueError(f"{path} cannot be read as Parquet after row {number}: {one_line(error)}") from error
 
     return Records(str(path), tuple(names), read, unit="row", classes=classes)
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An error in one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 

@@ -29,6 +29,7 @@ from jaxprune.data.records import (
     examples_of,
     is_blank,
     kind_of,
+    one_line,
     read,
     read_answers,
     read_folder,
@@ -571,8 +572,12 @@ def _hub_records(stored: Any, where: str) -> Records:
     names = {name: getattr(kind, "names", None) for name, kind in stored.features.items()}
 
     def rows(columns: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        present = [column for column in columns if column in names]
-        yield from enumerate(stored.select_columns(present), 1)
+        present, number = [column for column in columns if column in names], 0
+        try:
+            for number, cells in enumerate(stored.select_columns(present), 1):
+                yield number, cells
+        except Exception as error:  # likewise
+            raise ValueError(f"{where} cannot be read after row {number}: {one_line(error)}") from error
 
     classes = {name: tuple(some) for name, some in names.items() if some is not None}
     return Records(where, tuple(names), rows, unit="row", classes=classes)
@@ -654,12 +659,14 @@ def _in_folder(folder: Path, title: str, source: Source | None) -> _Found:
 
         try:
             stored: Any = datasets.load_from_disk(str(folder))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder} is no data set of the library `datasets`: {error}") from error
+        except Exception as error:  # a damaged file raises whatever the library happens to meet
+            raise ValueError(f"{folder} is no data set of the library `datasets`: {one_line(error)}") from error
         splits_in = {split_of(Path(f"{split}.jsonl"))[0]: split for split in stored}
         records = {
             split: _hub_records(stored[given], f"{folder} ({given})") for split, given in splits_in.items() if split
         }
+        if not records:
+            raise ValueError(f"{folder} has the splits {sorted(stored)}, expected train, validation or test.")
         unused = [
             given for given in stored if given not in splits_in.values() or not split_of(Path(f"{given}.jsonl"))[0]
         ]

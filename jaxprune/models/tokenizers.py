@@ -38,9 +38,10 @@ LARGEST_GROWTH = 10_000  # times that a text may grow; ALBERT's grows up to 700 
 OTHER_FILES = re.compile(  # of a model's folder
     r"\..*|(generation_)?config\.json|(pruning|results)\.json|.+\.(bin|md|safetensors|index\.json|svg|zst)"
 )
+_TELLING = ("model_type", "tokenizer_class", "_name_or_path")  # of a configuration, which tokenizer it is
 _MOST = 10**7  # tokens that a tokenizer's settings may ask for
 _GROWTH = {"ByteLevel": 2, "Lowercase": 2, "BertNormalizer": 4, "NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18}
-_stderr = threading.RLock()
+_streams = threading.RLock()
 Result = TypeVar("Result")
 
 
@@ -70,7 +71,8 @@ def open_tokenizer(folder: Path, config: str, versions: tuple[tuple[str, int, in
         from transformers import AutoConfig, AutoTokenizer
 
         _check_numbers(folder / "tokenizer_config.json")
-        known = AutoConfig.for_model(**json.loads(config))
+        told = {name: value for name, value in json.loads(config).items() if name in _TELLING}
+        known = AutoConfig.for_model(**told)
         # never run code that comes with a model, nor ask whether to
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), config=known, trust_remote_code=False, local_files_only=True
@@ -82,7 +84,7 @@ def open_tokenizer(folder: Path, config: str, versions: tuple[tuple[str, int, in
     if all(OTHER_FILES.fullmatch(name) for name, *_ in versions):
         raise FileNotFoundError(f"{message}it has none of {', '.join(TOKENIZER_FILES)}.")
     try:
-        tokenizer = _bounded(read, SECONDS)
+        tokenizer = _bounded(read, SECONDS, held=(1, 2))
     except Exception as error:  # a damaged file raises whatever the parser happens to meet
         raise FileNotFoundError(message + _line(error)) from error
     names = dict.fromkeys(("tokenizer.json", *_own_files(tokenizer)))
@@ -129,8 +131,11 @@ def run_tokenizer(call: Callable[..., Result], texts: Any, *more: Any, **setting
         raise ValueError(f"the tokenizer of {where} cannot read these texts: {_line(error)}") from error
 
 
-def _bounded(call: Callable[[], Result], seconds: float | None) -> Result:
-    """Calls a function, in a thread that is left to itself after so many seconds; panics of Rust become errors."""
+def _bounded(call: Callable[[], Result], seconds: float | None, held: Sequence[int] = (2,)) -> Result:
+    """Calls a function, in a thread that is left to itself after so many seconds; panics of Rust become errors.
+
+    What is written meanwhile to the streams of the numbers `held` goes to standard error, unless there was an error.
+    """
     results: list[Result] = []
     errors: list[BaseException] = []
 
@@ -140,7 +145,7 @@ def _bounded(call: Callable[[], Result], seconds: float | None) -> Result:
         except BaseException as error:
             errors.append(error)
 
-    with _stderr_held(errors):
+    with _held(errors, held):
         if seconds is None:
             work()
         else:
@@ -157,21 +162,25 @@ def _bounded(call: Callable[[], Result], seconds: float | None) -> Result:
 
 
 @contextlib.contextmanager
-def _stderr_held(errors: Sequence[BaseException]) -> Iterator[None]:
-    """Holds back what is written to standard error until the end, where it is dropped if there were errors."""
-    with _stderr, contextlib.ExitStack() as stack:
+def _held(errors: Sequence[BaseException], streams: Sequence[int]) -> Iterator[None]:
+    """Holds back what is written to streams until the end, where it is dropped if there were errors."""
+    with _streams, contextlib.ExitStack() as stack:
+        before: list[int] = []
         try:
-            before = os.dup(2)
+            for stream in streams:
+                before.append(os.dup(stream))
+                stack.callback(os.close, before[-1])
         except OSError:  # it is closed
             yield
             return
-        stack.callback(os.close, before)
         held = stack.enter_context(tempfile.TemporaryFile())
-        os.dup2(held.fileno(), 2)
+        for stream in streams:
+            os.dup2(held.fileno(), stream)
         try:
             yield
         finally:
-            os.dup2(before, 2)
+            for stream, each in zip(streams, before, strict=True):
+                os.dup2(each, stream)
             held.seek(0)
             if not errors and (text := held.read()):
                 os.write(2, text)
