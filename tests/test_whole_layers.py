@@ -17,7 +17,7 @@ from tiny import random_gates, tiny_batch, tiny_model
 import jaxprune as jp
 from jaxprune.checkpoints.folder import load, save
 from jaxprune.compaction import compact
-from jaxprune.models import Model, State, enter, model_inputs, model_layers, run_layer
+from jaxprune.models import Model, enter, model_inputs, model_layers, run_layer
 from jaxprune.models.cost import cache
 from jaxprune.models.running import ANSWER
 from jaxprune.pruning.budgets import Cache, Flops, Latency, Memory, Parameters, Rules, Units, read_budget
@@ -50,7 +50,7 @@ def test_the_cache_is_what_generation_keeps_for_a_token(model_type: str, dtype: 
         for layer in model_layers(model, params):
             state = enter(model, layer, inputs, state)
             if layer.stack == model.stacks[-1]:  # one row, one token written, and if there is a memory one read
-                one = State(*(None if part is None else part[:1, :1] for part in state))
+                one = jax.tree.map(lambda part: part[:1, :1], state)
                 room = jax.eval_shape(lambda own, one: model.prepare(own, one, 1), layer.params, one)
                 kept += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(room))
             state = run_layer(model, layer, inputs, state)[0]

@@ -27,8 +27,9 @@ def pooled(
     model: Model, params: Params, scores: Sequence[Scores | Values], budget: Budget, *, rules: Rules = Rules()
 ) -> Gates:
     """Selects by the mean of the tasks' scores, each divided by its total, so that every task weighs the same."""
-    mean = Scores(mean_scores(scores), {"properties": {"per_cost": any(map(per_cost, scores))}})
-    return select(model, params, mean, _at_mean_length(budget, scores), rules=rules)
+    means: Any = mean_scores(scores)
+    merged = Scores(means, {"properties": {"per_cost": any(map(per_cost, scores))}})
+    return select(model, params, merged, _at_mean_length(budget, scores), rules=rules)
 
 
 def kept_by_any(
