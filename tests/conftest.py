@@ -21,19 +21,20 @@ jax.config.update(
 )  # GPU and TPU would multiply in less, and miss the tolerances
 
 
-SECOND_TYPES = {"distilbert", "t5", "llama", "qwen2"}  # of the types of a family that the laws of numbers run on
+# Of a family's types, in the laws of numbers
+SECOND_TYPES = {"distilbert", "t5", "llama", "qwen2", "qwen3"}
 KEPT = {"reference", "faults", "test_golden.py"}  # these run for every type wherever they run at all
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves a law's second types of a family to the slow tier: `make test` runs it on BERT, mT5, Qwen3 and Gemma."""
+    """Leaves a law's second types of a family to the slow tier: `make test` runs it on BERT, mT5 and Gemma."""
     laws: dict[Any, list[tuple[pytest.Item, set[str]]]] = {}
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec") and not KEPT & set(item.keywords):
             laws.setdefault((item.parent, item.originalname), []).append((item, set(item.callspec.id.split("-"))))
     for cases in laws.values():
-        if any({"bert", "mt5", "qwen3"} & words for _, words in cases):
+        if any({"bert", "mt5", "gemma3_text"} & words for _, words in cases):
             for item, words in cases:
                 if SECOND_TYPES & words:
                     item.add_marker(pytest.mark.slow)

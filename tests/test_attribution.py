@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from passes import logits_of, sites_of, token_slopes
-from tiny import MODEL_TYPES, tiny_batch, tiny_model
+from tiny import NUMERIC_TYPES, tiny_batch, tiny_model
 
 from jaxprune.models import Model, TaskHead, bert
 from jaxprune.models.layers import absolute_tokens, contribution, max_tokens, squared_tokens, sum_tokens
@@ -83,7 +83,7 @@ def without_units(params: Params, kind: str) -> Params:
 # Law 2
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", NUMERIC_TYPES)
 def test_gradient_times_activation(model_type: str):
     model, params = tiny_model(model_type)
     batch = labelled(model)
@@ -132,7 +132,7 @@ def test_gradient_activation_is_the_gradient_at_open_gates():
 
 @pytest.mark.parametrize(
     ("model_type", "path", "kinds"),
-    [(model_type, path, UNITS) for model_type in MODEL_TYPES for path in (joint, layer)]
+    [(model_type, path, UNITS) for model_type in NUMERIC_TYPES for path in (joint, layer)]
     + [("bert", joint, ("heads",)), ("bert", joint, ("neurons",))],
 )
 def test_completeness(model_type: str, path: Any, kinds: tuple[str, ...]):
@@ -236,8 +236,8 @@ def test_chunked_quadrature_equals_all_at_once(path: Any, chunk: int):
     ("model_type", "criterion"),
     [
         ("bert", IntegratedGradients(nodes=3)),
-        ("roberta", IntegratedGradients(nodes=3)),
-        ("xlm-roberta", GradientActivation()),
+        pytest.param("roberta", IntegratedGradients(nodes=3), marks=pytest.mark.slow),
+        ("bert", GradientActivation()),
         ("distilbert", IntegratedGradients(nodes=2, path=layer, labels=predicted)),
         ("bert", GradientActivation(tokens=absolute_tokens, examples=maximum)),
         ("bert", GradientActivation(tokens=max_tokens, labels=every, closed=calibration_means)),

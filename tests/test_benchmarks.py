@@ -98,6 +98,7 @@ def test_times_of_different_numbers_are_refused(speed: Any, setting: Any, monkey
         speed.gradient(setting)
 
 
+@pytest.mark.slow
 def test_budgets_of_latency_are_predicted_and_measured(monkeypatch: Any, capsys: Any):
     budgets = importlib.import_module("latency_budget")
     monkeypatch.setattr(budgets, "measure_latency_table", hand_table)

@@ -322,7 +322,9 @@ def test_a_task_is_named_on_the_command_line(tmp_path):
 # streams
 
 
-@pytest.mark.parametrize(("model", "stderr"), [("none", "<&- 2>&-"), ("{model}", "2>/dev/full")])
+@pytest.mark.parametrize(
+    ("model", "stderr"), [("none", "<&- 2>&-"), pytest.param("{model}", "2>/dev/full", marks=pytest.mark.slow)]
+)
 def test_stdout_gets_nothing_but_the_result_whatever_stderr_is(place, model: str, stderr: str):
     command = (sys.executable, "-m", "jaxprune", "inspect", model.format(model=place.model), "--json")
     done = subprocess.run(f"{shlex.join(command)} {stderr}", shell=True, stdout=subprocess.PIPE, text=True)

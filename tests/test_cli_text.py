@@ -89,6 +89,7 @@ def test_a_student_learns_by_the_prompt_and_says_so(place: Path, tmp_path: Path)
     assert record_of("evaluate", out, *asked(place), "--limit", 10)["results"][0]["n"] == 10
 
 
+@pytest.mark.slow
 def test_channels_are_pruned(place: Path, tmp_path: Path):
     kinds = ("--kinds", "channels,query_channels,neurons", "--criterion", "magnitude")
     record = record_of(
@@ -123,6 +124,7 @@ def test_channels_are_pruned(place: Path, tmp_path: Path):
     assert "channels" in table and f"{4 * kept}/12" in table
 
 
+@pytest.mark.slow
 def test_finetuned_with_prompts(place: Path, tmp_path: Path):
     how = ("--epochs", 1, "--learning-rate", 0.02, "--optimizer", "adafactor", "--dev-limit", 20)
     record = record_of("finetune", place / "model", *asked(place), *how, "-o", tmp_path / "tuned")

@@ -275,6 +275,7 @@ def test_bad_input_is_one_line_and_exit_code_2(place, scored, tmp_path, case):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_it_needs_neither_a_model_nor_slow_packages(scored):
     code = f"""
 import sys

@@ -97,7 +97,11 @@ def test_no_compilation_after_the_first_batch_of_each_length(criterion: Any, com
 
 @pytest.mark.parametrize(
     "criterion",
-    [pytest.param(IntegratedGradients(nodes=2, labels=every), marks=pytest.mark.slow), GradientActivation(), Wanda()],
+    [
+        pytest.param(IntegratedGradients(nodes=2, labels=every), marks=pytest.mark.slow),
+        GradientActivation(),
+        pytest.param(Wanda(), marks=pytest.mark.slow),
+    ],
 )
 def test_nor_with_a_text_to_text_model(criterion: Any, compiled: list[int]):
     model, params = tiny_model("mt5", layers=1, neurons=24)

@@ -19,7 +19,7 @@ from jaxprune.checkpoints import tensors as digests
 from jaxprune.checkpoints.folder import saved_digest
 from jaxprune.checkpoints.tensors import model_digest, params_digest
 from jaxprune.pruning.selection import pruning_record
-from jaxprune.scoring.criteria import Taylor
+from jaxprune.scoring.criteria import Magnitude
 from jaxprune.scoring.run import Scoring
 from jaxprune.scoring.scores import check_scores
 from jaxprune.units import flatten
@@ -55,7 +55,7 @@ def weights_of(params: Any) -> int:
 def test_weights_are_hashed_once_from_loading_to_saving(place: Place, tmp_path: Path, hashed: list[int]):
     model, params = jp.load(place.model)
     task = jp.load_task("mood", data=place.data)
-    scoring = Scoring(criterion=Taylor(), rows=jp.Rows(examples=8))
+    scoring = Scoring(criterion=Magnitude(), rows=jp.Rows(examples=8))
     scores = jp.score(model, params, task, scoring)
     gates = jp.select(model, params, scores, jp.budgets.Units(0.5))
     check_scores(model, params, scores)

@@ -292,6 +292,7 @@ def test_distill_recovers_a_pruned_model_with_its_own_heads(place: Place, tmp_pa
     assert (out / LEARNED).read_bytes() != training_picture(record)
 
 
+@pytest.mark.slow
 def test_distill_takes_the_model_of_one_task(place: Place, tmp_path: Path):
     """The gates of a shared folder say which heads are left."""
     scores, shared = tmp_path / "s.safetensors", tmp_path / "shared"

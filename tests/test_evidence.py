@@ -41,8 +41,8 @@ def test_a_real_difference_is_found():
 
 
 def test_no_difference_is_seldom_found_where_there_is_none():
-    found = [compare(cells(0.8, 3, 2 * i), cells(0.8, 3, 2 * i + 1), dense(i), CHANCE) for i in range(20)]
-    assert sum(own["verdict"] != "undecided" for own in found) <= 4  # one in twenty is expected
+    found = [compare(cells(0.8, 3, 2 * i), cells(0.8, 3, 2 * i + 1), dense(i), CHANCE) for i in range(8)]
+    assert sum(own["verdict"] != "undecided" for own in found) <= 2  # one in twenty is expected
 
 
 def test_equal_methods_differ_by_nothing():

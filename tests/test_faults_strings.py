@@ -25,6 +25,7 @@ STRINGS = {
     "null": "good\x00film",
     "markup": "[red]good[/red] [/] [/bold] [link=x]",
     "escape sequences": "\x1b[31mgood\x1b[0m\x1b]0;title\x07 \x9b2J",
+    "both": "[red]\x1b[31mgood[/] [/bold] \x1b]0;title\x07 \x9b2J",
     "lines": "good\r\nfilm\u2028\u2029\x85",
     "folders": "../../good/film",
     "right to left": "\u202egood\u202c \u05d0\u05d1 \u200f\u2066",
@@ -36,7 +37,7 @@ STRINGS = {
 }
 REFUSED = {"surrogate": "good \ud800 film", "empty": "", "blank": " \t\n"}
 UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # what changes a terminal's state
-QUICK = ("markup", "escape sequences")  # run with the other tests
+QUICK = ("both",)  # run with the other tests
 COUNTS: Counter[str] = Counter()
 
 
@@ -126,6 +127,7 @@ NAMES = {
     "surrogate": "a\udc80b",
     "escape sequences": "\x1b[31mred",
     "markup": "[/red][bold]",
+    "both": "\x1b[31m[/red][bold]",
     "lines": "one\ntwo",
     "right to left": "\u202eabc",
     "empty": "",
@@ -140,7 +142,9 @@ def test_a_task_that_is_not_there_is_one_error_whatever_its_name(place, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["[red] [bold]", pytest.param("\x1b[31mred\x07", marks=pytest.mark.faults), "=cmd()"])
+@pytest.mark.parametrize(
+    "name", ["[red] [bold]", *(pytest.param(name, marks=pytest.mark.faults) for name in ("\x1b[31mred\x07", "=cmd()"))]
+)
 def test_a_folder_of_any_name_is_a_task(place, tmp_path, name):
     data = rows_with(tmp_path, name, None, ("bad", "good"))
     ended = {check(result) for result in commands(place, data, name, tmp_path / "out", "--head", "mood")}

@@ -16,7 +16,7 @@ from tiny import TEXT_TYPES, random_gates, tiny_batch, tiny_model
 
 from jaxprune.compaction import compact
 from jaxprune.evaluation.text import generate, texts
-from jaxprune.models import BlockSettings, Mask, Model, Output, State
+from jaxprune.models import BlockSettings, Mask, Model, Output, State, block_compiled
 from jaxprune.units import Intervention, Params, flatten, open_gates, unflatten, widths
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # one event per program
@@ -67,7 +67,7 @@ def test_cached_steps_write_what_the_model_finds_most_likely_without_a_cache(kin
     assert_greedy(model, params, batch, tokens)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", TEXT_TYPES)
 def test_a_step_computes_what_the_block_does_at_its_place(kind: str, dtype: Any):
     model, params = tiny_model(kind)
@@ -83,9 +83,9 @@ def test_a_step_computes_what_the_block_does_at_its_place(kind: str, dtype: Any)
     means = {"attention.heads": jnp.ones((4, 3)), "ffn.neurons": jnp.ones(32)}
     given, masks = State(hidden, memory), Mask(jnp.ones((2, 26), bool), mask)
     intervention, settings = Intervention(gates, means), BlockSettings(kind="decoder")
-    state, _ = model.block(layer, given, masks, intervention, settings=settings)
+    state, _ = block_compiled(model, settings, layer, given, masks, intervention, None)
     step = jax.jit(model.step)
-    cache = model.prepare(layer, State(hidden, memory), 26)
+    cache = jax.jit(model.prepare, static_argnums=2)(layer, State(hidden, memory), 26)
     assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(dtype)}
     assert [leaf.shape for leaf in cache.tokens] == [(2, 26, 4, 3)] * 2
     for place in range(26):

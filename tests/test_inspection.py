@@ -221,6 +221,7 @@ def test_fractional_gates_and_sites_without_gates_are_told_from_an_edited_record
     assert layers["layers"][0]["neurons"] == [31, 32]
 
 
+@pytest.mark.slow
 def test_it_needs_neither_transformers_nor_datasets(small):
     code = f"""
 import sys

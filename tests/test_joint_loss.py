@@ -157,9 +157,9 @@ def test_padding_never_leaks(model_type: str):
 def test_gradients_equal_those_of_automatic_differentiation():
     """With another depth, another width, heads that are gone, and a task head that is not used."""
     heads = tuple(TaskHead(name=name, labels=("a", "b", "c")) for name in ("task", "other"))
-    teacher_model, teacher = tiny_model(layers=3, heads=heads[:1], seed=1)
-    model, params = tiny_model(layers=2, embed=8, attention_heads=4, heads=heads)
-    gates = {"1.attention.heads": np.array([1, 0, 0, 1], np.float32)}
+    teacher_model, teacher = tiny_model(layers=2, heads=heads[:1], seed=1)
+    model, params = tiny_model(layers=1, embed=8, attention_heads=4, heads=heads)
+    gates = {"0.attention.heads": np.array([1, 0, 0, 1], np.float32)}
     params = jp.compact(model, params, gates)
     student = params | {"projection": initialise_projection(model, teacher_model, jax.random.key(0))}
     heads = surviving_heads(jp.pruning_record(gates, gates))

@@ -21,7 +21,9 @@ from jaxprune.scoring.objectives import every, margin, maximum, site_statistics,
 HEADS = (TaskHead(name="task", labels=("no", "maybe", "yes"), dense="tanh"),)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16], ids=["float32", "bfloat16"]
+)
 @pytest.mark.parametrize(
     ("criterion", "layers"),
     [

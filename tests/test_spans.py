@@ -300,7 +300,11 @@ def test_completeness():
 
 
 @pytest.mark.parametrize(
-    "criterion", [GradientActivation(labels=sampled), IntegratedGradients(nodes=2, labels=predicted)]
+    "criterion",
+    [
+        GradientActivation(labels=sampled),
+        pytest.param(IntegratedGradients(nodes=2, labels=predicted), marks=pytest.mark.slow),
+    ],
 )
 def test_padding_reordering_and_splitting_change_nothing(criterion: Any):
     model, params = spans_model()
@@ -433,6 +437,7 @@ def test_scores_leave_out_what_is_cut_off_and_count_it(monkeypatch: pytest.Monke
     score(model, params, task, Scoring(criterion=baselines.Fisher(), rows=Rows(examples=unknown)))
 
 
+@pytest.mark.slow
 def test_scores_of_spans_are_checked_and_repaired():
     model, params = spans_model()
     task = task_of(questions(60))

@@ -163,7 +163,7 @@ def test_a_target_out_of_range_is_refused(scores: Scores, target: float):
 
 
 @pytest.mark.parametrize("criterion", [GradientActivation(), IntegratedGradients(nodes=2, examples=signed), Fisher()])
-@pytest.mark.parametrize("batch_size", [5, 24])
+@pytest.mark.parametrize("batch_size", [5, pytest.param(24, marks=pytest.mark.slow)])
 def test_the_variance_is_that_of_the_examples(
     model_and_params: tuple[Model, Params], task: Task, criterion: Any, batch_size: int
 ):
