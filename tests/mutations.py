@@ -246,9 +246,45 @@ def damaged_bytes(whole: bytes, draw: random.Random) -> bytes:
     return bytes(data[: draw.randrange(len(data) + 1)] if draw.random() < 0.15 else data)
 
 
+def damaged_gguf(whole: bytes, draw: random.Random) -> tuple[str, bytes]:
+    """The change made to a GGUF file, mostly to its header, and the file."""
+    data, kind = bytearray(whole), draw.choice(("cut", "bits of the data", *("bits", "number") * 4))
+    place = draw.randrange(len(data) if kind in ("cut", "bits of the data") else whole.rindex(b"output.weight"))
+    if kind == "cut":
+        data = data[:place]
+    elif kind == "number":
+        number = draw.choice([each for each in NUMBERS if isinstance(each, int)]) % 2**64
+        data[place : place + 8] = number.to_bytes(8, "little")
+    else:
+        data[place] ^= 1 << draw.randrange(8)
+    return kind, bytes(data)
+
+
+def make_gguf(folder: Path) -> Path:
+    """A whole GGUF file, with a tokenizer."""
+    from gguf_files import config_of, tensors_of, write_gguf
+
+    config, own = config_of("llama"), {"model": "llama", "scores": [0.0] * 40, "token_type": [1] * 40}
+    folder.mkdir()
+    settings = {f"tokenizer.ggml.{name}": value for name, value in own.items()}
+    write_gguf(folder / "whole.gguf", config, tensors_of(config), kind="Q8_0", settings=settings)
+    return folder / "whole.gguf"
+
+
+def outcome_of_gguf(file: Path, what: str) -> str:
+    """Loads a damaged GGUF file; other names and numbers are as good as those that were written."""
+    try:
+        load(file)[0].tokenizer  # noqa: B018
+    except (ValueError, FileNotFoundError) as error:
+        return "refused" if file.name in str(error) else f"the error names no file: {error}"
+    return "a part is read as the whole" if what.endswith("cut") else "equal"
+
+
 def damaged(name: str, whole: bytes, draw: random.Random) -> tuple[str, bytes]:
     """The change made to a file of any format, and the file."""
     stem, _, ending = name.rpartition(".")
+    if ending == "gguf":
+        return damaged_gguf(whole, draw)
     if draw.random() < 0.2 or ending in ("model", "arrow"):
         return "bytes", damaged_bytes(whole, draw)
     if ending in ("gz", "zst"):
@@ -729,6 +765,7 @@ CAMPAIGNS = {
     "pruned": Campaign(lambda folder: shutil.copytree(BEFORE / "pruned", folder), PRUNING, None, "inspect {case}"),
     "sweeps": Campaign(made_by(SWEEP), "results.json", None, SWEEP),
     "augmented": Campaign(made_by(AUGMENT), "mood/*.json", None, AUGMENT),
+    "gguf": Campaign(make_gguf, "", outcome_of_gguf, "inspect {case}"),
     "caches": Campaign(make_caches, "*", outcome_of_caches),
 }  # fmt: skip
 

@@ -136,9 +136,10 @@ def test_every_module_opens_with_a_docstring():
 
 
 def test_every_import_is_a_declared_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {
         re.split(r"[^A-Za-z0-9_-]", requirement, maxsplit=1)[0]
-        for requirement in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+        for requirement in (*project["dependencies"], *project["optional-dependencies"]["gguf"])
     }
     used = {name.split(".")[0] for file in FILES for name in imports(file)} - set(sys.stdlib_module_names)
     used = {{"yaml": "pyyaml"}.get(name, name) for name in used}  # the one that is imported by another name

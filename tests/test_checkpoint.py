@@ -675,7 +675,7 @@ def test_what_is_neither_a_folder_nor_on_the_hub_is_one_error(tmp_path):
     for name in (tmp_path / "absent", str(tmp_path / "absent"), "./absent", "a/b/c", "~/absent/model"):
         with pytest.raises(FileNotFoundError, match=r"no folder .*(absent|a/b/c)"):
             load(name)
-    with pytest.raises(ValueError, match="is a local folder: revision='main' is for models on the hub"):
+    with pytest.raises(ValueError, match="is not on the hub: revision='main' is for those that are"):
         load(write_classifier(tmp_path / "hf"), revision="main")
 
 

@@ -25,7 +25,7 @@ SEED = 20260102
 CASES = {
     "models": 800, "texts": 300, "tokenizers": 500, "scores": 400, "gates": 300, "packed": 400, "totals": 300,
     "states": 300, "tables": 250, "rounds": 300, "rows": 900, "prompts": 400, "pruned": 200, "sweeps": 100,
-    "augmented": 100, "caches": 50,
+    "augmented": 100, "gguf": 500, "caches": 50,
 }  # fmt: skip
 FEW = {"rows": 100}  # with the other tests; else 20
 

@@ -37,6 +37,7 @@ from jaxprune.checkpoints.files import (
     stamp_of,
 )
 from jaxprune.checkpoints.gates import GATES, PRUNING, GateFile, check_record, read_gates, unpack_gates
+from jaxprune.checkpoints.gguf import unpacked
 from jaxprune.checkpoints.tensors import COMPRESSED, FLOATS, Compressor, blocks, model_digest, write_tensors
 from jaxprune.checkpoints.weights import (
     CONFIG,
@@ -97,7 +98,7 @@ class Opened(NamedTuple):
     """A model whose files are open and whose parameters are not read yet."""
 
     model: Model
-    folder: Path
+    folder: Path  # or GGUF file
     parameters: list[Parameter]
 
 
@@ -120,8 +121,8 @@ def load(
     read: at most 1.3 times the bytes of the result are allocated, and those of one dense module.
 
     Args:
-        path_or_hub_id: A folder, or the name of a repository on the Hugging Face hub. As text, `"FOLDER#TASK"` names a
-            task as well, unless there is a folder of this name.
+        path_or_hub_id: A folder, a GGUF file, or the name of a repository on the Hugging Face hub. As text,
+            `"FOLDER#TASK"` names a task as well, unless there is a folder of this name.
         task: A task of a shared folder (`save_shared`); None is the dense model.
         dtype: Type of the parameters: float32, bfloat16, float16, or None for the type of each tensor in the file.
             The default does not depend on the file, so half-precision files compute in full precision.
@@ -212,19 +213,21 @@ def digest_keeper(path_or_hub_id: str | Path, memory: Path) -> Callable[[str], N
 
 
 def _read_files(files: Opened) -> set[Path]:
-    return {files.folder / CONFIG, *(parameter.source.file.path for parameter in files.parameters)}
+    read = {parameter.source.file.path for parameter in files.parameters}
+    return read if files.folder.is_file() else {files.folder / CONFIG, *read}
 
 
 def split_task(name: str | Path) -> tuple[str | Path, str | None]:
-    """Splits `FOLDER#TASK`; None where no task is named. A folder that really has such a name is no task's."""
+    """Splits `FOLDER#TASK`; None where no task is named. A folder or file that really has such a name is no task's."""
     folder, mark, task = name.rpartition("#") if isinstance(name, str) else ("", "", "")
-    return (name, None) if not mark or Path(name).expanduser().is_dir() else (folder, task)
+    return (name, None) if not mark or Path(name).expanduser().exists() else (folder, task)
 
 
 @contextlib.contextmanager
 def opened(path_or_hub_id: str | Path, revision: str | None = None) -> Iterator[Opened]:
     """The model of a folder or repository and where its parameters are, while the files are open; see `load`."""
-    folder = _find(path_or_hub_id, revision)
+    place = _find(path_or_hub_id, revision)
+    folder = unpacked(place) if place.is_file() else place
     raw = read_json(folder / CONFIG)
     section = raw.pop("jaxprune", None)
     if raw.get("model_type") == _OWN_TYPE and isinstance(section, dict):  # not in folders of version 0.1
@@ -233,14 +236,14 @@ def opened(path_or_hub_id: str | Path, revision: str | None = None) -> Iterator[
         heads = None if section is None else _task_heads(section)
         config = family(raw.get("model_type")).parse_config(raw, heads)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / CONFIG}: {str(error)[:2000]}") from error
+        raise ValueError(f"{place / CONFIG}: {str(error)[:2000]}") from error
     with contextlib.ExitStack() as files:
         tensors = open_tensors(folder, files)
-        tensors = unwrap(tensors, folder) if section is None else tensors
+        tensors = unwrap(tensors, place) if section is None else tensors
         model = Model(fit_tying(config, tensors, hugging_face=section is None), folder.absolute())
-        check_layers(model, tensors, folder)
+        check_layers(model, tensors, place)
         fit = fit_hugging_face if section is None else fit_own
-        yield Opened(model, folder, fit(model, tensors, folder))
+        yield Opened(model, place, fit(model, tensors, place))
 
 
 def save(
@@ -389,12 +392,12 @@ def check_belongs(file: GateFile, files: Opened) -> None:
 
 def _find(path_or_hub_id: str | Path, revision: str | None) -> Path:
     folder = Path(path_or_hub_id).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and folder.suffix == ".gguf"):
         if revision is not None:
-            raise ValueError(f"{folder} is a local folder: revision={revision!r} is for models on the hub.")
+            raise ValueError(f"{folder} is not on the hub: revision={revision!r} is for those that are.")
         return folder
     if folder.exists():
-        raise FileNotFoundError(f"{folder} is a file: give the folder that holds {CONFIG}.")
+        raise FileNotFoundError(f"{folder} is a file: give the folder that holds {CONFIG}, or a .gguf file.")
     old = interrupted(folder)
     if old is not None:
         raise FileNotFoundError(f"no folder {folder}: saving it was interrupted. Its old content is {old}: rename it.")

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from jaxprune.checkpoints.files import COUNT, parse_header, read_json
+from jaxprune.checkpoints.gguf import GGUF, GGUFFile
 from jaxprune.checkpoints.tensors import COMPRESSED, FLOATS, SIZES, Entry, TensorFile
 from jaxprune.compaction import compact_site
 from jaxprune.models import Model, family
@@ -284,7 +285,7 @@ def _as_theirs(array: Any, inputs: int | None) -> Any:
 class Source(NamedTuple):
     """A tensor in an open file."""
 
-    file: WeightFile
+    file: WeightFile | GGUFFile
     name: str
 
     @property
@@ -333,6 +334,9 @@ def open_tensors(folder: Path, files: contextlib.ExitStack) -> dict[str, Source]
         warnings.warn(f"{folder} has {' and '.join(there)}: only {there[0]} is read.", stacklevel=2)
     if (weights := weights_file(folder)) is not None:
         file = files.enter_context(WeightFile(weights))
+        return {name: Source(file, name) for name in file.entries}
+    if not (folder / INDEX).is_file() and (folder / GGUF).is_file():
+        file = files.enter_context(GGUFFile(folder / GGUF))
         return {name: Source(file, name) for name in file.entries}
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(_no_weights(folder))

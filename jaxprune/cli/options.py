@@ -185,7 +185,7 @@ training = partial(option, panel="Training")
 
 ModelName: TypeAlias = Annotated[
     str,
-    typer.Argument(help="A model folder, or a name on the Hugging Face hub; FOLDER#TASK: a task of a shared one."),
+    typer.Argument(help="A model folder, a .gguf file, or a name on the hub; FOLDER#TASK: a task of a shared one."),
 ]
 OneTask: TypeAlias = Annotated[str, rows("A built-in task, a folder in --data, your own file, or NAME=FILE.", "--task")]
 Tasks: TypeAlias = Annotated[list[str], rows("A built-in task, your own file, or NAME=FILE; once or more.", "--task")]

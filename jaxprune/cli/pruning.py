@@ -243,7 +243,7 @@ class PruneCommand:
             "widths": {name: [site["had"], site["kept"]] for name, site in pruning["sites"].items()},
             "versions": pruning["scores"]["versions"],
         }
-        on_hub = not Path(split_task(self.source)[0]).expanduser().is_dir()
+        on_hub = not Path(split_task(self.source)[0]).expanduser().exists()
         jp.save(
             self.output,
             model,

@@ -475,7 +475,7 @@ class StudentRun:
         from jaxprune.cli.render.pictures import training_picture
         from jaxprune.models.cost import file_size
 
-        on_hub = not Path(split_task(self.source)[0]).expanduser().is_dir()
+        on_hub = not Path(split_task(self.source)[0]).expanduser().exists()
         extra = {
             DISTILLATION: as_file(record),
             CARD: student_card(record, on_hub=on_hub).encode(),

@@ -167,14 +167,14 @@ def matmul_flops(model: Model, length: Length) -> Measure:
 
 
 def file_size(path: str | Path) -> int:
-    """Bytes of a file, or of the weights (`*.safetensors`, compressed or not) in a folder.
+    """Bytes of a file, or of the weights (`*.safetensors`, compressed or not, else `*.gguf`) in a folder.
 
     Raises:
         FileNotFoundError: If there is no such file, or the folder holds no weights.
     """
     path = Path(path)
     files = [*path.glob("*.safetensors"), *path.glob("*.safetensors.zst")] if path.is_dir() else [path]
-    if not files:
+    if not (files := files or [*path.glob("*.gguf")]):
         raise FileNotFoundError(f"{path} has no *.safetensors file.")
     return sum(file.stat().st_size for file in files)
 

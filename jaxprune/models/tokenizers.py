@@ -36,7 +36,7 @@ CHARACTERS = 20_000  # in each second beyond: a usual tokenizer reads fifty time
 _FEW = 200  # characters: a thread would take longer than they do
 LARGEST_GROWTH = 10_000  # times that a text may grow; ALBERT's grows up to 700 times
 OTHER_FILES = re.compile(  # of a model's folder
-    r"\..*|(generation_)?config\.json|(pruning|results)\.json|.+\.(bin|md|safetensors|index\.json|svg|zst)"
+    r"\..*|(generation_)?config\.json|(pruning|results)\.json|.+\.(bin|gguf|md|safetensors|index\.json|svg|zst)"
 )
 _TELLING = ("model_type", "tokenizer_class", "_name_or_path")  # of a configuration, which tokenizer it is
 _MOST = 10**7  # tokens that a tokenizer's settings may ask for
