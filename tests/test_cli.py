@@ -440,6 +440,7 @@ def test_prune_does_not_score_twice(place, tmp_path):
     assert run(*arguments).exit_code == 0
     other = run(*arguments, "--seed", 1, "--overwrite")
     assert other.exit_code == 0, other.stderr
+    assert "was made with other settings, and is replaced" in " ".join(other.stderr.split())
     assert kept.stat().st_mtime_ns > made
     assert load_scores(kept).header["keys"] == [[0, 1]]
 

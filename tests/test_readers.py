@@ -187,6 +187,13 @@ def test_files_that_are_not_used_are_named(tmp_path: Path):
     assert note == "t has dev.txt, extra.csv, test, test_mismatched.csv, data/validation.csv, not used."
 
 
+def test_columns_that_could_be_the_text_are_named(tmp_path: Path):
+    rows = [{"text": f"other {i}", "sentence": text, "label": i % 2} for i, text in enumerate(TEXTS)]
+    task = load_task(write(tmp_path / "both.jsonl", lines(rows)))
+    assert task.notes == ("the texts are read from sentence, not from text: name them with text=.",)
+    assert not load_task(tmp_path / "both.jsonl", text="text").notes
+
+
 def test_shards_and_class_names_of_the_hub(tmp_path: Path):
     names = datasets.ClassLabel(names=["positive", "negative"])  # not in the order of the built-in task
     features = datasets.Features(sentence=datasets.Value("string"), label=names)

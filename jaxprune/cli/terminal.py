@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -142,14 +143,8 @@ def working() -> Iterator[Bars]:
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), Bars() as bars, _listening(bars):
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", module=r"jaxprune\.")
-        said: set[str] = set()  # a folder that is opened twice has the same to say
-
-        def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-            if str(message) not in said:
-                said.add(str(message))
-                bars.say(f"Warning: {message}")
-
-        warnings.showwarning = show_warning
+        say = cache(bars.say)  # once: a folder that is opened twice has the same to say
+        warnings.showwarning = lambda message, *_, **__: say(f"Warning: {message}")
         yield bars
 
 

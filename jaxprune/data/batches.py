@@ -170,6 +170,12 @@ class Encoded:
         """The number of examples that were cut to `max_length` tokens."""
         return int(self.cut.sum())
 
+    def warn_if_cut(self, of: str) -> None:
+        """Warns of texts that were cut; `of` names them."""
+        if self.truncated:
+            what = f"{self.truncated:,} of {len(self):,} {of} are cut to {self.max_length} tokens (max_length)."
+            warnings.warn(what, stacklevel=3)
+
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, without padding."""
@@ -231,15 +237,6 @@ class Encoded:
             "weight": np.repeat(np.array([1, 0], np.float32), [len(rows), fill]),
             "index": np.concatenate([np.asarray(rows, np.int32), np.full(fill, -1, np.int32)]),
         }
-
-
-def warn_cut(encoded: Encoded, of: str) -> None:
-    """Warns of texts that were cut; `of` names them."""
-    if encoded.truncated:
-        warnings.warn(
-            f"{encoded.truncated:,} of {len(encoded):,} {of} are cut to {encoded.max_length} tokens (max_length).",
-            stacklevel=3,
-        )
 
 
 def digest_encoded(encoded: Encoded, examples: Sequence[Example]) -> str:

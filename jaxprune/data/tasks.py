@@ -115,6 +115,7 @@ class Source:
 
 
 GLUE = "nyu-mll/glue"
+TEXTS = [PAIR, ("sentence",), ("text",), SPAN_COLUMNS]  # columns that are usual, the first that are there are read
 POLARITY = ("negative", "positive")
 ENTAILMENT = ("entailment", "not_entailment")
 SPANS: Mapping[str, Any] = {
@@ -292,6 +293,7 @@ def load_task(
     title, source, records = found.title, found.source, found.records
     hub, notes = found.origin.startswith("hub "), list(found.notes)
     columns, label = _columns(found, text, text_pair, label)
+    notes += [] if text is not None or source is not None else _other_texts(found, columns)
     hidden = [split for split, given in records.items() if label not in given.columns]
     spans = source.spans if source is not None else _has_answers(records, columns, label)
     if isinstance(labels, Model):
@@ -380,7 +382,7 @@ def _columns(found: _Found, text: str | None, text_pair: str | None, label: str 
     if text is not None:
         texts = [(text,) if text_pair is None else (text, text_pair)]
     elif source is None:
-        texts = [PAIR, ("sentence",), ("text",), SPAN_COLUMNS]
+        texts = TEXTS
         first = next(iter(found.records.values()))
         if not any(set(columns) <= set(first.columns) for columns in texts):
             raise ValueError(
@@ -396,6 +398,14 @@ def _columns(found: _Found, text: str | None, text_pair: str | None, label: str 
         names = [source.hub_label] if found.origin.startswith("hub ") or source.spans else ["label", source.hub_label]
         names += source.original[-1:]
     return text_columns(found.records, texts, names)
+
+
+def _other_texts(found: _Found, columns: Sequence[str]) -> list[str]:
+    """A note on columns that could be the text as well, if there are any."""
+    left = {*next(iter(found.records.values())).columns} - {*columns}
+    others = [", ".join(texts) for texts in TEXTS if {*texts} <= left]
+    read = ", ".join(columns)
+    return [f"the texts are read from {read}, not from {others[0]}: name them with text=."] if others else []
 
 
 def _has_answers(records: Mapping[str, Records], columns: tuple[str, ...], label: str) -> bool:

@@ -487,6 +487,7 @@ class _Run:
             self.watch.say(f"round {last.number} of {count}: {records[-1]['units']:,} units are left")
             if workspace is not None and last.number < count:
                 workspace.save(model, last.params, record_of(last.gates) | {"run": settings})
+                workspace.next_scores.unlink(missing_ok=True)  # of this round
         if last is None:
             raise ValueError(f"rounds must be at least 1, got {count}.")
         rows, record = first.rows, record_of(last.gates)
@@ -498,6 +499,8 @@ def score_once(model: Model, params: Params, task: Task, scoring: Scoring, file:
     if file is not None and (scores := kept_scores(file, model, params, task, scoring)) is not None:
         watch.say(f"scores: {file}, of an earlier run with the same settings")
         return scores
+    if file is not None and file.is_file():
+        watch.say(f"scores: {file} was made with other settings, and is replaced")
     return score_into(model, params, task, scoring, file, watch)
 
 

@@ -17,15 +17,7 @@ from jaxtyping import Array
 from jaxprune.checkpoints.files import COUNT, misfits_of
 from jaxprune.checkpoints.gates import kept_units
 from jaxprune.checkpoints.tensors import model_digest, versions
-from jaxprune.data.batches import (
-    default_length,
-    digest_encoded,
-    digest_rows,
-    encode,
-    pack,
-    training_batches,
-    warn_cut,
-)
+from jaxprune.data.batches import default_length, digest_encoded, digest_rows, encode, pack, training_batches
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import Rows, Task, remove_leaks
 from jaxprune.evaluation.evaluate import Evaluation, evaluate, fitting_head
@@ -196,7 +188,7 @@ def distill(
     length = _length(training.max_length, model, teacher_model)
     read = partial(encode, max_length=length, prompt=prompt_of(model, cleaned))
     rows = read(model, cleaned.rows("train"))
-    warn_cut(rows, f"train texts of {task.name!r}")
+    rows.warn_if_cut(f"train texts of {task.name!r}")
     _check_tokens(model, teacher_model, cleaned, read)
     batches_of = partial(training_batches, rows, batch_size=training.batch_size, key=training.seed)
     per_epoch = len(batches_of(epoch=0))

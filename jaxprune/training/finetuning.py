@@ -20,16 +20,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxprune.checkpoints.tensors import model_digest, versions
-from jaxprune.data.batches import (
-    IGNORED,
-    Batches,
-    Encoded,
-    digest_encoded,
-    digest_rows,
-    training_batches,
-    usable_rows,
-    warn_cut,
-)
+from jaxprune.data.batches import IGNORED, Batches, Encoded, digest_encoded, digest_rows, training_batches, usable_rows
 from jaxprune.data.tasks import Rows, Task, remove_leaks
 from jaxprune.evaluation.evaluate import Evaluation, evaluate
 from jaxprune.evaluation.text import candidates_in, candidates_of, teacher_forced
@@ -137,7 +128,7 @@ def finetune(
     for task in cleaned:
         usable = usable_rows(trained, task, Rows(split="train", max_length=training.max_length))
         encoded[task.name] = usable.encode(usable.task.rows("train"))
-        warn_cut(encoded[task.name], f"train texts of {task.name!r}")
+        encoded[task.name].warn_if_cut(f"train texts of {task.name!r}")
         cut_off |= {task.name: usable.cut_off} if usable.cut_off else {}
         identity["tasks"][task.name] = {
             "labels": list(task.labels),
