@@ -98,10 +98,9 @@ def cut(candidates: Candidates, costs: Mapping[str, float], per_layer: bool) -> 
             best = candidates.best(site)
             below = np.add.reduceat(best - np.repeat(best[starts], sizes), starts)
             means = best[starts] + below / sizes  # this way the mean of equal scores is exactly that score
-            order = np.maximum.accumulate(
-                -means / (cost if candidates.per_cost else 1.0)
-            )  # rounding must not put a later block first
-        least = units if site.name in candidates.whole or not cost else groups * candidates.floor[site.kind]
+            worth = means / cost if candidates.per_cost else means
+            order = np.maximum.accumulate(-worth)  # rounding must not put a later block first
+        least = units if site.name in candidates.whole else groups * candidates.floor[site.kind]
         columns.append((np.full(len(starts), index), sizes, sizes * cost, order, starts < least))
     if not columns:
         columns.append((np.zeros(0, int), np.zeros(0, int), np.zeros(0), np.zeros(0), np.zeros(0, bool)))
@@ -238,7 +237,8 @@ def select(model: Model, params: Params, scores: Scores | Values, budget: Budget
     heads and neurons stay, whether `per_layer` or not.
 
     With `per_layer`, the block after which its site has the smallest fraction comes first, ties in site order. If all
-    units compete, the block with the highest mean score per cost comes first, ties by site and then by unit.
+    units compete, the block with the highest mean score per cost comes first, ties by site and then by unit;
+    scores of whole layers count as they are, see `Criterion`. Units that cost nothing, as of a cache, stay.
 
     By latency every site has one of the widths in the table, perhaps 0: then the module is not computed. If all units
     compete, the widths are those for which the scores that are kept add up to the most, scores below zero counting as
