@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache, partial
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,19 +12,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_cost import dot_flops
+from test_prompts import built_in
+from test_training import moods
 from tiny import DECODER_TYPES, random_gates, tiny_batch, tiny_config, tiny_model
 
 import jaxprune as jp
 from jaxprune.compaction import compact
 from jaxprune.data.batches import IGNORED
-from jaxprune.data.prompts import prompt_of
+from jaxprune.data.prompts import Prompt, prompt_of, read_prompt
+from jaxprune.data.tasks import Example, Rows, Task
+from jaxprune.evaluation.evaluate import Evaluation, evaluate, fitting_head, predict
 from jaxprune.evaluation.text import generate, rank
 from jaxprune.models import BlockSettings, Mask, Model, State, family
 from jaxprune.models.cost import flops, parameters
 from jaxprune.models.running import forward
+from jaxprune.scoring.attribution import Context, GradientActivation, IntegratedGradients
+from jaxprune.scoring.objectives import every, gold, log_probability, predicted, signed
+from jaxprune.scoring.run import Scoring, score
 from jaxprune.units import Intervention, Params, open_gates, sites, widths
 
 UNITS = (("groups", "neurons"), ("query_heads", "neurons"))
+ANSWERS = Path(__file__).parent / "data" / "answers"
 TOLERANCE = 2e-5  # of the logits' scale: float32, other order of sums
 
 
@@ -225,8 +234,104 @@ def test_float16_is_refused():
         model.apply(half, tiny_batch(model))
 
 
-def test_prompts_of_t5_are_not_taken_in_silence():
+# Label words and their calibration
+
+
+@pytest.mark.parametrize("labels", [gold, predicted, every])
+def test_label_words_are_attributed_among_themselves(labels: Any):
+    model, params = tiny("llama")
+    batch = tiny_batch(model, rows=3)
+    words = np.array([7, 21, 40])
+    candidates = np.full((3, 3, 2), IGNORED, np.int32)
+    candidates[:, :, 0], candidates[:, 2, 1] = words, 9  # of the longer one only the first token is read
+    bias = np.tile(np.array([0.5, -1.0, 0.0], np.float32), (3, 1))
+    batch |= {"labels": np.array([2, 0, 1]), "candidates": candidates, "label_bias": bias}
+    last = real(batch).sum(1) - 1
+
+    def among(gates: Any) -> jax.Array:
+        logits: Any = model.apply(params, batch, gates).logits
+        return logits[np.arange(3), last][:, words] + bias
+
+    ones = open_gates(model, params, UNITS[0])
+    shares = jax.nn.softmax(among(ones))
+    rows = {gold: batch["labels"], predicted: np.asarray(shares).argmax(1)}
+    each = range(3) if labels is every else [rows[labels]]
+
+    def chosen(label: Any, gates: Any) -> jax.Array:
+        weights = shares[:, label] if labels is every else jnp.ones(3)
+        return (weights * jax.nn.log_softmax(among(gates))[np.arange(3), label]).sum()
+
+    slopes = [jax.grad(partial(chosen, label))(ones) for label in each]
+    criterion = GradientActivation(objective=log_probability, labels=labels, kinds=UNITS[0], examples=signed)
+    scores = criterion(model, params, batch, Context("words")).scores
+    assert sorted(scores) == sorted(ones)
+    for name, rows_of_site in scores.items():
+        np.testing.assert_allclose(rows_of_site.sum(0), sum(s[name] for s in slopes), rtol=1e-3, atol=1e-5)
+    if labels is gold:
+        along = IntegratedGradients(nodes=128, chunk=64, kinds=UNITS[0])(model, params, batch, Context("words"))
+        np.testing.assert_allclose(along.completeness["found"], along.completeness["expected"], atol=1e-5)
+
+
+ASKED = Prompt(template="{text} is", words=("bad", "good"))
+
+
+def speaker(model_type: str) -> tuple[Model, Params, Task]:
+    """A model with a tokenizer, and a task."""
+    model, params = tiny_model(model_type)
+    return replace(model, source=ANSWERS), params, replace(moods(), prompt=ASKED)
+
+
+def test_label_words_need_different_first_tokens():
+    model, params, task = speaker("llama")
+    assert fitting_head(model, task) == "words" and fitting_head(model, task, "language") == "language"
+    alike = replace(task, prompt=Prompt(template="{text} is", words=("very bad", "very good")))
+    assert fitting_head(model, alike) == "language"
+    with pytest.raises(ValueError, match=r"'very bad' and 'very good' begin with the same token.*use the head 'l"):
+        score(model, params, alike, Scoring(head="words"))
+    with pytest.raises(ValueError, match="has no 'label_words'"):
+        model.apply(params, tiny_batch(model), head="words")
+    other, _, task = speaker("t5")
+    assert fitting_head(other, task) == "language"
+
+
+@pytest.mark.parametrize(("model_type", "head"), [("llama", "words"), ("llama", "language"), ("t5", "words")])
+def test_calibration_takes_off_what_a_word_has_anyway(model_type: str, head: str):
+    model, params, task = speaker(model_type)
+    test, others = task.rows("test"), task.rows("calibration")
+    plain = jax.nn.log_softmax(predict(model, params, test, head=head, prompt=ASKED))
+    known = jax.nn.log_softmax(predict(model, params, others, head=head, prompt=ASKED))
+    free = predict(model, params, [Example(text) for text in ("N/A", "[MASK]", "")], head=head, prompt=ASKED)
+    offsets = {"none": np.zeros(2), "batch": known.mean(0), "content-free": jnp.log(jax.nn.softmax(free).mean(0))}
+    truth = np.array([row.label for row in test])
+    for name, offset in offsets.items():
+        asked = replace(task, prompt=replace(ASKED, calibration=name))
+        found = evaluate(model, params, asked, head=head)
+        assert found.calibration == name and Evaluation.from_json(found.to_json()) == found
+        assert found["accuracy"] == pytest.approx(np.mean((plain - offset).argmax(1) == truth))
+        assert (f"{name} calibration" in str(found)) == (name != "none")
+    assert len({np.asarray((plain - offset).argmax(1)).tobytes() for offset in offsets.values()}) > 1
+    scoring = Scoring(criterion=GradientActivation(labels=predicted), rows=Rows(examples=8), head=head)
+    free_of_bias, biased = (
+        score(model, params, replace(task, prompt=replace(ASKED, calibration=name)), scoring)
+        for name in ("none", "batch")
+    )
+    assert biased.header["prompt"]["calibration"] == "batch" and "calibration" not in free_of_bias.header["prompt"]
+    changed = [not np.array_equal(biased.values[name], rows) for name, rows in free_of_bias.values.items()]
+    assert any(changed) or head == "language"  # there the objective is the whole vocabulary's
+
+
+def test_a_file_of_a_prompt_says_how_to_calibrate(tmp_path: Path):
+    file = tmp_path / "prompt.yaml"
+    file.write_text('template: "{text} is"\nwords: [" bad", " good"]\ncalibration: batch\n')
+    assert read_prompt(file).calibration == "batch"
+    file.write_text(file.read_text().replace("batch", "both"))
+    with pytest.raises(ValueError, match=r"prompt.yaml:3: calibration must be one of none, content-free, batch, got"):
+        read_prompt(file)
+
+
+def test_decoders_have_prompts_of_their_own():
     model, _ = tiny("llama")
-    task: Any = SimpleNamespace(name="sst2", prompt=None)
-    with pytest.raises(ValueError, match=r"goes on from its prompt, and the built-in ones are T5's: give 'sst2' one"):
-        prompt_of(model, task)
+    chosen = prompt_of(model, built_in("ag_news"))
+    assert chosen is not None and (chosen.name, chosen.words[0]) == ("plain", " politics")
+    with pytest.raises(ValueError, match=r"goes on from its prompt, and there is no built-in one .* for 'rte'"):
+        prompt_of(model, built_in("rte"))

@@ -45,6 +45,7 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
         "block-influence": "scoring.criteria:BlockInfluence",
         "leave-one-out": "scoring.criteria:LeaveOneOut",
     },
+    "calibration": {"none": "", "content-free": "", "batch": ""},  # of prompts, by name
     "path": {"joint": "scoring.attribution:joint", "layer": "scoring.attribution:layer"},
     "rule": {
         "gauss-legendre": "scoring.attribution:gauss_legendre",
@@ -237,7 +238,12 @@ class RowOptions:
         rows("Your own files: labels, as the task head has them; one: a regression.", metavar="A,B,..."),
     ] = None
     prompt: Annotated[
-        str | None, rows("Text-to-text models: t5 (default), flan, or a YAML file of your own.", metavar="PROMPT")
+        str | None,
+        rows("Models that answer in text: t5, flan, plain, or a YAML file of your own.", metavar="PROMPT"),
+    ] = None
+    calibration: Annotated[
+        str | None,
+        choice("calibration", "Of the words to answer with; by default the prompt's, or none.", "Rows"),
     ] = None
 
     def load(self, name: str, bars: Watch, model: Model | None = None, head: str | None = None) -> Task:
@@ -245,7 +251,7 @@ class RowOptions:
 
         A name before the path (`reviews=train.csv`) is the task's.
         """
-        from jaxprune.data.prompts import STYLES, fit, prompt_for, read_prompt
+        from jaxprune.data.prompts import STYLES, fit, prompt_for, prompt_of, read_prompt
         from jaxprune.data.tasks import load_task
 
         given = re.fullmatch(r"([A-Za-z][A-Za-z0-9_-]*)=(.+)", name)
@@ -264,10 +270,15 @@ class RowOptions:
             task = replace(task, name=title, notes=tuple(note for note in task.notes if " is called " not in note))
         for note in task.notes:
             bars.say(f"{task.name}: {note}")
-        if self.prompt is None:
+        if self.prompt is not None:
+            prompt = prompt_for(task, self.prompt) if self.prompt in STYLES else fit(read_prompt(self.prompt), task)
+            task = replace(task, prompt=prompt)
+        if self.calibration is None:
             return task
-        prompt = prompt_for(task, self.prompt) if self.prompt in STYLES else fit(read_prompt(self.prompt), task)
-        return replace(task, prompt=prompt)
+        prompt = task.prompt if model is None else prompt_of(model, task)
+        if prompt is None:
+            raise ValueError("--calibration is of a prompt's words: give --prompt, or a model that answers in text.")
+        return replace(task, prompt=replace(prompt, calibration=self.calibration))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,6 +161,7 @@ class Encoded:
     candidates: np.ndarray | None = None  # [labels, tokens]: what a text-to-text model may answer, see `likelihood`
     characters: np.ndarray | None = None  # for spans [all tokens, 2]: the place of a token in its context, see `spans`
     continued: bool = False  # whether answers go on from their prompts, in the same stack
+    bias: np.ndarray | None = None  # [labels] float32: what calibration adds to the logits of the labels' words
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -230,6 +231,8 @@ class Encoded:
             batch["token_type_ids"] = types
         if self.candidates is not None:
             batch["candidates"] = np.broadcast_to(self.candidates, (batch_size, *self.candidates.shape))
+        if self.bias is not None:
+            batch["label_bias"] = np.broadcast_to(self.bias, (batch_size, *self.bias.shape))
         if self.characters is not None:
             batch["answerable"] = answerable
         return batch | {
@@ -244,6 +247,8 @@ def digest_encoded(encoded: Encoded, examples: Sequence[Example]) -> str:
     rows = [(example.text, example.pair, example.label, example.answers) for example in examples]
     sha = hashlib.sha256(json.dumps(rows, default=float).encode())
     for name, value in vars(encoded).items():
+        if name == "bias":  # made from other rows, by the model and the prompt
+            continue
         array = np.ascontiguousarray(0 if value is None else value)
         sha.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
     return sha.hexdigest()
@@ -354,7 +359,7 @@ def encode(
         padding=tokenizer.pad_token_id or 0,
         candidates=None if prompt is None else encode_words(model_or_tokenizer, prompt.words),
         characters=None if characters is None else np.concatenate(characters),
-        continued=model is not None and model.stacks[-1].memory is None,
+        continued=model is not None and model.continues,
     )
 
 

@@ -21,9 +21,10 @@ from jaxprune.data.splits import Example
 from jaxprune.data.tasks import TASKS, Task
 from jaxprune.models import Model
 
-STYLES = ("t5", "flan")  # of the built-in prompts
+STYLES = ("t5", "flan", "plain")  # of the built-in prompts
+CALIBRATIONS = ("none", "content-free", "batch")  # of the labels' words
 FIELDS = ("text", "pair")  # what the fields of a fitted prompt are called
-KEYS = ("template", "words", "name")  # of a prompt's file
+KEYS = ("template", "words", "name", "calibration")  # of a prompt's file
 MOST_BYTES = 65_536  # of a prompt's file
 TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
 
@@ -36,8 +37,11 @@ class Prompt:
     words: tuple[str, ...]  # one per label; () if the answer is free text
     labels: tuple[str, ...] = ()  # what the words stand for; () is the task's labels in their order
     name: str = ""
+    calibration: str = "none"  # what is taken off a label's log-probability, see `evaluate.calibrate`
 
     def __post_init__(self):
+        if self.calibration not in CALIBRATIONS:
+            raise ValueError(f"calibration must be one of {', '.join(CALIBRATIONS)}, got {self.calibration!r}.")
         for what, given in (("words", self.words), ("labels", self.labels)):
             if not isinstance(given, tuple) or not all(isinstance(text, str) for text in given):
                 raise TypeError(f"{what} must be a tuple of texts, got {given!r}.")
@@ -118,7 +122,8 @@ class Prompt:
 
     def to_json(self) -> dict[str, Any]:
         """The prompt as plain values, for the header of a file."""
-        return {"name": self.name, "template": self.template, "words": list(self.words), "labels": list(self.labels)}
+        record = {"name": self.name, "template": self.template, "words": list(self.words), "labels": list(self.labels)}
+        return record if self.calibration == "none" else record | {"calibration": self.calibration}
 
 
 def _some(names: Sequence[str] | Mapping[str, str]) -> str:
@@ -153,7 +158,7 @@ def _add_word(word: str, known: set[str]) -> None:
 
 
 # fmt: off
-def _styles(task: str, t5: str, flan: str, words: str = "", flan_words: str = "") -> Mapping[str, Prompt]:
+def _styles(task: str, t5: str, flan: str, words: str = "", flan_words: str = "") -> dict[str, Prompt]:
     """A task's prompts. By default its labels are the words, and FLAN's words are T5's."""
     labels = TASKS[task].labels
     spelled = tuple(re.sub(r"_|(?<=[a-z])(?=[A-Z])", " ", label).strip("?").lower() for label in labels)
@@ -167,7 +172,7 @@ def _styles(task: str, t5: str, flan: str, words: str = "", flan_words: str = ""
 
 # Task -> style -> prompt. `t5`: for GLUE and BoolQ what T5 was trained with (Raffel et al. 2020, appendix D), else the
 # same manner. `flan`: an instruction; it comes first, because a text that is too long is cut at its end.
-PROMPTS: Mapping[str, Mapping[str, Prompt]] = {task: _styles(task, *facts) for task, facts in {
+PROMPTS: Mapping[str, dict[str, Prompt]] = {task: _styles(task, *facts) for task, facts in {
     "sst2": ("sst2 sentence: {text}", "Say whether the writer of this sentence sounds positive or negative: {text}"),
     "cola": ("cola sentence: {text}",
              "Would a native speaker of English accept this sentence, yes or no? {text}", "", "no|yes"),
@@ -211,7 +216,27 @@ PROMPTS: Mapping[str, Mapping[str, Prompt]] = {task: _styles(task, *facts) for t
               "Is this request to add to playlist, book restaurant, get weather, play music, rate book, "
               "search creative work or search screening event? {text}", "spelled"),
 }.items()}
+
+# Prompts that a language model goes on from, each word with the space before it. For an instruction that lists the
+# words, `words` is put in.
+_PLAIN: Mapping[str, tuple[str, str]] = {
+    **dict.fromkeys(("sst2", "mr", "imdb", "yelp_polarity"), ("Review: {text}\nSentiment:", "negative|positive")),
+    "ag_news": ("{text}\nThis news is about", "politics|sports|business|technology"),
+    "subj": ("Sentence: {text}\nAnswer:", "opinion|fact"),
+    "trec": ("Say what the question asks for: words.\nQuestion: {text}\nType:",
+             "abbreviation|thing|description|person|place|number"),
+    "dbpedia_14": ("Say what the text is about: words.\nText: {text}\nCategory:",
+                   "company|school|artist|athlete|politician|vehicle|building|nature|village|animal|plant|album|film|book"),
+    "snips": ("Request: {text}\nIntent:", "playlist|restaurant|weather|music|rating|search|movie"),
+}
 # fmt: on
+for _name, (_template, _answers) in _PLAIN.items():
+    PROMPTS[_name]["plain"] = Prompt(
+        template=_template.replace("words", _answers.replace("|", ", ")),
+        words=tuple(f" {word}" for word in _answers.split("|")),
+        labels=TASKS[_name].labels,
+        name="plain",
+    )
 
 
 def fit(prompt: Prompt, task: Task) -> Prompt:
@@ -243,12 +268,14 @@ def prompt_of(model: Model, task: Task) -> Prompt | None:
         if task.prompt is not None:
             raise ValueError(f"the model has task heads, it does not answer prompts: load {task.name!r} without one.")
         return None
-    if task.prompt is None and model.stacks[-1].memory is None:
+    if task.prompt is not None:
+        return fit(task.prompt, task)
+    if model.continues and task.name not in _PLAIN:
         raise ValueError(
-            f"a {model.config.model_type} model goes on from its prompt, and the built-in ones are T5's: give "
-            f"{task.name!r} one in a YAML file with template: and words:, each word with the space before it."
+            f"a {model.config.model_type} model goes on from its prompt, and there is no built-in one of that style "
+            f"for {task.name!r}: give one in a YAML file with template: and words:, each word with the space before it."
         )
-    return prompt_for(task) if task.prompt is None else fit(task.prompt, task)
+    return prompt_for(task, "plain" if model.continues else "t5")
 
 
 def prompt_for(task: Task, style: str = "t5") -> Prompt:
@@ -256,7 +283,8 @@ def prompt_for(task: Task, style: str = "t5") -> Prompt:
 
     Args:
         task: A built-in task. Its labels may be in another order, but not renamed.
-        style: `t5` for models trained with T5's own tasks, `flan` for those that follow instructions.
+        style: `t5` for models trained with T5's own tasks, `flan` for those that follow instructions, `plain` for
+            language models, which go on from the prompt.
 
     Raises:
         ValueError: If there is no such prompt, or the task's texts or labels are not the built-in ones.
@@ -287,7 +315,8 @@ def read_prompt(path: str | os.PathLike[str]) -> Prompt:
     ```yaml
     template: "review: {text} question: {pair}"
     words: {bad: "no", good: "yes"}  # by label, or a list in the order of the labels; [] for free text
-    name: mine  # may be left out
+    name: mine  # may be left out, as may
+    calibration: batch  # or content-free, or none: of the words' probabilities
     ```
 
     Raises:
@@ -357,7 +386,13 @@ def _prompt(text: str) -> Prompt:
         raise _FileError(node.start_mark, str(error)) from error
     labels, words = _words(entries["words"][1])
     name = _text(entries["name"][1], "name") if "name" in entries else ""
-    return Prompt(template=template, words=words, labels=labels, name=name)
+    calibration = "none"
+    if "calibration" in entries:
+        mark, node = entries["calibration"]
+        calibration = _text(node, "calibration")
+        if calibration not in CALIBRATIONS:
+            raise _FileError(mark, f"calibration must be one of {', '.join(CALIBRATIONS)}, got {calibration[:40]!r}.")
+    return Prompt(template=template, words=words, labels=labels, name=name, calibration=calibration)
 
 
 def _refuse_more_than_data(text: str) -> None:

@@ -10,20 +10,20 @@ import string
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
 from jaxprune.checkpoints.files import COUNT, misfits_of
-from jaxprune.data.batches import IGNORED, Batch, Encoded, encode, find_spans, pack, text_of
+from jaxprune.data.batches import IGNORED, Batch, Encoded, encode, encode_words, find_spans, pack, text_of
 from jaxprune.data.prompts import Prompt, prompt_of
 from jaxprune.data.records import pair_labels
 from jaxprune.data.splits import Answer
 from jaxprune.data.tasks import Example, Rows, Task, draw, row_key
-from jaxprune.evaluation.text import candidates_in, generate, rank
-from jaxprune.models import INPUTS, NOWHERE, Model
+from jaxprune.evaluation.text import candidates_in, generate, rank, worded
+from jaxprune.models import INPUTS, LANGUAGE, NOWHERE, WORDS, Model, TaskHead
 from jaxprune.units import Intervention, Params
 
 Metric: TypeAlias = Callable[[Any, Any], dict[str, float]]  # (predictions, labels), an entry per example
@@ -133,6 +133,7 @@ _RECORD = {  # of an `Evaluation`
     "n": COUNT,
     "truncated?": COUNT,
     "generated?": bool,
+    "calibration?": str,
     ...: object,
 }
 
@@ -150,6 +151,7 @@ class Evaluation:
     n: int  # examples
     truncated: int = 0  # how many of them were cut to the maximal length
     generated: bool = False  # whether answers were generated, not chosen among the labels
+    calibration: str = "none"  # of the labels' words, see `Prompt`
 
     @property
     def primary(self) -> tuple[str, float]:
@@ -163,6 +165,7 @@ class Evaluation:
         values = ", ".join(f"{name} {100 * value:.1f}" for name, value in self.metrics.items())
         cut = f", {self.truncated} truncated" if self.truncated else ""
         written = ", generated" if self.generated else ""
+        written += "" if self.calibration == "none" else f", {self.calibration} calibration"
         return f"{self.task} {self.split}{written}: {values} (chance {100 * self.chance:.1f}, {self.n:,} examples{cut})"
 
     def to_json(self) -> dict[str, Any]:
@@ -199,7 +202,8 @@ def predict(
 ) -> np.ndarray:
     """The logits of examples, `[examples, labels]` in float32, in the order of the examples.
 
-    Text-to-text models give the log-likelihoods of the labels' words, heads for spans `[examples, 2, tokens]`, with
+    Text-to-text models give the log-likelihoods of the labels' words, by the head `words` the logits of the tokens that
+    these begin with; heads for spans `[examples, 2, tokens]`, with
     -1e9 where none may start or end.
 
     Args:
@@ -213,8 +217,10 @@ def predict(
 
     def run(batch: Batch) -> Any:
         inputs = _inputs(batch)
-        if model.answers_in_text:
+        if model.answers_in_text and model.head(head) == LANGUAGE:
             return rank(model, params, inputs, candidates_in(batch), intervention)
+        if model.answers_in_text:
+            inputs = worded(model, params, batch)
         logits: Any = model.apply(params, inputs, intervention.gates, head=head, means=intervention.means).logits
         if not model.head(head).spans:
             return logits
@@ -348,7 +354,8 @@ def evaluate(
         )
     if isinstance(rows.examples, int) and rows.examples < len(examples):
         examples = draw(task, rows.examples, rows.key, split=split)
-    encoded = encode(model, examples, max_length=rows.max_length, prompt=prompt_of(model, task))
+    prompt = prompt_of(model, task)
+    encoded = encode(model, examples, max_length=rows.max_length, prompt=prompt)
     settings: dict[str, Any] = {"intervention": intervention, "batch_size": rows.batch_size, "progress": progress}
     labels: Any = encoded.labels
     if task.spans:
@@ -359,7 +366,8 @@ def evaluate(
         if generated:
             predicted = _write_answers(model, params, encoded, **settings)
         else:
-            logits = predict(model, params, encoded, head=head, **settings)
+            ready = calibrate(model, params, task, encoded, head=head, intervention=intervention)
+            logits = predict(model, params, ready, head=head, **settings)
             predicted = logits[:, 0] if task.regression else logits.argmax(1)
         values, counts = np.unique(labels, return_counts=True)
         constant = np.full_like(labels, values[counts.argmax()])
@@ -373,18 +381,22 @@ def evaluate(
         n=len(encoded),
         truncated=encoded.truncated,
         generated=generated,
+        calibration=prompt.calibration if prompt is not None and not generated else "none",
     )
 
 
 def fitting_head(model: Model, task: Task, head: str | None = None) -> str:
     """The name of the task head to use: the one given, else the one of the task's name, else the only one.
 
+    Models whose answers go on from their prompts use `words` wherever the first tokens of the words differ, others
+    that answer in text use `language`.
+
     Raises:
         ValueError: If there is no such head, or its labels are not the task's; of a text-to-text model, if there is no
-            prompt for the task.
+            prompt for the task, or `words` are asked for and two of them begin alike.
     """
-    if prompt_of(model, task) is not None:
-        return model.head(head).name
+    if (prompt := prompt_of(model, task)) is not None:
+        return _reading(model, prompt, head).name
     chosen = model.head(task.name if head is None and task.name in model.heads else head)
     kind = "a regression" if task.regression else "for spans" if task.spans else "a classification"
     if chosen.kind != kind:
@@ -415,3 +427,64 @@ def fitting_head(model: Model, task: Task, head: str | None = None) -> str:
 def _named(labels: Sequence[str]) -> list[str]:
     """Names without the word that is put before numbers."""
     return [label.casefold().removeprefix("label_") for label in labels]
+
+
+def _reading(model: Model, prompt: Prompt, head: str | None) -> TaskHead:
+    """The head that reads the answers to a prompt."""
+    if head == LANGUAGE.name or not prompt.words or (head is None and not model.continues):
+        return model.head(head)
+    words: dict[int, str] = {}
+    for word, tokens in zip(prompt.words, encode_words(model, prompt.words), strict=True):
+        other = words.setdefault(int(tokens[0]), word)
+        if other != word and head is None:
+            return LANGUAGE
+        if other != word:
+            raise ValueError(
+                f"the words {other!r} and {word!r} begin with the same token, by which the head 'words' tells labels "
+                "apart: choose others, or use the head 'language', which reads whole words."
+            )
+    return model.head(WORDS.name if head is None else head)
+
+
+FREE = ("N/A", "[MASK]", "")  # texts without content, those of Zhao et al. 2021
+CALIBRATED_BY = 128  # rows, unless asked otherwise
+
+
+def calibrate(
+    model: Model,
+    params: Params,
+    task: Task,
+    encoded: Encoded,
+    *,
+    head: str | None = None,
+    intervention: Intervention = Intervention(),
+    batch_size: int = 32,
+) -> Encoded:
+    """The examples with the bias of labels that the task's prompt asks for (`Prompt.calibration`).
+
+    "batch" subtracts from each label's log-probability among the labels its mean over 128 calibration rows, whose
+    labels are not read; a task with very uneven labels loses by that. "content-free" subtracts the logarithm of its
+    mean probability for texts that say nothing.
+
+    Raises:
+        ValueError: If "batch" is asked for and the task has no calibration rows.
+
+    References:
+        Zhao, Wallace, Feng, Klein and Singh, Calibrate Before Use, 2021. Zhou et al., Batch Calibration, 2024.
+    """
+    prompt = prompt_of(model, task)
+    if prompt is None or prompt.calibration == "none":
+        return encoded
+    if prompt.calibration == "batch":
+        rows = task.rows("calibration")
+        chosen = np.random.default_rng(0).permutation(len(rows))[:CALIBRATED_BY]
+        examples = [rows[i] for i in np.sort(chosen)]
+        if not examples:
+            raise ValueError(f"{task.name!r} has no calibration rows to calibrate the labels' words with.")
+    else:
+        examples = [Example(text, text if len(task.columns) == 2 else None) for text in FREE]
+    read = encode(model, examples, max_length=encoded.max_length, prompt=prompt)
+    logits = predict(model, params, read, head=head, intervention=intervention, batch_size=batch_size)
+    shares = np.asarray(jax.nn.log_softmax(logits, axis=1))
+    mean = shares.mean(0) if prompt.calibration == "batch" else np.log(np.exp(shares).mean(0))
+    return replace(encoded, bias=(-mean).astype(np.float32))

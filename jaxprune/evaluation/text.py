@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxprune.data.batches import IGNORED
 from jaxprune.models import (
     ANSWER,
+    LABELS,
     LANGUAGE,
     Cache,
     Mask,
@@ -47,10 +48,18 @@ MOST_ROWS = 512  # answers that are decoded together: it sets the memory, not th
 
 def teacher_forced(model: Model, batch: Mapping[str, Any], targets: Int[Array, "b u"] | np.ndarray) -> dict[str, Any]:
     """The batch with the inputs for a target: a start token or the prompt, then the target but for its last token."""
-    if model.stacks[-1].memory is None:
+    if model.continues:
         ids, mask = (jnp.asarray(batch[name]) for name in model.stacks[-1].inputs[:2])
         return {**batch, **_continued(model, ids, mask.astype(bool), jnp.asarray(targets))}
     return {**batch, **_shifted(model, jnp.asarray(targets))}
+
+
+def worded(model: Model, params: Params, batch: Mapping[str, Any]) -> dict[str, Array]:
+    """The inputs of the head `WORDS`: the prompt, and for each label the first token of its candidate."""
+    words = candidates_in(batch)[:, :, 0]
+    bias = batch.get("label_bias", np.zeros(words.shape, np.float32))
+    inputs = teacher_forced(model, batch, words[:, :1])
+    return model_inputs(model, params, inputs | dict(zip(LABELS, (words, bias), strict=True)))
 
 
 def _right_aligned(ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> tuple[Int[Array, "b t"], Bool[Array, "b t"]]:
@@ -89,11 +98,12 @@ def rank(
     """The log-likelihood, in nats, of every candidate answer. The encoder runs once for all of them.
 
     Args:
-        batch: `input_ids` and `attention_mask`.
+        batch: `input_ids` and `attention_mask`; a `label_bias` `[b, labels]` of a calibration is added.
         candidates: The tokens of the answers.
     """
     candidates = jnp.asarray(candidates)
     rows, labels, length = candidates.shape
+    bias = jnp.asarray(batch.get("label_bias", 0.0), jnp.float32)
     encoded = prompt_inputs(model, params, batch)
     check_intervention(model, params, encoded, intervention)
     layers, last = model_layers(model, params), model.stacks[-1].layers
@@ -109,7 +119,7 @@ def rank(
             readout_mask(LANGUAGE, layers[-1], tiled),
             None,
         )
-        return _log_likelihoods(logits[:, 0], candidates[:, :, 0])
+        return _log_likelihoods(logits[:, 0], candidates[:, :, 0]) + bias
     memory = advance(model, layers[:-last], encoded, None, intervention)
     output = part(params, model.readout_places(LANGUAGE))
     together = max(1, min(labels, MOST_ROWS // rows))
@@ -122,7 +132,7 @@ def rank(
         state = advance(model, layers[-last:], tiled, state, intervention)
         logits = readout_compiled(model, LANGUAGE, output, state, readout_mask(LANGUAGE, layers[-1], tiled), None)
         likelihoods.append(_log_likelihood(logits, targets).reshape(rows, together))
-    return jnp.concatenate(likelihoods, axis=1)[:, :labels]
+    return jnp.concatenate(likelihoods, axis=1)[:, :labels] + bias
 
 
 def _filled(candidates: Int[Array, "b l u"], labels: int) -> Int[Array, "b k u"]:
@@ -150,7 +160,7 @@ def answered(model: Model, params: Params, batch: Mapping[str, Any]) -> dict[str
     decoder inputs, and one of a model that does not answer in text, stay as they are.
     """
     stack = model.stacks[-1]
-    if not model.answers_in_text or (ANSWER if stack.memory is None else stack.inputs[0]) in batch:
+    if not model.answers_in_text or (ANSWER if model.continues else stack.inputs[0]) in batch:
         return model_inputs(model, params, batch)
     candidates = candidates_in(batch)
     labels = jnp.asarray(batch["labels"], jnp.int32)

@@ -1,10 +1,11 @@
 """Transformer models as pure functions of `(params, batch, gates)`; one file per family, found by its `MODEL_TYPES`."""
 
-from jaxprune.models.layers import ENDS, LANGUAGE, NOWHERE, TaskHead
+from jaxprune.models.layers import ENDS, LANGUAGE, NOWHERE, WORDS, TaskHead
 from jaxprune.models.model import Model, Output, families, family, order_sites
 from jaxprune.models.running import (
     ANSWER,
     INPUTS,
+    LABELS,
     BlockSettings,
     Cache,
     KeysValues,
@@ -39,8 +40,10 @@ __all__ = [
     "ANSWER",
     "ENDS",
     "INPUTS",
+    "LABELS",
     "LANGUAGE",
     "NOWHERE",
+    "WORDS",
     "BlockSettings",
     "Cache",
     "KeysValues",

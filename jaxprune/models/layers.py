@@ -586,6 +586,8 @@ class TaskHead:
 
 # The task head of a model that answers in text: the next token, one logit per entry of the vocabulary.
 LANGUAGE = TaskHead(name="language", labels=())
+# The same with one logit per label: those of the tokens with which the labels' words begin.
+WORDS = TaskHead(name="words", labels=())
 
 
 def check_heads(heads: Sequence[TaskHead]) -> None:

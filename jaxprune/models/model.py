@@ -16,9 +16,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxprune.models.layers import LANGUAGE, Sites, TaskHead
+from jaxprune.models.layers import LANGUAGE, WORDS, Sites, TaskHead
 from jaxprune.models.running import (
     BlockSettings,
     Cache,
@@ -115,6 +116,11 @@ class Model:
         return self.config.answers_in_text
 
     @property
+    def continues(self) -> bool:
+        """Whether an answer in text goes on from its prompt, in the same stack."""
+        return self.answers_in_text and self.stacks[-1].memory is None
+
+    @property
     def causal(self) -> bool:
         """Whether the tokens of the last stack attend only to themselves and to earlier ones."""
         return self.stacks[-1].causal
@@ -143,13 +149,15 @@ class Model:
         return open_tokenizer(self.source, self.config.raw, versions_of(self.source))
 
     def head(self, name: str | None = None) -> TaskHead:
-        """The task head of this name, or the only one if None. A model that answers in text also has `LANGUAGE`.
+        """The task head of this name, or the only one if None.
+
+        A model that answers in text has `LANGUAGE`, its only one if None, and `WORDS` besides.
 
         Raises:
             ValueError: If there is no such head, or no name was given and there are several; it lists them.
         """
-        if self.answers_in_text and name in (None, LANGUAGE.name):
-            return LANGUAGE
+        if self.answers_in_text and name in (None, LANGUAGE.name, WORDS.name):
+            return WORDS if name == WORDS.name else LANGUAGE
         if name is None and len(self.heads) == 1:
             return self.config.task_heads[0]
         for head in self.config.task_heads:
@@ -275,9 +283,13 @@ class Model:
     ) -> Float[Array, "b l"] | Float[Array, "b t v"]:
         """The logits of one task head, in float32. `params` is what is at `readout_places`, often `heads.NAME`.
 
-        Of spans `mask` says where they may start and end, see `readout_mask`; elsewhere the logits are `NOWHERE`.
+        Of spans `mask` says where they may start and end, see `readout_mask`; elsewhere the logits are `NOWHERE`. Of
+        `WORDS` it says which tokens stand for the labels.
         """
-        return self._family.readout(self.config, params, state, mask, head, key)
+        logits = self._family.readout(self.config, params, state, mask, head, key)
+        if mask.words is None:
+            return logits
+        return jnp.take_along_axis(logits[:, -1], mask.words.tokens, axis=1) + mask.words.bias
 
     def readout_places(self, head: TaskHead) -> Places:
         """The places of the parameters that `readout` reads; `part` takes them out."""

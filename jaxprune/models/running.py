@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxprune.models.layers import TaskHead, TokenReduction, sum_tokens
+from jaxprune.models.layers import WORDS, TaskHead, TokenReduction, sum_tokens
 from jaxprune.units import Gates, Intervention, Params, check_gates, check_means, flatten, subtree, unflatten
 from jaxprune.units import Path as ParamPath
 
@@ -51,11 +51,19 @@ class State(NamedTuple):
     memory: Float[Array, "b s d"] | None = None  # what the stack before has returned, if they all read it
 
 
+class LabelWords(NamedTuple):
+    """The tokens that stand for labels."""
+
+    tokens: Int[Array, "b l"]
+    bias: Float[Array, "b l"]  # what is added to their logits
+
+
 class Mask(NamedTuple):
     """The places of tokens."""
 
     tokens: Bool[Array, "b t"]  # among those that a layer computes
     memory: Bool[Array, "b s"] | None = None  # among those of the stack before
+    words: LabelWords | None = None  # what the head `WORDS` reads out
 
 
 class KeysValues(NamedTuple):
@@ -110,8 +118,9 @@ def score_mask(mask: Mask, allowed: Bool[Array, "b *t s"]) -> Bool[Array, "b 1 t
 # What models read from a batch, as Hugging Face calls it; other keys are ignored.
 INPUTS = (
     "input_ids", "attention_mask", "token_type_ids", "answerable", "decoder_input_ids", "decoder_attention_mask",
-    "answer_mask",
+    "answer_mask", "label_words", "label_bias",
 )  # fmt: skip
+LABELS = ("label_words", "label_bias")  # `[b, labels]`: `LabelWords`
 ANSWER = "answer_mask"  # `[b, u]`: the last u tokens are those whose next ones are wanted; else all are
 # Of those that are indices: the part of the embeddings that they look up
 _TABLES = {"input_ids": "word", "token_type_ids": "token_type", "decoder_input_ids": "word"}
@@ -136,7 +145,7 @@ def model_inputs(model: Model, params: Params, batch: Mapping[str, Any]) -> dict
         if mask not in batch and hasattr(ids, "shape"):
             batch = {**batch, mask: np.ones(ids.shape, bool)}
         inputs |= _stack_inputs(model, params, batch, stack)
-    return inputs
+    return inputs | {name: jnp.asarray(batch[name]) for name in LABELS if name in batch}
 
 
 def prompt_inputs(model: Model, params: Params, batch: Mapping[str, Any]) -> dict[str, Array]:
@@ -292,7 +301,11 @@ def readout_mask(head: TaskHead, layer: Layer, inputs: Mapping[str, Array]) -> M
     Of spans these are the tokens at which one may start or end; of an answer behind its prompt, the last ones.
     """
     name = "answerable" if head.spans else ANSWER
-    return Mask(inputs[name]) if name in inputs else mask_of(layer, inputs)
+    mask = Mask(inputs[name]) if name in inputs else mask_of(layer, inputs)
+    if head != WORDS:
+        return mask
+    _check_there(inputs, LABELS)
+    return mask._replace(words=LabelWords(*(inputs[name] for name in LABELS)))
 
 
 def enter(model: Model, layer: Layer, inputs: dict[str, Array], state: State | None, key: Array | None = None) -> State:

@@ -27,7 +27,7 @@ from jaxtyping import Array
 from jaxprune.data.batches import pack, usable_rows
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import Example, Rows, Task, draw, row_key
-from jaxprune.evaluation.evaluate import fitting_head
+from jaxprune.evaluation.evaluate import calibrate, fitting_head
 from jaxprune.models import Model
 from jaxprune.models.running import forward
 from jaxprune.scoring.attribution import AnyBatch, Context, Criterion, Measured, gauss_legendre, quadrature
@@ -140,7 +140,7 @@ class _Lost(Criterion):
         slopes: list[Gates] = []
         shares: tuple[Array, ...] = ()
         expected = jnp.zeros(())
-        for opened in open_passes(model, params, batch, settings.labels, chosen.regression, context.key, run):
+        for opened in open_passes(model, params, batch, settings.labels, chosen, context.key, run):
             rows = opened.batch["input_ids"]
             pruned = run(opened.batch, intervention=Intervention(_between(self.selected, 0.0, rows), means))[0]
             for target, share in zip(opened.targets, opened.weights, strict=True):
@@ -201,7 +201,7 @@ def loss_report(
     values, sums, _ = score_batches(
         model,
         params,
-        pack(encoded, batch_size=settings.batch_size),
+        pack(calibrate(model, params, task, encoded, head=head), batch_size=settings.batch_size),
         _Lost(selected, reporting, means),
         Context(head, key, means),
         progress,

@@ -260,7 +260,7 @@ class GradientActivation(Criterion):
         intervention = Intervention(gates, context.means)
         run = partial(forward, model, params, intervention=intervention, head=chosen.name, gradients=gradients)
         slopes, weights = [], ()
-        for opened in open_passes(model, params, batch, self.labels, chosen.regression, context.key, run):
+        for opened in open_passes(model, params, batch, self.labels, chosen, context.key, run):
             slopes += [_slope(opened.pull, objective, opened.logits, target) for target in opened.targets]
             weights += opened.weights
         return reduce(self.examples, slopes, weights, attributions=self.tokens is sum_tokens)
@@ -332,7 +332,7 @@ class IntegratedGradients(Criterion):
         run = partial(forward, model, params, intervention=Intervention(means=context.means), head=chosen.name)
         attributions, weights = [], ()
         completeness: list[list[Completeness]] = [[] for _ in paths]
-        for opened in open_passes(model, params, batch, self.labels, chosen.regression, context.key, run):
+        for opened in open_passes(model, params, batch, self.labels, chosen, context.key, run):
             along_paths, parts = along(opened.batch, opened.logits, opened.targets)
             attributions += along_paths
             weights += opened.weights

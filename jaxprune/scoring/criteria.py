@@ -126,7 +126,7 @@ class Removal(_OneByOne):
         objective = self.objective_of(chosen)
         run = partial(forward, model, params, head=chosen.name)
         losses, weights = [], ()
-        for opened in open_passes(model, params, batch, self.labels, chosen.regression, context.key, run):
+        for opened in open_passes(model, params, batch, self.labels, chosen, context.key, run):
             losses += self._losses(model, params, opened, objective, chosen.name, context.means)
             weights += opened.weights
         return reduce(self.examples, losses, weights)

@@ -21,8 +21,20 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxprune.data.batches import IGNORED, UNKNOWN, best_spans
-from jaxprune.evaluation.text import answered, candidates_in, candidates_of, rank, teacher_forced, without_end
-from jaxprune.models import BlockSettings, Mask, Model, State, TaskHead, enter, mask_of, model_inputs, model_layers
+from jaxprune.evaluation.text import answered, candidates_in, candidates_of, rank, teacher_forced, without_end, worded
+from jaxprune.models import (
+    LANGUAGE,
+    WORDS,
+    BlockSettings,
+    Mask,
+    Model,
+    State,
+    TaskHead,
+    enter,
+    mask_of,
+    model_inputs,
+    model_layers,
+)
 from jaxprune.models.running import Pull
 from jaxprune.units import UNITS, UNREAD, Gates, Params, sites
 
@@ -324,26 +336,26 @@ def open_passes(
     params: Params,
     batch: Mapping[str, Any],
     labels: Labels,
-    regression: bool,
+    head: TaskHead,
     key: Array | None,
     run: Callable[[dict[str, Array]], tuple[Array, Pull]],
 ) -> Iterator[OpenPass]:
     """Runs the open model for the targets that `labels` chooses: once for a task head, once per answer of a text.
 
     Args:
-        regression: Whether they are numbers.
+        head: The task head; of `WORDS` the targets are labels, of `LANGUAGE` the tokens of an answer.
         key: Randomness of the labels; None is that of seed 0.
         run: The forward pass; its logits may choose the labels.
 
     Raises:
         ValueError: If labels are needed and there are none.
     """
-    given = examples_of(batch, labels, regression)
-    if model.answers_in_text:
+    given = examples_of(batch, labels, head.regression)
+    if head == LANGUAGE:
         for answer in answers_of(model, params, batch, labels, given, key):
             yield OpenPass(answer.batch, *run(answer.batch), (answer.target,), (answer.weight,))
     else:
-        inputs = model_inputs(model, params, batch)
+        inputs = worded(model, params, batch) if head == WORDS else model_inputs(model, params, batch)
         logits, pull = run(inputs)
         yield OpenPass(inputs, logits, pull, *find_targets(labels, logits, *given, key_or_default(key)))
 

@@ -29,7 +29,7 @@ from jaxprune.data.batches import SHAPE_COST, Encoded, default_length, digest_en
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.splits import Example, digest, half_of, row_key
 from jaxprune.data.tasks import Rows, Task, draw, seed_words
-from jaxprune.evaluation.evaluate import fitting_head
+from jaxprune.evaluation.evaluate import calibrate, fitting_head
 from jaxprune.models import Model, model_inputs, prompt_inputs
 from jaxprune.scoring.attribution import Context, Criterion, IntegratedGradients, Measured
 from jaxprune.scoring.objectives import gold, name_of, zero
@@ -304,7 +304,8 @@ def score(
     file = None if resume is None else TotalsFile(resume, run)
     # to compile a gradient takes about three times as long as to compile a forward pass
     shape_cost = 3 * SHAPE_COST // criterion.passes
-    batches = pack(encoded, batch_size=batch_size, shape_cost=shape_cost, steps=steps) if reads else ()
+    ready = calibrate(model, params, task, encoded, head=head) if reads and criterion.labels is not None else encoded
+    batches = pack(ready, batch_size=batch_size, shape_cost=shape_cost, steps=steps) if reads else ()
     values, totals, means = _accumulate(
         model,
         params,
@@ -481,7 +482,8 @@ class _Placement(NamedTuple):
         """The arrays of a batch where they belong; `seconds` says by index which examples are of the second half."""
         count = batch["input_ids"].shape[0]
         given = {"weight": np.ones(count, np.float32), "index": np.arange(count, dtype=np.int32)}
-        given |= {name: batch[name] for name in ("labels", "weight", "index", "candidates") if name in batch}
+        kept = ("labels", "weight", "index", "candidates", "label_bias")
+        given |= {name: batch[name] for name in kept if name in batch}
         index = np.asarray(given["index"])
         given["second"] = (index % 2).astype(np.float32) if seconds is None else seconds[index]  # any half for padding
         read = prompt_inputs if self.model.answers_in_text else model_inputs

@@ -110,6 +110,7 @@ def scores_table(record: Record) -> Table:
     rows = [("task", record["task"] if prompt else f"{record['task']}, task head {record['head']}")]
     if prompt:
         rows += [("prompt", prompt["template"]), ("  words", plain(prompt["words"]))]
+        rows += [("  calibration", prompt["calibration"])] if "calibration" in prompt else []
     if record["examples"]:
         rows += [
             ("examples", f"{record['examples']:,} of split {record['split']}"),
