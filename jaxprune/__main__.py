@@ -107,7 +107,7 @@ def jaxprune(
 
 for command in (
     *(measuring.score, pruning.prune, pruning.share, pruning.plan),
-    *(measuring.sweep, measuring.inspect, measuring.compare, measuring.check, measuring.evaluate),
+    *(measuring.sweep, measuring.inspect, measuring.compare, measuring.check, measuring.evaluate, measuring.generate),
     *(training.finetune, training.sparsify, training.distill, training.augment),
     *(pruning.pack, demo.demo),
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import record_of, run
 from test_cost import dot_flops
 from test_prompts import built_in
 from test_training import moods
@@ -22,7 +24,7 @@ from jaxprune.data.batches import IGNORED
 from jaxprune.data.prompts import Prompt, prompt_of, read_prompt
 from jaxprune.data.tasks import Example, Rows, Task
 from jaxprune.evaluation.evaluate import Evaluation, evaluate, fitting_head, predict
-from jaxprune.evaluation.text import generate, rank
+from jaxprune.evaluation.text import Sampling, encode_prompts, generate, rank, texts
 from jaxprune.models import BlockSettings, Mask, Model, State, family
 from jaxprune.models.cost import flops, parameters
 from jaxprune.models.running import forward
@@ -232,6 +234,71 @@ def test_float16_is_refused():
     half = jax.tree.map(lambda array: array.astype(jnp.float16), params)
     with pytest.raises(TypeError, match="overflows in float16"):
         model.apply(half, tiny_batch(model))
+
+
+# Drawn texts
+
+
+def test_tokens_are_drawn_by_their_probability():
+    model, params = tiny("llama")
+    batch = {name: np.repeat(array[:1], 4000, axis=0) for name, array in tiny_batch(model, rows=1).items()}
+    logits = logits_of(model, params, {name: array[:1] for name, array in batch.items()})[0]
+    logits = logits[int(batch["attention_mask"][0].sum()) - 1]
+
+    def shares(sampling: Sampling) -> np.ndarray:
+        drawn = np.asarray(generate(model, params, batch, max_new_tokens=1, sampling=sampling))[:, 0]
+        return np.bincount(drawn, minlength=len(logits)) / len(drawn)
+
+    warm = np.asarray(jax.nn.softmax(logits / 2.0))
+    np.testing.assert_allclose(shares(Sampling(temperature=2.0, key=3)), warm, atol=0.03)
+    order = np.argsort(-warm)
+    nucleus = order[: int((np.cumsum(warm[order]) < 0.5).sum()) + 1]
+    expected = np.zeros_like(warm)
+    expected[nucleus] = warm[nucleus] / warm[nucleus].sum()
+    found = shares(Sampling(temperature=2.0, top_p=0.5))
+    np.testing.assert_allclose(found, expected, atol=0.03)
+    assert set(np.flatnonzero(found)) <= set(nucleus) and len(nucleus) > 2
+
+
+def test_what_is_drawn_depends_on_key_and_row():
+    model, params = tiny("llama")
+    batch = tiny_batch(model, rows=3)
+    write = partial(generate, model, params, max_new_tokens=8)
+    warm = Sampling(temperature=3.0)
+    first = np.asarray(write(batch, sampling=warm))
+    np.testing.assert_array_equal(write(batch, sampling=replace(warm, key=jax.random.key(0))), first)
+    assert not np.array_equal(write(batch, sampling=replace(warm, key=1)), first)
+    alone = {name: array[:1] for name, array in batch.items()}
+    np.testing.assert_array_equal(write(alone, sampling=warm), first[:1])
+    np.testing.assert_array_equal(write(batch, sampling=Sampling(top_p=1e-6)), write(batch))
+    text = np.asarray(write(batch))[0]
+    stopped = np.asarray(write(alone, stop=(int(text[2]),)))[0]
+    assert stopped[:3].tolist() == text[:3].tolist() and not stopped[3:].any()
+    with pytest.raises(ValueError, match=r"the prompt has \d+ tokens and 64 are to follow; the model reads 64"):
+        write(batch, max_new_tokens=model.max_length)
+    for wrong in ({"temperature": 0.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}):
+        with pytest.raises(ValueError, match=rf"^{next(iter(wrong))} must"):
+            Sampling(**wrong)
+
+
+def test_the_command_writes_text(tmp_path: Path):
+    model, params, _ = speaker("llama")
+    jp.save(tmp_path / "model", model, params)
+    asked = ("generate", tmp_path / "model", "the film was", "good", "--max-new-tokens", 5)
+    record = record_of(*asked)
+    batch = encode_prompts(model, ["the film was", "good"])
+    expected = texts(model, generate(model, params, batch, max_new_tokens=5))
+    assert [each["text"] for each in record["results"]] == expected
+    assert record_of(*asked, "--temperature", 2, "--seed", 1)["settings"]["sampling"] == {"temperature": 2.0, "seed": 1}
+    assert "no chat template" in run(*asked, "--chat").stderr
+    assert "--temperature must be" in run(*asked, "--temperature", 0).stderr
+    config = tmp_path / "model" / "generation_config.json"
+    config.write_text(json.dumps({"eos_token_id": [1, 600]}))
+    refused = run(*asked)
+    assert refused.exit_code == 2 and "eos_token_id in" in refused.stderr
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} ?{% endfor %}"
+    talked = encode_prompts(model, ["the film"], chat=True)
+    assert talked["input_ids"].tolist() == encode_prompts(model, ["the film ?"])["input_ids"][:, :-1].tolist()
 
 
 # Label words and their calibration

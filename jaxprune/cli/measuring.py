@@ -326,6 +326,39 @@ def evaluate(
     terminal.show(record, tables.evaluation_table(results), as_json=as_json)
 
 
+def generate(
+    model: ModelName,
+    prompt: Annotated[list[str], typer.Argument(help="What the text goes on from, or answers; once or more.")],
+    max_new_tokens: Annotated[int, option("The most tokens to write.", most=MOST_TOGETHER)] = 64,
+    temperature: Annotated[float | None, option("Draw tokens, likely ones more often below 1; else greedy.")] = None,
+    top_p: Annotated[float | None, option("Draw among the likeliest tokens of this probability.")] = None,
+    seed: Annotated[int, option("Of what is drawn.", least=0)] = 0,
+    chat: Annotated[bool, option("Put each prompt into the model's chat template.", "--chat")] = False,
+    as_json: Json = False,
+) -> None:
+    """Writes text with a model: a look at what pruning did to its words.
+
+    Example: [cyan]jaxprune generate small "The capital of France is" --max-new-tokens 8[/cyan]
+    """
+    with terminal.working():
+        from jaxprune.evaluation.text import Sampling, encode_prompts, stop_tokens, texts
+
+        drawn = {"temperature": temperature, "top_p": top_p}
+        given = {name: value for name, value in drawn.items() if value is not None}
+        sampling = Sampling(**given, key=seed) if given else None
+        loaded, params = jp.load(model)
+        if not loaded.answers_in_text:
+            raise ValueError(f"{model} has task heads and writes no text: use evaluate.")
+        batch, stop = encode_prompts(loaded, prompt, chat=chat), stop_tokens(loaded)
+        tokens = jp.generate(loaded, params, batch, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+        answers = [
+            {"prompt": text, "text": written} for text, written in zip(prompt, texts(loaded, tokens), strict=True)
+        ]
+    settings = {"max_new_tokens": max_new_tokens, "sampling": given and given | {"seed": seed}, "chat": chat}
+    record = {"command": "generate", "source": model, "settings": settings, "results": answers}
+    terminal.show(record, *(f"{each['prompt']}\n  -> {each['text']}\n" for each in answers), as_json=as_json)
+
+
 @grouped
 def sweep(
     model: ModelName,

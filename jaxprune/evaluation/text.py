@@ -3,14 +3,16 @@
 A *target* is the tokens of an answer, end of sequence included, `[b, u]`; `IGNORED` fills it up. The candidates of an
 example, one per label, are `[b, labels, u]`.
 
-Generated text is, token by token, always the most likely next token. The encoder runs once, in the programs that
-`Model.apply` uses. One program writes all tokens: it caches the keys and values of the tokens before, computes those of
-the encoder's output once, and ends early when every row has ended.
+Generated text is, token by token, the most likely next token, or one that is drawn. The encoder runs once, in the
+programs that `Model.apply` uses. One program writes all tokens: it caches the keys and values of the tokens before,
+computes those of the encoder's output once, and ends early when every row has ended.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxprune.checkpoints.files import read_json
 from jaxprune.data.batches import IGNORED
 from jaxprune.models import (
     ANSWER,
@@ -197,22 +200,44 @@ def without_end(targets: Int[Array, "b u"], ends: Sequence[int]) -> Int[Array, "
     return jnp.where(jnp.isin(targets, jnp.asarray(ends, jnp.int32)), IGNORED, targets)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Draws of the next token, in place of the likeliest one."""
+
+    temperature: float = 1.0  # what the logits are divided by: below 1 the likely tokens become likelier
+    top_p: float = 1.0  # only the likeliest tokens are drawn whose probabilities together reach this
+    key: int | Array = 0  # a seed or a `jax.random.key`; every row and token has its own part of it
+
+    def __post_init__(self):
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be a positive number, got {self.temperature}; greedy needs no sampling."
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}.")
+
+
 def generate(
     model: Model,
     params: Params,
     batch: Mapping[str, Any],
     *,
     max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Sequence[int] = (),
     intervention: Intervention = Intervention(),
 ) -> Int[Array, "b n"]:
-    """Generates the most likely next token until the end token, row by row: greedy, as Hugging Face's `generate`.
+    """Generates token after token until the end token, row by row: the most likely one, or one that is drawn.
 
-    Rows do not affect each other. With gates the text is that of the compacted model.
+    Without sampling it is Hugging Face's greedy `generate`. Rows do not affect each other. With gates the text is that
+    of the compacted model.
 
     Args:
         batch: What a Hugging Face tokenizer returns, padded on any side: `input_ids` and `attention_mask`, each
             `[b, t]`. Other keys are ignored, those of the decoder too.
         max_new_tokens: The most tokens to write. One program is compiled for each number and shape.
+        sampling: How tokens are drawn; None takes the likeliest.
+        stop: Tokens that end a text besides those of the configuration.
         intervention: Gates `[units]` by site name, or `[b, units]` for one row per example, and what closed units are
             replaced by.
 
@@ -222,8 +247,8 @@ def generate(
 
     Raises:
         TypeError: If `max_new_tokens` is not an integer, indices are not, or the gates or means are no dicts of arrays.
-        ValueError: If the model does not answer in text, `max_new_tokens` is less than 1 or more than the model reads,
-            or for what `Model.apply` refuses in a batch, gates, means or parameters.
+        ValueError: If the model does not answer in text, `max_new_tokens` is less than 1 or more than the model reads
+            (in a decoder behind the prompt), or for what `Model.apply` refuses in a batch, gates, means or parameters.
     """
     if not model.answers_in_text:
         raise ValueError(f"a {model.config.model_type} model does not answer in text: there is nothing to generate.")
@@ -234,12 +259,23 @@ def generate(
     inputs = prompt_inputs(model, params, batch)
     check_intervention(model, params, inputs, intervention)
     layers, writer = model_layers(model, params), model.stacks[-1]
+    rows, tokens = inputs[model.stacks[0].inputs[0]].shape
+    if model.continues and tokens + max_new_tokens > model.max_length:
+        raise ValueError(
+            f"the prompt has {tokens} tokens and {max_new_tokens} are to follow; the model reads {model.max_length}."
+        )
+    drawn = None
+    if sampling is not None:
+        key = jax.random.key(sampling.key) if isinstance(sampling.key, int) else sampling.key
+        keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
+        drawn = _Drawn(jnp.float32(sampling.temperature), jnp.float32(sampling.top_p), keys)
     encoded = advance(model, layers[: -writer.layers], inputs, None, intervention)
     writing = tuple(
         _Layer(layer.params, layer_intervention(intervention, layer.name)) for layer in layers[-writer.layers :]
     )
     entry, output = part(params, model.embed_places(writer.name)), part(params, model.readout_places(LANGUAGE))
-    return _write(model, int(max_new_tokens), _Writer(entry, writing, output), encoded, inputs)
+    ends = jnp.asarray((*model.config.end_ids, *stop), jnp.int32)
+    return _write(model, int(max_new_tokens), _Writer(entry, writing, output), encoded, inputs, ends, drawn)
 
 
 def texts(model: Model, tokens: Int[Array, "b n"] | np.ndarray) -> list[str]:
@@ -249,6 +285,46 @@ def texts(model: Model, tokens: Int[Array, "b n"] | np.ndarray) -> list[str]:
         FileNotFoundError: If the model has no tokenizer.
     """
     return run_tokenizer(model.tokenizer.batch_decode, np.asarray(tokens).tolist(), skip_special_tokens=True)
+
+
+def stop_tokens(model: Model) -> tuple[int, ...]:
+    """The tokens that end a text by the model's `generation_config.json`, if its folder has one."""
+    file = None if model.source is None else model.source / "generation_config.json"
+    if file is None or not file.is_file():
+        return ()
+    ends = read_json(file).get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(end) is int and 0 <= end < model.config.vocab for end in ends):
+        raise ValueError(f"eos_token_id in {file} is {ends}, expected tokens from 0 to {model.config.vocab - 1}.")
+    return tuple(ends)
+
+
+def encode_prompts(model: Model, prompts: Sequence[str], *, chat: bool = False) -> dict[str, np.ndarray]:
+    """The batch of some prompts, padded, for `generate`.
+
+    Args:
+        model: A model with a tokenizer.
+        prompts: Texts.
+        chat: Whether each is what a user says first, to be put into the tokenizer's chat template.
+
+    Raises:
+        FileNotFoundError: If the model has no tokenizer.
+        ValueError: If there is no prompt, one has no tokens, or the tokenizer has no chat template.
+    """
+    tokenizer, texts = model.tokenizer, list(prompts)
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the model's tokenizer has no chat template: ask it without chat.")
+    if chat:
+        talks = [[{"role": "user", "content": text}] for text in texts]
+        texts = run_tokenizer(tokenizer.apply_chat_template, talks, tokenize=False, add_generation_prompt=True)
+    ids = run_tokenizer(tokenizer, texts, add_special_tokens=not chat, padding=False, verbose=False)["input_ids"]
+    if not ids or not all(ids):
+        raise ValueError("a prompt has no tokens: give a text to go on from.")
+    tokens = np.full((len(ids), max(map(len, ids))), model.config.pad_id, np.int32)
+    for row, known in zip(tokens, ids, strict=True):
+        row[: len(known)] = known
+    lengths = np.array([[len(known)] for known in ids])
+    return {"input_ids": tokens, "attention_mask": np.arange(tokens.shape[1]) < lengths}
 
 
 class _Layer(NamedTuple):
@@ -266,6 +342,24 @@ class _Writer(NamedTuple):
     output: Params  # for `Model.readout`
 
 
+class _Drawn(NamedTuple):
+    """The settings of `Sampling` as arrays, and the randomness of every row."""
+
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+    keys: Array  # [b]
+
+    def next(self, logits: Float[Array, "b v"], count: Int[Array, ""]) -> Int[Array, " b"]:
+        """One token for every row."""
+        logits = logits / self.temperature
+        ordered = jnp.sort(logits, axis=1, descending=True)
+        shares = jax.nn.softmax(ordered, axis=1)
+        before = jnp.cumsum(shares, axis=1) - shares  # the probability of all that are likelier
+        least = jnp.where(before < self.top_p, ordered, jnp.inf).min(1, keepdims=True)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, count)
+        return jax.vmap(jax.random.categorical)(keys, jnp.where(logits >= least, logits, -jnp.inf))
+
+
 class _Written(NamedTuple):
     """The text generated so far."""
 
@@ -278,10 +372,15 @@ class _Written(NamedTuple):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _write(
-    model: Model, length: int, writer: _Writer, encoded: State | None, inputs: dict[str, Array]
+    model: Model,
+    length: int,
+    writer: _Writer,
+    encoded: State | None,
+    inputs: dict[str, Array],
+    ends: Int[Array, " e"],
+    drawn: _Drawn | None,
 ) -> Int[Array, "b n"]:
     config, stack = model.config, model.stacks[-1]
-    ends = jnp.asarray(config.end_ids, jnp.int32)
     if stack.memory is None:  # the text goes on from the prompt
         prompt, mask = _right_aligned(*(inputs[name] for name in stack.inputs[:2]))
     else:
@@ -307,7 +406,8 @@ def _write(
     def write(text: _Written) -> _Written:
         state, caches = read(text.last, text.caches, before + text.count)
         logits = model.readout(writer.output, state, Mask(jnp.ones((rows, 1), bool), masks.memory), LANGUAGE)
-        token = jnp.where(text.ended, config.pad_id, logits[:, 0].argmax(-1).astype(jnp.int32))
+        token = logits[:, 0].argmax(-1) if drawn is None else drawn.next(logits[:, 0], text.count)
+        token = jnp.where(text.ended, config.pad_id, token.astype(jnp.int32))
         tokens = jax.lax.dynamic_update_slice_in_dim(text.tokens, token[:, None], text.count, axis=1)
         return _Written(text.count + 1, tokens, token[:, None], text.ended | jnp.isin(token, ends), caches)
 
