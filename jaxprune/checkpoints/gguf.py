@@ -346,6 +346,8 @@ def _config(file: GGUFFile) -> dict[str, Any]:
         only = head_dim if only is None else only
         if own.get(name, only) != only:
             raise ValueError(f"its {name} is {_shown(own[name])}, supported: {only}")
+    if (eps := own.get("attention.layer_norm_rms_epsilon")) is None:
+        raise ValueError("its attention.layer_norm_rms_epsilon is missing")
     if layers > len(names):
         raise ValueError(f"it has {layers:,} layers, but {len(names):,} tensors")
     if "model.embed_tokens.weight" not in names:
@@ -355,7 +357,7 @@ def _config(file: GGUFFile) -> dict[str, Any]:
         "architectures": [f"{_CLASSES[header.kind]}ForCausalLM"],
         "vocab_size": names["model.embed_tokens.weight"].shape[0],
         "head_dim": head_dim,
-        "rms_norm_eps": own.get("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": eps,
         "tie_word_embeddings": "lm_head.weight" not in names,
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
         "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in names,
@@ -390,9 +392,8 @@ def _rotary(file: GGUFFile) -> dict[str, Any]:
     theta, factor = own.get("rope.freq_base", 10_000.0), own.get("rope.scaling.factor")
     kind = own.get("rope.scaling.type", "none" if factor is None else "linear")
     if divisors is None:
-        return {"rope_theta": theta} | (
-            {"rope_type": "default"} if kind == "none" else {"rope_type": kind, "factor": factor}
-        )
+        scaling = {"rope_type": "default"} if kind == "none" else {"rope_type": kind, "factor": factor}
+        return {"rope_theta": theta, **scaling}
     found = divisors.shape == (head_dim // 2,) and theta > 0 and kind == "none" and divisors.min() > 0
     for length in (8192, *(2**i for i in range(10, 18))) if found else ():
         stretched = Rotary(theta, "llama3", float(divisors.max()), 1.0, 4.0, length)
@@ -417,7 +418,7 @@ _SPLITS: dict[str, list[dict[str, Any]]] = {
     "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2],
     **{
         name: [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}, _BYTES]
-        for name, pattern in {"llama-bpe": _LLAMA3, "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2}.items()
+        for name, pattern in {"llama-bpe": _LLAMA3, "qwen2": _QWEN2}.items()
     },
 }
 
@@ -473,7 +474,7 @@ def _tokenizer(header: _Header, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _byte_steps(split: str) -> dict[str, Any]:
     """The steps before and after a vocabulary of bytes."""
-    normalizer = {"type": "NFC"} if _SPLITS[split] == _SPLITS["qwen2"] else None
+    normalizer = {"type": "NFC"} if split == "qwen2" else None
     before = {"type": "Sequence", "pretokenizers": _SPLITS[split]}
     return dict(normalizer=normalizer, pre_tokenizer=before, decoder=_GPT2)
 
@@ -502,7 +503,7 @@ def _merges(vocab: Mapping[str, int], kinds: np.ndarray, scores: Any) -> list[An
     found = []
     for token, i in usual.items():
         pairs = ((token[:place], token[place:]) for place in range(1, len(token)))
-        found += [(-scores[i], i, usual[a], usual[b], a, b) for a, b in pairs if a in usual and b in usual]
+        found += [(-float(scores[i]), i, usual[a], usual[b], a, b) for a, b in pairs if a in usual and b in usual]
     return [each[-2:] for each in sorted(found)]
 
 
