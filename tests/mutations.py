@@ -84,9 +84,7 @@ LABELS = ("bad", "good")
 ANSWER = {"answer_start": 3}
 CLEAR = "model|pruning.json|prompt|the word|latency"  # in an error, as good as the name of the only such file
 ENDS = ("equal", "read", "refused")  # of a case; all others are faults
-NOTES = re.compile(  # on stderr, beside an error
-    r"Warning: .+|[\w/. -]+: ([\d,]+ (of|rows|texts) .+|of an earlier run .+)|Ignored unknown kwarg option .+"
-)
+NOTES = re.compile(r"(?!.*(Error|Traceback|panicked)).+: .+|Ignored unknown kwarg option .+")  # beside an error
 MEANS = {"0.ffn.neurons": np.arange(32, dtype=np.float32)}  # of one of the shared tasks
 PLACES = ("length", "header", "data", "cut", "shape", "offsets", "type", "name", "duplicate", "extra")
 
@@ -159,8 +157,8 @@ def damaged_tensors(whole: bytes, draw: random.Random) -> tuple[str, bytes]:
 
 def damaged_json(whole: bytes, draw: random.Random) -> tuple[str, bytes]:
     """The change made somewhere in a JSON file, and the file."""
-    holder: Any = [json.loads(whole)]
-    content, key = holder, 0
+    content = holder = [json.loads(whole)]
+    key: Any = 0
     while (value := holder[key]) and isinstance(value, dict | list) and (holder is content or draw.random() < 0.7):
         holder, key = value, draw.choice(sorted(value)) if isinstance(value, dict) else draw.randrange(len(value))
     kinds = ("value", "value", "near", "gone", "swapped", "deep", "raw")
@@ -646,7 +644,7 @@ def make_rows(folder: Path) -> list[Path]:
 
 def outcome_of_rows(place: Path, what: str) -> str:
     """Reads damaged rows: "equal" if they are texts, "refused" in one line, or what is wrong."""
-    columns = {} if what.startswith(".squad") else {"text": "text", "label": "label"}
+    columns: dict[str, Any] = {} if what.startswith(".squad") else {"text": "text", "label": "label"}
     try:
         task = load_task(place, **columns)
     except ValueError as error:
@@ -786,10 +784,10 @@ def _limit(most: int) -> None:
 
 def main() -> None:
     """Takes FOLDER, CAMPAIGN, SEED, FIRST and LAST, and prints every case twice."""
-    folder, campaign, *numbers = sys.argv[1:]
+    folder, campaign, seed, first, last = sys.argv[1:]
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # where whatever else is written is met
-    for number, what, found in cases(Path(folder), campaign, *map(int, numbers)):
+    for number, what, found in cases(Path(folder), campaign, int(seed), int(first), int(last)):
         print(json.dumps([number, what, found]), file=lines, flush=True)
         _limit(MEMORY)
         signal.setitimer(signal.ITIMER_REAL, SECONDS if found is None else 0)  # SIGALRM ends the process
