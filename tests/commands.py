@@ -11,18 +11,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from tiny import tiny_model
+from typer import testing
 from typer.testing import CliRunner, Result
 
 from jaxprune.__main__ import app
 from jaxprune.checkpoints.folder import save
 from jaxprune.models import TaskHead
 
+# The commands are made once; typer would make them again for every run, which takes longer than most of these.
+testing._get_command = cache(testing._get_command)
 WORDS = Path(__file__).parent / "data" / "words"
 TASKS = {"mood": ("bad", "good"), "topic": ("animal", "sky", "text")}
 VOCABULARY = ("the", "a", "film", "book", "dog", "sun", "is", "was", "not", "very", "good", "bad", "long", "old", "red")

@@ -24,7 +24,7 @@ from dataclasses import asdict, replace
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -157,10 +157,11 @@ def damaged_tensors(whole: bytes, draw: random.Random) -> tuple[str, bytes]:
 
 def damaged_json(whole: bytes, draw: random.Random) -> tuple[str, bytes]:
     """The change made somewhere in a JSON file, and the file."""
-    content = holder = [json.loads(whole)]
-    key: Any = 0
+    content = [json.loads(whole)]
+    holder, key = cast(Any, content), cast(Any, 0)
     while (value := holder[key]) and isinstance(value, dict | list) and (holder is content or draw.random() < 0.7):
-        holder, key = value, draw.choice(sorted(value)) if isinstance(value, dict) else draw.randrange(len(value))
+        keys = sorted(value) if isinstance(value, dict) else range(len(value))
+        holder, key = cast(Any, value), cast(Any, draw.choice(keys))
     kinds = ("value", "value", "near", "gone", "swapped", "deep", "raw")
     kind = draw.choice((*kinds, "name", "twice", "added") if isinstance(holder, dict) else kinds)
     held, text = holder[key], ""
