@@ -82,7 +82,7 @@ ADDED = (  # names that mean something somewhere
 )  # fmt: skip
 LABELS = ("bad", "good")
 ANSWER = {"answer_start": 3}
-CLEAR = "model|pruning.json|prompt|the word|latency"  # in an error, as good as the name of the only such file
+CLEAR = "model|the head|pruning.json|prompt|the word|latency"  # in an error, as good as the name of the only such file
 ENDS = ("equal", "read", "refused")  # of a case; all others are faults
 NOTES = re.compile(r"(?!.*(Error|Traceback|panicked)).+: .+|Ignored unknown kwarg option .+")  # beside an error
 MEANS = {"0.ffn.neurons": np.arange(32, dtype=np.float32)}  # of one of the shared tasks
@@ -358,7 +358,7 @@ def outcome(folder: Path, kind: str) -> str:
         return "refused" if named else f"the error names no file: {type(error).__name__}: {str(error)[:300]}"
     plain = {name: array for file in folder.glob("model*.safetensors") for name, array in load_file(file).items()}
     flat = {path: np.asarray(array) for path, array in flatten(params).items()}
-    if "jaxprune" in json.loads((folder / "config.json").read_bytes()):
+    if json.loads((folder / "config.json").read_bytes()).get("jaxprune") is not None:
         expected = {path: plain[path_name(path)] for path in flat}
     else:  # PyTorch keeps [out, in], and heads and head size as one axis
         names = family(model.config.model_type).checkpoint_names(model.config)

@@ -105,6 +105,7 @@ def test_more_layers_than_the_tensors_number_are_refused_before_any_is_described
     [
         ({"num_labels": 2**31 - 1, "id2label": None}, "num_labels is 2147483647, expected a number of labels below"),
         ({"architectures": ["BertForSequenceClassification"], "id2label": [3]}, "id2label is .3., expected an object"),
+        ({"id2label": {"0": "a", "1": ["b"], "2": "c"}}, "id2label has a label of type list, expected text"),
     ],
 )
 def test_a_head_that_a_configuration_makes_up_is_refused(tmp_path, changes, message):

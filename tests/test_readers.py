@@ -359,6 +359,10 @@ def test_only_the_columns_that_are_needed_are_read(tmp_path: Path):
     assert len(all_rows(load_task(path))) == 60
     with pytest.raises(ValueError, match=r"t.parquet cannot be read as Parquet after row 0"):
         load_task(path, label="far")
+    names = ("text", "label", "\0", "")
+    pyarrow.parquet.write_table(pyarrow.table(list(columns.values()), names), path)
+    with pytest.raises(ValueError, match=r"t.parquet cannot be read as Parquet"):
+        read(path).rows  # noqa: B018
 
 
 def test_what_is_read_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -328,9 +328,9 @@ def _read_parquet(path: Path) -> Records:
 
     def read(columns: Sequence[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
         number, columns = 0, [column for column in columns if column in names]
-        # texts that repeat stay so until their size is known
-        texts = [name for name in columns if types.is_string(schema.field(name).type)]
         try:
+            # texts that repeat stay so until their size is known
+            texts = [name for name in columns if types.is_string(schema.field(name).type)]
             with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
                 for batch in file.iter_batches(BATCH, columns=columns):
                     cells = []

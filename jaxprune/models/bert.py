@@ -178,6 +178,8 @@ def _head_of(raw: Mapping[str, Any]) -> tuple[tuple[TaskHead, ...], list[str]]:
         return (), [f"id2label is {names!r}, expected an object from index to label"]
     if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
         return (), [f"id2label has the keys {sorted(names)}, expected 0 to {len(names) - 1}"]
+    if odd := [type(label).__name__ for label in names.values() if type(label) not in (str, int, float)]:
+        return (), [f"id2label has a label of type {odd[0]}, expected text"]
     by_index = {int(i): str(label) for i, label in names.items()}
     labels = tuple(by_index[i] for i in range(len(by_index)))
     problem = raw.get("problem_type")
