@@ -26,7 +26,7 @@ from jaxprune.checkpoints.folder import save
 from jaxprune.models import TaskHead
 
 # The commands are made once; typer would make them again for every run, which takes longer than most of these.
-testing._get_command = cache(testing._get_command)
+testing._get_command = cache(testing._get_command)  # pyright: ignore[reportPrivateImportUsage]
 WORDS = Path(__file__).parent / "data" / "words"
 TASKS = {"mood": ("bad", "good"), "topic": ("animal", "sky", "text")}
 VOCABULARY = ("the", "a", "film", "book", "dog", "sun", "is", "was", "not", "very", "good", "bad", "long", "old", "red")

@@ -276,9 +276,9 @@ def test_what_is_drawn_depends_on_key_and_row():
     assert stopped[:3].tolist() == text[:3].tolist() and not stopped[3:].any()
     with pytest.raises(ValueError, match=r"the prompt has \d+ tokens and 64 are to follow; the model reads 64"):
         write(batch, max_new_tokens=model.max_length)
-    for wrong in ({"temperature": 0.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}):
-        with pytest.raises(ValueError, match=rf"^{next(iter(wrong))} must"):
-            Sampling(**wrong)
+    for name, wrong in (("temperature", 0.0), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.5)):
+        with pytest.raises(ValueError, match=rf"^{name} must"):
+            replace(warm, **{name: wrong})
 
 
 def test_the_command_writes_text(tmp_path: Path):

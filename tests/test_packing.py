@@ -320,7 +320,7 @@ def test_a_damaged_compressed_file_is_refused_by_name(tmp_path, change, message)
 
 def test_no_more_is_expanded_than_the_header_says(tmp_path):
     file = save(tmp_path / "out", *tiny_model(), packed="exact") / WEIGHTS
-    whole = expanded(file)
+    whole = expanded(file.read_bytes())
     file.write_bytes(compressed(whole + bytes(10**8)))
     with pytest.raises(ValueError, match=f"and the file has {len(whole) + 1}: it is truncated or too long"):
         jp.load(tmp_path / "out")
@@ -331,7 +331,7 @@ def test_no_more_is_expanded_than_the_header_says(tmp_path):
 
 def rewrite(file: Path, change: Callable[[dict[str, np.ndarray], dict[str, str]], None]) -> None:
     """Changes the tensors and the metadata of a compressed file."""
-    whole = expanded(file)
+    whole = expanded(file.read_bytes())
     tensors, metadata = load(whole), json.loads(split(whole)[0])["__metadata__"]
     change(tensors, metadata)
     file.write_bytes(compressed(to_bytes(tensors, metadata)))

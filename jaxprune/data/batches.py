@@ -158,7 +158,8 @@ class Encoded:
     max_length: int
     cut: np.ndarray  # bool, by example: whether it was cut to max_length tokens
     padding: int  # index of the padding token
-    candidates: np.ndarray | None = None  # [labels, tokens]: what a text-to-text model may answer, see `likelihood`
+    # what a model may answer, filled up with `IGNORED`: [labels, tokens], or [examples, labels, tokens] of choices
+    candidates: np.ndarray | None = None
     characters: np.ndarray | None = None  # for spans [all tokens, 2]: the place of a token in its context, see `spans`
     continued: bool = False  # whether answers go on from their prompts, in the same stack
     bias: np.ndarray | None = None  # [labels] float32: what calibration adds to the logits of the labels' words
@@ -192,10 +193,26 @@ class Encoded:
         read = float(self.lengths[:count].mean())
         if self.candidates is None:
             return read
-        tokens, labels = (self.candidates != IGNORED).sum(1), self.labels[:count]
-        known = labels[labels >= 0]
-        written = float(tokens[known].mean() if len(known) else tokens.mean())
+        tokens, labels = (self.candidates != IGNORED).sum(-1), self.labels[:count]
+        known = labels >= 0
+        if tokens.ndim == 2:
+            tokens = tokens[:count]
+            written = float(tokens[known, labels[known]].mean() if known.any() else tokens[tokens > 0].mean())
+        else:
+            written = float(tokens[labels[known]].mean() if known.any() else tokens.mean())
         return read + written - 1 if self.continued else [read, written]  # of an answer the last token is not read
+
+    @property
+    def own_choices(self) -> bool:
+        """Whether every example has candidates of its own."""
+        return self.candidates is not None and self.candidates.ndim == 3
+
+    def _chosen(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The candidates of some examples, cut to the longest of them, up to a power of two for few shapes."""
+        assert self.candidates is not None
+        chosen = self.candidates[np.asarray(rows, np.int64)]
+        longest = int((chosen != IGNORED).sum(-1).max())
+        return chosen[..., : 1 << (longest - 1).bit_length()]
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Encoded:
         """Some of the examples, in this order."""
@@ -208,6 +225,7 @@ class Encoded:
             offsets=np.cumsum([0, *map(len, places)]),
             labels=self.labels[rows],
             cut=self.cut[rows],
+            candidates=self._chosen(rows) if self.own_choices else self.candidates,
             characters=None if self.characters is None else self.characters[tokens],
         )
 
@@ -229,7 +247,9 @@ class Encoded:
         batch = {"input_ids": ids, "attention_mask": mask}
         if self.token_type_ids is not None:
             batch["token_type_ids"] = types
-        if self.candidates is not None:
+        if self.own_choices:
+            batch["candidates"] = self._chosen([*rows, *[rows[0]] * fill])
+        elif self.candidates is not None:
             batch["candidates"] = np.broadcast_to(self.candidates, (batch_size, *self.candidates.shape))
         if self.bias is not None:
             batch["label_bias"] = np.broadcast_to(self.bias, (batch_size, *self.bias.shape))
@@ -317,11 +337,14 @@ def encode(
     paired = _all_or_none([example.pair is not None for example in examples], "second text")
     labelled = _all_or_none([example.label is not None for example in examples], "label")
     answered = _all_or_none([example.answers is not None for example in examples], "answers")
+    choosing = _all_or_none([example.choices is not None for example in examples], "choices")
+    if choosing and (prompt is None or model is None or not model.continues):
+        raise ValueError("the examples have choices, which are to follow their texts: use a decoder.")
     if answered and not paired:
         raise ValueError("the examples have answers, but no second text: give the context that they are in.")
     if answered and prompt is not None:
         raise ValueError("the examples have answers, and a prompt asks for labels: use a model with a head for spans.")
-    length = default_length(model_or_tokenizer, answered) if max_length is None else max_length
+    length = default_length(model_or_tokenizer, answered or choosing) if max_length is None else max_length
     special = tokenizer.num_special_tokens_to_add(pair=paired and prompt is None)
     if length > most:
         raise ValueError(
@@ -329,6 +352,14 @@ def encode(
         )
     if length <= special:
         raise ValueError(f"max_length must exceed the {special} special tokens of an example, got {length}.")
+    candidates = None
+    if choosing:
+        candidates = _encode_choices(tokenizer, [example.choices or () for example in examples])
+        length = min(length, most + 1 - candidates.shape[2])
+        if length <= special:
+            raise ValueError(f"a choice has {candidates.shape[2]} tokens, the model reads {most} in all.")
+    elif prompt is not None:
+        candidates = encode_words(model_or_tokenizer, prompt.words)
     characters, labels = None, [example.label for example in examples] if labelled else [-1] * len(examples)
     if answered:
         rows = tokenise(tokenizer, examples, length)
@@ -337,7 +368,11 @@ def encode(
         ids, _ = _tokenise(tokenizer, [prompt.render(example) for example in examples])
         cut = [len(row) > length for row in ids]
         ids = [
-            _shortened(tokenizer, prompt, example, length) if long else row
+            row
+            if not long
+            else np.concatenate([row[:special], row[special - length :]])
+            if choosing  # they follow its end
+            else _shortened(tokenizer, prompt, example, length)
             for row, example, long in zip(ids, examples, cut, strict=True)
         ]
         types = [np.zeros_like(row) for row in ids]
@@ -357,7 +392,7 @@ def encode(
         max_length=length,
         cut=np.array(cut),
         padding=tokenizer.pad_token_id or 0,
-        candidates=None if prompt is None else encode_words(model_or_tokenizer, prompt.words),
+        candidates=candidates,
         characters=None if characters is None else np.concatenate(characters),
         continued=model is not None and model.continues,
     )
@@ -455,6 +490,20 @@ def encode_words(model_or_tokenizer: Any, words: Sequence[str]) -> np.ndarray:
     candidates = np.full((len(known), max(map(len, known)) + ends), IGNORED, np.int32)
     for row, tokens in zip(candidates, known, strict=True):
         row[: len(tokens) + ends] = (*tokens, end) if ends else tokens
+    return candidates
+
+
+def _encode_choices(tokenizer: Any, choices: Sequence[Sequence[str]]) -> np.ndarray:
+    """The tokens of every example's choices, each after a space; `[examples, choices, tokens]`."""
+    texts = [f" {choice.lstrip()}" for some in choices for choice in some]
+    ids = run_tokenizer(tokenizer, texts, add_special_tokens=False, padding=False, verbose=False)["input_ids"]
+    if not all(ids):
+        raise ValueError(f"the choice {texts[[bool(row) for row in ids].index(False)]!r} has no tokens.")
+    candidates = np.full((len(choices), max(map(len, choices)), max(map(len, ids))), IGNORED, np.int32)
+    rows = iter(ids)
+    for example, some in zip(candidates, choices, strict=True):
+        for place, tokens in zip(example[: len(some)], rows, strict=False):
+            place[: len(tokens)] = tokens
     return candidates
 
 

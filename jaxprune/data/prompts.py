@@ -239,6 +239,9 @@ for _name, (_template, _answers) in _PLAIN.items():
     )
 
 
+AS_IT_IS = Prompt(template="{text}", words=())  # of rows that have their own choices
+
+
 def fit(prompt: Prompt, task: Task) -> Prompt:
     """Fits a prompt to a task: `Prompt.bound` with the task's columns and labels.
 
@@ -253,6 +256,8 @@ def fit(prompt: Prompt, task: Task) -> Prompt:
 
 
 def _refuse_regression(task: Task) -> None:
+    if task.choices and task.prompt is not None and task.prompt.words:
+        raise ValueError(f"task {task.name!r} has choices of its own; give its prompt words: [].")
     if task.regression or task.spans:
         kind = "a regression" if task.regression else "for spans"
         raise ValueError(f"task {task.name!r} is {kind}; a prompt needs a task with labels, one word for each.")
@@ -268,8 +273,8 @@ def prompt_of(model: Model, task: Task) -> Prompt | None:
         if task.prompt is not None:
             raise ValueError(f"the model has task heads, it does not answer prompts: load {task.name!r} without one.")
         return None
-    if task.prompt is not None:
-        return fit(task.prompt, task)
+    if task.prompt is not None or task.choices:
+        return fit(task.prompt or AS_IT_IS, task)
     if model.continues and task.name not in _PLAIN:
         raise ValueError(
             f"a {model.config.model_type} model goes on from its prompt, and there is no built-in one of that style "

@@ -26,6 +26,7 @@ from jaxprune.data.splits import Answer, Example
 PAIR = ("sentence1", "sentence2")
 SPAN_COLUMNS = ("question", "context")
 ANSWERS = "answers"
+CHOICES = ("context", "choices")  # lm-evaluation-harness's
 MISSING, MISPLACED, EMPTY = "no answer", "no answer stands where it says", "empty"  # why rows are left out
 STRAY = "stray"  # answers that are left out, of rows that have others
 HIDDEN = -1  # what the hub writes where a label is kept secret
@@ -582,11 +583,16 @@ def standing(answers: Sequence[Answer], context: str) -> tuple[Answer, ...]:
     )
 
 
+def is_choices(value: Any) -> bool:
+    """True if a cell holds two texts or more to choose from."""
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) and text.strip() for text in value)
+
+
 class Stored(NamedTuple):
     """A row as it is stored."""
 
     number: int | str
-    texts: tuple[str, ...]
+    texts: tuple[Any, ...]  # of the second column the choices, if it holds such
     label: Any  # or the answers
 
 
@@ -619,6 +625,11 @@ def read_rows(
                     left_out[EMPTY] += 1
                     break
                 raise ValueError(f"{records.place(number)}: {column!r} is empty.")
+            if columns == CHOICES and column == CHOICES[1]:
+                if not is_choices(text):
+                    raise ValueError(f"{records.place(number)}: {column!r} must be two texts or more, got {text!r}.")
+                held += ROW * len(text) + sum(map(len, text))
+                continue
             if not isinstance(text, str):
                 raise ValueError(f"{records.place(number)}: {column!r} must be text, got {text!r}.")
             held += len(text)
@@ -652,4 +663,14 @@ def examples_of(records: Records, rows: Sequence[Stored], codec: Labels | None) 
             known[label] = codec.read(label[1])
         except ValueError as error:
             raise ValueError(f"{records.place(number)}: {error}") from error
-    return [Example(row.texts[0], pair, known[type(row.label), row.label]) for row, pair in pairs]
+    examples = []
+    for row, pair in pairs:
+        label = known[type(row.label), row.label]
+        if not isinstance(pair, list):
+            examples.append(Example(row.texts[0], pair, label))
+        elif label < len(pair):
+            examples.append(Example(row.texts[0], label=label, choices=tuple(pair)))
+        else:
+            where = records.place(row.number)
+            raise ValueError(f"{where}: the label is {row.label!r}, of {len(pair)} choices, counted from 0.")
+    return examples

@@ -34,12 +34,13 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A text or a pair of texts with its label; or a question, its context and its answers."""
+    """A text or a pair of texts with its label; or a question, its context and its answers, or its choices."""
 
     text: str
     pair: str | None = None
     label: int | float | None = None  # an index into the task's labels; a float in a regression
     answers: tuple[Answer, ...] | None = None  # of a question; () if they are not known
+    choices: tuple[str, ...] | None = None  # what may follow the text; the label is the place of the right one
 
 
 class Row(NamedTuple):
@@ -89,7 +90,7 @@ def _hash(texts: Iterable[str]) -> str:
 
 
 def _texts(example: Example) -> tuple[str, ...]:
-    return (example.text,) if example.pair is None else (example.text, example.pair)
+    return (example.text, *(() if example.pair is None else (example.pair,)), *(example.choices or ()))
 
 
 def row_key(example: Example) -> str:
@@ -119,7 +120,9 @@ def half_of(example: Example) -> int:
 
 def digest(examples: Iterable[Example]) -> str:
     """SHA-256 over the normalised texts and the labels or answers; the order of the examples does not matter."""
-    rows = sorted(f"{normalise(e.text)}\x1f{normalise(e.pair or '')}\x1f{_target(e)}" for e in examples)
+    rows = sorted(
+        f"{normalise(e.text)}\x1f{normalise(e.pair or ' '.join(e.choices or ()))}\x1f{_target(e)}" for e in examples
+    )
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
@@ -134,7 +137,7 @@ def rows_of(examples: Iterable[Example], grouped: bool = False) -> list[Row]:
         texts = _texts(example)
         normalised = tuple(map(normalise, texts))
         key = group = _hash(normalised)
-        if grouped and len(texts) == 2:
+        if grouped and example.pair is not None:
             texts, normalised = texts[1:], normalised[1:]
             group = _hash(normalised)
         lot = group if all(map(str.isalnum, normalised)) else _lot(texts, normalised)

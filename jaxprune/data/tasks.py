@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxprune.data import splits
 from jaxprune.data.records import (
     ANSWERS,
+    CHOICES,
     EMPTY,
     HIDDEN,
     PAIR,
@@ -61,6 +62,7 @@ class Task:
     columns: tuple[str, ...] = ("sentence",)  # where the text, or the pair of texts, came from
     regression: bool = False
     spans: bool = False  # whether the answer to a question is a part of its context
+    choices: bool = False  # whether every text has its own choices, one of which is to follow it
     metric: str = "accuracy"  # a key of `jaxprune.evaluation.evaluate.METRICS`
     grouped: bool = False  # rows with the same second text are kept on one side
     source: str = ""  # where the rows came from, in words
@@ -115,7 +117,8 @@ class Source:
 
 
 GLUE = "nyu-mll/glue"
-TEXTS = [PAIR, ("sentence",), ("text",), SPAN_COLUMNS]  # columns that are usual, the first that are there are read
+# Usual columns of the texts: the first of these that a file has are read
+TEXTS = [CHOICES, PAIR, ("sentence",), ("text",), SPAN_COLUMNS]
 POLARITY = ("negative", "positive")
 ENTAILMENT = ("entailment", "not_entailment")
 SPANS: Mapping[str, Any] = {
@@ -263,6 +266,7 @@ def load_task(
     of train, calibration, dev, test; `Task.dropped` counts the others, `Task.notes` say all that was not used. In QNLI
     and BoolQ the passage alone decides, in span tasks the context. Span tasks are data in SQuAD's format (see
     `jaxprune.data.records`); rows without an answer, or whose answers are not where they say, are left out and counted.
+    Multiple-choice tasks have the columns `context`, `choices` and as `label` the place of the right one, from 0.
     A test file without labels is not used.
 
     Args:
@@ -299,6 +303,9 @@ def load_task(
     if isinstance(labels, Model):
         labels = _head_of(labels, title)
     ordered = labels is not None and not isinstance(labels, TaskHead)
+    choices = columns == CHOICES and not spans
+    if choices and ordered:
+        raise ValueError(f"{title}: the rows have choices of their own, so there are no label names to give.")
     if spans and (ordered or len(columns) != 2):
         raise ValueError(f"{title}: answers need a question, its context and no label names; got the texts {columns}.")
     rows: dict[str, list[Stored]] = {}
@@ -313,6 +320,9 @@ def load_task(
     labelled = {split: some for split, some in rows.items() if split not in hidden}
     if not labelled:
         raise ValueError(f"{title}: every label is {HIDDEN}, which means hidden; there is nothing to learn from.")
+    if choices:
+        most = max((len(row.texts[1]) for some in labelled.values() for row in some), default=0)
+        labels = tuple(map(str, range(most)))
     codec = _codec(found, spans, labels, label, labelled)
     examples = {split: examples_of(records[split], some, None if spans else codec) for split, some in labelled.items()}
     distinct = {example.label for some in examples.values() for example in some}
@@ -350,9 +360,10 @@ def load_task(
         name=title,
         splits=division.splits,
         labels=codec.names,
-        columns=columns,
+        columns=columns[:1] if choices else columns,
         regression=codec.regression,
         spans=spans,
+        choices=choices,
         metric="squad" if spans else _metric(source, codec),
         grouped=grouped,
         source=found.origin,

@@ -329,7 +329,8 @@ def evaluate(
 ) -> Evaluation:
     """Measures a model on a split of a task.
 
-    For span tasks: exact match and F1 of the likeliest span. An answer that is cut off counts as not found.
+    For span tasks: exact match and F1 of the likeliest span. An answer that is cut off counts as not found. For choices
+    also the accuracy of likelihoods per character, lm-evaluation-harness's `acc_norm`; chance is a blind draw.
 
     Args:
         rows: The rows to evaluate on, by default all test rows; choose on `dev`, report `test`. Fewer `examples` are a
@@ -358,6 +359,7 @@ def evaluate(
     encoded = encode(model, examples, max_length=rows.max_length, prompt=prompt)
     settings: dict[str, Any] = {"intervention": intervention, "batch_size": rows.batch_size, "progress": progress}
     labels: Any = encoded.labels
+    more: dict[str, float] = {}
     if task.spans:
         labels = [example.answers for example in examples]
         predicted: Any = find_answers(model, params, examples, encoded=encoded, head=head, **settings)
@@ -369,6 +371,11 @@ def evaluate(
             ready = calibrate(model, params, task, encoded, head=head, intervention=intervention)
             logits = predict(model, params, ready, head=head, **settings)
             predicted = logits[:, 0] if task.regression else logits.argmax(1)
+            if task.choices:
+                sizes = np.ones(logits.shape)
+                for row, example in zip(sizes, examples, strict=True):
+                    row[: len(example.choices or ())] = list(map(len, example.choices or ()))
+                more["accuracy_norm"] = accuracy((logits / sizes).argmax(1), labels)
         values, counts = np.unique(labels, return_counts=True)
         constant = np.full_like(labels, values[counts.argmax()])
     measure = METRICS[task.metric]
@@ -376,8 +383,10 @@ def evaluate(
         task=task.name,
         split=split,
         head=head,
-        metrics=measure(predicted, labels),
-        chance=next(iter(measure(constant, labels).values())),
+        metrics=measure(predicted, labels) | more,
+        chance=float(np.mean([1 / len(example.choices or ()) for example in examples]))
+        if task.choices
+        else next(iter(measure(constant, labels).values())),
         n=len(encoded),
         truncated=encoded.truncated,
         generated=generated,

@@ -28,12 +28,14 @@ from jaxprune.models import (
     ANSWER,
     LABELS,
     LANGUAGE,
+    NOWHERE,
     Cache,
     Mask,
     Model,
     State,
     advance,
     check_intervention,
+    embed_compiled,
     layer_intervention,
     model_inputs,
     model_layers,
@@ -46,7 +48,8 @@ from jaxprune.models import (
 from jaxprune.models.tokenizers import run_tokenizer
 from jaxprune.units import Intervention, Params
 
-MOST_ROWS = 512  # answers that are decoded together: it sets the memory, not the result
+MOST_ROWS = 512  # answers that are decoded together, and their logits: they set the memory, not the result
+MOST_LOGITS = 2**28
 
 
 def teacher_forced(model: Model, batch: Mapping[str, Any], targets: Int[Array, "b u"] | np.ndarray) -> dict[str, Any]:
@@ -110,22 +113,11 @@ def rank(
     encoded = prompt_inputs(model, params, batch)
     check_intervention(model, params, encoded, intervention)
     layers, last = model_layers(model, params), model.stacks[-1].layers
-    if length == 1 and labels > 1:  # all candidates are one token, given the same ones: one pass
-        each = _filled(candidates[:, :1], 1)[:, 0]
-        tiled = model_inputs(model, params, teacher_forced(model, encoded, each))
-        state = advance(model, layers, tiled, None, intervention)
-        logits = readout_compiled(
-            model,
-            LANGUAGE,
-            part(params, model.readout_places(LANGUAGE)),
-            state,
-            readout_mask(LANGUAGE, layers[-1], tiled),
-            None,
-        )
-        return _log_likelihoods(logits[:, 0], candidates[:, :, 0]) + bias
+    if model.continues:
+        return _rank_next(model, params, encoded, candidates, intervention) + bias
     memory = advance(model, layers[:-last], encoded, None, intervention)
     output = part(params, model.readout_places(LANGUAGE))
-    together = max(1, min(labels, MOST_ROWS // rows))
+    together = _together(model, candidates)
     likelihoods = []
     for first in range(0, labels, together):
         some = _filled(candidates[:, first : first + together], together)
@@ -138,6 +130,72 @@ def rank(
     return jnp.concatenate(likelihoods, axis=1)[:, :labels] + bias
 
 
+def _together(model: Model, candidates: Int[Array, "b l u"]) -> int:
+    """The number of candidates of each row that are read at once."""
+    rows, labels, length = candidates.shape
+    return max(1, min(labels, MOST_ROWS // rows, MOST_LOGITS // (rows * length * model.config.vocab)))
+
+
+def _rank_next(
+    model: Model,
+    params: Params,
+    inputs: Mapping[str, Array],
+    candidates: Int[Array, "b l u"],
+    intervention: Intervention,
+) -> Float[Array, "b l"]:
+    """`rank` where answers go on from their prompts, which are read once: all candidates share keys and values."""
+    rows, labels, length = candidates.shape
+    layers, stack = model_layers(model, params), model.stacks[-1]
+    entry, output = part(params, model.embed_places(stack.name)), part(params, model.readout_places(LANGUAGE))
+    ids, mask = _right_aligned(*(inputs[name] for name in stack.inputs[:2]))
+    before = ids.shape[1] - 1
+
+    def run(tokens: Array, caches: Sequence[Cache] | None, mask: Array, at: int) -> tuple[State, list[Cache]]:
+        state = embed_compiled(model, stack.name, entry, {stack.inputs[0]: tokens}, None, None)
+        caches = [_empty(model, layer.params, state, mask.shape[1]) for layer in layers] if caches is None else caches
+        extended = []
+        for layer, cache in zip(layers, caches, strict=True):
+            local = layer_intervention(intervention, layer.name)
+            state, cache = _step(model, layer.kind, layer.params, state, cache, jnp.int32(at), Mask(mask), local)
+            extended.append(cache)
+        return state, extended
+
+    mask = jnp.concatenate([mask, jnp.ones((rows, length - 1), bool)], axis=1)
+    caches = run(ids[:, :before], None, mask, 0)[1] if before else None
+    together = 1 if length == 1 else _together(model, candidates)  # of single tokens all are read off one pass
+    places, likelihoods = Mask(jnp.ones((rows * together, length), bool)), []
+    for first in range(0, 1 if length == 1 else labels, together):
+        targets = _filled(candidates[:, first : first + together], together).reshape(rows * together, length)
+        last, read, room = repeat_rows((ids[:, before:], caches, mask), together)
+        answer = jnp.where(targets[:, :-1] != IGNORED, targets[:, :-1], model.config.pad_id)
+        state, _ = run(jnp.concatenate([last, answer], axis=1), read, room, before)
+        logits = readout_compiled(model, LANGUAGE, output, state, places, None)
+        if length == 1:
+            return _log_likelihoods(logits[:, 0], candidates[:, :, 0])
+        likelihoods.append(_log_likelihood(logits, targets).reshape(rows, together))
+    return jnp.concatenate(likelihoods, axis=1)[:, :labels]
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _empty(model: Model, params: Params, state: State, length: int) -> Cache:
+    return model.prepare(params, state, length)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _step(
+    model: Model,
+    kind: str,
+    params: Params,
+    state: State,
+    cache: Cache,
+    position: Array,
+    mask: Mask,
+    intervention: Intervention,
+) -> tuple[State, Cache]:
+    """`Model.step`, compiled: one program for all layers of equal kind and shape."""
+    return model.step(params, state, cache, position, mask, intervention, kind=kind)
+
+
 def _filled(candidates: Int[Array, "b l u"], labels: int) -> Int[Array, "b k u"]:
     """The last group of labels, filled up to the size of the others so that they share their programs."""
     missing = labels - candidates.shape[1]
@@ -146,14 +204,16 @@ def _filled(candidates: Int[Array, "b l u"], labels: int) -> Int[Array, "b k u"]
 
 @jax.jit
 def _log_likelihoods(logits: Float[Array, "b v"], tokens: Int[Array, "b l"]) -> Float[Array, "b l"]:
-    return jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens, axis=-1)
+    each = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), jnp.maximum(tokens, 0), axis=-1)
+    return jnp.where(tokens != IGNORED, each, NOWHERE)
 
 
 @jax.jit
 def _log_likelihood(logits: Float[Array, "b u v"], targets: Int[Array, "b u"]) -> Float[Array, " b"]:
     index = jnp.maximum(targets, 0)[..., None]
     each = jnp.take_along_axis(logits, index, axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
-    return jnp.where(targets != IGNORED, each, 0.0).sum(1)
+    real = targets != IGNORED
+    return jnp.where(real.any(1), jnp.where(real, each, 0.0).sum(1), NOWHERE)  # without a token it is no candidate
 
 
 def answered(model: Model, params: Params, batch: Mapping[str, Any]) -> dict[str, Array]:
