@@ -44,7 +44,7 @@ LABELS = Distillation(attention=0, embeddings=0, hidden=0, logits=0, labels=1)
 
 @pytest.fixture(scope="module")
 def teacher() -> tuple[Model, Params]:
-    model, params = encoder()
+    model, params = encoder(layers=2)
     done = finetune(model, params, [moods()], FineTuning(epochs=2, batch_size=16, learning_rate=5e-3))
     assert done.evaluations[done.best][0]["accuracy"] > 0.9
     return done.model, done.params
@@ -52,7 +52,7 @@ def teacher() -> tuple[Model, Params]:
 
 def dropping() -> tuple[Model, Params]:
     """The pre-trained model, with dropout."""
-    model, params = encoder()
+    model, params = encoder(layers=2)
     return replace(model, config=replace(model.config, hidden_dropout=0.1, attention_dropout=0.1)), params
 
 

@@ -35,8 +35,8 @@ DATA = Path(__file__).parent / "data"
 TRAINING = FineTuning(epochs=2, batch_size=16, learning_rate=5e-3, warmup=0.1)
 
 
-def encoder() -> tuple[Model, Params]:
-    model, _ = tiny_model(layers=2, embed=32, neurons=64, heads=())
+def encoder(layers: int = 1) -> tuple[Model, Params]:
+    model, _ = tiny_model(layers=layers, embed=32, neurons=64, heads=())
     return replace(model, source=DATA / "words"), model.initialise(jax.random.key(0))
 
 
