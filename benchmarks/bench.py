@@ -22,7 +22,7 @@ from jaxprune.checkpoints.tensors import model_digest
 from jaxprune.data.batches import encode
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import draw
-from jaxprune.evaluation.evaluate import fitting_head, predict
+from jaxprune.evaluation.evaluate import calibrate, fitting_head, predict
 from jaxprune.models.cost import Length
 from jaxprune.scoring.scores import Scores, describe
 from jaxprune.units import Intervention
@@ -186,7 +186,9 @@ class Bench:
         what = None
         if method is not None:
             what = method.described(source, budget, seed)
-        key = json.dumps([self.digest, self.rows, task, split, head, what], sort_keys=True)
+        prompt = self.task(task).prompt
+        asked = [] if prompt is None or prompt.calibration == "none" else [prompt.calibration]
+        key = json.dumps([self.digest, self.rows, task, split, head, what, *asked], sort_keys=True)
         if key not in self.cells:
             params, gates, means, kept = self.params, None, None, 1.0
             if method is not None and (method.rival is not None or method.recovery is not None):
@@ -206,9 +208,9 @@ class Bench:
                     params, gates, means = small, None, None
             encoded = self.rows_of(task, split)
             head = fitting_head(self.model, self.task(task), head)
-            logits = predict(
-                self.model, params, encoded, head=head, batch_size=64, intervention=Intervention(gates, means)
-            )
+            left = Intervention(gates, means)
+            ready = calibrate(self.model, params, self.task(task), encoded, head=head, intervention=left)
+            logits = predict(self.model, params, ready, head=head, batch_size=64, intervention=left)
             hits = logits.argmax(1) == encoded.labels
             self.cells[key] = Cell(hits, kept)
             with self.file.open("a") as stream:
