@@ -154,6 +154,7 @@ def test_layers_come_back_in_the_order_of_their_numbers(tmp_path):
     assert_same(found, params)
 
 
+@pytest.mark.filterwarnings("ignore:no tokenizer could be read")  # it is tried where transformers is imported already
 def test_the_tokenizer_is_copied_byte_by_byte(tmp_path):
     source = write_classifier(tmp_path / "hf")
     for name in ("vocab.txt", "tokenizer_config.json", "training_args.bin", "README.md"):

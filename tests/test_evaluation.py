@@ -293,7 +293,7 @@ def test_an_evaluation_prints_on_one_line_and_goes_into_json():
     assert str(found) == "mrpc dev: accuracy 81.2, f1 86.0 (chance 68.4, 1,408 examples)"
     assert json.loads(json.dumps(found.to_json())) == {
         "task": "mrpc", "split": "dev", "head": "mrpc", "metrics": {"accuracy": 0.8125, "f1": 0.86}, "chance": 0.684,
-        "n": 1_408, "truncated": 0, "generated": False, "primary": "accuracy",
+        "n": 1_408, "truncated": 0, "generated": False, "primary": "accuracy", "calibration": "none",
     }  # fmt: skip
 
 
