@@ -295,7 +295,7 @@ class GGUFFile(TensorFile):
             yield slice(first, first + len(block)), block
 
     def frequencies(self) -> np.ndarray | None:
-        """What the frequencies of the rotary positions are divided by."""
+        """The divisors of the frequencies of the rotary positions."""
         tensor = self.header.tensors.get(_FREQUENCIES)
         return None if tensor is None else _made(tensor.kind, self._bytes(tensor.start, tensor.stop - tensor.start))
 
@@ -508,7 +508,7 @@ def _merges(vocab: Mapping[str, int], kinds: np.ndarray, scores: Any) -> list[An
 
 
 def _ends(ends: Mapping[str, tuple[str, int | None]]) -> dict[str, Any]:
-    """What is put around a text."""
+    """The tokens put around a text."""
 
     def around(part: str, kind: int) -> list[Any]:
         special = {name: {"SpecialToken": {"id": token, "type_id": kind}} for name, (token, _) in ends.items()}

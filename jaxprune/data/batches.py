@@ -204,7 +204,7 @@ class Encoded:
 
     @property
     def own_choices(self) -> bool:
-        """Whether every example has candidates of its own."""
+        """True if every example has candidates of its own."""
         return self.candidates is not None and self.candidates.ndim == 3
 
     def _chosen(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:

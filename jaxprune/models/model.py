@@ -117,7 +117,7 @@ class Model:
 
     @property
     def continues(self) -> bool:
-        """Whether an answer in text goes on from its prompt, in the same stack."""
+        """True if an answer in text goes on from its prompt, in the same stack."""
         return self.answers_in_text and self.stacks[-1].memory is None
 
     @property

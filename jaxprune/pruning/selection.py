@@ -386,7 +386,7 @@ def parts_of(scores: Scores | Values) -> tuple[Values, Mapping[str, Any]]:
 
 
 def per_cost(scores: Scores | Values) -> bool:
-    """Whether scores are compared per cost, see `Criterion`."""
+    """True if scores are compared per cost, see `Criterion`."""
     return (parts_of(scores)[1].get("properties") or {}).get("per_cost", True)
 
 
