@@ -123,6 +123,11 @@ def test_units_are_scored_by_the_right_choice(task: Task, decoder: tuple[Model, 
     assert any(not np.array_equal(other.values[name], rows) for name, rows in scores.values.items())
 
 
+def test_text_behind_a_choice_is_said_to_be_left_out(tmp_path: Path):
+    rows = [row | {"suffix": "at last"} for row in rows_of(40)]
+    assert any("'suffix' is not read" in note for note in load_task(write(tmp_path / "rows.jsonl", rows)).notes)
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

@@ -304,6 +304,8 @@ def load_task(
         labels = _head_of(labels, title)
     ordered = labels is not None and not isinstance(labels, TaskHead)
     choices = columns == CHOICES and not spans
+    if choices and any("suffix" in given.columns for given in records.values()):
+        notes.append("the column 'suffix' is not read: of what follows a choice nothing is scored.")
     if choices and ordered:
         raise ValueError(f"{title}: the rows have choices of their own, so there are no label names to give.")
     if spans and (ordered or len(columns) != 2):
