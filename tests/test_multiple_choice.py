@@ -16,9 +16,10 @@ from tiny import tiny_model
 
 import jaxprune as jp
 from jaxprune.data.batches import IGNORED, encode, pack
-from jaxprune.data.prompts import prompt_of
+from jaxprune.data.prompts import prompt_of, with_shots
 from jaxprune.data.tasks import Example, Rows, Task, load_task
-from jaxprune.evaluation.evaluate import evaluate, predict
+from jaxprune.evaluation.evaluate import evaluate, final, free_match, predict
+from jaxprune.evaluation.text import generate, texts
 from jaxprune.models import Model
 from jaxprune.scoring.attribution import GradientActivation
 from jaxprune.scoring.run import Scoring, score
@@ -163,3 +164,39 @@ def test_the_commands_prune_for_multiple_choice(tmp_path: Path, decoder: tuple[M
     run("prune", tmp_path / "model", *asked, *settings, "--measure", 0, "-o", out)
     [result] = record_of("evaluate", out, *asked)["results"]
     assert set(result["metrics"]) == {"accuracy", "accuracy_norm"} and result["n"] > 10
+
+
+# Free answers
+
+
+def test_free_answers_are_written_and_compared(decoder: tuple[Model, Params], tmp_path: Path):
+    rows = [{"question": f"the film was {i}", "answer": f"good {i % 3}\n#### {i % 3:,}"} for i in range(60)]
+    file = write(tmp_path / "sums.jsonl", rows)
+    task = load_task(file)
+    assert task.choices and task.metric == "exact_match" and task.columns == ("question",)
+    model, params = decoder
+    prompt = prompt_of(model, task)
+    assert prompt is not None and prompt.render(task.rows("test")[0]).endswith("\nAnswer:")
+    shown = with_shots(prompt, task, 3)
+    assert shown.template.count("####") == 3 and shown.template.endswith(prompt.template)
+    found = score(model, params, task, Scoring(criterion=GradientActivation(), rows=Rows(examples=8, max_length=32)))
+    assert found.header["head"] == "language" and all(np.isfinite(value).all() for value in found.values.values())
+    result = evaluate(model, params, task, rows=Rows(max_length=32))
+    encoded = encode(model, task.rows("test"), max_length=32, prompt=prompt)
+    batch = pack(encoded, batch_size=len(encoded))[0]
+    most = model.max_length - batch["input_ids"].shape[1]
+    written = texts(model, generate(model, params, batch, max_new_tokens=most))
+    answers = [(task.rows("test")[i].choices or ("",))[0] for i in batch["index"]]
+    assert result.generated and result.metrics == free_match(written, answers)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("so 2 + 2\n#### 1,234 \nQuestion: more ####", "1234"),
+        (" The answer.\n\nQuestion: what", "answer"),
+        ("", ""),
+    ],
+)
+def test_what_is_compared_of_a_free_answer(text: str, expected: str):
+    assert final(text) == expected

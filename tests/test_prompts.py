@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from jaxprune.data.prompts import PROMPTS, Prompt, fit, prompt_for, read_prompt
+from jaxprune.data.prompts import PROMPTS, Prompt, fit, prompt_for, read_prompt, with_shots
 from jaxprune.data.splits import Example
 from jaxprune.data.tasks import SPLITS, TASKS, Task, load_task
 
@@ -550,3 +551,29 @@ def test_a_file_that_is_not_there(tmp_path: Path):
     for path in (tmp_path / "nowhere.yaml", tmp_path):
         with pytest.raises(FileNotFoundError, match=re.escape(f"there is no prompt file {path}.")):
             read_prompt(path)
+
+
+# Demonstrations
+
+
+def test_demonstrations_are_balanced_training_rows(tmp_path: Path):
+    rows = "".join(json.dumps({"text": f"text {{{i}}} of it", "label": "ab"[i % 3 == 0]}) + "\n" for i in range(90))
+    (tmp_path / "odd.jsonl").write_text(rows)
+    task = load_task(tmp_path / "odd.jsonl")
+    asked = Prompt(template="Say: {text}\nSo:", words=(" no", " yes"))
+    shown = with_shots(asked, task, 5, seed=1)
+    *demonstrations, own = shown.render(Example("{x}")).split("\n\n")
+    assert own == "Say: {x}\nSo:" and shown.name == "own, 5 shots, seed 1"
+    counts = Counter(text.rpartition(":")[2] for text in demonstrations)
+    assert sorted(counts) == [" no", " yes"] and sorted(counts.values()) == [2, 3]
+    label = {asked.render(row): asked.words[int(row.label or 0)] for row in task.rows("train")}
+    assert all(
+        label[text.removesuffix(word)] == word for text in demonstrations for word in asked.words if text.endswith(word)
+    )
+    assert with_shots(asked, task, 5, seed=1) == shown != with_shots(asked, task, 5, seed=2)
+    assert fit(shown, task).render(Example("{x}")) == shown.render(Example("{x}"))
+    for shots, expected in ((0, "cannot have 0 demonstrations"), (80, "more training rows of")):
+        with pytest.raises(ValueError, match=expected):
+            with_shots(asked, task, shots)
+    with pytest.raises(ValueError, match="cannot have 2"):
+        with_shots(Prompt(template="{text}", words=()), task, 2)

@@ -108,6 +108,7 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
 MOST = 2**31 - 1  # the largest whole number on the command line
 LARGEST = 1e15  # bytes, seconds or anything else
 MOST_TOGETHER = 2**16  # the most that is held in memory at once, in numbers of rows
+MOST_SHOTS = 256  # demonstrations of a prompt
 MOST_NODES = 2**12  # a rule of n nodes is found in a matrix of n x n
 BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
@@ -245,13 +246,18 @@ class RowOptions:
         str | None,
         choice("calibration", "Of the words to answer with; by default the prompt's, or none.", "Rows"),
     ] = None
+    shots: Annotated[int | None, rows("Training rows that a prompt shows with their words.", most=MOST_SHOTS)] = None
+    shots_seed: Annotated[int, rows("The choice of these rows.", least=0)] = 0
+    window: Annotated[int | None, rows("Running text: tokens of a window; by default 512.")] = None
+    stride: Annotated[int | None, rows("Running text: tokens between windows; by default as many.")] = None
 
     def load(self, name: str, bars: Watch, model: Model | None = None, head: str | None = None) -> Task:
         """Reads the rows of a task, for a model's head if there is one, and says what of them is not used.
 
         A name before the path (`reviews=train.csv`) is the task's.
         """
-        from jaxprune.data.prompts import STYLES, fit, prompt_for, prompt_of, read_prompt
+        from jaxprune.data.batches import windows
+        from jaxprune.data.prompts import STYLES, fit, prompt_for, prompt_of, read_prompt, with_shots
         from jaxprune.data.tasks import load_task
 
         given = re.fullmatch(r"([A-Za-z][A-Za-z0-9_-]*)=(.+)", name)
@@ -270,15 +276,23 @@ class RowOptions:
             task = replace(task, name=title, notes=tuple(note for note in task.notes if " is called " not in note))
         for note in task.notes:
             bars.say(f"{task.name}: {note}")
+        if task.running and model is not None and model.continues:
+            task = windows(model, task, tokens=self.window, stride=self.stride)
+            bars.say(f"{task.name}: {task.windows}.")
+        elif self.window is not None or self.stride is not None:
+            raise ValueError(f"--window and --stride are of running text, read by a decoder; {task.name!r} is not.")
         if self.prompt is not None:
             prompt = prompt_for(task, self.prompt) if self.prompt in STYLES else fit(read_prompt(self.prompt), task)
             task = replace(task, prompt=prompt)
-        if self.calibration is None:
+        if self.calibration is None and self.shots is None:
             return task
         prompt = task.prompt if model is None else prompt_of(model, task)
         if prompt is None:
-            raise ValueError("--calibration is of a prompt's words: give --prompt, or a model that answers in text.")
-        return replace(task, prompt=replace(prompt, calibration=self.calibration))
+            name = "--calibration" if self.shots is None else "--shots"
+            raise ValueError(f"{name} is of a prompt's words: give --prompt, or a model that answers in text.")
+        if self.shots is not None:
+            prompt = with_shots(prompt, task, self.shots, self.shots_seed)
+        return replace(task, prompt=replace(prompt, calibration=self.calibration or prompt.calibration))
 
 
 @dataclass(frozen=True, kw_only=True)

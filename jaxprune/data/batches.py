@@ -27,7 +27,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxprune.data.prompts import Prompt, prompt_of
-from jaxprune.data.tasks import Example, Rows, Task, row_key, seed_words
+from jaxprune.data.splits import SPLITS, Window
+from jaxprune.data.tasks import Example, Rows, Task, Windowing, row_key, seed_words
 from jaxprune.models import Model
 from jaxprune.models.cost import Length
 from jaxprune.models.tokenizers import run_tokenizer
@@ -140,6 +141,8 @@ Batch: TypeAlias = dict[str, np.ndarray]
 IGNORED = -100  # no token: Hugging Face's index of what a loss leaves out
 MAX_ANSWER = 32  # tokens of a label's words, end of sequence included
 MAX_LENGTH = 128  # tokens, unless asked otherwise: what GLUE is usually run with
+WINDOW = 512  # tokens of a window of running text, unless asked otherwise
+MOST_LOGITS = 2**27  # of a batch of windows: half a gigabyte
 # Beyond 32 tokens less than a third of a row is padding, and 10 shapes serve every text. BERT reads at most 512 tokens.
 BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Padded tokens that cost as much as compiling one more shape: 0.7 s at 12,000 tokens/s, a forward pass of MiniLM-L6 on
@@ -163,6 +166,7 @@ class Encoded:
     characters: np.ndarray | None = None  # for spans [all tokens, 2]: the place of a token in its context, see `spans`
     continued: bool = False  # whether answers go on from their prompts, in the same stack
     bias: np.ndarray | None = None  # [labels] float32: what calibration adds to the logits of the labels' words
+    most_rows: int | None = None  # of a batch, where each token of an answer has logits of the whole vocabulary
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -338,6 +342,8 @@ def encode(
     labelled = _all_or_none([example.label is not None for example in examples], "label")
     answered = _all_or_none([example.answers is not None for example in examples], "answers")
     choosing = _all_or_none([example.choices is not None for example in examples], "choices")
+    if _all_or_none([example.window is not None for example in examples], "window"):
+        return _encode_windows(model, [example.window for example in examples if example.window], max_length)
     if choosing and (prompt is None or model is None or not model.continues):
         raise ValueError("the examples have choices, which are to follow their texts: use a decoder.")
     if answered and not paired:
@@ -352,12 +358,13 @@ def encode(
         )
     if length <= special:
         raise ValueError(f"max_length must exceed the {special} special tokens of an example, got {length}.")
-    candidates = None
+    candidates = together = None
     if choosing:
         candidates = _encode_choices(tokenizer, [example.choices or () for example in examples])
         length = min(length, most + 1 - candidates.shape[2])
         if length <= special:
             raise ValueError(f"a choice has {candidates.shape[2]} tokens, the model reads {most} in all.")
+        together = max(1, MOST_LOGITS // (candidates.shape[2] * model.config.vocab))
     elif prompt is not None:
         candidates = encode_words(model_or_tokenizer, prompt.words)
     characters, labels = None, [example.label for example in examples] if labelled else [-1] * len(examples)
@@ -395,7 +402,92 @@ def encode(
         candidates=candidates,
         characters=None if characters is None else np.concatenate(characters),
         continued=model is not None and model.continues,
+        most_rows=together,
     )
+
+
+def _encode_windows(model: Model | None, given: Sequence[Window], max_length: int | None) -> Encoded:
+    """Windows as examples: what they only read is the prompt, what they are asked for its one candidate."""
+    if model is None or not model.continues:
+        raise ValueError("the examples are windows of running text: use a decoder.")
+    longest = max(len(window.read) + len(window.asked) for window in given)
+    if longest > (model.max_length if max_length is None else max_length):
+        raise ValueError(f"the windows have up to {longest} tokens: cut shorter ones instead of setting max_length.")
+    asked = max(len(window.asked) for window in given)
+    candidates = np.full((len(given), 1, asked), IGNORED, np.int32)
+    for row, window in zip(candidates, given, strict=True):
+        row[0, : len(window.asked)] = window.asked
+    read = [len(window.read) for window in given]
+    return Encoded(
+        input_ids=np.concatenate([np.array(window.read, np.int32) for window in given]),
+        token_type_ids=None,
+        offsets=np.cumsum([0, *read]),
+        labels=np.zeros(len(given), np.int32),
+        max_length=max(read),
+        cut=np.zeros(len(given), bool),
+        padding=model.config.pad_id,
+        candidates=candidates,
+        continued=True,
+        most_rows=max(1, MOST_LOGITS // (asked * model.config.vocab)),
+    )
+
+
+def windows(model: Model, task: Task, *, tokens: int | None = None, stride: int | None = None) -> Task:
+    """Cuts running text into windows, which are the examples that a decoder is scored, repaired and evaluated on.
+
+    The passages of a split are joined by blank lines and tokenised as one text. Every window begins with the
+    tokenizer's BOS if it puts one before a text; otherwise the first token of the text, and of every window that does
+    not overlap the one before, is read but not asked for. The last window may be shorter.
+
+    Args:
+        model: A decoder with its tokenizer.
+        task: One of running text, see `load_task`.
+        tokens: Tokens of a window, BOS included; None: 512, or all that the model reads.
+        stride: Tokens from the beginning of one window to that of the next. None: windows do not overlap. Fewer give
+            every token that is asked for more to go by, and cost as many times more.
+
+    Returns:
+        The task with windows as examples, each with one label, 0.
+
+    Raises:
+        ValueError: If the task is not running text or already cut, the model is no decoder, or a number is out of
+            range.
+    """
+    if not task.running or task.windows is not None:
+        raise ValueError(f"{task.name!r} {'is cut into windows already' if task.running else 'is no running text'}.")
+    if not model.continues:
+        raise ValueError(f"running text is for decoders, and this is a {model.config.model_type} model.")
+    tokenizer = model.tokenizer
+    first = run_tokenizer(tokenizer, [""], verbose=False)["input_ids"][0]
+    bos = [tokenizer.bos_token_id] if first and first[0] == tokenizer.bos_token_id else []
+    tokens = min(WINDOW, model.max_length) if tokens is None else tokens
+    if not 2 <= tokens <= model.max_length:
+        raise ValueError(f"a window has 2 to {model.max_length} tokens, got {tokens}.")
+    new = tokens - len(bos)
+    stride = new if stride is None else stride
+    if not 1 <= stride <= new:
+        raise ValueError(f"the stride must lie in 1 to {new}, the tokens of a window, got {stride}.")
+    cut = {split: _cut(tokenizer, task.rows(split), bos, new, stride) if task.rows(split) else () for split in SPLITS}
+    return replace(task, splits=cut, windows=Windowing(tokens, stride, bool(bos)))
+
+
+def _cut(tokenizer: Any, passages: Sequence[Example], bos: list[int], new: int, stride: int) -> tuple[Example, ...]:
+    text = "\n\n".join(passage.text for passage in passages)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} does not say where its tokens stand: use a fast tokenizer.")
+    read = run_tokenizer(tokenizer, [text], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, places = read["input_ids"][0], read["offset_mapping"][0]
+    examples, begin = [], 0 if bos else 1
+    for start in range(0, len(ids), stride):
+        end = min(start + new, len(ids))
+        begin = max(begin, start if bos else start + 1)
+        if begin < end:
+            window = Window((*bos, *ids[start:begin]), tuple(ids[begin:end]))
+            examples.append(Example(text[places[begin][0] : places[end - 1][1]], label=0, window=window))
+        if end == len(ids):
+            break
+        begin = end
+    return tuple(examples)
 
 
 def _reader(model_or_tokenizer: Any) -> tuple[Any, int, Model | None]:
@@ -604,6 +696,8 @@ def pack(
         steps: Numbers of examples, growing. The batches of the first so many come before those of the others, which all
             have the same shapes.
     """
+    if encoded.most_rows is not None:
+        batch_size = max(1, min(batch_size, encoded.most_rows))
     padded = _shapes(encoded.lengths, buckets, encoded.max_length, shape_cost)
     parts = np.split(np.arange(len(encoded)), list(steps))
     return Batches(encoded, [batch for rows in parts for batch in _plan(rows, padded, batch_size)], batch_size)

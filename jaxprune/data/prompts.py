@@ -8,8 +8,10 @@ text, and so do the names of their columns, such as `{sentence1}`. *Words* are t
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -239,7 +241,8 @@ for _name, (_template, _answers) in _PLAIN.items():
     )
 
 
-AS_IT_IS = Prompt(template="{text}", words=())  # of rows that have their own choices
+AS_IT_IS = Prompt(template="{text}", words=())  # of rows that have their own choices, and of running text
+ASKING = Prompt(template="Question: {text}\nAnswer:", words=(), name="question")  # of answers in free words
 
 
 def fit(prompt: Prompt, task: Task) -> Prompt:
@@ -253,6 +256,49 @@ def fit(prompt: Prompt, task: Task) -> Prompt:
         return prompt.bound(task.columns, task.labels)
     except ValueError as error:
         raise ValueError(f"task {task.name!r}: {error}") from error
+
+
+def with_shots(prompt: Prompt, task: Task, shots: int, seed: int = 0) -> Prompt:
+    """The prompt with demonstrations before it: training rows with their words, equally many of every label.
+
+    Rows with choices of their own, or free answers, are shown with the right one.
+
+    Args:
+        prompt: The prompt.
+        task: Its training rows are drawn from.
+        shots: How many rows to show in all; where they do not divide by the labels, some labels have one more.
+        seed: Chooses the rows, and their order.
+
+    Raises:
+        ValueError: If the prompt does not fit the task, or there are too few training rows of a label.
+    """
+    prompt = fit(prompt, task)
+    if shots < 1 or task.running or not (prompt.words or task.choices):
+        raise ValueError(f"task {task.name!r}: its prompt cannot have {shots} demonstrations.")
+    classes = 1 if task.choices else len(prompt.words)
+
+    def order(*what: object) -> str:
+        return hashlib.sha256(repr((seed, *what)).encode()).hexdigest()
+
+    labels = sorted(range(classes), key=lambda label: order("label", label))
+    wanted = Counter(labels[place % len(labels)] for place in range(shots))
+    shown: list[Example] = []
+    for row in sorted(task.rows("train"), key=lambda row: order(row.text, row.pair)):
+        label = min(int(row.label or 0), classes - 1)
+        if wanted[label] > 0:
+            wanted[label] -= 1
+            shown.append(row)
+    if missing := +wanted:
+        label, count = next(iter(missing.items()))
+        raise ValueError(
+            f"task {task.name!r}: {count} more training rows of {task.labels[label]!r} are needed for {shots} shots."
+        )
+    texts = []
+    for row in shown:
+        asked, word = prompt.render(row), (prompt.words or row.choices or ())[int(row.label or 0)]
+        texts.append(f"{asked}{'' if word[:1].isspace() else ' '}{word}".replace("{", "{{").replace("}", "}}"))
+    named = f"{prompt.name or 'own'}, {shots} shots, seed {seed}"
+    return replace(prompt, template="\n\n".join([*texts, prompt.template]), name=named)
 
 
 def _refuse_regression(task: Task) -> None:
@@ -269,18 +315,33 @@ def prompt_of(model: Model, task: Task) -> Prompt | None:
     Raises:
         ValueError: If a text-to-text model has no prompt for the task, or the prompt does not fit it.
     """
+    if task.running:
+        _check_running(model, task)
+        return replace(AS_IT_IS, name=str(task.windows))
     if not model.answers_in_text:
         if task.prompt is not None:
             raise ValueError(f"the model has task heads, it does not answer prompts: load {task.name!r} without one.")
         return None
     if task.prompt is not None or task.choices:
-        return fit(task.prompt or AS_IT_IS, task)
+        return fit(task.prompt or (ASKING if task.metric == "exact_match" else AS_IT_IS), task)
     if model.continues and task.name not in _PLAIN:
         raise ValueError(
             f"a {model.config.model_type} model goes on from its prompt, and there is no built-in one of that style "
             f"for {task.name!r}: give one in a YAML file with template: and words:, each word with the space before it."
         )
     return prompt_for(task, "plain" if model.continues else "t5")
+
+
+def _check_running(model: Model, task: Task) -> None:
+    if not model.continues:
+        raise ValueError(
+            f"{task.name!r} has no labels (name their column with label=): it is running text, which decoders alone "
+            f"tell token by token, and this is a {model.config.model_type} model."
+        )
+    if task.prompt is not None:
+        raise ValueError(f"{task.name!r} is running text, which takes no prompt.")
+    if task.windows is None:
+        raise ValueError(f"{task.name!r} is running text: cut it into windows first, jp.windows(model, task).")
 
 
 def prompt_for(task: Task, style: str = "t5") -> Prompt:

@@ -27,10 +27,14 @@ PAIR = ("sentence1", "sentence2")
 SPAN_COLUMNS = ("question", "context")
 ANSWERS = "answers"
 CHOICES = ("context", "choices")  # lm-evaluation-harness's
+RUNNING = "text"  # the column of running text
+ASKED = ("question", "answer")  # columns of questions that are answered freely
 MISSING, MISPLACED, EMPTY = "no answer", "no answer stands where it says", "empty"  # why rows are left out
 STRAY = "stray"  # answers that are left out, of rows that have others
 HIDDEN = -1  # what the hub writes where a label is kept secret
-KINDS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+KINDS = (
+    ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt", ".txt.gz", ".parquet",
+)  # fmt: skip
 FILES = {  # split -> file names, without their ending
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev", "eval", "validation_matched", "dev_matched"),
@@ -87,6 +91,8 @@ def read(path: Path, header: Sequence[str] = ()) -> Records:
         records = _read_json(path, kind)
     elif kind == ".parquet":
         records = _read_parquet(path)
+    elif kind == ".txt":
+        records = Records(str(path), (RUNNING,), lambda columns: _paragraphs(path), typed=False)
     else:
         records = _read_cells(path, _csv_rows if kind == ".csv" else _tsv_rows, header)
     if next(records.read(records.columns[:1]), None) is None:
@@ -289,6 +295,17 @@ def _tsv_rows(path: Path) -> Cells:
     for number, line in enumerate(_lines(path), 1):
         if line := line.rstrip("\r\n"):
             yield number, line.split("\t")
+
+
+def _paragraphs(path: Path) -> Iterator[tuple[int | str, Mapping[str, Any]]]:
+    """The paragraphs of a text file, between which blank lines stand."""
+    part: list[str] = []
+    for number, line in enumerate(itertools.chain(_lines(path), [""]), 1):
+        if line.strip():
+            part.append(line.rstrip("\r\n"))
+        elif part:
+            yield number - len(part), {RUNNING: "\n".join(part)}
+            part = []
 
 
 def _read_cells(path: Path, rows: Callable[[Path], Cells], header: Sequence[str]) -> Records:
@@ -650,6 +667,27 @@ def read_rows(
                 )
             rows.append(Stored(number, texts, stored))
     return rows, left_out
+
+
+def read_texts(records: Records, columns: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The texts of one file that has no labels; those of `RUNNING` may be blank.
+
+    Raises:
+        ValueError: If one is no text, all are blank, or there is too much to be held.
+    """
+    rows, held = [], 0
+    for number, cells in records.read(columns):
+        for column in columns:
+            text = cells.get(column)
+            if not isinstance(text, str) or not (text.strip() or column == RUNNING):
+                raise ValueError(f"{records.place(number)}: {column!r} must be text, got {text!r}.")
+            held += ROW + len(text)
+        if held > MOST_HELD + records.size:
+            raise ValueError(f"{records.place(number)}: the rows take {held:,} bytes, which is too much: split them.")
+        rows.append(tuple(cells[column] for column in columns))
+    if not any(text.strip() for row in rows for text in row):
+        raise ValueError(f"{records.where} has no text.")
+    return rows
 
 
 def examples_of(records: Records, rows: Sequence[Stored], codec: Labels | None) -> list[Example]:

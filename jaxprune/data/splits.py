@@ -32,6 +32,13 @@ class Answer(NamedTuple):
     text: str
 
 
+class Window(NamedTuple):
+    """A piece of running text as tokens."""
+
+    read: tuple[int, ...]  # the first ones, which are only read: the tokenizer's BOS, and what windows before end with
+    asked: tuple[int, ...]  # those after them, each to be told from all before it
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """A text or a pair of texts with its label; or a question, its context and its answers, or its choices."""
@@ -41,6 +48,7 @@ class Example:
     label: int | float | None = None  # an index into the task's labels; a float in a regression
     answers: tuple[Answer, ...] | None = None  # of a question; () if they are not known
     choices: tuple[str, ...] | None = None  # what may follow the text; the label is the place of the right one
+    window: Window | None = None  # of running text: its tokens
 
 
 class Row(NamedTuple):

@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxprune.data import splits
 from jaxprune.data.records import (
     ANSWERS,
+    ASKED,
     CHOICES,
     EMPTY,
     HIDDEN,
     PAIR,
+    RUNNING,
     SPAN_COLUMNS,
     STRAY,
     Labels,
@@ -35,6 +37,7 @@ from jaxprune.data.records import (
     read_answers,
     read_folder,
     read_rows,
+    read_texts,
     split_of,
     text_columns,
 )
@@ -52,6 +55,19 @@ __all__ = [
 ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Windowing:
+    """The windows that running text was cut into."""
+
+    tokens: int  # of a window, with what it only reads
+    stride: int  # tokens from the beginning of one window to that of the next
+    bos: bool  # whether every window begins with the tokenizer's BOS
+
+    def __str__(self) -> str:
+        begin = "after BOS" if self.bos else "no BOS"
+        return f"windows of {self.tokens:,} tokens, stride {self.stride:,}, {begin}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """Examples in four splits that share no text, and what their labels mean."""
@@ -63,6 +79,8 @@ class Task:
     regression: bool = False
     spans: bool = False  # whether the answer to a question is a part of its context
     choices: bool = False  # whether every text has its own choices, one of which is to follow it
+    running: bool = False  # whether it is running text, to be told token by token; see `jaxprune.windows`
+    windows: Windowing | None = None  # those that its running text has been cut into
     metric: str = "accuracy"  # a key of `jaxprune.evaluation.evaluate.METRICS`
     grouped: bool = False  # rows with the same second text are kept on one side
     source: str = ""  # where the rows came from, in words
@@ -267,7 +285,9 @@ def load_task(
     and BoolQ the passage alone decides, in span tasks the context. Span tasks are data in SQuAD's format (see
     `jaxprune.data.records`); rows without an answer, or whose answers are not where they say, are left out and counted.
     Multiple-choice tasks have the columns `context`, `choices` and as `label` the place of the right one, from 0.
-    A test file without labels is not used.
+    A column `text` without one of labels, and a `.txt` file, are running text for language models: the rows, or the
+    paragraphs, are joined by blank lines and cut in passages of some 8,000 characters; see `windows`.
+    Questions with an `answer` in words and no context are answered freely. A test file without labels is not used.
 
     Args:
         name: A built-in task (`TASKS`), the name of a folder in `data`, or the path of your own file or folder. A
@@ -296,6 +316,8 @@ def load_task(
     found = _find(str(name), None if data is None else Path(data))
     title, source, records = found.title, found.source, found.records
     hub, notes = found.origin.startswith("hub "), list(found.notes)
+    if text is None and label is None and (unlabelled := _unlabelled(found)):
+        return _without_labels(found, unlabelled, labels, seed, max_calibration)
     columns, label = _columns(found, text, text_pair, label)
     notes += [] if text is not None or source is not None else _other_texts(found, columns)
     hidden = [split for split, given in records.items() if label not in given.columns]
@@ -387,6 +409,78 @@ class _Found(NamedTuple):
     records: dict[str, Records]
     origin: str  # in words
     notes: tuple[str, ...] = ()
+
+
+# Columns by whose names people mean labels: with one of them a text is not taken for running text
+_LABELS = re.compile(
+    r"(.*_)?(label|class|categor|target|sentiment|score|rating|stars|intent|topic|answer)", re.IGNORECASE
+)
+PASSAGE = 8192  # characters of running text that stay together
+PASSAGES = 64  # in which a text is cut at least
+
+
+def _unlabelled(found: _Found) -> tuple[str, ...]:
+    """The columns of rows that have no labels, only a text or a question with its answer in words; else none."""
+    columns = {column for given in found.records.values() for column in given.columns}
+    shared = columns.intersection(*(given.columns for given in found.records.values()))
+    if found.source is None and shared >= {*ASKED} and not columns & {"label", "context", ANSWERS}:
+        return ASKED
+    running = found.source is None and RUNNING in shared and not any(map(_LABELS.match, columns))
+    return (RUNNING,) if running else ()
+
+
+def _without_labels(found: _Found, columns: tuple[str, ...], labels: Any, seed: int, max_calibration: int) -> Task:
+    """A task of running text, whose examples are passages, or of questions that are answered freely."""
+    title, running = found.title, columns == (RUNNING,)
+    if labels is not None and not isinstance(labels, Model):
+        first = next(iter(found.records.values()))
+        raise ValueError(f"{title}: label names were given, but {first.where} has the columns {list(first.columns)}.")
+    examples = {}
+    for split, records in found.records.items():
+        rows = read_texts(records, columns)
+        if running:
+            texts = [text for (text,) in rows]
+            passages = _passages(texts, min(PASSAGE, sum(map(len, texts)) // PASSAGES))
+            examples[split] = list(map(Example, passages))
+        else:
+            examples[split] = [Example(question, label=0, choices=(answer,)) for question, answer in rows]
+    try:
+        division = splits.divide(examples, seed=seed, max_calibration=max_calibration)
+    except ValueError as error:
+        hint = " (it is cut between rows, or paragraphs with blank lines between them)" if running else ""
+        raise ValueError(f"{title}: there is too little to cut calibration, dev and test from{hint}.") from error
+    what = "the text is read as running text" if running else "the answers are read as they are written"
+    notes = [f"there is no column of labels: {what}."]
+    if other := sorted({column for records in found.records.values() for column in records.columns} - {*columns}):
+        notes.append(f"the columns {', '.join(other)} are not used.")
+    what = "passages" if running else "rows"
+    notes += [f"{count:,} {what} left out, {_REASONS.get(why, why)}." for why, count in division.dropped.items()]
+    return Task(
+        name=title,
+        splits=division.splits,
+        labels=columns[-1:],
+        columns=columns[:1],
+        choices=not running,
+        running=running,
+        metric="likelihood" if running else "exact_match",
+        source=found.origin,
+        dropped=division.dropped,
+        notes=(*found.notes, *notes),
+    )
+
+
+def _passages(texts: Sequence[str], characters: int) -> list[str]:
+    """Consecutive texts, joined by blank lines until they have so many characters."""
+    passages, part, size = [], [], 0
+    for text in texts:
+        part.append(text)
+        size += len(text)
+        if size >= max(characters, 1):
+            passages.append("\n\n".join(part))
+            part, size = [], 0
+    if part and passages:
+        passages[-1] = "\n\n".join([passages[-1], *part])
+    return passages
 
 
 def _columns(found: _Found, text: str | None, text_pair: str | None, label: str | None) -> tuple[tuple[str, ...], str]:

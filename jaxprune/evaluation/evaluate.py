@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 import warnings
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.checkpoints.files import COUNT, misfits_of
@@ -21,8 +23,8 @@ from jaxprune.data.batches import IGNORED, Batch, Encoded, encode, encode_words,
 from jaxprune.data.prompts import Prompt, prompt_of
 from jaxprune.data.records import pair_labels
 from jaxprune.data.splits import Answer
-from jaxprune.data.tasks import Example, Rows, Task, draw, row_key
-from jaxprune.evaluation.text import candidates_in, generate, rank, worded
+from jaxprune.data.tasks import Example, Rows, Task, Windowing, draw, row_key
+from jaxprune.evaluation.text import candidates_in, generate, rank, stop_tokens, texts, worded
 from jaxprune.models import INPUTS, LANGUAGE, NOWHERE, WORDS, Model, TaskHead
 from jaxprune.units import Intervention, Params
 
@@ -90,6 +92,18 @@ def exact_match(predicted: str, text: str) -> float:
     return float(plain(predicted) == plain(text))
 
 
+def final(text: str) -> str:
+    """An answer as free ones are compared: what follows "####" in its line, as in GSM8K, else the first paragraph."""
+    marked = re.search(r"####([^\n]*)", text)
+    return plain(marked[1] if marked else text.strip().partition("\n\n")[0])
+
+
+def free_match(predicted: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
+    """The share of free answers that are the right ones, by what `final` makes of them."""
+    same = [final(text) == final(answer) for text, answer in zip(predicted, answers, strict=True)]
+    return {"exact_match": sum(same) / len(same)}
+
+
 def word_f1(predicted: str, text: str) -> float:
     """F1 of the words that two answers share after `plain`; 0 if they share none."""
     ours, theirs = plain(predicted).split(), plain(text).split()
@@ -115,14 +129,38 @@ def _pearson_spearman(predicted: np.ndarray, labels: np.ndarray) -> dict[str, fl
     return {"pearson_spearman": sum(both.values()) / 2} | both
 
 
+def likelihood(predicted: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
+    """The mean log-likelihood of a token, in nats, and the perplexity, its negative's exponential.
+
+    Args:
+        predicted: The log-likelihood of every window.
+        tokens: How many tokens it is of.
+    """
+    mean = float(predicted.sum(dtype=np.float64) / tokens.sum())
+    return {"log_likelihood": mean, "perplexity": math.exp(min(-mean, 700.0))}
+
+
+def scale_of(metric: str) -> tuple[float, str]:
+    """What a metric is multiplied by where it is shown, and its name there: in percent if it is a share."""
+    return (1.0, metric) if metric in ("log_likelihood", "perplexity") else (100.0, f"{metric}, %")
+
+
+def shown(metric: str, value: float) -> str:
+    """The value of a metric as text, see `scale_of`."""
+    scale, _ = scale_of(metric)
+    return f"{scale * value:,.{1 if scale > 1 else 3}f}"
+
+
 # The metrics of GLUE, and SQuAD's of texts and answers, by the name that a task gives; the first of each is the primary
-# one. For MRPC and QQP that is accuracy: always answering "equivalent" has an F1 of 81 on MRPC.
+# one: more of it is better. For MRPC and QQP it is accuracy: always answering "equivalent" has an F1 of 81 on MRPC.
 METRICS: Mapping[str, Metric] = {
     "accuracy": lambda predicted, labels: {"accuracy": accuracy(predicted, labels)},
     "accuracy_f1": lambda p, labels: {"accuracy": accuracy(p, labels), "f1": f1(p, labels)},
     "matthews": lambda p, labels: {"matthews": matthews(p, labels), "accuracy": accuracy(p, labels)},
     "pearson_spearman": _pearson_spearman,
     "squad": squad,
+    "likelihood": likelihood,
+    "exact_match": free_match,
 }
 
 
@@ -134,6 +172,7 @@ _RECORD = {  # of an `Evaluation`
     "truncated?": COUNT,
     "generated?": bool,
     "calibration?": str,
+    "windows?": ({"tokens": COUNT, "stride": COUNT, "bos": bool}, None),
     ...: object,
 }
 
@@ -146,12 +185,14 @@ class Evaluation:
     split: str
     head: str
     metrics: Mapping[str, float]  # the primary one first; fractions, not percent
-    # primary metric of always predicting the most frequent label (a constant, in a regression); 0 for spans
+    # primary metric of always predicting the most frequent label (a constant, in a regression); 0 for spans; of running
+    # text, that of equally likely tokens
     chance: float
     n: int  # examples
     truncated: int = 0  # how many of them were cut to the maximal length
     generated: bool = False  # whether answers were generated, not chosen among the labels
     calibration: str = "none"  # of the labels' words, see `Prompt`
+    windows: Windowing | None = None  # of running text
 
     @property
     def primary(self) -> tuple[str, float]:
@@ -162,11 +203,13 @@ class Evaluation:
         return self.metrics[metric]
 
     def __str__(self) -> str:
-        values = ", ".join(f"{name} {100 * value:.1f}" for name, value in self.metrics.items())
+        values = ", ".join(f"{name} {shown(name, value)}" for name, value in self.metrics.items())
         cut = f", {self.truncated} truncated" if self.truncated else ""
         written = ", generated" if self.generated else ""
         written += "" if self.calibration == "none" else f", {self.calibration} calibration"
-        return f"{self.task} {self.split}{written}: {values} (chance {100 * self.chance:.1f}, {self.n:,} examples{cut})"
+        cut += "" if self.windows is None else f", {self.windows}"
+        chance = shown(self.primary[0], self.chance)
+        return f"{self.task} {self.split}{written}: {values} (chance {chance}, {self.n:,} examples{cut})"
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values, ready for `json.dumps`."""
@@ -186,6 +229,8 @@ class Evaluation:
         first = record["primary"]
         metrics = {first: record["metrics"][first]} | record["metrics"]
         fields = {name: value for name, value in record.items() if name in cls.__dataclass_fields__}
+        if fields.get("windows") is not None:
+            fields["windows"] = Windowing(**fields["windows"])
         return cls(**fields | {"metrics": metrics})
 
 
@@ -292,6 +337,31 @@ def _write_answers(
     return np.where(same.any(1), same.argmax(1), -1).astype(np.int32)
 
 
+MOST_WRITTEN = 256  # tokens of a free answer
+
+
+def _write_texts(
+    model: Model,
+    params: Params,
+    encoded: Encoded,
+    *,
+    intervention: Intervention = Intervention(),
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> list[str]:
+    """The texts that a model writes, up to its end of a text."""
+    stop = stop_tokens(model)
+
+    def run(batch: Batch) -> Any:
+        room = min(MOST_WRITTEN, model.max_length - batch["input_ids"].shape[1])
+        if room < 1:
+            raise ValueError(f"the prompts take the {model.max_length} tokens that the model reads: set max_length.")
+        written = generate(model, params, batch, max_new_tokens=room, stop=stop, intervention=intervention)
+        return jnp.pad(written, ((0, 0), (0, MOST_WRITTEN - room)), constant_values=model.config.pad_id)
+
+    return texts(model, _in_order(encoded, batch_size, run, progress))
+
+
 def _inputs(batch: Batch) -> Batch:
     return {name: batch[name] for name in INPUTS if name in batch}
 
@@ -330,7 +400,9 @@ def evaluate(
     """Measures a model on a split of a task.
 
     For span tasks: exact match and F1 of the likeliest span. An answer that is cut off counts as not found. For choices
-    also the accuracy of likelihoods per character, lm-evaluation-harness's `acc_norm`; chance is a blind draw.
+    also the accuracy of likelihoods per character, lm-evaluation-harness's `acc_norm`; chance is a blind draw. Free
+    answers are generated, greedily and of at most 256 tokens, and compared as GSM8K's are: what follows "####", or else
+    their first paragraph, without case, punctuation and articles. Of running text: the perplexity of its windows.
 
     Args:
         rows: The rows to evaluate on, by default all test rows; choose on `dev`, report `test`. Fewer `examples` are a
@@ -360,7 +432,11 @@ def evaluate(
     settings: dict[str, Any] = {"intervention": intervention, "batch_size": rows.batch_size, "progress": progress}
     labels: Any = encoded.labels
     more: dict[str, float] = {}
-    if task.spans:
+    if task.metric == "exact_match":
+        generated = True
+        labels = [(example.choices or ("",))[0] for example in examples]
+        predicted, constant = _write_texts(model, params, encoded, **settings), [""] * len(labels)
+    elif task.spans:
         labels = [example.answers for example in examples]
         predicted: Any = find_answers(model, params, examples, encoded=encoded, head=head, **settings)
         constant: Any = [""] * len(labels)
@@ -370,7 +446,7 @@ def evaluate(
         else:
             ready = calibrate(model, params, task, encoded, head=head, intervention=intervention)
             logits = predict(model, params, ready, head=head, **settings)
-            predicted = logits[:, 0] if task.regression else logits.argmax(1)
+            predicted = logits[:, 0] if task.regression or task.windows is not None else logits.argmax(1)
             if task.choices:
                 sizes = np.ones(logits.shape)
                 for row, example in zip(sizes, examples, strict=True):
@@ -378,6 +454,9 @@ def evaluate(
                 more["accuracy_norm"] = accuracy((logits / sizes).argmax(1), labels)
         values, counts = np.unique(labels, return_counts=True)
         constant = np.full_like(labels, values[counts.argmax()])
+        if task.windows is not None:
+            labels = (np.asarray(encoded.candidates) != IGNORED).sum((1, 2))
+            constant = -math.log(model.config.vocab) * labels
     measure = METRICS[task.metric]
     return Evaluation(
         task=task.name,
@@ -385,12 +464,13 @@ def evaluate(
         head=head,
         metrics=measure(predicted, labels) | more,
         chance=float(np.mean([1 / len(example.choices or ()) for example in examples]))
-        if task.choices
+        if task.choices and not generated
         else next(iter(measure(constant, labels).values())),
         n=len(encoded),
         truncated=encoded.truncated,
         generated=generated,
         calibration=prompt.calibration if prompt is not None and not generated else "none",
+        windows=task.windows,
     )
 
 

@@ -298,7 +298,8 @@ def score(
         **({"cut_off": usable.cut_off} if task.spans else {}),
     }
     devices = jax.local_devices() if devices is None else devices
-    batch_size = -(-chosen.batch_size // len(devices)) * len(devices)
+    most = chosen.batch_size if encoded.most_rows is None else min(chosen.batch_size, encoded.most_rows)
+    batch_size, encoded = -(-most // len(devices)) * len(devices), replace(encoded, most_rows=None)
     run = settings | _facts(rows, encoded, reads)
     run |= {"batch_size": batch_size, "devices": len(devices), "until": until_stable}
     file = None if resume is None else TotalsFile(resume, run)
@@ -354,7 +355,7 @@ def _settings(model: Model, params: Params, task: Task, scoring: Scoring, key: A
         "head": fitting_head(model, task, scoring.head),
         "keys": [list(seed_words(key))],
         "model": model_digest(model, params),
-        "max_length": rows.max_length or default_length(model, task.spans),
+        "max_length": rows.max_length or (task.windows.tokens if task.windows else default_length(model, task.spans)),
         "prompt": None if prompt is None else prompt.to_json(),
     }
 

@@ -43,6 +43,9 @@ PROMPTING = """prompt = Prompt(
     words={words},
 )
 likelihoods = jp.predict(model, params, [Example({texts})], prompt=prompt)  # [examples, labels]"""
+RUNNING = """task = jp.windows(model, jp.load_task("your text.txt"))
+print(jp.evaluate(model, params, task))"""
+CHOOSING = """print(jp.evaluate(model, params, jp.load_task("rows with context, choices and label.jsonl")))"""
 WORDS = {  # kinds of units, in a sentence
     "heads": "attention heads",
     "neurons": "neurons",
@@ -192,6 +195,8 @@ def _rounds(record: Record) -> list[str]:
 def _for_others(tasks: Sequence[Record]) -> str:
     """A warning for those who ask the model for other tasks."""
     one = len(tasks) == 1
+    if tasks[0]["prompt"] is not None and not tasks[0]["prompt"]["words"]:
+        return "It goes on from texts such as those it was scored on; expect it to do worse with others."
     if tasks[0]["prompt"] is not None:
         what = "this task's prompt" if one else "the prompts of these tasks"
         return f"It answers {what}; expect it to do worse with others."
@@ -204,6 +209,8 @@ def _loading(task: Record) -> str:
     prompt = task["prompt"]
     if prompt is None:
         return LOADING + (FINDING if task.get("spans") else PREDICTING).format(head=ascii(task["head"]))
+    if not prompt["words"]:
+        return LOADING + (RUNNING if prompt["name"].startswith("windows") else CHOOSING)
     texts = 'text="a text", pair="another one"' if "{pair}" in prompt["template"] else 'text="a text"'
     template, words = ascii(prompt["template"]), ascii(tuple(prompt["words"]))
     return LOADING + PROMPTING.format(template=template, words=words, texts=texts)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from jaxprune.checkpoints.files import write_atomic
 from jaxprune.cli.render.tables import Record, by_budget, units_left
+from jaxprune.evaluation.evaluate import scale_of
 
 # Okabe and Ito, Color Universal Design, 2008: told apart with every kind of colour vision
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
@@ -76,18 +77,20 @@ def _drawing(
         to.write(content.getvalue())
 
 
-def _draw_line(axes: Any, number: int, x: Sequence[float], values: Sequence[Sequence[float]], label: str) -> None:
+def _draw_line(
+    axes: Any, number: int, x: Sequence[float], values: Sequence[Sequence[float]], label: str, scale: float = 100
+) -> None:
     """The means of some values, and a band from the smallest to the largest, both in percent."""
     colour, dashes = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
-    percent = [[100 * value for value in each] for each in values]
+    scaled = [[scale * value for value in each] for each in values]
     marker = MARKERS[number % len(MARKERS)]
-    axes.plot(x, list(map(mean, percent)), color=colour, linestyle=dashes, marker=marker, label=label)
-    axes.fill_between(x, list(map(min, percent)), list(map(max, percent)), color=colour, alpha=0.22, linewidth=0)
+    axes.plot(x, list(map(mean, scaled)), color=colour, linestyle=dashes, marker=marker, label=label)
+    axes.fill_between(x, list(map(min, scaled)), list(map(max, scaled)), color=colour, alpha=0.22, linewidth=0)
 
 
-def _draw_level(axes: Any, page: Page, value: float, label: str, *, dashed: bool = False) -> None:
+def _draw_level(axes: Any, page: Page, value: float, label: str, *, dashed: bool = False, scale: float = 100) -> None:
     """A level to compare with, in percent."""
-    axes.axhline(100 * value, color=page.ink, linewidth=1.1, linestyle=(0, (5, 4)) if dashed else "-", label=label)
+    axes.axhline(scale * value, color=page.ink, linewidth=1.1, linestyle=(0, (5, 4)) if dashed else "-", label=label)
 
 
 def _draw_scale(figure: Any, panels: Any, colours: Any, most: float, label: str) -> None:
@@ -164,16 +167,17 @@ def sweep_figure(path: Path, rows: Sequence[Record], *, split: str, dark: bool =
     A line is the mean over the seeds, the band around it reaches from the smallest to the largest value.
     """
     first, seeds = rows[0], max(row["seed"] for row in rows) + 1
+    scale, title = scale_of(first["metric"])
     with _drawing(path, 7.2, 4.8, dark=dark) as (figure, panels, page):
         axes = panels[0, 0]
         for i, name in enumerate(dict.fromkeys(row["criterion"] for row in rows)):
             groups = by_budget(row for row in rows if row["criterion"] == name)
             x = [100 * mean(row["flops_kept"] for row in group) for group in groups]
-            _draw_line(axes, i, x, [[row["value"] for row in group] for group in groups], name)
-        _draw_level(axes, page, first["dense"], "dense")
-        _draw_level(axes, page, first["chance"], "chance", dashed=True)
+            _draw_line(axes, i, x, [[row["value"] for row in group] for group in groups], name, scale)
+        _draw_level(axes, page, first["dense"], "dense", scale=scale)
+        _draw_level(axes, page, first["chance"], "chance", dashed=True, scale=scale)
         axes.set_xlabel("FLOPs kept, % of the dense model's layers")
-        axes.set_ylabel(f"{first['metric']}, %")
+        axes.set_ylabel(title)
         axes.set_title(f"{_plain(first['task'])}, {split}, n = {first['n']:,}")
         axes.grid(axis="y")
         spread = "one seed" if seeds == 1 else f"lines: mean over {seeds} seeds, bands: smallest to largest"
@@ -184,14 +188,15 @@ def deletion_figure(path: Path, record: Record, *, dark: bool = False) -> None:
     """Writes a picture of the deletion check: quality over the units that are deleted, in three kinds of order."""
     facts = record["checks"][-1]["facts"]
     x = [0.0, *(100 * fraction for fraction in facts["fractions"])]
+    scale, title = scale_of(facts["metric"])
     with _drawing(path, 7.2, 4.8, dark=dark) as (figure, panels, page):
         axes = panels[0, 0]
         for i, label in enumerate(("lowest first", "random", "highest first")):
             curves = [[facts["dense"], *values] for name, values in facts["curves"].items() if name.startswith(label)]
-            _draw_line(axes, i, x, list(zip(*curves, strict=True)), label)
-        _draw_level(axes, page, facts["chance"], "chance", dashed=True)
+            _draw_line(axes, i, x, list(zip(*curves, strict=True)), label, scale)
+        _draw_level(axes, page, facts["chance"], "chance", dashed=True, scale=scale)
         axes.set_xlabel("units deleted, % of every site")
-        axes.set_ylabel(f"{facts['metric']}, %")
+        axes.set_ylabel(title)
         axes.set_title(f"{_plain(record['task'])}, {facts['split']}, n = {facts['examples']:,}")
         axes.grid(axis="y")
         figure.legend(loc="outside lower center", ncols=4)

@@ -11,6 +11,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from jaxprune.evaluation.evaluate import scale_of, shown
+
 Record = Mapping[str, Any]
 
 BEFORE_AFTER = ("before", "after", "kept", "speed-up")
@@ -97,8 +99,10 @@ def length_text(length: float | Sequence[float]) -> str:
 
 
 def metrics_text(metrics: Record, unit: str = "") -> str:
-    """Metrics in percent, in a line."""
-    return ", ".join(f"{name} {percent(value, unit)}" for name, value in metrics.items())
+    """Metrics in a line, shares in percent."""
+    return ", ".join(
+        f"{name} {shown(name, value)}{unit * scale_of(name)[1].endswith('%')}" for name, value in metrics.items()
+    )
 
 
 # score
@@ -109,7 +113,8 @@ def scores_table(record: Record) -> Table:
     criterion, prompt, completeness = dict(record["criterion"]), record.get("prompt"), record["completeness"]
     rows = [("task", record["task"] if prompt else f"{record['task']}, task head {record['head']}")]
     if prompt:
-        rows += [("prompt", prompt["template"]), ("  words", plain(prompt["words"]))]
+        rows += [("prompt", prompt["template"])] if prompt["words"] else []
+        rows += [("  words", plain(prompt["words"]))] if prompt["words"] else [("read in", prompt["name"] or "choices")]
         rows += [("  calibration", prompt["calibration"])] if "calibration" in prompt else []
     if record["examples"]:
         rows += [
@@ -195,9 +200,9 @@ def check_tables(record: Record) -> list[Table | str]:
     curves = {name: facts["curves"][name] for name in ("lowest first", "highest first")}
     curves[f"random, mean of {len(random)}"] = [mean(values) for values in zip(*random, strict=True)]
     deleted = make_table(
-        f"{facts['metric']}, %, of {facts['examples']:,} {facts['split']} rows with units deleted",
+        f"{scale_of(facts['metric'])[1]}, of {facts['examples']:,} {facts['split']} rows with units deleted",
         ("deleted", *(f"{100 * fraction:.0f} %" for fraction in facts["fractions"])),
-        [(name, *(percent(value, "") for value in values)) for name, values in curves.items()],
+        [(name, *(shown(facts["metric"], value) for value in values)) for name, values in curves.items()],
         tight=True,
     )
     checks = make_table(title, ("check", "verdict", "value", "compared with"), rows, words=(0, 1, 3))
@@ -309,8 +314,10 @@ def _evaluation_rows(before: Record, after: Record) -> list[tuple[str, ...]]:
     """A heading, then one row per metric; chance beside the first, which is the one to report."""
     rows = [(f"{before['task']}, {before['n']:,} {before['split']} examples", "", "", "", "")]
     for name, value in before["metrics"].items():
-        chance = f" (chance {percent(before['chance'], '')})" if len(rows) == 1 else ""
-        rows.append((f"{name}, %{chance}", percent(value, ""), percent(after["metrics"][name], ""), "", ""))
+        chance = f" (chance {shown(name, before['chance'])})" if len(rows) == 1 else ""
+        rows.append(
+            (f"{scale_of(name)[1]}{chance}", *(shown(name, each) for each in (value, after["metrics"][name])), "", "")
+        )
     return rows
 
 
@@ -507,7 +514,7 @@ def evaluation_table(results: Sequence[Record], title: str | None = None) -> Tab
             f"{result['split']}{', written' if result.get('generated') else ''}",
             f"{result['n']:,}" + (f" ({result['truncated']:,} cut)" if result["truncated"] else ""),
             metrics_text(result["metrics"]),
-            percent(result["chance"], ""),
+            shown(result["primary"], result["chance"]),
         )
         for result in results
     ]
@@ -525,12 +532,12 @@ def sweep_tables(record: Record) -> list[Table]:
             for same in by_budget(row for row in rows if row["criterion"] == name):
                 values = [row["value"] for row in same]
                 left = (percent(mean(row[which] for row in same)) for which in ("flops_kept", "units_kept"))
-                metrics = (percent(value, "") for value in (mean(values), min(values), max(values)))
+                metrics = (shown(same[0]["metric"], value) for value in (mean(values), min(values), max(values)))
                 section.append(("" if section else name, *left, str(len(same)), *metrics))
             sections.append(section)
         first = rows[0]
-        dense, chance = f"dense {percent(first['dense'], '')}", f"chance {percent(first['chance'], '')}"
-        title = f"{task}: {first['metric']}, %; {dense}, {chance}, n = {first['n']:,}"
+        dense, chance = (f"{name} {shown(first['metric'], first[name])}" for name in ("dense", "chance"))
+        title = f"{task}: {scale_of(first['metric'])[1]}; {dense}, {chance}, n = {first['n']:,}"
         headings = ("criterion", "FLOPs kept", "units kept", "seeds", "mean", "least", "most")
         tables.append(make_table(title, headings, *sections))
     return tables
@@ -556,7 +563,7 @@ def comparison_table(rows: Sequence[Record], variants: Sequence[str], chosen: st
     sections: tuple[list, list] = [], []
     for row in rows:
         values = (*(row["values"][name] for name in variants), row["chance"])
-        cells = (row["task"], f"{row['n']:,}", *(percent(value, "") for value in values))
+        cells = (row["task"], f"{row['n']:,}", *(shown(row["metric"], value) for value in values))
         sections[row["task"] != chosen].append([Text(cell, "bold" if row["task"] == chosen else "") for cell in cells])
     return make_table(None, ("task", "examples", *variants, "chance"), *sections)
 
