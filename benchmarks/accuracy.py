@@ -73,8 +73,8 @@ FACTORS = {  # one setting at a time, the others as in DEFAULT
     "examples: squared": Method(jp.criteria.IntegratedGradients(examples=objectives.squared)),
     "examples: maximum": Method(jp.criteria.IntegratedGradients(examples=objectives.maximum)),
     "closed: mean": Method(jp.criteria.IntegratedGradients(closed=activations.calibration_means)),
-    "scope: global": replace(DEFAULT, per_layer=False),
-    "scope: global, L2": replace(DEFAULT, per_layer=False, normalise=per_layer_l2),
+    "scope: global": replace(DEFAULT, allocation="global"),
+    "scope: global, L2": replace(DEFAULT, allocation="global", normalise=per_layer_l2),
 }
 CRITERIA = {
     "integrated gradients": jp.criteria.IntegratedGradients(),
@@ -91,7 +91,10 @@ CRITERIA = {
 ATTRIBUTION = ("integrated gradients", "gradient x activation")
 # All with the same widths in every layer, where no normalisation within a layer changes the ranking; dropping layers
 # is by its nature global.
-METHODS = {name: Method(criterion, per_layer=name != "top layers") for name, criterion in CRITERIA.items()}
+METHODS = {
+    name: Method(criterion, allocation="global" if name == "top layers" else "per_layer")
+    for name, criterion in CRITERIA.items()
+}
 
 
 def kept_sets(bench: Bench, task: str, criterion: Any, budget: float, seed: int = 0) -> np.ndarray:

@@ -54,9 +54,9 @@ DRAWS_UNSEEN = 2
 CURVE_DRAWS = 1
 FEWER = ("integrated gradients", "gradient x activation", "Wanda", "magnitude", "random")  # in unseen domains
 SCOPES: dict[str, dict[str, Any]] = {
-    "per layer": {"per_layer": True},
-    "all layers": {"per_layer": False},
-    "all layers, L2": {"per_layer": False, "normalise": per_layer_l2},
+    "per layer": {"allocation": "per_layer"},
+    "all layers": {"allocation": "global"},
+    "all layers, L2": {"allocation": "global", "normalise": per_layer_l2},
 }
 READING = ("integrated gradients", "Wanda")  # those that look at examples and keep most
 OBJECTIVES = {

@@ -39,7 +39,7 @@ class Method:
     """A way to choose units, and to repair what is left."""
 
     criterion: Any = None  # None: a rival has its own
-    per_layer: bool = True
+    allocation: str = "per_layer"
     normalise: Callable[..., Any] | None = None
     floor: int | None = None  # heads that every attention keeps at least
     examples: int = EXAMPLES
@@ -59,7 +59,7 @@ class Method:
             own = self.rival if isinstance(self.rival, partial) else partial(self.rival)
             return [own.func.__name__, *own.keywords.items(), self.examples, source, budget, seed]
         normalise = None if self.normalise is None else self.normalise.__name__
-        found = [describe(self.criterion), self.per_layer, normalise, self.examples, source, budget, seed]
+        found = [describe(self.criterion), self.allocation, normalise, self.examples, source, budget, seed]
         found += [] if self.recovery is None else [describe(self.recovery), self.recovery_examples]
         return found if self.floor is None else [*found, {"floor": self.floor}]
 
@@ -67,7 +67,7 @@ class Method:
     def rules(self) -> jp.Rules:
         """The rules of a selection."""
         floor = None if self.floor is None else {"heads": self.floor}
-        return jp.Rules(per_layer=self.per_layer, normalise=self.normalise, floor=floor)
+        return jp.Rules(allocation=self.allocation, normalise=self.normalise, floor=floor)
 
 
 @dataclass
@@ -204,7 +204,7 @@ class Bench:
                 small = jp.compact(self.model, self.params, gates, scores.means)
                 kept = jp.flops(self.model, small, length) / jp.flops(self.model, self.params, length)
                 means = scores.means
-                if method.per_layer:  # all methods share these widths: they are compiled once
+                if method.allocation == "per_layer":  # all methods share these widths: they are compiled once
                     params, gates, means = small, None, None
             encoded = self.rows_of(task, split)
             head = fitting_head(self.model, self.task(task), head)

@@ -4,25 +4,30 @@
 
 `--model` is a folder or a GGUF of an instruction model that nobody fine-tuned for these tasks; its prompts are the
 built-in ones. Budgets are of the layers' FLOPs. Every scoring run and every tested model is kept in `WORK` as soon as
-it is done; an interrupted run goes on where it was. The calibration of the label words is chosen on dev, figures are
-those of test. What counts as "beats" is in `evidence.py`; the endpoints were fixed before any figure was seen.
+it is done; an interrupted run goes on where it was. The calibration of the label words is chosen on dev, and so are the
+units and the allocation of every method (`choices`, on two of the tasks); figures are those of test. What counts as
+"beats" is in `evidence.py`; the endpoints were fixed before any figure was seen.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from bench import Bench, Method
 from evidence import compare, retained, summary
 from parts import asked, begun, each, keep
 
 import jaxprune as jp
 from jaxprune.data.prompts import CALIBRATIONS, Prompt, prompt_of
+from jaxprune.evaluation.evaluate import calibrate, fitting_head, predict
 
 TASKS = ("sst2", "mr", "cr", "ag_news", "subj", "snips", "trec", "dbpedia_14")
 POLARITY = Prompt(template="Review: {text}\nSentiment:", words=(" negative", " positive"))
@@ -33,23 +38,36 @@ EXAMPLES = 64  # calibration rows to score with
 DRAWS = 3
 ROWS = 300  # of dev and of test, at most
 UNSEEN = ("imdb", "yelp_polarity", "amazon_books", "cr")  # scored on sst2
-PARTS = ("dense", "endpoint", "half", "matrix", "curves", "labels", "few", "unseen")
+PARTS = ("dense", "choices", "endpoint", "half", "baselines", "matrix", "curves", "labels", "few", "unseen")
+CHOSEN_ON = ("sst2", "snips")  # their dev rows
+KINDS = {"groups": ("groups", "neurons"), "query heads": ("query_heads", "neurons")}
 
 LOG = jp.objectives.log_probability
-GLOBAL = Method(jp.criteria.GradientActivation(objective=LOG), per_layer=False, examples=EXAMPLES)
+BASE = Method(jp.criteria.GradientActivation(objective=LOG), allocation="per_kind", examples=EXAMPLES)
 OURS = "gradient x activation"
-METHODS = {
-    OURS: GLOBAL,
-    "integrated gradients": replace(GLOBAL, criterion=jp.criteria.IntegratedGradients(objective=LOG, nodes=4)),
-    "Taylor": replace(GLOBAL, criterion=jp.criteria.Taylor()),
-    "Fisher": replace(GLOBAL, criterion=jp.criteria.Fisher()),
-    "Wanda": replace(GLOBAL, criterion=jp.criteria.Wanda()),
-    "Wanda, per layer": replace(GLOBAL, criterion=jp.criteria.Wanda(), per_layer=True),
-    "activation": replace(GLOBAL, criterion=jp.criteria.Activation()),
-    "block influence": replace(GLOBAL, criterion=jp.criteria.BlockInfluence()),
-    "magnitude": replace(GLOBAL, criterion=jp.criteria.Magnitude()),
-    "random": replace(GLOBAL, criterion=jp.criteria.Random()),
+CRITERIA = {
+    OURS: BASE.criterion,
+    "random": jp.criteria.Random(),
+    "magnitude": jp.criteria.Magnitude(),
+    "integrated gradients": jp.criteria.IntegratedGradients(objective=LOG, nodes=4),
+    "Wanda": jp.criteria.Wanda(),
+    "activation": jp.criteria.Activation(),
+    "Taylor": jp.criteria.Taylor(),
+    "Fisher": jp.criteria.Fisher(),
+    "block influence": jp.criteria.BlockInfluence(),
 }
+FIRST = (OURS, "random", "magnitude")  # those of the endpoint
+
+
+def candidates(name: str) -> dict[str, Method]:
+    """The ways to use a criterion, of which the best on dev is taken."""
+    criterion = CRITERIA[name]
+    found = {}
+    for units, kinds in KINDS.items():
+        for allocation in ("per_layer", "per_kind", "global") if criterion.by_layer else ("global",):
+            method = replace(BASE, criterion=replace(criterion, kinds=kinds), allocation=allocation)
+            found[f"{units}, {allocation}"] = method
+    return found
 
 
 def repaired(method: Method) -> Method:
@@ -65,14 +83,41 @@ class Decoders(Bench):
         if name not in self.tasks:
             task = super().task(name)
             task = replace(task, prompt=PROMPTS[name]) if name in PROMPTS else task
-            prompt, found = prompt_of(self.model, task), {}
+            prompt, file = prompt_of(self.model, task), self.work / f"calibration.{name}.{self.rows}.json"
             assert prompt is not None
-            for calibration in CALIBRATIONS:
-                self.tasks[name] = replace(task, prompt=replace(prompt, calibration=calibration))
-                found[calibration] = self.cell(name, "dev").hits.mean()
+            if not file.exists():
+                self.tasks[name] = task
+                encoded, found = self.rows_of(name, "dev"), {}
+                head = fitting_head(self.model, task)
+                logits = predict(self.model, self.params, encoded, head=head, batch_size=64)
+                own = np.asarray(jax.nn.log_softmax(logits, axis=1))
+                for calibration in CALIBRATIONS:
+                    asked = replace(task, prompt=replace(prompt, calibration=calibration))
+                    bias = calibrate(self.model, self.params, asked, encoded, head=head).bias
+                    hits = (own + (0 if bias is None else bias)).argmax(1) == encoded.labels
+                    found[calibration] = float(hits.mean())
+                file.write_text(json.dumps(found))
+            found = json.loads(file.read_text())
             best = max(found, key=lambda calibration: found[calibration])
             self.tasks[name] = replace(task, prompt=replace(prompt, calibration=best))
         return self.tasks[name]
+
+    def method(self, name: str) -> Method:
+        """A criterion with the units and the allocation that are best for it on dev, at the endpoint, unrepaired."""
+        return candidates(name)[max(self.tried(name).items(), key=lambda item: item[1])[0]]
+
+    def tried(self, name: str) -> dict[str, float]:
+        """What is kept on dev in every way, mean over two tasks; one draw."""
+        tasks = [task for task in CHOSEN_ON if task in self.names]
+        whole, chance = self.dense(tasks, "dev"), self.chances(tasks, "dev")
+        return {
+            how: retained(self.cells_of(method, tasks, "dev", ENDPOINT, 1), whole, chance)
+            for how, method in candidates(name).items()
+        }
+
+    def methods(self, names: Sequence[str] = tuple(CRITERIA)) -> dict[str, Method]:
+        """Several of them."""
+        return {name: self.method(name) for name in names}
 
 
 def dense(bench: Bench) -> dict[str, Any]:
@@ -107,21 +152,21 @@ def beside(
     }
 
 
-def curves(bench: Bench) -> dict[str, Any]:
+def curves(bench: Decoders) -> dict[str, Any]:
     """All methods at all budgets, without repair and with it; one draw."""
     return {
-        f"{budget}{name}": beside(bench, {key: change(own) for key, own in METHODS.items()}, budget, 1)["rows"]
+        f"{budget}{name}": beside(bench, {key: change(own) for key, own in bench.methods().items()}, budget, 1)["rows"]
         for budget in BUDGETS
         for name, change in (("", lambda own: own), (", repaired", repaired))
     }
 
 
-def matrix(bench: Bench) -> dict[str, Any]:
+def matrix(bench: Decoders) -> dict[str, Any]:
     """Scored on one task, tested on another: is what is kept the task's own? One draw."""
     tasks = bench.able
     whole, chance = bench.dense(tasks, "test"), bench.chances(tasks, "test")
     cells = {
-        (a, b): [bench.cell(b, "test", method=GLOBAL, scored_on=a, budget=OWN)]
+        (a, b): [bench.cell(b, "test", method=bench.method(OURS), scored_on=a, budget=OWN)]
         for a, b in itertools.product(tasks, tasks)
     }
     own = {b: cells[b, b] for b in tasks}
@@ -133,27 +178,30 @@ def matrix(bench: Bench) -> dict[str, Any]:
     }
 
 
-def labels(bench: Bench) -> dict[str, Any]:
+def labels(bench: Decoders) -> dict[str, Any]:
     """With labels, and with the model's own answers in their place; at half, repaired."""
-    free = jp.criteria.GradientActivation(objective=LOG, labels=jp.objectives.predicted)
-    methods = {OURS: repaired(GLOBAL), "unlabelled": repaired(replace(GLOBAL, criterion=free))}
+    own = bench.method(OURS)
+    free = replace(own.criterion, labels=jp.objectives.predicted)
+    methods = {OURS: repaired(own), "unlabelled": repaired(replace(own, criterion=free))}
     return beside(bench, methods, HALF)
 
 
-def few(bench: Bench) -> dict[str, Any]:
+def few(bench: Decoders) -> dict[str, Any]:
     """1, 4, 16 and 64 rows per class, at the endpoint."""
     rows: dict[str, Any] = {}
     for count in (1, 4, 16, 64):
         for task in bench.able:
             many = min(count * len(bench.task(task).labels), len(bench.task(task).rows("calibration")))
-            own = beside(bench, {OURS: replace(GLOBAL, examples=many)}, ENDPOINT, DRAWS, [task])["rows"][OURS]
+            own = beside(bench, {OURS: replace(bench.method(OURS), examples=many)}, ENDPOINT, DRAWS, [task])["rows"][
+                OURS
+            ]
             rows.setdefault(str(count), {})[task] = {"examples": many, "retained": own["retained"]}
     return {"budget": ENDPOINT, "rows": rows}
 
 
-def unseen(bench: Bench) -> dict[str, Any]:
+def unseen(bench: Decoders) -> dict[str, Any]:
     """Scored on sst2, tested on reviews of other kinds; at the endpoint."""
-    methods = {name: METHODS[name] for name in (OURS, "Wanda, per layer", "random")}
+    methods = bench.methods((OURS, "Wanda", "random"))
     return {"rows": bench.elsewhere([("sst2", domain) for domain in UNSEEN], methods, ENDPOINT, 1)}
 
 
@@ -169,10 +217,12 @@ def main() -> None:
     names = tuple(arguments.tasks.split(","))
     bench = Decoders(arguments.model, arguments.data, arguments.work, arguments.rows, names)
     found = begun(parser, arguments.output, bench.digest)
-    run: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    run: dict[str, Callable[[Decoders], dict[str, Any]]] = {
         "dense": dense,
-        "endpoint": lambda bench: beside(bench, METHODS, ENDPOINT),
-        "half": lambda bench: beside(bench, {name: repaired(own) for name, own in METHODS.items()}, HALF),
+        "choices": lambda bench: {"tasks": CHOSEN_ON, "split": "dev", "retained": {n: bench.tried(n) for n in FIRST}},
+        "endpoint": lambda bench: beside(bench, bench.methods(FIRST), ENDPOINT),
+        "half": lambda bench: beside(bench, {name: repaired(own) for name, own in bench.methods(FIRST).items()}, HALF),
+        "baselines": lambda bench: beside(bench, bench.methods(), ENDPOINT),
         "matrix": matrix,
         "curves": curves,
         "labels": labels,

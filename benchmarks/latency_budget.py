@@ -39,7 +39,7 @@ from jaxprune.pruning.prune import TRIES
 from jaxprune.pruning.selection import least_latency
 from jaxprune.units import Gates, Params, widths
 
-SCOPES = {"same fraction": True, "competing": False}  # name -> `per_layer`
+SCOPES = {"same fraction": "per_layer", "competing": "global"}  # name -> allocation
 
 
 def measure(
@@ -52,9 +52,9 @@ def measure(
     say(f"table: {seconds:.1f} s")
     rows = []
     for budget in budgets:
-        for name, per_layer in SCOPES.items():
+        for name, allocation in SCOPES.items():
             rows.append(
-                {"budget": budget, "scope": name} | _budget(model, params, scores, table, budget, per_layer, repeats)
+                {"budget": budget, "scope": name} | _budget(model, params, scores, table, budget, allocation, repeats)
             )
             say(f"{budget:g}, {name}: {rows[-1]}")
     return {
@@ -74,7 +74,7 @@ def measure(
 
 
 def _budget(
-    model: Model, params: Params, scores: Any, table: LatencyTable, budget: float, per_layer: bool, repeats: int
+    model: Model, params: Params, scores: Any, table: LatencyTable, budget: float, allocation: str, repeats: int
 ) -> dict[str, Any]:
     """Selects by one budget, as `jaxprune prune` does, and measures what is left beside the dense model.
 
@@ -88,7 +88,7 @@ def _budget(
         nonlocal spent
         begun = time.perf_counter()
         gates = jp.select(
-            model, params, scores, jp.budgets.Latency(asked, table=table), rules=jp.Rules(per_layer=per_layer)
+            model, params, scores, jp.budgets.Latency(asked, table=table), rules=jp.Rules(allocation=allocation)
         )
         spent = time.perf_counter() - begun
         return gates

@@ -31,7 +31,12 @@ import jaxprune as jp
 from jaxprune.checkpoints import files as stamps
 from jaxprune.checkpoints.folder import load
 
-BUDGETS = (("--flops", "0.5"), ("--parameters", "0.7", "--global"), ("--memory", "200MB"), ("--units", "0.3"))
+BUDGETS = (
+    ("--flops", "0.5"),
+    ("--parameters", "0.7", "--allocation=global"),
+    ("--memory", "200MB"),
+    ("--units", "0.3"),
+)
 FIRST = "first"  # the budget of FLOPs, with nothing remembered
 
 

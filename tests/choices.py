@@ -9,7 +9,7 @@ from jaxprune.pruning.budgets import Latency, Rules, read_budget
 
 
 def chosen(table: Any = None, **settings: Any) -> dict[str, Any]:
-    """The arguments `budget` and `rules` of `select`, from settings such as `flops=0.5, length=9, per_layer=False`."""
+    """The arguments `budget` and `rules` of `select`, from settings such as `flops=0.5, allocation="global"`."""
     rules = {field.name: settings[field.name] for field in fields(Rules) if field.name in settings}
     budget = read_budget(settings)
     if isinstance(budget, Latency):

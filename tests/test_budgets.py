@@ -53,20 +53,20 @@ def test_bytes_are_those_of_the_arrays(model_type, dtype):
     assert unit_costs(model, params, weight_bytes(params)) == {name: size * own for name, own in count.items()}
 
 
-@pytest.mark.parametrize("per_layer", [True, False])
+@pytest.mark.parametrize("allocation", ["per_layer", "global"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_memory_is_the_most_within_the_budget(model_type, per_layer):
+def test_memory_is_the_most_within_the_budget(model_type, allocation):
     model, params = tiny_model(model_type, layers=3)
     scores, whole = random_scores(model, params), memory(params)
     costs = unit_costs(model, params, weight_bytes(params))
     before = -1
     for fraction in (0.7, 0.8, 0.9, 1.0):
-        gates = select(model, params, scores, Memory(fraction), rules=Rules(per_layer=per_layer))
+        gates = select(model, params, scores, Memory(fraction), rules=Rules(allocation=allocation))
         small = memory(compact(model, params, gates))
         assert fraction * whole - max(costs.values()) < small <= fraction * whole
         assert small > before
         before = small
-        same = select(model, params, scores, Memory(bytes=fraction * whole), rules=Rules(per_layer=per_layer))
+        same = select(model, params, scores, Memory(bytes=fraction * whole), rules=Rules(allocation=allocation))
         assert counts(same) == counts(gates)
 
 
@@ -77,9 +77,9 @@ def test_memory_of_channels_and_thresholds():
     gates = select(model, params, scores, Memory(0.8))
     assert memory(compact(model, params, gates)) <= 0.8 * memory(params)
     own = random_scores(model, params)
-    found = thresholds(model, params, own, Memory(0.5), rules=Rules(per_layer=False))
+    found = thresholds(model, params, own, Memory(0.5), rules=Rules(allocation="global"))
     for fraction in (0.72, 0.9):
-        gates = select(model, params, own, Memory(fraction), rules=Rules(per_layer=False))
+        gates = select(model, params, own, Memory(fraction), rules=Rules(allocation="global"))
         for name, gate in gates.items():
             np.testing.assert_array_equal(np.asarray(gate) == 1.0, found[name] <= fraction + 1e-9)
 
@@ -104,10 +104,10 @@ def test_the_smallest_memory_is_named_and_can_be_reached():
 # latency
 
 
-@pytest.mark.parametrize("per_layer", [True, False])
+@pytest.mark.parametrize("allocation", ["per_layer", "global"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("seed", range(3))
-def test_a_prediction_never_exceeds_its_budget(model_type, per_layer, seed):
+def test_a_prediction_never_exceeds_its_budget(model_type, allocation, seed):
     model, params = tiny_model(model_type, layers=3)
     random, scores = np.random.default_rng(seed), random_scores(model, params, seed)
     noise = {units: float(random.normal(1.0, 0.2)) for units in range(64)}  # as rows are that were measured
@@ -116,16 +116,16 @@ def test_a_prediction_never_exceeds_its_budget(model_type, per_layer, seed):
     )
     dense, before = table.predict(widths(model.axes, params)), 0.0
     for fraction in FRACTIONS:
-        gates = select(model, params, scores, Latency(fraction, table=table), rules=Rules(per_layer=per_layer))
+        gates = select(model, params, scores, Latency(fraction, table=table), rules=Rules(allocation=allocation))
         small = compact(model, params, gates)
         assert widths(model.axes, small) == counts(gates)
         assert table.predict(counts(gates)) <= fraction * dense * (1 + 1e-9)
         same = select(
-            model, params, scores, Latency(seconds=fraction * dense, table=table), rules=Rules(per_layer=per_layer)
+            model, params, scores, Latency(seconds=fraction * dense, table=table), rules=Rules(allocation=allocation)
         )
         assert counts(same) == counts(gates)
         kept = above_zero(scores, gates)
-        assert per_layer or kept >= before
+        assert allocation == "per_layer" or kept >= before
         before = kept
     assert counts(gates) == widths(model.axes, params)  # where there is room, nothing goes
 
@@ -144,7 +144,7 @@ def test_competing_units_are_chosen_as_well_as_can_be(seed):
                 for name, units in zip(width, own, strict=True)
             )
             best = max(best, float(kept))
-    gates = select(model, params, scores, Latency(seconds=budget, table=table), rules=Rules(per_layer=False))
+    gates = select(model, params, scores, Latency(seconds=budget, table=table), rules=Rules(allocation="global"))
     assert above_zero(scores, gates) == pytest.approx(best, rel=1e-12)
     for name, gate in gates.items():  # the best units of every site
         chosen = np.asarray(gate) == 1.0
@@ -166,7 +166,7 @@ def test_modules_that_are_not_needed_go_entirely_and_the_function_stays(model_ty
     scores = {name: np.abs(own) * (0.0 if name in gone else 1.0) for name, own in scores.items()}
     table = table_of(model, params)
     others = {name: 0 if name in gone else units for name, units in widths(model.axes, params).items()}
-    budget = {"latency_seconds": table.predict(others), "table": table, "per_layer": False}
+    budget = {"latency_seconds": table.predict(others), "table": table, "allocation": "global"}
     gates = select(model, params, scores, **chosen(**budget))
     assert counts(gates) == others
     small, batch = compact(model, params, gates), tiny_batch(model)
@@ -182,8 +182,10 @@ def test_floor_multiples_and_protection_hold_by_latency():
     scores = random_scores(model, params)
     table = table_of(model, params, step=7)
     rules = {"multiple_of": {"neurons": 8}, "floor": {"heads": 2}, "protect": (0, "2.ffn.neurons")}
-    for per_layer in (True, False):
-        gates = counts(select(model, params, scores, **chosen(latency=0.8, table=table, per_layer=per_layer, **rules)))
+    for allocation in ("per_layer", "global"):
+        gates = counts(
+            select(model, params, scores, **chosen(latency=0.8, table=table, allocation=allocation, **rules))
+        )
         assert gates["0.attention.heads"] == 4 and gates["0.ffn.neurons"] == gates["2.ffn.neurons"] == 30
         assert gates["1.ffn.neurons"] % 8 == 0 or gates["1.ffn.neurons"] == 30
         assert min(gates[f"{i}.attention.heads"] for i in range(3)) >= 2
@@ -194,7 +196,7 @@ def test_sites_without_scores_stay_whole():
     model, params = tiny_model()
     scores = {"1.ffn.neurons": np.arange(32.0)}
     gates = counts(
-        select(model, params, scores, Latency(0.95, table=table_of(model, params)), rules=Rules(per_layer=False))
+        select(model, params, scores, Latency(0.95, table=table_of(model, params)), rules=Rules(allocation="global"))
     )
     assert gates | {"1.ffn.neurons": 32} == widths(model.axes, params) and gates["1.ffn.neurons"] < 32
 

@@ -386,13 +386,13 @@ def test_per_example_scores_sum_to_the_batch(model_type: str):
 # Law 5
 
 
-@pytest.mark.parametrize("per_layer", [True, False])
+@pytest.mark.parametrize("allocation", ["per_layer", "global"])
 @pytest.mark.parametrize("budget", ["units", "parameters", "flops"])
 @pytest.mark.parametrize("model_type", ["bert", "mt5"])
-def test_every_head_keeps_its_best_channels(model_type: str, budget: str, per_layer: bool):
+def test_every_head_keeps_its_best_channels(model_type: str, budget: str, allocation: str):
     model, params = tiny(model_type)
     length, fraction = length_of(model), 0.45
-    settings: Any = {"length": length, "per_layer": per_layer}
+    settings: Any = {"length": length, "allocation": allocation}
     random = np.random.default_rng(1)
     width = widths(model.axes, params, FINE)
     scores = {name: np.round(2 * random.standard_normal(units)) for name, units in width.items()}  # many ties
@@ -429,14 +429,14 @@ def test_blocks_of_channels_by_hand():
     }
     # Blocks by mean score: 7.1, (5, 9) -> 7, 6.9, (4, 9) -> 6.5, (1, 2) -> 1.5, ...
     for units, channels, queries, neurons in ((1, [], [], [1]), (3, [0, 3], [], [1]), (6, [0, 2, 3, 4], [], [0, 1])):
-        gates = kept(select(model, params, scores, Units(units / 14), rules=Rules(per_layer=False)))
+        gates = kept(select(model, params, scores, Units(units / 14), rules=Rules(allocation="global")))
         assert [index.tolist() for index in gates.values()] == [channels, queries, neurons]
-    gates = kept(select(model, params, scores, Units(5 / 14), rules=Rules(per_layer=False)))
+    gates = kept(select(model, params, scores, Units(5 / 14), rules=Rules(allocation="global")))
     assert sum(map(len, gates.values())) == 4  # the next block has two units
     settings: dict[str, Any] = {"multiple_of": {"channels": 2}, "floor": {"query_channels": 1}}
-    gates = kept(select(model, params, scores, **chosen(units=7 / 14, per_layer=False, **settings)))
+    gates = kept(select(model, params, scores, **chosen(units=7 / 14, allocation="global", **settings)))
     assert [index.tolist() for index in gates.values()] == [[], [1, 3], [0, 1]]
-    gates = kept(select(model, params, scores, **chosen(units=8 / 14, per_layer=False, **settings)))
+    gates = kept(select(model, params, scores, **chosen(units=8 / 14, allocation="global", **settings)))
     assert [index.tolist() for index in gates.values()] == [[0, 2, 3, 4], [1, 3], [0, 1]]
 
 

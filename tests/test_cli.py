@@ -212,13 +212,13 @@ def test_prune_writes_a_model_card(place, scored, tmp_path):
 
 def test_options_of_selection_arrive(place, scored, tmp_path):
     record = record_of(
-        "prune", place.model, "--scores", scored, "--units", 0.8, "--global", "--multiple-of", "neurons=8",
+        "prune", place.model, "--scores", scored, "--units", 0.8, "--allocation=global", "--multiple-of", "neurons=8",
         "--floor", "heads=2", "--protect", 0, "--protect", "1.attention.heads", "--normalise", "l2",
         "--measure", "0", "-o", tmp_path / "small",
     )  # fmt: skip
     found = {name: value for name, value in record["selection"].items() if value is not None and name != "length"}
     assert found == {
-        "units": 0.8, "per_layer": False, "multiple_of": {"neurons": 8}, "floor": {"heads": 2},
+        "units": 0.8, "allocation": "global", "multiple_of": {"neurons": 8}, "floor": {"heads": 2},
         "protect": [0, "1.attention.heads"], "normalise": "per_layer_l2",
     }  # fmt: skip
 

@@ -214,7 +214,7 @@ def test_selection_and_compaction_compile_nothing(model_type: str, compiled: lis
     random = np.random.default_rng(0)
     scores = {name: random.random(count).astype(np.float32) for name, count in widths(model.axes, params).items()}
     before = compiled[0]
-    small = compact(model, params, select(model, params, scores, Units(0.5), rules=Rules(per_layer=False)))
+    small = compact(model, params, select(model, params, scores, Units(0.5), rules=Rules(allocation="global")))
     assert compiled[0] == before
     shapes, all_shapes = ({array.shape for array in jax.tree.leaves(own)} for own in (small, params))
     assert len(shapes - all_shapes) > 3

@@ -75,7 +75,7 @@ def test_a_criterion_of_ones_own_goes_all_the_way(model_and_params: tuple[Model,
     for properties in (properties_of(scoring.criterion), scores.properties):  # before and after the work
         with pytest.raises(ValueError, match="let all layers compete"):
             check_scope(properties, Rules())
-        check_scope(properties, Rules(per_layer=False))
+        check_scope(properties, Rules(allocation="global"))
     sweeping = Sweeping(criteria={"own": Descending(), "random": Random()}, seeds=3, budgets=(0.5,))
     assert len(combinations(["moods"], sweeping)) == 1 + 3
     assert predict_loss(scores, gates).meaning.startswith("by its place")

@@ -42,7 +42,7 @@ def scored(place: Place) -> Path:
 @pytest.fixture(scope="module")
 def small(place: Place, scored: Path) -> Path:
     out = place.folder / "small"
-    options = ("--units", 0.4, "--global", "--measure", "0", "-o", out)
+    options = ("--units", 0.4, "--allocation=global", "--measure", "0", "-o", out)
     assert run("prune", place.model, "--scores", scored, *options).exit_code == 0
     return out
 

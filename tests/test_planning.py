@@ -47,12 +47,12 @@ def written(folder: Path) -> set[Path]:
     "budget",
     [
         ("--flops", 0.5),
-        ("--parameters", 0.4, "--global"),
+        ("--parameters", 0.4, "--allocation=global"),
         ("--units", 0.3, "--floor", "heads=1"),
         ("--memory", 0.8),
         ("--memory", "20kB"),
         ("--latency", 0.6, "--latency-table", "{table}"),
-        ("--latency", "20ms", "--latency-table", "{table}", "--global"),
+        ("--latency", "20ms", "--latency-table", "{table}", "--allocation=global"),
     ],
 )
 def test_a_plan_is_what_prune_then_does(place, scored, table, cache, tmp_path, budget):
@@ -79,10 +79,10 @@ def test_a_plan_is_what_prune_then_does(place, scored, table, cache, tmp_path, b
 
 
 def test_the_layers_of_a_plan(place, scored):
-    record = record_of("plan", place.model, "--scores", scored, "--units", 0.5, "--global")
+    record = record_of("plan", place.model, "--scores", scored, "--units", 0.5, "--allocation=global")
     model, params = load(place.model)
     scores = load_scores(scored)
-    gates = select(model, params, scores, Units(0.5), rules=Rules(per_layer=False))
+    gates = select(model, params, scores, Units(0.5), rules=Rules(allocation="global"))
     *layers, whole = record["layers"]
     assert [row["layer"] for row in layers] == ["0", "1"] and whole["layer"] == "all"
     for i, row in enumerate(layers):
@@ -104,7 +104,7 @@ def test_a_plan_names_attentions_without_a_head(place, scored, floor):
 
 
 def test_a_plan_by_latency_shows_predictions_and_the_steps(place, scored, table):
-    options = ("--scores", scored, "--latency", 0.6, "--latency-table", table, "--global")
+    options = ("--scores", scored, "--latency", 0.6, "--latency-table", table, "--allocation=global")
     record = record_of("plan", place.model, *options)
     found = record["latency"]
     assert found["asked"] == {"latency": 0.6} and (found["batch"], found["length"]) == (1, 12)

@@ -231,7 +231,7 @@ CARD = PRUNED | {
     "prompt": None,
     "criterion": {"name": "IntegratedGradients", "nodes": 8},
     "examples": 128,
-    "selection": {"flops": 0.5, "units": None, "per_layer": True, "multiple_of": {"neurons": 8}},
+    "selection": {"flops": 0.5, "units": None, "allocation": "per_layer", "multiple_of": {"neurons": 8}},
     "widths": {"0.attention.heads": [12, 6], "0.ffn.neurons": [1536, 768]},
 }
 HOSTILE = "a`b|c ``` \n# d\r\n---\nlicense: mit\n<script>x</script> [e](f) $g$ \u202e'\"\\ : - |"
@@ -270,7 +270,7 @@ def test_a_model_card_says_what_was_cut_and_what_it_costs():
         refused,
         "128 calibration examples",
         "`nodes 8`",
-        "`flops 0.5, per_layer True",
+        "`flops 0.5, allocation per_layer",
         "evaluate FOLDER --task sst2",
     ):
         assert word in content

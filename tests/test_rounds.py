@@ -81,11 +81,11 @@ def test_budgets_fall_by_the_same_share():
     np.testing.assert_allclose(geometric(2, 40.0, 1000.0), (200.0, 40.0), rtol=1e-12)
 
 
-@pytest.mark.parametrize("per_layer", [True, False])
-def test_one_round_is_select_and_compact(dense, per_layer):
+@pytest.mark.parametrize("allocation", ["per_layer", "global"])
+def test_one_round_is_select_and_compact(dense, allocation):
     model, params = dense
     scores = random_scores(model, params, 0)
-    rules = {**at(model, "flops", 0.4), "per_layer": per_layer, "normalise": per_layer_l2}
+    rules = {**at(model, "flops", 0.4), "allocation": allocation, "normalise": per_layer_l2}
     (only,) = prune_in_rounds(model, params, lambda _: scores, rounds=1, **chosen(**rules))
     gates = select(model, params, scores, **chosen(**rules))
     assert only.gates.keys() == gates.keys()
@@ -112,7 +112,7 @@ def test_rounds_give_the_widths_of_one_round(dense, budget, rules):
 @pytest.mark.parametrize("budget", ["units", "parameters", "flops"])
 def test_rounds_stay_within_the_budget_and_short_of_it_by_less_than_a_block(dense, budget, rules):
     model, params = dense
-    settings = {**at(model, budget, 0.55), **RULES[rules], "per_layer": False}
+    settings = {**at(model, budget, 0.55), **RULES[rules], "allocation": "global"}
     multiple, floor, whole = (RULES[rules].get(name, {}) for name in ("multiple_of", "floor", "protect"))
     costs = chosen(**settings)["budget"].unit_costs(model, params)
     for seed in range(5):
@@ -129,11 +129,13 @@ def test_rounds_stay_within_the_budget_and_short_of_it_by_less_than_a_block(dens
                 assert own == len(gate) or (own >= floor.get(kind, 0) and not (whole and "0." in name))
 
 
-@pytest.mark.parametrize("per_layer", [True, False])
-def test_gates_are_of_the_units_of_the_dense_model(dense, per_layer):
+@pytest.mark.parametrize("allocation", ["per_layer", "global"])
+def test_gates_are_of_the_units_of_the_dense_model(dense, allocation):
     model, params = dense
     before = open_gates(model, params)
-    for found in prune_in_rounds(model, params, anew(model, 3), Units(0.2), rules=Rules(per_layer=per_layer), rounds=9):
+    for found in prune_in_rounds(
+        model, params, anew(model, 3), Units(0.2), rules=Rules(allocation=allocation), rounds=9
+    ):
         assert_same(found.params, compact(model, params, found.gates))
         for name, gate in found.gates.items():
             assert set(kept(found.gates)[name]) <= set(kept(before)[name])  # what is gone stays away
@@ -142,18 +144,18 @@ def test_gates_are_of_the_units_of_the_dense_model(dense, per_layer):
 
 
 @pytest.mark.parametrize("kinds", [("heads", "neurons"), ("channels", "query_channels", "neurons")])
-@pytest.mark.parametrize("per_layer", [True, False])
-def test_scores_that_do_not_change_select_what_one_round_selects(dense, per_layer, kinds):
+@pytest.mark.parametrize("allocation", ["per_layer", "global"])
+def test_scores_that_do_not_change_select_what_one_round_selects(dense, allocation, kinds):
     model, params = dense
     random = np.random.default_rng(0)
     scores = {name: random.standard_normal(n) for name, n in widths(model.axes, params, kinds).items()}
     name = "encoder.0.ffn.neurons" if len(model.stacks) > 1 else "0.ffn.neurons"
     scores[name] -= 10.0  # all of it goes where all compete, in the first round
-    settings = {**at(model, "parameters", 0.3), "per_layer": per_layer}
+    settings = {**at(model, "parameters", 0.3), "allocation": allocation}
     left: dict[str, Any] = {}
     for found in prune_in_rounds(model, params, lambda _: units_left(scores, left), rounds=4, **chosen(**settings)):
         left.update(found.gates)
-    assert per_layer or not left[name].any()
+    assert allocation == "per_layer" or not left[name].any()
     assert kept(left) == kept(select(model, params, scores, **chosen(**settings)))
     assert_same(found.params, compact(model, params, left))
 
@@ -455,7 +457,9 @@ def test_the_record_names_the_rounds(place, whole):
 
 def test_the_recorded_gates_make_the_model_that_was_not_repaired(place, tmp_path):
     rows = ("--task", "mood", "--data", place.data, *QUICK)
-    record_of("prune", place.model, *rows, "--units", 0.4, "--global", "--rounds", 2, "-o", tmp_path / "small")
+    record_of(
+        "prune", place.model, *rows, "--units", 0.4, "--allocation=global", "--rounds", 2, "-o", tmp_path / "small"
+    )
     model, params = load(place.model)
     assert_same(load(tmp_path / "small")[1], compact(model, params, recorded_gates(read_pruning(tmp_path / "small"))))
 

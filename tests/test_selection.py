@@ -18,7 +18,7 @@ from jaxprune.checkpoints.tensors import model_digest
 from jaxprune.compaction import compact
 from jaxprune.models import Model
 from jaxprune.models.cost import elements, flops, matmul_flops, prunable_parameters, unit_costs
-from jaxprune.pruning.budgets import NAMES, Flops, Parameters, Rules, Units
+from jaxprune.pruning.budgets import ALLOCATIONS, NAMES, Flops, Parameters, Rules, Units
 from jaxprune.pruning.pooling import intersection, union
 from jaxprune.pruning.selection import per_layer_l2, pruning_record, select, thresholds
 from jaxprune.scoring.scores import Scores, check_scores
@@ -73,7 +73,7 @@ def ordered_blocks(
     params: Params,
     scores: dict[str, np.ndarray],
     cost: dict[str, float],
-    per_layer: bool,
+    allocation: str,
     **settings: Any,
 ) -> tuple[list[tuple[str, list[int]]], int]:
     """All blocks in the order in which they are kept, written plainly; and how many of them are forced."""
@@ -87,29 +87,37 @@ def ordered_blocks(
         for start in range(0, len(ranked), size):
             block = ranked[start : start + size]
             forced = start < floor.get(site.kind, 0) or site.layer in protect or site.name in protect
-            if per_layer:
+            if allocation == "per_layer":
                 order = Fraction(start + len(block), len(ranked))
             else:
                 order = -sum(Fraction(float(values[unit])) for unit in block) / len(block) / Fraction(cost[site.name])
             entries.append((not forced, order, place, start, site.name, block))
+    if allocation == "per_kind":
+        kinds = {site.name: site.kind for site in sites(model.axes, params)}
+        for kind in set(kinds.values()):
+            own = sorted((entry for entry in entries if kinds[entry[4]] == kind), key=lambda entry: entry[1:4])
+            total, before = sum(len(entry[5]) for entry in own), 0
+            for entry in own:
+                before += len(entry[5])
+                entries[entries.index(entry)] = (entry[0], Fraction(before, total), *entry[2:])
     entries.sort(key=lambda entry: entry[:4])
     return [entry[4:] for entry in entries], sum(not entry[0] for entry in entries)
 
 
-@pytest.mark.parametrize("per_layer", [True, False])
+@pytest.mark.parametrize("allocation", ["per_layer", "per_kind", "global"])
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_selection_by_count_is_exact(uneven, ratio, per_layer):
+def test_selection_by_count_is_exact(uneven, ratio, allocation):
     model, params = uneven
     width = widths(model.axes, params)
     scores = random_scores(model, params, 0)
-    gates = select(model, params, scores, Units(ratio), rules=Rules(per_layer=per_layer))
+    gates = select(model, params, scores, Units(ratio), rules=Rules(allocation=allocation))
     assert list(gates) == list(width)
     assert all(gate.dtype == jnp.float32 and gate.shape == (width[name],) for name, gate in gates.items())
     assert {float(value) for gate in gates.values() for value in gate} <= {0.0, 1.0}
     count = sum(map(len, kept(gates).values()))
     exact = {1 / 3: Fraction(1, 3)}.get(ratio, Fraction(str(ratio)))
     assert count == math.floor(exact * sum(width.values()))
-    if not per_layer:
+    if allocation == "global":
         everything = np.concatenate([scores[name] for name in width])
         stays = np.concatenate([np.asarray(gate) for gate in gates.values()]) == 1.0
         assert everything[stays].min(initial=np.inf) > everything[~stays].max(initial=-np.inf)
@@ -126,12 +134,12 @@ def test_every_site_keeps_the_same_fraction(dense):
         assert set(units) == set(np.argsort(-scores[name])[: len(units)])
 
 
-@pytest.mark.parametrize("per_layer", [True, False])
-def test_a_percentage_of_a_hundred_units_is_that_many(per_layer):
+@pytest.mark.parametrize("allocation", ["per_layer", "global"])
+def test_a_percentage_of_a_hundred_units_is_that_many(allocation):
     model, params = tiny_model("bert", layers=1, neurons=96)
     scores = random_scores(model, params, 0)
     for percent in range(1, 101):
-        gates = select(model, params, scores, Units(percent / 100), rules=Rules(per_layer=per_layer))
+        gates = select(model, params, scores, Units(percent / 100), rules=Rules(allocation=allocation))
         assert sum(map(len, kept(gates).values())) == percent  # 0.29 * 100 is less than 29 in binary
 
 
@@ -148,7 +156,7 @@ def test_no_site_keeps_a_larger_fraction_than_another_could(uneven, name, ratio)
 def test_ties_are_broken_by_index(dense):
     model, params = dense
     scores = {name: np.full(units, 0.1) for name, units in widths(model.axes, params).items()}
-    found = kept(select(model, params, scores, Units(0.5), rules=Rules(per_layer=False)))
+    found = kept(select(model, params, scores, Units(0.5), rules=Rules(allocation="global")))
     assert found == {  # 51 of 3 * (4 + 30): the first sites, and of the second layer's neurons the first
         "0.attention.heads": [0, 1, 2, 3],
         "0.ffn.neurons": list(range(30)),
@@ -159,7 +167,7 @@ def test_ties_are_broken_by_index(dense):
     }
     found = kept(select(model, params, scores, Units(0.5)))
     assert all(units == list(range(len(units))) for units in found.values())
-    found = kept(select(model, params, scores, Units(0.5), rules=Rules(per_layer=False, multiple_of=8)))
+    found = kept(select(model, params, scores, Units(0.5), rules=Rules(allocation="global", multiple_of=8)))
     assert found["1.ffn.neurons"] == list(range(8))  # 51 - 38 = 13, of which 8 can be paid
 
 
@@ -167,7 +175,7 @@ def test_ties_between_equal_scores_in_one_site(dense):
     model, params = dense
     scores = {name: np.zeros(units) for name, units in widths(model.axes, params).items()}
     scores["0.ffn.neurons"][[3, 7, 20]] = 1.0
-    found = kept(select(model, params, scores, Units(5 / 102), rules=Rules(per_layer=False)))
+    found = kept(select(model, params, scores, Units(5 / 102), rules=Rules(allocation="global")))
     assert found["0.attention.heads"] == [0, 1]
     assert found["0.ffn.neurons"] == [3, 7, 20]
 
@@ -181,22 +189,22 @@ SETTINGS = (
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("per_layer", [True, False])
+@pytest.mark.parametrize("allocation", ["per_layer", "per_kind", "global"])
 @pytest.mark.parametrize("name", BUDGETS)
 @pytest.mark.parametrize("seed", range(2))
-def test_largest_result_not_above_the_budget(uneven, seed, name, per_layer, settings):
+def test_largest_result_not_above_the_budget(uneven, seed, name, allocation, settings):
     model, params = uneven
     # Whole-number scores in the second round: many ties.
     scores = random_scores(model, params, seed, levels=None if seed == 0 else 1)
     cost = site_costs(model, params, name)
-    blocks, forced = ordered_blocks(model, params, scores, cost, per_layer, **settings)
+    blocks, forced = ordered_blocks(model, params, scores, cost, allocation, **settings)
     whole = cost_of(model, params, name)
     for ratio in RATIOS:
         prefixes = [0.0]
         for site, block in blocks:
             prefixes.append(prefixes[-1] + cost[site] * len(block))
         fitting = max(count for count, spent in enumerate(prefixes) if spent <= (ratio + 1e-9) * whole)
-        arguments = budget(name, ratio) | settings | {"per_layer": per_layer}
+        arguments = budget(name, ratio) | settings | {"allocation": allocation}
         if fitting < forced:
             with pytest.raises(ValueError, match="smallest reachable fraction"):
                 select(model, params, scores, **chosen(**arguments))
@@ -212,9 +220,9 @@ def test_largest_result_not_above_the_budget(uneven, seed, name, per_layer, sett
 
 
 @pytest.mark.parametrize("multiple_of", [None, {"neurons": 8}, 4])
-@pytest.mark.parametrize("per_layer", [True, False])
+@pytest.mark.parametrize("allocation", ["per_layer", "per_kind", "global"])
 @pytest.mark.parametrize("name", BUDGETS)
-def test_selection_is_monotone_in_the_budget(uneven, name, per_layer, multiple_of):
+def test_selection_is_monotone_in_the_budget(uneven, name, allocation, multiple_of):
     model, params = uneven
     scores = random_scores(model, params, 1, levels=2)
     smaller: dict[str, list[int]] = {site: [] for site in widths(model.axes, params)}
@@ -223,7 +231,7 @@ def test_selection_is_monotone_in_the_budget(uneven, name, per_layer, multiple_o
             model,
             params,
             scores,
-            **chosen(**budget(name, float(ratio)), per_layer=per_layer, multiple_of=multiple_of),
+            **chosen(**budget(name, float(ratio)), allocation=allocation, multiple_of=multiple_of),
         )
         larger = kept(gates)
         assert all(set(smaller[site]) <= set(larger[site]) for site in larger)
@@ -237,7 +245,7 @@ def test_global_selection_is_a_threshold_on_score_per_cost(dense, name, ratio):
     model, params = dense
     scores = random_scores(model, params, 2)
     cost = site_costs(model, params, name)
-    gates = select(model, params, scores, **chosen(**budget(name, ratio), per_layer=False))
+    gates = select(model, params, scores, **chosen(**budget(name, ratio), allocation="global"))
     density = np.concatenate([scores[site] / cost[site] for site in scores])
     price = np.concatenate([np.full(len(scores[site]), cost[site]) for site in scores])
     stays = np.concatenate([np.asarray(gates[site]) for site in scores]) == 1.0
@@ -254,47 +262,51 @@ def test_heads_and_neurons_compete_by_score_per_flop(dense):
     scores["2.attention.heads"] = 1.001 * scores["2.attention.heads"]
     scores["2.ffn.neurons"] = 1.002 * scores["2.ffn.neurons"]
     ratio = (4 * cost["2.attention.heads"] + 30 * cost["2.ffn.neurons"]) / flops(model, params, LENGTH)
-    found = kept(select(model, params, scores, Flops(ratio, length=LENGTH), rules=Rules(per_layer=False)))
+    found = kept(select(model, params, scores, Flops(ratio, length=LENGTH), rules=Rules(allocation="global")))
     assert [name for name, units in found.items() if units] == ["2.attention.heads", "2.ffn.neurons"]
 
 
-@pytest.mark.parametrize("per_layer", [True, False])
+@pytest.mark.parametrize("allocation", ["per_layer", "per_kind", "global"])
 @pytest.mark.parametrize("ratio", [0.1, 0.37, 0.5, 0.95])
-def test_widths_are_multiples_or_whole(uneven, ratio, per_layer):
+def test_widths_are_multiples_or_whole(uneven, ratio, allocation):
     model, params = uneven
     scores = random_scores(model, params, 4)
     gates = select(
-        model, params, scores, Flops(ratio, length=LENGTH), rules=Rules(per_layer=per_layer, multiple_of={"neurons": 8})
+        model,
+        params,
+        scores,
+        Flops(ratio, length=LENGTH),
+        rules=Rules(allocation=allocation, multiple_of={"neurons": 8}),
     )
     for name, units in kept(gates).items():
         if name.endswith("neurons"):
             assert len(units) % 8 == 0 or len(units) == widths(model.axes, params)[name]
 
 
-@pytest.mark.parametrize("per_layer", [True, False])
-def test_a_floor_is_kept_at_every_site(dense, per_layer):
+@pytest.mark.parametrize("allocation", ["per_layer", "per_kind", "global"])
+def test_a_floor_is_kept_at_every_site(dense, allocation):
     model, params = dense
     scores = {name: np.arange(units) - 1000.0 * int(name[0]) for name, units in widths(model.axes, params).items()}
     gates = select(
-        model, params, scores, Units(0.2), rules=Rules(per_layer=per_layer, floor={"heads": 1, "neurons": 3})
+        model, params, scores, Units(0.2), rules=Rules(allocation=allocation, floor={"heads": 1, "neurons": 3})
     )
     assert all(len(units) >= (1 if name.endswith("heads") else 3) for name, units in kept(gates).items())
     assert kept(gates)["2.attention.heads"][-1] == 3  # the best one
-    gates = select(model, params, scores, Units(0.5), rules=Rules(per_layer=per_layer, floor=5))
+    gates = select(model, params, scores, Units(0.5), rules=Rules(allocation=allocation, floor=5))
     assert all(len(units) >= min(5, 4 if name.endswith("heads") else 30) for name, units in kept(gates).items())
     gates = select(
-        model, params, scores, Units(0.5), rules=Rules(per_layer=per_layer, floor={"neurons": 3}, multiple_of=8)
+        model, params, scores, Units(0.5), rules=Rules(allocation=allocation, floor={"neurons": 3}, multiple_of=8)
     )
     assert all(len(units) >= 8 for name, units in kept(gates).items() if name.endswith("neurons"))
 
 
-@pytest.mark.parametrize("per_layer", [True, False])
-def test_protected_layers_and_sites_stay_whole(dense, per_layer):
+@pytest.mark.parametrize("allocation", ["per_layer", "per_kind", "global"])
+def test_protected_layers_and_sites_stay_whole(dense, allocation):
     model, params = dense
     scores = {name: -np.ones(units) for name, units in widths(model.axes, params).items()}
     scores["1.ffn.neurons"] += 10
     gates = select(
-        model, params, scores, Units(0.7), rules=Rules(per_layer=per_layer, protect=(0, "2.attention.heads"))
+        model, params, scores, Units(0.7), rules=Rules(allocation=allocation, protect=(0, "2.attention.heads"))
     )
     found = kept(gates)
     for name in ("0.attention.heads", "0.ffn.neurons", "2.attention.heads"):
@@ -339,12 +351,12 @@ def test_normalisation_changes_the_ranking_between_sites(dense):
     model, params = dense
     scores = random_scores(model, params, 5)
     scores["0.ffn.neurons"] = 1000.0 * scores["0.ffn.neurons"]
-    raw = kept(select(model, params, scores, Units(0.1), rules=Rules(per_layer=False)))
+    raw = kept(select(model, params, scores, Units(0.1), rules=Rules(allocation="global")))
     assert [name for name, units in raw.items() if units] == ["0.ffn.neurons"]
-    found = kept(select(model, params, scores, Units(0.1), rules=Rules(per_layer=False, normalise=per_layer_l2)))
+    found = kept(select(model, params, scores, Units(0.1), rules=Rules(allocation="global", normalise=per_layer_l2)))
     assert sum(bool(units) for units in found.values()) > 1
     by_hand = {name: value / np.sqrt((value**2).sum()) for name, value in scores.items()}
-    assert found == kept(select(model, params, by_hand, Units(0.1), rules=Rules(per_layer=False)))
+    assert found == kept(select(model, params, by_hand, Units(0.1), rules=Rules(allocation="global")))
     assert per_layer_l2({"a": np.zeros(3)})["a"].tolist() == [0.0, 0.0, 0.0]
 
 
@@ -410,9 +422,9 @@ def test_scores_of_another_model_are_refused(dense):
 def test_the_length_is_that_of_the_scored_examples(dense):
     model, params = dense
     scores = scores_of(model, params, mean_length=40.25)
-    found = kept(select(model, params, scores, Flops(0.4), rules=Rules(per_layer=False)))
-    assert found == kept(select(model, params, scores, Flops(0.4, length=40.25), rules=Rules(per_layer=False)))
-    assert found != kept(select(model, params, scores, Flops(0.4, length=4.0), rules=Rules(per_layer=False)))
+    found = kept(select(model, params, scores, Flops(0.4), rules=Rules(allocation="global")))
+    assert found == kept(select(model, params, scores, Flops(0.4, length=40.25), rules=Rules(allocation="global")))
+    assert found != kept(select(model, params, scores, Flops(0.4, length=4.0), rules=Rules(allocation="global")))
 
 
 def test_the_record_says_how_the_model_was_made(dense):
@@ -423,7 +435,7 @@ def test_the_record_says_how_the_model_was_made(dense):
     record = pruning_record(scores, gates, **chosen(**settings))
     assert json.loads(json.dumps(record, allow_nan=False)) == record
     known = {name: value for name, value in record["settings"].items() if value is not None}
-    assert known == settings | {"per_layer": True, "protect": [0], "normalise": "per_layer_l2"}
+    assert known == settings | {"allocation": "per_layer", "protect": [0], "normalise": "per_layer_l2"}
     assert set(record["settings"]) == {*NAMES, "length", *(field.name for field in fields(Rules))}
     assert record["scores"]["model"] == model_digest(model, params)
     assert record["scores"]["criterion"] == {"name": "Random"}
@@ -467,7 +479,7 @@ def test_thresholds_are_the_budgets_from_which_units_stay():
     scores = random_scores(model, params, 0)
     cases: tuple[dict[str, Any], ...] = (
         {"units": 1.0},
-        {"flops": 1.0, "length": 9, "per_layer": False},
+        {"flops": 1.0, "length": 9, "allocation": "global"},
         {"parameters": 1.0, "multiple_of": {"neurons": 8}, "floor": 1, "protect": ("1.attention.heads",)},
     )
     for settings in cases:
@@ -507,3 +519,28 @@ def test_gates_that_do_not_go_together_are_refused():
             combine(a, a | {"1.ffn.neurons": jnp.ones(3)})
         with pytest.raises(ValueError, match=r"holds 0.5, expected 0 or 1"):
             combine(a, {"0.attention.heads": jnp.asarray([1.0, 0, 0.5, 1])})
+
+
+def test_no_kind_starves_another(dense):
+    model, params = dense
+    rng = np.random.default_rng(0)
+    scores = {
+        name: rng.random(units) * (1e-6 if name.endswith("heads") else 1.0)
+        for name, units in widths(model.axes, params).items()
+    }
+    shares = {}
+    for allocation in ALLOCATIONS:
+        gates = select(model, params, scores, Flops(0.5, length=LENGTH), rules=Rules(allocation=allocation))
+        heads = np.concatenate([gate for name, gate in gates.items() if name.endswith("heads")])
+        shares[allocation] = float(heads.mean())
+    assert shares["global"] < 0.1 and shares["per_kind"] == pytest.approx(0.5, abs=0.1)
+    gates = select(model, params, scores, Flops(0.5, length=LENGTH), rules=Rules(allocation="per_kind"))
+    names = [name for name in gates if name.endswith("heads")]
+    ranked = np.concatenate([scores[name] for name in names])
+    stays = np.concatenate([np.asarray(gates[name]) for name in names]) == 1
+    assert ranked[stays].min() > ranked[~stays].max()  # heads of all layers compete
+
+
+def test_an_unknown_allocation_is_refused():
+    with pytest.raises(ValueError, match="allocation must be one of per_layer, per_kind, global"):
+        Rules(allocation="fair")

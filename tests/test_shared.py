@@ -153,7 +153,7 @@ def test_a_task_of_the_bundled_model_takes_about_a_kilobyte(tmp_path):
         name: np.random.default_rng(i).random(units)
         for i, (name, units) in enumerate(widths(model.axes, params).items())
     }
-    how = {"flops": 0.5, "length": 128, "per_layer": True, "multiple_of": {"neurons": 8}}
+    how = {"flops": 0.5, "length": 128, "allocation": "per_layer", "multiple_of": {"neurons": 8}}
     gates = select(model, params, scores, **chosen(**how))
     records = {task: pruning_record(scores, gates, **chosen(**how)) for task in ("sst2", "mrpc")}
     path = save_shared(tmp_path / "one", model, params, {"sst2": gates}, records={"sst2": records["sst2"]})

@@ -75,14 +75,25 @@ def copied(shared: Path, tmp_path: Path) -> Path:
 
 def test_every_task_is_selected_by_itself_within_the_budget(place, scored, tmp_path):
     out = tmp_path / "shared"
-    how = ("--units", 0.6, "--multiple-of", "neurons=4", "--floor", "heads=1", "--global", "--protect", "1.ffn.neurons")
+    how = (
+        "--units",
+        0.6,
+        "--multiple-of",
+        "neurons=4",
+        "--floor",
+        "heads=1",
+        "--allocation",
+        "global",
+        "--protect",
+        "1.ffn.neurons",
+    )
     files = ("--scores", scored["mood"], "--scores", scored["topic"])
     record = record_of("share", place.model, *files, *how, "-o", out)
     model, params = load(place.model)
     settings: dict[str, Any] = {"multiple_of": {"neurons": 4}, "floor": {"heads": 1}, "protect": ["1.ffn.neurons"]}
     for row in record["tasks"]:
         gates = select(
-            model, params, load_scores(scored[row["task"]]), **chosen(units=0.6, per_layer=False, **settings)
+            model, params, load_scores(scored[row["task"]]), **chosen(units=0.6, allocation="global", **settings)
         )
         assert_same(load(out, task=row["task"])[1], compact(model, params, gates))
         kept = sum(int(np.asarray(gate).sum()) for gate in gates.values())
@@ -93,7 +104,7 @@ def test_every_task_is_selected_by_itself_within_the_budget(place, scored, tmp_p
     assert record["gates_file_bytes"] == (out / GATES).stat().st_size
     assert record["model"] == model_digest(model, params) and not record["added"]
     own = load_gates(out)["mood"].record
-    assert own["settings"] == {"units": 0.6, "per_layer": False, "length": 9.5, **settings}
+    assert own["settings"] == {"units": 0.6, "allocation": "global", "length": 9.5, **settings}
     assert own["scores"]["criterion"] == {"name": "Random"} and len(own["digests"]["scores"]) == 64
 
 

@@ -151,7 +151,7 @@ def test_the_table_shows_mean_and_extremes(place, swept):
         (("--examples", 8), "examples is 8, was 16"),
         (("--flops", "0.5"), r"budgets is \[0.5\], was \[0.7, 0.4\]"),
         (("--split", "dev"), 'split is "dev", was "test"'),
-        (("--global",), "selection.per_layer is false, was true"),
+        (("--allocation=global",), 'selection.allocation is "global", was "per_layer"'),
         (("--nodes", 3), "criteria.integrated-gradients.nodes is 3, was 2"),
     ],
 )
@@ -204,12 +204,22 @@ def changed(params: Any) -> dict[str, Any]:
 
 
 def test_means_of_closed_units_and_global_selection(place, tmp_path):
-    options = ("--task", "mood", "--criterion", "taylor", "--closed", "mean", "--global", "--multiple-of", "neurons=4")
+    options = (
+        "--task",
+        "mood",
+        "--criterion",
+        "taylor",
+        "--closed",
+        "mean",
+        "--allocation=global",
+        "--multiple-of",
+        "neurons=4",
+    )
     arguments = (*options, *SMALL, "--flops", 0.5, "--seeds", 1, "--split", "dev", "-o", tmp_path / "out", "--dark")
     (row,) = record_of("sweep", place.model, "--data", place.data, *arguments)["rows"]
     scores = load_scores(tmp_path / "out" / "scores" / "mood.taylor.0.safetensors")
     model, params = load(place.model)
-    gates = select(model, params, scores, Flops(0.5), rules=Rules(per_layer=False, multiple_of={"neurons": 4}))
+    gates = select(model, params, scores, Flops(0.5), rules=Rules(allocation="global", multiple_of={"neurons": 4}))
     small = compact(model, params, gates, scores.means)
     found = evaluate(
         model, small, load_task("mood", data=place.data), rows=Rows(split="dev", examples=24, batch_size=8)
@@ -223,7 +233,7 @@ def test_top_layers_always_compares_all_layers(place, tmp_path):
     (row,) = record_of("sweep", place.model, "--data", place.data, *options)["rows"]
     scores = load_scores(tmp_path / "scores" / "mood.top-layers.0.safetensors")
     model, params = load(place.model)
-    gates = select(model, params, scores, Flops(0.5), rules=Rules(per_layer=False))
+    gates = select(model, params, scores, Flops(0.5), rules=Rules(allocation="global"))
     assert (
         row["value"]
         == evaluate(

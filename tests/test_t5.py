@@ -206,10 +206,10 @@ def test_a_flops_budget_is_the_largest_below_it():
     model, params = tiny_model("t5")
     random = np.random.default_rng(0)
     scores = {name: random.random(n) for name, n in widths(model.axes, params).items()}
-    for per_layer in (True, False):
+    for allocation in ("per_layer", "global"):
         kept = []
         for budget in (0.3, 0.5, 0.8):
-            gates = select(model, params, scores, Flops(budget, length=(9, 3)), rules=Rules(per_layer=per_layer))
+            gates = select(model, params, scores, Flops(budget, length=(9, 3)), rules=Rules(allocation=allocation))
             small = compact(model, params, gates)
             assert flops(model, small, (9, 3)) <= budget * flops(model, params, (9, 3))
             kept.append({name: set(np.flatnonzero(gate)) for name, gate in gates.items()})

@@ -74,16 +74,16 @@ def same(a: Gates, b: Gates) -> bool:
 # laws
 
 
-@pytest.mark.parametrize("per_layer", [True, False])
+@pytest.mark.parametrize("allocation", ["per_layer", "global"])
 @pytest.mark.parametrize("name", BUDGETS)
 @pytest.mark.parametrize("way", WAYS)
-def test_the_budget_is_spent_and_never_exceeded(way: Way, name: str, per_layer: bool):
+def test_the_budget_is_spent_and_never_exceeded(way: Way, name: str, allocation: str):
     model, params, scores = random_scores(3)
     costs = chosen(**{name: 1.0}, length=LENGTH)["budget"].unit_costs(model, params)
     block = max(costs.values()) / sum(costs[site] * units for site, units in widths(model.axes, params).items())
     smaller = None
     for fraction in (0.05, 0.3, 0.5, 0.51, 0.8, 1.0):
-        gates = way(model, params, scores, **chosen(**{name: fraction}, length=LENGTH, per_layer=per_layer))
+        gates = way(model, params, scores, **chosen(**{name: fraction}, length=LENGTH, allocation=allocation))
         assert fraction - block < spent(costs, gates) <= fraction + 1e-9
         assert list(gates) == [site.name for site in sites(model.axes, params)]
         assert smaller is None or within(smaller, gates)  # a larger budget keeps all of a smaller one
@@ -98,13 +98,13 @@ def test_encoder_and_decoder_share_one_budget(way: Way):
     assert 0.48 < spent(Flops(1.0, length=length).unit_costs(model, params), gates) <= 0.5 + 1e-9
 
 
-@pytest.mark.parametrize("per_layer", [True, False])
+@pytest.mark.parametrize("allocation", ["per_layer", "global"])
 @pytest.mark.parametrize("name", BUDGETS)
 @pytest.mark.parametrize(("way", "join"), [(kept_by_any, union), (kept_by_all, intersection)])
-def test_union_and_intersection_are_those_at_the_largest_budget_that_fits(way, join, name, per_layer):
+def test_union_and_intersection_are_those_at_the_largest_budget_that_fits(way, join, name, allocation):
     model, params, scores = random_scores(2)
     costs, budget = chosen(**{name: 1.0}, length=LENGTH)["budget"].unit_costs(model, params), 0.4
-    settings: dict[str, Any] = {"length": LENGTH, "per_layer": per_layer}
+    settings: dict[str, Any] = {"length": LENGTH, "allocation": allocation}
     found = [thresholds(model, params, own, **chosen(**settings, **{name: 1.0})) for own in scores]
     steps = sorted({float(b) for own in found for site in own.values() for b in site})  # where something changes
 
@@ -119,7 +119,7 @@ def test_union_and_intersection_are_those_at_the_largest_budget_that_fits(way, j
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("settings", [{"units": 0.4}, {"flops": 0.6, "length": LENGTH, "per_layer": False}])
+@pytest.mark.parametrize("settings", [{"units": 0.4}, {"flops": 0.6, "length": LENGTH, "allocation": "global"}])
 def test_several_equal_tasks_are_one(way, settings):
     model, params, (scores,) = random_scores(1)
     assert same(

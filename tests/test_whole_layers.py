@@ -57,11 +57,11 @@ def test_the_cache_is_what_generation_keeps_for_a_token(model_type: str, dtype: 
         assert cache(model, params) == kept > 0
 
 
-@pytest.mark.parametrize("per_layer", [True, False])
+@pytest.mark.parametrize("allocation", ["per_layer", "global"])
 @pytest.mark.parametrize("model_type", ["llama", "t5"])
-def test_a_budget_of_cache_takes_what_is_cached_and_nothing_else(model_type: str, per_layer: bool):
+def test_a_budget_of_cache_takes_what_is_cached_and_nothing_else(model_type: str, allocation: str):
     model, params = tiny_model(model_type, attention_heads=8, layers=3)
-    scores, rules, whole = random_scores(model, params), Rules(per_layer=per_layer), cache(model, params)
+    scores, rules, whole = random_scores(model, params), Rules(allocation=allocation), cache(model, params)
     cached = {name for name in scores if "neurons" not in name and "encoder" not in name}
     from_on, sizes = thresholds(model, params, scores, Cache(0.5), rules=rules), widths(model.axes, params)
     for fraction in (0.01, 0.3, 0.5, 1.0):
@@ -150,7 +150,7 @@ def test_block_influence_is_how_far_a_layer_turns_its_input(model_type: str):
 
 
 INFLUENCE = {0: 0.31, 1: 0.299, 2: 0.9, 3: 0.3}  # nearly alike: what units cost must not matter
-BY_LAYER = Rules(per_layer=False)
+BY_LAYER = Rules(allocation="global")
 
 
 def of_layers(model: Model, params: Params) -> Scores:
@@ -201,7 +201,7 @@ def test_whole_layers_go_by_latency():
 
 def test_a_decoder_loses_whole_layers(place: Path, tmp_path: Path):
     out = tmp_path / "small"
-    how = ("--criterion", "block-influence", "--flops", 0.7, "--global", "-o", out)
+    how = ("--criterion", "block-influence", "--flops", 0.7, "--allocation=global", "-o", out)
     record = record_of("prune", *asked(place), *how)
     assert 0.5 < record["kept"]["flops"] <= 0.7
     model, params = load(out)
@@ -214,4 +214,4 @@ def test_a_decoder_loses_whole_layers(place: Path, tmp_path: Path):
     assert evaluated[0]["metrics"] == record["after"]["evaluation"]["metrics"]
     assert len(jp.generate(model, params, tiny_batch(model), max_new_tokens=3)) == 3
     shown = run("plan", place / "model", "--scores", f"{out}.scores.safetensors", "--flops", 0.7)
-    assert shown.exit_code == 2 and "--global" in shown.stderr
+    assert shown.exit_code == 2 and "--allocation=global" in shown.stderr

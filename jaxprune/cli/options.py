@@ -89,6 +89,7 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
         "reconstruct": "pruning.recoveries:Reconstruction",
     },
     "normalise": {"l2": "pruning.selection:per_layer_l2"},
+    "allocation": dict.fromkeys(("per-layer", "per-kind", "global"), ""),
     "layers": {
         "one-to-one": "training.joint_loss:one_to_one",
         "uniform": "training.joint_loss:uniform",
@@ -490,7 +491,9 @@ class SelectionOptions:
     length: Annotated[
         str | None, selecting("Tokens per example, for FLOPs; by default as scored. T5: read,written.", metavar="128")
     ] = None
-    per_layer: Annotated[bool, selecting("Same fraction everywhere, or units compete.", "--per-layer/--global")] = True
+    allocation: Annotated[
+        str, choice("allocation", "Units compete within a site, among their kind, or all.", "Selection")
+    ] = "per-layer"
     multiple_of: Annotated[list[str] | None, selecting("Round widths down to a multiple.", metavar="neurons=8")] = None
     floor: Annotated[list[str] | None, selecting("The least that stays in each layer.", metavar="heads=1")] = None
     protect: Annotated[list[str] | None, selecting("Layers (0) and sites (3.ffn.neurons) that stay whole.")] = None
@@ -507,6 +510,7 @@ class SelectionOptions:
         return build(
             Rules,
             self,
+            allocation=self.allocation.replace("-", "_"),
             multiple_of=by_kind("--multiple-of", self.multiple_of, least=1),
             floor=by_kind("--floor", self.floor),
             protect=tuple(whole("--protect", item) if is_number(item) else item for item in self.protect or ()),

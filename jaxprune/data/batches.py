@@ -364,7 +364,7 @@ def encode(
         length = min(length, most + 1 - candidates.shape[2])
         if length <= special:
             raise ValueError(f"a choice has {candidates.shape[2]} tokens, the model reads {most} in all.")
-        together = max(1, MOST_LOGITS // (candidates.shape[2] * model.config.vocab))
+        together = max(1, MOST_LOGITS // (candidates.shape[2] * len(tokenizer)))
     elif prompt is not None:
         candidates = encode_words(model_or_tokenizer, prompt.words)
     characters, labels = None, [example.label for example in examples] if labelled else [-1] * len(examples)

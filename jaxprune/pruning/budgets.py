@@ -221,12 +221,16 @@ def read_budget(settings: Mapping[str, Any]) -> Budget:
     return kind(**{unit or "fraction": amount}, length=settings.get("length"))
 
 
+ALLOCATIONS = ("per_layer", "per_kind", "global")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rules:
     """The rules of a selection, beside its budget."""
 
-    # Whether all sites keep about the same fraction of their units; if not, all units of the model compete.
-    per_layer: bool = True
+    # Which units compete: those of one site, so that all sites keep about the same fraction; those of one kind, so that
+    # all kinds do; or all units of the model, by their score per cost.
+    allocation: str = "per_layer"
     # Kept units of a site (channels: of a head) are a multiple of this, or all: one number, or one per kind of units.
     multiple_of: int | Mapping[str, int] | None = None
     # At least so many units of every site (channels: of every head) stay, or all it has: one number, or one per kind.
@@ -235,6 +239,10 @@ class Rules:
     protect: Collection[int | str] = ()
     # Rescales the scores before they are compared, such as `per_layer_l2`.
     normalise: Normalise | None = None
+
+    def __post_init__(self):
+        if self.allocation not in ALLOCATIONS:
+            raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {self.allocation!r}.")
 
     def settings(self) -> dict[str, Any]:
         """All of them by name."""

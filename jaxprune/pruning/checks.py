@@ -196,7 +196,7 @@ def _deletion_check(
             for i in range(checking.orders)
         },
     }
-    rules = Rules(per_layer=scores.properties["by_layer"])
+    rules = Rules(allocation="per_layer" if scores.properties["by_layer"] else "global")
     rows = Rows(
         split=checking.split,
         batch_size=checking.batch_size,

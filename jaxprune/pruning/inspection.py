@@ -354,14 +354,14 @@ def sweep(
             scoring = Scoring(criterion=criterion, rows=rows, head=sweeping.head)
             file = folder / SCORES / f"{stems[task.name]}.{name}.{seed}.safetensors"
             scores = score_once(model, params, task, scoring, file, watch)
-            rules = replace(sweeping.rules, per_layer=sweeping.rules.per_layer and criterion.by_layer)
+            rules = sweeping.rules if criterion.by_layer else replace(sweeping.rules, allocation="global")
             length = scores.header["mean_length"] if sweeping.length is None else sweeping.length
             for one in (one for one in missing if (one.criterion, one.seed) == (name, seed)):
                 gates, what = (
                     select(model, params, scores, Flops(one.flops, length=length), rules=rules),
                     f"{name}, seed {seed}",
                 )
-                if rules.per_layer:
+                if rules.allocation == "per_layer":
                     result = test(compact(model, params, gates, scores.means), task, what, scores)
                 else:
                     result = test(params, task, what, scores, gates)

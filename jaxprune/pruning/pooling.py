@@ -1,8 +1,8 @@
 """One budget for several tasks: their scores pooled, or the union or intersection of what each keeps.
 
 Whatever the way, what stays costs at most the budget, a larger budget keeps all of a smaller one, and every setting of
-`select` holds for the result, but one: `per_layer` says how each task selects by itself. So a union keeps more, and an
-intersection less, in layers where the tasks differ.
+`select` holds for the result, but one: the allocation says how each task selects by itself. So a union keeps more, and
+an intersection less, in layers where the tasks differ.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _in_order(
         site: (1.0 - combine.reduce([task_thresholds[site] for task_thresholds in each])) * costs[site]
         for site in parts_of(scores[0])[0]
     }
-    return select(model, params, merged, budget, rules=replace(rules, per_layer=False, normalise=None))
+    return select(model, params, merged, budget, rules=replace(rules, allocation="global", normalise=None))
 
 
 def _at_mean_length(budget: Budget, scores: Sequence[Scores | Values]) -> Budget:

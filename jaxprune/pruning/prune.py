@@ -329,10 +329,10 @@ def _check(
 
 def check_scope(properties: Mapping[str, Any], rules: Rules) -> None:
     """Refuses rules that scores of a criterion, by its `properties`, cannot be selected by."""
-    if (rules.per_layer or rules.normalise is not None) and not properties["by_layer"]:
+    if (rules.allocation == "per_layer" or rules.normalise is not None) and not properties["by_layer"]:
         raise ValueError(
             "top-layers and block-influence rank layers, and all units within a layer alike: let all layers compete by "
-            "the scores as they are (--global without --normalise; in Python Rules(per_layer=False))."
+            "the scores as they are (--allocation global without --normalise; in Python Rules(allocation='global'))."
         )
 
 
@@ -597,8 +597,8 @@ def prune_in_rounds(
     """Prunes to a budget in rounds; the remaining units are scored again in each.
 
     The last round meets the budget by the law of `select`: what stays costs at most that, and is short of it by less
-    than the next block; with `per_layer` it has the widths that one round would give it. One round is `select` and
-    `compact`. What a round leaves is `compact(model, params, its gates)`, bit for bit, if nothing is repaired and
+    than the next block; by allocation `per_layer` it has the widths that one round would give it. One round is `select`
+    and `compact`. What a round leaves is `compact(model, params, its gates)`, bit for bit, if nothing is repaired and
     closed units are zero.
 
     ```python

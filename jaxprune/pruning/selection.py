@@ -73,14 +73,15 @@ class Choices(NamedTuple):
     values: np.ndarray  # [choices] what keeping that many of the best units is worth
 
 
-def cut(candidates: Candidates, costs: Mapping[str, float], per_layer: bool) -> Blocks:
+def cut(candidates: Candidates, costs: Mapping[str, float], allocation: str) -> Blocks:
     """Cuts every site into blocks.
 
     Args:
         candidates: What is selected from.
         costs: Of one unit of every site.
-        per_layer: Whether the block after which its site has the smallest fraction comes first; else the one with the
-            highest mean score per cost.
+        allocation: `per_layer`: the block after which its site has the smallest fraction comes first. `global`: the one
+            with the highest mean score per cost. `per_kind`: that one among its kind, and of these the one after which
+            its kind has the smallest fraction of its units.
     """
     columns: list[tuple[np.ndarray, ...]] = []
     for index, site in enumerate(candidates.sites):
@@ -92,7 +93,7 @@ def cut(candidates: Candidates, costs: Mapping[str, float], per_layer: bool) -> 
         sizes = np.diff(starts, append=units)
         if not cost:
             order = np.full(len(starts), -np.inf)  # what costs nothing is kept first
-        elif per_layer:
+        elif allocation == "per_layer":
             order = (starts + sizes) / units
         else:
             best = candidates.best(site)
@@ -102,9 +103,29 @@ def cut(candidates: Candidates, costs: Mapping[str, float], per_layer: bool) -> 
             order = np.maximum.accumulate(-worth)  # rounding must not put a later block first
         least = units if site.name in candidates.whole else groups * candidates.floor[site.kind]
         columns.append((np.full(len(starts), index), sizes, sizes * cost, order, starts < least))
+    if allocation == "per_kind":
+        columns = _by_share(candidates.sites, columns)
     if not columns:
         columns.append((np.zeros(0, int), np.zeros(0, int), np.zeros(0), np.zeros(0), np.zeros(0, bool)))
     return Blocks(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+
+def _by_share(sites: Sequence[Site], columns: list[tuple[np.ndarray, ...]]) -> list[tuple[np.ndarray, ...]]:
+    """The columns of `cut` in the order of the share of their kind's units that they and all better blocks are."""
+    for kind in {site.kind for site in sites}:
+        own = [
+            i for i, (index, *_) in enumerate(columns) if sites[index[0]].kind == kind and np.isfinite(columns[i][3][0])
+        ]
+        if not own:
+            continue
+        worth, units = (np.concatenate([columns[i][column] for i in own]) for column in (3, 1))
+        ranked = np.argsort(worth, kind="stable")
+        share = np.empty(len(ranked))
+        share[ranked] = np.cumsum(units[ranked]) / units.sum()
+        for i, part in zip(own, np.split(share, np.cumsum([len(columns[i][0]) for i in own])[:-1]), strict=True):
+            index, sizes, cost, _, forced = columns[i]
+            columns[i] = index, sizes, cost, part, forced
+    return columns
 
 
 def best_first(scores: np.ndarray, groups: int) -> np.ndarray:
@@ -234,11 +255,14 @@ def select(model: Model, params: Params, scores: Scores | Values, budget: Budget
     What stays costs at most the budget, to 1e-9 of the whole; of latency that is what the table predicts. Fractions of
     units, parameters and FLOPs are of what all units of `params` cost together; those of memory and latency of what the
     whole model costs, embeddings included. By `Units` and without `multiple_of`, exactly `floor(fraction * all units)`
-    heads and neurons stay, whether `per_layer` or not.
+    heads and neurons stay, whatever the allocation.
 
-    With `per_layer`, the block after which its site has the smallest fraction comes first, ties in site order. If all
-    units compete, the block with the highest mean score per cost comes first, ties by site and then by unit;
-    scores of whole layers count as they are, see `Criterion`. Units that cost nothing, as of a cache, stay.
+    By allocation `per_layer` the block after which its site has the smallest fraction comes first, ties in site order.
+    If all units compete (`global`), the block with the highest mean score per cost comes first, ties by site and then
+    by unit; scores of whole layers count as they are, see `Criterion`. If units compete with their own kind alone
+    (`per_kind`), they are in that order among these, and all kinds keep about the same fraction of their units: heads
+    and neurons differ so much in cost and in score that one may starve the other. Units that cost nothing, as of a
+    cache, stay.
 
     By latency every site has one of the widths in the table, perhaps 0: then the module is not computed. If all units
     compete, the widths are those for which the scores that are kept add up to the most, scores below zero counting as
@@ -301,7 +325,7 @@ def select_units(scores: Values, fraction: float) -> Gates:
     ranked = {site.name: np.asarray(scores[site.name], np.float64) for site in places}
     width, ones = {site: len(value) for site, value in ranked.items()}, dict.fromkeys(ranked, 1)
     candidates = _ranked(tuple(places), width, ones, ranked, Rules())
-    return _gates_of_plan(Units(fraction), _Plan(candidates, cut(candidates, ones, True), 0.0))
+    return _gates_of_plan(Units(fraction), _Plan(candidates, cut(candidates, ones, "per_layer"), 0.0))
 
 
 def thresholds(
@@ -343,7 +367,7 @@ def _plan(budget: Budget, model: Model, params: Params, scores: Scores | Values,
     """Puts the blocks of all sites in order; see `select`."""
     costs = budget.with_length(parts_of(scores)[1].get("mean_length")).unit_costs(model, params)
     candidates = _candidates(model, params, scores, rules)
-    blocks = cut(candidates, costs, rules.per_layer)
+    blocks = cut(candidates, costs, rules.allocation)
     if blocks.cost.size and not blocks.cost.any():
         kinds = " and ".join(dict.fromkeys(site.kind for site in candidates.sites if candidates.width[site.name]))
         raise ValueError(f"{budget.name} cannot be reduced: these scores are of {kinds}, which cost none of it.")
@@ -450,7 +474,9 @@ def _select_by_table(budget: Latency, model: Model, params: Params, scores: Scor
     choices = [_choices(candidates, site, table) for site in candidates.sites]
     total = table.predict(candidates.width)
     _refuse_unreachable(budget, table.fixed + math.fsum(float(site.costs[0]) for site in choices), total)
-    allocate = alike if rules.per_layer else knapsack
+    if rules.allocation == "per_kind":
+        raise ValueError("a latency is spent by allocation per_layer or global: its table knows no share of a kind.")
+    allocate = alike if rules.allocation == "per_layer" else knapsack
     return _gates(candidates, allocate(choices, budget.limit(total) - table.fixed))
 
 

@@ -249,7 +249,7 @@ class Magnitude(_OfKinds):
 class TopLayers(Criterion):
     """Drops the last layers first: `s_i = 4^(layers - layer) c_i`, with `c_i` the unit's number of parameters.
 
-    For selection by score per cost over all layers together (`per_layer=False`) under a budget of parameters or FLOPs:
+    For selection by score per cost over all layers (allocation `global`) under a budget of parameters or FLOPs:
     there the units of a layer differ by less than a factor of 4, so every unit of a layer ranks below all units of the
     layers before it. Reads no example.
     """
