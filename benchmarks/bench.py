@@ -102,7 +102,7 @@ class Bench:
 
     def with_rows(self, rows: int) -> Bench:
         """The same with another number of rows to test on."""
-        return self if rows == self.rows else Bench(self.source, self.data, self.work, rows, self.names)
+        return self if rows == self.rows else type(self)(self.source, self.data, self.work, rows, self.names)
 
     def task(self, name: str) -> jp.Task:
         """A task, read once."""
@@ -186,9 +186,7 @@ class Bench:
         what = None
         if method is not None:
             what = method.described(source, budget, seed)
-        prompt = self.task(task).prompt
-        asked = [] if prompt is None or prompt.calibration == "none" else [prompt.calibration]
-        key = json.dumps([self.digest, self.rows, task, split, head, what, *asked], sort_keys=True)
+        key = self.key_of(task, split, head, what)
         if key not in self.cells:
             params, gates, means, kept = self.params, None, None, 1.0
             if method is not None and (method.rival is not None or method.recovery is not None):
@@ -211,17 +209,26 @@ class Bench:
             left = Intervention(gates, means)
             ready = calibrate(self.model, params, self.task(task), encoded, head=head, intervention=left)
             logits = predict(self.model, params, ready, head=head, batch_size=64, intervention=left)
-            hits = logits.argmax(1) == encoded.labels
-            self.cells[key] = Cell(hits, kept)
-            with self.file.open("a") as stream:
-                packed = base64.b64encode(np.packbits(hits).tobytes()).decode()
-                stream.write(json.dumps({"key": key, "hits": packed, "n": len(hits), "flops": kept}) + "\n")
+            self.keep_cell(key, Cell(logits.argmax(1) == encoded.labels, kept))
             self.made += 1
             if self.made % 20 == 0:
                 print(
                     f"{self.made:,} models tested, {time.monotonic() - self.begun:.0f} s", file=sys.stderr, flush=True
                 )
         return self.cells[key]
+
+    def key_of(self, task: str, split: str, head: str | None = None, what: Any = None) -> str:
+        """The name of a tested model among the cells; without `what` is pruned, that of the dense one."""
+        prompt = self.task(task).prompt
+        asked = [] if prompt is None or prompt.calibration == "none" else [prompt.calibration]
+        return json.dumps([self.digest, self.rows, task, split, head, what, *asked], sort_keys=True)
+
+    def keep_cell(self, key: str, cell: Cell) -> None:
+        """Keeps a tested model, on disk too."""
+        self.cells[key] = cell
+        with self.file.open("a") as stream:
+            packed = base64.b64encode(np.packbits(cell.hits).tobytes()).decode()
+            stream.write(json.dumps({"key": key, "hits": packed, "n": len(cell.hits), "flops": cell.flops}) + "\n")
 
     def repaired(self, method: Method, source: str | tuple[str, ...], budget: float, seed: int) -> tuple[Any, float]:
         """Smaller parameters after recovery, or a rival's, and the fraction of the FLOPs that they keep."""

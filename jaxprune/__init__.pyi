@@ -11,8 +11,8 @@ from .checkpoints.shared import load_gates as load_gates
 from .checkpoints.shared import save_shared as save_shared
 from .checkpoints.weights import densify as densify
 from .compaction import compact as compact
+from .data import prompts as prompts
 from .data.batches import windows as windows
-from .data.prompts import prompt_for as prompt_for
 from .data.tasks import Rows as Rows
 from .data.tasks import Task as Task
 from .data.tasks import load_task as load_task

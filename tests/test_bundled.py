@@ -37,7 +37,7 @@ def test_the_text_model_answers_by_its_prompt():
     found = jp.evaluate(model, params, task, rows=jp.Rows(examples=42))
     expected = json.loads((Path(jp.bundled_text_model()) / "results.json").read_text())["tasks"]["snips"]["test"]
     assert found["accuracy"] > expected["metrics"]["accuracy"] - 0.15  # 42 rows are 5 % at one deviation
-    prompt, rows = jp.prompt_for(task), task.rows("test")[:8]
+    prompt, rows = jp.prompts.prompt_for(task), task.rows("test")[:8]
     batch = dict(model.tokenizer([prompt.render(row) for row in rows], padding=True, return_tensors="np"))
     written = texts(model, jp.generate(model, params, batch, max_new_tokens=8))
     assert len(set(written)) > 1 and set(written) <= set(prompt.words)

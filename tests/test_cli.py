@@ -515,7 +515,7 @@ BAD: dict[str, tuple[Sequence[Any], str]] = {
             "-o",
             "{new}",
         ),
-        "top-layers and block-influence rank layers.*--global",
+        "top-layers and block-influence rank layers.*--allocation global",
     ),
     "option of no criterion": ((*SCORE, "--criterion", "top-layers", "--nodes", 4), "it has no options"),
     "impossible tokens": ((*SCORE, "--tokens", "max"), "not possible with integrated gradients"),
@@ -709,7 +709,7 @@ def test_every_name_stands_for_something():
     for option, known in options.FUNCTIONS.items():
         found = [options.find(option, name) for name in known]
         real = [id(thing) for thing in found if thing is not None]  # others are read as they are
-        assert len(set(real)) == len(real) and (real or option == "calibration")
+        assert len(set(real)) == len(real) and (real or option in ("calibration", "allocation"))
 
 
 def test_every_criterion_and_every_setting_has_a_name():

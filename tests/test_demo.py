@@ -13,7 +13,7 @@ from tiny import tiny_model
 
 from jaxprune.bundled import bundled_text_model
 from jaxprune.checkpoints.folder import load, save
-from jaxprune.cli.demo import OTHER_ROWS, VARIANTS, explain, next_steps
+from jaxprune.cli.demo import VARIANTS, Plan, explain, next_steps
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.evaluation.evaluate import evaluate
 from jaxprune.models import TaskHead
@@ -41,11 +41,11 @@ def shown(place: Place, data):
 def test_every_task_with_a_head_is_tested_in_every_variant(place, data, shown):
     _, record = shown
     assert [row["task"] for row in record["tasks"]] == ["topic", "mood"]
-    assert [row["n"] for row in record["tasks"]] == [len(load_task("topic", data=data).rows("test")), OTHER_ROWS]
+    assert [row["n"] for row in record["tasks"]] == [len(load_task("topic", data=data).rows("test")), Plan().other_rows]
     model, params = load(place.model)
     for row in record["tasks"]:
         assert tuple(row["values"]) == VARIANTS
-        limit = None if row["task"] == "topic" else OTHER_ROWS
+        limit = None if row["task"] == "topic" else Plan().other_rows
         wanted = evaluate(model, params, load_task(row["task"], data=data), rows=Rows(examples=limit))
         assert row["values"]["dense"] == wanted.primary[1]
         assert row["chance"] == wanted.chance

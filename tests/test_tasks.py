@@ -621,9 +621,9 @@ def test_files_that_are_not_what_they_seem(tmp_path: Path):
     (tmp_path / "own.parquet").write_bytes(b"PAR1 broken PAR1")
     with pytest.raises(ValueError, match=r"own.parquet cannot be read as Parquet"):
         load_task(tmp_path / "own.parquet")
-    (tmp_path / "own.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"own.txt is none of .jsonl"):
-        load_task(tmp_path / "own.txt")
+    (tmp_path / "own.doc").write_text("text")
+    with pytest.raises(ValueError, match=r"own.doc is none of .jsonl"):
+        load_task(tmp_path / "own.doc")
 
 
 def test_parquet_with_a_column_twice(tmp_path: Path):

@@ -369,7 +369,10 @@ BAD: dict[str, tuple[Sequence[Any], str]] = {
     "a head of other labels": ((*TASKS, "--units", 0.5, "--head", "mood"), "the head 'mood' has 2 labels"),
     "scores and scoring": ((*SCORES, "--scores", "{topic}", "--nodes", 4), "--nodes"),
     "rows of nothing": ((*SCORES, "--scores", "{topic}", "--limit", 4), "--limit: for testing"),
-    "layers compared within a layer": ((*TASKS, "--units", 0.5, "--criterion", "top-layers"), "top-layers.*--global"),
+    "layers compared within a layer": (
+        (*TASKS, "--units", 0.5, "--criterion", "top-layers"),
+        "top-layers.*--allocation global",
+    ),
 }
 
 

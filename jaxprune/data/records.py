@@ -131,6 +131,12 @@ def read_folder(folder: Path, header: Sequence[str] = ()) -> tuple[dict[str, Rec
                     unused.append(str(path.relative_to(folder)))
             elif split_of(path.with_name(f"{path.name.partition('.')[0]}.jsonl"))[0]:  # a folder, or of another kind
                 unused.append(str(path.relative_to(folder)))
+    kinds = {kind_of(path).startswith(".txt") for found in files.values() for _, path in found}
+    if len(kinds) > 1:  # beside tables, text files are notes
+        notes = {path for found in files.values() for _, path in found if kind_of(path).startswith(".txt")}
+        unused += [str(path.relative_to(folder)) for path in notes]
+        files = {split: [it for it in found if it[1] not in notes] for split, found in files.items()}
+        files = {split: found for split, found in files.items() if found}
     if not files:
         raise FileNotFoundError(
             f"{folder} has no train.jsonl, validation.jsonl or test.jsonl (or .jsonl.gz, .csv, ...)."
@@ -140,7 +146,7 @@ def read_folder(folder: Path, header: Sequence[str] = ()) -> tuple[dict[str, Rec
         for split in FILES
         if split in files
     }
-    return records, unused
+    return records, sorted(unused, key=lambda name: (name.count("/"), name))
 
 
 def _parts(folder: Path, split: str, files: Sequence[tuple[tuple[int, int] | None, Path]]) -> list[Path]:

@@ -24,6 +24,7 @@ from jaxprune.data.prompts import Prompt, prompt_of
 from jaxprune.data.records import pair_labels
 from jaxprune.data.splits import Answer
 from jaxprune.data.tasks import Example, Rows, Task, Windowing, draw, row_key
+from jaxprune.evaluation import shown
 from jaxprune.evaluation.text import candidates_in, generate, rank, stop_tokens, texts, worded
 from jaxprune.models import INPUTS, LANGUAGE, NOWHERE, WORDS, Model, TaskHead
 from jaxprune.units import Intervention, Params
@@ -140,17 +141,6 @@ def likelihood(predicted: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
     return {"log_likelihood": mean, "perplexity": math.exp(min(-mean, 700.0))}
 
 
-def scale_of(metric: str) -> tuple[float, str]:
-    """What a metric is multiplied by where it is shown, and its name there: in percent if it is a share."""
-    return (1.0, metric) if metric in ("log_likelihood", "perplexity") else (100.0, f"{metric}, %")
-
-
-def shown(metric: str, value: float) -> str:
-    """The value of a metric as text, see `scale_of`."""
-    scale, _ = scale_of(metric)
-    return f"{scale * value:,.{1 if scale > 1 else 3}f}"
-
-
 # The metrics of GLUE, and SQuAD's of texts and answers, by the name that a task gives; the first of each is the primary
 # one: more of it is better. For MRPC and QQP it is accuracy: always answering "equivalent" has an F1 of 81 on MRPC.
 METRICS: Mapping[str, Metric] = {
@@ -213,7 +203,10 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values, ready for `json.dumps`."""
-        return asdict(self) | {"metrics": dict(self.metrics), "primary": self.primary[0]}
+        record = asdict(self) | {"metrics": dict(self.metrics), "primary": self.primary[0]}
+        if self.windows is None:
+            del record["windows"]
+        return record
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Evaluation:

@@ -26,7 +26,6 @@ CARD = "README.md"  # in the folder of a model
 LEARNED = "training.png"  # in that of a student: how it learned
 LOADING = """import jaxprune as jp
 from jaxprune.data.splits import Example
-from jaxprune.data.prompts import Prompt
 
 model, params = jp.load("FOLDER")
 """
@@ -38,7 +37,7 @@ REFUSED = (
 PREDICTING = """logits = jp.predict(model, params, [Example(text="a text")], head={head})  # [examples, labels]"""
 FINDING = """questions = [Example("a question", "its context", answers=())]
 texts = jp.find_answers(model, params, questions, head={head})"""
-PROMPTING = """prompt = Prompt(
+PROMPTING = """prompt = jp.prompts.Prompt(
     template={template},
     words={words},
 )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from jaxprune.checkpoints.files import write_atomic
 from jaxprune.cli.render.tables import Record, by_budget, units_left
-from jaxprune.evaluation.evaluate import scale_of
+from jaxprune.evaluation import scale_of
 
 # Okabe and Ito, Color Universal Design, 2008: told apart with every kind of colour vision
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from jaxprune.evaluation.evaluate import scale_of, shown
+from jaxprune.evaluation import scale_of, shown
 
 Record = Mapping[str, Any]
 
