@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "xlm-roberta": {"activation": "relu", "labels": 1},  # a regression
     "distilbert": {"activation": "gelu", "labels": 4},
 }
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "seed_oss", "gemma3_text")
 
 
 def random_classifier(
@@ -130,17 +131,39 @@ def make(folder: Path, model_type: str) -> None:
     logits = [run(model, batch).logits.tolist() for batch in batches]
     gates = random_gates(model)
     scale_columns(model, gates)
+    write(
+        folder,
+        gates={name: gate.tolist() for name, gate in gates.items()},
+        batches=[{name: array.tolist() for name, array in batch.items()} for batch in batches],
+        logits=logits,
+        gated_logits=run(model, batches[-1]).logits.tolist(),  # of the last batch
+    )
+
+
+def make_decoder(folder: Path, model_type: str) -> None:
+    """Writes one decoder, its logits for a batch with padding on both sides, and the text it writes."""
+    torch, cases = importlib.import_module("torch"), importlib.import_module("test_reference_decoders")
+    shutil.rmtree(folder, ignore_errors=True)
+    random = np.random.default_rng(len(model_type))
+    model = cases.lively(model_type, cases.random_config(model_type, random), 0)
+    model.save_pretrained(folder)
+    ids, mask = random.integers(3, 60, (3, 9)), np.ones((3, 9), np.int64)
+    mask[1, :4] = mask[2, 7:] = 0
+    places = np.maximum(mask.cumsum(1) - 1, 0)
+    logits = run(model, {"input_ids": ids, "attention_mask": mask, "position_ids": places}).logits.numpy()
+    left = {"input_ids": torch.tensor(ids[:2]), "attention_mask": torch.tensor(mask[:2])}
+    text = model.generate(**left, max_new_tokens=5, do_sample=False, pad_token_id=0)[:, 9:].tolist()
+    batch = {"input_ids": ids.tolist(), "attention_mask": mask.tolist()}
+    write(folder, batch=batch, logits=[[[float(f"{z:.6g}") for z in t] for t in row] for row in logits], text=text)
+
+
+def write(folder: Path, **content: Any) -> None:
+    """Writes what PyTorch computed, with the versions."""
+    versions = {name: importlib.import_module(name).__version__ for name in ("torch", "transformers", "numpy")}
     content = {
         "made_by": "tests/make_golden.py",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.import_module(name).__version__ for name in ("torch", "transformers", "numpy")},
-        },
-        "gates": {name: gate.tolist() for name, gate in gates.items()},
-        "batches": [{name: array.tolist() for name, array in batch.items()} for batch in batches],
-        "logits": logits,
-        "gated_logits": run(model, batches[-1]).logits.tolist(),  # of the last batch
-    }
+        "versions": {"python": platform.python_version(), **versions},
+    } | content
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())
     (folder / "golden.json").write_text(f"{{\n{lines}\n}}\n")
 
@@ -148,3 +171,5 @@ def make(folder: Path, model_type: str) -> None:
 if __name__ == "__main__":
     for model_type in CASES:
         make(GOLDEN / model_type, model_type)
+    for model_type in DECODERS:
+        make_decoder(GOLDEN / model_type, model_type)
