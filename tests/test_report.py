@@ -314,7 +314,9 @@ def test_the_card_of_a_text_to_text_model_asks_its_prompt():
         code = next(token.content for token in tokens if token.info == "python")
         tree = ast.parse(code)
         call = next(
-            node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "jp.prompts.Prompt"
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "jp.prompts.Prompt"
         )
         found = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
         assert found == {"template": prompt["template"], "words": tuple(prompt["words"])}
