@@ -12,7 +12,6 @@ from passes import logits_of, sites_of, token_slopes
 from tiny import tiny_batch, tiny_model
 
 from jaxprune.models import Model, TaskHead
-from jaxprune.models.cost import elements, matmul_flops, unit_costs
 from jaxprune.scoring.attribution import Context
 from jaxprune.scoring.criteria import (
     Activation,
@@ -98,16 +97,13 @@ def test_magnitude_is_the_product_of_two_norms(model_and_params: tuple[Model, Pa
         np.testing.assert_allclose(found[f"{layer}.attention.heads"], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("length", [None, 8, 16])
-def test_top_layers_go_first_in_score_per_cost(length: int | None):
+def test_top_layers_go_first():
     model, params = tiny_model(layers=3, embed=16)
-    measure = elements if length is None else matmul_flops(model, length)
     found = score_batches(model, params, (), TopLayers())[0]
-    costs = unit_costs(model, params, measure)
-    worth: dict[int, list[float]] = {}
-    for site in sites(model.axes, params):
-        worth.setdefault(site.layer, []).extend((np.asarray(found[site.name]) / costs[site.name]).tolist())
-    assert min(worth[0]) > max(worth[1]) and min(worth[1]) > max(worth[2])
+    assert {site.name: set(np.asarray(found[site.name]).tolist()) for site in sites(model.axes, params)} == {
+        site.name: {3.0 - site.layer} for site in sites(model.axes, params)
+    }
+    assert not TopLayers.per_cost and not TopLayers.by_layer
 
 
 def test_activation_is_the_mean_size(model_and_params: tuple[Model, Params], batch: Any, values: Any):

@@ -22,7 +22,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxprune.evaluation.text import answered
 from jaxprune.models import Model, TaskHead, advance, enter, mask_of, model_layers, repeat_rows
-from jaxprune.models.cost import elements, unit_costs
 from jaxprune.models.layers import sum_tokens
 from jaxprune.models.running import Prefix, forward
 from jaxprune.scoring.attribution import (
@@ -247,26 +246,23 @@ class Magnitude(_OfKinds):
 
 @dataclass(frozen=True, kw_only=True)
 class TopLayers(Criterion):
-    """Drops the last layers first: `s_i = 4^(layers - layer) c_i`, with `c_i` the unit's number of parameters.
+    """Drops the last layers first: `s_i` is the number of layers from the unit's own to the last.
 
-    For selection by score per cost over all layers (allocation `global`) under a budget of parameters or FLOPs:
-    there the units of a layer differ by less than a factor of 4, so every unit of a layer ranks below all units of the
-    layers before it. Reads no example.
+    Units of a layer share the score, and it is not divided by what they cost. Reads no example.
     """
 
     examples: None = field(default=None, init=False)
 
     by_layer = False
+    per_cost = False
     seeded = False
 
     def __call__(self, model: Model, params: Params, batch: AnyBatch, context: Context = Context()) -> Measured:
         """Scores a batch; see `Criterion`."""
-        units, costs = widths(model.axes, params), unit_costs(model, params, elements)
-        scores = {}
+        units, scores = widths(model.axes, params), {}
         for site in sites(model.axes, params):
-            above = next(stack.layers for stack in model.stacks if stack.name in (site.stack, "")) - site.layer
-            score = 4.0**above * costs[site.name]
-            scores[site.name] = jnp.full((1, units[site.name]), score, jnp.float32)
+            left = next(stack.layers for stack in model.stacks if stack.name in (site.stack, "")) - site.layer
+            scores[site.name] = jnp.full((1, units[site.name]), left, jnp.float32)
         return Measured(scores, {})
 
 
