@@ -274,3 +274,9 @@ def test_latency_needs_a_model_that_reads_that_many_tokens():
         latency(model, params, length=65)
     with pytest.raises(ValueError, match="no model"):
         compare_latency([])
+
+
+def test_a_decoder_is_measured_up_to_its_label_words():
+    model, params = tiny_model("llama")
+    (timing,), _ = compare_latency([(model, params)], batch=1, length=4, head="words", repeats=1, warmup=1)
+    assert timing.median > 0

@@ -215,9 +215,7 @@ def test_an_inspection():
     lines = text(tables.inspection_table(INSPECTED))
     assert "11 12 264/3,072 11,812,864 14.2 8.15e-07 11.2" in lines
     assert "all 192/384 49,152/98,304 311,812,864 14.2 8.15e-07 11.2" in lines
-    assert "Task heads: none. Parameters and FLOPs of heads and neurons, 18.56 tokens." in tables.inspection_note(
-        INSPECTED
-    )
+    assert "Task heads: none. Parameters and FLOPs of the units, 18.56 tokens." in tables.inspection_note(INSPECTED)
     without = text(tables.inspection_table(INSPECTED | {"scores": None, "pruned": None}))
     assert "11 12 264/3,072 11,812,864 14.2" in without
 

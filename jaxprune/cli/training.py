@@ -546,16 +546,15 @@ def count_weights(model: Model, params: Params) -> dict[str, int]:
 def _surviving_heads(record: Mapping[str, Any] | None, pairs: Mapping[str, Pair]) -> Mapping[str, tuple[int, ...]]:
     """The teacher's heads that a pruned student has, by its record, where it has fewer and was cut from as many."""
     from jaxprune.training.distillation import surviving_heads
+    from jaxprune.training.joint_loss import HEADS
     from jaxprune.units import widths
 
     if record is None or "sites" not in record:
         return {}
-    ours, theirs = (widths(model.axes, params, ("heads",)) for model, params in (pairs["student"], pairs["teacher"]))
-    return {
-        site: heads
-        for site, heads in surviving_heads(record).items()
-        if ours.get(site) != theirs.get(site) == record["sites"][site]["had"]
-    }
+    ours, theirs = (widths(model.axes, params, HEADS) for model, params in (pairs["student"], pairs["teacher"]))
+    found = surviving_heads(record, theirs)
+    had = {site: record["sites"][site]["had"] if site in record["sites"] else theirs.get(site) for site in found}
+    return {site: heads for site, heads in found.items() if ours.get(site) != theirs.get(site) == had[site]}
 
 
 @grouped

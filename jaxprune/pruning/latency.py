@@ -29,6 +29,8 @@ import numpy as np
 
 from jaxprune.checkpoints.files import COUNT, parse_header, read_private, write_atomic, write_private
 from jaxprune.models import (
+    LABELS,
+    WORDS,
     BlockSettings,
     Mask,
     Model,
@@ -178,6 +180,8 @@ def _seconds(run: Callable[[], Any]) -> float:
 def _forward_pass(model: Model, params: Params, batch: int, length: Tokens, head: str | None) -> Callable[[], Any]:
     """A function that runs one forward pass and waits for it; its inputs are on the device already."""
     inputs, params = _inputs(model, batch, length), jax.device_put(params)
+    if model.answers_in_text and model.head(head) == WORDS:
+        inputs |= dict(zip(LABELS, (jnp.zeros((batch, 2), jnp.int32), jnp.zeros((batch, 2))), strict=True))
     return lambda: jax.block_until_ready(_forward(model, params, inputs, head))
 
 

@@ -28,6 +28,7 @@ from jaxprune.sparse.patterns import PROJECTION, Pattern, Unstructured, linear_m
 from jaxprune.sparse.schedules import Schedule
 from jaxprune.training.finetuning import check_rows
 from jaxprune.training.joint_loss import (
+    HEADS,
     Distillation,
     Pair,
     initialise_projection,
@@ -250,19 +251,29 @@ def distill(
     return Distilled(model, without_projection(done.best), evaluations, best, steps, sum(leaks.values()), fresh)
 
 
-def surviving_heads(record: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def surviving_heads(record: Mapping[str, Any], had: Mapping[str, int] | None = None) -> dict[str, tuple[int, ...]]:
     """The heads of the dense model that a pruned one still has, from the record of one pruning.
 
     Args:
         record: What `pruning_record` returns, or `read_pruning` reads from a folder.
+        had: Of a decoder whose groups were pruned, the query heads of the dense model by site, as `widths` gives them.
 
     Returns:
-        For every site of heads (`"3.attention.heads"`) the indices in the dense model.
+        For every site of heads (`"3.attention.heads"`, in decoders `"3.attention.query_heads"`) the indices in the
+        dense model.
     """
     if "sites" not in record:
         raise ValueError(f"a record of a pruning has 'sites', this one has {sorted(record)}.")
-    sites = {name: site for name, site in record["sites"].items() if name.endswith(".heads")}
-    return {name: tuple(kept_units(name, site)[1].tolist()) for name, site in sites.items()}
+    found: dict[str, tuple[int, ...]] = {}
+    for name, site in record["sites"].items():
+        module, _, kind = name.rpartition(".")
+        groups, kept = kept_units(name, site)
+        queries, rest = divmod((had or {}).get(f"{module}.query_heads", 0), max(groups, 1))
+        if kind in HEADS:
+            found[name] = tuple(kept.tolist())
+        elif kind == "groups" and queries and not rest:
+            found[f"{module}.query_heads"] = tuple((kept[:, None] * queries + np.arange(queries)).ravel().tolist())
+    return found
 
 
 def _with_head(student: Pair, teacher_model: Model, name: str | None, key: Array) -> tuple[Model, Params, bool]:

@@ -159,6 +159,9 @@ def match_layers(layers: LayerMap, model: Model, teacher_model: Model) -> dict[s
     return matched
 
 
+HEADS = ("heads", "query_heads")  # kinds of units that have attention scores, one kind in every module
+
+
 def head_index(site: str, ours: int, theirs: int, heads: Mapping[str, Sequence[int]]) -> np.ndarray | None:
     """The teacher's heads that those of one site of the student learn from; None: all, in order."""
     if site not in heads:
@@ -370,7 +373,7 @@ def _run(
     if distillation.attention or distillation.hidden:
         pairs = match_layers(distillation.layers, model, teacher_model)
     scored = {theirs for theirs in pairs.values() if theirs is not None} if distillation.attention else set()
-    head_counts = widths(model.axes, params, ("heads",)) if scored else {}
+    head_counts = widths(model.axes, params, HEADS) if scored else {}
     targets = _targets((teacher_model, teacher_params), teacher_inputs, teacher_head, scored)
     losses: list[Parts] = []
     stages: list[_Stage] = []
@@ -392,7 +395,8 @@ def _run(
             return None, {}
         target, index = _next(targets, name), {}
         for local, scores in target.scores.items():
-            site = f"{layer.name}.{local.removesuffix('scores')}heads"
+            names = [f"{layer.name}.{local.removesuffix('scores')}{kind}" for kind in HEADS]
+            site = next(name for name in names if name in head_counts)
             chosen = head_index(site, head_counts[site], scores.shape[1], distillation.heads or {})
             index |= {} if chosen is None else {local: chosen}
         return target, index

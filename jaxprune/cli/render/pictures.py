@@ -203,7 +203,7 @@ def deletion_figure(path: Path, record: Record, *, dark: bool = False) -> None:
 
 
 def inspection_figure(path: Path, record: Record, units: Mapping[str, Sequence[Any]], *, dark: bool = False) -> None:
-    """Writes a picture of a model's units: per layer a cell for every head, and a strip for each other kind of units.
+    """Writes a picture of a model's units: per layer a cell for every head or group, and a strip for every other kind.
 
     Cells and strips are empty where units were removed. With scores, colours tell the rank of a unit among all of its
     kind in the model, and a strip is sorted by it. `units`: for every kind, per layer an array `[units it had]`, NaN
@@ -214,16 +214,17 @@ def inspection_figure(path: Path, record: Record, units: Mapping[str, Sequence[A
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Rectangle
 
-    layers, scored, strips = record["layers"], record["scores"] is not None, [kind for kind in units if kind != "heads"]
+    layers, scored, cells = record["layers"], record["scores"] is not None, next(iter(units))
+    strips = [kind for kind in units if kind != cells]
     colours = mpl.colormaps[SCORES_MAP] if scored else ListedColormap([COLOURS[4]])
     size, ratios = (4.8 + 4.8 * len(strips), 1.5 + 0.32 * len(layers)), (1, *[1.6] * len(strips))
     with _drawing(path, *size, columns=1 + len(strips), dark=dark, width_ratios=ratios) as (figure, panels, page):
         heads, *others = panels[0]
-        _list_layers(heads, [f"layer {layer['layer']}" for layer in layers], "heads")
-        most = _draw_heads(heads, page, units["heads"], colours)
+        _list_layers(heads, [f"layer {layer['layer']}" for layer in layers], cells)
+        most = _draw_heads(heads, page, units[cells], colours)
         heads.set_xlim(-0.6, most + 2.2)
         for y, layer in enumerate(layers):
-            heads.text(most, y, units_left(layer["heads"], " of "), va="center", fontsize=8)
+            heads.text(most, y, units_left(layer[cells], " of "), va="center", fontsize=8)
         for axes, kind in zip(others, strips, strict=True):
             _list_layers(axes, [""] * len(layers), kind.replace("_", " ") + ", best first" * scored)
             widest = max(map(len, units[kind]), default=0) or 1

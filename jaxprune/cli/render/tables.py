@@ -367,17 +367,19 @@ def _latency_budget(budget: Record) -> str:
 
 def headless_notes(record: Record) -> list[str]:
     """The attentions that a selection leaves without a head, if there are any."""
-    ending = ".heads"
     gone = [
-        name.removesuffix(ending)
+        name.rpartition(".")[0]
         for name, (had, left) in record["widths"].items()
-        if name.endswith(ending) and had and not left
+        if name.endswith((".heads", ".groups")) and had and not left
     ]
     if not gone:
         return []
     where = f"{gone[0]} and {len(gone) - 1} more" if len(gone) > 1 else gone[0]
     return [
-        note(f"No head stays in {where}: tokens no longer see each other there. --floor heads=1 keeps one in each.")
+        note(
+            f"No head stays in {where}: tokens no longer see each other there. --floor heads=1 (of decoders groups=1) "
+            "keeps one in each."
+        )
     ]
 
 
@@ -594,7 +596,7 @@ def inspection_note(record: Record) -> str:
     """The meaning of the figures in `inspection_table`."""
     parts = [
         f"Task heads: {', '.join(record['heads']) or 'none'}.",
-        f"Parameters and FLOPs of heads and neurons, {length_text(record['length'])}.",
+        f"Parameters and FLOPs of the units, {length_text(record['length'])}.",
     ]
     if record.get("cache"):
         parts.append(f"Cache: {record['cache']:,} bytes per token.")
