@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import RESULTS, best_first, percent, points, record, spread, table, within
+from tables_decoders import DECODER_TABLES, decoder_row
 from tables_recovery import RECOVERY_TABLES, recovery_curves, recovery_row, text_recovery_row
 from tables_sparse import SPARSE_TABLES, sparse_row
 from tables_text import TEXT_TABLES, paper_curves, paper_row
@@ -250,7 +251,10 @@ def bundled() -> str:
 def headline() -> str:
     """The claims of the README, each with the command that makes it and the record it is read from."""
     heading = ["what", "result", "command", "record"]
-    makers = (_pruned_row, _demo_row, _accuracy_row, recovery_row, paper_row, text_recovery_row, sparse_row, _speed_row)
+    makers = (
+        _pruned_row, _demo_row, decoder_row, _accuracy_row, recovery_row, paper_row, text_recovery_row, sparse_row,
+        _speed_row,
+    )  # fmt: skip
     rows = [row for made in makers if (row := _unless_missing(made))]
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, ["---"] * 4, *rows)) + "\n"
 
@@ -424,6 +428,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "speed": speed,
     "speed-setting": speed_setting,
     **TEXT_TABLES,
+    **DECODER_TABLES,
     **RECOVERY_TABLES,
     **SPARSE_TABLES,
 }
