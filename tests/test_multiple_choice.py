@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import record_of, run
@@ -22,6 +23,7 @@ from jaxprune.evaluation.evaluate import evaluate, final, free_match, predict
 from jaxprune.evaluation.text import generate, texts
 from jaxprune.models import Model
 from jaxprune.scoring.attribution import GradientActivation
+from jaxprune.scoring.objectives import signed
 from jaxprune.scoring.run import Scoring, score
 from jaxprune.units import Params
 
@@ -124,9 +126,34 @@ def test_units_are_scored_by_the_right_choice(task: Task, decoder: tuple[Model, 
     assert any(not np.array_equal(other.values[name], rows) for name, rows in scores.values.items())
 
 
-def test_text_behind_a_choice_is_said_to_be_left_out(tmp_path: Path):
-    rows = [row | {"suffix": "at last"} for row in rows_of(40)]
-    assert any("'suffix' is not read" in note for note in load_task(write(tmp_path / "rows.jsonl", rows)).notes)
+def test_of_a_suffix_alone_the_likelihood_counts(decoder: tuple[Model, Params], tmp_path: Path):
+    model, params = decoder
+    changes = ({"suffix": f" the {WORDS[i % 8]} mood"} for i in range(90))
+    rows = [row | {"context": f"{row['context']} "} | more for row, more in zip(rows_of(), changes, strict=True)]
+    task = load_task(write(tmp_path / "rows.jsonl", rows))
+    tested, tokenizer = task.rows("test"), model.tokenizer
+
+    def likelihoods(row: Any, choice: str, gates: Any = None) -> jax.Array:
+        """The log-likelihoods of the suffix's tokens."""
+        before, option, after = (
+            tokenizer(part, add_special_tokens=i == 0)["input_ids"]
+            for i, part in enumerate((row.text.rstrip(), f" {choice}", row.suffix))
+        )
+        ids = np.array([before + option + after])
+        logits: Any = model.apply(params, {"input_ids": ids, "attention_mask": np.ones_like(ids)}, gates).logits
+        return jax.nn.log_softmax(logits[0, -len(after) - 1 : -1])[np.arange(len(after)), np.array(after)]
+
+    encoded = encode(model, tested, prompt=prompt_of(model, task))
+    for row, own in zip(tested, predict(model, params, encoded, batch_size=4), strict=True):
+        for choice, found in zip(row.choices or (), own, strict=False):
+            np.testing.assert_allclose(found, likelihoods(row, choice).sum(), rtol=2e-5, atol=2e-4)
+    assert list(evaluate(model, params, task).metrics) == ["accuracy"]
+    row = tested[0]
+    right = (row.choices or ())[int(row.label or 0)]
+    scoring = Scoring(criterion=GradientActivation(examples=signed), rows=Rows(examples=(row,)))
+    slopes = jax.grad(lambda gates: jnp.exp(likelihoods(row, right, gates)).sum())(jp.open_gates(model, params))
+    for name, value in score(model, params, task, scoring).values.items():
+        np.testing.assert_allclose(value, slopes[name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,7 @@ class Encoded:
     padding: int  # index of the padding token
     # what a model may answer, filled up with `IGNORED`: [labels, tokens], or [examples, labels, tokens] of choices
     candidates: np.ndarray | None = None
+    read: np.ndarray | None = None  # [examples, labels]: how many first tokens of a candidate are read, not asked for
     characters: np.ndarray | None = None  # for spans [all tokens, 2]: the place of a token in its context, see `spans`
     continued: bool = False  # whether answers go on from their prompts, in the same stack
     bias: np.ndarray | None = None  # [labels] float32: what calibration adds to the logits of the labels' words
@@ -230,6 +231,7 @@ class Encoded:
             labels=self.labels[rows],
             cut=self.cut[rows],
             candidates=self._chosen(rows) if self.own_choices else self.candidates,
+            read=None if self.read is None else self.read[np.asarray(rows, np.int64)],
             characters=None if self.characters is None else self.characters[tokens],
         )
 
@@ -255,6 +257,8 @@ class Encoded:
             batch["candidates"] = self._chosen([*rows, *[rows[0]] * fill])
         elif self.candidates is not None:
             batch["candidates"] = np.broadcast_to(self.candidates, (batch_size, *self.candidates.shape))
+        if self.read is not None:
+            batch["candidates_read"] = self.read[np.asarray([*rows, *[rows[0]] * fill], np.int64)]
         if self.bias is not None:
             batch["label_bias"] = np.broadcast_to(self.bias, (batch_size, *self.bias.shape))
         if self.characters is not None:
@@ -358,9 +362,10 @@ def encode(
         )
     if length <= special:
         raise ValueError(f"max_length must exceed the {special} special tokens of an example, got {length}.")
-    candidates = together = None
+    candidates = together = suffixed = None
     if choosing:
-        candidates = _encode_choices(tokenizer, [example.choices or () for example in examples])
+        suffixes = [example.suffix for example in examples]
+        candidates, suffixed = _encode_choices(tokenizer, [example.choices or () for example in examples], suffixes)
         length = min(length, most + 1 - candidates.shape[2])
         if length <= special:
             raise ValueError(f"a choice has {candidates.shape[2]} tokens, the model reads {most} in all.")
@@ -372,7 +377,8 @@ def encode(
         rows = tokenise(tokenizer, examples, length)
         ids, types, characters, labels, cut = zip(*rows, strict=True)
     elif prompt is not None:
-        ids, _ = _tokenise(tokenizer, [prompt.render(example) for example in examples])
+        rendered = [prompt.render(example) for example in examples]  # a choice brings its own space
+        ids, _ = _tokenise(tokenizer, [text.rstrip(" ") if choosing else text for text in rendered])
         cut = [len(row) > length for row in ids]
         ids = [
             row
@@ -400,6 +406,7 @@ def encode(
         cut=np.array(cut),
         padding=tokenizer.pad_token_id or 0,
         candidates=candidates,
+        read=suffixed,
         characters=None if characters is None else np.concatenate(characters),
         continued=model is not None and model.continues,
         most_rows=together,
@@ -585,18 +592,33 @@ def encode_words(model_or_tokenizer: Any, words: Sequence[str]) -> np.ndarray:
     return candidates
 
 
-def _encode_choices(tokenizer: Any, choices: Sequence[Sequence[str]]) -> np.ndarray:
-    """The tokens of every example's choices, each after a space; `[examples, choices, tokens]`."""
-    texts = [f" {choice.lstrip()}" for some in choices for choice in some]
-    ids = run_tokenizer(tokenizer, texts, add_special_tokens=False, padding=False, verbose=False)["input_ids"]
-    if not all(ids):
-        raise ValueError(f"the choice {texts[[bool(row) for row in ids].index(False)]!r} has no tokens.")
-    candidates = np.full((len(choices), max(map(len, choices)), max(map(len, ids))), IGNORED, np.int32)
-    rows = iter(ids)
-    for example, some in zip(candidates, choices, strict=True):
-        for place, tokens in zip(example[: len(some)], rows, strict=False):
-            place[: len(tokens)] = tokens
-    return candidates
+def _encode_choices(
+    tokenizer: Any, choices: Sequence[Sequence[str]], suffixes: Sequence[str | None]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The tokens of every example's choices, each after a space and before its suffix; `[examples, choices, tokens]`.
+
+    Also, where there are suffixes, how many tokens come before them; `[examples, choices]`.
+    """
+    suffixed = _all_or_none([suffix is not None for suffix in suffixes], "suffix")
+
+    def tokens(texts: Sequence[str | None]) -> list[list[int]]:
+        spaced = [f" {(text or '').lstrip()}" for text in texts]
+        ids = run_tokenizer(tokenizer, spaced, add_special_tokens=False, padding=False, verbose=False)["input_ids"]
+        if not all(ids):
+            raise ValueError(f"the choice {spaced[[bool(row) for row in ids].index(False)]!r} has no tokens.")
+        return ids
+
+    ends = tokens(suffixes) if suffixed else [[]] * len(choices)
+    ids = iter(tokens([choice for some in choices for choice in some]))
+    rows = [[(own, end) for _, own in zip(some, ids, strict=False)] for some, end in zip(choices, ends, strict=True)]
+    longest = max(len(own) + len(end) for some in rows for own, end in some)
+    candidates = np.full((len(choices), max(map(len, choices)), longest), IGNORED, np.int32)
+    read = np.zeros(candidates.shape[:2], np.int32)
+    for example, before, some in zip(candidates, read, rows, strict=True):
+        for label, (own, end) in enumerate(some):
+            example[label, : len(own) + len(end)] = own + end
+            before[label] = len(own)
+    return candidates, read if suffixed else None
 
 
 def _shortened(tokenizer: Any, prompt: Prompt, example: Example, length: int) -> np.ndarray:

@@ -27,6 +27,7 @@ PAIR = ("sentence1", "sentence2")
 SPAN_COLUMNS = ("question", "context")
 ANSWERS = "answers"
 CHOICES = ("context", "choices")  # lm-evaluation-harness's
+SUFFIX = "suffix"  # of WinoGrande: what follows a choice
 RUNNING = "text"  # the column of running text
 ASKED = ("question", "answer")  # columns of questions that are answered freely
 MISSING, MISPLACED, EMPTY = "no answer", "no answer stands where it says", "empty"  # why rows are left out
@@ -648,7 +649,7 @@ def read_rows(
                     left_out[EMPTY] += 1
                     break
                 raise ValueError(f"{records.place(number)}: {column!r} is empty.")
-            if columns == CHOICES and column == CHOICES[1]:
+            if columns[:2] == CHOICES and column == CHOICES[1]:
                 if not is_choices(text):
                     raise ValueError(f"{records.place(number)}: {column!r} must be two texts or more, got {text!r}.")
                 held += ROW * len(text) + sum(map(len, text))
@@ -698,7 +699,7 @@ def read_texts(records: Records, columns: tuple[str, ...]) -> list[tuple[str, ..
 
 def examples_of(records: Records, rows: Sequence[Stored], codec: Labels | None) -> list[Example]:
     """The examples of one file; `codec` reads their labels, None: they have answers."""
-    pairs = ((row, row.texts[1] if len(row.texts) == 2 else None) for row in rows)
+    pairs = ((row, row.texts[1] if len(row.texts) > 1 else None) for row in rows)
     if codec is None:
         return [Example(row.texts[0], pair, answers=row.label) for row, pair in pairs]
     known = {}
@@ -713,7 +714,8 @@ def examples_of(records: Records, rows: Sequence[Stored], codec: Labels | None) 
         if not isinstance(pair, list):
             examples.append(Example(row.texts[0], pair, label))
         elif label < len(pair):
-            examples.append(Example(row.texts[0], label=label, choices=tuple(pair)))
+            suffix = row.texts[2] if len(row.texts) > 2 else None
+            examples.append(Example(row.texts[0], label=label, choices=tuple(pair), suffix=suffix))
         else:
             where = records.place(row.number)
             raise ValueError(f"{where}: the label is {row.label!r}, of {len(pair)} choices, counted from 0.")

@@ -48,6 +48,7 @@ class Example:
     label: int | float | None = None  # an index into the task's labels; a float in a regression
     answers: tuple[Answer, ...] | None = None  # of a question; () if they are not known
     choices: tuple[str, ...] | None = None  # what may follow the text; the label is the place of the right one
+    suffix: str | None = None  # what follows every choice; then only its likelihood counts, behind each of them
     window: Window | None = None  # of running text: its tokens
 
 
@@ -98,7 +99,8 @@ def _hash(texts: Iterable[str]) -> str:
 
 
 def _texts(example: Example) -> tuple[str, ...]:
-    return (example.text, *(() if example.pair is None else (example.pair,)), *(example.choices or ()))
+    more = [text for text in (example.pair, example.suffix) if text is not None]
+    return (example.text, *more, *(example.choices or ()))
 
 
 def row_key(example: Example) -> str:
@@ -129,7 +131,8 @@ def half_of(example: Example) -> int:
 def digest(examples: Iterable[Example]) -> str:
     """SHA-256 over the normalised texts and the labels or answers; the order of the examples does not matter."""
     rows = sorted(
-        f"{normalise(e.text)}\x1f{normalise(e.pair or ' '.join(e.choices or ()))}\x1f{_target(e)}" for e in examples
+        f"{normalise(e.text)}\x1f{normalise(e.pair or ' '.join((*(e.choices or ()), e.suffix or '')))}\x1f{_target(e)}"
+        for e in examples
     )
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 

@@ -26,6 +26,7 @@ from jaxprune.data.records import (
     RUNNING,
     SPAN_COLUMNS,
     STRAY,
+    SUFFIX,
     Labels,
     Records,
     Stored,
@@ -284,7 +285,8 @@ def load_task(
     of train, calibration, dev, test; `Task.dropped` counts the others, `Task.notes` say all that was not used. In QNLI
     and BoolQ the passage alone decides, in span tasks the context. Span tasks are data in SQuAD's format (see
     `jaxprune.data.records`); rows without an answer, or whose answers are not where they say, are left out and counted.
-    Multiple-choice tasks have the columns `context`, `choices` and as `label` the place of the right one, from 0.
+    Multiple-choice tasks have the columns `context`, `choices` and as `label` the place of the right one, from 0; with
+    a `suffix` (WinoGrande) each choice is judged by the likelihood of what follows it.
     A column `text` without one of labels, and a `.txt` file, are running text for language models: the rows, or the
     paragraphs, are joined by blank lines and cut in passages of some 8,000 characters; see `windows`.
     Questions with an `answer` in words and no context are answered freely. A test file without labels is not used.
@@ -326,8 +328,8 @@ def load_task(
         labels = _head_of(labels, title)
     ordered = labels is not None and not isinstance(labels, TaskHead)
     choices = columns == CHOICES and not spans
-    if choices and any("suffix" in given.columns for given in records.values()):
-        notes.append("the column 'suffix' is not read: of what follows a choice nothing is scored.")
+    if choices and all(SUFFIX in given.columns for given in records.values()):
+        columns = (*columns, SUFFIX)
     if choices and ordered:
         raise ValueError(f"{title}: the rows have choices of their own, so there are no label names to give.")
     if spans and (ordered or len(columns) != 2):

@@ -256,6 +256,7 @@ def predict(
     def run(batch: Batch) -> Any:
         inputs = _inputs(batch)
         if model.answers_in_text and model.head(head) == LANGUAGE:
+            inputs |= {name: batch[name] for name in ("candidates_read",) if name in batch}
             return rank(model, params, inputs, candidates_in(batch), intervention)
         if model.answers_in_text:
             inputs = worded(model, params, batch)
@@ -440,7 +441,7 @@ def evaluate(
             ready = calibrate(model, params, task, encoded, head=head, intervention=intervention)
             logits = predict(model, params, ready, head=head, **settings)
             predicted = logits[:, 0] if task.regression or task.windows is not None else logits.argmax(1)
-            if task.choices:
+            if task.choices and all(example.suffix is None for example in examples):
                 sizes = np.ones(logits.shape)
                 for row, example in zip(sizes, examples, strict=True):
                     row[: len(example.choices or ())] = list(map(len, example.choices or ()))

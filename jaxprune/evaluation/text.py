@@ -104,7 +104,8 @@ def rank(
     """The log-likelihood, in nats, of every candidate answer. The encoder runs once for all of them.
 
     Args:
-        batch: `input_ids` and `attention_mask`; a `label_bias` `[b, labels]` of a calibration is added.
+        batch: `input_ids` and `attention_mask`; a `label_bias` `[b, labels]` of a calibration is added. Of a
+            candidate's tokens the first `candidates_read` `[b, labels]` are only read.
         candidates: The tokens of the answers.
     """
     candidates = jnp.asarray(candidates)
@@ -114,7 +115,8 @@ def rank(
     check_intervention(model, params, encoded, intervention)
     layers, last = model_layers(model, params), model.stacks[-1].layers
     if model.continues:
-        return _rank_next(model, params, encoded, candidates, intervention) + bias
+        targets = asked_for(candidates, batch.get("candidates_read"))
+        return _rank_next(model, params, encoded, candidates, targets, intervention) + bias
     memory = advance(model, layers[:-last], encoded, None, intervention)
     output = part(params, model.readout_places(LANGUAGE))
     together = _together(model, candidates)
@@ -141,6 +143,7 @@ def _rank_next(
     params: Params,
     inputs: Mapping[str, Array],
     candidates: Int[Array, "b l u"],
+    asked: Int[Array, "b l u"],
     intervention: Intervention,
 ) -> Float[Array, "b l"]:
     """`rank` where answers go on from their prompts, which are read once: all candidates share keys and values."""
@@ -172,7 +175,8 @@ def _rank_next(
         logits = readout_compiled(model, LANGUAGE, output, state, places, None)
         if length == 1:
             return _log_likelihoods(logits[:, 0], candidates[:, :, 0])
-        likelihoods.append(_log_likelihood(logits, targets).reshape(rows, together))
+        wanted = _filled(asked[:, first : first + together], together).reshape(rows * together, length)
+        likelihoods.append(_log_likelihood(logits, wanted).reshape(rows, together))
     return jnp.concatenate(likelihoods, axis=1)[:, :labels]
 
 
@@ -247,6 +251,13 @@ def candidates_in(batch: Mapping[str, Any]) -> Int[Array, "b l u"]:
     if "candidates" not in batch:
         raise ValueError(f"the batch has no 'candidates' [batch, labels, tokens]; it has {sorted(batch)}.")
     return jnp.asarray(batch["candidates"], jnp.int32)
+
+
+def asked_for(candidates: Int[Array, "b l u"], read: Any) -> Int[Array, "b l u"]:
+    """The candidates without the first tokens of each that are only read, `[b, l]`; None: all are asked for."""
+    if read is None:
+        return candidates
+    return jnp.where(jnp.arange(candidates.shape[2]) < jnp.asarray(read)[..., None], IGNORED, candidates)
 
 
 @jax.jit

@@ -21,7 +21,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxprune.data.batches import IGNORED, UNKNOWN, best_spans
-from jaxprune.evaluation.text import answered, candidates_in, candidates_of, rank, teacher_forced, without_end, worded
+from jaxprune.evaluation.text import (
+    answered,
+    asked_for,
+    candidates_in,
+    candidates_of,
+    rank,
+    teacher_forced,
+    without_end,
+    worded,
+)
 from jaxprune.models import (
     LANGUAGE,
     WORDS,
@@ -385,8 +394,8 @@ def answers_of(
     chosen, weights = find_targets(labels, likelihoods, *given, key_or_default(key))
     answers = []
     for label, weight in zip(chosen, weights, strict=True):
-        target = candidates_of(candidates, label)
-        inputs = model_inputs(model, params, teacher_forced(model, batch, target))
+        inputs = model_inputs(model, params, teacher_forced(model, batch, candidates_of(candidates, label)))
+        target = candidates_of(asked_for(candidates, batch.get("candidates_read")), label)
         answers.append(Answer(inputs, without_end(target, model.config.end_ids), weight))
     return answers
 

@@ -483,7 +483,7 @@ class _Placement(NamedTuple):
         """The arrays of a batch where they belong; `seconds` says by index which examples are of the second half."""
         count = batch["input_ids"].shape[0]
         given = {"weight": np.ones(count, np.float32), "index": np.arange(count, dtype=np.int32)}
-        kept = ("labels", "weight", "index", "candidates", "label_bias")
+        kept = ("labels", "weight", "index", "candidates", "candidates_read", "label_bias")
         given |= {name: batch[name] for name in kept if name in batch}
         index = np.asarray(given["index"])
         given["second"] = (index % 2).astype(np.float32) if seconds is None else seconds[index]  # any half for padding
