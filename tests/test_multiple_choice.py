@@ -221,6 +221,8 @@ def test_free_answers_are_written_and_compared(decoder: tuple[Model, Params], tm
     ("text", "expected"),
     [
         ("so 2 + 2\n#### 1,234 \nQuestion: more ####", "1234"),
+        ("####-5.", "-5"),
+        ("#### $1.50", "1.50"),
         (" The answer.\n\nQuestion: what", "answer"),
         ("", ""),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import nbformat
@@ -24,6 +25,8 @@ def test_there_are_notebooks():
 @pytest.mark.reference  # they need no PyTorch, but more time than the other target has
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if path.stem.startswith("04") and "JAXPRUNE_DECODER" not in os.environ:
+        pytest.skip("it needs a decoder, which is not bundled: JAXPRUNE_DECODER names a folder or a GGUF")
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # as its reader would run it
     notebook = nbformat.read(path, as_version=4)
     stored = pictures(notebook)

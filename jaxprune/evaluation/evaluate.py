@@ -94,9 +94,13 @@ def exact_match(predicted: str, text: str) -> float:
 
 
 def final(text: str) -> str:
-    """An answer as free ones are compared: what follows "####" in its line, as in GSM8K, else the first paragraph."""
-    marked = re.search(r"####([^\n]*)", text)
-    return plain(marked[1] if marked else text.strip().partition("\n\n")[0])
+    """An answer as free ones are compared: as in GSM8K what follows "####" in its line, else the first paragraph.
+
+    Of the former, commas, dollars and a full stop at the end do not count; of the latter, all that `plain` drops.
+    """
+    if marked := re.search(r"####([^\n]*)", text):
+        return re.sub(r"[,$]", "", marked[1]).strip().removesuffix(".").casefold()
+    return plain(text.strip().partition("\n\n")[0])
 
 
 def free_match(predicted: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
@@ -395,8 +399,8 @@ def evaluate(
 
     For span tasks: exact match and F1 of the likeliest span. An answer that is cut off counts as not found. For choices
     also the accuracy of likelihoods per character, lm-evaluation-harness's `acc_norm`; chance is a blind draw. Free
-    answers are generated, greedily and of at most 256 tokens, and compared as GSM8K's are: what follows "####", or else
-    their first paragraph, without case, punctuation and articles. Of running text: the perplexity of its windows.
+    answers are generated, greedily and of at most 256 tokens, and compared as GSM8K's are, see `final`. Of running
+    text: the perplexity of its windows.
 
     Args:
         rows: The rows to evaluate on, by default all test rows; choose on `dev`, report `test`. Fewer `examples` are a
