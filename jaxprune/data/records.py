@@ -699,9 +699,8 @@ def read_texts(records: Records, columns: tuple[str, ...]) -> list[tuple[str, ..
 
 def examples_of(records: Records, rows: Sequence[Stored], codec: Labels | None) -> list[Example]:
     """The examples of one file; `codec` reads their labels, None: they have answers."""
-    pairs = ((row, row.texts[1] if len(row.texts) > 1 else None) for row in rows)
     if codec is None:
-        return [Example(row.texts[0], pair, answers=row.label) for row, pair in pairs]
+        return [Example(row.texts[0], *row.texts[1:2], answers=row.label) for row in rows]
     known = {}
     for label, number in _distinct(records, rows).items():
         try:
@@ -709,14 +708,13 @@ def examples_of(records: Records, rows: Sequence[Stored], codec: Labels | None) 
         except ValueError as error:
             raise ValueError(f"{records.place(number)}: {error}") from error
     examples = []
-    for row, pair in pairs:
-        label = known[type(row.label), row.label]
-        if not isinstance(pair, list):
-            examples.append(Example(row.texts[0], pair, label))
-        elif label < len(pair):
-            suffix = row.texts[2] if len(row.texts) > 2 else None
-            examples.append(Example(row.texts[0], label=label, choices=tuple(pair), suffix=suffix))
+    for row in rows:
+        label, (text, *more) = known[type(row.label), row.label], row.texts
+        if not more or not isinstance(more[0], list):
+            examples.append(Example(text, *more, label=label))
+        elif label < len(more[0]):
+            examples.append(Example(text, label=label, choices=tuple(more[0]), suffix=next(iter(more[1:]), None)))
         else:
             where = records.place(row.number)
-            raise ValueError(f"{where}: the label is {row.label!r}, of {len(pair)} choices, counted from 0.")
+            raise ValueError(f"{where}: the label is {row.label!r}, of {len(more[0])} choices, counted from 0.")
     return examples

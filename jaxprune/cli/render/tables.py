@@ -315,9 +315,8 @@ def _evaluation_rows(before: Record, after: Record) -> list[tuple[str, ...]]:
     rows = [(f"{before['task']}, {before['n']:,} {before['split']} examples", "", "", "", "")]
     for name, value in before["metrics"].items():
         chance = f" (chance {shown(name, before['chance'])})" if len(rows) == 1 else ""
-        rows.append(
-            (f"{scale_of(name)[1]}{chance}", *(shown(name, each) for each in (value, after["metrics"][name])), "", "")
-        )
+        small = after["metrics"][name]
+        rows.append((f"{scale_of(name)[1]}{chance}", shown(name, value), shown(name, small), "", ""))
     return rows
 
 
