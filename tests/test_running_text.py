@@ -123,9 +123,10 @@ def test_windows_ask_for_every_token_once(bos: bool, stride: int | None, task: T
 def test_the_likelihood_is_that_of_each_window(task: Task, decoder: tuple[Model, Params]):
     model, params = decoder
     cut = jp.windows(model, task, tokens=24, stride=9)
-    found = evaluate(model, params, cut, rows=Rows(batch_size=3))
+    rows = cut.rows("test")[:6]
+    found = evaluate(model, params, cut, rows=Rows(examples=rows, batch_size=3))
     total = count = 0
-    for row in cut.rows("test"):
+    for row in rows:
         assert row.window is not None
         ids = np.array([[*row.window.read, *row.window.asked]])
         logits: Any = model.apply(params, {"input_ids": ids, "attention_mask": np.ones_like(ids)}).logits
