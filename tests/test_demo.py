@@ -129,3 +129,22 @@ def test_bad_input(place, data, tmp_path):
     (tmp_path / "out" / "model" / "mine.txt").write_text("keep")
     foreign = run(*arguments, "--task", "topic", "-o", tmp_path / "out")
     assert foreign.exit_code == 2 and "not a folder that jaxprune saved" in foreign.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_of_a_decoder(tmp_path):
+    from test_gguf import byte_vocabulary
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer, tokens, _ = byte_vocabulary()
+    named = {"bos_token": "<bot>", "eos_token": "<end>", "pad_token": "<end>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(tmp_path / "tokenizer")
+    model, params = tiny_model("llama", vocab=len(tokens))
+    save(tmp_path / "model", replace(model, source=tmp_path / "tokenizer"), params)
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 512}))
+    record = record_of("demo", "--model", tmp_path / "model", "-o", tmp_path / "out")
+    assert [row["metric"] for row in record["tasks"]] == ["accuracy"] * 3 + ["log_likelihood"]
+    assert record["answers"].keys() == {"asked", "dense", "attribution"} and record["kept"]["flops"] <= 0.8
+    assert "3 tasks" in explain(record) and (tmp_path / "out" / "comparison.png").stat().st_size > 1000
+    assert load(tmp_path / "out" / "model")[0].config.model_type == "llama"

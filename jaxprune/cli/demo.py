@@ -146,6 +146,7 @@ def run_demo(output: Path, chosen: str, source: str, data: Path, bars: terminal.
         "examples": plan.examples,
         "criterion": best.header["criterion"],
         "selection": settings_of(budget, rules),
+        "kinds": list(dict.fromkeys(name.rpartition(".")[2] for name in gates["attribution"])),
         "tasks": rows,
         **({"answers": _answers(model, variants)} if model.continues else {}),
         **compared(costs["before"], costs["after"]),
@@ -198,7 +199,8 @@ def _answers(model: Model, variants: Mapping[str, Params]) -> dict[str, str]:
     written = {"asked": ASKED}
     for name in ("dense", "attribution"):
         tokens = jp.generate(model, variants[name], batch, max_new_tokens=room, stop=stop_tokens(model))
-        written[name] = " ".join(texts(model, tokens)[0].split())
+        (text,) = texts(model, tokens)
+        written[name] = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return written
 
 
@@ -243,7 +245,7 @@ def explain(record: dict[str, Any]) -> str:
     about = ABOUT_DECODERS if decoder else ABOUT.get(record["task"], ABOUT_OTHERS)
     nodes, plan = record["criterion"].get("nodes"), DECODER if decoder else Plan()
     facts = {
-        "tasks": f"{1 + len(others)} tasks" if others else "one task",
+        "tasks": f"{1 + len(others) - decoder} tasks" if len(others) > decoder else "one task",
         "examples": record["examples"],
         "task": record["task"],
         "criterion": f"integrated gradients, {nodes} nodes" if nodes else "gradient x activation",
