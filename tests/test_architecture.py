@@ -201,3 +201,8 @@ def test_names_of_stacks_and_modules_stay_in_the_family_that_has_them():
         if isinstance(node, ast.Constant) and node.value in names
     }
     assert wrong == set()
+
+
+@pytest.mark.parametrize("name", ["prompts", "criteria", "budgets"])
+def test_a_namespace_is_found_first_thing(name: str):
+    subprocess.run([sys.executable, "-c", f"import jaxprune; jaxprune.{name}"], check=True)
