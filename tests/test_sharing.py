@@ -247,3 +247,13 @@ def test_bad_input_is_one_line_and_exit_code_2(place, shared, scored, tmp_path, 
 
 def test_share_has_examples():
     assert "Examples: jaxprune share " in run("share", "--help").stdout
+
+
+def test_gates_are_packed_with_their_exact_weights_alone(shared: Path, tmp_path: Path):
+    for change in (("--half",), ("--values", "int8")):
+        refused = run("pack", shared, *change, "-o", tmp_path / "small")
+        assert refused.exit_code == 2 and "FOLDER#TASK" in refused.stderr and not (tmp_path / "small").exists()
+    record_of("pack", shared, "-o", tmp_path / "exact")
+    assert load(f"{tmp_path / 'exact'}#mood")
+    record_of("pack", f"{shared}#mood", "--half", "-o", tmp_path / "one")
+    assert not (tmp_path / "one" / "gates.safetensors").exists() and load(tmp_path / "one")

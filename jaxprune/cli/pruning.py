@@ -578,6 +578,7 @@ def pack(
         if unpack and values != "exact":
             raise ValueError("--values says how to pack, but --unpack writes a dense file: give one of them.")
         from jaxprune.checkpoints.folder import check_destination
+        from jaxprune.checkpoints.gates import GATES
         from jaxprune.cli.render import tables
         from jaxprune.models.cost import file_size
         from jaxprune.sparse.masks import sparsity_of
@@ -588,6 +589,13 @@ def pack(
         loaded, params = jp.load(model, dtype=None)
         folder = Path(loaded.source or model)
         extra, pruning = _other_files(folder)
+        if "#" in model:  # of one task, whose gates have been applied
+            extra.pop(GATES, None)
+        if GATES in extra and (half or values == "int8"):
+            raise ValueError(
+                f"the gates in {folder} belong to its exact weights, which --half and --values int8 change: "
+                "pack one task of it (FOLDER#TASK), or keep every bit."
+            )
         before = file_size(folder)  # now: the output may be the same folder
         jp.save(output, loaded, params, pruning=pruning, overwrite=overwrite, extra=extra, **stored)
         sparsity, after = sparsity_of(params, linear_maps(loaded)), file_size(output)
