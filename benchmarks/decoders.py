@@ -39,7 +39,7 @@ EXAMPLES = 64  # calibration rows to score with
 DRAWS = 3
 ROWS = 300  # of dev and of test, at most
 UNSEEN = ("imdb", "yelp_polarity", "amazon_books", "cr")  # scored on sst2
-PARTS = ("dense", "choices", "endpoint", "half", "baselines", "matrix", "curves", "labels", "few", "unseen")
+PARTS = ("dense", "choices", "variants", "endpoint", "half", "baselines", "matrix", "curves", "labels", "few", "unseen")
 CHOSEN_ON, CHOICE_ROWS = ("sst2", "snips"), 128  # dev rows of these
 KINDS = {"groups": ("groups", "neurons"), "query heads": ("query_heads", "neurons")}
 
@@ -159,6 +159,30 @@ def beside(
     }
 
 
+def variants(bench: Decoders) -> dict[str, Any]:
+    """Other settings of attribution, one at a time, on dev and at the endpoint; one draw."""
+    own, objectives = bench.method(OURS), jp.objectives
+    along = jp.criteria.IntegratedGradients(objective=LOG, nodes=4, kinds=own.criterion.kinds)
+    changed = {
+        OURS: own,
+        "objective: margin": replace(own, criterion=replace(own.criterion, objective=objectives.margin)),
+        "objective: probability": replace(own, criterion=replace(own.criterion, objective=objectives.probability)),
+        "labels: every": replace(own, criterion=replace(own.criterion, labels=objectives.every)),
+        "labels: predicted": replace(own, criterion=replace(own.criterion, labels=objectives.predicted)),
+        "examples: squared": replace(own, criterion=replace(own.criterion, examples=objectives.squared)),
+        "examples: 256": replace(own, examples=256),
+        "integrated gradients, 4 nodes": replace(own, criterion=along),
+    }
+    whole, chance = bench.small.dense(bench.able, "dev"), bench.small.chances(bench.able, "dev")
+    found = {}
+    for name, method in changed.items():
+        cells = bench.small.cells_of(method, bench.able, "dev", ENDPOINT, 1)
+        found[name] = {"retained": retained(cells, whole, chance)} | {
+            "tasks": {task: retained({task: cells[task]}, whole, chance) for task in cells}
+        }
+    return {"split": "dev", "rows": found}
+
+
 def curves(bench: Decoders) -> dict[str, Any]:
     """All methods at all budgets, without repair and with it; one draw."""
     return {
@@ -227,6 +251,7 @@ def main() -> None:
     run: dict[str, Callable[[Decoders], dict[str, Any]]] = {
         "dense": dense,
         "choices": lambda bench: {"tasks": CHOSEN_ON, "split": "dev", "retained": {n: bench.tried(n) for n in FIRST}},
+        "variants": variants,
         "endpoint": lambda bench: beside(bench, bench.methods(FIRST), ENDPOINT),
         "half": lambda bench: beside(bench, {name: repaired(own) for name, own in bench.methods(FIRST).items()}, HALF),
         "baselines": lambda bench: beside(bench, bench.methods(), ENDPOINT),
