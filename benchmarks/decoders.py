@@ -267,7 +267,7 @@ def main() -> None:
         "examples": EXAMPLES,
         "draws": DRAWS,
         "at_most_rows": arguments.rows,
-        "endpoint": ENDPOINT,
+        "budget": ENDPOINT,
     }
     for part in each(chosen):
         keep(arguments.output, found, part, run[part](bench), facts)
