@@ -156,6 +156,13 @@ def test_of_a_suffix_alone_the_likelihood_counts(decoder: tuple[Model, Params], 
         np.testing.assert_allclose(value, slopes[name], rtol=1e-3, atol=1e-5)
 
 
+def test_a_suffix_in_some_splits_is_refused(tmp_path: Path):
+    write(tmp_path / "train.jsonl", rows_of(40))
+    write(tmp_path / "test.jsonl", [row | {"suffix": "at last"} for row in rows_of(20)])
+    with pytest.raises(ValueError, match="has a column 'suffix', and other splits have none"):
+        load_task(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

@@ -26,7 +26,7 @@ MULTIPLE_OF = {"neurons": 8}
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a demo does; the defaults are for a model with task heads."""
+    """The settings of a demo; the defaults are for a model with task heads."""
 
     criterion: str = "integrated-gradients"
     flops: float = 0.5  # of the layers, what may stay
@@ -191,7 +191,7 @@ def _text(model: Model, data: Path) -> jp.Task:
 
 
 def _answers(model: Model, variants: Mapping[str, Params]) -> dict[str, str]:
-    """What the dense and the pruned model write."""
+    """The answers of the dense and of the pruned model."""
     from jaxprune.evaluation.text import encode_prompts, stop_tokens, texts
 
     batch = encode_prompts(model, [ASKED], chat=bool(getattr(model.tokenizer, "chat_template", None)))

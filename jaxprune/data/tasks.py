@@ -330,6 +330,8 @@ def load_task(
     choices = columns == CHOICES and not spans
     if choices and all(SUFFIX in given.columns for given in records.values()):
         columns = (*columns, SUFFIX)
+    elif choices and (some := [given.where for given in records.values() if SUFFIX in given.columns]):
+        raise ValueError(f"{title}: {some[0]} has a column {SUFFIX!r}, and other splits have none: add or remove it.")
     if choices and ordered:
         raise ValueError(f"{title}: the rows have choices of their own, so there are no label names to give.")
     if spans and (ordered or len(columns) != 2):

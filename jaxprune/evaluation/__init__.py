@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def scale_of(metric: str) -> tuple[float, str]:
-    """What a metric is multiplied by where it is shown, and its name there: in percent if it is a share."""
+    """The factor by which a metric is multiplied where it is shown, and its name there: in percent if it is a share."""
     return (1.0, metric) if metric in ("log_likelihood", "perplexity") else (100.0, f"{metric}, %")
 
 
