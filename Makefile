@@ -19,7 +19,9 @@ quickly = XLA_FLAGS="$$XLA_FLAGS $$($(1) tests/quick.py)" $(1)
 LAWS := $(addprefix tests/test_,attribution.py checkpoint.py compaction.py gates.py golden.py lowering.py)
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Python compiles what is imported by itself; pip would compile all files of all packages, which takes 25 s.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/python $(INSTALL)
 # pyright asks its registry for a newer version of itself at every start unless told not to.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
@@ -83,7 +85,7 @@ $(BIN)/python:
 .venv-oldest/.stamp: pyproject.toml tests/oldest.txt
 	@test -n "$(PYTHON)" || { echo "jaxprune needs Python 3.11 or newer; none found. Try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/oldest.txt --editable ".[test]"
+	.venv-oldest/bin/python $(INSTALL) --constraint tests/oldest.txt --editable ".[test]"
 	@touch $@
 
 .venv/.stamp-dev: pyproject.toml | $(BIN)/python
