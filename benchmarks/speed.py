@@ -332,7 +332,7 @@ def measure(setting: Setting, only: Sequence[str] = tuple(PARTS)) -> dict[str, P
 def random_model(raw: Mapping[str, Any]) -> tuple[Model, Params]:
     """A model of a Hugging Face configuration with one task head and random weights."""
     module = family(raw["model_type"])
-    heads = () if raw.get("d_kv") else (TaskHead(name="task", labels=("no", "yes"), pooling="mean"),)
+    heads = () if raw.get("d_kv") else (TaskHead(name="task", labels=("negative", "positive"), pooling="mean"),)
     model = Model(module.parse_config(raw, heads))
     return model, model.initialise(jax.random.key(0))
 
