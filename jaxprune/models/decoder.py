@@ -500,7 +500,7 @@ def positions_of(tokens: Bool[Array, "b t"]) -> Array:
 
 def stacks(config: DecoderConfig) -> tuple[Stack, ...]:
     """The stacks of layers; see `Model.stacks`."""
-    return (Stack("", ("layers",), config.kinds, ("input_ids", "attention_mask", ANSWER), causal=True),)
+    return (Stack("", ("layers",), config.kinds, ("input_ids", "attention_mask", ANSWER), causal=True, recomputes=True),)
 
 
 _WORD, _LANGUAGE = ("embeddings", "word"), ("language", "out")

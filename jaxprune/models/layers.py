@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
@@ -121,6 +122,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+PRODUCT = "product"  # the name of what a matrix product returns, see `Stack.recomputes`
+
+
 class Affine(nnx.Module):
     """An affine map of the last axes, as many as the kernel has before those of the bias. Sums in float32."""
 
@@ -131,7 +135,7 @@ class Affine(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         kernel, bias = self.kernel[...], self.bias[...]
-        y = _product(self.axes, x.astype(kernel.dtype), kernel)
+        y = checkpoint_name(_product(self.axes, x.astype(kernel.dtype), kernel), PRODUCT)
         return (y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -153,7 +157,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...]
-        return _product(self.inputs, x.astype(kernel.dtype), kernel).astype(x.dtype)
+        return checkpoint_name(_product(self.inputs, x.astype(kernel.dtype), kernel), PRODUCT).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -423,7 +427,8 @@ def attend(
     weights = masked_softmax(raw, mask).astype(value.dtype)
     weights = weights if drop is None else drop(weights)
     weights = weights.reshape(*query.shape[:3], weights.shape[-1])
-    mixed = jnp.einsum("bnts,bnsh->bnth", weights, value, preferred_element_type=jnp.float32).astype(value.dtype)
+    mixed = jnp.einsum("bnts,bnsh->bnth", weights, value, preferred_element_type=jnp.float32)
+    mixed = checkpoint_name(mixed, PRODUCT).astype(value.dtype)
     raw = raw if scores else None
     if len(heads) == 2:
         return mixed.reshape(b, *heads, t, value.shape[-1]).transpose(0, 3, 1, 2, 4), raw
