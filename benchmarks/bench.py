@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from evidence import Cell, summary
@@ -79,12 +80,14 @@ class Bench:
     work: Path
     rows: int
     names: tuple[str, ...]  # of the tasks
+    precision: str = "float32"  # of matrix products
     tasks: dict[str, jp.Task] = field(default_factory=dict)
     encoded: dict[tuple[str, str], Any] = field(default_factory=dict)
     scored: dict[str, Scores] = field(default_factory=dict)
     lengths: dict[str, Length] = field(default_factory=dict)
 
     def __post_init__(self):
+        jax.config.update("jax_default_matmul_precision", self.precision)
         self.model, self.params = jp.load(self.source)
         self.digest = model_digest(self.model, self.params)
         self.work.mkdir(parents=True, exist_ok=True)
@@ -100,9 +103,18 @@ class Bench:
                 self.cells[found["key"]] = Cell(hits.astype(bool), found["flops"])
         self.begun, self.made = time.monotonic(), 0
 
+    @property
+    def other(self) -> list[str]:
+        """The precision, where it is not the usual one."""
+        return [] if self.precision == "float32" else [self.precision]
+
     def with_rows(self, rows: int) -> Bench:
         """The same with another number of rows to test on."""
-        return self if rows == self.rows else type(self)(self.source, self.data, self.work, rows, self.names)
+        return (
+            self
+            if rows == self.rows
+            else type(self)(self.source, self.data, self.work, rows, self.names, self.precision)
+        )
 
     def task(self, name: str) -> jp.Task:
         """A task, read once."""
@@ -135,7 +147,7 @@ class Bench:
 
     def scores(self, task: str, criterion: Any, examples: int, seed: int) -> Scores:
         """Scores of a task, made once."""
-        settings = json.dumps([self.digest, task, describe(criterion), examples, seed], sort_keys=True)
+        settings = json.dumps([self.digest, task, describe(criterion), examples, seed, *self.other], sort_keys=True)
         name = hashlib.sha256(settings.encode()).hexdigest()[:24]
         if name not in self.scored:
             path = self.work / "scores" / f"{name}.safetensors"
@@ -221,6 +233,7 @@ class Bench:
         """The name of a tested model among the cells; without `what` is pruned, that of the dense one."""
         prompt = self.task(task).prompt
         asked = [] if prompt is None or prompt.calibration == "none" else [prompt.calibration]
+        asked += self.other
         return json.dumps([self.digest, self.rows, task, split, head, what, *asked], sort_keys=True)
 
     def keep_cell(self, key: str, cell: Cell) -> None:

@@ -84,7 +84,8 @@ class Decoders(Bench):
         if name not in self.tasks:
             task = super().task(name)
             task = replace(task, prompt=PROMPTS[name]) if name in PROMPTS else task
-            prompt, file = prompt_of(self.model, task), self.work / f"calibration.{name}.{self.rows}.json"
+            prompt = prompt_of(self.model, task)
+            file = self.work / f"calibration.{name}.{self.rows}.json"
             assert prompt is not None
             if not file.exists():
                 self.tasks[name] = task
@@ -244,9 +245,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for what is kept between runs")
     parser.add_argument("--rows", type=int, default=ROWS, help=f"rows of each split, at most ({ROWS})")
     parser.add_argument("--tasks", default=",".join(TASKS), help="those to use")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
     arguments, chosen = asked(parser, PARTS)
     names = tuple(arguments.tasks.split(","))
-    bench = Decoders(arguments.model, arguments.data, arguments.work, arguments.rows, names)
+    bench = Decoders(arguments.model, arguments.data, arguments.work, arguments.rows, names, arguments.precision)
     found = begun(parser, arguments.output, bench.digest)
     run: dict[str, Callable[[Decoders], dict[str, Any]]] = {
         "dense": dense,
@@ -264,6 +266,7 @@ def main() -> None:
     facts = {
         "command": "python benchmarks/decoders.py --model MODEL --data DATA --work WORK -o OUTPUT",
         "model": bench.digest,
+        "precision": arguments.precision,
         "examples": EXAMPLES,
         "draws": DRAWS,
         "at_most_rows": arguments.rows,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.models.layers import gelu, masked_softmax, normalise
+from jaxprune.models.layers import gelu, masked_softmax, normalise, product
 
 VALUES = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4, 4)), jnp.float32)
 MASK = jnp.asarray([[True, True, False, True], [True, True, True, True]])
@@ -55,3 +55,22 @@ def test_a_row_without_tokens_attends_evenly_and_has_no_gradient():
 def test_a_backward_pass_keeps_one_array_of_attention_probabilities():
     saved = jax.tree.leaves(jax.vjp(lambda x: masked_softmax(x, MASK), VALUES)[1])
     assert sum(leaf.shape == VALUES.shape for leaf in saved) == 1
+
+
+def test_products_of_bfloat16_round_their_operands_forwards_and_backwards_and_sum_in_float32():
+    random = np.random.default_rng(1)
+    x, matrix, toward = (
+        jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in ((2, 3, 8), (8, 5), (2, 3, 5))
+    )
+
+    def of(x: jax.Array, matrix: jax.Array, toward: jax.Array) -> tuple[jax.Array, ...]:
+        y, pull = jax.vjp(product, x, matrix)
+        return y, *pull(toward)
+
+    rounded = [value.astype(jnp.bfloat16).astype(jnp.float32) for value in (x, matrix, toward)]
+    with jax.default_matmul_precision("bfloat16"):
+        found = of(x, matrix, toward)
+    assert [value.dtype for value in found] == [jnp.float32] * 3
+    for value, expected, exact in zip(found, of(*rounded), of(x, matrix, toward), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
+        assert float(jnp.abs(value - exact).max()) > 1e-3

@@ -43,6 +43,7 @@ from jaxprune.models.layers import (
     dropout_of,
     is_count,
     is_number,
+    product,
     sum_tokens,
 )
 from jaxprune.models.layers import initialise as initialise_part
@@ -500,7 +501,9 @@ def positions_of(tokens: Bool[Array, "b t"]) -> Array:
 
 def stacks(config: DecoderConfig) -> tuple[Stack, ...]:
     """The stacks of layers; see `Model.stacks`."""
-    return (Stack("", ("layers",), config.kinds, ("input_ids", "attention_mask", ANSWER), causal=True, recomputes=True),)
+    return (
+        Stack("", ("layers",), config.kinds, ("input_ids", "attention_mask", ANSWER), causal=True, recomputes=True),
+    )
 
 
 _WORD, _LANGUAGE = ("embeddings", "word"), ("language", "out")
@@ -620,7 +623,7 @@ def readout(
     hidden = bind(_norm(config), params["norm"])(state.hidden[:, -mask.tokens.shape[1] :])
     if config.tied:
         table = params["word"]["embedding"]
-        logits = jnp.einsum("btd,vd->btv", hidden.astype(table.dtype), table, preferred_element_type=jnp.float32)
+        logits = product(hidden.astype(table.dtype), table.T)
     else:
         logits = bind(_output(config), params["out"])(hidden).astype(jnp.float32)
     return logits if config.cap is None else config.cap * jnp.tanh(logits / config.cap)

@@ -38,6 +38,7 @@ from jaxprune.models.layers import (
     dropout,
     dropout_of,
     is_count,
+    product,
     sum_tokens,
 )
 from jaxprune.models.layers import initialise as initialise_part
@@ -479,7 +480,7 @@ def readout(
     if not config.tied:
         return bind(_output(config), params["out"])(hidden)
     table = params["word"]["embedding"]
-    return jnp.einsum("btd,vd->btv", hidden.astype(table.dtype), table, preferred_element_type=jnp.float32)
+    return product(hidden.astype(table.dtype), table.T)
 
 
 def initialise(config: T5Config, key: Array) -> Params:
