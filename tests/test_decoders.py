@@ -402,3 +402,17 @@ def test_decoders_have_prompts_of_their_own():
     assert chosen is not None and (chosen.name, chosen.words[0]) == ("plain", " politics")
     with pytest.raises(ValueError, match=r"goes on from its prompt, and there is no built-in one .* for 'rte'"):
         prompt_of(model, built_in("rte"))
+
+
+def test_the_backward_pass_of_a_layer_keeps_what_its_products_return_alone():
+    model, params = tiny("llama")
+    config, batch = model.config, tiny_batch(model, rows=2)
+    _, pull = forward(model, params, batch, Intervention(open_gates(model, params, UNITS[0])))
+    (layer,) = (step for step in pull.steps if step.layer == "1")
+    weights = {id(leaf) for leaf in jax.tree.leaves(params)}
+    kept = [leaf for leaf in jax.tree.leaves(layer.pullback) if id(leaf) not in weights]
+    tokens = batch["input_ids"].size
+    heads = 2 * config.attention_heads + 2 * config.groups  # queries and what they mix, keys and values
+    products = heads * config.head_dim + config.embed + 2 * config.neurons
+    room = config.embed + config.head_dim  # the layer's input, and masks, gates and rates
+    assert products * tokens <= sum(leaf.size for leaf in kept) <= (products + room) * tokens

@@ -37,8 +37,8 @@ class Stack(NamedTuple):
     inputs: tuple[str, ...]  # what it reads of a batch: first its tokens, second their mask
     memory: str | None = None  # the mask of what the stack before returns, if its layers read that, too
     causal: bool = False  # whether a token attends to itself and to those before alone
-    # Whether the backward pass keeps of a layer what its matrix products return alone, and computes the rest again: half
-    # the memory where feed-forward networks are gated, as fast where that rest is cheap (an `erf` is not)
+    # Whether the backward pass keeps of a layer what its matrix products return alone, and computes the rest again:
+    # half the memory where feed-forward networks are gated, as fast where that rest is cheap (an `erf` is not)
     recomputes: bool = False
 
     @property
