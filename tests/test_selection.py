@@ -18,7 +18,7 @@ from jaxprune.checkpoints.tensors import model_digest
 from jaxprune.compaction import compact
 from jaxprune.models import Model
 from jaxprune.models.cost import elements, flops, matmul_flops, prunable_parameters, unit_costs
-from jaxprune.pruning.budgets import ALLOCATIONS, NAMES, Flops, Parameters, Rules, Units
+from jaxprune.pruning.budgets import NAMES, Flops, Parameters, Rules, Units
 from jaxprune.pruning.pooling import intersection, union
 from jaxprune.pruning.selection import per_layer_l2, pruning_record, select, thresholds
 from jaxprune.scoring.scores import Scores, check_scores
@@ -529,7 +529,7 @@ def test_no_kind_starves_another(dense):
         for name, units in widths(model.axes, params).items()
     }
     shares = {}
-    for allocation in ALLOCATIONS:
+    for allocation in ("per_layer", "per_kind", "global"):
         gates = select(model, params, scores, Flops(0.5, length=LENGTH), rules=Rules(allocation=allocation))
         heads = np.concatenate([gate for name, gate in gates.items() if name.endswith("heads")])
         shares[allocation] = float(heads.mean())

@@ -89,7 +89,7 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
         "reconstruct": "pruning.recoveries:Reconstruction",
     },
     "normalise": {"l2": "pruning.selection:per_layer_l2"},
-    "allocation": dict.fromkeys(("per-layer", "per-kind", "global"), ""),
+    "allocation": dict.fromkeys(("per-layer", "per-kind", "global", "measured"), ""),
     "layers": {
         "one-to-one": "training.joint_loss:one_to_one",
         "uniform": "training.joint_loss:uniform",
@@ -492,7 +492,7 @@ class SelectionOptions:
         str | None, selecting("Tokens per example, for FLOPs; by default as scored. T5: read,written.", metavar="128")
     ] = None
     allocation: Annotated[
-        str, choice("allocation", "Units compete within a site, among their kind, or all.", "Selection")
+        str, choice("allocation", "Units compete within a site, their kind, or all; or by answers.", "Selection")
     ] = "per-layer"
     multiple_of: Annotated[list[str] | None, selecting("Round widths down to a multiple.", metavar="neurons=8")] = None
     floor: Annotated[list[str] | None, selecting("The least that stays in each layer.", metavar="heads=1")] = None

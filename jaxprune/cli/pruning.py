@@ -106,6 +106,8 @@ def prune(
     [cyan]jaxprune prune multi --scores sst2.safetensors --latency 12ms -o small[/cyan] measures modules first.
     [cyan]jaxprune prune multi --task sst2 --data data --flops 0.2 --rounds 3 -o small[/cyan] scores in each round.
     """
+    from jaxprune.pruning.allocation import EXAMPLES, Measuring
+
     with terminal.working() as bars:
         files, names = scores or [], task or []
         check_sources(context, files, names, together)
@@ -113,6 +115,7 @@ def prune(
         pruning = jp.Pruning(
             scoring=scoring.build(settings, head, batches),
             rules=selection.build(),
+            measuring=Measuring(rows=jp.Rows(examples=EXAMPLES, key=scoring.seed, **asdict(batches))),
             recovery=recovery.build(scoring.seed, batches, rounds, scoring=not files),
             rounds=rounds,
             recover_each_round=recovery.recover_rounds == "each",
@@ -198,7 +201,7 @@ class PruneCommand:
             "source": self.source,
             "output": str(self.output),
             "recovery": made.get("recovery"),
-            **{name: made[name] for name in ("receipt", "receipts", "rounds") if name in made},
+            **{name: made[name] for name in ("allocation", "receipt", "receipts", "rounds") if name in made},
             **({"together": together, "tasks": facts} if together else facts[0]),
             **_latency_budget(model, params, pruned, costs),
         }

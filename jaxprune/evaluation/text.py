@@ -128,7 +128,7 @@ def rank(
         tiled = model_inputs(model, params, teacher_forced(model, tiled, targets))
         state = advance(model, layers[-last:], tiled, state, intervention)
         logits = readout_compiled(model, LANGUAGE, output, state, readout_mask(LANGUAGE, layers[-1], tiled), None)
-        likelihoods.append(_log_likelihood(logits, targets).reshape(rows, together))
+        likelihoods.append(likelihood_of(logits, targets).reshape(rows, together))
     return jnp.concatenate(likelihoods, axis=1)[:, :labels] + bias
 
 
@@ -176,7 +176,7 @@ def _rank_next(
         if length == 1:
             return _log_likelihoods(logits[:, 0], candidates[:, :, 0])
         wanted = _filled(asked[:, first : first + together], together).reshape(rows * together, length)
-        likelihoods.append(_log_likelihood(logits, wanted).reshape(rows, together))
+        likelihoods.append(likelihood_of(logits, wanted).reshape(rows, together))
     return jnp.concatenate(likelihoods, axis=1)[:, :labels]
 
 
@@ -213,7 +213,8 @@ def _log_likelihoods(logits: Float[Array, "b v"], tokens: Int[Array, "b l"]) -> 
 
 
 @jax.jit
-def _log_likelihood(logits: Float[Array, "b u v"], targets: Int[Array, "b u"]) -> Float[Array, " b"]:
+def likelihood_of(logits: Float[Array, "b u v"], targets: Int[Array, "b u"]) -> Float[Array, " b"]:
+    """The log-likelihood, in nats, of answers whose tokens' logits are at hand."""
     index = jnp.maximum(targets, 0)[..., None]
     each = jnp.take_along_axis(logits, index, axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
     real = targets != IGNORED

@@ -153,7 +153,7 @@ def product(x: Float[Array, "*rows k"], matrix: Float[Array, "k n"]) -> Float[Ar
     On a CPU with `jax_default_matmul_precision` "bfloat16" its operands are rounded to that type, those of its backward
     pass too, which matrix units (AMX) multiply several times faster. On TPUs and GPUs XLA heeds the setting by itself.
     """
-    if jax.config.jax_default_matmul_precision == "bfloat16" and jax.default_backend() == "cpu":
+    if jax.config.values["jax_default_matmul_precision"] == "bfloat16" and jax.default_backend() == "cpu":
         return _rounded_product(x, matrix)
     return jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
 

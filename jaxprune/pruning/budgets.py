@@ -221,7 +221,7 @@ def read_budget(settings: Mapping[str, Any]) -> Budget:
     return kind(**{unit or "fraction": amount}, length=settings.get("length"))
 
 
-ALLOCATIONS = ("per_layer", "per_kind", "global")
+ALLOCATIONS = ("per_layer", "per_kind", "global", "measured")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +229,8 @@ class Rules:
     """The rules of a selection, beside its budget."""
 
     # Which units compete: those of one site, so that all sites keep about the same fraction; those of one kind, so that
-    # all kinds do; or all units of the model, by their score per cost.
+    # all kinds do; or all units of the model, by their score per cost. Or the widths of the sites are found by the
+    # model's measured answers, which is the business of `prune`, see `jaxprune.pruning.allocation`.
     allocation: str = "per_layer"
     # Kept units of a site (channels: of a head) are a multiple of this, or all: one number, or one per kind of units.
     multiple_of: int | Mapping[str, int] | None = None
@@ -243,6 +244,11 @@ class Rules:
     def __post_init__(self):
         if self.allocation not in ALLOCATIONS:
             raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {self.allocation!r}.")
+
+    @property
+    def measured(self) -> bool:
+        """Whether widths are found by the model's answers."""
+        return self.allocation == "measured"
 
     def settings(self) -> dict[str, Any]:
         """All of them by name."""

@@ -30,6 +30,7 @@ from jaxprune.data.tasks import Task, remove_leaks
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
 from jaxprune.models.cost import costs, memory, ratios
+from jaxprune.pruning.allocation import Allocation, Measuring, allocate
 from jaxprune.pruning.budgets import Budget, Latency, Rules
 from jaxprune.pruning.latency import LatencySearch, compare_latency, search_latency
 from jaxprune.pruning.loss import ScoredLoss, check_reselection
@@ -100,6 +101,7 @@ class Pruning:
 
     scoring: Scoring = Scoring()
     rules: Rules = Rules()
+    measuring: Measuring = Measuring()  # how widths are found where the rules ask for measured ones
     recovery: Recovery | None = Recovery()  # None: the remaining weights stay as they were
     rounds: int = 1  # steps to the budget; the remaining units are scored again before each
     recover_each_round: bool = False  # else once, in the end
@@ -293,6 +295,8 @@ def _check(
     if not tasks and pruning.recovery is not None:
         raise ValueError("there is nothing to recover with: name a task, or leave recovery out.")
     several = max(len(tasks), len(scores)) > 1
+    if pruning.rules.measured:
+        _check_measured(tasks, budget, pruning, several)
     if pruning.rounds > 1 and (scores or several):
         what = "scores are of the dense model alone" if scores else f"{len(tasks)} tasks are pruned for in one"
         raise ValueError(f"{pruning.rounds} rounds need one task to score in each, and no scores: {what}.")
@@ -327,9 +331,28 @@ def _check(
         check_scores(model, params, scores[0])
 
 
+def _check_measured(tasks: Sequence[Task], budget: Budget, pruning: Pruning, several: bool) -> None:
+    """Refuses what measured widths cannot be found with."""
+    what = (
+        "several tasks have several answers"
+        if several
+        else "there is no task whose rows could be read"
+        if not tasks
+        else "in rounds the model changes between them"
+        if pruning.rounds > 1
+        else "a re-selection changes widths by other losses"
+        if pruning.reselect
+        else "a budget of latency is met by several selections"
+        if isinstance(budget, Latency)
+        else ""
+    )
+    if what:
+        raise ValueError(f"measured widths are found for one task in one round: {what}. Use another allocation.")
+
+
 def check_scope(properties: Mapping[str, Any], rules: Rules) -> None:
     """Refuses rules that scores of a criterion, by its `properties`, cannot be selected by."""
-    if (rules.allocation == "per_layer" or rules.normalise is not None) and not properties["by_layer"]:
+    if (rules.allocation in ("per_layer", "measured") or rules.normalise is not None) and not properties["by_layer"]:
         raise ValueError(
             "top-layers and block-influence rank layers, and all units within a layer alike: let all layers compete by "
             "the scores as they are (--allocation global without --normalise; in Python Rules(allocation='global'))."
@@ -374,7 +397,8 @@ class _Run:
         if isinstance(budget, Latency):
             search = self._search(budget, scores, means, partial(choose, rules=rules))
             selected = budget.at(search.trials[search.best].asked)
-        gates = choose(selected, rules=rules)
+        found = self._allocated(scores[0], selected, means) if rules.measured else None
+        gates = choose(selected, rules=rules) if found is None else found.gates
         gates, losses, rows = self._losses(scores, gates, selected, means)
         small = compact(model, params, gates, means)
         record = pruning_record(_joined(scores, means), gates, budget, rules, **several)
@@ -382,8 +406,20 @@ class _Run:
             record["digests"]["scores"] = [params_digest(dict(each.values)) for each in scores]
         if losses:
             record |= {"receipts": losses} if several else {"receipt": losses[0]}
+        if found is not None:
+            record["allocation"] = found.to_json()
+            rows |= set(found.rows)
         rows |= {row for each in scores for row in each.rows}
         return self._recovered(Pruned(small, gates, tuple(scores), record, tuple(rows), budget, None, search))
+
+    def _allocated(self, scores: Scores, budget: Budget, means: Gates | None) -> Allocation:
+        """The selection by measured answers."""
+        pruning, (task,) = self.pruning, self.tasks
+        settings = {"rules": pruning.rules, "means": means, "progress": self.watch.open("measuring widths")}
+        found = allocate(self.model, self.params, task, scores, budget, pruning.measuring, **settings)
+        others = ", ".join(f"{name} {loss:.4g}" for name, loss in found.starts.items())
+        self.watch.say(f"measured widths lose {found.loss:.4g} nats per answer; {others}")
+        return found
 
     def _recovered(self, pruned: Pruned) -> Pruned:
         """Repairs the pruned model, unless that is done or not wanted, and completes the record."""

@@ -73,6 +73,67 @@ class Choices(NamedTuple):
     values: np.ndarray  # [choices] what keeping that many of the best units is worth
 
 
+class Ladders(NamedTuple):
+    """The widths that sites may have, and what they may cost together."""
+
+    candidates: Candidates
+    sites: tuple[Site, ...]  # those with several widths to choose from
+    steps: tuple[Choices, ...]  # of these sites
+    limit: float  # of the costs of these sites
+
+    def cost(self, places: np.ndarray) -> float:
+        """The cost of widths, by their places on the ladders."""
+        return math.fsum(float(each.costs[place]) for each, place in zip(self.steps, places, strict=True))
+
+    def places(self, gates: Gates) -> np.ndarray:
+        """The places on the ladders of the widths of a selection."""
+        widths = [int(np.asarray(gates[site.name]).sum()) for site in self.sites]
+        return np.array([np.searchsorted(each.widths, w) for each, w in zip(self.steps, widths, strict=True)], int)
+
+    def gates(self, places: np.ndarray) -> Gates:
+        """Gates that are open for the best units of every site; a site without a ladder is open."""
+        steps = zip(self.sites, self.steps, places, strict=True)
+        widths = {site.name: int(each.widths[place]) for site, each, place in steps}
+        own = self.candidates
+        return _gates(own, [widths.get(site.name, own.width[site.name]) for site in own.sites])
+
+    def gates_of(self, index: int, place: int) -> Gates:
+        """The gates of one of the sites."""
+        one = self.candidates._replace(sites=(self.sites[index],))
+        return _gates(one, [int(self.steps[index].widths[place])])
+
+
+def ladders(model: Model, params: Params, scores: Scores | Values, budget: Budget, rules: Rules) -> Ladders:
+    """All widths that the sites of a model may have under some rules.
+
+    Raises:
+        ValueError: As `select`.
+    """
+    if isinstance(budget, Latency):
+        table = _table_of(budget, model, params)
+        candidates = _candidates(model, params, scores, rules)
+        every = [_choices(candidates, site, table) for site in candidates.sites]
+        limit = budget.limit(table.predict(candidates.width)) - table.fixed
+    else:
+        plan = _plan(budget, model, params, scores, rules)
+        candidates = plan.candidates
+        every = [_of_blocks(plan.blocks, index) for index in range(len(candidates.sites))]
+        limit = budget.limit(plan.total) - plan.fixed
+    free = [len(each.widths) > 1 for each in every]
+    pairs = [(site, each) for site, each, several in zip(candidates.sites, every, free, strict=True) if several]
+    limit -= math.fsum(float(each.costs[-1]) for each, several in zip(every, free, strict=True) if not several)
+    return Ladders(candidates, tuple(site for site, _ in pairs), tuple(each for _, each in pairs), limit)
+
+
+def _of_blocks(blocks: Blocks, index: int) -> Choices:
+    """The widths of one site that whole blocks make."""
+    own = blocks.site == index
+    units, costs = (np.concatenate([[0], np.cumsum(column[own])]) for column in (blocks.units, blocks.cost))
+    least = int(blocks.forced[own].sum())
+    first = len(units) - 1 if not costs[-1] else least  # what costs nothing stays
+    return Choices(units[first:].astype(int), costs[first:], np.zeros(len(units) - first))
+
+
 def cut(candidates: Candidates, costs: Mapping[str, float], allocation: str) -> Blocks:
     """Cuts every site into blocks.
 
@@ -288,6 +349,11 @@ def select(model: Model, params: Params, scores: Scores | Values, budget: Budget
             channels, a rule names what does not exist, the table is of another device, version or model, or the budget
             cannot be reached because of what must stay; the error then names the smallest that can.
     """
+    if rules.measured:
+        raise ValueError(
+            "measured widths come from the model's answers to rows, and a selection reads none: prune (jp.prune) finds "
+            "them. Give per_layer, per_kind or global here."
+        )
     if isinstance(budget, Latency):
         return _select_by_table(budget, model, params, scores, rules)
     return _gates_of_plan(budget, _plan(budget, model, params, scores, rules))
@@ -308,7 +374,8 @@ def check_selection(model: Model, params: Params, budget: Budget, rules: Rules, 
     every = widths(model.axes, params, KINDS)
     blank = {name: np.zeros(every[name]) for name in scored if name in every}
     countable = Units(1.0) if isinstance(budget, Latency) else budget.with_length(usual_length(model))
-    select(model, params, blank, countable, rules=replace(rules, normalise=None))
+    allocation = "per_layer" if rules.measured else rules.allocation  # what can be reached is the same
+    select(model, params, blank, countable, rules=replace(rules, normalise=None, allocation=allocation))
 
 
 def select_units(scores: Values, fraction: float) -> Gates:
@@ -464,10 +531,7 @@ def _gates_of_plan(budget: Budget, plan: _Plan) -> Gates:
 
 def _select_by_table(budget: Latency, model: Model, params: Params, scores: Scores | Values, rules: Rules) -> Gates:
     """The widths of the table that a budget of latency pays for; see `select`."""
-    table = budget.table
-    if table is None:
-        raise ValueError("a latency budget needs table=, which measure_latency_table makes for this model and device.")
-    check_table(table, model, params)
+    table = _table_of(budget, model, params)
     candidates = _candidates(model, params, scores, rules)
     if other := sorted({site.kind for site in candidates.sites} - set(UNITS)):
         raise ValueError(f"a latency budget needs scores of {' or '.join(UNITS)}, these are of {', '.join(other)}.")
@@ -478,6 +542,13 @@ def _select_by_table(budget: Latency, model: Model, params: Params, scores: Scor
         raise ValueError("a latency is spent by allocation per_layer or global: its table knows no share of a kind.")
     allocate = alike if rules.allocation == "per_layer" else knapsack
     return _gates(candidates, allocate(choices, budget.limit(total) - table.fixed))
+
+
+def _table_of(budget: Latency, model: Model, params: Params) -> LatencyTable:
+    if budget.table is None:
+        raise ValueError("a latency budget needs table=, which measure_latency_table makes for this model and device.")
+    check_table(budget.table, model, params)
+    return budget.table
 
 
 def least_latency(
