@@ -57,14 +57,14 @@ def test_a_backward_pass_keeps_one_array_of_attention_probabilities():
     assert sum(leaf.shape == VALUES.shape for leaf in saved) == 1
 
 
-def test_products_of_bfloat16_round_their_operands_forwards_and_backwards_and_sum_in_float32():
+@pytest.mark.parametrize("axis", [0, 1])
+def test_products_of_bfloat16_round_their_operands_forwards_and_backwards_and_sum_in_float32(axis: int):
     random = np.random.default_rng(1)
-    x, matrix, toward = (
-        jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in ((2, 3, 8), (8, 5), (2, 3, 5))
-    )
+    shapes = ((2, 3, 8), (5, 8) if axis else (8, 5), (2, 3, 5))
+    x, matrix, toward = (jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in shapes)
 
     def of(x: jax.Array, matrix: jax.Array, toward: jax.Array) -> tuple[jax.Array, ...]:
-        y, pull = jax.vjp(product, x, matrix)
+        y, pull = jax.vjp(lambda x, matrix: product(x, matrix, axis), x, matrix)
         return y, *pull(toward)
 
     rounded = [value.astype(jnp.bfloat16).astype(jnp.float32) for value in (x, matrix, toward)]

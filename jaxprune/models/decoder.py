@@ -623,7 +623,7 @@ def readout(
     hidden = bind(_norm(config), params["norm"])(state.hidden[:, -mask.tokens.shape[1] :])
     if config.tied:
         table = params["word"]["embedding"]
-        logits = product(hidden.astype(table.dtype), table.T)
+        logits = product(hidden.astype(table.dtype), table, axis=1)
     else:
         logits = bind(_output(config), params["out"])(hidden).astype(jnp.float32)
     return logits if config.cap is None else config.cap * jnp.tanh(logits / config.cap)

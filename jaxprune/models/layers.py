@@ -147,35 +147,37 @@ def _product(axes: int, x: Array, kernel: Array) -> Array:
     return product(x.reshape(*rows, summed), matrix).reshape(*rows, *columns)
 
 
-def product(x: Float[Array, "*rows k"], matrix: Float[Array, "k n"]) -> Float[Array, "*rows n"]:
-    """A matrix product, summed in float32.
+def product(x: Float[Array, "*rows k"], matrix: Float[Array, "k n"], axis: int = 0) -> Float[Array, "*rows n"]:
+    """A matrix product, summed in float32 over the last axis of `x` and this one of the matrix.
 
     On a CPU with `jax_default_matmul_precision` "bfloat16" its operands are rounded to that type, those of its backward
     pass too, which matrix units (AMX) multiply several times faster. On TPUs and GPUs XLA heeds the setting by itself.
     """
     if jax.config.values["jax_default_matmul_precision"] == "bfloat16" and jax.default_backend() == "cpu":
-        return _rounded_product(x, matrix)
-    return jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
+        return _rounded_product(axis, x, matrix)
+    return _contract(x, matrix, axis)
 
 
-@jax.custom_vjp
-def _rounded_product(x: Array, matrix: Array) -> Array:
-    return _rounded_forward(x, matrix)[0]
+def _contract(x: Array, matrix: Array, axis: int) -> Array:
+    sides = (((x.ndim - 1,), (axis,)), ((), ()))  # not `matrix.T`, which would be copied
+    return jax.lax.dot_general(x, matrix, sides, preferred_element_type=jnp.float32)
 
 
-def _rounded(x: Array, y: Array) -> Array:
-    return jnp.matmul(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rounded_product(axis: int, x: Array, matrix: Array) -> Array:
+    return _contract(x.astype(jnp.bfloat16), matrix.astype(jnp.bfloat16), axis)
 
 
-def _rounded_forward(x: Array, matrix: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _rounded(x, matrix), (x, matrix)
+def _rounded_forward(axis: int, x: Array, matrix: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _rounded_product(axis, x, matrix), (x, matrix)
 
 
-def _rounded_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    x, matrix = saved
-    rows = x.reshape(-1, x.shape[-1]).T
-    d_matrix = _rounded(rows, cotangent.reshape(-1, cotangent.shape[-1]))
-    return _rounded(cotangent, matrix.T).astype(x.dtype), d_matrix.astype(matrix.dtype)
+def _rounded_backward(axis: int, saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, matrix = (value.astype(jnp.bfloat16) for value in saved)
+    slope = cotangent.astype(jnp.bfloat16)
+    rows, slopes = (value.reshape(-1, value.shape[-1]) for value in (x, slope))
+    d_matrix = _contract(slopes.T, rows, 0) if axis else _contract(rows.T, slopes, 0)
+    return _contract(slope, matrix, 1 - axis).astype(saved[0].dtype), d_matrix.astype(saved[1].dtype)
 
 
 _rounded_product.defvjp(_rounded_forward, _rounded_backward)

@@ -480,7 +480,7 @@ def readout(
     if not config.tied:
         return bind(_output(config), params["out"])(hidden)
     table = params["word"]["embedding"]
-    return product(hidden.astype(table.dtype), table.T)
+    return product(hidden.astype(table.dtype), table, axis=1)
 
 
 def initialise(config: T5Config, key: Array) -> Params:
