@@ -112,7 +112,6 @@ def allocate(
     measuring: Measuring = Measuring(),
     *,
     rules: Rules = Rules(),
-    means: Gates | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Allocation:
     """Selects units by scores within every module, and the modules' widths by the model's measured answers.
@@ -129,11 +128,10 @@ def allocate(
         model: The architecture.
         params: The dense parameters.
         task: The task; its calibration rows are drawn from.
-        scores: Higher means more needed, within a module.
+        scores: Higher means more needed, within a module. Their means replace closed units, if they have any.
         budget: How much may stay.
         measuring: The rows, and how long to look.
         rules: As for `select`; the allocation is ignored.
-        means: What closed units are replaced by; None is zero.
         progress: Called with the number of passes that are finished, and the most there can be.
 
     Raises:
@@ -150,6 +148,7 @@ def allocate(
             raise ValueError(f"answers are measured on at least {FEWEST} rows; {task.name!r} has {there} {split} rows.")
         rows = draw(usable.task, min(rows or EXAMPLES, there), settings.random, split=split)
     encoded = usable.encode(rows)
+    means = scores.means if isinstance(scores, Scores) else None
     reader = _Reader(model, params, encoded, head, settings.batch_size, means)
     loss = _Loss.of(model, task, reader, measuring.labelled)
     choices = ladders(model, params, scores, budget, rules)

@@ -397,7 +397,7 @@ class _Run:
         if isinstance(budget, Latency):
             search = self._search(budget, scores, means, partial(choose, rules=rules))
             selected = budget.at(search.trials[search.best].asked)
-        found = self._allocated(scores[0], selected, means) if rules.measured else None
+        found = self._allocated(scores[0], selected) if rules.measured else None
         gates = choose(selected, rules=rules) if found is None else found.gates
         gates, losses, rows = self._losses(scores, gates, selected, means)
         small = compact(model, params, gates, means)
@@ -412,11 +412,19 @@ class _Run:
         rows |= {row for each in scores for row in each.rows}
         return self._recovered(Pruned(small, gates, tuple(scores), record, tuple(rows), budget, None, search))
 
-    def _allocated(self, scores: Scores, budget: Budget, means: Gates | None) -> Allocation:
+    def _allocated(self, scores: Scores, budget: Budget) -> Allocation:
         """The selection by measured answers."""
         pruning, (task,) = self.pruning, self.tasks
-        settings = {"rules": pruning.rules, "means": means, "progress": self.watch.open("measuring widths")}
-        found = allocate(self.model, self.params, task, scores, budget, pruning.measuring, **settings)
+        found = allocate(
+            self.model,
+            self.params,
+            task,
+            scores,
+            budget,
+            pruning.measuring,
+            rules=pruning.rules,
+            progress=self.watch.open("measuring widths"),
+        )
         others = ", ".join(f"{name} {loss:.4g}" for name, loss in found.starts.items())
         self.watch.say(f"measured widths lose {found.loss:.4g} nats per answer; {others}")
         return found
