@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from commands import make_place, record_of, run
 from test_decoders import ANSWERS, ASKED
+from test_spans import questions, spans_model, task_of
 from test_training import DATA, lengths, moods
 from tiny import tiny_model
 
@@ -22,7 +23,7 @@ from jaxprune.data.tasks import Rows, Task
 from jaxprune.models import Model
 from jaxprune.models.layers import TaskHead
 from jaxprune.pruning.allocation import Measuring, _Counter, _Loss, _Moves, _Reader, allocate
-from jaxprune.pruning.budgets import Budget, Flops, Memory, Parameters, Rules, Units
+from jaxprune.pruning.budgets import Budget, Flops, Latency, Memory, Parameters, Rules, Units
 from jaxprune.pruning.selection import Ladders, ladders, select
 from jaxprune.units import Params, flatten, open_gates, unflatten
 
@@ -192,7 +193,7 @@ def test_a_module_whose_loss_falls_again_when_all_of_it_goes():
     assert found.loss < 0.5 * min(found.starts.values())
 
 
-def test_a_regression_spans_and_running_text_have_losses_of_their_own(tmp_path: Path):
+def test_a_regression_and_running_text_have_losses_of_their_own(tmp_path: Path):
     model, params = tiny_model("bert", heads=(TaskHead(name="lengths", labels=("score",), regression=True),))
     model = replace(model, source=DATA / "words")
     found = allocate(model, params, lengths(moods()), scores_of(model, params), Units(0.5), MEASURING)
@@ -204,8 +205,17 @@ def test_a_regression_spans_and_running_text_have_losses_of_their_own(tmp_path: 
     task = jp.windows(model, jp.load_task(tmp_path / "text.txt"), tokens=16)
     found = allocate(model, params, task, scores_of(model, params), Units(0.5), MEASURING)
     assert 0 < found.loss < min(found.starts.values())
-    with pytest.raises(ValueError, match="without a label"):
+    with pytest.raises(ValueError, match="leave labelled out"):
         allocate(model, params, task, scores_of(model, params), Units(0.5), replace(MEASURING, labelled=True))
+
+
+def test_spans_are_answers_among_the_tokens():
+    model, params = spans_model(layers=2)
+    task = task_of(questions())
+    found = allocate(model, params, task, scores_of(model, params), Units(0.5), MEASURING)
+    assert 0 < found.loss < min(found.starts.values()) < 50  # tokens at which none may start or end do not count
+    whole = allocate(model, params, task, scores_of(model, params), Units(1.0), MEASURING)
+    assert whole.loss == pytest.approx(0.0, abs=1e-6)
 
 
 def test_labels_may_be_the_aim():
@@ -226,6 +236,7 @@ def test_what_is_refused():
         (lambda: Measuring(rounds=0), "at least 1"),
         (lambda: Measuring(rows=Rows(examples=7)), "at least 8 rows"),
         (lambda: allocate(model, params, few, scores, Units(0.5)), "has 7 calibration rows"),
+        (lambda: allocate(model, params, task, scores, Latency(0.5)), "by latency"),
         (
             lambda: allocate(model, params, task, scores, Units(0.1), rules=Rules(floor={"neurons": 16})),
             "cannot be reached",

@@ -43,7 +43,7 @@ from jaxprune.models.running import (
     repeat_rows,
     run_layer,
 )
-from jaxprune.pruning.budgets import Budget, Latency, Rules
+from jaxprune.pruning.budgets import Budget, Rules
 from jaxprune.pruning.selection import Choices, Ladders, Values, ladders, parts_of, select
 from jaxprune.scoring.scores import Scores
 from jaxprune.units import Gates, Intervention, Params
@@ -96,11 +96,14 @@ class Allocation(NamedTuple):
     starts: Mapping[str, float]  # the same of the other allocations at this budget
     rounds: tuple[AllocationRound, ...]
     rows: tuple[str, ...]  # keys of the rows that were measured
+    cut_off: int = 0  # rows of span tasks that were not drawn from, because their answers are cut off
+    truncated: int = 0  # rows whose texts are cut
 
     def to_json(self) -> dict[str, Any]:
         """All but gates and rows as plain values."""
         rounds = [each._asdict() for each in self.rounds]
-        return {"loss": self.loss, "starts": dict(self.starts), "rounds": rounds, "examples": len(self.rows)}
+        found = {"loss": self.loss, "starts": dict(self.starts), "rounds": rounds, "examples": len(self.rows)}
+        return found | {"cut_off": self.cut_off, "truncated": self.truncated}
 
 
 def allocate(
@@ -117,9 +120,10 @@ def allocate(
     """Selects units by scores within every module, and the modules' widths by the model's measured answers.
 
     The loss is the mean over the rows of the divergence from the dense model's answers: `KL(dense || pruned)` among the
-    labels (or the label words, calibrated as the prompt says), of spans among the tokens, of running text among the
-    likeliest next tokens and all others together; in a regression the squared difference over the variance. No labels
-    are read unless `measuring.labelled`.
+    labels or the label words (of these their means over the rows are taken off, where the prompt calibrates by batch;
+    content-free calibration is not applied), of spans among the tokens, of running text among the likeliest next tokens
+    and all others together; in a regression the squared difference over the variance. No labels are read unless
+    `measuring.labelled`.
 
     What stays costs at most the budget, and is short of it by less than the largest next block of a module. The same
     arguments give the same result. The loss is never larger than that of any other allocation, on these rows.
@@ -129,7 +133,7 @@ def allocate(
         params: The dense parameters.
         task: The task; its calibration rows are drawn from.
         scores: Higher means more needed, within a module. Their means replace closed units, if they have any.
-        budget: How much may stay.
+        budget: How much may stay; not of latency.
         measuring: The rows, and how long to look.
         rules: As for `select`; the allocation is ignored.
         progress: Called with the number of passes that are finished, and the most there can be.
@@ -148,14 +152,14 @@ def allocate(
             raise ValueError(f"answers are measured on at least {FEWEST} rows; {task.name!r} has {there} {split} rows.")
         rows = draw(usable.task, min(rows or EXAMPLES, there), settings.random, split=split)
     encoded = usable.encode(rows)
+    left_out = usable.cut_off, encoded.truncated
     means = scores.means if isinstance(scores, Scores) else None
     reader = _Reader(model, params, encoded, head, settings.batch_size, means)
     loss = _Loss.of(model, task, reader, measuring.labelled)
     choices = ladders(model, params, scores, budget, rules)
-    names = (name for name in STARTS if name != "per_kind" or not isinstance(budget, Latency))
     starts = {
         name: choices.places(select(model, params, scores, budget, rules=replace(rules, allocation=name)))
-        for name in names
+        for name in STARTS
     }
     bar = _Counter(
         progress, len(starts) + measuring.rounds * (1 + BACK + len(REACH) * len(choices.sites)) + len(choices.sites)
@@ -180,7 +184,7 @@ def allocate(
         if true < lost:
             at, lost = found, true
     bar.end()
-    return Allocation(choices.gates(at), lost, measured, tuple(rounds), tuple(sorted(map(row_key, rows))))
+    return Allocation(choices.gates(at), lost, measured, tuple(rounds), tuple(sorted(map(row_key, rows))), *left_out)
 
 
 class _Counter:
@@ -351,9 +355,9 @@ class _Loss:
         """The loss of answers that differ from the dense model's, or from the labels."""
         dense = reader.answers({})
         prompt = prompt_of(model, task)
-        centred = prompt is not None and prompt.calibration == "batch" and not reader.windows
+        centred = prompt is not None and prompt.calibration == "batch" and not (reader.windows or task.choices)
         if labelled and (reader.windows or task.spans or (reader.labels < 0).any()):
-            raise ValueError(f"{task.name!r} has rows without a label among a few: measure the dense model's answers.")
+            raise ValueError(f"not all rows of {task.name!r} have one label among several: leave labelled out.")
         if task.regression:
             wanted = reader.labels[:, None].astype(np.float64) if labelled else dense.astype(np.float64)
             return cls(wanted, 0.0, False, 1.0 / max(float(wanted.var()), 1e-12))

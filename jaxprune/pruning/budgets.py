@@ -247,7 +247,7 @@ class Rules:
 
     @property
     def measured(self) -> bool:
-        """Whether widths are found by the model's answers."""
+        """True if widths are found by the model's answers."""
         return self.allocation == "measured"
 
     def settings(self) -> dict[str, Any]:

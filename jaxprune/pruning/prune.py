@@ -342,7 +342,7 @@ def _check_measured(tasks: Sequence[Task], budget: Budget, pruning: Pruning, sev
         if pruning.rounds > 1
         else "a re-selection changes widths by other losses"
         if pruning.reselect
-        else "a budget of latency is met by several selections"
+        else "a latency is no sum over units"
         if isinstance(budget, Latency)
         else ""
     )
@@ -426,6 +426,9 @@ class _Run:
             progress=self.watch.open("measuring widths"),
         )
         others = ", ".join(f"{name} {loss:.4g}" for name, loss in found.starts.items())
+        if found.cut_off or found.truncated:
+            what = f"{found.cut_off:,} rows left out, their answers are cut off, and {found.truncated:,} texts cut"
+            self.watch.say(f"measuring widths: {what}; --max-length reaches further")
         self.watch.say(f"measured widths lose {found.loss:.4g} nats per answer; {others}")
         return found
 

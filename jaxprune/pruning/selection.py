@@ -107,18 +107,12 @@ def ladders(model: Model, params: Params, scores: Scores | Values, budget: Budge
     """All widths that the sites of a model may have under some rules.
 
     Raises:
-        ValueError: As `select`.
+        ValueError: As `select`; also by latency, which is no sum over blocks.
     """
-    if isinstance(budget, Latency):
-        table = _table_of(budget, model, params)
-        candidates = _candidates(model, params, scores, rules)
-        every = [_choices(candidates, site, table) for site in candidates.sites]
-        limit = budget.limit(table.predict(candidates.width)) - table.fixed
-    else:
-        plan = _plan(budget, model, params, scores, rules)
-        candidates = plan.candidates
-        every = [_of_blocks(plan.blocks, index) for index in range(len(candidates.sites))]
-        limit = budget.limit(plan.total) - plan.fixed
+    plan = _plan(budget, model, params, scores, rules)
+    candidates = plan.candidates
+    every = [_of_blocks(plan.blocks, index) for index in range(len(candidates.sites))]
+    limit = budget.limit(plan.total) - plan.fixed
     free = [len(each.widths) > 1 for each in every]
     pairs = [(site, each) for site, each, several in zip(candidates.sites, every, free, strict=True) if several]
     limit -= math.fsum(float(each.costs[-1]) for each, several in zip(every, free, strict=True) if not several)
@@ -531,7 +525,10 @@ def _gates_of_plan(budget: Budget, plan: _Plan) -> Gates:
 
 def _select_by_table(budget: Latency, model: Model, params: Params, scores: Scores | Values, rules: Rules) -> Gates:
     """The widths of the table that a budget of latency pays for; see `select`."""
-    table = _table_of(budget, model, params)
+    table = budget.table
+    if table is None:
+        raise ValueError("a latency budget needs table=, which measure_latency_table makes for this model and device.")
+    check_table(table, model, params)
     candidates = _candidates(model, params, scores, rules)
     if other := sorted({site.kind for site in candidates.sites} - set(UNITS)):
         raise ValueError(f"a latency budget needs scores of {' or '.join(UNITS)}, these are of {', '.join(other)}.")
@@ -542,13 +539,6 @@ def _select_by_table(budget: Latency, model: Model, params: Params, scores: Scor
         raise ValueError("a latency is spent by allocation per_layer or global: its table knows no share of a kind.")
     allocate = alike if rules.allocation == "per_layer" else knapsack
     return _gates(candidates, allocate(choices, budget.limit(total) - table.fixed))
-
-
-def _table_of(budget: Latency, model: Model, params: Params) -> LatencyTable:
-    if budget.table is None:
-        raise ValueError("a latency budget needs table=, which measure_latency_table makes for this model and device.")
-    check_table(budget.table, model, params)
-    return budget.table
 
 
 def least_latency(
