@@ -26,7 +26,7 @@ from jaxprune.data.tasks import draw
 from jaxprune.evaluation.evaluate import calibrate, fitting_head, predict
 from jaxprune.models.cost import Length
 from jaxprune.scoring.scores import Scores, describe
-from jaxprune.units import Intervention
+from jaxprune.units import Intervention, lengths, resize
 
 EXAMPLES = 128  # calibration rows
 
@@ -203,6 +203,7 @@ class Bench:
             params, gates, means, kept = self.params, None, None, 1.0
             if method is not None and (method.rival is not None or method.recovery is not None):
                 params, kept = self.repaired(method, source, budget, seed)
+                params = resize(self.model.axes, params, lengths(self.model.axes, self.params))  # compiled once for all
             elif method is not None:
                 first = source if isinstance(source, str) else source[0]
                 scores = self.scores(first, method.criterion, method.examples, seed)

@@ -341,36 +341,48 @@ def named_sites(tables: Iterable[AxisTable], names: Iterable[str]) -> tuple[Site
 
 def without(table: AxisTable, params: Params, emptied: Sequence[Site]) -> Params:
     """The parameters with no unit left at some sites: what gates of 0 leave of them, and computed at no cost."""
-    return narrow(table, params, dict.fromkeys(emptied, 0))
+    return resize(table, params, dict.fromkeys(emptied, 0))
 
 
-def narrow(table: AxisTable, params: Params, widths: Mapping[Site, int]) -> Params:
-    """The parameters with only the first units at some sites: a model of other widths, to be measured.
+def lengths(table: AxisTable, params: Params) -> dict[Site, int]:
+    """Units of every kind at every site, along the last of their axes: what `resize` changes."""
+    flat = flatten(params)
+    return {place.site: flat[place.path].shape[place.units[-1]] for place in _places(table, flat, KINDS)}
+
+
+def resize(table: AxisTable, params: Params, widths: Mapping[Site, int]) -> Params:
+    """The parameters with other widths: only the first units of a site, or more, whose weights are zero.
+
+    More units change nothing that the model computes.
 
     Args:
         table: The family's axis table.
         params: Parameters of any widths; they are not changed.
-        widths: Units to keep at a site (along the last of several axes); sites that are not named stay as they are.
+        widths: Units to have at a site (along the last of several axes); sites that are not named stay as they are.
 
     Returns:
-        NumPy arrays where something was cut, else the same objects as in `params`.
+        NumPy arrays where something was changed, else the same objects as in `params`.
     """
 
-    def cut(path: Path, leaf: Any) -> Any:
+    def resized(path: Path, leaf: Any) -> Any:
         axes = axes_of(table, path)
-        most = {
+        wanted = {
             KINDS[site.kind][-1]: count
             for site, count in widths.items()
             if path[: len(site.module)] == site.module and has_units(axes, site.kind)
         }
-        if all(most.get(name, size) >= size for name, size in zip(axes, leaf.shape, strict=True)):
-            return leaf
-        if 0 in most.values():  # nothing to copy
-            sizes = zip(axes, leaf.shape, strict=True)
-            return np.zeros([min(size, most.get(name, size)) for name, size in sizes], leaf.dtype)
-        return np.ascontiguousarray(np.asarray(leaf)[tuple(slice(most.get(name)) for name in axes)])
+        shape = tuple(wanted[name] if name in wanted else size for name, size in zip(axes, leaf.shape, strict=True))
+        return leaf if shape == leaf.shape else fill(leaf, shape)
 
-    return unflatten({path: cut(path, leaf) for path, leaf in flatten(params).items()})
+    return unflatten({path: resized(path, leaf) for path, leaf in flatten(params).items()})
+
+
+def fill(array: Any, shape: Sequence[int]) -> np.ndarray:
+    """An array of another shape: what there is room for, then zeros."""
+    filled, common = np.zeros(shape, array.dtype), tuple(map(slice, map(min, array.shape, shape)))
+    if filled.size:
+        filled[common] = np.asarray(array)[common]
+    return filled
 
 
 def open_gates(model: Model, params: Params, kinds: tuple[str, ...] = UNITS) -> Gates:

@@ -13,7 +13,7 @@ from jaxprune import units
 from jaxprune.compaction import compact, compacted_shapes
 from jaxprune.models.cost import elements, parameters, unit_costs
 from jaxprune.models.layers import attend, gate
-from jaxprune.units import check_gates, flatten, mean_shapes, narrow, readers, sites, widths
+from jaxprune.units import check_gates, flatten, mean_shapes, readers, resize, sites, widths
 
 GROUPS, QUERIES, SIZE, EMBED = 3, 4, 2, 8
 TABLE = {
@@ -112,7 +112,7 @@ def test_as_many_query_heads_stay_in_every_group(params: Any):
     assert mixer["query"]["kernel"].shape == (EMBED, GROUPS, 2, SIZE)
     assert mixer["key"]["kernel"] is not None and mixer["key"]["kernel"].shape == (EMBED, GROUPS, SIZE)
     place = next(site for site in sites(TABLE, params, NAMES) if site.kind == "query_heads")
-    assert narrow(TABLE, params, {place: 2})["layers"][0]["mixer"]["out"]["kernel"].shape == (GROUPS, 2, SIZE, EMBED)
+    assert resize(TABLE, params, {place: 2})["layers"][0]["mixer"]["out"]["kernel"].shape == (GROUPS, 2, SIZE, EMBED)
 
 
 def test_queries_that_share_a_key_attend_as_if_each_had_its_own():

@@ -17,19 +17,22 @@ import jaxprune as jp
 from jaxprune.compaction import compact
 from jaxprune.data.tasks import Rows, draw, row_key
 from jaxprune.models import Model
+from jaxprune.pruning import recoveries
 from jaxprune.pruning.recoveries import (
     EVERY,
+    SHAPES,
     BiasCompensation,
     Fit,
     Moments,
     Reconstruction,
     Recovery,
     Rescaling,
+    _fewer_shapes,
     check_method,
     fit_module,
     recover_batches,
 )
-from jaxprune.units import flatten, unflatten
+from jaxprune.units import flatten, open_gates, sites, unflatten
 
 __all__ = ["place"]  # a fixture
 
@@ -258,3 +261,29 @@ def test_examples_of_several_tasks_are_drawn_from_each(place: Place):
         jp.recover(model, params, small, tasks, Recovery(rows=Rows(examples=tasks[0].rows("calibration")[:8])))
     with pytest.raises(ValueError, match="nothing to recover with"):
         jp.recover(model, params, small, [])
+
+
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_layers_of_nearly_equal_widths_share_programs_and_nothing_else(model_type: str, monkeypatch):
+    """Zero units that fill a layer up to a shared width do not change what is fitted."""
+    model, params = tiny_model(model_type)
+    gates = {name: np.array(gate) for name, gate in open_gates(model, params).items()}
+    for i, gate in enumerate(gates.values()):
+        gate[: i % len(gate)] = 0.0
+    small, method = compact(model, params, gates), Reconstruction(ridges=(0.1,))
+    answers = {"labels": np.full(16, -1), "candidates": np.tile(np.arange(5, 7)[:, None], (16, 1, 1))}
+    batches = [batch | (answers if model.answers_in_text else {}) for batch in batches_of(model)]
+    found, _ = recover_batches(model, params, small, batches, method=method)
+    monkeypatch.setattr(recoveries, "_fewer_shapes", dict)  # every layer its own
+    alone, _ = recover_batches(model, params, small, batches, method=method)
+    assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, small)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_as_many_widths_as_programs_are_compiled_for():
+    model, params = tiny_model("bert", layers=12, neurons=64)
+    widths = {site: 1 + 5 * site.layer for site in sites(model.axes, params, ("neurons",))}
+    wide = _fewer_shapes(widths)
+    assert len(set(wide.values())) <= SHAPES < len(set(widths.values()))
+    assert all(widths[site] <= wide[site] <= max(widths.values()) for site in widths)

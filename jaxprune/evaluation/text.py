@@ -232,11 +232,14 @@ def answered(model: Model, params: Params, batch: Mapping[str, Any]) -> dict[str
         return model_inputs(model, params, batch)
     candidates = candidates_in(batch)
     labels = jnp.asarray(batch["labels"], jnp.int32)
+    unread = model.continues and candidates.shape[2] == 1  # the last token of an answer is asked for and not read
 
     def likeliest() -> Int[Array, " b"]:
         return jnp.where(labels < 0, rank(model, params, batch, candidates).argmax(1).astype(jnp.int32), labels)
 
-    if isinstance(labels, Tracer):
+    if unread:
+        labels = jnp.maximum(labels, 0)
+    elif isinstance(labels, Tracer):
         labels = jax.lax.cond((labels < 0).any(), likeliest, lambda: labels)
     elif (np.asarray(labels) < 0).any():
         labels = likeliest()

@@ -42,7 +42,7 @@ from jaxprune.models import (
     model_layers,
 )
 from jaxprune.models.cost import Length, checked_length
-from jaxprune.units import Gates, Intervention, Params, Site, axes_of, flatten, narrow, path_name, sites, subtree
+from jaxprune.units import Gates, Intervention, Params, Site, axes_of, flatten, path_name, resize, sites, subtree
 from jaxprune.units import Path as ParameterPath
 from jaxprune.units import widths as widths_of
 
@@ -403,7 +403,7 @@ def _programs(
     """The passes to run; for each group its widths and in how many layers each stands; the widths of whole models."""
     every, width = sites(model.axes, params), widths_of(model.axes, params)
     entered = _entered(model, params, model_inputs(model, params, _inputs(model, batch, length)))
-    empty = narrow(model.axes, params, dict.fromkeys(every, 0))
+    empty = resize(model.axes, params, dict.fromkeys(every, 0))
     programs: Programs = {}
     grids: list[dict[int, int]] = []
     for stack, group in groups:
@@ -413,7 +413,7 @@ def _programs(
         counts = {units: min(layers, sum(width[site.name] >= units for site in group)) for units in grid}
         for units, count in counts.items():
             modules = [site.module for site in group[:count]]
-            small = narrow(model.axes, params, {site: units if site in group[:count] else 0 for site in every})
+            small = resize(model.axes, params, {site: units if site in group[:count] else 0 for site in every})
             programs[group[0].name, units] = _run_of(model, small, modules, entered[stack])
             programs.setdefault((stack, count), _run_of(model, empty, modules, entered[stack]))
         grids.append(counts)
@@ -425,7 +425,7 @@ def _programs(
                 drawn[site.name] = int(random.choice([0, *(units for units in grid if units <= width[site.name])]))
     head = model.heads[0] if model.heads else None  # they cost next to nothing, and about the same
     for i, drawn in enumerate(wholes):
-        small = narrow(model.axes, params, {site: drawn[site.name] for site in every})
+        small = resize(model.axes, params, {site: drawn[site.name] for site in every})
         programs[WHOLE, i] = _forward_pass(model, small, batch, length, head)
     return programs, grids, wholes
 

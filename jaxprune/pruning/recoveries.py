@@ -41,7 +41,7 @@ from jaxprune.models import (
     model_layers,
 )
 from jaxprune.scoring.scores import describe
-from jaxprune.units import UNITS, Params, Path, flatten, subtree, unflatten
+from jaxprune.units import UNITS, Params, Path, Site, fill, flatten, lengths, resize, subtree, unflatten
 from jaxprune.units import readers as readers_of
 
 ROUNDING = 1e-6  # of the spread of what is fitted: a smaller gain is none
@@ -54,7 +54,7 @@ EVERY = slice(None)  # output
 
 
 class Moments(NamedTuple):
-    """Sums over tokens, float64: all that least squares of targets `y [e]` on inputs `a [k]` needs."""
+    """Sums over tokens: all that least squares of targets `y [e]` on inputs `a [k]` needs."""
 
     gram: Float[np.ndarray, "k k"]  # of the inputs
     cross: Float[np.ndarray, "k e"]
@@ -65,12 +65,18 @@ class Moments(NamedTuple):
 
     @classmethod
     def zeros(cls, k: int, e: int) -> Moments:
-        """The sums over no token."""
-        return cls(np.zeros((k, k)), np.zeros((k, e)), np.zeros((e, e)), np.zeros(k), np.zeros(e), 0.0)
+        """The sums over no token, float32."""
+        shapes = (k, k), (k, e), (e, e), (k,), (e,), ()
+        return cls._make(np.zeros(shape, np.float32) for shape in shapes)
 
-    def plus(self, more: Sequence[Any]) -> Moments:
-        """The sums with those over more tokens."""
-        return Moments._make(a + np.asarray(b, np.float64) for a, b in zip(self, more, strict=True))
+    def plus(self, more: Moments) -> Moments:
+        """The sums over both."""
+        return Moments._make(a + b for a, b in zip(self, more, strict=True))
+
+    def of_inputs(self, places: np.ndarray) -> Moments:
+        """The sums of some inputs alone, float64."""
+        gram, cross, targets, inputs, outputs, tokens = (np.asarray(sums, np.float64) for sums in self)
+        return Moments(gram[np.ix_(places, places)], cross[places], targets, inputs[places], outputs, float(tokens))
 
 
 class Fit(NamedTuple):
@@ -294,6 +300,9 @@ def _mixed(old: Fit, candidates: Mapping[str, Candidate], picked: Sequence[str])
 EXAMPLES = 256  # to repair with, unless asked otherwise
 
 
+SHAPES = 8  # widths per kind of module, at most, that programs are compiled for
+
+
 HELD_OUT = 4  # every fourth row only chooses between candidates
 
 
@@ -419,6 +428,7 @@ def recover_batches(
     dense: list[State | None] = [None] * len(inputs)
     current: list[State | None] = [None] * len(inputs)
     flat, repairs = flatten(small), []
+    wide = jax.device_put(flatten(resize(model.axes, small, _fewer_shapes(lengths(model.axes, small)))))
     layers = model_layers(model, params)
     for place, whole in enumerate(layers):
         readers, targets = _readers(model, whole), []
@@ -428,21 +438,24 @@ def recover_batches(
             dense[i], sums = jax.device_get(outputs)
             targets.append(sums)
         for reader in readers:
-            layer = model_layers(model, unflatten(flat))[place]
+            layer = model_layers(model, unflatten(wide))[place]
             *units, outputs = subtree(layer.params, reader.kernel).shape
-            sums = [Moments.zeros(math.prod(units), outputs)] * 2  # over the rows that fit, and those that choose
+            sums = (Moments.zeros(math.prod(units), outputs),) * 2  # over the rows that fit, and those that choose
             for i, batch in enumerate(inputs):
                 state, mask = enter(model, layer, batch, current[i]), mask_of(layer, batch)
-                target = targets[i][reader.module]
-                rows = state, mask, weights[i]
-                more = _moments(model, layer.kind, reader, layer.params, *rows, target, method.drift)
-                sums = [total.plus(one) for total, one in zip(sums, more, strict=True)]
-            arrays, repair = _repair(f"{layer.name}.{reader.module}", reader, layer.params, *sums, method)
-            if sums[0].tokens < len(sums[0].gram):
-                scarce[repair.module] = sums[0].tokens, len(sums[0].gram)
-            flat |= {(*layer.path, *path): array for path, array in arrays.items()}
+                rows = _Rows(state, mask, weights[i], targets[i][reader.module])
+                sums = _moments(model, layer.kind, reader, method.drift, layer.params, rows, sums)
+            own = subtree(unflatten(flat), layer.path)
+            real = np.flatnonzero(fill(np.ones(subtree(own, reader.kernel).shape[:-1], bool), tuple(units)))
+            fit, held = (total.of_inputs(real) for total in sums)
+            arrays, repair = _repair(f"{layer.name}.{reader.module}", reader, own, fit, held, method)
+            if fit.tokens < len(real):
+                scarce[repair.module] = fit.tokens, len(real)
+            for path, array in arrays.items():
+                whole_path = (*layer.path, *path)
+                flat[whole_path], wide[whole_path] = array, jax.device_put(fill(array, wide[whole_path].shape))
             repairs.append(repair)
-        layer = model_layers(model, unflatten(flat))[place]
+        layer = model_layers(model, unflatten(wide))[place]
         for i, batch in enumerate(inputs):
             current[i] = jax.device_get(advance(model, [layer], batch, current[i]))
         if progress is not None:
@@ -455,6 +468,21 @@ def recover_batches(
             stacklevel=2,
         )
     return unflatten(flat), tuple(repairs)
+
+
+def _fewer_shapes(widths: Mapping[Site, int]) -> dict[Site, int]:
+    """Widths, a little larger, of which there are at most so many per kind: layers of equal shape share programs."""
+    groups: dict[tuple[Any, ...], list[Site]] = {}
+    for site in widths:
+        module = tuple(step for step in site.module if step != site.layer)
+        groups.setdefault((module, site.kind), []).append(site)
+    wide = {}
+    for sites in groups.values():
+        step = math.ceil(max(widths[site] for site in sites) / SHAPES) or 1
+        for site in sites:
+            near = [widths[other] for other in sites if -(-widths[other] // step) == -(-widths[site] // step)]
+            wide[site] = max(near)
+    return wide
 
 
 def check_method(model: Model, params: Params, method: Method) -> None:
@@ -505,35 +533,44 @@ def _targets(
     return after, sums
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 8))
+class _Rows(NamedTuple):
+    """What one batch is fitted to."""
+
+    state: State  # before the layer
+    mask: Mask
+    real: Array  # [b] whether a row is an example
+    targets: Float[Array, "b t e"]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=6)
 def _moments(
     model: Model,
     kind: str,
     reader: _Reader,
-    params: Params,
-    state: State,
-    mask: Mask,
-    weight: Array,
-    target: Float[Array, "b t e"],
     drift: bool,
-) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """The sums over the rows that fit, and over those that choose."""
+    params: Params,
+    batch: _Rows,
+    before: tuple[Moments, ...],
+) -> tuple[Moments, ...]:
+    """The sums over the rows that fit, and over those that choose, with those of the batches before."""
+    state, mask, real, target = batch
     values_of = model.block(params, state, mask, settings=BlockSettings(kind=kind, returns=_RETURNS))[1]
     values = values_of[reader.site].astype(jnp.float32)
     values = values.reshape(*target.shape[:2], math.prod(values.shape[2:]))
     missing = target - (values_of[f"{reader.module}.residual"].astype(jnp.float32) if drift else 0.0)
-    tokens = (mask.tokens.astype(bool) & weight[:, None]).astype(jnp.float32)[..., None]
+    tokens = (mask.tokens.astype(bool) & real[:, None]).astype(jnp.float32)[..., None]
     rows = np.arange(target.shape[0]) % HELD_OUT == HELD_OUT - 1
 
-    def sums(rows: np.ndarray) -> tuple[Array, ...]:
+    def sums(rows: np.ndarray) -> Moments:
         a, y, w = (
             array[rows].reshape(rows.size * array.shape[1], array.shape[-1])
             for array in (values * tokens, missing * tokens, tokens)
         )
         product = partial(jnp.matmul, precision="highest")
-        return product(a.T, a), product(a.T, y), product(y.T, y), a.sum(0), y.sum(0), w.sum()
+        return Moments._make((product(a.T, a), product(a.T, y), product(y.T, y), a.sum(0), y.sum(0), w.sum()))
 
-    return sums(np.flatnonzero(~rows)), sums(np.flatnonzero(rows))
+    parts = sums(np.flatnonzero(~rows)), sums(np.flatnonzero(rows))
+    return tuple(total.plus(part) for total, part in zip(before, parts, strict=True))
 
 
 def _repair(
@@ -553,9 +590,9 @@ def _repair(
     best, before, after, chosen = fit_module(fit, held, old, units, method)
     arrays = {}
     if best is not None:
-        arrays[reader.kernel] = jnp.asarray(best.kernel.reshape(kernel.shape), kernel.dtype)
-        if bias is not None:
-            arrays[bias_path] = jnp.asarray(best.bias, bias.dtype)
+        arrays[reader.kernel] = jax.device_put(best.kernel.reshape(kernel.shape).astype(kernel.dtype))
+        if bias is not None and best.bias is not None:
+            arrays[bias_path] = jax.device_put(best.bias.astype(bias.dtype))
     return arrays, Repair(name, before, after, chosen)
 
 
