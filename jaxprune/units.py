@@ -371,7 +371,8 @@ def resize(table: AxisTable, params: Params, widths: Mapping[Site, int]) -> Para
             for site, count in widths.items()
             if path[: len(site.module)] == site.module and has_units(axes, site.kind)
         }
-        shape = tuple(wanted[name] if name in wanted else size for name, size in zip(axes, leaf.shape, strict=True))
+        sizes: Sequence[int] = leaf.shape
+        shape = tuple(wanted.get(name, size) for name, size in zip(axes, sizes, strict=True))
         return leaf if shape == leaf.shape else fill(leaf, shape)
 
     return unflatten({path: resized(path, leaf) for path, leaf in flatten(params).items()})
