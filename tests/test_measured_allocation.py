@@ -22,10 +22,13 @@ from jaxprune.data.prompts import Prompt, prompt_of
 from jaxprune.data.tasks import Rows, Task
 from jaxprune.models import Model
 from jaxprune.models.layers import TaskHead
-from jaxprune.pruning.allocation import Measuring, _Counter, _Loss, _Moves, _Reader, allocate
+from jaxprune.pruning import allocation
+from jaxprune.pruning.allocation import Measuring, _Answers, _Asked, _Loss, _Reader, allocate
 from jaxprune.pruning.budgets import Budget, Flops, Latency, Memory, Parameters, Rules, Units
+from jaxprune.pruning.pooling import kept_by_any
 from jaxprune.pruning.selection import Ladders, ladders, select
-from jaxprune.units import Params, flatten, open_gates, unflatten
+from jaxprune.scoring.scores import Scores
+from jaxprune.units import Params, axes_of, flatten, open_gates, site_of, unflatten
 
 HEADS = (TaskHead(name="moods", labels=("bad", "good")),)
 MEASURING = Measuring(rows=Rows(examples=12, batch_size=5))
@@ -52,7 +55,14 @@ def measured(model: Model, params: Params, task: Task, labelled: bool = False) -
     encoded = encode(model, task.rows("calibration")[:12], prompt=prompt_of(model, task))
     head = "words" if model.continues else "moods" if model.config.task_heads else "language"
     reader = _Reader(model, params, encoded, head, 5, None)
-    return reader, _Loss.of(model, task, reader, labelled)
+    return reader, _Loss.of(model, task, reader, reader.dense(), labelled)
+
+
+def answers_of(
+    model: Model, params: Params, tasks: list[Task], choices: Ladders, measuring: Measuring = MEASURING
+) -> _Answers:
+    asked = [_Asked.of(model, task, scores_of(model, params), measuring.rows) for task in tasks]
+    return _Answers(model, params, asked, measuring, None, choices)
 
 
 def cost_of(choices: Ladders, gates: Any) -> float:
@@ -117,13 +127,13 @@ def test_layers_below_a_change_run_once_and_predictions_are_what_was_measured(mo
     model, params, task = setting(model_type)
     choices = ladders(model, params, scores_of(model, params), Units(0.5), Rules())
     at = np.array([len(each.widths) // 2 for each in choices.steps])
-    reader, _ = measured(model, params, task)
-    moves = _Moves.measured(reader, choices, at, [[0, int(place) + 1] for place in at], _Counter(None, 1))
+    moves = answers_of(model, params, [task], choices).moves(at, [[0, int(place) + 1] for place in at], lambda: None)
+    again = answers_of(model, params, [task], choices)
     assert set(moves.site) == set(range(len(choices.sites)))
     for site, to in zip(moves.site, moves.place, strict=True):
         moved = at.copy()
         moved[site] = to
-        whole = reader.answers(choices.gates(moved))
+        whole = again(moved, lambda: None)
         np.testing.assert_allclose(moves.answers(moved), whole, rtol=1e-4, atol=1e-4 * np.abs(whole).max())
 
 
@@ -228,6 +238,100 @@ def test_labels_may_be_the_aim():
     assert allocate(model, params, turned, scores, budget, replace(MEASURING, labelled=True)).loss != found.loss
 
 
+def test_several_tasks_are_one_loss():
+    model, params, task = setting("llama")
+    other = replace(task, name="others", prompt=replace(ASKED, template="{text} is it"))
+    scores, budget = scores_of(model, params), Parameters(0.4)
+    alone = [allocate(model, params, own, scores, budget, MEASURING) for own in (task, other)]
+    both = allocate(model, params, [task, other], scores, budget, MEASURING)
+    for name in both.starts:
+        assert both.starts[name] == pytest.approx(np.mean([own.starts[name] for own in alone]), rel=1e-4)
+    choices = ladders(model, params, scores, budget, Rules())
+    one, two = (answers_of(model, params, [own], choices) for own in (task, other))
+    together, at = answers_of(model, params, [task, other], choices), choices.places(both.gates)
+    answers = [own(at, lambda: None) for own in (one, two, together)]
+    np.testing.assert_allclose(np.concatenate(answers[:2]), answers[2], rtol=1e-5, atol=1e-6)
+    changes = np.random.default_rng(0).standard_normal((2, answers[2].size))
+    slope, curve = together.quadratic(answers[2], changes)
+    parts = [
+        own.quadratic(each, change)
+        for own, each, change in zip((one, two), answers, np.split(changes, [answers[0].size], axis=1), strict=False)
+    ]
+    np.testing.assert_allclose(slope, np.mean([part[0] for part in parts], axis=0), rtol=1e-6)
+    np.testing.assert_allclose(curve, np.mean([part[1] for part in parts], axis=0), rtol=1e-6)
+    with pytest.raises(ValueError, match="2 tasks, 1 scores"):
+        allocate(model, params, [task, other], [Scores({}, {})], budget, MEASURING)
+
+
+def test_what_was_measured_is_kept_and_serves_other_budgets(tmp_path: Path):
+    model, params, task = setting("bert")
+    file = tmp_path / "answers.safetensors"
+    scores, kept = scores_of(model, params), replace(MEASURING, file=file)
+    runs: list[int] = []
+    run = _Reader.answers
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        runs.append(1)
+        return run(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Reader, "answers", counted)
+        first = allocate(model, params, task, scores, Parameters(0.6), kept)
+        whole = len(runs)
+        again = allocate(model, params, task, scores, Parameters(0.6), kept)
+        assert len(runs) == whole + 1 and (again.loss, again.rounds) == (first.loss, first.rounds)  # the dense model's
+        other = allocate(model, params, task, scores, Parameters(0.4), kept)
+        assert len(runs) - whole - 2 <= 3 + 2 * 4  # starts, and what two rounds lead to
+    assert other.known == {"parameters": 0.6, "length": None} and first.known is None
+    assert other.loss <= min(other.starts.values())
+    with pytest.warns(UserWarning, match="begun anew"):
+        fresh = allocate(model, params, task, scores_of(model, params, 1), Parameters(0.4), kept)
+    assert fresh.known is None
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"is damaged .*remove it"):
+        allocate(model, params, task, scores, Parameters(0.4), kept)
+
+
+def test_an_interrupted_search_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, params, task = setting("llama")
+    monkeypatch.setattr(allocation, "SAVE_EVERY", -1)
+    scores, kept = scores_of(model, params), replace(MEASURING, file=tmp_path / "answers.safetensors")
+
+    def interrupt(done: int, most: int) -> None:
+        if done == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        allocate(model, params, task, scores, Parameters(0.5), kept, progress=interrupt)
+    found = allocate(model, params, task, scores, Parameters(0.5), kept)
+    fresh = allocate(model, params, task, scores, Parameters(0.5), MEASURING)
+    assert found.known is None and all(np.array_equal(found.gates[name], fresh.gates[name]) for name in fresh.gates)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_modules_are_measured_as_a_reconstruction_leaves_them(model_type: str):
+    """A unit whose twin stays costs nothing once the twin does its work."""
+    model, params, task = setting(model_type)
+    site = next(name for name in open_gates(model, params) if name.endswith("ffn.neurons"))
+    flat, twins = flatten(params), {}
+    for path, array in flat.items():
+        axes = axes_of(model.axes, path)
+        if path[: len(path_of(site))] == path_of(site) and "neurons" in axes:
+            twins[path] = jnp.concatenate([jnp.split(array, 2, axes.index("neurons"))[0]] * 2, axes.index("neurons"))
+    params, half = unflatten(flat | twins), jnp.repeat(jnp.array([1.0, 0.0]), 16)
+    choices = ladders(model, params, {site: np.arange(32, 0, -1.0)}, Units(0.5), Rules())
+    losses = []
+    for ridge in (None, 1e-6):
+        answers = answers_of(model, params, [task], choices, replace(MEASURING, ridge=ridge))
+        losses.append(answers.loss(answers(choices.places({site: half}), lambda: None)))
+    assert losses[1] < 1e-3 * losses[0]
+
+
+def path_of(site: str) -> tuple[Any, ...]:
+    return site_of(site).module
+
+
 def test_what_is_refused():
     model, params, task = setting("bert")
     scores = scores_of(model, params)
@@ -235,6 +339,7 @@ def test_what_is_refused():
     for refused, message in (
         (lambda: Measuring(rounds=0), "at least 1"),
         (lambda: Measuring(rows=Rows(examples=7)), "at least 8 rows"),
+        (lambda: Measuring(ridge=0.0), "above 0"),
         (lambda: allocate(model, params, few, scores, Units(0.5)), "has 7 calibration rows"),
         (lambda: allocate(model, params, task, scores, Latency(0.5)), "by latency"),
         (
@@ -246,8 +351,9 @@ def test_what_is_refused():
         with pytest.raises(ValueError, match=message):
             refused()
     pruning = jp.Pruning(rules=Rules(allocation="measured"))
+    both = [task, replace(task, name="others")]
     for tasks, settings, message in (
-        ([task, replace(task, name="others")], pruning, "several tasks"),
+        (both, replace(pruning, together=kept_by_any), "pooled scores alone"),
         (task, replace(pruning, rounds=2), "in rounds"),
         (task, replace(pruning, reselect=1), "re-selection"),
     ):
@@ -265,6 +371,13 @@ def test_prune_finds_widths_and_records_how(tmp_path: Path):
     found = record["allocation"]
     assert record["selection"]["allocation"] == "measured" and found["loss"] <= min(found["starts"].values())
     assert len(found["rounds"]) == 2 and found["examples"] >= 8
+    assert found["measured_at"] is None
     scores = f"{place.folder / 'measured'}.scores.safetensors"
+    rows = ("--task", "mood", "--data", place.data, "--recover", "none", "--measure", 0, "--allocation", "measured")
+    again = record_of(
+        "prune", place.model, "--scores", scores, *rows, "--flops", 0.3, "-o", place.folder / "smaller"
+    )["allocation"]  # fmt: skip
+    assert again["measured_at"]["flops"] == 0.5 and again["loss"] <= min(again["starts"].values())
+    assert sum(each["passes"] for each in again["rounds"]) <= 8
     refused = run("plan", place.model, "--scores", scores, "--flops", 0.5, "--allocation", "measured")
     assert refused.exit_code == 2 and "prune" in refused.output

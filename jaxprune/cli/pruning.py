@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -115,7 +116,9 @@ def prune(
         pruning = jp.Pruning(
             scoring=scoring.build(settings, head, batches),
             rules=selection.build(),
-            measuring=Measuring(rows=jp.Rows(examples=EXAMPLES, key=scoring.seed, **asdict(batches))),
+            measuring=Measuring(
+                rows=jp.Rows(examples=EXAMPLES, key=scoring.seed, **asdict(batches)), file=answers_beside(files)
+            ),
             recovery=recovery.build(scoring.seed, batches, rounds, scoring=not files),
             rounds=rounds,
             recover_each_round=recovery.recover_rounds == "each",
@@ -128,6 +131,14 @@ def prune(
         load_tasks = lambda of: [rows.load(name, bars, of, head) for name in names]  # noqa: E731
         record = job.run(budget.build(selection.tokens()), pruning, load_tasks, bars)
     show_pruned(record, output, as_json, scored=not files)
+
+
+def answers_beside(files: Sequence[Path]) -> Path | None:
+    """The file of measured answers that belongs to score files: budgets that they serve can share what it holds."""
+    if not files or not os.access(files[0].parent, os.W_OK):
+        return None
+    stem = files[0].name.removesuffix(".safetensors").removesuffix(".scores")
+    return files[0].with_name(f"{stem}.answers.safetensors")
 
 
 def check_sources(context: typer.Context, files: Sequence[Path], names: Sequence[str], together: str | None) -> None:

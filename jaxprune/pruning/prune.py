@@ -35,7 +35,14 @@ from jaxprune.pruning.budgets import Budget, Latency, Rules
 from jaxprune.pruning.latency import LatencySearch, compare_latency, search_latency
 from jaxprune.pruning.loss import ScoredLoss, check_reselection
 from jaxprune.pruning.pooling import mean_closed, mean_length, pooled
-from jaxprune.pruning.recoveries import Recovery, RecoveryReport, check_method, recover, recovery_record
+from jaxprune.pruning.recoveries import (
+    Reconstruction,
+    Recovery,
+    RecoveryReport,
+    check_method,
+    recover,
+    recovery_record,
+)
 from jaxprune.pruning.selection import (
     Values,
     check_selection,
@@ -51,6 +58,7 @@ from jaxprune.scoring.scores import Scores, check_same_model, check_scores, desc
 from jaxprune.units import Gates, Params, flatten, path_name, widths
 
 BELOW = 1e9  # times the largest score: units that are gone stay last, whatever the units of a site cost
+RIDGE = 1.0  # by which modules are fitted while widths are measured of what a reconstruction will repair
 TRIES = 4  # selections by a budget of latency that are measured at most
 ONE_ROUND = (
     "a budget of latency is met in one round: its widths come from a table of the dense model, and those of a smaller "
@@ -132,8 +140,9 @@ class Pruning:
 class Workspace:
     """The place of intermediate results, so that the same pruning resumes after an interruption.
 
-    Scores are kept as `PATH.scores.safetensors`, of several tasks as `PATH.TASK.scores.safetensors`. The model
-    that the last finished round left is in the folder `PATH.rounds`, until all rounds are finished.
+    Scores are kept as `PATH.scores.safetensors`, of several tasks as `PATH.TASK.scores.safetensors`; measured answers
+    as `PATH.answers.safetensors`. The model that the last finished round left is in the folder `PATH.rounds`, until all
+    rounds are finished.
     """
 
     path: Path
@@ -143,6 +152,11 @@ class Workspace:
         """The score file of every task."""
         stems = [""] if len(tasks) == 1 else [f".{file_stem(task.name)}" for task in tasks]
         return [self.path.with_name(f"{self.path.name}{stem}.scores.safetensors") for stem in stems]
+
+    @property
+    def answers_file(self) -> Path:
+        """The file of what an allocation measured; see `Measuring`."""
+        return self.path.with_name(f"{self.path.name}.answers.safetensors")
 
     @property
     def folder(self) -> Path:
@@ -296,7 +310,7 @@ def _check(
         raise ValueError("there is nothing to recover with: name a task, or leave recovery out.")
     several = max(len(tasks), len(scores)) > 1
     if pruning.rules.measured:
-        _check_measured(tasks, budget, pruning, several)
+        _check_measured(tasks, budget, pruning, scores)
     if pruning.rounds > 1 and (scores or several):
         what = "scores are of the dense model alone" if scores else f"{len(tasks)} tasks are pruned for in one"
         raise ValueError(f"{pruning.rounds} rounds need one task to score in each, and no scores: {what}.")
@@ -331,23 +345,23 @@ def _check(
         check_scores(model, params, scores[0])
 
 
-def _check_measured(tasks: Sequence[Task], budget: Budget, pruning: Pruning, several: bool) -> None:
+def _check_measured(tasks: Sequence[Task], budget: Budget, pruning: Pruning, scores: Sequence[Scores]) -> None:
     """Refuses what measured widths cannot be found with."""
     what = (
-        "several tasks have several answers"
-        if several
-        else "there is no task whose rows could be read"
-        if not tasks
+        f"{len(scores)} scores need as many tasks, whose rows are read"
+        if scores and len(scores) != len(tasks)
+        else "several tasks are ranked by pooled scores alone (--together pooled)"
+        if len(tasks) > 1 and pruning.together is not pooled
         else "in rounds the model changes between them"
         if pruning.rounds > 1
-        else "a re-selection changes widths by other losses"
+        else "a re-selection changes them by other losses"
         if pruning.reselect
         else "a latency is no sum over units"
         if isinstance(budget, Latency)
         else ""
     )
     if what:
-        raise ValueError(f"measured widths are found for one task in one round: {what}. Use another allocation.")
+        raise ValueError(f"widths cannot be measured here: {what}. Use another allocation.")
 
 
 def check_scope(properties: Mapping[str, Any], rules: Rules) -> None:
@@ -397,7 +411,7 @@ class _Run:
         if isinstance(budget, Latency):
             search = self._search(budget, scores, means, partial(choose, rules=rules))
             selected = budget.at(search.trials[search.best].asked)
-        found = self._allocated(scores[0], selected) if rules.measured else None
+        found = self._allocated(scores, selected) if rules.measured else None
         gates = choose(selected, rules=rules) if found is None else found.gates
         gates, losses, rows = self._losses(scores, gates, selected, means)
         small = compact(model, params, gates, means)
@@ -412,24 +426,34 @@ class _Run:
         rows |= {row for each in scores for row in each.rows}
         return self._recovered(Pruned(small, gates, tuple(scores), record, tuple(rows), budget, None, search))
 
-    def _allocated(self, scores: Scores, budget: Budget) -> Allocation:
+    def _allocated(self, scores: Sequence[Scores], budget: Budget) -> Allocation:
         """The selection by measured answers."""
-        pruning, (task,) = self.pruning, self.tasks
+        measuring, recovery = self.pruning.measuring, self.pruning.recovery
+        if measuring.file is None and self.workspace is not None:
+            measuring = replace(measuring, file=self.workspace.answers_file)
+        if measuring.ridge is None and recovery is not None and isinstance(recovery.method, Reconstruction):
+            measuring = replace(measuring, ridge=RIDGE)  # what will be repaired, and how, decides who gives
+        named = {task.name: task for task in self.tasks}
         found = allocate(
             self.model,
             self.params,
-            task,
+            [named.get(own.header["task"], task) for own, task in zip(scores, self.tasks, strict=True)],
             scores,
             budget,
-            pruning.measuring,
-            rules=pruning.rules,
+            measuring,
+            rules=self.pruning.rules,
             progress=self.watch.open("measuring widths"),
         )
-        others = ", ".join(f"{name} {loss:.4g}" for name, loss in found.starts.items())
         if found.cut_off or found.truncated:
             what = f"{found.cut_off:,} rows left out, their answers are cut off, and {found.truncated:,} texts cut"
             self.watch.say(f"measuring widths: {what}; --max-length reaches further")
-        self.watch.say(f"measured widths lose {found.loss:.4g} nats per answer; {others}")
+        others = ", ".join(f"{name} {loss:.4g}" for name, loss in found.starts.items())
+        rounds = ", ".join(f"{each.predicted:.4g} and {each.measured:.4g}" for each in found.rounds)
+        fitted = ", modules fitted" if measuring.ridge is not None else ""
+        self.watch.say(f"measured widths lose {found.loss:.4g} nats per answer{fitted}; {others}")
+        self.watch.say(f"predicted and measured: {rounds}")
+        if found.known is not None:
+            self.watch.say(f"the effects of single modules are those of another budget: {measuring.file}")
         return found
 
     def _recovered(self, pruned: Pruned) -> Pruned:

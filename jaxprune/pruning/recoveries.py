@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +41,7 @@ from jaxprune.models import (
     model_layers,
 )
 from jaxprune.scoring.scores import describe
-from jaxprune.units import UNITS, Params, Path, Site, fill, flatten, lengths, resize, subtree, unflatten
+from jaxprune.units import UNITS, UNREAD, Params, Path, Site, fill, flatten, lengths, resize, subtree, unflatten
 from jaxprune.units import readers as readers_of
 
 ROUNDING = 1e-6  # of the spread of what is fitted: a smaller gain is none
@@ -300,6 +300,9 @@ def _mixed(old: Fit, candidates: Mapping[str, Candidate], picked: Sequence[str])
 EXAMPLES = 256  # to repair with, unless asked otherwise
 
 
+FITS = 4  # of every module that are kept, at most
+
+
 SHAPES = 8  # widths per kind of module, at most, that programs are compiled for
 
 
@@ -483,6 +486,94 @@ def _fewer_shapes(widths: Mapping[Site, int]) -> dict[Site, int]:
             near = [widths[other] for other in sites if -(-widths[other] // step) == -(-widths[site] // step)]
             wide[site] = max(near)
     return wide
+
+
+class DenseModules:
+    """What every module of a dense model reads and gives, summed over tokens: what its narrower ones are fitted to.
+
+    A module at some width is the dense one with the kernel that reads its units fitted to the dense output, by one
+    ridge: about what a reconstruction will make of it, without the drift from the modules below.
+    """
+
+    def __init__(self, model: Model, ridge: float):
+        self.model, self.method = model, Reconstruction(ridges=(ridge,))
+        self.sums: dict[str, dict[str, tuple[Array, Array, Array]]] = {}  # by layer and module
+        self.fits: OrderedDict[Any, Fit] = OrderedDict()  # those used last
+
+    def add(self, layer: Layer, state: State, mask: Mask, real: Any) -> State:
+        """Adds the tokens of one batch, in one layer whose input is `state`; returns its output."""
+        readers = _readers(self.model, layer)
+        sums = self.sums.get(layer.name) or {
+            reader.module: tuple(np.zeros(shape, np.float32) for shape in ((rows, rows), (rows,), ()))
+            for reader in readers
+            for rows in [math.prod(subtree(layer.params, reader.kernel).shape[:-1])]
+        }
+        after, self.sums[layer.name] = _inner(
+            self.model, layer.kind, readers, layer.params, state, mask, jnp.asarray(real), sums
+        )
+        return after
+
+    def layer(self, layer: Layer, gates: Mapping[str, Any]) -> Layer:
+        """A layer whose modules with closed units are fitted to the dense ones."""
+        flat, changed, local = flatten(layer.params), {}, layer_entries(gates, layer.name)
+        for reader in _readers(self.model, layer):
+            kernel, bias = flat[reader.kernel], flat.get((*reader.kernel[:-1], "bias"))
+            inputs, opened = math.prod(kernel.shape[:-1]), np.ones((), bool)
+            for name, gate in local.items():
+                module, _, kind = name.rpartition(".")
+                if module == reader.module and kind not in UNREAD:
+                    opened = opened & np.repeat(np.asarray(gate) > 0, inputs // len(gate))
+            if opened.all():
+                continue
+            fit = self._fit(layer.name, reader.module, opened, kernel, bias)
+            changed[reader.kernel] = jax.device_put(fit.kernel.reshape(kernel.shape).astype(kernel.dtype))
+            if bias is not None and fit.bias is not None:
+                changed[(*reader.kernel[:-1], "bias")] = jax.device_put(fit.bias.astype(bias.dtype))
+        return layer._replace(params=unflatten(flat | changed)) if changed else layer
+
+    def _fit(self, layer: str, module: str, opened: np.ndarray, kernel: Array, bias: Array | None) -> Fit:
+        key = layer, module, opened.tobytes()
+        if key not in self.fits:
+            gram, inputs, tokens = (np.asarray(sums, np.float64) for sums in self.sums[layer][module])
+            whole = np.asarray(kernel, np.float64).reshape(len(gram), -1)
+            added = None if bias is None else np.asarray(bias, np.float64)
+            cross, outputs = gram @ whole, inputs @ whole
+            if added is not None:
+                cross, outputs = cross + np.outer(inputs, added), outputs + tokens * added
+            kept, fitted = np.flatnonzero(opened), np.zeros_like(whole)
+            moments = Moments(gram, cross, np.zeros((0, 0)), inputs, outputs, float(tokens)).of_inputs(kept)
+            change = Fit(whole[kept], added)
+            for candidate in self.method(moments, change, np.arange(len(kept))).values():
+                change = candidate(EVERY)  # by the ridge, or of nothing that is left by the bias alone
+                break
+            fitted[kept] = change.kernel
+            self.fits[key] = Fit(fitted.astype(np.float32), change.bias)
+            while len(self.fits) > FITS * sum(map(len, self.sums.values())):
+                self.fits.popitem(last=False)
+        self.fits.move_to_end(key)
+        return self.fits[key]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=7)
+def _inner(
+    model: Model,
+    kind: str,
+    readers: tuple[_Reader, ...],
+    params: Params,
+    state: State,
+    mask: Mask,
+    real: Array,
+    before: dict[str, tuple[Array, ...]],
+) -> tuple[State, dict[str, tuple[Array, ...]]]:
+    """The state after the layer; of every module the Gram matrix of its inner values, their sums and the tokens."""
+    after, values_of = model.block(params, state, mask, settings=BlockSettings(kind=kind, returns=UNITS))
+    tokens = (mask.tokens.astype(bool) & real[:, None]).astype(jnp.float32).reshape(-1, 1)
+    sums = {}
+    for reader in readers:
+        a = values_of[reader.site].astype(jnp.float32).reshape(len(tokens), -1) * tokens
+        more = jnp.matmul(a.T, a, precision="highest"), a.sum(0), tokens.sum()
+        sums[reader.module] = tuple(x + y for x, y in zip(before[reader.module], more, strict=True))
+    return after, sums
 
 
 def check_method(model: Model, params: Params, method: Method) -> None:
