@@ -1,4 +1,4 @@
-"""`plan` predicts a loss, `prune --loss-report` shows it beside the truth, and `--reselect` makes it smaller."""
+"""`plan` predicts a loss, and `prune --loss-report` shows it beside the truth."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ from jaxprune.checkpoints.folder import load
 from jaxprune.checkpoints.gates import read_pruning
 from jaxprune.data.splits import row_key
 from jaxprune.data.tasks import Rows, load_task
-from jaxprune.models.layers import max_tokens
 from jaxprune.pruning.budgets import Units
-from jaxprune.pruning.loss import LossReporting, check_reselection, loss_report
+from jaxprune.pruning.loss import LossReporting, loss_report
 from jaxprune.pruning.selection import select
-from jaxprune.scoring.attribution import GradientActivation
-from jaxprune.scoring.criteria import Magnitude
-from jaxprune.scoring.objectives import log_probability, maximum
-from jaxprune.scoring.scores import describe, load_scores, properties_of
+from jaxprune.scoring.objectives import log_probability
+from jaxprune.scoring.scores import load_scores
 
 __all__ = ["place"]  # a fixture
 
@@ -70,7 +67,7 @@ def test_the_report_is_that_of_the_rows_that_were_scored(place, scored, pruned):
     true = loss_report(
         model, params, task, gates, LossReporting(rows=Rows(examples=tuple(rows)), nodes=8, objective=log_probability)
     )
-    assert (found["examples"], found["labels"], found["nodes"], found["rounds"]) == (16, "gold", 8, None)
+    assert (found["examples"], found["labels"], found["nodes"]) == (16, "gold", 8)
     for name, value in {"lost": true.lost, "found": true.attributed, "error": true.error}.items():
         assert found[name] == pytest.approx(value, abs=1e-5)
     for name, own in (("layers", true.layers()), ("modules", true.modules())):
@@ -80,21 +77,6 @@ def test_the_report_is_that_of_the_rows_that_were_scored(place, scored, pruned):
     card = (out / "README.md").read_text()
     assert f"| all | {found['prediction']['estimate']:.4f} | {found['lost']:.4f} |" in card
     assert card.count("## What was lost") == 1
-
-
-def test_selecting_again_never_loses_more_and_keeps_the_budget(place, scored, pruned, tmp_path):
-    rows = ("--task", "mood", "--data", place.data)
-    options = ("--scores", scored, *rows, *QUICK, "--reselect", 2, "-o", tmp_path / "again")
-    result = run("prune", place.model, *options)
-    assert result.exit_code == 0, result.stderr
-    first, found = pruned[1]["receipt"], read_pruning(tmp_path / "again")["receipt"]
-    losses = [own["lost"] for own in found["rounds"]]
-    assert losses[0] == pytest.approx(first["lost"], abs=1e-6)
-    assert found["lost"] == min(losses) == losses[found["best"]]
-    assert 1 <= len(losses) <= 3 and found["most_rounds"] == 2
-    assert read_pruning(tmp_path / "again")["units"] == read_pruning(pruned[0])["units"]
-    words = " ".join(result.stdout.split())
-    assert "Selected again at the same budget" in words and f"{found['lost']:.4f}" in words
 
 
 def test_several_tasks_have_a_report_each(place, tmp_path):
@@ -111,16 +93,8 @@ def test_several_tasks_have_a_report_each(place, tmp_path):
 
 BAD = {
     "no rows": (("--loss-report",), "nothing to measure the loss of mood with: name the task"),
-    "negative rounds": (
-        ("--reselect", -1, "--task", "mood"),
-        "--reselect must be at least 0 .*, got -1",
-    ),
     "other task": (("--loss-report", "--task", "topic"), "nothing to measure the loss of mood with"),
     "nothing removed": (("--loss-report", "--task", "mood", "--units", 1), "all gates are open"),
-    "rounds of several": (
-        ("--reselect", 1, "--task", "mood", "--task", "topic"),
-        "by the loss of one task only",
-    ),
 }
 
 
@@ -134,17 +108,3 @@ def test_bad_input_is_one_line(place, scored, tmp_path, case):
     lines = [line for line in result.stderr.splitlines() if line.startswith("jaxprune: error: ")]
     assert len(lines) == 1 and re.search(message, lines[0]), result.stderr
     assert not (tmp_path / "small").exists()
-
-
-@pytest.mark.parametrize(
-    ("criterion", "message"),
-    [
-        (Magnitude(), "scores of Magnitude attribute no objective"),
-        (GradientActivation(tokens=max_tokens), "GradientActivation with tokens=max_tokens attribute no objective"),
-        (GradientActivation(examples=maximum), "largest of the examples cannot be merged"),
-    ],
-)
-def test_scores_that_no_measured_loss_can_be_merged_with_are_refused_before_any_work(criterion, message):
-    with pytest.raises(ValueError, match=message):
-        check_reselection(describe(criterion), properties_of(criterion))
-    check_reselection(describe(GradientActivation()), properties_of(GradientActivation()))

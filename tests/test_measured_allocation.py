@@ -355,7 +355,6 @@ def test_what_is_refused():
     for tasks, settings, message in (
         (both, replace(pruning, together=kept_by_any), "pooled scores alone"),
         (task, replace(pruning, rounds=2), "in rounds"),
-        (task, replace(pruning, reselect=1), "re-selection"),
     ):
         with pytest.raises(ValueError, match=message):
             jp.prune(model, params, tasks, Units(0.5), settings)

@@ -27,7 +27,7 @@ from jaxprune.pruning.recoveries import (
     Reconstruction,
     Recovery,
     Rescaling,
-    _fewer_shapes,
+    _shared_widths,
     check_method,
     fit_module,
     recover_batches,
@@ -274,16 +274,16 @@ def test_layers_of_nearly_equal_widths_share_programs_and_nothing_else(model_typ
     answers = {"labels": np.full(16, -1), "candidates": np.tile(np.arange(5, 7)[:, None], (16, 1, 1))}
     batches = [batch | (answers if model.answers_in_text else {}) for batch in batches_of(model)]
     found, _ = recover_batches(model, params, small, batches, method=method)
-    monkeypatch.setattr(recoveries, "_fewer_shapes", dict)  # every layer its own
+    monkeypatch.setattr(recoveries, "_shared_widths", lambda dense, widths: dict(widths))  # every layer its own
     alone, _ = recover_batches(model, params, small, batches, method=method)
     assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, small)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_as_many_widths_as_programs_are_compiled_for():
-    model, params = tiny_model("bert", layers=12, neurons=64)
-    widths = {site: 1 + 5 * site.layer for site in sites(model.axes, params, ("neurons",))}
-    wide = _fewer_shapes(widths)
-    assert len(set(wide.values())) <= SHAPES < len(set(widths.values()))
-    assert all(widths[site] <= wide[site] <= max(widths.values()) for site in widths)
+def test_there_are_no_more_widths_than_programs_are_compiled_for():
+    model, params = tiny_model("bert", neurons=61)
+    (site, *_) = sites(model.axes, params, ("neurons",))
+    wide = [_shared_widths({site: 61}, {site: width})[site] for width in range(62)]
+    assert wide == sorted(wide) and len(set(wide)) == SHAPES + 1  # and none at all
+    assert all(width <= found <= 61 for width, found in enumerate(wide)) and wide[0] == 0

@@ -411,7 +411,7 @@ class RecoveryOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """The loss of a selection, and re-selection by it."""
+    """The loss of a selection."""
 
     loss_report: Annotated[
         bool,
@@ -421,15 +421,6 @@ class LossOptions:
             "--receipt",
         ),
     ] = False
-    reselect: Annotated[
-        int,
-        selecting(
-            "Select again, up to so often, by what was really lost, at the same budget; the best is kept.",
-            "--reselect",
-            "--receipt-rounds",
-            least=0,
-        ),
-    ] = 0
 
 
 @dataclass(frozen=True, kw_only=True)

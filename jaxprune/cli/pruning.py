@@ -124,7 +124,6 @@ def prune(
             recover_each_round=recovery.recover_rounds == "each",
             together=find("together", together or "pooled"),
             report_loss=losses.loss_report,
-            reselect=losses.reselect,
         )
         tested = jp.Rows(split="test", examples=testing.limit, **asdict(batches)) if testing.evaluate else None
         job = PruneCommand(model, output, files, tested, sizes, overwrite)

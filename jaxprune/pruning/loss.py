@@ -1,4 +1,4 @@
-"""The loss of a selection in the objective: predicted from scores, measured unit by unit, and lessened by re-selection.
+"""The loss of a selection in the objective: predicted from scores, and measured unit by unit.
 
 A *prediction* is a sum over the units that go of their attributions in a score file. With signs it is an estimate,
 which takes the units' losses to add up, which they do not; the sum of their sizes bounds the estimate, not the truth.
@@ -6,9 +6,6 @@ Scores that attribute no objective, such as magnitudes, predict nothing.
 
 A *report* is the truth: integrated gradients along the straight path from the selected gates to all gates open. What
 they give to the closed units sums to what the objective really lost, example by example, up to the quadrature.
-
-The same path says what a unit is worth beside those that stay, where scores are made with all units open, or on a path
-from none. So *re-selection* merges it with the scores and selects again at the same budget, round by round.
 """
 
 from __future__ import annotations
@@ -60,7 +57,6 @@ from jaxprune.scoring.scores import Scores, check_scores, objective_name
 from jaxprune.units import Gates, Intervention, Params, check_gates
 
 EXAMPLES = 128  # rows of a report, unless asked otherwise
-WORTH = "worth:"  # before a site's name: what all its units are worth along the path
 OBJECTIVES = (probability, log_probability, margin, negative_squared_error)  # that a header can name
 LABELS = (gold, predicted, sampled, every)
 REDUCTIONS = (absolute, signed, squared, maximum)
@@ -74,17 +70,11 @@ class LossReporting:
     nodes: int = 16  # quadrature nodes; each costs one forward and one backward pass
     objective: Objective | None = None  # None: the probability, or the negative squared error in a regression
     labels: Labels = gold
-    examples: ExampleReduction = absolute  # of `worth`, as of the scores that it is to be compared with
     head: str | None = None  # None: the one of the task's name, else the only one
 
     def __post_init__(self):
         if self.nodes < 1:
             raise ValueError(f"nodes must be at least 1, got {self.nodes}.")
-        if self.examples.largest:
-            raise ValueError(
-                f"examples={self.examples.name} is no mean over the examples, and a loss is: use absolute, signed or "
-                "squared."
-            )
 
 
 class LossReport(NamedTuple):
@@ -95,7 +85,6 @@ class LossReport(NamedTuple):
     attributed: float  # the sum of `units`
     error: float  # the mean over the examples of |attributed - lost|
     rows: tuple[str, ...]  # the keys of the examples
-    worth: Mapping[str, np.ndarray]  # [units], open ones too: mean f(slope along the path), as scores are reduced
     cut_off: int = 0  # rows of span tasks that were not drawn from, because their answers are cut off
     truncated: int = 0  # examples whose texts are cut
 
@@ -118,11 +107,7 @@ def _sums(units: Mapping[str, Any], parts: int) -> dict[str, float]:
 
 
 class _Lost(Criterion):
-    """A criterion that attributes what selected gates lose, example by example, with its sign.
-
-    Under the site's name stands what was lost with its closed units, under `worth:SITE` the slopes of all its units,
-    reduced as scores are.
-    """
+    """A criterion that attributes what selected gates lose, example by example, with its sign."""
 
     examples = signed
 
@@ -158,8 +143,7 @@ class _Lost(Criterion):
         lost = _closed_alone(weigh(signed.each, slopes, shares), self.selected)
         total = jnp.stack([value.sum(1) for value in lost.values()]).sum(0)
         sums = {"expected": expected, "found": total, "error": jnp.abs(total - expected), "size": jnp.abs(expected)}
-        worth = weigh(settings.examples.each, slopes, shares)
-        return Measured(lost | {f"{WORTH}{name}": value for name, value in worth.items()}, sums)
+        return Measured(lost, sums)
 
 
 def loss_report(
@@ -209,10 +193,9 @@ def loss_report(
     if sums is None:
         raise ValueError("there are no examples to attribute.")
     expected, attributed, error = (float(sums[name] or 0.0) for name in ("expected", "found", "error"))
-    arrays = {name: np.asarray(value) for name, value in values.items()}
-    units, worth = ({name: arrays[f"{part}{name}"] for name in selected} for part in ("", WORTH))
+    units = {name: np.asarray(values[name]) for name in selected}
     left_out = usable.cut_off, encoded.truncated
-    return LossReport(units, expected, attributed, error, tuple(sorted(map(row_key, drawn))), worth, *left_out)
+    return LossReport(units, expected, attributed, error, tuple(sorted(map(row_key, drawn))), *left_out)
 
 
 @jax.jit
@@ -325,78 +308,6 @@ def _everything(scores: Scores) -> float | None:
     return float(completeness["expected"]) if completeness is not None and whole else None
 
 
-class Candidate(NamedTuple):
-    """One selection and its loss."""
-
-    gates: Gates
-    report: LossReport
-    changed: int  # units that are closed here and were open in the one before, or the other way round
-
-
-class Reselection(NamedTuple):
-    """All selections, the first among them."""
-
-    rounds: tuple[Candidate, ...]
-    best: int  # the one that loses least, the first of equals
-
-    @property
-    def gates(self) -> Gates:
-        """The selection that loses least."""
-        return self.rounds[self.best].gates
-
-    @property
-    def report(self) -> LossReport:
-        """The loss of that selection."""
-        return self.rounds[self.best].report
-
-
-def reselect(
-    scores: Mapping[str, Any],
-    choose: Callable[[dict[str, np.ndarray]], Gates],
-    measure: Callable[[Gates], LossReport],
-    *,
-    rounds: int = 3,
-    progress: Callable[[int, int], None] | None = None,
-) -> Reselection:
-    """Selects, measures the true loss, merges what it shows with the scores, and selects again.
-
-    The scores of round `t` are the mean of the first ones and of what the units were worth in the `t` reports so far.
-    It ends after `rounds`, or as soon as a selection has occurred before. The result never loses more than the first
-    selection, on the rows of the reports; that is no promise for other rows.
-
-    Args:
-        scores: The first scores, in units of the objective, reduced over the examples as the reports' `worth` is.
-        choose: Selects by scores, always at the same budget, such as a partial of `select`.
-        measure: Reports the loss of a selection, always on the same rows, such as a partial of `loss_report`.
-        rounds: The most re-selections.
-        progress: Called with the number of reports that are made, and the most there can be.
-
-    Raises:
-        ValueError: If `rounds` is below 1.
-    """
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}.")
-    sums = {name: np.asarray(value, np.float64) for name, value in scores.items()}
-    done: list[Candidate] = []
-    while len(done) <= rounds:
-        gates = choose({name: total / (len(done) + 1) for name, total in sums.items()})
-        if any(_changed(gates, other.gates) == 0 for other in done):
-            break
-        report = measure(gates)
-        done.append(Candidate(gates, report, _changed(gates, done[-1].gates) if done else 0))
-        if progress is not None:
-            progress(len(done), rounds + 1)
-        sums = {name: total + np.asarray(report.worth[name], np.float64) for name, total in sums.items()}
-    if progress is not None:
-        progress(rounds + 1, rounds + 1)
-    return Reselection(tuple(done), min(range(len(done)), key=lambda i: done[i].report.lost))
-
-
-def _changed(gates: Gates, others: Gates) -> int:
-    """Units whose gates differ."""
-    return sum(int((np.asarray(gate) != np.asarray(others[name])).sum()) for name, gate in gates.items())
-
-
 class Origin(NamedTuple):
     """The objective, labels and reduction that a criterion used."""
 
@@ -491,7 +402,6 @@ class ScoredLoss:
             nodes=nodes,
             objective=origin.objective,
             labels=origin.labels or (gold if labelled else predicted),
-            examples=absolute if origin.examples.largest else origin.examples,
             head=scores.header["head"],
         )
         self.measure = partial(loss_report, model, params, task, reporting=self.reporting, means=means)
@@ -500,18 +410,8 @@ class ScoredLoss:
         """Measures what a selection loses."""
         return self.measure(gates, progress=self.open_bar(f"loss of {self.task.name}"))
 
-    def reselect(self, choose: Callable[[dict[str, np.ndarray]], Gates], rounds: int) -> Reselection:
-        """Selects again by what was really lost; see `jaxprune.pruning.loss.reselect`."""
-        power = 2 if self.scores.header["criterion"].get("examples") == squared.name else 1
-        share = part_of_way(self.scores) ** power  # the report's worth is of all of the way to a closed gate
-        values = {name: np.asarray(value, np.float64) / share for name, value in self.scores.values.items()}
-        return reselect(values, choose, self, rounds=rounds)
-
-    def record(self, gates: Gates, loss: LossReport, tried: Reselection | None, most: int) -> dict[str, Any]:
+    def record(self, gates: Gates, loss: LossReport) -> dict[str, Any]:
         """The loss of a selection, predicted and true, as records hold it."""
-        rounds = None
-        if tried is not None:
-            rounds = [{"lost": it.report.lost, "error": it.report.error, "changed": it.changed} for it in tried.rounds]
         return {
             "task": self.task.name,
             "objective": objective_name(self.scores, self.model.head(self.scores.header["head"])),
@@ -526,26 +426,7 @@ class ScoredLoss:
             "layers": loss.layers(),
             "modules": loss.modules(),
             "prediction": predict_loss(self.scores, gates).to_json(),
-            "rounds": rounds,
-            "best": None if tried is None else tried.best,
-            "most_rounds": most,
         }
-
-
-def check_reselection(criterion: Mapping[str, Any], properties: Mapping[str, Any]) -> None:
-    """Refuses scores that a true loss cannot be merged with, by `describe` and `properties_of` their criterion."""
-    meant = properties["meaning"] is not None
-    if not meant or criterion.get("tokens", "sum_tokens") != "sum_tokens":
-        tokens = f" with tokens={criterion['tokens']}" if meant else ""
-        raise ValueError(
-            f"scores of {criterion['name']}{tokens} attribute no objective, so a measured loss cannot be merged with "
-            "them: score with an attribution, or leave the re-selection out."
-        )
-    if criterion.get("examples") == "maximum":
-        raise ValueError(
-            "scores that are the largest of the examples cannot be merged with a measured loss, which is a mean over "
-            "them: score with examples=absolute, or leave the re-selection out."
-        )
 
 
 def _named(setting: str, name: str | None, known: Sequence[Any]) -> Any:

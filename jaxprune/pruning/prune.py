@@ -33,7 +33,7 @@ from jaxprune.models.cost import costs, memory, ratios
 from jaxprune.pruning.allocation import Allocation, Measuring, allocate
 from jaxprune.pruning.budgets import Budget, Latency, Rules
 from jaxprune.pruning.latency import LatencySearch, compare_latency, search_latency
-from jaxprune.pruning.loss import ScoredLoss, check_reselection
+from jaxprune.pruning.loss import ScoredLoss
 from jaxprune.pruning.pooling import mean_closed, mean_length, pooled
 from jaxprune.pruning.recoveries import (
     Reconstruction,
@@ -115,25 +115,19 @@ class Pruning:
     recover_each_round: bool = False  # else once, in the end
     together: Together = pooled  # how several tasks become one selection; also `kept_by_any` and `kept_by_all`
     report_loss: bool = False  # measure what is lost of the objective, beside what the scores predict
-    reselect: int = 0  # the most re-selections at the same budget by what was really lost; see `reselect`
     nodes: int = 8  # quadrature nodes of that measurement
     repeats: int = 20  # passes per measurement, for a budget of latency
 
     def __post_init__(self):
         if isinstance(self.rounds, bool) or not isinstance(self.rounds, int):
             raise TypeError(f"rounds must be a whole number, got {self.rounds!r}.")
-        for name, least in (("rounds", 1), ("reselect", 0), ("nodes", 1), ("repeats", 1)):
+        for name, least in (("rounds", 1), ("nodes", 1), ("repeats", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        if self.rounds > 1 and self.measures_loss:
+        if self.rounds > 1 and self.report_loss:
             raise ValueError("the loss is measured of one selection, rounds make several: leave one of them out.")
         if self.recover_each_round and (self.rounds == 1 or self.recovery is None):
             raise ValueError("recover_each_round is for a recovery in several rounds: give both, or leave it out.")
-
-    @property
-    def measures_loss(self) -> bool:
-        """Whether the true loss is measured."""
-        return self.report_loss or self.reselect > 0
 
 
 @dataclass(frozen=True)
@@ -318,15 +312,10 @@ def _check(
         raise ValueError(ONE_ROUND)
     if several and isinstance(budget, Latency) and pruning.together is not pooled:
         raise ValueError("a latency budget for several tasks needs pooled scores (--together pooled): it has no order.")
-    if several and pruning.reselect:
-        raise ValueError("several tasks have several losses: units are selected again by the loss of one task only.")
     criterion = pruning.scoring.criterion
-    known = [(each.header["criterion"], each.properties) for each in scores]
-    for described, properties in known or [(describe(criterion), properties_of(criterion))]:
+    for properties in [each.properties for each in scores] or [properties_of(criterion)]:
         check_scope(properties, pruning.rules)
-        if pruning.reselect:
-            check_reselection(described, properties)
-    if pruning.measures_loss and (missing := {each.header["task"] for each in scores} - {*names}):
+    if pruning.report_loss and (missing := {each.header["task"] for each in scores} - {*names}):
         raise ValueError(
             f"there is nothing to measure the loss of {', '.join(sorted(missing))} with: name the task, or leave the "
             "loss report out."
@@ -354,8 +343,6 @@ def _check_measured(tasks: Sequence[Task], budget: Budget, pruning: Pruning, sco
         if len(tasks) > 1 and pruning.together is not pooled
         else "in rounds the model changes between them"
         if pruning.rounds > 1
-        else "a re-selection changes them by other losses"
-        if pruning.reselect
         else "a latency is no sum over units"
         if isinstance(budget, Latency)
         else ""
@@ -413,7 +400,7 @@ class _Run:
             selected = budget.at(search.trials[search.best].asked)
         found = self._allocated(scores, selected) if rules.measured else None
         gates = choose(selected, rules=rules) if found is None else found.gates
-        gates, losses, rows = self._losses(scores, gates, selected, means)
+        losses, rows = self._losses(scores, gates, means)
         small = compact(model, params, gates, means)
         record = pruning_record(_joined(scores, means), gates, budget, rules, **several)
         if several:
@@ -495,31 +482,25 @@ class _Run:
         return search
 
     def _losses(
-        self, scores: Sequence[Scores], gates: Gates, budget: Budget, means: Gates | None
-    ) -> tuple[Gates, list[dict[str, Any]], set[str]]:
-        """The selection, or a better one by the true loss; the records of what it loses; and the rows of these."""
-        pruning, records, rows = self.pruning, [], set()
-        named = {task.name: task for task in self.tasks}
-        for each in scores if pruning.measures_loss else ():
+        self, scores: Sequence[Scores], gates: Gates, means: Gates | None
+    ) -> tuple[list[dict[str, Any]], set[str]]:
+        """The records of what a selection loses, and the rows of these."""
+        records, rows, named = [], set(), {task.name: task for task in self.tasks}
+        for each in scores if self.pruning.report_loss else ():
             loss = ScoredLoss(
                 self.model,
                 self.params,
                 named[each.header["task"]],
                 each,
                 means=means,
-                nodes=pruning.nodes,
-                batch_size=pruning.scoring.rows.batch_size,
+                nodes=self.pruning.nodes,
+                batch_size=self.pruning.scoring.rows.batch_size,
                 open_bar=self.watch.open,
             )
-            tried = None
-            if pruning.reselect:
-                again = partial(select, self.model, self.params, budget=budget, rules=pruning.rules)
-                tried = loss.reselect(again, pruning.reselect)
-                gates = tried.gates
-            measured = loss(gates) if tried is None else tried.report
-            records.append(loss.record(gates, measured, tried, pruning.reselect))
+            measured = loss(gates)
+            records.append(loss.record(gates, measured))
             rows |= set(measured.rows)
-        return gates, records, rows
+        return records, rows
 
     def in_rounds(self, budget: Budget) -> Pruned:
         """Scores, selects and compacts in rounds."""

@@ -303,7 +303,7 @@ EXAMPLES = 256  # to repair with, unless asked otherwise
 FITS = 4  # of every module that are kept, at most
 
 
-SHAPES = 8  # widths per kind of module, at most, that programs are compiled for
+SHAPES = 8  # widths of a kind of module, at most, that programs are compiled for
 
 
 HELD_OUT = 4  # every fourth row only chooses between candidates
@@ -431,7 +431,9 @@ def recover_batches(
     dense: list[State | None] = [None] * len(inputs)
     current: list[State | None] = [None] * len(inputs)
     flat, repairs = flatten(small), []
-    wide = jax.device_put(flatten(resize(model.axes, small, _fewer_shapes(lengths(model.axes, small)))))
+    wide = jax.device_put(
+        flatten(resize(model.axes, small, _shared_widths(*(lengths(model.axes, own) for own in (params, small)))))
+    )
     layers = model_layers(model, params)
     for place, whole in enumerate(layers):
         readers, targets = _readers(model, whole), []
@@ -473,19 +475,13 @@ def recover_batches(
     return unflatten(flat), tuple(repairs)
 
 
-def _fewer_shapes(widths: Mapping[Site, int]) -> dict[Site, int]:
-    """Widths, a little larger, of which there are at most so many per kind: layers of equal shape share programs."""
-    groups: dict[tuple[Any, ...], list[Site]] = {}
-    for site in widths:
-        module = tuple(step for step in site.module if step != site.layer)
-        groups.setdefault((module, site.kind), []).append(site)
-    wide = {}
-    for sites in groups.values():
-        step = math.ceil(max(widths[site] for site in sites) / SHAPES) or 1
-        for site in sites:
-            near = [widths[other] for other in sites if -(-widths[other] // step) == -(-widths[site] // step)]
-            wide[site] = max(near)
-    return wide
+def _shared_widths(dense: Mapping[Site, int], widths: Mapping[Site, int]) -> dict[Site, int]:
+    """Widths, a little larger, of which a dense one has so few parts that layers, and selections, share programs."""
+    return {
+        site: min(math.ceil(width / step) * step, dense[site])
+        for site, width in widths.items()
+        for step in [math.ceil(dense[site] / SHAPES)]
+    }
 
 
 class DenseModules:

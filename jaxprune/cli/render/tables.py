@@ -415,7 +415,7 @@ def loss_rows(report: Record) -> list[tuple[str, ...]]:
 
 
 def loss_notes(report: Record) -> list[str]:
-    """The meaning of the figures, their precision, and the effect of re-selection."""
+    """The meaning of the figures, and their precision."""
     notes = [
         prediction_note(report),
         f"Lost: by integrated gradients, {report['nodes']} nodes from the selected gates to open ones; the layers sum "
@@ -423,13 +423,6 @@ def loss_notes(report: Record) -> list[str]:
     ]
     if report.get("truncated"):
         notes.append(f"Of {report['examples']:,} texts {report['truncated']:,} are cut: --max-length reaches further.")
-    if rounds := report["rounds"]:
-        steps = ", ".join(f"{each['lost']:.4f} ({each['changed']:,})" for each in rounds[1:]) or "the same again"
-        chosen = "the first selection stays" if report["best"] == 0 else f"re-selection {report['best']} is kept"
-        notes.append(
-            f"Selected again at the same budget: lost {rounds[0]['lost']:.4f}, then {steps} (units that changed "
-            f"places); {chosen}. The same rows choose and measure, so other rows may lose more."
-        )
     return list(map(note, notes))
 
 
