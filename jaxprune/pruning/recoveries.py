@@ -431,9 +431,8 @@ def recover_batches(
     dense: list[State | None] = [None] * len(inputs)
     current: list[State | None] = [None] * len(inputs)
     flat, repairs = flatten(small), []
-    wide = jax.device_put(
-        flatten(resize(model.axes, small, _shared_widths(*(lengths(model.axes, own) for own in (params, small)))))
-    )
+    shared = _shared_widths(lengths(model.axes, params), lengths(model.axes, small))
+    wide = jax.device_put(flatten(resize(model.axes, small, shared)))
     layers = model_layers(model, params)
     for place, whole in enumerate(layers):
         readers, targets = _readers(model, whole), []
@@ -480,7 +479,7 @@ def _shared_widths(dense: Mapping[Site, int], widths: Mapping[Site, int]) -> dic
     return {
         site: min(math.ceil(width / step) * step, dense[site])
         for site, width in widths.items()
-        for step in [math.ceil(dense[site] / SHAPES)]
+        for step in [math.ceil(dense[site] / SHAPES) or 1]
     }
 
 
