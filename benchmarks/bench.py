@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import jax
@@ -25,6 +26,8 @@ from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import draw
 from jaxprune.evaluation.evaluate import calibrate, fitting_head, predict
 from jaxprune.models.cost import Length
+from jaxprune.pruning.allocation import Measuring, allocate
+from jaxprune.pruning.prune import RIDGE
 from jaxprune.scoring.scores import Scores, describe
 from jaxprune.units import Intervention, lengths, resize
 
@@ -46,6 +49,8 @@ class Method:
     examples: int = EXAMPLES
     recovery: Any = None  # how what is left is repaired; None: it stays as it is
     recovery_examples: int = 256
+    fitted: float | None = RIDGE  # the ridge of the modules while widths are measured of what will be repaired
+    known_at: float | None = None  # the budget that the effects of measured widths are taken from
     rival: Rival | None = None  # prunes and repairs in its own way: then only `examples` counts
 
     @property
@@ -62,6 +67,8 @@ class Method:
         normalise = None if self.normalise is None else self.normalise.__name__
         found = [describe(self.criterion), self.allocation, normalise, self.examples, source, budget, seed]
         found += [] if self.recovery is None else [describe(self.recovery), self.recovery_examples]
+        if self.allocation == "measured":
+            found.append({"fitted": self.fitted if self.recovery else None, "known_at": self.known_at})
         return found if self.floor is None else [*found, {"floor": self.floor}]
 
     @property
@@ -209,9 +216,7 @@ class Bench:
                 scores = self.scores(first, method.criterion, method.examples, seed)
                 length = self.length(first)
                 values = scores if isinstance(source, str) else self.pooled(source, method, seed)
-                gates = jp.select(
-                    self.model, self.params, values, jp.budgets.Flops(budget, length=length), rules=method.rules
-                )
+                gates = self.gates(method, first, values, budget, seed)
                 small = jp.compact(self.model, self.params, gates, scores.means)
                 kept = jp.flops(self.model, small, length) / jp.flops(self.model, self.params, length)
                 means = scores.means
@@ -254,13 +259,26 @@ class Bench:
             small = method.rival(self.model, self.params, task, rows=rows, flops=budget, length=length)
         else:
             scores = self.scores(source, method.criterion, method.examples, seed)
-            gates = jp.select(
-                self.model, self.params, scores, jp.budgets.Flops(budget, length=length), rules=method.rules
-            )
+            gates = self.gates(method, source, scores, budget, seed)
             small = jp.compact(self.model, self.params, gates, scores.means)
             recovery = jp.Recovery(method=method.recovery, rows=jp.Rows(examples=method.recovery_examples, key=seed))
             small, _ = jp.recover(self.model, self.params, small, task, recovery)
         return small, jp.flops(self.model, small, length) / jp.flops(self.model, self.params, length)
+
+    def gates(self, method: Method, source: str, scores: Any, budget: float, seed: int) -> Any:
+        """The units that stay."""
+        limits = [jp.budgets.Flops(own, length=self.length(source)) for own in (method.known_at, budget) if own]
+        if method.allocation != "measured":
+            return jp.select(self.model, self.params, scores, limits[-1], rules=method.rules)
+        with TemporaryDirectory() as folder:
+            measuring = Measuring(
+                rows=jp.Rows(examples=min(method.examples, len(self.task(source).rows("calibration"))), key=seed),
+                ridge=None if method.recovery is None else method.fitted,
+                file=Path(folder) / "answers.safetensors" if method.known_at else None,
+            )
+            for limit in limits:
+                found = allocate(self.model, self.params, self.task(source), scores, limit, measuring)
+        return found.gates
 
     def length(self, task: str) -> Length:
         """Tokens per calibration row: the same for all methods, so that a budget means the same to each."""
