@@ -61,7 +61,7 @@ def measured(model: Model, params: Params, task: Task, labelled: bool = False) -
 def answers_of(
     model: Model, params: Params, tasks: list[Task], choices: Ladders, measuring: Measuring = MEASURING
 ) -> _Answers:
-    asked = [_Asked.of(model, task, scores_of(model, params), measuring.rows) for task in tasks]
+    asked = [_Asked.of(model, task, None, measuring.rows) for task in tasks]
     return _Answers(model, params, asked, measuring, None, choices)
 
 
@@ -259,8 +259,8 @@ def test_several_tasks_are_one_loss():
     ]
     np.testing.assert_allclose(slope, np.mean([part[0] for part in parts], axis=0), rtol=1e-6)
     np.testing.assert_allclose(curve, np.mean([part[1] for part in parts], axis=0), rtol=1e-6)
-    with pytest.raises(ValueError, match="2 tasks, 1 scores"):
-        allocate(model, params, [task, other], [Scores({}, {})], budget, MEASURING)
+    with pytest.raises(ValueError, match="2 tasks, 3 scores"):
+        allocate(model, params, [task, other], [Scores({}, {})] * 3, budget, MEASURING)
 
 
 def test_what_was_measured_is_kept_and_serves_other_budgets(tmp_path: Path):

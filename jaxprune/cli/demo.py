@@ -280,8 +280,8 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], gates: Gates, plan: Plan
     layers: dict[str, dict[str, list[float]]] = {}
     for site, gate in gates.items():
         *layer, _, kind = site.split(".")
-        row = layers.setdefault(" ".join(layer), {"heads": [], "neurons": []})
-        row["neurons" if kind == "neurons" else "heads"] += np.asarray(gate).tolist()
+        row = layers.setdefault(" ".join(layer), {})
+        row[kind] = row.get(kind, []) + np.asarray(gate).tolist()
     shares = [row for row in rows if scale_of(row["metric"])[0] > 1]
     title = f"pruned for {rows[0]['task']} to {plan.share} with {plan.examples} examples, without training"
     comparison_figure(path, shares, VARIANTS, layers, title=title)

@@ -166,7 +166,7 @@ def allocate(
         params: The dense parameters.
         tasks: The task, or several; their calibration rows are drawn from.
         scores: Higher means more needed, within a module; or those of every task, which are pooled. Their means replace
-            closed units, if they have any.
+            closed units, if they have any. One for several tasks is the ranking for all of them.
         budget: How much may stay; not of latency.
         measuring: The rows, and how long to look.
         rules: As for `select`; the allocation is ignored.
@@ -177,15 +177,13 @@ def allocate(
             damaged or holds answers of another model, other rows or scores.
     """
     several = [tasks] if isinstance(tasks, Task) else list(tasks)
-    alone = isinstance(scores, Scores | Mapping)
-    each: list[Any] = [scores] * len(several) if alone else list(scores)
-    if len(each) != len(several):
+    each: list[Any] = [scores] if isinstance(scores, Scores | Mapping) else list(scores)
+    if len(each) not in (1, len(several)):
         raise ValueError(f"give scores of every task: {len(several)} tasks, {len(each)} scores.")
-    means = mean_closed([own for own in each if isinstance(own, Scores)] or [Scores({}, {})])
-    ranked: Any = scores
-    if not alone:
-        ranked = each[0] if len(each) == 1 else _ranking(each)
-    asked = [_Asked.of(model, task, own, measuring.rows) for task, own in zip(several, each, strict=True)]
+    ranked: Any = each[0] if len(each) == 1 else _ranking(each)
+    means = mean_closed(each) if all(isinstance(own, Scores) for own in each) else None
+    heads = [parts_of(own)[1].get("head") for own in each] if len(each) == len(several) else [None] * len(several)
+    asked = [_Asked.of(model, task, head, measuring.rows) for task, head in zip(several, heads, strict=True)]
     choices = ladders(model, params, ranked, budget, rules)
     answers = _Answers(model, params, asked, measuring, means, choices)
     starts = {
@@ -244,13 +242,13 @@ class _Asked(NamedTuple):
     cut_off: int
 
     @classmethod
-    def of(cls, model: Model, task: Task, scores: Scores | Values, settings: Rows) -> _Asked:
+    def of(cls, model: Model, task: Task, head: str | None, settings: Rows) -> _Asked:
         """Draws the rows.
 
         Raises:
             ValueError: If there are too few.
         """
-        head = fitting_head(model, task, parts_of(scores)[1].get("head"))
+        head = fitting_head(model, task, head)
         usable, rows = usable_rows(model, task, settings), settings.examples
         if not isinstance(rows, tuple):
             split = settings.split or "calibration"

@@ -129,10 +129,11 @@ def _draw_heads(axes: Any, page: Page, layers: Sequence[Sequence[float]], colour
 def comparison_figure(
     path: Path, rows: Sequence[Record], variants: Sequence[str], units: Mapping[str, Mapping[str, Any]], *, title: str
 ) -> None:
-    """Writes a picture: bars per task and variant, and the heads and neurons that stay in every layer.
+    """Writes a picture: bars per task and variant, and the heads (or groups) and neurons that stay in every layer.
 
-    The rows are those of `comparison_table`; a layer has the gates of its `heads` and of its `neurons`, each `[units]`.
+    The rows are those of `comparison_table`; a layer has gates `[units]` by their kind.
     """
+    heads = next((kind for gates in units.values() for kind in gates if kind != "neurons"), "heads")
     width = 0.8 / len(variants)
     with _drawing(path, 11, 4.6, columns=2, width_ratios=(3, 1), dark=False) as (_, panels, page):
         bars, grid = panels[0]
@@ -152,13 +153,14 @@ def comparison_figure(
         bars.set_title(title, fontsize=10)
         bars.legend(ncols=len(variants) + 1, loc="upper center", bbox_to_anchor=(0.5, -0.14))
         _list_layers(grid, [f"layer {_plain(layer)}" for layer in units], "what attribution keeps")
-        open_heads = [[1.0 if gate else float("nan") for gate in gates["heads"]] for gates in units.values()]
+        open_heads = [[1.0 if gate else float("nan") for gate in gates.get(heads, ())] for gates in units.values()]
         most = _draw_heads(grid, page, open_heads, lambda _: COLOURS[0])
         for y, gates in enumerate(units.values()):
-            left, had = sum(gate > 0 for gate in gates["neurons"]), len(gates["neurons"])
+            neurons = gates.get("neurons", ())
+            left, had = sum(gate > 0 for gate in neurons), len(neurons)
             grid.text(most, y, f"{left:,} of {had:,}", va="center", fontsize=8)
         grid.set_xlim(-0.7, most + 5.2)
-        grid.set_xticks([(most - 1) / 2, most + 2], ["heads", "neurons"])
+        grid.set_xticks([(most - 1) / 2, most + 2], [heads, "neurons"])
 
 
 def sweep_figure(path: Path, rows: Sequence[Record], *, split: str, dark: bool = False) -> None:
