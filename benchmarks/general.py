@@ -28,6 +28,7 @@ import numpy as np
 from bench import Method
 from decoders import CRITERIA, KINDS
 from parts import asked, begun, each, keep
+from rivals import Fluctuation, standardised
 
 import jaxprune as jp
 from jaxprune.checkpoints.tensors import model_digest
@@ -49,6 +50,8 @@ CHOSEN_AT = 0.8
 WINDOW = 512  # tokens
 WINDOWS = {"score": 64, "dev": 16, "test": 128, "repair": 128}
 ROWS = 100  # of every task
+FLAP = "FLAP"
+EVERY = CRITERIA | {FLAP: Fluctuation()}
 UNUSED = ("Fisher", "activation", "integrated gradients")  # the table of one task has them
 PARTS = ("dense", "choices", "budgets", "repaired")
 
@@ -116,7 +119,7 @@ class General:
         scores = self.scores(method.criterion)
         limit = jp.budgets.Flops(budget, length=WINDOW)
         gates = jp.select(self.model, self.params, scores, limit, rules=method.rules)
-        small = jp.compact(self.model, self.params, gates, scores.means)
+        small = jp.compact(self.model, self.params, gates)  # a bias for means to go into is not there
         whole, left = (sum(leaf.size for leaf in jax.tree.leaves(own)) for own in (self.params, small))
         costs = jp.budgets.Parameters(0.5).unit_costs(self.model, self.params)
         prunable = sum(costs[name] * len(gate) for name, gate in gates.items())
@@ -152,10 +155,12 @@ class General:
 
     def tried(self, name: str) -> dict[str, float]:
         """The perplexity on dev by units and allocation."""
-        criterion, found = CRITERIA[name], {}
+        criterion, found = EVERY[name], {}
         for units, kinds in KINDS.items():
-            for allocation in ("per_layer", "per_kind", "global") if criterion.by_layer else ("global",):
-                method = Method(replace(criterion, kinds=kinds), allocation=allocation)
+            by_layer = criterion.by_layer and name != FLAP  # which has a way of its own
+            for allocation in ("per_layer", "per_kind", "global") if by_layer else ("global",):
+                normalise = standardised if name == FLAP else None
+                method = Method(replace(criterion, kinds=kinds), allocation=allocation, normalise=normalise)
 
                 def measure(method: Method = method) -> float:
                     params, intervention, *_ = self.pruned(method, CHOSEN_AT)
@@ -188,7 +193,7 @@ class General:
 
 def names() -> list[str]:
     """The criteria that are compared."""
-    return [name for name in CRITERIA if name not in UNUSED]
+    return [name for name in EVERY if name not in UNUSED]
 
 
 def main() -> None:

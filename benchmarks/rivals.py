@@ -4,7 +4,8 @@ Each is a re-implementation from a description, on this library's own pieces: th
 `select` counts, and small parameters as the result. None was checked against its authors' code.
 """
 
+from flap import Fluctuation, standardised
 from k_prune import k_prune
 from kwon import kwon
 
-__all__ = ["k_prune", "kwon"]
+__all__ = ["Fluctuation", "k_prune", "kwon", "standardised"]

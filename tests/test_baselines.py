@@ -125,6 +125,19 @@ def test_wanda_is_the_mean_square_times_the_reading_weights(
         np.testing.assert_allclose(found[site.name], expected.reshape(square.shape[0], -1).sum(1), rtol=1e-5)
 
 
+def test_wanda_about_the_means_is_a_fluctuation(model_and_params: tuple[Model, Params], batch: Any, values: Any):
+    model, params = model_and_params
+    criterion = Wanda(closed=calibration_means)
+    means = calibration_means(model, params, [batch])
+    found = criterion(model, params, batch, Context(means=means)).scores
+    for site in sites(model.axes, params):
+        mean = np.concatenate(values[site.name]).mean(0)
+        square = np.mean([((v - mean) ** 2).mean(0) for v in values[site.name]], axis=0)
+        reader = subtree(params, (*site.module, "out" if site.kind == "heads" else "down", "kernel"))
+        expected = (square * (np.asarray(reader) ** 2).sum(-1)).reshape(square.shape[0], -1).sum(1)
+        np.testing.assert_allclose(found[site.name].mean(0), expected, rtol=1e-4)
+
+
 def test_gradient_is_the_mean_size_over_the_tokens(model_and_params: tuple[Model, Params], batch: Any):
     model, params = model_and_params
     found = mean_of(model_and_params, batch, Gradient())

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from climb import Calibration, Sums, Visit, allowance, climb, open_masks
+from flap import Fluctuation, standardised
 from k_prune import above_threshold, k_prune, k_prune_batches, knowledge, tune
 from kwon import batch_gradients, importance, kwon, kwon_batches, rearrange, rescale, split, unit_scales
 from passes import logits_of
@@ -21,6 +22,9 @@ from jaxprune.bundled import bundled_data, bundled_model
 from jaxprune.data.batches import encode
 from jaxprune.data.tasks import Example, draw
 from jaxprune.models import Model, TaskHead
+from jaxprune.pruning.budgets import Rules
+from jaxprune.scoring.run import score_batches
+from jaxprune.scoring.scores import Scores, properties_of
 from jaxprune.units import flatten, unflatten, widths
 
 pytestmark = pytest.mark.slow
@@ -381,3 +385,20 @@ def test_what_they_were_not_made_for_is_refused():
     model, params = tiny_model(heads=(TaskHead(name="task", labels=("score",), regression=True),))
     with pytest.raises(ValueError, match="is a regression"):
         k_prune_batches(model, params, Calibration("task", (), {}, 0.0))
+
+
+def test_flap_keeps_what_fluctuates_most_among_all_modules():
+    """As by hand: deviations from means, weighed, standardised in every module, and the best of all of them stay."""
+    model, params = tiny_model("bert")
+    batch = tiny_batch(model, 8, 7, 0)
+    values, _, means = score_batches(model, params, [batch], Fluctuation())
+    table = Scores(values, {"properties": properties_of(Fluctuation())}, means)
+    found = jp.select(
+        model, params, table, jp.budgets.Units(0.5), rules=Rules(allocation="global", normalise=standardised)
+    )
+    own = {name: np.asarray(value, np.float64) for name, value in values.items()}
+    fluctuation = {name: (value - value.mean()) / value.std(ddof=1) for name, value in own.items()}
+    every = np.sort(np.concatenate([*fluctuation.values()]))[::-1]
+    least = every[len(every) // 2 - 1]
+    for name, value in fluctuation.items():
+        np.testing.assert_array_equal(np.asarray(found[name]), value >= least)

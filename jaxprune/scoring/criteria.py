@@ -314,9 +314,11 @@ class Activation(_OfKinds):
 class Wanda(_OfKinds):
     """`s_i = E[h_i^2] |W_out,i|^2`; for a head the sum of this over its channels. Needs no labels (Sun et al. 2023).
 
+    With `closed=calibration_means` the squares are those of `h_i - E[h_i]`: the fluctuation of FLAP (An et al. 2024).
     Query channels have no `W_out`, so they cannot be scored.
     """
 
+    closed: Closed = field(default=zero, metadata={"if_changed": True})
     examples: ExampleReduction = field(default=absolute, init=False)
 
     def __post_init__(self):
@@ -326,14 +328,14 @@ class Wanda(_OfKinds):
 
     def __call__(self, model: Model, params: Params, batch: AnyBatch, context: Context = Context()) -> Measured:
         """Scores a batch; see `Criterion`."""
-        squares = site_statistics(model, params, batch, _mean_square, self.kinds)
+        moments = site_statistics(model, params, batch, _moments, self.kinds)
         readers = {
             site.name: merge_units(array, axes, site.kind)[0]
             for site in sites(model.axes, params, self.kinds)
             for axes, path, array in _arrays_of(model, params, site.name)
             if reads(axes, path)
         }
-        return Measured(_times_reader(squares, readers), {})
+        return Measured(_times_reader(moments, readers, context.means or {}), {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,14 +422,18 @@ def _mean_magnitude(values: Array, mask: Bool[Array, "b t"]) -> Float[Array, "b 
     return token_mean(magnitudes(values), mask)
 
 
-def _mean_square(values: Array, mask: Bool[Array, "b t"]) -> Array:
-    return token_mean(jnp.square(values), mask)
+def _moments(values: Array, mask: Bool[Array, "b t"]) -> Array:
+    """The mean and the mean square, `[b, 2, ...]`."""
+    return jnp.stack([token_mean(values, mask), token_mean(jnp.square(values), mask)], axis=1)
 
 
 @jax.jit
-def _times_reader(squares: dict[str, Array], readers: dict[str, Array]) -> Gates:
+def _times_reader(moments: dict[str, Array], readers: dict[str, Array], means: Gates) -> Gates:
     scores = {}
-    for name, square in squares.items():
+    for name, moment in moments.items():
+        mean, square = moment[:, 0], moment[:, 1]
+        if name in means:
+            square = square - 2.0 * means[name] * mean + jnp.square(means[name])
         product = square * jnp.square(readers[name].astype(jnp.float32)).sum(-1)
         scores[name] = product.sum(tuple(range(2, product.ndim)))
     return scores
