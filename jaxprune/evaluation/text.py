@@ -123,10 +123,10 @@ def rank(
     likelihoods = []
     for first in range(0, labels, together):
         some = _filled(candidates[:, first : first + together], together)
-        state, tiled = repeat_rows((memory, encoded), together)
+        tiled = repeat_rows(encoded, together)
         targets = some.reshape(rows * together, length)
         tiled = model_inputs(model, params, teacher_forced(model, tiled, targets))
-        state = advance(model, layers[-last:], tiled, state, intervention)
+        state = advance(model, layers[-last:], tiled, memory, intervention)
         logits = readout_compiled(model, LANGUAGE, output, state, readout_mask(LANGUAGE, layers[-1], tiled), None)
         likelihoods.append(likelihood_of(logits, targets).reshape(rows, together))
     return jnp.concatenate(likelihoods, axis=1)[:, :labels] + bias

@@ -51,7 +51,8 @@ class State(NamedTuple):
     """The values that the layers of a stack pass on."""
 
     hidden: Float[Array, "b t d"]
-    memory: Float[Array, "b s d"] | None = None  # what the stack before has returned, if they all read it
+    # What the stack before has returned, if they all read it; of fewer rows where several next to each other share them
+    memory: Float[Array, "r s d"] | None = None
 
 
 class LabelWords(NamedTuple):

@@ -240,10 +240,16 @@ class Attention(nnx.Module):
         sites: Sites,
         key: Array | None,
     ) -> Float[Array, "b t d"]:
-        """The output; `memory` is attended to, or if it is None the input itself."""
+        """The output; `memory` is attended to, or if it is None the input itself.
+
+        A memory of fewer rows is that of several rows each, which are next to each other: it is read once for them.
+        """
         y = self.norm(x)
         query = self.query(y)  # first: gradients are added up in this order
-        return self.mix(x, query, self.read(y if memory is None else memory), mask, buckets, sites, key)
+        read = self.read(y if memory is None else memory)
+        if memory is not None and memory.shape[0] < x.shape[0]:
+            read = KeysValues(*(jnp.repeat(each, x.shape[0] // memory.shape[0], axis=0) for each in read))
+        return self.mix(x, query, read, mask, buckets, sites, key)
 
     def read(self, x: Float[Array, "b s d"]) -> KeysValues:
         """The keys and values to attend to."""

@@ -452,8 +452,7 @@ class _Phase(NamedTuple):
     """Layers that read the same inputs."""
 
     first: int  # layer
-    inputs: dict[str, Array]
-    tiles: int  # how often every row stands in it
+    inputs: dict[str, Array]  # of a decoder every row several times, one for every label
 
 
 class _Batch(NamedTuple):
@@ -493,7 +492,7 @@ class _Reader:
             inputs = (
                 worded(model, self.params, batch) if model.answers_in_text else model_inputs(model, self.params, batch)
             )
-            return _Batch(real, (_Phase(0, inputs, 1),), None)
+            return _Batch(real, (_Phase(0, inputs),), None)
         candidates = candidates_in(batch)
         rows, labels, length = candidates.shape
         words = candidates.reshape(rows * labels, length)
@@ -501,9 +500,9 @@ class _Reader:
         prompts = prompt_inputs(model, self.params, batch)
         tiled = model_inputs(model, self.params, teacher_forced(model, repeat_rows(prompts, labels), words))
         if model.continues:
-            return _Batch(real, (_Phase(0, tiled, labels),), targets)
+            return _Batch(real, (_Phase(0, tiled),), targets)
         last = len(self.layers) - model.stacks[-1].layers
-        return _Batch(real, (_Phase(0, prompts, 1), _Phase(last, tiled, labels)), targets)
+        return _Batch(real, (_Phase(0, prompts), _Phase(last, tiled)), targets)
 
     def _run(self, batch: _Batch, number: int, state: State | None, gates: Mapping[str, Any]) -> State:
         """One layer."""
@@ -514,8 +513,6 @@ class _Reader:
     def _entered(self, batch: _Batch, number: int, state: State | None) -> tuple[dict[str, Array], State]:
         """The inputs of a layer, and the state that it begins with."""
         layer, phase = self.layers[number], [each for each in batch.phases if each.first <= number][-1]
-        if phase.first == number and number:
-            state = repeat_rows(state, phase.tiles)
         return phase.inputs, enter(self.model, layer, phase.inputs, state)
 
     def _through(self, batch: _Batch, first: int, state: State | None, gates: Mapping[str, Any]) -> State:

@@ -493,7 +493,7 @@ class DenseModules:
     def __init__(self, model: Model, ridge: float):
         self.model, self.method = model, Reconstruction(ridges=(ridge,))
         self.sums: dict[str, dict[str, tuple[Array, Array, Array]]] = {}  # by layer and module
-        self.fits: OrderedDict[Any, Fit] = OrderedDict()  # those used last
+        self.fits: OrderedDict[Any, dict[Path, Array]] = OrderedDict()  # those used last
 
     def add(self, layer: Layer, state: State, mask: Mask, real: Any) -> State:
         """Adds the tokens of one batch, in one layer whose input is `state`; returns its output."""
@@ -510,39 +510,39 @@ class DenseModules:
 
     def layer(self, layer: Layer, gates: Mapping[str, Any]) -> Layer:
         """A layer whose modules with closed units are fitted to the dense ones."""
-        flat, changed, local = flatten(layer.params), {}, layer_entries(gates, layer.name)
+        changed, local = {}, layer_entries(gates, layer.name)
         for reader in _readers(self.model, layer):
-            kernel, bias = flat[reader.kernel], flat.get((*reader.kernel[:-1], "bias"))
-            inputs, opened = math.prod(kernel.shape[:-1]), np.ones((), bool)
+            inputs, opened = math.prod(subtree(layer.params, reader.kernel).shape[:-1]), np.ones((), bool)
             for name, gate in local.items():
                 module, _, kind = name.rpartition(".")
                 if module == reader.module and kind not in UNREAD:
                     opened = opened & np.repeat(np.asarray(gate) > 0, inputs // len(gate))
-            if opened.all():
-                continue
-            fit = self._fit(layer.name, reader.module, opened, kernel, bias)
-            changed[reader.kernel] = jax.device_put(fit.kernel.reshape(kernel.shape).astype(kernel.dtype))
-            if bias is not None and fit.bias is not None:
-                changed[(*reader.kernel[:-1], "bias")] = jax.device_put(fit.bias.astype(bias.dtype))
-        return layer._replace(params=unflatten(flat | changed)) if changed else layer
+            if not opened.all():
+                changed |= self._fit(layer, reader, opened)
+        return layer._replace(params=unflatten(flatten(layer.params) | changed)) if changed else layer
 
-    def _fit(self, layer: str, module: str, opened: np.ndarray, kernel: Array, bias: Array | None) -> Fit:
-        key = layer, module, opened.tobytes()
+    def _fit(self, layer: Layer, reader: _Reader, opened: np.ndarray) -> dict[Path, Array]:
+        """The kernel of a module, with rows of zero for what is closed, and the bias behind it, by local path."""
+        key = layer.name, reader.module, opened.tobytes()
         if key not in self.fits:
-            gram, inputs, tokens = (np.asarray(sums, np.float64) for sums in self.sums[layer][module])
+            gram, inputs, tokens = (np.asarray(sums, np.float64) for sums in self.sums[layer.name][reader.module])
+            path = (*reader.kernel[:-1], "bias")
+            kernel, bias = subtree(layer.params, reader.kernel), flatten(layer.params).get(path)
             whole = np.asarray(kernel, np.float64).reshape(len(gram), -1)
-            added = None if bias is None else np.asarray(bias, np.float64)
-            cross, outputs = gram @ whole, inputs @ whole
-            if added is not None:
+            cross, outputs, added = gram @ whole, inputs @ whole, None
+            if bias is not None:
+                added = np.asarray(bias, np.float64)
                 cross, outputs = cross + np.outer(inputs, added), outputs + tokens * added
-            kept, fitted = np.flatnonzero(opened), np.zeros_like(whole)
+            kept, rows = np.flatnonzero(opened), np.zeros(whole.shape)
             moments = Moments(gram, cross, np.zeros((0, 0)), inputs, outputs, float(tokens)).of_inputs(kept)
-            change = Fit(whole[kept], added)
-            for candidate in self.method(moments, change, np.arange(len(kept))).values():
-                change = candidate(EVERY)  # by the ridge, or of nothing that is left by the bias alone
-                break
-            fitted[kept] = change.kernel
-            self.fits[key] = Fit(fitted.astype(np.float32), change.bias)
+            old = Fit(whole[kept], added)
+            ways = [*self.method(moments, old, np.arange(len(kept))).values()]
+            fit = ways[0](EVERY) if ways else old  # by the ridge, or if nothing is left by the bias
+            rows[kept] = fit.kernel
+            fitted = {reader.kernel: jax.device_put(rows.reshape(kernel.shape).astype(kernel.dtype))}
+            if bias is not None and fit.bias is not None:
+                fitted[path] = jax.device_put(fit.bias.astype(bias.dtype))
+            self.fits[key] = fitted
             while len(self.fits) > FITS * sum(map(len, self.sums.values())):
                 self.fits.popitem(last=False)
         self.fits.move_to_end(key)
