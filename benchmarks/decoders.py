@@ -39,7 +39,10 @@ EXAMPLES = 64  # calibration rows to score with
 DRAWS = 3
 ROWS = 300  # of dev and of test, at most
 UNSEEN = ("imdb", "yelp_polarity", "amazon_books", "cr")  # scored on sst2
-PARTS = ("dense", "choices", "variants", "endpoint", "half", "baselines", "matrix", "curves", "labels", "few", "unseen")
+PARTS = (
+    "dense", "choices", "variants", "endpoint", "half", "baselines", "matrix", "curves", "labels", "few", "unseen",
+    "measured",
+)  # fmt: skip
 CHOSEN_ON, CHOICE_ROWS = ("sst2", "snips"), 128  # dev rows of these
 KINDS = {"groups": ("groups", "neurons"), "query heads": ("query_heads", "neurons")}
 
@@ -237,6 +240,16 @@ def unseen(bench: Decoders) -> dict[str, Any]:
     return {"rows": bench.elsewhere([("sst2", domain) for domain in UNSEEN], methods, ENDPOINT, 1)}
 
 
+def measured(bench: Decoders) -> dict[str, Any]:
+    """Widths by the model's measured answers beside the best other allocation: unrepaired, and at half repaired."""
+    found = {}
+    for budget, change in ((OWN, lambda own: own), (HALF, repaired)):
+        own = bench.method(OURS)
+        methods = {OURS: change(replace(own, allocation="measured")), own.allocation: change(own)}
+        found[str(budget)] = beside(bench, methods, budget, 1)
+    return found
+
+
 def main() -> None:
     """Runs what is asked for, in the order of `PARTS`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -262,6 +275,7 @@ def main() -> None:
         "labels": labels,
         "few": few,
         "unseen": unseen,
+        "measured": measured,
     }
     facts = {
         "command": "python benchmarks/decoders.py --model MODEL --data DATA --work WORK -o OUTPUT",

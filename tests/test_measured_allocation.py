@@ -378,5 +378,11 @@ def test_prune_finds_widths_and_records_how(tmp_path: Path):
     )["allocation"]  # fmt: skip
     assert again["measured_at"]["flops"] == 0.5 and again["loss"] <= min(again["starts"].values())
     assert sum(each["passes"] for each in again["rounds"]) <= 8
+    quick = ("--effort", 1, "--flops", 0.4, "-o", place.folder / "quick", "--overwrite")
+    assert len(record_of("prune", place.model, *rows, "--examples", 16, *quick)["allocation"]["rounds"]) == 1
+    for effort, message in ((0, "at least 1"), (3, "--allocation is per-layer")):
+        own = [*rows[:-1], "per-layer"] if effort else rows
+        result = run("prune", place.model, *own, "--examples", 16, *quick[2:], "--effort", effort)
+        assert result.exit_code == 2 and message in " ".join(result.output.split())
     refused = run("plan", place.model, "--scores", scores, "--flops", 0.5, "--allocation", "measured")
     assert refused.exit_code == 2 and "prune" in refused.output

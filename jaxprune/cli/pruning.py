@@ -95,6 +95,10 @@ def prune(
     rounds: Annotated[
         int, selecting("Rounds to the budget; the rest is scored again before each.", "--rounds", metavar="N")
     ] = 1,
+    effort: Annotated[
+        int,
+        selecting("Rounds of --allocation measured, each about as long as scoring twice.", least=1, metavar="N"),
+    ] = 2,
     head: Head = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -112,12 +116,16 @@ def prune(
     with terminal.working() as bars:
         files, names = scores or [], task or []
         check_sources(context, files, names, together)
+        if selection.allocation != "measured" and (unused := given(context, "effort")):
+            raise ValueError(f"{unused}: rounds of measuring widths, but --allocation is {selection.allocation}.")
         sizes = testing.timed()
         pruning = jp.Pruning(
             scoring=scoring.build(settings, head, batches),
             rules=selection.build(),
             measuring=Measuring(
-                rows=jp.Rows(examples=EXAMPLES, key=scoring.seed, **asdict(batches)), file=answers_beside(files)
+                rows=jp.Rows(examples=EXAMPLES, key=scoring.seed, **asdict(batches)),
+                rounds=effort,
+                file=answers_beside(files),
             ),
             recovery=recovery.build(scoring.seed, batches, rounds, scoring=not files),
             rounds=rounds,
