@@ -50,7 +50,7 @@ test-oldest: .venv-oldest/.stamp  ## the laws with the oldest supported jax and 
 test-faults: .venv/.stamp-test  ## kill and damage things at random, write benchmarks/results/faults.json
 	JAXPRUNE_FAULTS_RECORD=benchmarks/results/faults.json $(call quickly,$(BIN)/python) -m pytest -m faults $(PARALLEL)
 
-notebooks: .venv/.stamp-test  ## run the notebooks and store what they show
+notebooks: .venv/.stamp-test  ## run the notebooks and store what they show (04: the decoder JAXPRUNE_DECODER, or one of the hub)
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 lint: .venv/.stamp-dev  ## ruff (rules and format) and pyright
