@@ -278,7 +278,8 @@ def main() -> None:
         "measured": measured,
     }
     facts = {
-        "command": "python benchmarks/decoders.py --model MODEL --data DATA --work WORK -o OUTPUT",
+        "command": "python benchmarks/decoders.py --model MODEL --data DATA --work WORK -o OUTPUT"
+        + "".join(f" --precision {own}" for own in bench.other),
         "model": bench.digest,
         "precision": arguments.precision,
         "examples": EXAMPLES,
