@@ -22,7 +22,8 @@ def setting() -> str:
     used = [task for task, own in found["dense"]["rows"].items() if own["used"]]
     return (
         f"{len(used)} tasks ({', '.join(used)}), {found['examples']} calibration examples, {found['draws']} draws, "
-        f"at most {found['at_most_rows']} rows of each split, {found['precision']} products; {found['device']}, jax {found['versions']['jax']}; "
+        f"at most {found['at_most_rows']} rows of each split, {found['precision']} products; "
+        f"{found['device']}, jax {found['versions']['jax']}; "
         f"commit {', '.join(commits)}.\n"
     )
 
