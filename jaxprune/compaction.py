@@ -27,10 +27,12 @@ from jaxprune.units import (
     check_gates,
     flatten,
     has_units,
+    lengths,
     merge_units,
     path_name,
     readers,
     reads,
+    resize,
     sites,
     subtree,
     take_units,
@@ -38,6 +40,8 @@ from jaxprune.units import (
     unflatten,
     unit_axes,
 )
+
+SHAPES = 8  # widths of a kind of module, at most, see `fewer_shapes`
 
 
 def compact(model: Model, params: Params, gates: Mapping[str, Any], means: Mapping[str, Any] | None = None) -> Params:
@@ -106,6 +110,26 @@ def compacted_shapes(model: Model, params: Params, gates: Mapping[str, Any]) -> 
                 for i, size in zip(units, remaining.shape, strict=True):
                     small[path][i] = size
     return unflatten({path: jax.ShapeDtypeStruct(tuple(small[path]), leaf.dtype) for path, leaf in flat.items()})
+
+
+def fewer_shapes(model: Model, params: Params, small: Params) -> Params:
+    """A compacted model with units of zero, so that its modules have one of a few widths, and computes the same.
+
+    Layers of equal shape share compiled programs, and so do several selections from the same model: what runs once or
+    twice is sooner done with a little more to compute and less to compile.
+
+    Args:
+        model: The architecture.
+        params: The dense parameters.
+        small: What is left of them.
+    """
+    dense = lengths(model.axes, params)
+    widths = {
+        site: min(math.ceil(width / step) * step, dense[site])
+        for site, width in lengths(model.axes, small).items()
+        for step in [math.ceil(dense[site] / SHAPES) or 1]
+    }
+    return unflatten(jax.device_put(flatten(resize(model.axes, small, widths))))
 
 
 def check_biases(model: Model, params: Params, names: Collection[str]) -> None:

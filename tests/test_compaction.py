@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from tiny import NUMERIC_TYPES, random_gates, tiny_batch, tiny_model
 
-from jaxprune.compaction import compact, compacted_shapes
+from jaxprune.compaction import SHAPES, compact, compacted_shapes, fewer_shapes
 from jaxprune.models import Model
-from jaxprune.units import Gates, flatten, open_gates, subtree, unflatten, widths
+from jaxprune.units import Gates, flatten, open_gates, sites, subtree, unflatten, widths
 
 TOLERANCE = 2e-5  # of the logits' scale: float32, the sums run in another order
 
@@ -166,6 +166,25 @@ def test_the_model_stays_the_same_static_argument():
     for tree in (params, small, again):
         run(model, tree, batch)
     assert number == 2  # two shapes
+
+
+@pytest.mark.parametrize("model_type", ["bert", "t5", "llama"])
+def test_units_of_zero_make_fewer_shapes_and_keep_the_function(model_type):
+    model, params = tiny_model(model_type, layers=1, neurons=61)
+    gates, batch = random_gates(model, params, 3), tiny_batch(model, 4, 7, 0)
+    small = compact(model, params, gates)
+    wide = fewer_shapes(model, params, small)
+    np.testing.assert_allclose(
+        jnp.asarray(model.apply(wide, batch).logits), jnp.asarray(model.apply(small, batch).logits), atol=2e-5
+    )
+    (site, *_) = sites(model.axes, params, ("neurons",))
+    found = set()
+    for width in range(62):
+        gate = {site.name: (np.arange(61) < width).astype(np.float32)}
+        left = widths(model.axes, fewer_shapes(model, params, compact(model, params, gate)))[site.name]
+        assert width <= left <= 61
+        found.add(left)
+    assert len(found) == SHAPES + 1 and 0 in found
 
 
 def test_unchanged_arrays_are_shared_and_the_parameters_stay():

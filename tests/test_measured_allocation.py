@@ -23,12 +23,12 @@ from jaxprune.data.tasks import Rows, Task
 from jaxprune.models import Model
 from jaxprune.models.layers import TaskHead
 from jaxprune.pruning import allocation
-from jaxprune.pruning.allocation import Measuring, _Answers, _Asked, _Loss, _Reader, allocate
+from jaxprune.pruning.allocation import Measuring, _Answers, _Asked, _Loss, _Reader, _Step, allocate
 from jaxprune.pruning.budgets import Budget, Flops, Latency, Memory, Parameters, Rules, Units
 from jaxprune.pruning.pooling import kept_by_any
 from jaxprune.pruning.selection import Ladders, ladders, select
 from jaxprune.scoring.scores import Scores
-from jaxprune.units import Params, axes_of, flatten, open_gates, site_of, unflatten
+from jaxprune.units import Intervention, Params, axes_of, flatten, open_gates, site_of, unflatten
 
 HEADS = (TaskHead(name="moods", labels=("bad", "good")),)
 MEASURING = Measuring(rows=Rows(examples=12, batch_size=5))
@@ -54,8 +54,12 @@ def scores_of(model: Model, params: Params, seed: int = 0) -> dict[str, np.ndarr
 def measured(model: Model, params: Params, task: Task, labelled: bool = False) -> tuple[_Reader, _Loss]:
     encoded = encode(model, task.rows("calibration")[:12], prompt=prompt_of(model, task))
     head = "words" if model.continues else "moods" if model.config.task_heads else "language"
-    reader = _Reader(model, params, encoded, head, 5, None)
-    return reader, _Loss.of(model, task, reader, reader.dense(), labelled)
+    reader = _Reader(model, params, encoded, head, 5)
+    return reader, _Loss.of(model, task, reader, reader.answers(), labelled)
+
+
+def gated(reader: _Reader, gates: Any) -> list[_Step]:
+    return [_Step(layer, Intervention(gates)) for layer in reader.layers]
 
 
 def answers_of(
@@ -102,9 +106,9 @@ def test_it_never_loses_more_than_another_allocation_and_does_so_again(model_typ
     reader, loss = measured(model, params, replace(task, splits={"calibration": sorted_rows(task, found.rows)}))
     for name, lost in found.starts.items():
         other = select(model, params, scores, budget, rules=Rules(allocation=name))
-        assert loss(reader.answers(other)) == pytest.approx(lost, rel=1e-4, abs=1e-6)
+        assert loss(reader.answers(gated(reader, other))) == pytest.approx(lost, rel=1e-4, abs=1e-6)
         assert found.loss <= lost
-    assert loss(reader.answers(found.gates)) == pytest.approx(found.loss, rel=1e-4, abs=1e-6)
+    assert loss(reader.answers(gated(reader, found.gates))) == pytest.approx(found.loss, rel=1e-4, abs=1e-6)
     assert found.loss < min(found.starts.values())  # there is something to gain here
     assert progress[-1][0] == progress[-1][1] and progress == sorted(progress)
 
@@ -144,7 +148,7 @@ def test_slopes_and_curvatures_are_those_of_the_loss(labelled: bool, calibration
     task = replace(task, prompt=replace(ASKED, calibration=calibration))
     reader, loss = measured(model, params, task, labelled)
     random = np.random.default_rng(0)
-    answers = random.standard_normal(reader.answers({}).shape)
+    answers = random.standard_normal(reader.answers().shape)
     changes = random.standard_normal((3, *answers.shape))
     slope, curve = loss.quadratic(answers, changes)
     step = 1e-3
@@ -196,7 +200,9 @@ def test_a_module_whose_loss_falls_again_when_all_of_it_goes():
     reader, loss = measured(model, params, task)
 
     def lost(width: int) -> float:
-        return loss(reader.answers({"1.ffn.neurons": jnp.asarray(np.arange(2 * half) < width, jnp.float32)}))
+        return loss(
+            reader.answers(gated(reader, {"1.ffn.neurons": jnp.asarray(np.arange(2 * half) < width, jnp.float32)}))
+        )
 
     assert lost(0) < 1e-6 and lost(half) > 100 * max(lost(0), lost(2 * half), 1e-6)
     found = allocate(model, params, task, scores, Parameters(0.8), Measuring(rows=MEASURING.rows, rounds=4))

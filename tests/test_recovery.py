@@ -20,19 +20,17 @@ from jaxprune.models import Model
 from jaxprune.pruning import recoveries
 from jaxprune.pruning.recoveries import (
     EVERY,
-    SHAPES,
     BiasCompensation,
     Fit,
     Moments,
     Reconstruction,
     Recovery,
     Rescaling,
-    _shared_widths,
     check_method,
     fit_module,
     recover_batches,
 )
-from jaxprune.units import flatten, open_gates, sites, unflatten
+from jaxprune.units import flatten, open_gates, unflatten
 
 __all__ = ["place"]  # a fixture
 
@@ -274,16 +272,8 @@ def test_layers_of_nearly_equal_widths_share_programs_and_nothing_else(model_typ
     answers = {"labels": np.full(16, -1), "candidates": np.tile(np.arange(5, 7)[:, None], (16, 1, 1))}
     batches = [batch | (answers if model.answers_in_text else {}) for batch in batches_of(model)]
     found, _ = recover_batches(model, params, small, batches, method=method)
-    monkeypatch.setattr(recoveries, "_shared_widths", lambda dense, widths: dict(widths))  # every layer its own
+    monkeypatch.setattr(recoveries, "fewer_shapes", lambda model, params, small: small)  # every layer its own
     alone, _ = recover_batches(model, params, small, batches, method=method)
     assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, small)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
-
-
-def test_there_are_no_more_widths_than_programs_are_compiled_for():
-    model, params = tiny_model("bert", neurons=61)
-    (site, *_) = sites(model.axes, params, ("neurons",))
-    wide = [_shared_widths({site: 61}, {site: width})[site] for width in range(62)]
-    assert wide == sorted(wide) and len(set(wide)) == SHAPES + 1  # and none at all
-    assert all(width <= found <= 61 for width, found in enumerate(wide)) and wide[0] == 0

@@ -41,6 +41,7 @@ from jaxprune.checkpoints.tensors import (
     versions,
     write_tensors,
 )
+from jaxprune.compaction import compact, fewer_shapes
 from jaxprune.data.batches import IGNORED, Encoded, digest_encoded, pack, usable_rows
 from jaxprune.data.prompts import prompt_of
 from jaxprune.data.tasks import Rows, Task, draw, row_key
@@ -49,6 +50,7 @@ from jaxprune.evaluation.text import asked_for, candidates_in, likelihood_of, te
 from jaxprune.models import Model
 from jaxprune.models.layers import LANGUAGE
 from jaxprune.models.running import (
+    Layer,
     State,
     enter,
     layer_entries,
@@ -67,7 +69,7 @@ from jaxprune.pruning.pooling import mean_closed, mean_scores
 from jaxprune.pruning.recoveries import DenseModules
 from jaxprune.pruning.selection import Choices, Ladders, Values, ladders, parts_of, per_cost, select
 from jaxprune.scoring.scores import Scores
-from jaxprune.units import Gates, Intervention, Params
+from jaxprune.units import Gates, Intervention, Params, flatten, unflatten
 
 EXAMPLES = 64  # rows that answers are measured on, unless asked otherwise
 FEWEST = 8  # rows: the answers of fewer say too little
@@ -294,20 +296,20 @@ class _Answers:
     ):
         size = measuring.rows.batch_size
         self.choices, self.file = choices, measuring.file
-        self.readers = [_Reader(model, params, own.encoded, own.head, size, means) for own in asked]
-        dense = [reader.dense() for reader in self.readers]
+        self.model, self.params, self.means = model, params, means
+        self.readers = [_Reader(model, params, own.encoded, own.head, size) for own in asked]
+        dense = [reader.answers() for reader in self.readers]
         self.losses = [
             _Loss.of(model, own.task, reader, answers, measuring.labelled)
             for own, reader, answers in zip(asked, self.readers, dense, strict=True)
         ]
         self.ends = np.cumsum([answers.size for answers in dense])
         self.shapes = [answers.shape for answers in dense]
+        self.fitted: DenseModules | None = None  # what modules are fitted to that are not whole
         if measuring.ridge is not None:
-            fitted = DenseModules(model, measuring.ridge)
+            self.fitted = DenseModules(model, measuring.ridge)
             for reader in self.readers:
-                reader.add_to(fitted)
-            for reader in self.readers:
-                reader.fitted = fitted
+                reader.add_to(self.fitted)
         self.points: dict[bytes, np.ndarray] = {}
         self.known: list[dict[str, Any]] = []  # the budgets that the effects of all modules were measured for
         self.saved = time.monotonic()
@@ -368,15 +370,33 @@ class _Answers:
         count()
         if (kept := self._kept(at)) is not None:
             return kept
-        gates = self.choices.gates(at)
-        return self._keep(at, np.concatenate([reader.answers(gates).ravel() for reader in self.readers]))
+        way = self._gated(self.choices.gates(at))
+        return self._keep(at, np.concatenate([reader.answers(way).ravel() for reader in self.readers]))
+
+    def _gated(self, gates: Gates) -> list[_Step]:
+        """The dense layers under gates."""
+        return [self._gated_layer(layer, gates) for layer in self.readers[0].layers]
+
+    def _gated_layer(self, layer: Layer, gates: Gates) -> _Step:
+        return _Step(layer if self.fitted is None else self.fitted.layer(layer, gates), Intervention(gates, self.means))
+
+    def _compacted(self, gates: Gates) -> list[_Step]:
+        """The layers without the units that gates close: as many compiled programs, but less to compute."""
+        flat = flatten(self.params)
+        for layer in () if self.fitted is None else self.readers[0].layers:
+            local = flatten(self._gated_layer(layer, gates).layer.params)
+            flat |= {(*layer.path, *path): array for path, array in local.items()}
+        small = compact(self.model, unflatten(flat), gates, self.means if self.fitted is None else None)
+        layers = model_layers(self.model, fewer_shapes(self.model, self.params, small))
+        return [_Step(layer, Intervention()) for layer in layers]
 
     def moves(self, at: np.ndarray, offered: Sequence[Sequence[int]], count: Callable[[], None]) -> _Moves:
         """Measures the model with one module at a time at the widths that are offered for it.
 
-        What comes before the layer of that module runs once.
+        What comes before the layer of that module runs once, and what comes after it without the closed units.
         """
         gates, whole = self.choices.gates(at), self(at, count)
+        way: list[_Step] = []
         found: list[tuple[int, int, np.ndarray]] = [(i, int(place), np.zeros_like(whole)) for i, place in enumerate(at)]
         layers = self.readers[0].layers
         states: list[Any] = [reader.states() for reader in self.readers]
@@ -388,12 +408,14 @@ class _Answers:
                     moved[i] = place
                     answers = self._kept(moved)
                     if answers is None:
+                        way = way or self._compacted(gates)
                         while run < number:
-                            states = [r.advanced(run, s, gates) for r, s in zip(self.readers, states, strict=True)]
+                            states = [r.advanced(run, s, way) for r, s in zip(self.readers, states, strict=True)]
                             run += 1
-                        other = gates | self.choices.gates_of(i, place)
+                        other = self._gated_layer(layer, gates | self.choices.gates_of(i, place))
+                        changed = [*way[:number], other, *way[number + 1 :]]
                         pairs = zip(self.readers, states, strict=True)
-                        parts = [reader.answers(other, number, state).ravel() for reader, state in pairs]
+                        parts = [reader.answers(changed, number, state).ravel() for reader, state in pairs]
                         answers = self._keep(moved, np.concatenate(parts))
                     count()
                     found.append((i, place, answers - whole))
@@ -448,6 +470,13 @@ class _Answers:
         return np.mean(slopes, axis=0), np.mean(curves, axis=0)
 
 
+class _Step(NamedTuple):
+    """A layer as it runs: dense under gates, or compacted."""
+
+    layer: Layer
+    intervention: Intervention = Intervention()
+
+
 class _Phase(NamedTuple):
     """Layers that read the same inputs."""
 
@@ -465,12 +494,12 @@ class _Batch(NamedTuple):
 
 
 class _Reader:
-    """Measures the answers of a model under gates, on rows that stay the same."""
+    """Measures the answers of a model whose layers change, on rows that stay the same."""
 
-    def __init__(self, model: Model, params: Params, encoded: Encoded, head: str, batch_size: int, means: Gates | None):
-        self.model, self.params, self.means = model, params, means
+    def __init__(self, model: Model, params: Params, encoded: Encoded, head: str, batch_size: int):
+        self.model, self.params = model, params
         self.head, self.layers = model.head(head), model_layers(model, params)
-        self.fitted: DenseModules | None = None  # what modules are fitted to that are not whole
+        self.whole = [_Step(layer) for layer in self.layers]
         self.output = part(params, model.readout_places(self.head))
         self.in_text = model.answers_in_text and self.head == LANGUAGE
         self.windows = self.in_text and encoded.candidates is not None and encoded.candidates.shape[-2] == 1
@@ -482,7 +511,7 @@ class _Reader:
         self.labels = np.concatenate([batch["labels"][batch["index"] >= 0] for batch in batches])
         if self.windows:
             self.batches = [
-                batch._replace(likeliest=_likeliest(self._logits(batch, self._through(batch, 0, None, {}))))
+                batch._replace(likeliest=_likeliest(self._logits(batch, self._through(batch, 0, None, self.whole))))
                 for batch in self.batches
             ]
 
@@ -504,21 +533,20 @@ class _Reader:
         last = len(self.layers) - model.stacks[-1].layers
         return _Batch(real, (_Phase(0, prompts), _Phase(last, tiled)), targets)
 
-    def _run(self, batch: _Batch, number: int, state: State | None, gates: Mapping[str, Any]) -> State:
+    def _run(self, batch: _Batch, number: int, state: State | None, way: Sequence[_Step]) -> State:
         """One layer."""
         inputs, entered = self._entered(batch, number, state)
-        layer = self.layers[number] if self.fitted is None else self.fitted.layer(self.layers[number], gates)
-        return run_layer(self.model, layer, inputs, entered, Intervention(dict(gates), self.means))[0]
+        return run_layer(self.model, way[number].layer, inputs, entered, way[number].intervention)[0]
 
     def _entered(self, batch: _Batch, number: int, state: State | None) -> tuple[dict[str, Array], State]:
         """The inputs of a layer, and the state that it begins with."""
         layer, phase = self.layers[number], [each for each in batch.phases if each.first <= number][-1]
         return phase.inputs, enter(self.model, layer, phase.inputs, state)
 
-    def _through(self, batch: _Batch, first: int, state: State | None, gates: Mapping[str, Any]) -> State:
+    def _through(self, batch: _Batch, first: int, state: State | None, way: Sequence[_Step]) -> State:
         """All layers from one on."""
         for number in range(first, len(self.layers)):
-            state = self._run(batch, number, state, gates)
+            state = self._run(batch, number, state, way)
         assert state is not None
         return state
 
@@ -546,28 +574,27 @@ class _Reader:
             answers = answers[np.linspace(0, len(answers) - 1, TOKENS).astype(int)]
         return answers
 
-    def dense(self) -> np.ndarray:
-        """The answers of the dense model."""
-        return self.answers({})
-
-    def answers(self, gates: Gates, first: int = 0, states: Sequence[Any] | None = None) -> np.ndarray:
-        """The answers of a model under gates, `[answers, choices]` logits, in an order that stays the same.
+    def answers(
+        self, way: Sequence[_Step] | None = None, first: int = 0, states: Sequence[Any] | None = None
+    ) -> np.ndarray:
+        """The answers, `[answers, choices]` logits, in an order that stays the same.
 
         Args:
-            gates: Those of all layers.
+            way: All layers; None: those of the dense model.
             first: The layer to begin with.
             states: What the layers before it have returned for every batch.
         """
         pairs = zip(self.batches, states or self.states(), strict=True)
-        return self._joined([self._read(batch, self._through(batch, first, state, gates)) for batch, state in pairs])
+        steps = self.whole if way is None else way
+        return self._joined([self._read(batch, self._through(batch, first, state, steps)) for batch, state in pairs])
 
     def states(self) -> list[Any]:
         """The states of all batches before the first layer."""
         return [None] * len(self.batches)
 
-    def advanced(self, number: int, states: Sequence[Any], gates: Gates) -> list[Any]:
+    def advanced(self, number: int, states: Sequence[Any], way: Sequence[_Step]) -> list[Any]:
         """The states of all batches after one more layer."""
-        return [self._run(batch, number, state, gates) for batch, state in zip(self.batches, states, strict=True)]
+        return [self._run(batch, number, state, way) for batch, state in zip(self.batches, states, strict=True)]
 
     def add_to(self, modules: DenseModules) -> None:
         """Adds what the modules of the dense model read and give on these rows."""

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxprune.compaction import fewer_shapes
 from jaxprune.data.batches import pack, usable_rows
 from jaxprune.data.tasks import Rows, Task, draw, row_key
 from jaxprune.evaluation.text import answered
@@ -41,7 +42,7 @@ from jaxprune.models import (
     model_layers,
 )
 from jaxprune.scoring.scores import describe
-from jaxprune.units import UNITS, UNREAD, Params, Path, Site, fill, flatten, lengths, resize, subtree, unflatten
+from jaxprune.units import UNITS, UNREAD, Params, Path, fill, flatten, subtree, unflatten
 from jaxprune.units import readers as readers_of
 
 ROUNDING = 1e-6  # of the spread of what is fitted: a smaller gain is none
@@ -303,9 +304,6 @@ EXAMPLES = 256  # to repair with, unless asked otherwise
 FITS = 4  # of every module that are kept, at most
 
 
-SHAPES = 8  # widths of a kind of module, at most, that programs are compiled for
-
-
 HELD_OUT = 4  # every fourth row only chooses between candidates
 
 
@@ -431,8 +429,7 @@ def recover_batches(
     dense: list[State | None] = [None] * len(inputs)
     current: list[State | None] = [None] * len(inputs)
     flat, repairs = flatten(small), []
-    shared = _shared_widths(lengths(model.axes, params), lengths(model.axes, small))
-    wide = jax.device_put(flatten(resize(model.axes, small, shared)))
+    wide = flatten(fewer_shapes(model, params, small))
     layers = model_layers(model, params)
     for place, whole in enumerate(layers):
         readers, targets = _readers(model, whole), []
@@ -472,15 +469,6 @@ def recover_batches(
             stacklevel=2,
         )
     return unflatten(flat), tuple(repairs)
-
-
-def _shared_widths(dense: Mapping[Site, int], widths: Mapping[Site, int]) -> dict[Site, int]:
-    """Widths, a little larger, of which a dense one has so few parts that layers, and selections, share programs."""
-    return {
-        site: min(math.ceil(width / step) * step, dense[site])
-        for site, width in widths.items()
-        for step in [math.ceil(dense[site] / SHAPES) or 1]
-    }
 
 
 class DenseModules:
