@@ -29,7 +29,7 @@ from jaxprune.pruning.latency import (
     table_file,
     write_table,
 )
-from jaxprune.units import narrow, sites, widths
+from jaxprune.units import resize, sites, widths
 
 
 def row(*seconds: float) -> Row:
@@ -179,7 +179,7 @@ def test_narrow_models_keep_the_first_units(model_type):
     every = sites(model.axes, params)
     gates = {site.name: np.arange(widths(model.axes, params)[site.name]) < 3 for site in every}
     for found, expected in zip(
-        jax.tree.leaves(narrow(model.axes, params, dict.fromkeys(every, 3))),
+        jax.tree.leaves(resize(model.axes, params, dict.fromkeys(every, 3))),
         jax.tree.leaves(compact(model, params, {name: gate.astype(np.float32) for name, gate in gates.items()})),
         strict=True,
     ):
