@@ -479,8 +479,9 @@ class DenseModules:
     """
 
     def __init__(self, model: Model, ridge: float):
-        self.model, self.method = model, Reconstruction(ridges=(ridge,))
+        self.model, self.ridge = model, ridge
         self.sums: dict[str, dict[str, tuple[Array, Array, Array]]] = {}  # by layer and module
+        self.moments: dict[tuple[str, str], Moments] = {}  # of all inputs, by layer and module
         self.fits: OrderedDict[Any, dict[Path, Array]] = OrderedDict()  # those used last
 
     def add(self, layer: Layer, state: State, mask: Mask, real: Any) -> State:
@@ -513,19 +514,18 @@ class DenseModules:
         """The kernel of a module, with rows of zero for what is closed, and the bias behind it, by local path."""
         key = layer.name, reader.module, opened.tobytes()
         if key not in self.fits:
-            gram, inputs, tokens = (np.asarray(sums, np.float64) for sums in self.sums[layer.name][reader.module])
             path = (*reader.kernel[:-1], "bias")
             kernel, bias = subtree(layer.params, reader.kernel), flatten(layer.params).get(path)
-            whole = np.asarray(kernel, np.float64).reshape(len(gram), -1)
-            cross, outputs, added = gram @ whole, inputs @ whole, None
-            if bias is not None:
-                added = np.asarray(bias, np.float64)
-                cross, outputs = cross + np.outer(inputs, added), outputs + tokens * added
+            added = None if bias is None else np.asarray(bias, np.float64)
+            whole = np.asarray(kernel, np.float64).reshape(opened.size, -1)
             kept, rows = np.flatnonzero(opened), np.zeros(whole.shape)
-            moments = Moments(gram, cross, np.zeros((0, 0)), inputs, outputs, float(tokens)).of_inputs(kept)
-            old = Fit(whole[kept], added)
-            ways = [*self.method(moments, old, np.arange(len(kept))).values()]
-            fit = ways[0](EVERY) if ways else old  # by the ridge, or if nothing is left by the bias
+            old, moments = Fit(whole[kept], added), self._moments(layer, reader, whole, added).of_inputs(kept)
+            gram, cross = _centred(moments, old)
+            change: np.ndarray | float = 0.0  # nothing is left but the bias, or nothing is read
+            if len(kept) and np.trace(gram) > 0:
+                damped = gram + self.ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
+                change = np.linalg.solve(damped, cross - gram @ old.kernel)
+            fit = _fitted(moments, old, EVERY, change)
             rows[kept] = fit.kernel
             fitted = {reader.kernel: jax.device_put(rows.reshape(kernel.shape).astype(kernel.dtype))}
             if bias is not None and fit.bias is not None:
@@ -535,6 +535,18 @@ class DenseModules:
                 self.fits.popitem(last=False)
         self.fits.move_to_end(key)
         return self.fits[key]
+
+    def _moments(self, layer: Layer, reader: _Reader, kernel: np.ndarray, bias: np.ndarray | None) -> Moments:
+        """Those of the module's inputs and of the dense output, without its Gram matrix."""
+        key = layer.name, reader.module
+        if key not in self.moments:
+            gram, inputs, tokens = map(np.asarray, self.sums[layer.name][reader.module])
+            cross, outputs = gram @ kernel, inputs @ kernel  # float64, as the kernel
+            if bias is not None:
+                cross, outputs = cross + np.outer(inputs, bias), outputs + tokens * bias
+            every = gram, cross.astype(np.float32), np.zeros((0, 0)), inputs, outputs, tokens
+            self.moments[key] = Moments._make(every)
+        return self.moments[key]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=7)
