@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import RESULTS, best_first, percent, points, record, spread, table, within
+from tables_allocation import ALLOCATION_TABLES
 from tables_decoders import DECODER_TABLES, decoder_row
 from tables_recovery import RECOVERY_TABLES, recovery_curves, recovery_row, text_recovery_row
 from tables_sparse import SPARSE_TABLES, sparse_row
@@ -428,6 +429,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "speed": speed,
     "speed-setting": speed_setting,
     **TEXT_TABLES,
+    **ALLOCATION_TABLES,
     **DECODER_TABLES,
     **RECOVERY_TABLES,
     **SPARSE_TABLES,
