@@ -214,11 +214,10 @@ def matrix(bench: Decoders) -> dict[str, Any]:
 
 
 def labels(bench: Decoders) -> dict[str, Any]:
-    """With labels, and with the model's own answers in their place; at half, repaired."""
+    """With labels, and with the model's own answers in their place; at the endpoint."""
     own = bench.method(OURS)
     free = replace(own.criterion, labels=jp.objectives.predicted)
-    methods = {OURS: repaired(own), "unlabelled": repaired(replace(own, criterion=free))}
-    return beside(bench, methods, HALF)
+    return beside(bench, {OURS: own, "unlabelled": replace(own, criterion=free)}, ENDPOINT)
 
 
 def few(bench: Decoders) -> dict[str, Any]:
