@@ -10,7 +10,8 @@ FLOPs, and the endpoints were fixed before. What counts as "beats" is in `eviden
 Parts, for `--only`:
     allocations  integrated gradients with every allocation, repaired and not, at every budget
     criteria     every criterion with measured widths, repaired and not, where little stays
-    choices      on dev: the ridge by which modules are fitted while widths are measured of what will be repaired
+    choices      on dev: every allocation, and the ridge by which modules are fitted while widths are measured of
+                 what will be repaired
     further      a further budget from the answers that were kept of another one, beside its own measurement
 """
 
@@ -32,6 +33,7 @@ import jaxprune as jp
 BUDGETS = (0.7, 0.5, 0.3, 0.2)  # of the FLOPs
 TIGHT = (0.5, 0.3)  # where criteria are compared
 ALLOCATIONS = ("per_layer", "global", "measured")
+ALL = ("per_layer", "per_kind", "global", "measured")
 EXAMPLES = 64  # calibration rows, of scoring and of measuring
 REPAIRED_BY = 256  # rows
 DRAWS = 3
@@ -79,13 +81,18 @@ def criteria(bench: Bench) -> dict[str, Any]:
 
 
 def choices(bench: Bench) -> dict[str, Any]:
-    """Widths measured of modules that are fitted by several ridges, or not, then repaired; on dev, one draw."""
+    """What becomes the default: every allocation, measured widths with modules fitted or not; on dev, one draw."""
     whole, chance = bench.dense(bench.able, "dev"), bench.chances(bench.able, "dev")
-    found: dict[str, Any] = {}
-    for budget, ridge in itertools.product((0.3, 0.2), RIDGES):
-        own = replace(method(OURS, "measured", ", repaired"), fitted=ridge)
-        cells = bench.cells_of(own, bench.able, "dev", budget, 1)
-        found.setdefault(str(budget), {})[str(ridge)] = retained(cells, whole, chance)
+    ways = {f"{how}{repair}": method(OURS, how, repair) for how in ALL for repair in REPAIRS}
+    fitted = ways.pop("measured, repaired")
+    ways |= {f"measured, repaired, ridge {ridge}": replace(fitted, fitted=ridge) for ridge in RIDGES}
+    found = {
+        str(budget): {
+            name: retained(bench.cells_of(own, bench.able, "dev", budget, 1), whole, chance)
+            for name, own in ways.items()
+        }
+        for budget in (0.3, 0.2)
+    }
     return {"split": "dev", "retained": found}
 
 

@@ -16,12 +16,11 @@ def setting() -> str:
 
 
 def choices() -> str:
-    """The ridge of the modules while widths are measured, on dev."""
+    """Every allocation, and the ridge of the modules while widths are measured, on dev."""
     found = record("allocation")["choices"]["retained"]
-    ridges = list(next(iter(found.values())))
-    names = ["as they are" if ridge == "None" else f"fitted, ridge {ridge}" for ridge in ridges]
-    rows = [[f"{float(budget):g}", *(percent(own[ridge]) for ridge in ridges)] for budget, own in found.items()]
-    return table(["accuracy above chance kept after repair, dev, %, at", *names], rows)
+    names = {name: name.replace("_", " ").replace("ridge None", "modules as they are") for name in found["0.3"]}
+    rows = [[names[way], *(percent(own[way]) for own in found.values())] for way in names]
+    return table(["accuracy above chance kept, dev, %, at", *(f"{float(budget):g}" for budget in found)], rows)
 
 
 ALLOCATION_TABLES = {"allocation-setting": setting, "allocation-choices": choices}

@@ -11,7 +11,7 @@ import pytest
 from commands import Place, place, record_of, run
 
 from jaxprune.checkpoints.folder import load
-from jaxprune.checkpoints.gates import read_pruning
+from jaxprune.checkpoints.gates import read_pruning, recorded_gates
 from jaxprune.data.splits import row_key
 from jaxprune.data.tasks import Rows, load_task
 from jaxprune.pruning.budgets import Units
@@ -63,7 +63,7 @@ def test_the_report_is_that_of_the_rows_that_were_scored(place, scored, pruned):
     model, params = load(place.model)
     task, scores = load_task("mood", data=place.data), load_scores(scored)
     rows = [row for row in task.rows("calibration") if row_key(row) in scores.rows]
-    gates = select(model, params, scores, Units(0.5))
+    gates = recorded_gates(read_pruning(out))
     true = loss_report(
         model, params, task, gates, LossReporting(rows=Rows(examples=tuple(rows)), nodes=8, objective=log_probability)
     )

@@ -27,13 +27,13 @@ from tiny import tiny_batch, tiny_model
 
 from jaxprune import __version__
 from jaxprune.checkpoints.folder import load, save
-from jaxprune.checkpoints.gates import read_pruning
+from jaxprune.checkpoints.gates import read_pruning, recorded_gates
 from jaxprune.checkpoints.tensors import TensorFile
 from jaxprune.cli import options
 from jaxprune.data.tasks import Rows, load_task, remove_leaks
 from jaxprune.evaluation.evaluate import evaluate
 from jaxprune.models import TaskHead
-from jaxprune.pruning.budgets import Flops, Units
+from jaxprune.pruning.budgets import Flops
 from jaxprune.pruning.latency import write_table
 from jaxprune.pruning.selection import select
 from jaxprune.scoring import attribution
@@ -92,7 +92,7 @@ def test_score_says_what_comes_next(place, tmp_path):
 def test_prune_from_scores_and_on_the_way_give_the_same_model(place, scored, tmp_path):
     rows = ("--task", "mood", "--data", place.data)
     one = record_of("prune", place.model, "--scores", scored, "--flops", 0.5, "-o", tmp_path / "a", "--measure", "0")
-    asked = (*rows, *QUICK, "--flops", 0.5)
+    asked = (*rows, *QUICK, "--allocation", "per-layer", "--flops", 0.5)
     two = record_of("prune", place.model, *asked, "-o", tmp_path / "b")
     assert one["recovery"] is None and two["recovery"] is None
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
@@ -230,7 +230,7 @@ def test_mean_values_of_closed_units_are_folded_in(place, tmp_path):
     )
     scores = load_scores(record["scores"])
     model, params = load(place.model)
-    gates, batch = select(model, params, scores, Units(0.5)), tiny_batch(model)
+    gates, batch = recorded_gates(read_pruning(tmp_path / "small")), tiny_batch(model)
     masked = np.asarray(model.apply(params, batch, gates, head="mood", means=scores.means).logits)
     small = np.asarray(model.apply(load(tmp_path / "small")[1], batch, head="mood").logits)
     np.testing.assert_allclose(small, masked, atol=1e-4)  # sums in another order
@@ -510,6 +510,8 @@ BAD: dict[str, tuple[Sequence[Any], str]] = {
             "{data}",
             "--criterion",
             "top-layers",
+            "--allocation",
+            "per-layer",
             "--flops",
             0.5,
             "-o",
@@ -672,7 +674,7 @@ def test_wrong_settings_are_refused_before_any_work(place, tmp_path):
 
 @pytest.mark.slow
 def test_pruning_from_scores_imports_neither_transformers_nor_datasets(place, scored, tmp_path):
-    rows = ("--no-evaluate", "--task", "mood", "--data", place.data, "--json")
+    rows = ("--no-evaluate", "--task", "mood", "--data", place.data, "--allocation", "per-layer", "--json")
     arguments = ("prune", place.model, "--scores", scored, "--flops", 0.5, "-o", tmp_path / "small", *rows)
     code = f"""
 import sys

@@ -67,14 +67,14 @@ def test_a_criterion_of_ones_own_goes_all_the_way(model_and_params: tuple[Model,
     assert scores.header["criterion"] == {"name": "Descending", "step": 0.25}
     assert objective_name(scores, model.head("moods")) == "margin"
 
-    gates = select(model, params, scores, Units(0.5))
+    gates = select(model, params, scores, Units(0.5), rules=Rules(allocation="per_layer"))
     assert np.asarray(gates["0.attention.heads"]).tolist() == [1, 1, 0, 0]
     record = pruning_record(scores, gates, Units(0.5))
     assert record["scores"]["criterion"]["name"] == "Descending" and record["units"]["kept"] == 18
 
     for properties in (properties_of(scoring.criterion), scores.properties):  # before and after the work
         with pytest.raises(ValueError, match="let all layers compete"):
-            check_scope(properties, Rules())
+            check_scope(properties, Rules(allocation="per_layer"))
         check_scope(properties, Rules(allocation="global"))
     sweeping = Sweeping(criteria={"own": Descending(), "random": Random()}, seeds=3, budgets=(0.5,))
     assert len(combinations(["moods"], sweeping)) == 1 + 3

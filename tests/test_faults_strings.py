@@ -85,7 +85,8 @@ def check_text(place: Place, folder: Path, text: str, expected: str) -> None:
     ended = {check(result) for result in commands(place, data, "mood", out)}
     assert ended == {expected}
     made = {entry.relative_to(out).parts[0] for entry in everything(out)} if expected == "accepted" else set()
-    assert made == ({"scores", "small", "small.scores.safetensors"} if expected == "accepted" else set())
+    wanted = {"scores", "small", "small.scores.safetensors", "small.answers.safetensors"}
+    assert made == (wanted if expected == "accepted" else set())
     assert {p for p in everything(place.folder) - before if "compiled" not in p.parts} == set()
     assert {entry.name for entry in folder.iterdir()} <= {"data", "out"}
 

@@ -392,3 +392,48 @@ def test_prune_finds_widths_and_records_how(tmp_path: Path):
         assert result.exit_code == 2 and message in " ".join(result.output.split())
     refused = run("plan", place.model, "--scores", scores, "--flops", 0.5, "--allocation", "measured")
     assert refused.exit_code == 2 and "prune" in refused.output
+
+
+class Heard:
+    """A watch that remembers what it is told."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+
+    def open(self, label: str) -> Any:
+        return lambda done, total, note="": None
+
+    def say(self, message: Any) -> None:
+        self.lines.append(str(message))
+
+
+FEW = replace(moods(), splits={**moods().splits, "calibration": moods().rows("calibration")[:7]})
+AUTO: dict[str, tuple[Task, Budget, dict[str, Any], str, str]] = {
+    "a task": (moods(), Units(0.5), {}, "measured", "measured widths lose"),
+    "in rounds": (moods(), Units(0.5), {"rounds": 2}, "per_layer", "in rounds the model changes"),
+    "whole layers": (moods(), Units(0.5), {"scoring": jp.Scoring(criterion=jp.criteria.TopLayers())}, "global", "rank"),
+    "few rows": (FEW, Units(0.5), {}, "per_layer", "moods has fewer than 8 calibration rows"),
+    "a latency": (moods(), Latency(0.9, length=8), {}, "per_layer", "a latency is no sum"),
+    "asked otherwise": (moods(), Units(0.5), {"rules": Rules(allocation="per_kind")}, "per_kind", ""),
+}
+
+
+@pytest.mark.parametrize("case", AUTO)
+def test_widths_are_measured_where_they_can_be_and_else_it_is_said(case: str):
+    task, budget, settings, allocation, said = AUTO[case]
+    model, params, _ = setting("bert")
+    few = {"scoring": jp.Scoring(criterion=jp.criteria.Magnitude()), "measuring": MEASURING, "recovery": None}
+    watch = Heard()
+    pruned = jp.prune(model, params, task, budget, jp.Pruning(**few | settings), watch=watch)
+    assert pruned.record["settings"]["allocation"] == allocation
+    heard = [line for line in watch.lines if "llocation" in line or "measured" in line]
+    assert any(said in line for line in heard) if said else not heard
+
+
+def test_scores_alone_are_selected_by_without_rows():
+    model, params, task = setting("bert")
+    scores = jp.score(model, params, task, jp.Scoring(criterion=jp.criteria.Magnitude()))
+    for tasks in ([], [replace(task, name="other")]):  # no rows, and those of another task
+        pruned = jp.prune(model, params, tasks, Units(0.5), jp.Pruning(recovery=None), scores=scores)
+        assert pruned.record["settings"]["allocation"] == "per_layer"
+        assert pruned.gates.keys() == select(model, params, scores, Units(0.5)).keys()

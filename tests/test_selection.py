@@ -542,5 +542,5 @@ def test_no_kind_starves_another(dense):
 
 
 def test_an_unknown_allocation_is_refused():
-    with pytest.raises(ValueError, match="allocation must be one of per_layer, per_kind, global"):
+    with pytest.raises(ValueError, match="allocation must be one of auto, per_layer, per_kind, global, measured"):
         Rules(allocation="fair")

@@ -191,7 +191,7 @@ def test_rules_for_channels_are_accepted_and_refused_alike_with_one_and_with_two
         for name in ("mood", "topic")
     ]
     for count in (1, 2):
-        rules = Rules(multiple_of={"channels": 2, "query_channels": 2})
+        rules = Rules(multiple_of={"channels": 2, "query_channels": 2}, allocation="per_layer")
         settings = Pruning(rules=rules, recovery=None)
         pruned = prune(model, params, tasks[:count], Units(0.8), settings, scores=scores[:count])
         heads = widths(model.axes, params)["0.attention.heads"]
@@ -300,7 +300,7 @@ def units_of(text: str) -> list[int]:
 
 
 def test_one_score_file_may_be_tested_on_several_tasks(place, scored, tmp_path):
-    options = ("--scores", scored["mood"], "--units", 0.5, "--limit", 10, "--measure", "0")
+    options = ("--scores", scored["mood"], "--units", 0.5, "--limit", 10, "--measure", "0", "--allocation", "per-layer")
     record = record_of("prune", place.model, *options, *BOTH, "--data", place.data, "-o", tmp_path / "two")
     one = record_of("prune", place.model, *options, "--task", "mood", "--data", place.data, "-o", tmp_path / "one")
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
@@ -370,7 +370,7 @@ BAD: dict[str, tuple[Sequence[Any], str]] = {
     "scores and scoring": ((*SCORES, "--scores", "{topic}", "--nodes", 4), "--nodes"),
     "rows of nothing": ((*SCORES, "--scores", "{topic}", "--limit", 4), "--limit: for testing"),
     "layers compared within a layer": (
-        (*TASKS, "--units", 0.5, "--criterion", "top-layers"),
+        (*TASKS, "--units", 0.5, "--criterion", "top-layers", "--allocation", "per-layer"),
         "top-layers.*--allocation global",
     ),
 }

@@ -179,7 +179,7 @@ def test_whole_layers_go_whatever_their_units_cost(budget: Any):
     ):
         assert counts(again) == counts(gates)
     with pytest.raises(ValueError, match="block-influence rank layers"):
-        check_scope(scores.properties, Rules())
+        check_scope(scores.properties, Rules(allocation="per_layer"))
 
 
 def test_of_the_last_layer_goes_what_is_still_too_much():
@@ -213,5 +213,7 @@ def test_a_decoder_loses_whole_layers(place: Path, tmp_path: Path):
     evaluated = record_of("evaluate", out, *asked(place)[1:7], "--limit", 16)["results"]
     assert evaluated[0]["metrics"] == record["after"]["evaluation"]["metrics"]
     assert len(jp.generate(model, params, tiny_batch(model), max_new_tokens=3)) == 3
-    shown = run("plan", place / "model", "--scores", f"{out}.scores.safetensors", "--flops", 0.7)
+    shown = run(
+        "plan", place / "model", "--scores", f"{out}.scores.safetensors", "--flops", 0.7, "--allocation", "per-layer"
+    )
     assert shown.exit_code == 2 and "--allocation global" in shown.stderr

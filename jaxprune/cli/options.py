@@ -89,7 +89,7 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
         "reconstruct": "pruning.recoveries:Reconstruction",
     },
     "normalise": {"l2": "pruning.selection:per_layer_l2"},
-    "allocation": dict.fromkeys(("per-layer", "per-kind", "global", "measured"), ""),
+    "allocation": dict.fromkeys(("auto", "measured", "per-layer", "per-kind", "global"), ""),
     "layers": {
         "one-to-one": "training.joint_loss:one_to_one",
         "uniform": "training.joint_loss:uniform",
@@ -483,8 +483,8 @@ class SelectionOptions:
         str | None, selecting("Tokens per example, for FLOPs; by default as scored. T5: read,written.", metavar="128")
     ] = None
     allocation: Annotated[
-        str, choice("allocation", "Units compete within a site, their kind, or all; or by answers.", "Selection")
-    ] = "per-layer"
+        str, choice("allocation", "Widths of modules by measured answers, or by where units compete", "Selection")
+    ] = "auto"
     multiple_of: Annotated[list[str] | None, selecting("Round widths down to a multiple.", metavar="neurons=8")] = None
     floor: Annotated[list[str] | None, selecting("The least that stays in each layer.", metavar="heads=1")] = None
     protect: Annotated[list[str] | None, selecting("Layers (0) and sites (3.ffn.neurons) that stay whole.")] = None

@@ -97,7 +97,7 @@ def prune(
     ] = 1,
     effort: Annotated[
         int,
-        selecting("Rounds of --allocation measured, each about as long as scoring twice.", least=1, metavar="N"),
+        selecting("Rounds of measuring widths, each about as long as scoring twice.", least=1, metavar="N"),
     ] = 2,
     head: Head = None,
     overwrite: Overwrite = False,
@@ -116,7 +116,7 @@ def prune(
     with terminal.working() as bars:
         files, names = scores or [], task or []
         check_sources(context, files, names, together)
-        if selection.allocation != "measured" and (unused := given(context, "effort")):
+        if selection.allocation not in ("auto", "measured") and (unused := given(context, "effort")):
             raise ValueError(f"{unused}: rounds of measuring widths, but --allocation is {selection.allocation}.")
         sizes = testing.timed()
         pruning = jp.Pruning(

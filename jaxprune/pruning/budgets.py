@@ -221,7 +221,7 @@ def read_budget(settings: Mapping[str, Any]) -> Budget:
     return kind(**{unit or "fraction": amount}, length=settings.get("length"))
 
 
-ALLOCATIONS = ("per_layer", "per_kind", "global", "measured")
+ALLOCATIONS = ("auto", "per_layer", "per_kind", "global", "measured")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,8 +230,9 @@ class Rules:
 
     # Which units compete: those of one site, so that all sites keep about the same fraction; those of one kind, so that
     # all kinds do; or all units of the model, by their score per cost. Or the widths of the sites are found by the
-    # model's measured answers, which is the business of `prune`, see `jaxprune.pruning.allocation`.
-    allocation: str = "per_layer"
+    # model's measured answers, which is the business of `prune`, see `jaxprune.pruning.allocation`. By `auto` `prune`
+    # measures where it can; elsewhere it is per_layer, and global of scores that rank whole layers.
+    allocation: str = "auto"
     # Kept units of a site (channels: of a head) are a multiple of this, or all: one number, or one per kind of units.
     multiple_of: int | Mapping[str, int] | None = None
     # At least so many units of every site (channels: of every head) stay, or all it has: one number, or one per kind.
@@ -249,6 +250,13 @@ class Rules:
     def measured(self) -> bool:
         """True if widths are found by the model's answers."""
         return self.allocation == "measured"
+
+    def decided(self, properties: Mapping[str, Any] | None) -> Rules:
+        """The same without `auto`, where no rows are at hand: for scores of these `properties`."""
+        if self.allocation != "auto":
+            return self
+        by_layer = properties is None or properties.get("by_layer", True)
+        return replace(self, allocation="per_layer" if by_layer else "global")
 
     def settings(self) -> dict[str, Any]:
         """All of them by name."""

@@ -355,6 +355,7 @@ def sweep(
             file = folder / SCORES / f"{stems[task.name]}.{name}.{seed}.safetensors"
             scores = score_once(model, params, task, scoring, file, watch)
             rules = sweeping.rules if criterion.by_layer else replace(sweeping.rules, allocation="global")
+            rules = rules.decided(scores.properties)
             length = scores.header["mean_length"] if sweeping.length is None else sweeping.length
             for one in (one for one in missing if (one.criterion, one.seed) == (name, seed)):
                 gates, what = (
@@ -403,7 +404,7 @@ def _measured(result: Evaluation, dense: Evaluation | None) -> dict[str, Any]:
 
 def _settings(model: Model, params: Params, tasks: Sequence[Task], sweeping: Sweeping) -> dict[str, Any]:
     """All that the results depend on, as JSON holds it."""
-    rows = sweeping.rows
+    rows, rules = sweeping.rows, sweeping.rules.decided(None)
     split = rows.split or "test"
     return {
         "model": model_digest(model, params),
@@ -416,7 +417,7 @@ def _settings(model: Model, params: Params, tasks: Sequence[Task], sweeping: Swe
             for task in tasks
         },
         "criteria": {name: describe(criterion) for name, criterion in sweeping.criteria.items()},
-        "selection": dict.fromkeys(NAMES) | settings_of(None, sweeping.rules) | {"length": sweeping.length},
+        "selection": dict.fromkeys(NAMES) | settings_of(None, rules) | {"length": sweeping.length},
         "split": split,
         "limit": rows.examples,
         "batch_size": rows.batch_size,

@@ -30,7 +30,7 @@ from jaxprune.data.tasks import Task, remove_leaks
 from jaxprune.evaluation.evaluate import fitting_head
 from jaxprune.models import Model
 from jaxprune.models.cost import costs, memory, ratios
-from jaxprune.pruning.allocation import Allocation, Measuring, allocate
+from jaxprune.pruning.allocation import FEWEST, Allocation, Measuring, allocate
 from jaxprune.pruning.budgets import Budget, Latency, Rules
 from jaxprune.pruning.latency import LatencySearch, compare_latency, search_latency
 from jaxprune.pruning.loss import ScoredLoss
@@ -108,8 +108,8 @@ class Pruning:
     """The settings of a pruning, beside its budget; see `prune`."""
 
     scoring: Scoring = Scoring()
-    rules: Rules = Rules()
-    measuring: Measuring = Measuring()  # how widths are found where the rules ask for measured ones
+    rules: Rules = Rules()  # by the allocation `auto` widths are measured where they can be
+    measuring: Measuring = Measuring()
     recovery: Recovery | None = Recovery()  # None: the remaining weights stay as they were
     rounds: int = 1  # steps to the budget; the remaining units are scored again before each
     recover_each_round: bool = False  # else once, in the end
@@ -281,13 +281,14 @@ def prune(
     """
     tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
     given = [] if scores is None else [scores] if isinstance(scores, Scores) else list(scores)
-    _check(model, params, tasks, budget, pruning, given)
     watch = _Stage(None) if watch is None else watch
+    pruning, note = _decided(tasks, budget, pruning, given)
+    _check(model, params, tasks, budget, pruning, given)
     if len(tasks) > 1 and not given:
         tasks, leaks = remove_leaks(tasks)
         for (task, other), count in leaks.items():
             watch.say(f"{task}: {count:,} rows dropped, held out in {other}")
-    run = _Run(model, params, tasks, pruning, workspace, watch)
+    run = _Run(model, params, tasks, pruning, workspace, watch, note)
     return run.in_rounds(budget) if pruning.rounds > 1 else run.at_once(budget, given or run.scored())
 
 
@@ -303,8 +304,8 @@ def _check(
     if not tasks and pruning.recovery is not None:
         raise ValueError("there is nothing to recover with: name a task, or leave recovery out.")
     several = max(len(tasks), len(scores)) > 1
-    if pruning.rules.measured:
-        _check_measured(tasks, budget, pruning, scores)
+    if pruning.rules.measured and (why := _unmeasurable(tasks, budget, pruning, scores)):
+        raise ValueError(f"widths cannot be measured here: {why}. Use another allocation.")
     if pruning.rounds > 1 and (scores or several):
         what = "scores are of the dense model alone" if scores else f"{len(tasks)} tasks are pruned for in one"
         raise ValueError(f"{pruning.rounds} rounds need one task to score in each, and no scores: {what}.")
@@ -334,25 +335,43 @@ def _check(
         check_scores(model, params, scores[0])
 
 
-def _check_measured(tasks: Sequence[Task], budget: Budget, pruning: Pruning, scores: Sequence[Scores]) -> None:
-    """Refuses what measured widths cannot be found with."""
-    what = (
-        f"{len(scores)} scores need as many tasks, whose rows are read"
-        if scores and len(scores) != len(tasks)
-        else "several tasks are ranked by pooled scores alone (--together pooled)"
-        if len(tasks) > 1 and pruning.together is not pooled
-        else "in rounds the model changes between them"
-        if pruning.rounds > 1
-        else "a latency is no sum over units"
-        if isinstance(budget, Latency)
-        else ""
+def _decided(tasks: Sequence[Task], budget: Budget, pruning: Pruning, scores: Sequence[Scores]) -> tuple[Pruning, str]:
+    """The settings without `auto`: widths are measured where they can be; and a note where they are not."""
+    if pruning.rules.allocation != "auto":
+        return pruning, ""
+    properties = scores[0].properties if scores else properties_of(pruning.scoring.criterion)
+    rules, rows = pruning.rules.decided(properties), pruning.measuring.rows
+    split = rows.split or "calibration"
+    few = [] if isinstance(rows.examples, tuple) else [task for task in tasks if len(task.rows(split)) < FEWEST]
+    why = (
+        "the scores rank whole layers"
+        if not properties["by_layer"]
+        else f"{few[0].name} has fewer than {FEWEST} {split} rows"
+        if few
+        else _unmeasurable(tasks, budget, pruning, scores)
     )
-    if what:
-        raise ValueError(f"widths cannot be measured here: {what}. Use another allocation.")
+    if not why:
+        return replace(pruning, rules=replace(rules, allocation="measured")), ""
+    name = rules.allocation.replace("_", "-")
+    return replace(pruning, rules=rules), f"allocation {name}, as widths cannot be measured: {why}"
+
+
+def _unmeasurable(tasks: Sequence[Task], budget: Budget, pruning: Pruning, scores: Sequence[Scores]) -> str:
+    """Why widths cannot be measured; empty if they can."""
+    if scores and len(scores) != len(tasks):
+        return f"{len(scores)} score files for {len(tasks)} tasks, whose rows would be read"
+    if other := {each.header["task"] for each in scores} - {task.name for task in tasks}:
+        return f"the scores are of {', '.join(sorted(other))}, which is not among the tasks"
+    if len(tasks) > 1 and pruning.together is not pooled:
+        return "several tasks are ranked by pooled scores alone (--together pooled)"
+    if pruning.rounds > 1:
+        return "in rounds the model changes between them"
+    return "a latency is no sum over units" if isinstance(budget, Latency) else ""
 
 
 def check_scope(properties: Mapping[str, Any], rules: Rules) -> None:
     """Refuses rules that scores of a criterion, by its `properties`, cannot be selected by."""
+    rules = rules.decided(properties)
     if (rules.allocation in ("per_layer", "measured") or rules.normalise is not None) and not properties["by_layer"]:
         raise ValueError(
             "top-layers and block-influence rank layers, and all units within a layer alike: let all layers compete by "
@@ -370,6 +389,12 @@ class _Run:
     pruning: Pruning
     workspace: Workspace | None
     watch: Watch
+    note: str = ""
+
+    def say_note(self) -> None:
+        """Says why the allocation is not the usual one."""
+        if self.note:
+            self.watch.say(self.note)
 
     def scored(self, watch: Watch | None = None) -> list[Scores]:
         """The scores of the dense model for every task."""
@@ -394,6 +419,7 @@ class _Run:
         choose = self.pruning.together if several else select
         choose = partial(choose, model, params, scores if several else scores[0])
         means = mean_closed(scores)
+        self.say_note()
         search, selected = None, budget
         if isinstance(budget, Latency):
             search = self._search(budget, scores, means, partial(choose, rules=rules))
@@ -512,6 +538,7 @@ class _Run:
             at = f"round {after.number} of {count}: {workspace.folder}"
             self.watch.say(f"{at}, of an earlier run with the same settings")
         (first,) = self.scored(_Stage(self.watch, f"round 1 of {count}, "))
+        self.say_note()
         budget = budget.with_length(length := first.header["mean_length"])
         dense = costs(model, params, budget.length or length)
 

@@ -428,7 +428,7 @@ def _plan(budget: Budget, model: Model, params: Params, scores: Scores | Values,
     """Puts the blocks of all sites in order; see `select`."""
     costs = budget.with_length(parts_of(scores)[1].get("mean_length")).unit_costs(model, params)
     candidates = _candidates(model, params, scores, rules)
-    blocks = cut(candidates, costs, rules.allocation)
+    blocks = cut(candidates, costs, decided(rules, scores).allocation)
     if blocks.cost.size and not blocks.cost.any():
         kinds = " and ".join(dict.fromkeys(site.kind for site in candidates.sites if candidates.width[site.name]))
         raise ValueError(f"{budget.name} cannot be reduced: these scores are of {kinds}, which cost none of it.")
@@ -468,6 +468,11 @@ def _ranked(
 def parts_of(scores: Scores | Values) -> tuple[Values, Mapping[str, Any]]:
     """The scores by site, and what is known about them."""
     return (scores, {}) if isinstance(scores, Mapping) else (scores.values, scores.header)
+
+
+def decided(rules: Rules, scores: Scores | Values) -> Rules:
+    """The rules with the allocation that `auto` stands for in a selection by these scores."""
+    return rules.decided(parts_of(scores)[1].get("properties"))
 
 
 def per_cost(scores: Scores | Values) -> bool:
@@ -535,9 +540,10 @@ def _select_by_table(budget: Latency, model: Model, params: Params, scores: Scor
     choices = [_choices(candidates, site, table) for site in candidates.sites]
     total = table.predict(candidates.width)
     _refuse_unreachable(budget, table.fixed + math.fsum(float(site.costs[0]) for site in choices), total)
-    if rules.allocation == "per_kind":
+    how = decided(rules, scores).allocation
+    if how == "per_kind":
         raise ValueError("a latency is spent by allocation per_layer or global: its table knows no share of a kind.")
-    allocate = alike if rules.allocation == "per_layer" else knapsack
+    allocate = alike if how == "per_layer" else knapsack
     return _gates(candidates, allocate(choices, budget.limit(total) - table.fixed))
 
 
@@ -612,6 +618,7 @@ def pruning_record(
     """
     values, header = parts_of(scores)
     means = None if isinstance(scores, Mapping) else scores.means
+    rules = None if rules is None else decided(rules, scores)
     arrays = {name: np.asarray(gate) for name, gate in gates.items()}
     remaining = {name: np.flatnonzero(gate) for name, gate in arrays.items()}
     for name, value in values.items():  # a site without gates is open
