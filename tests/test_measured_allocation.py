@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import make_place, record_of, run
+from hand_tables import hand_table
 from test_decoders import ANSWERS, ASKED
 from test_spans import questions, spans_model, task_of
 from test_training import DATA, lengths, moods
@@ -75,12 +76,16 @@ def cost_of(choices: Ladders, gates: Any) -> float:
 
 @pytest.mark.parametrize("model_type", TYPES)
 @pytest.mark.parametrize(
-    "budget", [Flops(0.5, length=8), Units(0.7), Memory(0.9), Parameters(0.3)], ids=lambda b: b.name
+    "budget",
+    [Flops(0.5, length=8), Units(0.7), Memory(0.9), Parameters(0.3), Latency(0.6, length=8)],
+    ids=lambda b: b.name,
 )
 def test_what_stays_is_within_the_budget_and_short_of_it_by_less_than_a_block(model_type: str, budget: Budget):
     model, params, task = setting(model_type)
     length = (8, 2) if model_type == "t5" and isinstance(budget, Flops) else budget.length
     budget, scores = replace(budget, length=length), scores_of(model, params)
+    if isinstance(budget, Latency):
+        budget = replace(budget, length=None, table=hand_table(model, params))
     rules = Rules(multiple_of={"neurons": 4})
     found = allocate(model, params, task, scores, budget, replace(MEASURING, rounds=1), rules=rules)
     choices = ladders(model, params, scores, budget, rules)
@@ -347,7 +352,7 @@ def test_what_is_refused():
         (lambda: Measuring(rows=Rows(examples=7)), "at least 8 rows"),
         (lambda: Measuring(ridge=0.0), "above 0"),
         (lambda: allocate(model, params, few, scores, Units(0.5)), "has 7 calibration rows"),
-        (lambda: allocate(model, params, task, scores, Latency(0.5)), "by latency"),
+        (lambda: allocate(model, params, task, scores, Latency(0.5)), "needs table="),
         (
             lambda: allocate(model, params, task, scores, Units(0.1), rules=Rules(floor={"neurons": 16})),
             "cannot be reached",
@@ -413,7 +418,7 @@ AUTO: dict[str, tuple[Task, Budget, dict[str, Any], str, str]] = {
     "in rounds": (moods(), Units(0.5), {"rounds": 2}, "per_layer", "in rounds the model changes"),
     "whole layers": (moods(), Units(0.5), {"scoring": jp.Scoring(criterion=jp.criteria.TopLayers())}, "global", "rank"),
     "few rows": (FEW, Units(0.5), {}, "per_layer", "moods has fewer than 8 calibration rows"),
-    "a latency": (moods(), Latency(0.9, length=8), {}, "per_layer", "a latency is no sum"),
+    "a latency": (moods(), Latency(0.9, length=8), {}, "measured", "measured widths lose"),
     "asked otherwise": (moods(), Units(0.5), {"rules": Rules(allocation="per_kind")}, "per_kind", ""),
 }
 

@@ -64,7 +64,7 @@ from jaxprune.models.running import (
     repeat_rows,
     run_layer,
 )
-from jaxprune.pruning.budgets import Budget, Rules
+from jaxprune.pruning.budgets import Budget, Latency, Rules
 from jaxprune.pruning.pooling import mean_closed, mean_scores
 from jaxprune.pruning.recoveries import DenseModules
 from jaxprune.pruning.selection import Choices, Ladders, Values, ladders, parts_of, per_cost, select
@@ -169,7 +169,7 @@ def allocate(
         tasks: The task, or several; their calibration rows are drawn from.
         scores: Higher means more needed, within a module; or those of every task, which are pooled. Their means replace
             closed units, if they have any. One for several tasks is the ranking for all of them.
-        budget: How much may stay; not of latency.
+        budget: How much may stay; a latency is what its table predicts.
         measuring: The rows, and how long to look.
         rules: As for `select`; the allocation is ignored.
         progress: Called with the number of passes that are finished, and the most there can be.
@@ -191,6 +191,7 @@ def allocate(
     starts = {
         name: choices.places(select(model, params, ranked, budget, rules=replace(rules, allocation=name)))
         for name in STARTS
+        if name != "per_kind" or not isinstance(budget, Latency)
     }
     known = answers.other_budget(budget)
     sweep = 0 if known else 1 + len(REACH) * len(choices.sites)

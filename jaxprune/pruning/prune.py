@@ -12,8 +12,8 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -282,7 +282,7 @@ def prune(
     tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
     given = [] if scores is None else [scores] if isinstance(scores, Scores) else list(scores)
     watch = _Stage(None) if watch is None else watch
-    pruning, note = _decided(tasks, budget, pruning, given)
+    pruning, note = _decided(tasks, pruning, given)
     _check(model, params, tasks, budget, pruning, given)
     if len(tasks) > 1 and not given:
         tasks, leaks = remove_leaks(tasks)
@@ -304,7 +304,7 @@ def _check(
     if not tasks and pruning.recovery is not None:
         raise ValueError("there is nothing to recover with: name a task, or leave recovery out.")
     several = max(len(tasks), len(scores)) > 1
-    if pruning.rules.measured and (why := _unmeasurable(tasks, budget, pruning, scores)):
+    if pruning.rules.measured and (why := _unmeasurable(tasks, pruning, scores)):
         raise ValueError(f"widths cannot be measured here: {why}. Use another allocation.")
     if pruning.rounds > 1 and (scores or several):
         what = "scores are of the dense model alone" if scores else f"{len(tasks)} tasks are pruned for in one"
@@ -335,7 +335,7 @@ def _check(
         check_scores(model, params, scores[0])
 
 
-def _decided(tasks: Sequence[Task], budget: Budget, pruning: Pruning, scores: Sequence[Scores]) -> tuple[Pruning, str]:
+def _decided(tasks: Sequence[Task], pruning: Pruning, scores: Sequence[Scores]) -> tuple[Pruning, str]:
     """The settings without `auto`: widths are measured where they can be; and a note where they are not."""
     if pruning.rules.allocation != "auto":
         return pruning, ""
@@ -348,7 +348,7 @@ def _decided(tasks: Sequence[Task], budget: Budget, pruning: Pruning, scores: Se
         if not properties["by_layer"]
         else f"{few[0].name} has fewer than {FEWEST} {split} rows"
         if few
-        else _unmeasurable(tasks, budget, pruning, scores)
+        else _unmeasurable(tasks, pruning, scores)
     )
     if not why:
         return replace(pruning, rules=replace(rules, allocation="measured")), ""
@@ -356,7 +356,7 @@ def _decided(tasks: Sequence[Task], budget: Budget, pruning: Pruning, scores: Se
     return replace(pruning, rules=rules), f"allocation {name}, as widths cannot be measured: {why}"
 
 
-def _unmeasurable(tasks: Sequence[Task], budget: Budget, pruning: Pruning, scores: Sequence[Scores]) -> str:
+def _unmeasurable(tasks: Sequence[Task], pruning: Pruning, scores: Sequence[Scores]) -> str:
     """Why widths cannot be measured; empty if they can."""
     if scores and len(scores) != len(tasks):
         return f"{len(scores)} score files for {len(tasks)} tasks, whose rows would be read"
@@ -364,9 +364,7 @@ def _unmeasurable(tasks: Sequence[Task], budget: Budget, pruning: Pruning, score
         return f"the scores are of {', '.join(sorted(other))}, which is not among the tasks"
     if len(tasks) > 1 and pruning.together is not pooled:
         return "several tasks are ranked by pooled scores alone (--together pooled)"
-    if pruning.rounds > 1:
-        return "in rounds the model changes between them"
-    return "a latency is no sum over units" if isinstance(budget, Latency) else ""
+    return "in rounds the model changes between them" if pruning.rounds > 1 else ""
 
 
 def check_scope(properties: Mapping[str, Any], rules: Rules) -> None:
@@ -416,16 +414,28 @@ class _Run:
             bar = self.watch.open("measuring modules") if budget.table is None else None
             budget = budget.measured(model, params, bar)
         several = {"together": self.pruning.together} if max(len(scores), len(self.tasks)) > 1 else {}
-        choose = self.pruning.together if several else select
-        choose = partial(choose, model, params, scores if several else scores[0])
         means = mean_closed(scores)
         self.say_note()
-        search, selected = None, budget
-        if isinstance(budget, Latency):
-            search = self._search(budget, scores, means, partial(choose, rules=rules))
-            selected = budget.at(search.trials[search.best].asked)
-        found = self._allocated(scores, selected) if rules.measured else None
-        gates = choose(selected, rules=rules) if found is None else found.gates
+        search, allocations = None, []
+
+        def choose(budget: Budget) -> Gates:
+            if rules.measured:
+                allocations.append(self._allocated(scores, budget, file))
+                return allocations[-1].gates
+            if several:
+                return self.pruning.together(model, params, scores, budget, rules=rules)
+            return select(model, params, scores[0], budget, rules=rules)
+
+        with TemporaryDirectory() as folder:  # for the answers that several budgets share, where nothing else is kept
+            file = Path(folder) / "answers.safetensors" if isinstance(budget, Latency) else None
+            if isinstance(budget, Latency):
+                search = self._search(budget, scores, means, choose)
+                gates = search.trials[search.best].gates
+            else:
+                gates = choose(budget)
+        found = next((own for own in allocations if own.gates is gates), None)
+        if found is not None:
+            self._say_allocated(found)
         losses, rows = self._losses(scores, gates, means)
         small = compact(model, params, gates, means)
         record = pruning_record(_joined(scores, means), gates, budget, rules, **several)
@@ -439,15 +449,15 @@ class _Run:
         rows |= {row for each in scores for row in each.rows}
         return self._recovered(Pruned(small, gates, tuple(scores), record, tuple(rows), budget, None, search))
 
-    def _allocated(self, scores: Sequence[Scores], budget: Budget) -> Allocation:
-        """The selection by measured answers."""
-        measuring, recovery = self.pruning.measuring, self.pruning.recovery
-        if measuring.file is None and self.workspace is not None:
-            measuring = replace(measuring, file=self.workspace.answers_file)
-        if measuring.ridge is None and recovery is not None and isinstance(recovery.method, Reconstruction):
+    def _allocated(self, scores: Sequence[Scores], budget: Budget, file: Path | None) -> Allocation:
+        """The selection by measured answers, which are kept in a file."""
+        measuring = self.pruning.measuring
+        if measuring.file is None:
+            measuring = replace(measuring, file=file if self.workspace is None else self.workspace.answers_file)
+        if measuring.ridge is None and self._reconstructs:
             measuring = replace(measuring, ridge=RIDGE)  # what will be repaired, and how, decides who gives
         named = {task.name: task for task in self.tasks}
-        found = allocate(
+        return allocate(
             self.model,
             self.params,
             [named.get(own.header["task"], task) for own, task in zip(scores, self.tasks, strict=True)],
@@ -457,17 +467,24 @@ class _Run:
             rules=self.pruning.rules,
             progress=self.watch.open("measuring widths"),
         )
+
+    @property
+    def _reconstructs(self) -> bool:
+        recovery = self.pruning.recovery
+        return recovery is not None and isinstance(recovery.method, Reconstruction)
+
+    def _say_allocated(self, found: Allocation) -> None:
+        """Says what was tried, and what was predicted of it."""
         if found.cut_off or found.truncated:
             what = f"{found.cut_off:,} rows left out, their answers are cut off, and {found.truncated:,} texts cut"
             self.watch.say(f"measuring widths: {what}; --max-length reaches further")
         others = ", ".join(f"{name} {loss:.4g}" for name, loss in found.starts.items())
         rounds = ", ".join(f"{each.predicted:.4g} and {each.measured:.4g}" for each in found.rounds)
-        fitted = ", modules fitted" if measuring.ridge is not None else ""
+        fitted = ", modules fitted" if self._reconstructs or self.pruning.measuring.ridge else ""
         self.watch.say(f"measured widths lose {found.loss:.4g} nats per answer{fitted}; {others}")
         self.watch.say(f"predicted and measured: {rounds}")
         if found.known is not None:
-            self.watch.say(f"the effects of single modules are those of another budget: {measuring.file}")
-        return found
+            self.watch.say("the effects of single modules are those that were measured for another budget")
 
     def _recovered(self, pruned: Pruned) -> Pruned:
         """Repairs the pruned model, unless that is done or not wanted, and completes the record."""

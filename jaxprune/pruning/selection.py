@@ -107,12 +107,15 @@ def ladders(model: Model, params: Params, scores: Scores | Values, budget: Budge
     """All widths that the sites of a model may have under some rules.
 
     Raises:
-        ValueError: As `select`; also by latency, which is no sum over blocks.
+        ValueError: As `select`.
     """
-    plan = _plan(budget, model, params, scores, rules)
-    candidates = plan.candidates
-    every = [_of_blocks(plan.blocks, index) for index in range(len(candidates.sites))]
-    limit = budget.limit(plan.total) - plan.fixed
+    if isinstance(budget, Latency):
+        candidates, every, limit = _by_table(budget, model, params, scores, rules)
+    else:
+        plan = _plan(budget, model, params, scores, rules)
+        candidates = plan.candidates
+        every = [_of_blocks(plan.blocks, index) for index in range(len(candidates.sites))]
+        limit = budget.limit(plan.total) - plan.fixed
     free = [len(each.widths) > 1 for each in every]
     pairs = [(site, each) for site, each, several in zip(candidates.sites, every, free, strict=True) if several]
     limit -= math.fsum(float(each.costs[-1]) for each, several in zip(every, free, strict=True) if not several)
@@ -530,6 +533,17 @@ def _gates_of_plan(budget: Budget, plan: _Plan) -> Gates:
 
 def _select_by_table(budget: Latency, model: Model, params: Params, scores: Scores | Values, rules: Rules) -> Gates:
     """The widths of the table that a budget of latency pays for; see `select`."""
+    candidates, choices, limit = _by_table(budget, model, params, scores, rules)
+    how = decided(rules, scores).allocation
+    if how == "per_kind":
+        raise ValueError("a latency is spent by allocation per_layer or global: its table knows no share of a kind.")
+    return _gates(candidates, (alike if how == "per_layer" else knapsack)(choices, limit))
+
+
+def _by_table(
+    budget: Latency, model: Model, params: Params, scores: Scores | Values, rules: Rules
+) -> tuple[Candidates, list[Choices], float]:
+    """The widths of the table, and the seconds that they may take together."""
     table = budget.table
     if table is None:
         raise ValueError("a latency budget needs table=, which measure_latency_table makes for this model and device.")
@@ -540,11 +554,7 @@ def _select_by_table(budget: Latency, model: Model, params: Params, scores: Scor
     choices = [_choices(candidates, site, table) for site in candidates.sites]
     total = table.predict(candidates.width)
     _refuse_unreachable(budget, table.fixed + math.fsum(float(site.costs[0]) for site in choices), total)
-    how = decided(rules, scores).allocation
-    if how == "per_kind":
-        raise ValueError("a latency is spent by allocation per_layer or global: its table knows no share of a kind.")
-    allocate = alike if how == "per_layer" else knapsack
-    return _gates(candidates, allocate(choices, budget.limit(total) - table.fixed))
+    return candidates, choices, budget.limit(total) - table.fixed
 
 
 def least_latency(
