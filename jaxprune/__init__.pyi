@@ -4,6 +4,7 @@ from . import sparse as sparse
 from .bundled import bundled_data as bundled_data
 from .bundled import bundled_model as bundled_model
 from .bundled import bundled_text_model as bundled_text_model
+from .checkpoints.export import export as export
 from .checkpoints.folder import load as load
 from .checkpoints.folder import save as save
 from .checkpoints.shared import add_gates as add_gates

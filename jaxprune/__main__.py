@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from jaxprune import __version__
-from jaxprune.cli import demo, measuring, pruning, terminal, training
+from jaxprune.cli import demo, exporting, measuring, pruning, terminal, training
 from jaxprune.cli.options import option
 
 EPILOG = (
@@ -109,7 +109,7 @@ for command in (
     *(measuring.score, pruning.prune, pruning.share, pruning.plan),
     *(measuring.sweep, measuring.inspect, measuring.compare, measuring.check, measuring.evaluate, measuring.generate),
     *(training.finetune, training.sparsify, training.distill, training.augment),
-    *(pruning.pack, demo.demo),
+    *(pruning.pack, exporting.export, demo.demo),
 ):
     app.command()(command)
 

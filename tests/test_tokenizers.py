@@ -63,7 +63,7 @@ def test_nothing_is_saved_without_a_tokenizer_that_can_be_opened(tmp_path, monke
 
 def test_nothing_is_saved_with_another_tokenizer(tmp_path, monkeypatch):
     model, params = load(write_phobert(tmp_path / "hf"))
-    monkeypatch.setattr(folders, "_tokenizer_files", lambda *_: {"vocab.txt": b"hay 1\n", "bpe.codes": b"h a 1\n"})
+    monkeypatch.setattr(folders, "files_of_tokenizer", lambda *_: {"vocab.txt": b"hay 1\n", "bpe.codes": b"h a 1\n"})
     with pytest.raises(ValueError, match=r"out is not saved, as its copy of the tokenizer in .*hf is another one"):
         save(tmp_path / "out", model, params)
     assert [file.name for file in tmp_path.iterdir()] == ["hf"]

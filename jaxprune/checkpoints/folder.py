@@ -298,15 +298,15 @@ def save(
     outputs = linear_maps(model.axes, params) if packed == "int8" else {}
     if large := [name for name in outputs if not _is_finite(arrays[name], kinds[name])]:
         raise ValueError(f"cannot save NaN, infinity or values too large for the type: {', '.join(large)}.")
-    tokenizer = _tokenizer(model)
-    files = _tokenizer_files(model, tokenizer)
+    tokenizer = tokenizer_of(model)
+    files = files_of_tokenizer(model, tokenizer)
     taken = files | ({} if pruning is None else {PRUNING: b""})
     if other := [name for name, content in (extra or {}).items() if taken.get(name, content) != content]:
         raise ValueError(f"extra files {', '.join(other)}: the tokenizer or `pruning` has these, with other content.")
     files |= extra or {}
     if pruning is not None:
         result = {"digest": model_digest(model, reread(params, outputs)), "widths": widths(model.axes, params)}
-        files[PRUNING] = _json_bytes({**pruning, "pruned": result})
+        files[PRUNING] = json_bytes({**pruning, "pruned": result})
         check_record(json.loads(files[PRUNING]))
     weights = WEIGHTS if packed is None else WEIGHTS + COMPRESSED
     for name in files:
@@ -320,7 +320,7 @@ def save(
         "heads": [asdict(model.head(name)) for name in model.heads],
         "files": sorted({CONFIG, weights, *files}),
     }
-    files[CONFIG] = _json_bytes({**json.loads(model.config.raw), "model_type": _OWN_TYPE, "jaxprune": section})
+    files[CONFIG] = json_bytes({**json.loads(model.config.raw), "model_type": _OWN_TYPE, "jaxprune": section})
     metadata = {"format": "jaxprune", "version": str(_FORMAT)}
     if outputs:
         names = {kind: name for name, kind in FLOATS.items()}
@@ -333,7 +333,7 @@ def save(
             write_tensors(writer, int8_tensors(arrays, outputs), metadata, dtypes=kinds)
             if isinstance(writer, Compressor):
                 writer.finish()
-        _check_tokenizer(model, tokenizer, folder, path)
+        check_tokenizer(model, tokenizer, folder, path)
     return path
 
 
@@ -420,7 +420,9 @@ def _find(path_or_hub_id: str | Path, revision: str | None) -> Path:
         raise FileNotFoundError(f"no folder {name}, and the hub does not give it either: {reason}") from error
 
 
-def _json_bytes(content: Mapping[str, Any]) -> bytes:
+def json_bytes(content: Mapping[str, Any]) -> bytes:
+    """A JSON file; arrays are lists there."""
+
     def plain(value: Any) -> Any:
         if isinstance(value, np.ndarray | np.generic | jax.Array):
             return np.asarray(value).tolist()
@@ -460,7 +462,7 @@ def check_destination(path: Path, overwrite: bool) -> None:
     check_replaceable(path)
 
 
-def _tokenizer(model: Model) -> Any:
+def tokenizer_of(model: Model) -> Any:
     """The tokenizer of a model; None if it has none that can be read, or none of its files can be left behind.
 
     Then all of them have the usual names, so the copy is the same without a look at it, which takes seconds if nobody
@@ -482,14 +484,14 @@ def _tokenizer(model: Model) -> Any:
         return None
 
 
-def _tokenizer_files(model: Model, tokenizer: Any) -> dict[str, bytes]:
+def files_of_tokenizer(model: Model, tokenizer: Any) -> dict[str, bytes]:
     """The files of a tokenizer, byte by byte; of one that cannot be read those that are usual."""
     names = TOKENIZER_FILES if tokenizer is None else tokenizer_files(tokenizer)
     files = [] if model.source is None else [model.source / name for name in names]
     return {file.name: file.read_bytes() for file in files if file.is_file()}
 
 
-def _check_tokenizer(model: Model, tokenizer: Any, saved: Path, path: Path) -> None:
+def check_tokenizer(model: Model, tokenizer: Any, saved: Path, path: Path) -> None:
     """Opens the tokenizer of a saved folder, unless the model has none, and compares the two."""
     if tokenizer is None:
         return

@@ -275,7 +275,7 @@ _WRAPPERS = ("module.", "_orig_mod.")
 _LEGACY = re.compile(r"(LayerNorm\.|layer_norm\.)(gamma|beta)$")  # as TensorFlow called a norm's weight and bias
 
 
-def _as_theirs(array: Any, inputs: int | None) -> Any:
+def as_theirs(array: Any, inputs: int | None) -> Any:
     """Our array, seen as the tensor of Hugging Face: PyTorch keeps [out, in], and heads x head size as one."""
     if not inputs:
         return array if inputs is None else array.reshape(math.prod(array.shape))
@@ -458,7 +458,7 @@ def fit_hugging_face(model: Model, tensors: Mapping[str, Source], folder: Path) 
         path: {"copy": None, "split_bias": 0}.get(kind, input_axes(axes_of(model.axes, path)))
         for path, (_, kind) in names.items()
     }
-    shapes = {path: jax.eval_shape(partial(_as_theirs, inputs=inputs[path]), dense[path]).shape for path in names}
+    shapes = {path: jax.eval_shape(partial(as_theirs, inputs=inputs[path]), dense[path]).shape for path in names}
     entries = {path: tensors[stored[plain]].entry for path, (plain, _) in names.items() if plain in stored}
     refuse(
         f"the weights in {folder} do not fit its {CONFIG}",
@@ -580,7 +580,7 @@ def read_arrays(
     for path, source, shape, inputs in parameters:
         kind = FLOATS[source.entry.dtype] if dtype is None else dtype
         array = _aligned(shape, kind)
-        view = _as_theirs(array, inputs)
+        view = as_theirs(array, inputs)
         finite = fits = True
         for rows, block in source.file.slices(source.name):
             with np.errstate(over="ignore"):  # found two lines below

@@ -484,3 +484,53 @@ _HEAD_NAMES = {  # the layer before the output, the output
     "distilbert": ("pre_classifier", "classifier"),
     "spans": ("", "qa_outputs"),  # of all of them: there is no layer before the output
 }
+
+
+# What other programs read: all layers have the same widths there
+
+IDLE = False  # a layer without units still normalises
+_CLASSES = {
+    "bert": "Bert",
+    "ernie": "Ernie",
+    "electra": "Electra",
+    "roberta": "Roberta",
+    "xlm-roberta": "XLMRoberta",
+    "camembert": "Camembert",
+    "data2vec-text": "Data2VecText",
+    "distilbert": "DistilBert",
+}
+
+
+def uniform(config: EncoderConfig, units: Mapping[str, int], layers: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The Hugging Face configuration of a model whose layers all have at least these neurons, and all heads.
+
+    With one task head of a form that such models have, it is theirs; else the model has no head.
+    """
+    distil = config.model_type == "distilbert"
+    raw: dict[str, Any] = {**json.loads(config.raw)}
+    for name in ("id2label", "label2id", "num_labels", "problem_type"):
+        raw.pop(name, None)
+    raw[(_DISTILBERT_NAMES if distil else _BERT_NAMES)["neurons"]] = max(units["neurons"], 1)
+    name, heads = _CLASSES[config.model_type], config.task_heads
+    raw["architectures"] = [f"{name}Model"]
+    if len(heads) == 1:
+        (head,) = heads
+        labels = (
+            {}
+            if head.spans
+            else {
+                "id2label": {str(i): label for i, label in enumerate(head.labels)},
+                "label2id": {label: i for i, label in enumerate(head.labels)},
+                "problem_type": "regression" if head.regression else "single_label_classification",
+            }
+        )
+        form = f"{name}For{'QuestionAnswering' if head.spans else 'SequenceClassification'}"
+        theirs, problems = _head_of(raw | labels | {"architectures": [form]})
+        if not problems and (theirs[0].pooling, theirs[0].dense) == (head.pooling, head.dense):
+            raw |= labels | {"architectures": [form]}
+    return raw
+
+
+def aligned(config: EncoderConfig, params: Params) -> Params:
+    """The parameters: no two layers share any that depend on their units."""
+    return params

@@ -712,3 +712,76 @@ def checkpoint_names(config: DecoderConfig) -> dict[Path, tuple[str, str]]:
 def ignored_names(config: DecoderConfig) -> tuple[str, ...]:
     """Patterns of tensors in checkpoints that no model reads: a copy of the table, and buffers of old versions."""
     return ("layers.*.self_attn.rotary_emb.inv_freq", *(["lm_head.weight"] if config.tied else []))
+
+
+# What other programs read: all layers have the same widths there
+
+IDLE = True  # a layer without units, and without biases, returns what it is given: it can be left out
+_FOREIGN = {  # settings that only the type itself knows
+    "llama": ("attention_bias", "mlp_bias", "pretraining_tp", "is_llama_config", "rope_interleaved"),
+    "qwen2": ("use_sliding_window", "max_window_layers", "sliding_window", "layer_types", "use_mrope"),
+}
+_CLASSES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "seed_oss": "SeedOss",
+    "gemma3_text": "Gemma3",
+}
+
+
+def uniform(config: DecoderConfig, units: Mapping[str, int], layers: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The Hugging Face configuration of a model whose layers all have at least these units.
+
+    `llama` and `qwen2` refuse or misread heads whose sizes do not add up to the width. Then a type with the same blocks
+    stands for them: `mistral` where there are no biases, else `seed_oss`.
+
+    Args:
+        config: The dense model's.
+        units: "groups", "query_heads" of one group, and "neurons".
+        layers: The layers that stay of every stack.
+    """
+    raw, kind, kept = json.loads(config.raw), config.model_type, layers[""]
+    groups, queries = max(units["groups"], 1), max(units["query_heads"], 1)
+    if config.type.gemma:
+        groups, queries = _dividing(config, groups, queries)
+    kinds = [config.kinds[i] for i in kept]
+    heads = groups * queries
+    if kind in _FOREIGN and heads != config.attention_heads and SLIDING not in kinds:
+        for name in _FOREIGN[kind]:
+            raw.pop(name, None)
+        inner, outer, ffn = config.biases
+        kind = "seed_oss" if any(config.biases) else "mistral"
+        raw |= (
+            {"attention_bias": inner, "attention_out_bias": outer, "mlp_bias": ffn, "residual_dropout": 0.0}
+            if kind == "seed_oss"
+            else {"sliding_window": None}
+        )
+        if not {"rope_theta", "rope_parameters"} & raw.keys():
+            raw["rope_theta"] = dict(config.rotary)[GLOBAL].theta
+    if config.type.windows == "some" and SLIDING in config.kinds:
+        raw["layer_types"] = kinds
+    return raw | {
+        "model_type": kind,
+        "architectures": [f"{_CLASSES[kind]}ForCausalLM"],
+        "num_hidden_layers": len(kept),
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": config.head_dim,
+        "intermediate_size": max(units["neurons"], 1),
+        "tie_word_embeddings": config.tied,
+    }
+
+
+def _dividing(config: DecoderConfig, groups: int, queries: int) -> tuple[int, int]:
+    """The smallest numbers of heads, of at least these, that divide the width, as some programs ask for."""
+    most = config.attention_heads // config.groups
+    offered = [(g, q) for g in range(groups, config.groups + 1) for q in range(queries, most + 1)]
+    fitting = [pair for pair in offered if config.embed % (pair[0] * pair[1]) == 0]
+    return min(fitting or [(config.groups, most)], key=lambda pair: pair[0] * pair[1])
+
+
+def aligned(config: DecoderConfig, params: Params) -> Params:
+    """The parameters: no two layers share any that depend on their units."""
+    return params

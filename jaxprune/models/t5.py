@@ -43,7 +43,7 @@ from jaxprune.models.layers import (
 )
 from jaxprune.models.layers import initialise as initialise_part
 from jaxprune.models.running import Cache, KeysValues, Mask, Places, Stack, State
-from jaxprune.units import Intervention, Params, Path, TakesGate
+from jaxprune.units import Intervention, Params, Path, TakesGate, axes_of, flatten, unflatten
 
 MAX_LENGTH = 1 << 20  # tokens; relative positions know no end, this only refuses nonsense
 
@@ -577,3 +577,63 @@ def ignored_names(config: T5Config) -> tuple[str, ...]:
     """Patterns of tensors in checkpoints that are copies or that no model reads."""
     unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # in files from before 2021
     return (*TABLES, unused, *([OUTPUT] if config.tied else []))
+
+
+# What other programs read: all layers have the same widths there
+
+IDLE = True  # a layer without units returns what it is given: it can be left out
+_CLASSES = {"t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration"}
+
+
+def uniform(config: T5Config, units: Mapping[str, int], layers: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The Hugging Face configuration of a model whose layers all have at least these heads and neurons."""
+    return json.loads(config.raw) | {
+        "architectures": [_CLASSES[config.model_type]],
+        "num_heads": max(units["heads"], 1),
+        "d_ff": max(units["neurons"], 1),
+        "num_layers": len(layers["encoder"]),
+        "num_decoder_layers": len(layers["decoder"]),
+        "tie_word_embeddings": config.tied,
+    }
+
+
+def aligned(config: T5Config, params: Params) -> Params:
+    """The parameters with the heads of every stack at the places of one table of relative positions.
+
+    Hugging Face keeps one table per stack, so a head needs the same place in all layers; those of other layers are zero
+    there. Heads that differ in their column are at different places.
+    """
+    flat = flatten(params)
+    for stack in stacks(config):
+        tables = {i: flat[(*stack.path, i, *_RELATIVE)] for i in params[stack.name]["layers"]}
+        columns: list[bytes] = []
+        places: dict[int, list[int]] = {}
+        for i, table in tables.items():
+            free, places[i] = [*range(len(columns))], []
+            for column in np.asarray(table).T:
+                found = next((place for place in free if columns[place] == column.tobytes()), len(columns))
+                columns += [column.tobytes()] * (found == len(columns))
+                free = [place for place in free if place != found]
+                places[i].append(found)
+        whole = np.zeros((config.buckets, len(columns)), np.asarray(next(iter(tables.values()))).dtype)
+        for i, table in tables.items():
+            whole[:, places[i]] = table
+        for path, array in flat.items():
+            if path[: len(stack.path)] == stack.path and path[len(stack.path) + 1] == "attention":
+                axes = axes_of(AXES, path)
+                if "heads" in axes:
+                    flat[path] = _placed(array, axes.index("heads"), places[int(path[len(stack.path)])], len(columns))
+        for i in tables:
+            flat[(*stack.path, i, *_RELATIVE)] = whole
+    return unflatten(flat)
+
+
+def _placed(array: Any, axis: int, places: list[int], count: int) -> np.ndarray:
+    """An array whose entries along an axis are at other places of a longer one, zero elsewhere."""
+    array = np.moveaxis(np.asarray(array), axis, 0)
+    moved = np.zeros((count, *array.shape[1:]), array.dtype)
+    moved[places] = array
+    return np.moveaxis(moved, 0, axis)
+
+
+_RELATIVE = ("attention", "relative", "embedding")

@@ -8,6 +8,7 @@ from pathlib import PurePath
 
 from jaxprune.cli.render.tables import (
     BEFORE_AFTER,
+    EXPORTED,
     LOSSES,
     STUDENT,
     Record,
@@ -34,6 +35,19 @@ REFUSED = (
     "arrays, and would fill a model of the usual size with random numbers. Other programs find the arrays of `params` "
     "in the safetensors file, under the same names."
 )
+EXPORT_LOADING = """from transformers import AutoTokenizer, {name}
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = {name}.from_pretrained("FOLDER")
+"""
+EXPORT_HEADS = """
+from safetensors.torch import load_file
+
+batch, heads = tokenizer(["a text"], padding=True, return_tensors="pt"), load_file("FOLDER/heads.safetensors")
+mask = batch["attention_mask"][..., None]
+pooled = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)  # the mean over the tokens
+logits = pooled @ heads["{head}.out.kernel"].to(pooled.dtype) + heads["{head}.out.bias"].to(pooled.dtype)
+"""
 PREDICTING = """logits = jp.predict(model, params, [Example(text="a text")], head={head})  # [examples, labels]"""
 FINDING = """questions = [Example("a question", "its context", answers=())]
 texts = jp.find_answers(model, params, questions, head={head})"""
@@ -130,15 +144,44 @@ def student_card(record: Record, *, on_hub: bool) -> str:
     )
 
 
+def export_card(record: Record, *, on_hub: bool = False) -> str:
+    """The README of an export for transformers, in Markdown with the front matter of the Hugging Face hub."""
+    source, name, beside = _source(record, on_hub), record["class"], record["heads"]["beside"]
+    check, counts = record["check"], record["parameters"]
+    rows = [[EXPORTED[kind], *(f"{each[part]:,}" for part in each)] for kind, each in record["units"].items()]
+    loading = EXPORT_LOADING.format(name=name)
+    if beside:
+        loading += EXPORT_HEADS.format(head=ascii(beside[0])[1:-1])
+    checked = (
+        f"Read back by {check['read_by']}, its {check['of']} differ from those of the model by {check['error']:.1e} of "
+        "the largest."
+        if check
+        else "It was not compared with the model."
+    )
+    return _card(
+        _front_matter(record, on_hub, "pruning", library="transformers"),
+        f"# {source}, for transformers",
+        f"{source}, written by jaxprune as a {_code(name)}: it loads without jaxprune. {checked}",
+        "## How to load it",
+        f"```python\n{loading}\n```",
+        "FOLDER is the folder of this file."
+        + f" Heads: {', '.join(map(_code, beside))}, as `NAME.out.kernel` and `NAME.out.bias`." * bool(beside),
+        "## Units of a layer",
+        _markdown(["", "fewest", "most", "written"], rows),
+        f"{counts['model']:,} parameters, {counts['written']:,} as written: all layers have the same widths here, so "
+        "narrower ones were filled up with zeros, which changes nothing that is computed. `export.json` has the rest.",
+    )
+
+
 def _source(record: Record, on_hub: bool) -> str:
     return _code(record["source"] if on_hub else PurePath(record["source"]).name)
 
 
-def _front_matter(record: Record, on_hub: bool, *tags: str) -> str:
+def _front_matter(record: Record, on_hub: bool, *tags: str, library: str = "jaxprune") -> str:
     from huggingface_hub import ModelCardData
 
     base = record["source"] if on_hub else None
-    facts = ModelCardData(library_name="jaxprune", base_model=base, tags=["jax", *tags, "model-compression"])
+    facts = ModelCardData(library_name=library, base_model=base, tags=["jax", *tags, "model-compression"])
     return f"---\n{facts.to_yaml()}\n---"
 
 

@@ -16,6 +16,12 @@ from jaxprune.evaluation import scale_of, shown
 Record = Mapping[str, Any]
 
 BEFORE_AFTER = ("before", "after", "kept", "speed-up")
+EXPORTED = {  # kinds of units whose numbers are the same in all layers of an export
+    "heads": "attention heads",
+    "groups": "key-value heads",
+    "query_heads": "query heads of each",
+    "neurons": "neurons",
+}
 STUDENT = ("teacher", "student", "kept")
 LOSSES = {  # of a distillation, in words
     "attention": "attention scores",
@@ -644,6 +650,42 @@ def storage_note(record: Record) -> str:
         "the layers) are not zero.",
         "Without zeros little becomes smaller: --values int8 rounds to a byte per weight." * useless,
     )
+
+
+# export
+
+
+def export_table(record: Record) -> Table:
+    """The units of every layer before and after it was filled up."""
+    rows = [
+        (EXPORTED[kind], f"{each['fewest']:,}", f"{each['most']:,}", f"{each['written']:,}")
+        for kind, each in record["units"].items()
+    ]
+    title = f"{record['source']}: {record['class']}, {record['dtype']}"
+    return make_table(title, ("in a layer", "fewest", "most", "written"), rows)
+
+
+def export_notes(record: Record) -> list[str]:
+    """The cost of filling up, what was left out, where the heads are, and how it was checked."""
+    model, written = record["parameters"]["model"], record["parameters"]["written"]
+    inside, beside, check = record["heads"]["inside"], record["heads"]["beside"], record["check"]
+    return [
+        note(
+            f"{written:,} parameters, {record['file_bytes'] / 1e6:,.2f} MB; the model has {model:,}.",
+            "All layers are filled up with zeros to the widest." * (written > model),
+            f"Left out, as they do nothing: {', '.join(record['left_out'])}." * bool(record["left_out"]),
+        ),
+        *(note(f"Its task head is {name}.") for name in [inside] if name),
+        *[note(f"No class of transformers has heads like {', '.join(beside)}: see README.md for their use.")]
+        * bool(beside),
+        note(
+            f"Read back by {check['read_by']}: {check['of']} of random tokens differ by {check['error']:.1e} of the "
+            f"largest (at most {check['tolerance']:.0e})."
+            if check
+            else "Not checked."
+        ),
+        f"Model: {record['output']}",
+    ]
 
 
 # sparsify, distill, augment

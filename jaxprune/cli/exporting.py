@@ -1,0 +1,45 @@
+"""The command that writes models for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import jaxprune as jp
+from jaxprune.cli import terminal
+from jaxprune.cli.options import Folder, Json, ModelName, Overwrite, choice, option
+
+
+def export(
+    model: ModelName,
+    output: Folder,
+    to: Annotated[str, choice("to", "The programs that are to load it.", "Export")] = "hf",
+    head: Annotated[str | None, option("The task head to keep; by default all.", panel="Export")] = None,
+    dtype: Annotated[str | None, choice("dtype", "Type of the weights; by default as they are.", "Export")] = None,
+    check: Annotated[bool, option("Read it back and compare.", "--check/--no-check", panel="Export")] = True,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Writes a model as a folder that transformers loads without jaxprune, and checks that it computes the same.
+
+    Modules are filled up with zeros to the widest layer, which costs room but changes nothing.
+
+    Example: [cyan]jaxprune export small -o for-transformers[/cyan]
+    """
+    with terminal.working():
+        from jaxprune.checkpoints.export import check_exportable
+        from jaxprune.checkpoints.folder import split_task
+        from jaxprune.cli.render import cards, tables
+        from jaxprune.models.cost import file_size
+
+        check_exportable(output, overwrite)
+        loaded, params = jp.load(model)
+
+        def card(made: dict[str, Any]) -> dict[str, bytes]:
+            on_hub = not Path(split_task(model)[0]).expanduser().exists()
+            return {cards.CARD: cards.export_card(made | {"source": model}, on_hub=on_hub).encode()}
+
+        made = jp.export(output, loaded, params, head=head, dtype=dtype, check=check, overwrite=overwrite, extra=card)
+        record = {"command": "export", "source": model, "output": str(output), "to": to, **made}
+        record["file_bytes"] = file_size(output)
+    terminal.show(record, tables.export_table(record), *tables.export_notes(record), as_json=as_json)

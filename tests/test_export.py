@@ -1,0 +1,224 @@
+"""Exports compute what the model computes, in the words of others; and whatever cannot be one is refused."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import make_place, record_of, run
+from tiny import lively, random_gates, tiny_batch, tiny_config, tiny_model
+
+import jaxprune as jp
+from jaxprune.checkpoints import export as module
+from jaxprune.checkpoints.export import EXPORT, HEADS, uniform
+from jaxprune.checkpoints.tensors import TensorFile
+from jaxprune.compaction import compact
+from jaxprune.models import Model, family
+from jaxprune.models.layers import TaskHead
+from jaxprune.units import Params, flatten, open_gates, widths
+
+ENCODERS = ("bert", "roberta", "distilbert", "ernie")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "seed_oss", "gemma3_text")
+DENSE = {"distilbert": "relu"}
+KINDS = ("query_heads", "neurons")
+
+
+def of_type(model_type: str, **sizes: Any) -> tuple[Model, Params]:
+    if model_type not in ENCODERS:
+        return tiny_model(model_type, heads=(), **sizes)
+    dense = DENSE.get(model_type, "tanh")
+    return tiny_model(model_type, heads=(TaskHead(name="mood", labels=("bad", "good"), dense=dense),), **sizes)
+
+
+def logits(model: Model, params: Params, batch: Any, **settings: Any) -> np.ndarray:
+    mask = batch.get("decoder_attention_mask", batch["attention_mask"])
+    found = np.asarray(model.apply(params, batch, **settings).logits)
+    if found.ndim == 3 and found.shape[1:] == (2, mask.shape[1]):  # of spans
+        found = found.swapaxes(1, 2)
+    return found[mask == 1] if found.ndim == 3 else found
+
+
+def pruned(model: Model, params: Params, seed: int = 0, **settings: Any) -> Params:
+    return compact(model, params, random_gates(model, params, seed, **settings))
+
+
+def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("model_type", [*ENCODERS, "t5", "mt5", *DECODERS])
+def test_an_export_computes_the_same(model_type: str, tmp_path: Path):
+    model, params = of_type(model_type, layers=3, **({"attention_heads": 8} if model_type in DECODERS else {}))
+    small = pruned(model, params, 2)
+    record = jp.export(tmp_path / "out", model, small)
+    assert record["check"]["read_by"] == ("transformers" if find_spec("torch") else "jaxprune")
+    assert record["check"]["error"] < 1e-4 and json.loads((tmp_path / "out" / EXPORT).read_text()) == record
+    read, arrays = jp.load(tmp_path / "out")
+    batch = tiny_batch(model)
+    assert_same(logits(read, arrays, batch), logits(model, small, batch))
+    counts = widths(read.axes, arrays)
+    assert len({units for name, units in counts.items() if name.endswith("neurons")}) == 1
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "jaxprune" not in config and config["model_type"] != "jaxprune" and config["dtype"] == "float32"
+    assert [*config] == sorted(config)
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("model_type", [*ENCODERS, "t5", "mt5", *DECODERS])
+def test_transformers_computes_the_same(model_type: str, tmp_path: Path):
+    model, params = of_type(model_type, layers=3, **({"attention_heads": 8} if model_type in DECODERS else {}))
+    for seed, settings in ((3, {}), (4, {"kinds": KINDS} if model_type in DECODERS else {})):
+        record = jp.export(tmp_path / str(seed), model, pruned(model, params, seed, **settings))
+        assert record["check"]["read_by"] == "transformers" and record["check"]["error"] < 1e-5
+
+
+CLASSES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str]] = {
+    "fewer groups": ("llama", {}, ("groups", "neurons"), "MistralForCausalLM"),
+    "with biases": ("llama", {"attention_bias": True}, ("groups", "neurons"), "SeedOssForCausalLM"),
+    "neurons alone": ("llama", {}, ("neurons",), "LlamaForCausalLM"),
+    "of qwen2": ("qwen2", {}, ("groups", "neurons"), "SeedOssForCausalLM"),
+    "of qwen2, neurons alone": ("qwen2", {}, ("neurons",), "Qwen2ForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("case", CLASSES)
+def test_another_class_stands_for_one_that_cannot_have_such_heads(case: str, tmp_path: Path):
+    model_type, settings, kinds, name = CLASSES[case]
+    raw = tiny_config(model_type, layers=3, embed=16, attention_heads=8, neurons=32, vocab=60) | settings
+    model = Model(family(model_type).parse_config(raw, ()))
+    params = lively(model)
+    gates = {name: gate.at[: len(gate) // 4].set(0.0) for name, gate in open_gates(model, params, kinds).items()}
+    record = jp.export(tmp_path / "out", model, compact(model, params, gates))
+    assert record["class"] == name
+    read, _ = jp.load(tmp_path / "out")
+    assert read.config.groups == (3 if "groups" in kinds else 4) and read.config.neurons == 24
+
+
+def test_gemma_has_heads_that_divide_its_width(tmp_path: Path):
+    model, params = tiny_model("gemma3_text", attention_heads=8, heads=())
+    gates = open_gates(model, params, ("groups",))
+    record = jp.export(tmp_path / "out", model, compact(model, params, {n: g.at[0].set(0.0) for n, g in gates.items()}))
+    assert record["units"]["groups"] == {"fewest": 3, "most": 3, "written": 4}  # 6 heads do not divide 16
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "t5", "bert"])
+def test_layers_without_units_are_left_out_where_they_do_nothing(model_type: str, tmp_path: Path):
+    model, params = of_type(model_type, layers=3)
+    gates = {name: gate * float(name.split(".")[-3] != "1") for name, gate in open_gates(model, params).items()}
+    small = compact(model, params, gates)
+    record = jp.export(tmp_path / "out", model, small)
+    gone = {"bert": [], "t5": ["encoder.layers.1", "decoder.layers.1"]}.get(model_type, ["layers.1"])
+    assert record["left_out"] == gone
+    read, arrays = jp.load(tmp_path / "out")
+    counts = [sum(stack.layers for stack in each.stacks) for each in (read, model)]
+    assert counts[0] == counts[1] - len(gone)
+    assert_same(logits(read, arrays, tiny_batch(model)), logits(model, small, tiny_batch(model)))
+
+
+def test_heads_of_t5_stand_where_its_one_table_has_their_positions():
+    model, params = tiny_model("t5", layers=2, attention_heads=4)
+    table = np.random.default_rng(0).normal(size=(model.config.buckets, 4)).astype(np.float32)
+    for stack in ("encoder", "decoder"):
+        for layer in params[stack]["layers"].values():
+            layer["attention"]["relative"]["embedding"] = table
+    gates = open_gates(model, params, ("heads",))
+    closed = {"encoder.0.attention.heads": [1, 2], "encoder.1.attention.heads": [1, 3], "decoder.1.cross.heads": [0]}
+    gates |= {name: gates[name].at[np.array(units)].set(0.0) for name, units in closed.items()}
+    made = uniform(model, compact(model, params, gates))
+    tables = [made.params["encoder"]["layers"][i]["attention"]["relative"]["embedding"] for i in (0, 1)]
+    np.testing.assert_array_equal(tables[0], tables[1])
+    np.testing.assert_array_equal(tables[0][:, :3], table[:, [0, 3, 2]])  # of the first layer, then what is new
+    assert made.units["heads"].written == 4  # of the decoder's
+
+
+def test_heads_of_a_form_of_ones_own_stand_beside_the_encoder(tmp_path: Path):
+    heads = tuple(TaskHead(name=name, labels=("bad", "good"), pooling="mean") for name in ("one", "two"))
+    model, params = tiny_model("bert", heads=heads)
+    record = jp.export(tmp_path / "out", model, pruned(model, params))
+    assert record["class"] == "BertModel" and record["heads"] == {"inside": None, "beside": ["one", "two"]}
+    assert record["check"]["of"] == "hidden states"
+    with TensorFile(tmp_path / "out" / HEADS) as file:
+        assert sorted(file.entries) == [f"{name}.out.{leaf}" for name in ("one", "two") for leaf in ("bias", "kernel")]
+        np.testing.assert_array_equal(file.read("two.out.kernel"), params["heads"]["two"]["out"]["kernel"])
+    one = jp.export(tmp_path / "one", model, params, head="two")
+    assert one["heads"] == {"inside": None, "beside": ["two"]}
+
+
+def test_one_of_several_heads_is_inside(tmp_path: Path):
+    heads = (
+        TaskHead(name="one", labels=("a", "b", "c"), dense="tanh"),
+        TaskHead(name="span", labels=("start", "end"), pooling="none"),
+        TaskHead(name="number", labels=("score",), regression=True, dense="tanh"),
+    )
+    model, params = tiny_model("bert", heads=heads)
+    for head, form in (("one", "Sequence"), ("number", "Sequence"), ("span", "Question")):
+        record = jp.export(tmp_path / head, model, params, head=head)
+        assert record["heads"] == {"inside": head, "beside": []} and form in record["class"]
+        read, arrays = jp.load(tmp_path / head)
+        assert read.head().labels == model.head(head).labels and read.head().regression == model.head(head).regression
+        batch = tiny_batch(model)
+        assert_same(logits(read, arrays, batch), logits(model, params, batch, head=head))
+    with pytest.raises(ValueError, match="no task head 'four'; it has: one, span, number"):
+        jp.export(tmp_path / "four", model, params, head="four")
+    assert not (tmp_path / "four").exists()
+
+
+def test_types(tmp_path: Path):
+    model, params = tiny_model("llama", heads=())
+    record = jp.export(tmp_path / "half", model, params, dtype="bfloat16")
+    assert record["dtype"] == "bfloat16" and record["check"]["error"] < 1e-4
+    with TensorFile(tmp_path / "half" / "model.safetensors") as file:
+        assert {entry.dtype for entry in file.entries.values()} == {"BF16"}
+        assert file.metadata == {"format": "pt"}
+    params["norm"]["scale"] = params["norm"]["scale"] * 1e6
+    with pytest.raises(ValueError, match="too large for the type"):
+        jp.export(tmp_path / "large", model, params, dtype="float16", check=False)
+    assert not (tmp_path / "large").exists()
+
+
+def test_what_computes_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, params = tiny_model("llama", heads=())
+    true = module.tensors_of
+    monkeypatch.setattr(module, "tensors_of", lambda *own: {name: 1.01 * a for name, a in true(*own).items()})
+    with pytest.raises(ValueError, match="the export is not written: read back"):
+        jp.export(tmp_path / "out", model, params)
+    assert [*tmp_path.iterdir()] == []
+    assert jp.export(tmp_path / "out", model, params, check=False)["check"] is None
+
+
+def test_nothing_but_an_export_is_replaced(tmp_path: Path):
+    model, params = tiny_model("llama", heads=())
+    jp.save(tmp_path / "own", model, params)
+    with pytest.raises(FileExistsError, match="is not a folder that was exported"):
+        jp.export(tmp_path / "own", model, params, overwrite=True)
+    jp.export(tmp_path / "out", model, params)
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        jp.export(tmp_path / "out", model, params)
+    changed = {**params, "norm": {"scale": params["norm"]["scale"] * 2}}
+    jp.export(tmp_path / "out", model, changed, overwrite=True)
+    found = flatten(jp.load(tmp_path / "out")[1])["norm", "scale"]
+    np.testing.assert_array_equal(found, changed["norm"]["scale"])
+
+
+def test_the_command(tmp_path: Path):
+    place = make_place(tmp_path)
+    record = record_of("export", place.model, "-o", place.folder / "out", "--dtype", "float16")
+    assert record["command"] == "export" and record["dtype"] == "float16" and record["file_bytes"] > 0
+    card = (place.folder / "out" / "README.md").read_text()
+    assert "library_name: transformers" in card and f"{record['class']}.from_pretrained" in card
+    assert {"vocab.txt", "config.json", "model.safetensors"} <= {file.name for file in (place.folder / "out").iterdir()}
+    read, _ = jp.load(place.folder / "out")
+    assert read.tokenizer("a film")["input_ids"] == jp.load(place.model)[0].tokenizer("a film")["input_ids"]
+    shown = run("export", place.model, "-o", place.folder / "out", "--overwrite", "--no-check")
+    assert shown.exit_code == 0 and "Not checked" in shown.stdout
+    for arguments, message in (
+        ((), "exists already"),
+        (("--to", "pickle"), "none of hf"),
+        (("--dtype", "int4", "--overwrite"), "none of float32"),
+    ):
+        refused = run("export", place.model, "-o", place.folder / "out", *arguments)
+        assert refused.exit_code == 2 and message in " ".join(refused.stderr.split())
