@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path as FilePath
 from typing import Any, NamedTuple
 
@@ -19,7 +18,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxprune.checkpoints.files import check_writable, folder_for, read_json
+from jaxprune.checkpoints.files import check_writable, folder_for
 from jaxprune.checkpoints.folder import (
     as_loaded,
     check_tokenizer,
@@ -184,8 +183,8 @@ def export(
         params: Its parameters, of any widths.
         head: The task head to keep; None keeps all.
         dtype: Type in the file: float32, bfloat16 or float16; None is that of the file the model came from.
-        check: Whether the folder is read back, by transformers where PyTorch is installed, and compared on random
-            tokens: logits, or of an encoder without head the last hidden states, may differ by 1e-4 of the largest.
+        check: Whether the folder is read back as a checkpoint of Hugging Face's, and compared on random tokens: logits,
+            or of an encoder without head the last hidden states, may differ by 1e-4 of the largest.
         overwrite: Whether a folder that this function wrote may be replaced. No other ever is.
         extra: Makes other files of the folder from the record, such as a model card.
 
@@ -258,15 +257,14 @@ def _compared(model: Model, params: Params, made: Uniform, folder: FilePath) -> 
     """
     batch, hidden = _random_batch(model), not (model.answers_in_text or made.model.heads)
     expected = _ours(model, params, batch, made.head, hidden)
-    reader = "transformers" if find_spec("torch") is not None else "jaxprune"
-    found = _theirs(folder, made, batch) if reader == "transformers" else _ours(*load(folder), batch, None, hidden)
+    found = _ours(*load(folder), batch, None, hidden)
     error = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6))
     if not error <= TOLERANCE:
         raise ValueError(
-            f"the export is not written: read back by {reader}, its {'states' if hidden else 'logits'} differ by "
-            f"{error:.1e} of the largest, more than {TOLERANCE:.0e}. That is a fault of jaxprune: please report it."
+            f"the export is not written: read back, its {'states' if hidden else 'logits'} differ by {error:.1e} of "
+            f"the largest, more than {TOLERANCE:.0e}. That is a fault of jaxprune: please report it."
         )
-    return {"read_by": reader, "of": "hidden states" if hidden else "logits", "error": error, "tolerance": TOLERANCE}
+    return {"of": "hidden states" if hidden else "logits", "error": error, "tolerance": TOLERANCE}
 
 
 def _random_batch(model: Model) -> dict[str, np.ndarray]:
@@ -303,25 +301,3 @@ def _of_tokens(values: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
     """The values of all tokens that are not padding; those of whole rows as they are."""
     array, mask = np.asarray(values, np.float64), batch.get("decoder_attention_mask", batch["attention_mask"])
     return array[mask == 1] if array.ndim == 3 else array
-
-
-def _theirs(folder: FilePath, made: Uniform, batch: dict[str, np.ndarray]) -> np.ndarray:
-    """What transformers gives for the folder, in float32."""
-    import torch
-    import transformers
-    from transformers.utils import logging
-
-    kind = getattr(transformers, read_json(folder / CONFIG)["architectures"][0])
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-    with torch.no_grad():
-        out = model(**{name: torch.from_numpy(ids.astype(np.int64)) for name, ids in batch.items()})
-    spans = np.stack([out.start_logits, out.end_logits], -1) if "start_logits" in out else None
-    return _of_tokens(out.get("logits", out.get("last_hidden_state")) if spans is None else spans, batch)

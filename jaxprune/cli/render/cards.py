@@ -153,8 +153,7 @@ def export_card(record: Record, *, on_hub: bool = False) -> str:
     if beside:
         loading += EXPORT_HEADS.format(head=ascii(beside[0])[1:-1])
     checked = (
-        f"Read back by {check['read_by']}, its {check['of']} differ from those of the model by {check['error']:.1e} of "
-        "the largest."
+        f"Read back, its {check['of']} differed from those of the model by {check['error']:.1e} of the largest."
         if check
         else "It was not compared with the model."
     )
