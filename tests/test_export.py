@@ -202,6 +202,10 @@ def test_the_command(tmp_path: Path):
     assert {"vocab.txt", "config.json", "model.safetensors"} <= {file.name for file in (place.folder / "out").iterdir()}
     read, _ = jp.load(place.folder / "out")
     assert read.tokenizer("a film")["input_ids"] == jp.load(place.model)[0].tokenizer("a film")["input_ids"]
+    few = ("--task", "mood", "--data", place.data, "--criterion", "magnitude", "--no-evaluate", "--measure", 0)
+    record_of("prune", place.model, *few, "--flops", 0.5, "--uniform", "-o", place.folder / "small")
+    small = record_of("export", place.folder / "small", "-o", place.folder / "plain")
+    assert small["units"]["neurons"]["fewest"] == small["units"]["neurons"]["written"] < 32
     shown = run("export", place.model, "-o", place.folder / "out", "--overwrite", "--no-check")
     assert shown.exit_code == 0 and "Not checked" in shown.stdout
     for arguments, message in (

@@ -435,7 +435,12 @@ def test_the_record_says_how_the_model_was_made(dense):
     record = pruning_record(scores, gates, **chosen(**settings))
     assert json.loads(json.dumps(record, allow_nan=False)) == record
     known = {name: value for name, value in record["settings"].items() if value is not None}
-    assert known == settings | {"allocation": "per_layer", "protect": [0], "normalise": "per_layer_l2"}
+    assert known == settings | {
+        "allocation": "per_layer",
+        "protect": [0],
+        "uniform": False,
+        "normalise": "per_layer_l2",
+    }
     assert set(record["settings"]) == {*NAMES, "length", *(field.name for field in fields(Rules))}
     assert record["scores"]["model"] == model_digest(model, params)
     assert record["scores"]["criterion"] == {"name": "Random"}

@@ -491,6 +491,7 @@ class SelectionOptions:
     floor: Annotated[list[str] | None, selecting("The least that stays in each layer.", metavar="heads=1")] = None
     protect: Annotated[list[str] | None, selecting("Layers (0) and sites (3.ffn.neurons) that stay whole.")] = None
     normalise: Annotated[str | None, choice("normalise", "Divide scores by each site's norm.", "Selection")] = None
+    uniform: Annotated[bool, selecting("The same widths in all layers, as exports need them.", "--uniform")] = False
 
     def tokens(self) -> Length | None:
         """The tokens of an example; None are those of the examples that are scored."""

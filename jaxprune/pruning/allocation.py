@@ -316,7 +316,8 @@ class _Answers:
         self.saved = time.monotonic()
         if self.file is not None:
             ranking = {name: np.asarray(units) for name, units in choices.candidates.ranking.items()}
-            ladder = {site.name: each.widths for site, each in zip(choices.sites, choices.steps, strict=True)}
+            steps = zip(choices.sites, choices.steps, strict=True)
+            ladder = {" ".join(site.name for site in sites): each.widths for sites, each in steps}
             self.settings = {
                 "model": model_digest(model, params),
                 "tasks": [[own.task.name, own.head, digest_encoded(own.encoded, own.rows)] for own in asked],
@@ -402,9 +403,11 @@ class _Answers:
         layers = self.readers[0].layers
         states: list[Any] = [reader.states() for reader in self.readers]
         run = 0  # layers that the states have run through
-        for number, layer in enumerate(layers):
-            for i, site in enumerate(self.choices.sites):
-                for place in offered[i] if layer_entries({site.name: 0}, layer.name) else ():
+        own = [dict.fromkeys(site.name for site in sites) for sites in self.choices.sites]
+        first = [next(k for k, layer in enumerate(layers) if layer_entries(names, layer.name)) for names in own]
+        for number in range(len(layers)):
+            for i, names in enumerate(own):
+                for place in offered[i] if first[i] == number else ():
                     moved = at.copy()
                     moved[i] = place
                     answers = self._kept(moved)
@@ -413,8 +416,11 @@ class _Answers:
                         while run < number:
                             states = [r.advanced(run, s, way) for r, s in zip(self.readers, states, strict=True)]
                             run += 1
-                        other = self._gated_layer(layer, gates | self.choices.gates_of(i, place))
-                        changed = [*way[:number], other, *way[number + 1 :]]
+                        moved_gates = gates | self.choices.gates_of(i, place)
+                        changed = [
+                            self._gated_layer(each, moved_gates) if layer_entries(names, each.name) else step
+                            for each, step in zip(layers, way, strict=True)
+                        ]
                         pairs = zip(self.readers, states, strict=True)
                         parts = [reader.answers(changed, number, state).ravel() for reader, state in pairs]
                         answers = self._keep(moved, np.concatenate(parts))

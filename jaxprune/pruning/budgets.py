@@ -239,6 +239,9 @@ class Rules:
     floor: int | Mapping[str, int] | None = None
     # Layers (`0`) and sites (`"3.ffn.neurons"`) that keep all units.
     protect: Collection[int | str] = ()
+    # All layers keep as many units of a kind, the best of each: other programs need it, see `jp.export`. Of scores that
+    # rank whole layers, whole layers go.
+    uniform: bool = False
     # Rescales the scores before they are compared, such as `per_layer_l2`.
     normalise: Normalise | None = None
 

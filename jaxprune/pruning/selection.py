@@ -63,6 +63,7 @@ class Blocks(NamedTuple):
     cost: np.ndarray
     order: np.ndarray  # smaller is kept earlier; ties are kept in the order they stand here
     forced: np.ndarray  # whether it is kept before all others
+    step: np.ndarray  # blocks with the same number are kept together
 
 
 class Choices(NamedTuple):
@@ -77,8 +78,8 @@ class Ladders(NamedTuple):
     """The widths that sites may have, and what they may cost together."""
 
     candidates: Candidates
-    sites: tuple[Site, ...]  # those with several widths to choose from
-    steps: tuple[Choices, ...]  # of these sites
+    sites: tuple[tuple[Site, ...], ...]  # those with several widths to choose from; some with the same width as others
+    steps: tuple[Choices, ...]  # of these sites, together
     limit: float  # of the costs of these sites
 
     def cost(self, places: np.ndarray) -> float:
@@ -87,20 +88,20 @@ class Ladders(NamedTuple):
 
     def places(self, gates: Gates) -> np.ndarray:
         """The places on the ladders of the widths of a selection."""
-        widths = [int(np.asarray(gates[site.name]).sum()) for site in self.sites]
+        widths = [int(np.asarray(gates[sites[0].name]).sum()) for sites in self.sites]
         return np.array([np.searchsorted(each.widths, w) for each, w in zip(self.steps, widths, strict=True)], int)
 
     def gates(self, places: np.ndarray) -> Gates:
         """Gates that are open for the best units of every site; a site without a ladder is open."""
         steps = zip(self.sites, self.steps, places, strict=True)
-        widths = {site.name: int(each.widths[place]) for site, each, place in steps}
+        widths = {site.name: int(each.widths[place]) for sites, each, place in steps for site in sites}
         own = self.candidates
         return _gates(own, [widths.get(site.name, own.width[site.name]) for site in own.sites])
 
     def gates_of(self, index: int, place: int) -> Gates:
-        """The gates of one of the sites."""
-        one = self.candidates._replace(sites=(self.sites[index],))
-        return _gates(one, [int(self.steps[index].widths[place])])
+        """The gates of one of the sites, and of those that have its width."""
+        some = self.candidates._replace(sites=self.sites[index])
+        return _gates(some, [int(self.steps[index].widths[place])] * len(some.sites))
 
 
 def ladders(model: Model, params: Params, scores: Scores | Values, budget: Budget, rules: Rules) -> Ladders:
@@ -114,20 +115,21 @@ def ladders(model: Model, params: Params, scores: Scores | Values, budget: Budge
     else:
         plan = _plan(budget, model, params, scores, rules)
         candidates = plan.candidates
-        every = [_of_blocks(plan.blocks, index) for index in range(len(candidates.sites))]
+        every = [_of_blocks(plan.blocks, index, rules.uniform) for index in range(len(candidates.sites))]
         limit = budget.limit(plan.total) - plan.fixed
+    tied, every = _tied(candidates, every, rules, scores)
     free = [len(each.widths) > 1 for each in every]
-    pairs = [(site, each) for site, each, several in zip(candidates.sites, every, free, strict=True) if several]
+    pairs = [(sites, each) for sites, each, several in zip(tied, every, free, strict=True) if several]
     limit -= math.fsum(float(each.costs[-1]) for each, several in zip(every, free, strict=True) if not several)
-    return Ladders(candidates, tuple(site for site, _ in pairs), tuple(each for _, each in pairs), limit)
+    return Ladders(candidates, tuple(sites for sites, _ in pairs), tuple(each for _, each in pairs), limit)
 
 
-def _of_blocks(blocks: Blocks, index: int) -> Choices:
-    """The widths of one site that whole blocks make."""
+def _of_blocks(blocks: Blocks, index: int, tied: bool) -> Choices:
+    """The widths of one site that whole blocks make; what costs nothing stays, unless it is tied to what does not."""
     own = blocks.site == index
     units, costs = (np.concatenate([[0], np.cumsum(column[own])]) for column in (blocks.units, blocks.cost))
     least = int(blocks.forced[own].sum())
-    first = len(units) - 1 if not costs[-1] else least  # what costs nothing stays
+    first = len(units) - 1 if not costs[-1] and not tied else least
     return Choices(units[first:].astype(int), costs[first:], np.zeros(len(units) - first))
 
 
@@ -165,7 +167,64 @@ def cut(candidates: Candidates, costs: Mapping[str, float], allocation: str) -> 
         columns = _by_share(candidates.sites, columns)
     if not columns:
         columns.append((np.zeros(0, int), np.zeros(0, int), np.zeros(0), np.zeros(0), np.zeros(0, bool)))
-    return Blocks(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+    site, units, cost, order, forced = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return Blocks(site, units, cost, order, forced, step=np.arange(len(site)))
+
+
+def _together(candidates: Candidates, blocks: Blocks, by_layer: bool) -> Blocks:
+    """The blocks tied to each other, so that all layers keep as many units of a kind: the next best of each.
+
+    Of scores that rank whole layers those of a layer.
+
+    Raises:
+        ValueError: If the layers have not as many units of a kind to begin with.
+    """
+    if not len(blocks.site):
+        return blocks
+    number = {site: i for i, group in enumerate(_alike(candidates, by_layer)) for site in group}
+    at = np.array([number[candidates.sites[i]] for i in blocks.site], int)
+    first = np.searchsorted(blocks.site, blocks.site)  # the place of a block in its site is counted from here
+    place = np.arange(len(at)) - first if by_layer else np.zeros(len(at), int)
+    step = np.unique(np.stack([at, place]), axis=1, return_inverse=True)[1].ravel()
+    costly = np.isfinite(blocks.order)  # what costs nothing has no say
+    counts = np.bincount(step, costly)
+    order = np.where(
+        counts > 0, np.bincount(step, np.where(costly, blocks.order, 0.0)) / np.maximum(counts, 1), -np.inf
+    )
+    return blocks._replace(order=order[step], forced=np.bincount(step, blocks.forced)[step] > 0, step=step)
+
+
+def _alike(candidates: Candidates, by_layer: bool) -> list[tuple[Site, ...]]:
+    """The sites that have the same width: those of a kind; of scores that rank whole layers those of a layer."""
+    groups: dict[Any, list[Site]] = {}
+    for site in candidates.sites:
+        groups.setdefault(site.kind if by_layer else (site.stack, site.layer), []).append(site)
+    for kind, group in groups.items() if by_layer else ():
+        if len(counts := {candidates.width[site.name] for site in group}) > 1:
+            raise ValueError(
+                f"uniform widths need as many {kind} in all layers; they have {min(counts):,} to {max(counts):,}: "
+                "begin with the dense model."
+            )
+    return [tuple(group) for group in groups.values()]
+
+
+def _tied(
+    candidates: Candidates, choices: Sequence[Choices], rules: Rules, scores: Scores | Values
+) -> tuple[list[tuple[Site, ...]], list[Choices]]:
+    """The sites that have one width together, and what they may choose from: widths that all of them have."""
+    if not rules.uniform:
+        return [(site,) for site in candidates.sites], [*choices]
+    if not _by_layer(scores):
+        raise ValueError("scores that rank whole layers have no uniform widths by latency: give another budget.")
+    own, tied, together = dict(zip(candidates.sites, choices, strict=True)), [], []
+    for group in _alike(candidates, True):
+        widths = sorted(set.intersection(*(set(own[site].widths.tolist()) for site in group)))
+        parts = [[column[np.searchsorted(own[site].widths, widths)] for column in own[site][1:]] for site in group]
+        costs, values = (np.sum(column, axis=0) for column in zip(*parts, strict=True))
+        first = 0 if costs[-1] else len(widths) - 1  # what costs nothing stays
+        tied.append(group)
+        together.append(Choices(np.array(widths)[first:], costs[first:], values[first:]))
+    return tied, together
 
 
 def _by_share(sites: Sequence[Site], columns: list[tuple[np.ndarray, ...]]) -> list[tuple[np.ndarray, ...]]:
@@ -197,8 +256,12 @@ def best_first(scores: np.ndarray, groups: int) -> np.ndarray:
 
 def sequence(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
     """The order in which blocks are kept, and what each and all before it cost."""
-    order = np.lexsort((np.arange(len(blocks.site)), blocks.order, ~blocks.forced))  # the last key is the first
-    return order, np.cumsum(blocks.cost[order])
+    order = np.lexsort(
+        (np.arange(len(blocks.site)), blocks.step, blocks.order, ~blocks.forced)
+    )  # the last is the first
+    spent, step = np.cumsum(blocks.cost[order]), blocks.step[order]
+    last = np.flatnonzero(np.append(step[1:] != step[:-1], True)) if len(step) else np.zeros(0, int)
+    return order, spent[last[np.searchsorted(last, np.arange(len(step)))]] if len(step) else spent
 
 
 def prefix(blocks: Blocks, places: int, limit: float) -> np.ndarray:
@@ -432,6 +495,8 @@ def _plan(budget: Budget, model: Model, params: Params, scores: Scores | Values,
     costs = budget.with_length(parts_of(scores)[1].get("mean_length")).unit_costs(model, params)
     candidates = _candidates(model, params, scores, rules)
     blocks = cut(candidates, costs, decided(rules, scores).allocation)
+    if rules.uniform:
+        blocks = _together(candidates, blocks, _by_layer(scores))
     if blocks.cost.size and not blocks.cost.any():
         kinds = " and ".join(dict.fromkeys(site.kind for site in candidates.sites if candidates.width[site.name]))
         raise ValueError(f"{budget.name} cannot be reduced: these scores are of {kinds}, which cost none of it.")
@@ -476,6 +541,11 @@ def parts_of(scores: Scores | Values) -> tuple[Values, Mapping[str, Any]]:
 def decided(rules: Rules, scores: Scores | Values) -> Rules:
     """The rules with the allocation that `auto` stands for in a selection by these scores."""
     return rules.decided(parts_of(scores)[1].get("properties"))
+
+
+def _by_layer(scores: Scores | Values) -> bool:
+    """True unless scores rank whole layers."""
+    return (parts_of(scores)[1].get("properties") or {}).get("by_layer", True)
 
 
 def per_cost(scores: Scores | Values) -> bool:
@@ -537,7 +607,10 @@ def _select_by_table(budget: Latency, model: Model, params: Params, scores: Scor
     how = decided(rules, scores).allocation
     if how == "per_kind":
         raise ValueError("a latency is spent by allocation per_layer or global: its table knows no share of a kind.")
-    return _gates(candidates, (alike if how == "per_layer" else knapsack)(choices, limit))
+    tied, choices = _tied(candidates, choices, rules, scores)
+    found = (alike if how == "per_layer" else knapsack)(choices, limit)
+    widths = {site.name: width for group, width in zip(tied, found, strict=True) for site in group}
+    return _gates(candidates, [widths[site.name] for site in candidates.sites])
 
 
 def _by_table(

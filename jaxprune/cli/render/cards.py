@@ -79,7 +79,9 @@ def model_card(record: Record, *, on_hub: bool) -> str:
     tasks = record.get("tasks", [record])
     source, names = _source(record, on_hub), listed([_code(task["task"]) for task in tasks])
     needed = f"the task {names} needs least" if len(tasks) == 1 else f"the tasks {names} together need least"
-    rules = {name: value for name, value in record["selection"].items() if value not in (None, [])}
+    rules = {
+        name: value for name, value in record["selection"].items() if value not in (None, []) and value is not False
+    }
     budget = _code(", ".join(f"{name} {plain(value)}" for name, value in rules.items()))
     widths = [[_code(name), f"{had:,}", f"{left:,}"] for name, (had, left) in record["widths"].items()]
     units = listed([WORDS[kind] for kind in record["kinds"]]).capitalize()
