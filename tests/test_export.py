@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from commands import make_place, record_of, run
+from test_decoders import ANSWERS
 from tiny import lively, random_gates, tiny_batch, tiny_config, tiny_model
 
 import jaxprune as jp
@@ -70,7 +73,7 @@ CLASSES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], str]] = {
     "with biases": ("llama", {"attention_bias": True}, ("groups", "neurons"), "SeedOssForCausalLM"),
     "neurons alone": ("llama", {}, ("neurons",), "LlamaForCausalLM"),
     "of qwen2": ("qwen2", {}, ("groups", "neurons"), "SeedOssForCausalLM"),
-    "of qwen2, neurons alone": ("qwen2", {}, ("neurons",), "Qwen2ForCausalLM"),
+    "of qwen2, neurons alone": ("qwen2", {"head_dim": 2}, ("neurons",), "Qwen2ForCausalLM"),
 }
 
 
@@ -193,6 +196,96 @@ def test_nothing_but_an_export_is_replaced(tmp_path: Path):
     np.testing.assert_array_equal(found, changed["norm"]["scale"])
 
 
+def test_what_texts_are_written_by_travels_along(tmp_path: Path):
+    model, params = tiny_model("llama")
+    files = {"chat_template.jinja": "{{ messages[0]['content'] }}", "generation_config.json": '{"eos_token_id": 1}'}
+    shutil.copytree(ANSWERS, tmp_path / "dense")
+    for name, content in files.items():
+        (tmp_path / "dense" / name).write_text(content)
+    model = replace(model, source=tmp_path / "dense")
+    jp.save(tmp_path / "saved", model, params)
+    jp.export(tmp_path / "out", jp.load(tmp_path / "saved")[0], params)
+    for folder in ("saved", "out"):
+        assert {name: (tmp_path / folder / name).read_text() for name in files} == files
+        assert jp.load(tmp_path / folder)[0].tokenizer.chat_template == files["chat_template.jinja"]
+
+
+# GGUF
+
+
+@pytest.mark.parametrize("kinds", [("groups", "neurons"), ("neurons",)])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "seed_oss", "gemma3_text"])
+def test_a_gguf_file_computes_the_same(model_type: str, kinds: tuple[str, ...], tmp_path: Path):
+    pytest.importorskip("gguf")
+    model, params = usual(model_type)
+    small = pruned(model, params, 2, kinds=kinds)
+    record = jp.export(tmp_path / "out.gguf", model, small, to="gguf")
+    architecture = {"gemma3_text": "gemma3", "qwen2": "seed_oss"}
+    assert record["class"] == architecture.get(model_type, model_type) and record["check"]["error"] < 1e-5
+    read, arrays = jp.load(tmp_path / "out.gguf")
+    assert_same(logits(read, arrays, tiny_batch(model)), logits(model, small, tiny_batch(model)))
+
+
+def usual(model_type: str, **changed: Any) -> tuple[Model, Params]:
+    """A model with the activation that llama.cpp has for it."""
+    raw = tiny_config(model_type, layers=3, embed=16, attention_heads=8, neurons=32, vocab=60)
+    gemma = model_type == "gemma3_text"
+    raw |= {"hidden_activation": "gelu_pytorch_tanh"} if gemma else {"hidden_act": "silu"}
+    raw |= {"query_pre_attn_scalar": raw.get("head_dim", 256)} if gemma else {}
+    model = Model(family(model_type).parse_config(raw | changed, ()))
+    return model, lively(model)
+
+
+def test_positions_that_llama_stretches(tmp_path: Path):
+    pytest.importorskip("gguf")
+    names = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    for scaling in ({"rope_type": "llama3", "factor": 8.0, **names}, {"rope_type": "linear", "factor": 2.0}):
+        model, params = usual("llama", rope_scaling=scaling, max_position_embeddings=8192)
+        record = jp.export(tmp_path / "out.gguf", model, params, to="gguf", overwrite=True)
+        assert record["check"]["error"] < 1e-5
+
+
+def test_rounded_weights_are_near(tmp_path: Path):
+    pytest.importorskip("gguf")
+    model, params = tiny_model("llama", embed=32, heads=())
+    model = Model(family("llama").parse_config(json.loads(model.config.raw) | {"hidden_act": "silu"}, ()))
+    sizes = {}
+    for dtype in ("float32", "bfloat16", "float16", "q8_0"):
+        record = jp.export(tmp_path / dtype, model, pruned(model, params), to="gguf", dtype=dtype)
+        sizes[dtype] = (tmp_path / dtype).stat().st_size
+        assert record["units"]["neurons"]["written"] % (32 if dtype == "q8_0" else 1) == 0
+    assert sizes["q8_0"] < sizes["float16"] == sizes["bfloat16"] < sizes["float32"]
+
+
+REFUSED: dict[str, tuple[Any, Any, str]] = {
+    "an encoder": (lambda: tiny_model("bert"), {}, "a bert model is no decoder"),
+    "an activation": (
+        lambda: usual("llama", hidden_act="gelu"),
+        {},
+        "llama.cpp has silu in this architecture, not gelu",
+    ),
+    "a window": (lambda: usual("mistral", sliding_window=8), {}, "no sliding windows"),
+    "a scale": (lambda: usual("gemma3_text", query_pre_attn_scalar=9), {}, "scales attention by the size of a head"),
+    "a type": (lambda: usual("llama"), {"dtype": "q4_0"}, "must be one of float32, float16, bfloat16, q8_0"),
+    "a head": (lambda: usual("llama"), {"head": "mood"}, "decoders have no task heads"),
+    "a format": (lambda: usual("llama"), {"to": "pickle"}, "exported to one of hf, gguf"),
+    "a type of others": (lambda: usual("llama"), {"to": "hf", "dtype": "q8_0"}, "q8_0 is a type of GGUF files alone"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_such_form_is_refused(case: str, tmp_path: Path):
+    pytest.importorskip("gguf")
+    make, settings, message = REFUSED[case]
+    model, params = make()
+    with pytest.raises(ValueError, match=message):
+        jp.export(tmp_path / "out", model, params, **({"to": "gguf"} | settings))
+    assert not [*tmp_path.iterdir()]
+
+
+# The command
+
+
 def test_the_command(tmp_path: Path):
     place = make_place(tmp_path)
     record = record_of("export", place.model, "-o", place.folder / "out", "--dtype", "float16")
@@ -210,7 +303,8 @@ def test_the_command(tmp_path: Path):
     assert shown.exit_code == 0 and "Not checked" in shown.stdout
     for arguments, message in (
         ((), "exists already"),
-        (("--to", "pickle"), "none of hf"),
+        (("--to", "pickle"), "none of hf, gguf"),
+        (("--to", "gguf"), "is a folder: name a file"),
         (("--dtype", "int4", "--overwrite"), "none of float32"),
     ):
         refused = run("export", place.model, "-o", place.folder / "out", *arguments)

@@ -156,7 +156,7 @@ def test_tensors_that_cannot_be_used(tmp_path: Path):
     write_gguf(path, config | {"model_type": "qwen3"}, tensors)
     path.write_bytes(path.read_bytes().replace(b"qwen3", b"phi17"))
     with pytest.raises(
-        ValueError, match=r"its general\.architecture is 'phi17', supported: llama, qwen2, qwen3, gemma3"
+        ValueError, match=r"its general\.architecture is 'phi17', supported: llama, qwen2, qwen3, seed_oss, gemma3"
     ):
         jp.load(path)
 
@@ -224,8 +224,12 @@ def saved_tokenizer(folder: Path, tokens: list[str], settings: dict[str, Any]) -
     jax.tree.map(np.testing.assert_array_equal, saved[1], params)
     for each in (model, saved[0]):
         assert each.tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a!"
+    jp.export(folder / "again.gguf", *saved, to="gguf")
+    again, _ = jp.load(folder / "again.gguf")
     for text in TEXTS:
         assert saved[0].tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]
+        assert again.tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]
+    assert again.tokenizer.special_tokens_map == model.tokenizer.special_tokens_map
     return model.tokenizer
 
 

@@ -38,7 +38,10 @@ _FLOAT32, _TEXT, _ARRAY = 6, 8, 9  # kinds of values
 _NORMAL, _CONTROL, _ADDED = 1, 3, 4  # kinds of tokens
 _ROUNDED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 _GEMMA = "gemma3"
-_CLASSES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", _GEMMA: "Gemma3"}  # architecture to `...ForCausalLM`
+_CLASSES = {  # architecture to `...ForCausalLM`
+    **{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "seed_oss": "SeedOss"},
+    _GEMMA: "Gemma3",
+}
 _SIZES = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -72,12 +75,12 @@ _OTHERS = {
 }
 _CALLED = {str: "text", list: "texts", np.ndarray: "numbers", int: "a whole number", bool: "true or false"}
 _FREQUENCIES = "rope_freqs.weight"
-_OUTER = {
+OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_INNER = {
+INNER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -90,10 +93,15 @@ _INNER = {
     "ffn_down": "mlp.down_proj",
     "ffn_norm": "post_attention_layernorm",
 }
-_INNER_OF_GEMMA = _INNER | {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
+INNER_OF = {  # where an architecture has other names
+    _GEMMA: INNER
+    | {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+    "seed_oss": {name: theirs for name, theirs in INNER.items() if name != "ffn_norm"}
+    | {"post_attention_norm": "post_attention_layernorm"},
 }
 
 
@@ -260,13 +268,13 @@ class GGUFFile(TensorFile):
         self._stored = self.entries
 
     def _named(self) -> dict[str, _Tensor]:
-        modules, tensors, unknown = _INNER_OF_GEMMA if self.header.gemma else _INNER, {}, []
+        modules, tensors, unknown = INNER_OF.get(self.header.kind, INNER), {}, []
         for name, tensor in self.header.tensors.items():
             inner = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
             if inner and inner[2] in modules:
                 tensors[f"model.layers.{inner[1]}.{modules[inner[2]]}.{inner[3]}"] = tensor
-            elif name in _OUTER:
-                tensors[_OUTER[name]] = tensor
+            elif name in OUTER:
+                tensors[OUTER[name]] = tensor
             elif name != _FREQUENCIES or self.header.kind != "llama":
                 unknown.append(name)
         if unknown:
@@ -360,6 +368,7 @@ def _config(file: GGUFFile) -> dict[str, Any]:
         "rms_norm_eps": eps,
         "tie_word_embeddings": "lm_head.weight" not in names,
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
+        "attention_out_bias": "model.layers.0.self_attn.o_proj.bias" in names,
         "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in names,
         "rope_parameters": _rotary(file),
         **{theirs: header.count(name) for name, theirs in _SIZES.items()},
@@ -413,7 +422,7 @@ _LLAMA3 = (
 _QWEN2 = _LLAMA3.replace("{1,3}", "")
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 _GPT2 = _BYTES | {"use_regex": True}
-_SPLITS: dict[str, list[dict[str, Any]]] = {
+SPLITS: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [_GPT2],
     "smollm": [{"type": "Digits", "individual_digits": True}, _GPT2],
     **{
@@ -431,9 +440,9 @@ def _tokenizer(header: _Header, config: Mapping[str, Any]) -> dict[str, Any]:
     vocab = {token: i for i, token in enumerate(tokens)}
     if kind == "none":
         return {}
-    if kind not in ("gpt2", "llama") or (kind == "gpt2" and own.get("pre") not in _SPLITS):
+    if kind not in ("gpt2", "llama") or (kind == "gpt2" and own.get("pre") not in SPLITS):
         raise ValueError(
-            f"its tokenizer is {kind}, {_shown(own.get('pre'))}, supported: llama, and gpt2 with {', '.join(_SPLITS)}"
+            f"its tokenizer is {kind}, {_shown(own.get('pre'))}, supported: llama, and gpt2 with {', '.join(SPLITS)}"
         )
     if not len(vocab) == len(tokens) == len(kinds) <= config["vocab_size"]:
         raise ValueError(
@@ -475,7 +484,7 @@ def _tokenizer(header: _Header, config: Mapping[str, Any]) -> dict[str, Any]:
 def _byte_steps(split: str) -> dict[str, Any]:
     """The steps before and after a vocabulary of bytes."""
     normalizer = {"type": "NFC"} if split == "qwen2" else None
-    before = {"type": "Sequence", "pretokenizers": _SPLITS[split]}
+    before = {"type": "Sequence", "pretokenizers": SPLITS[split]}
     return dict(normalizer=normalizer, pre_tokenizer=before, decoder=_GPT2)
 
 

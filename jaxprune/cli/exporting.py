@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import jaxprune as jp
 from jaxprune.cli import terminal
-from jaxprune.cli.options import Folder, Json, ModelName, Overwrite, choice, option
+from jaxprune.cli.options import Json, ModelName, Overwrite, choice, option
 
 
 def export(
     model: ModelName,
-    output: Folder,
+    output: Annotated[Path, option("The folder or file to write.", "--output", "-o", metavar="OUT")],
     to: Annotated[str, choice("to", "The programs that are to load it.", "Export")] = "hf",
     head: Annotated[str | None, option("The task head to keep; by default all.", panel="Export")] = None,
     dtype: Annotated[str | None, choice("dtype", "Type of the weights; by default as they are.", "Export")] = None,
@@ -20,11 +20,12 @@ def export(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Writes a model as a folder that transformers loads without jaxprune, and checks that it computes the same.
+    """Writes a model for programs that do not know jaxprune, and checks that it computes the same.
 
     Modules are filled up with zeros to the widest layer, which costs room but changes nothing.
 
-    Example: [cyan]jaxprune export small -o for-transformers[/cyan]
+    Examples: [cyan]jaxprune export small -o plain[/cyan] is a folder that transformers loads.
+    [cyan]jaxprune export small --to gguf --dtype q8_0 -o small.gguf[/cyan] is a decoder for llama.cpp.
     """
     with terminal.working():
         from jaxprune.checkpoints.export import check_exportable
@@ -32,14 +33,16 @@ def export(
         from jaxprune.cli.render import cards, tables
         from jaxprune.models.cost import file_size
 
-        check_exportable(output, overwrite)
+        check_exportable(output, overwrite, to)
         loaded, params = jp.load(model)
 
         def card(made: dict[str, Any]) -> dict[str, bytes]:
             on_hub = not Path(split_task(model)[0]).expanduser().exists()
             return {cards.CARD: cards.export_card(made | {"source": model}, on_hub=on_hub).encode()}
 
-        made = jp.export(output, loaded, params, head=head, dtype=dtype, check=check, overwrite=overwrite, extra=card)
+        made = jp.export(
+            output, loaded, params, to=to, head=head, dtype=dtype, check=check, overwrite=overwrite, extra=card
+        )
         record = {"command": "export", "source": model, "output": str(output), "to": to, **made}
         record["file_bytes"] = file_size(output)
     terminal.show(record, tables.export_table(record), *tables.export_notes(record), as_json=as_json)

@@ -748,7 +748,8 @@ def uniform(config: DecoderConfig, units: Mapping[str, int], layers: Mapping[str
         groups, queries = _dividing(config, groups, queries)
     kinds = [config.kinds[i] for i in kept]
     heads = groups * queries
-    if kind in _FOREIGN and heads != config.attention_heads and SLIDING not in kinds:
+    odd = heads != config.attention_heads or (kind == "qwen2" and heads * config.head_dim != config.embed)
+    if kind in _FOREIGN and odd and SLIDING not in kinds:
         for name in _FOREIGN[kind]:
             raw.pop(name, None)
         inner, outer, ffn = config.biases

@@ -19,8 +19,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-# The files of usual tokenizers; others say themselves which files they have
+# The files of usual tokenizers, and those by which texts are written; others say themselves which files they have
 TOKENIZER_FILES = (
+    "chat_template.jinja",
+    "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

@@ -679,8 +679,8 @@ def export_notes(record: Record) -> list[str]:
         *[note(f"No class of transformers has heads like {', '.join(beside)}: see README.md for their use.")]
         * bool(beside),
         note(
-            f"Read back: {check['of']} of random tokens differ by {check['error']:.1e} of the largest (at most "
-            f"{check['tolerance']:.0e})."
+            f"Read back: {check['of']} of random tokens differ by {check['error']:.1e} of the largest"
+            + (f" (at most {check['tolerance']:.0e})." if check["tolerance"] else ", as weights were rounded.")
             if check
             else "Not checked."
         ),
