@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from commands import make_place, record_of, run
@@ -268,7 +269,7 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "a scale": (lambda: usual("gemma3_text", query_pre_attn_scalar=9), {}, "scales attention by the size of a head"),
     "a type": (lambda: usual("llama"), {"dtype": "q4_0"}, "must be one of float32, float16, bfloat16, q8_0"),
     "a head": (lambda: usual("llama"), {"head": "mood"}, "decoders have no task heads"),
-    "a format": (lambda: usual("llama"), {"to": "pickle"}, "exported to one of hf, gguf"),
+    "a format": (lambda: usual("llama"), {"to": "pickle"}, "exported to one of hf, gguf, stablehlo"),
     "a type of others": (lambda: usual("llama"), {"to": "hf", "dtype": "q8_0"}, "q8_0 is a type of GGUF files alone"),
 }
 
@@ -281,6 +282,35 @@ def test_what_has_no_such_form_is_refused(case: str, tmp_path: Path):
     with pytest.raises(ValueError, match=message):
         jp.export(tmp_path / "out", model, params, **({"to": "gguf"} | settings))
     assert not [*tmp_path.iterdir()]
+
+
+# StableHLO
+
+
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "t5", "llama", "gemma3_text"])
+def test_a_program_computes_the_same_for_any_batch(model_type: str, tmp_path: Path):
+    pytest.importorskip("flatbuffers")
+    model, params = of_type(model_type)
+    small = pruned(model, params, 2)
+    record = jp.export(tmp_path / "out", model, small, to="stablehlo")
+    assert record["parameters"]["written"] == record["parameters"]["model"] and record["check"]["error"] < 1e-5
+    program = jax.export.deserialize(bytearray((tmp_path / "out").read_bytes()))
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    for rows, length in ((3, 9), (2, 5)):
+        batch = tiny_batch(model, rows=rows, length=length)
+        given = {name: np.asarray(batch[name], np.int32) for name in record["inputs"]}
+        expected = np.asarray(model.apply(small, batch).logits)
+        np.testing.assert_allclose(program.call(given), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_program_is_for_one_head(tmp_path: Path):
+    pytest.importorskip("flatbuffers")
+    heads = (TaskHead(name="one", labels=("a", "b")), TaskHead(name="span", labels=("start", "end"), pooling="none"))
+    model, params = tiny_model("bert", heads=heads)
+    with pytest.raises(ValueError, match="one, span"):
+        jp.export(tmp_path / "out", model, params, to="stablehlo")
+    record = jp.export(tmp_path / "out", model, params, to="stablehlo", head="span", dtype="bfloat16")
+    assert record["heads"]["inside"] == "span" and record["dtype"] == "bfloat16"
 
 
 # The command
@@ -303,7 +333,7 @@ def test_the_command(tmp_path: Path):
     assert shown.exit_code == 0 and "Not checked" in shown.stdout
     for arguments, message in (
         ((), "exists already"),
-        (("--to", "pickle"), "none of hf, gguf"),
+        (("--to", "pickle"), "none of hf, gguf, stablehlo"),
         (("--to", "gguf"), "is a folder: name a file"),
         (("--dtype", "int4", "--overwrite"), "none of float32"),
     ):

@@ -1,7 +1,7 @@
 """Writes models for other programs, and reads them back before they take their place.
 
-`hf` is a folder that transformers loads without code of ours; `gguf` a file for llama.cpp, see `export_gguf.py`. All
-layers have the same widths there: `jaxprune.checkpoints.uniform` fills them up.
+`hf` is a folder that transformers loads without code of ours; `gguf` a file for llama.cpp. All layers have the same
+widths there: `jaxprune.checkpoints.uniform` fills them up. `stablehlo` is a program at the widths that the layers have.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxprune.checkpoints.export_gguf import ROUNDED, export_gguf
+from jaxprune.checkpoints.export_stablehlo import export_stablehlo
 from jaxprune.checkpoints.files import check_file, check_writable, folder_for
 from jaxprune.checkpoints.folder import (
     as_loaded,
@@ -26,14 +27,14 @@ from jaxprune.checkpoints.folder import (
     tokenizer_of,
 )
 from jaxprune.checkpoints.tensors import write_tensors
-from jaxprune.checkpoints.uniform import compared, described, tensors_of, uniform
+from jaxprune.checkpoints.uniform import Uniform, compared, described, runner, tensors_of, uniform
 from jaxprune.checkpoints.weights import CONFIG, WEIGHTS, stored_type
 from jaxprune.models import Model
 from jaxprune.units import Params, flatten, path_name
 
 EXPORT = "export.json"  # in a folder: how it was made
 HEADS = "heads.safetensors"  # task heads of a form that no class of transformers has
-FORMATS = ("hf", "gguf")
+FORMATS = ("hf", "gguf", "stablehlo")
 
 
 def export(
@@ -53,16 +54,17 @@ def export(
     `hf` is a folder that transformers loads without code of ours. Llama and Qwen2 with other heads than their width
     says are written as Mistral or Seed-OSS, which have the same blocks. Of task heads those of a form that transformers
     has are inside; others stand beside an encoder without head, in `heads.safetensors`, under the names that they have
-    in `params`. `export.json` says what was done. `gguf` is a file that llama.cpp loads.
+    in `params`. `export.json` says what was done. `gguf` is a file that llama.cpp loads. `stablehlo` is a program for
+    one head, or for the next tokens, which jax alone runs: see `jaxprune.checkpoints.export_stablehlo`.
 
     Args:
         path: The folder, or the file.
         model: The model; the tokenizer is that of where it was loaded from.
         params: Its parameters, of any widths.
-        to: "hf" or "gguf".
-        head: The task head to keep; None keeps all.
+        to: "hf", "gguf" or "stablehlo".
+        head: The task head to keep; None keeps all, or the only one in a program.
         dtype: Type of the weights: float32, bfloat16, float16, or "q8_0" in GGUF files; None is that of the file the
-            model came from.
+            model came from, and float32 in a program, which computes in it.
         check: Whether the export is read back, as what others wrote would be, and compared on random tokens: logits, or
             of an encoder without head the last hidden states, may differ by 1e-4 of the largest; in q8_0 it is weights
             that may differ, by 1/220 of a parameter's largest.
@@ -80,6 +82,8 @@ def export(
     check_format(to, head, dtype)
     if to == "gguf":
         return export_gguf(path, model, params, dtype=dtype, check=check, overwrite=overwrite)
+    if to == "stablehlo":
+        return export_stablehlo(path, model, params, head=head, dtype=dtype, check=check, overwrite=overwrite)
     path, target = Path(path), checked_type(stored_type(model) if dtype is None else dtype)
     check_exportable(path, overwrite)
     made = uniform(model, params, head)
@@ -102,13 +106,18 @@ def export(
         if made.heads:
             _write(folder / HEADS, {path_name(p): np.asarray(a) for p, a in flatten(made.heads).items()}, target)
         check_tokenizer(model, tokenizer, folder, path)
-        record["check"] = (
-            compared(model, as_loaded(model, params, dtype=target), load(folder), made.head) if check else None
-        )
+        record["check"] = _checked(model, as_loaded(model, params, dtype=target), made, folder) if check else None
         for name, content in ({} if extra is None else extra(record)).items():
             (folder / name).write_bytes(content)
         (folder / EXPORT).write_bytes(json_bytes(record))
     return record
+
+
+def _checked(model: Model, params: Params, made: Uniform, folder: Path) -> dict[str, Any]:
+    """The difference between the model and the folder."""
+    read, arrays = load(folder)
+    hidden = not (read.answers_in_text or read.heads)
+    return compared(model, params, runner(read, arrays, None, hidden), made.head, hidden=hidden)
 
 
 def check_format(to: str, head: str | None, dtype: str | None) -> None:
@@ -117,13 +126,13 @@ def check_format(to: str, head: str | None, dtype: str | None) -> None:
         raise ValueError(f"a model is exported to one of {', '.join(FORMATS)}, got {to!r}.")
     if to == "gguf" and head is not None:
         raise ValueError(f"decoders have no task heads: leave head {head!r} out.")
-    if to == "hf" and dtype == ROUNDED:
+    if to != "gguf" and dtype == ROUNDED:
         raise ValueError(f"{ROUNDED} is a type of GGUF files alone: give another dtype, or export to gguf.")
 
 
 def check_exportable(path: Path, overwrite: bool, to: str = "hf") -> None:
     """Refuses a place that cannot be written, and to replace anything but an export."""
-    if to == "gguf":
+    if to != "hf":
         check_file(path, overwrite)
         return
     check_writable(path)

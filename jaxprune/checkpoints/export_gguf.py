@@ -16,7 +16,7 @@ from jaxprune.checkpoints.files import check_file, write_atomic
 from jaxprune.checkpoints.folder import load
 from jaxprune.checkpoints.gguf import INNER, INNER_OF, OUTER, SPLITS
 from jaxprune.checkpoints.tensors import FLOATS
-from jaxprune.checkpoints.uniform import Uniform, compared, described, tensors_of, uniform
+from jaxprune.checkpoints.uniform import Uniform, compared, described, runner, tensors_of, uniform
 from jaxprune.checkpoints.weights import stored_type
 from jaxprune.models import Model
 from jaxprune.models.decoder import SLIDING, Rotary
@@ -199,7 +199,7 @@ def _checked(model: Model, params: Params, made: Uniform, file: Path, dtype: str
         ]
         if far:
             raise ValueError(f"the export is not written: {', '.join(far[:8])} differ by more than 8 bits. Report it.")
-        found = compared(model, params, (read, arrays), None, tolerance=None)
+        found = compared(model, params, runner(read, arrays, None), None, tolerance=None)
     else:
         kind = FLOATS[_KINDS[dtype]]
         flat = {
@@ -207,7 +207,7 @@ def _checked(model: Model, params: Params, made: Uniform, file: Path, dtype: str
             for path, array in flatten(params).items()
         }
         expected = unflatten({path: array.astype(jnp.float32) for path, array in flat.items()})
-        found = compared(model, expected, (read, arrays), None)
+        found = compared(model, expected, runner(read, arrays, None), None)
     if words and read.tokenizer(_TRIED)["input_ids"] != model.tokenizer(_TRIED)["input_ids"]:
         raise ValueError("the export is not written: its tokenizer finds other tokens. Please report it.")
     return found

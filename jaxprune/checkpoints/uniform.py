@@ -7,7 +7,7 @@ computed. The families say which configuration that is (`uniform` in `jaxprune.m
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -152,28 +152,44 @@ def _count(params: Params) -> int:
     return sum(int(array.size) for array in flatten(params).values())
 
 
-def described(model: Model, params: Params, made: Uniform) -> dict[str, Any]:
-    """What a record says of every export."""
+def described(model: Model, params: Params, made: Uniform | None, head: str | None = None) -> dict[str, Any]:
+    """What a record says of every export; one at the model's own widths has nothing filled up, and one head."""
+    units = {} if made is None else made.units
+    written = _count(params) if made is None else _count(made.params) + _count(made.heads)
     return {
         "model": model_digest(model, params),
-        "units": {kind: each._asdict() for kind, each in made.units.items()},
-        "left_out": list(made.left_out),
-        "parameters": {"model": _count(params), "written": _count(made.params) + _count(made.heads)},
-        "heads": {"inside": made.head, "beside": [*made.heads]},
+        "units": {kind: each._asdict() for kind, each in units.items()},
+        "left_out": [] if made is None else list(made.left_out),
+        "parameters": {"model": _count(params), "written": written},
+        "heads": {"inside": head if made is None else made.head, "beside": [] if made is None else [*made.heads]},
         "versions": versions() | {"transformers": version("transformers")},
     }
 
 
 def compared(
-    model: Model, params: Params, read: tuple[Model, Params], head: str | None, *, tolerance: float | None = TOLERANCE
+    model: Model,
+    params: Params,
+    run: Callable[[Mapping[str, Any]], Any],
+    head: str | None,
+    *,
+    hidden: bool = False,
+    tolerance: float | None = TOLERANCE,
 ) -> dict[str, Any]:
     """The largest difference between what an export that was read back and the model give for random tokens.
 
+    Args:
+        model: The model.
+        params: Its parameters, as they were written.
+        run: What the export gives for a batch.
+        head: The head that both have.
+        hidden: Whether they are compared by their last hidden states.
+        tolerance: By how much of the largest they may differ; None: by any.
+
     Raises:
-        ValueError: If it is too large.
+        ValueError: If they differ by more.
     """
-    batch, hidden = _random_batch(model), not (model.answers_in_text or read[0].heads)
-    expected, found = _ours(model, params, batch, head, hidden), _ours(*read, batch, None, hidden)
+    batch, spans = _random_batch(model), not hidden and model.head(head).spans
+    expected, found = (_of_tokens(each(batch), batch, spans) for each in (runner(model, params, head, hidden), run))
     error = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-6))
     if tolerance is not None and not error <= tolerance:
         raise ValueError(
@@ -181,6 +197,19 @@ def compared(
             f"the largest, more than {tolerance:.0e}. That is a fault of jaxprune: please report it."
         )
     return {"of": "hidden states" if hidden else "logits", "error": error, "tolerance": tolerance}
+
+
+def runner(model: Model, params: Params, head: str | None, hidden: bool = False) -> Callable[[Mapping[str, Any]], Any]:
+    """What a model gives for a batch: the logits of a head, or the last hidden states."""
+
+    def run(batch: Mapping[str, Any]) -> Any:
+        if not hidden:
+            return model.apply(params, batch, head=head).logits
+        states = model.with_heads(()).apply(params, batch, returns=("hidden",)).hidden
+        assert states is not None
+        return states[len(states) - 1]
+
+    return run
 
 
 def _random_batch(model: Model) -> dict[str, np.ndarray]:
@@ -203,17 +232,8 @@ def _random_batch(model: Model) -> dict[str, np.ndarray]:
     return batch
 
 
-def _ours(model: Model, params: Params, batch: dict[str, np.ndarray], head: str | None, hidden: bool) -> np.ndarray:
-    if hidden:
-        states = model.with_heads(()).apply(params, batch, returns=("hidden",)).hidden
-        assert states is not None
-        return _of_tokens(states[len(states) - 1], batch)
-    logits = model.apply(params, batch, head=head).logits
-    assert logits is not None
-    return _of_tokens(logits.swapaxes(1, 2) if model.head(head).spans else logits, batch)
-
-
-def _of_tokens(values: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
+def _of_tokens(values: Any, batch: Mapping[str, np.ndarray], spans: bool) -> np.ndarray:
     """The values of all tokens that are not padding; those of whole rows as they are."""
     array, mask = np.asarray(values, np.float64), batch.get("decoder_attention_mask", batch["attention_mask"])
+    array = array.swapaxes(1, 2) if spans else array
     return array[mask == 1] if array.ndim == 3 else array
