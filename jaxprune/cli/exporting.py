@@ -46,4 +46,5 @@ def export(
         )
         record = {"command": "export", "source": model, "output": str(output), "to": to, **made}
         record["file_bytes"] = file_size(output)
-    terminal.show(record, tables.export_table(record), *tables.export_notes(record), as_json=as_json)
+    shown = [tables.export_table(record)] if record["units"] else []
+    terminal.show(record, *shown, *tables.export_notes(record), as_json=as_json)

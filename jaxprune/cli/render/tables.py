@@ -670,6 +670,11 @@ def export_notes(record: Record) -> list[str]:
     model, written = record["parameters"]["model"], record["parameters"]["written"]
     inside, beside, check = record["heads"]["inside"], record["heads"]["beside"], record["check"]
     return [
+        *(
+            note(f"A program for {listed(names)}, in {record['dtype']}.")
+            for names in [record.get("platforms")]
+            if names
+        ),
         note(
             f"{written:,} parameters, {record['file_bytes'] / 1e6:,.2f} MB; the model has {model:,}.",
             "All layers are filled up with zeros to the widest." * (written > model),
