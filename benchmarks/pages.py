@@ -51,3 +51,14 @@ def spread(found: Mapping[str, Any]) -> str:
     """Accuracy and its standard deviation over the draws."""
     deviation = found["deviation"]
     return percent(found["accuracy"]) + (f" ± {100 * deviation:.1f}" if deviation is not None else "")
+
+
+def elsewhere(found: Mapping[str, Any]) -> str:
+    """Scored on one task, tested in other domains."""
+    names = list(next(iter(found.values()))["accuracy"])
+    rows = [
+        [f"{own['scored_on']} → {domain}", str(own["n"]), percent(own["chance"]), percent(own["dense"])]
+        + [spread(own["accuracy"][name]) for name in names]
+        for domain, own in found.items()
+    ]
+    return table(["accuracy, %", "rows", "chance", "dense", *names], rows)

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pages import RESULTS, best_first, percent, points, record, spread, table, within
+from pages import RESULTS, best_first, elsewhere, percent, points, record, spread, table, within
 from tables_allocation import ALLOCATION_TABLES
 from tables_decoders import DECODER_TABLES, decoder_row
 from tables_recovery import RECOVERY_TABLES, recovery_curves, recovery_row, text_recovery_row
@@ -148,19 +148,7 @@ def few() -> str:
 
 def unseen() -> str:
     """In unseen domains."""
-    found = record("accuracy")["unseen"]["rows"]
-    names = list(next(iter(found.values()))["accuracy"])
-    rows = [
-        [
-            f"{own['scored_on']} → {domain}",
-            str(own["n"]),
-            percent(own["chance"]),
-            percent(own["dense"]),
-            *(spread(own["accuracy"][name]) for name in names),
-        ]
-        for domain, own in found.items()
-    ]
-    return table(["accuracy, %", "rows", "chance", "dense", *names], rows)
+    return elsewhere(record("accuracy")["unseen"]["rows"])
 
 
 def matrix() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pages import best_first, percent, points, record, spread, table
+from pages import best_first, elsewhere, percent, points, record, spread, table
 from timing import wanted
 
 
@@ -58,6 +58,25 @@ def half() -> str:
 def baselines() -> str:
     """All criteria at the endpoint."""
     return _beside("baselines")
+
+
+def labels() -> str:
+    """Without labels, at the endpoint."""
+    return _beside("labels")
+
+
+def unseen() -> str:
+    """In domains that no row to score with came from."""
+    return elsewhere(decoders()["unseen"]["rows"])
+
+
+def matrix() -> str:
+    """Scored on a task, tested on another."""
+    found = decoders()["matrix"]
+    rows = [[a, *map(percent, own.values())] for a, own in found["retained"].items()]
+    heading = [f"{100 * found['budget']:.0f} % of the FLOPs; scored on ↓, tested on →; kept, %"]
+    own = f"\nOwn minus other tasks' scores: {points(found['own_minus_other'])}.\n"
+    return table([*heading, *found["retained"]], rows) + own
 
 
 def _beside(part: str) -> str:
@@ -135,6 +154,9 @@ DECODER_TABLES: Mapping[str, Callable[[], str]] = {
     "decoders-choices": choices,
     "decoders-endpoint": endpoint,
     "decoders-tasks": tasks,
+    "decoders-labels": labels,
+    "decoders-matrix": matrix,
+    "decoders-unseen": unseen,
     "decoders-half": half,
     "decoders-baselines": baselines,
     "decoder-costs": costs,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pages import best_first, percent, points, record, spread, table, within
+from pages import best_first, elsewhere, percent, points, record, spread, table, within
 from timing import wanted
 
 BUNDLED = Path(__file__).parents[1] / "jaxprune" / "bundled"
@@ -180,14 +180,8 @@ def unsupervised() -> str:
 def unseen() -> str:
     """In unseen domains."""
     found = paper()["unseen"]
-    names = list(next(iter(found["rows"].values()))["accuracy"])
-    rows = [
-        [f"{own['scored_on']} → {domain}", str(own["n"]), percent(own["chance"]), percent(own["dense"])]
-        + [spread(own["accuracy"][name]) for name in names]
-        for domain, own in found["rows"].items()
-    ]
     left = "".join(f"\nLeft out: {task}, on which the model is near chance.\n" for task in found["left_out"])
-    return table(["accuracy, %", "rows", "chance", "dense", *names], rows) + left
+    return elsewhere(found["rows"]) + left
 
 
 def cost() -> str:
