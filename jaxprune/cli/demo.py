@@ -132,7 +132,7 @@ def run_demo(output: Path, chosen: str, source: str, data: Path, bars: terminal.
     tasks = [task, *_other_tasks(model, task, data)]
     rows = _test(model, variants, tasks, plan, best.rows, bars)
     pruning = jp.pruning_record(best, gates["attribution"], budget, rules)
-    costs = measured_costs(model, params, small, pruning, head, (plan.batch,), bars)
+    costs = measured_costs((model, params), (model, small), pruning, head, (plan.batch,), bars)
     jp.save(output / "model", model, small, pruning=pruning, overwrite=True, dtype=stored_type(model))
     for when, folder in (("before", model.source or source), ("after", output / "model")):
         costs[when]["file_bytes"] = file_size(folder)

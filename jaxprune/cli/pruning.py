@@ -14,6 +14,7 @@ import typer
 import jaxprune as jp
 from jaxprune.cli import terminal
 from jaxprune.cli.options import (
+    MOST,
     MOST_TOGETHER,
     BatchOptions,
     BudgetOptions,
@@ -99,6 +100,10 @@ def prune(
         int,
         selecting("Rounds of measuring widths, each about as long as scoring twice.", least=1, metavar="N"),
     ] = 2,
+    vocabulary: Annotated[
+        str | None,
+        selecting("Keep the tokens alone that the tasks' rows need, or the N most needed.", metavar="data|N"),
+    ] = None,
     head: Head = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -115,7 +120,7 @@ def prune(
 
     with terminal.working() as bars:
         files, names = scores or [], task or []
-        check_sources(context, files, names, together)
+        check_sources(context, files, names, together, vocabulary)
         if selection.allocation not in ("auto", "measured") and (unused := given(context, "effort")):
             raise ValueError(f"{unused}: rounds of measuring widths, but --allocation is {selection.allocation}.")
         sizes = testing.timed()
@@ -134,7 +139,7 @@ def prune(
             report_loss=losses.loss_report,
         )
         tested = jp.Rows(split="test", examples=testing.limit, **asdict(batches)) if testing.evaluate else None
-        job = PruneCommand(model, output, files, tested, sizes, overwrite)
+        job = PruneCommand(model, output, files, tested, sizes, overwrite, vocabulary)
         load_tasks = lambda of: [rows.load(name, bars, of, head) for name in names]  # noqa: E731
         record = job.run(budget.build(selection.tokens()), pruning, load_tasks, bars)
     show_pruned(record, output, as_json, scored=not files)
@@ -148,7 +153,9 @@ def answers_beside(files: Sequence[Path]) -> Path | None:
     return files[0].with_name(f"{stem}.answers.safetensors")
 
 
-def check_sources(context: typer.Context, files: Sequence[Path], names: Sequence[str], together: str | None) -> None:
+def check_sources(
+    context: typer.Context, files: Sequence[Path], names: Sequence[str], together: str | None, vocabulary: str | None
+) -> None:
     """Refuses options that are about scoring or testing where there is none."""
     if not files and not names:
         raise ValueError("name the task to score with --task, or a score file with --scores.")
@@ -156,6 +163,10 @@ def check_sources(context: typer.Context, files: Sequence[Path], names: Sequence
         raise ValueError(f"{unused}: for scoring, but --scores gives scores that are made already.")
     if not names and (unused := given(context, RowOptions, "head", "limit")):
         raise ValueError(f"{unused}: for testing, but there is no --task to test on.")
+    if vocabulary is not None and not names:
+        raise ValueError("--vocabulary needs rows whose tokens stay: name a task with --task.")
+    if vocabulary not in (None, "data"):
+        check_range("--vocabulary", whole("--vocabulary", vocabulary), 1, MOST)
     if together is not None and len(files or names) < 2:
         raise ValueError("--together is for several tasks: name more of them with --task, or of --scores.")
 
@@ -184,6 +195,7 @@ class PruneCommand:
     tested: jp.Rows | None  # None: it is not tested
     sizes: Sequence[int]  # examples in timed passes
     overwrite: bool
+    vocabulary: str | None = None  # "data", or the most tokens that stay; None: all
 
     def run(
         self, budget: Budget, pruning: jp.Pruning, load_tasks: Callable[[Model], Sequence[jp.Task]], bars: Watch
@@ -210,7 +222,8 @@ class PruneCommand:
                 asked, usual = pruning.recovery.rows.examples, RecoveryOptions.recover_examples
                 say_fewer(bars, asked, task, "calibration", usual, "--recover-examples")
         pruned = jp.prune(model, params, tasks, budget, pruning, scores=scores or None, workspace=workspace, watch=bars)
-        costs = self._measure(model, params, pruned, tasks, pruning.scoring.head, bars)
+        small, pruned, words = self._cut_vocabulary(model, pruned, tasks, pruning.scoring.rows)
+        costs = self._measure((model, params), (small, pruned.params), pruned, tasks, pruning.scoring.head, bars)
         files, made = list(self.files) or workspace.score_files(tasks), pruned.record
         facts = [_facts(model, file, each) for file, each in zip(files, pruned.scores, strict=True)]
         together = made["settings"].get("together")
@@ -222,33 +235,63 @@ class PruneCommand:
             **{name: made[name] for name in ("allocation", "receipt", "receipts", "rounds") if name in made},
             **({"together": together, "tasks": facts} if together else facts[0]),
             **_latency_budget(model, params, pruned, costs),
+            **({"vocabulary": words} if words else {}),
         }
-        record = self._write(model, pruned, record, costs)
+        record = self._write(model, small, pruned, record, costs)
         workspace.remove()
         return record
 
+    def _cut_vocabulary(
+        self, model: Model, pruned: Pruned, tasks: Sequence[jp.Task], rows: jp.Rows
+    ) -> tuple[Model, Pruned, dict[str, Any]]:
+        """The pruned model with the tokens alone that rows of the tasks need, those for testing aside, if wanted."""
+        if self.vocabulary is None:
+            return model, pruned, {}
+        from jaxprune.checkpoints.vocabulary import cut_vocabulary
+        from jaxprune.data.batches import tokens_changed, tokens_needed
+
+        counts = tokens_needed(model, tasks, rows)
+        most = None if self.vocabulary == "data" else whole("--vocabulary", self.vocabulary)
+        made = cut_vocabulary(model, pruned.params, counts, most)
+        words = {
+            "before": model.config.vocab,
+            "after": len(made.kept),
+            "needed": int((counts > 0).sum()),
+            "covered": float(counts[made.kept].sum() / max(counts.sum(), 1)),
+            **tokens_changed(model, made.model, made.kept, tasks, rows),
+        }
+        return made.model, pruned._replace(params=made.params, record=pruned.record | {"vocabulary": words}), words
+
     def _measure(
-        self, model: Model, params: Params, pruned: Pruned, tasks: Sequence[jp.Task], head: str | None, bars: Watch
+        self,
+        whole: tuple[Model, Params],
+        small: tuple[Model, Params],
+        pruned: Pruned,
+        tasks: Sequence[jp.Task],
+        head: str | None,
+        bars: Watch,
     ) -> dict[str, Any]:
         """The costs and the quality of a model before and after; rows that were read for it are not tested on."""
         sizes = list(self.sizes)
         if isinstance(pruned.budget, jp.budgets.Latency) and pruned.budget.table is not None:
             batch = pruned.budget.table.conditions.batch
             sizes = sizes if batch in sizes else [batch, *sizes]
-        scored_head = model.head(pruned.scores[0].header["head"]).name
-        costs = measured_costs(model, params, pruned.params, pruned.record, scored_head, sizes, bars)
+        scored_head = whole[0].head(pruned.scores[0].header["head"]).name
+        costs = measured_costs(whole, small, pruned.record, scored_head, sizes, bars)
         if self.tested is None or not tasks:
             return costs
         rows = replace(self.tested, exclude=pruned.rows)
-        for when, each in (("before", params), ("after", pruned.params)):
+        for when, each in (("before", whole), ("after", small)):
             results = []
             for task in tasks:
                 bar = bars.open(f"testing {when}" if len(tasks) == 1 else f"testing {when}, {task.name}")
-                results.append(jp.evaluate(model, each, task, rows=rows, head=head, progress=bar).to_json())
+                results.append(jp.evaluate(*each, task, rows=rows, head=head, progress=bar).to_json())
             costs[when] |= {"evaluation": results[0]} if len(tasks) == 1 else {"evaluations": results}
         return costs
 
-    def _write(self, model: Model, pruned: Pruned, record: Mapping[str, Any], costs: dict[str, Any]) -> dict[str, Any]:
+    def _write(
+        self, model: Model, small: Model, pruned: Pruned, record: Mapping[str, Any], costs: dict[str, Any]
+    ) -> dict[str, Any]:
         """Writes the folder of a pruned model, with `pruning.json` and a card, and completes its record."""
         from jaxprune.checkpoints.folder import split_task
         from jaxprune.checkpoints.weights import stored_type
@@ -267,7 +310,7 @@ class PruneCommand:
         on_hub = not Path(split_task(self.source)[0]).expanduser().exists()
         jp.save(
             self.output,
-            model,
+            small,
             pruned.params,
             pruning={**pruning, "results": costs},
             overwrite=self.overwrite,
@@ -287,19 +330,20 @@ def kinds_of(sites: Mapping[str, Any]) -> list[str]:
     return [kind for kind in KINDS if kind in named]
 
 
-def both_costs(model: Model, params: Params, small: Params, pruning: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def both_costs(
+    whole: tuple[Model, Params], small: tuple[Model, Params], pruning: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
     """The costs of a model before and after by count; the units are those of the record, which counts channels too."""
     from jaxprune.models.cost import costs
 
     length, units = pruning["settings"]["length"], pruning["units"]
-    before, after = costs(model, params, length), costs(model, small, length)
+    before, after = costs(*whole, length), costs(*small, length)
     return {"before": before | {"units": units["had"]}, "after": after | {"units": units["kept"]}}
 
 
 def measured_costs(
-    model: Model,
-    params: Params,
-    small: Params,
+    whole: tuple[Model, Params],
+    small: tuple[Model, Params],
     pruning: Mapping[str, Any],
     head: str,
     sizes: Sequence[int],
@@ -308,10 +352,10 @@ def measured_costs(
     """The costs of a model before and after, with the latency at each batch size."""
     from jaxprune.pruning.latency import compare_latencies
 
-    costs = both_costs(model, params, small, pruning)
+    costs = both_costs(whole, small, pruning)
     if sizes:
         bar, length = bars.open("measuring latency"), pruning["settings"]["length"]
-        timings = compare_latencies(model, (params, small), sizes, length=length, head=head, progress=bar)
+        timings = compare_latencies((whole, small), sizes, length=length, head=head, progress=bar)
         for each, timing in zip(costs.values(), timings, strict=True):
             each["latency"] = timing
     return costs
@@ -397,7 +441,7 @@ def plan(
             "scores": str(scores),
             "selection": pruning["settings"],
             "kinds": kinds_of(gates),
-            **compared(**both_costs(shapes, params, small, pruning)),
+            **compared(**both_costs((shapes, params), (shapes, small), pruning)),
             "widths": {name: [site["had"], site["kept"]] for name, site in pruning["sites"].items()},
             "layers": layers,
             "latency": None if table is None else predicted(table, shapes, params, small, asked),
@@ -574,7 +618,8 @@ def select_for(
         budget = budget.measured(model, params, bars.open("measuring modules") if budget.table is None else None)
     gates = jp.select(model, params, scores, budget, rules=rules)
     record = jp.pruning_record(scores, gates, budget, rules)
-    costs = both_costs(model, params, jp.compact(model, params, gates, scores.means), record)
+    small = jp.compact(model, params, gates, scores.means)
+    costs = both_costs((model, params), (model, small), record)
     return gates, record, costs | {"kept": ratios(costs["before"], costs["after"])}
 
 

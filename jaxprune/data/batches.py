@@ -754,3 +754,45 @@ def training_batches(
     padded = _shapes(encoded.lengths, BUCKETS, encoded.max_length, shape_cost)
     plan = _plan(generator.permutation(len(encoded)), padded, batch_size)
     return Batches(encoded, [plan[i] for i in generator.permutation(len(plan))], batch_size)
+
+
+def tokens_needed(model: Any, tasks: Sequence[Task], rows: Rows) -> np.ndarray:
+    """How often each token stands in the rows of some tasks, those of test aside, and in their answers: `[vocab]`."""
+    counts = np.zeros(model.config.vocab, np.int64)
+    for task in tasks:
+        for split in ("train", "calibration", "dev"):
+            if not task.rows(split):
+                continue
+            encoded = usable_rows(model, task, rows).encode(task.rows(split))
+            counts += np.bincount(encoded.input_ids, minlength=len(counts))
+            if encoded.candidates is not None:
+                answers = encoded.candidates[encoded.candidates >= 0]
+                counts += np.bincount(answers, minlength=len(counts))
+    return counts
+
+
+def tokens_changed(model: Any, small: Any, kept: np.ndarray, tasks: Sequence[Task], rows: Rows) -> dict[str, Any]:
+    """What a cut vocabulary does to rows for testing: how many are split as before, and the share of unknown tokens.
+
+    Args:
+        model: The model with all tokens.
+        small: The model with those that were `kept`.
+        kept: The indices that they had.
+        tasks: Their rows, a thousand at most of each.
+        rows: How rows are read.
+    """
+    same, unknown, total = 0, np.zeros(2), np.zeros(2)
+    count = 0
+    for task in tasks:
+        tested = task.rows("test")[:1000]
+        if not tested:
+            continue
+        pair = [usable_rows(each, task, rows).encode(tested) for each in (model, small)]
+        pieces = [np.split(each.input_ids, each.offsets[1:-1]) for each in pair]
+        same += sum(np.array_equal(one, kept[other]) for one, other in zip(*pieces, strict=True))
+        count += len(tested)
+        for i, (each, encoded) in enumerate(zip((model, small), pair, strict=True)):
+            unknown[i] += np.count_nonzero(encoded.input_ids == each.tokenizer.unk_token_id)
+            total[i] += len(encoded.input_ids)
+    shares = (unknown / np.maximum(total, 1)).tolist()
+    return {"tested": count, "as_before": same / max(count, 1), "unknown": {"before": shares[0], "after": shares[1]}}

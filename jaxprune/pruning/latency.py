@@ -137,27 +137,25 @@ def compare_latency(
 
 
 def compare_latencies(
-    model: Model,
-    params: Sequence[Params],
+    models: Sequence[tuple[Model, Params]],
     batches: Sequence[int],
     *,
     length: Length,
     head: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[dict[str, Any]]]:
-    """Latencies of several parameters at each batch size, measured in turns, and speed-ups over the first, as records.
+    """Latencies of several models at each batch size, measured in turns, and speed-ups over the first, as records.
 
     Args:
-        model: The architecture.
-        params: Parameters of any widths.
+        models: Architectures and their parameters, of any widths.
         batches: Examples in a pass.
         length: Mean tokens of an example; they are rounded up.
         head: The task head; None is the only one.
         progress: Called with the number of finished batch sizes, and of all.
     """
-    tokens, records = whole_tokens(model, length), [[] for _ in params]
+    tokens, records = whole_tokens(models[0][0], length), [[] for _ in models]
     for done, batch in enumerate(batches, 1):
-        timings = compare_latency([(model, each) for each in params], batch=batch, length=tokens, head=head)
+        timings = compare_latency(models, batch=batch, length=tokens, head=head)
         for record, (timing, speedup) in zip(records, zip(*timings, strict=True), strict=True):
             record.append({**timing._asdict(), "speedup": speedup})
         if progress is not None:

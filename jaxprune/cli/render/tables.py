@@ -329,7 +329,8 @@ def _evaluation_rows(before: Record, after: Record) -> list[tuple[str, ...]]:
 def before_after_notes(record: Record) -> list[str]:
     """The meaning of the figures in `before_after_table`."""
     before, notes = record["before"], []
-    notes.append("FLOPs: matrix products of the layers, for one example. Embeddings are never pruned.")
+    never = "" if record.get("vocabulary") else " Embeddings are never pruned."
+    notes.append(f"FLOPs: matrix products of the layers, for one example.{never}")
     if before.get("latency"):
         device = before["latency"][0]["device"]
         notes.append(
@@ -342,6 +343,13 @@ def before_after_notes(record: Record) -> list[str]:
         notes.append(f"{len(rounds)} rounds left {left} units; the rest was scored again before the next{repaired}.")
     if record.get("recovery"):
         notes.append(_recovery(record["recovery"]))
+    if words := record.get("vocabulary"):
+        notes.append(
+            f"Vocabulary: {words['after']:,} of {words['before']:,} tokens stay, which are "
+            f"{percent(words['covered'])} of those in the tasks' rows, test aside. Of {words['tested']:,} test rows "
+            f"{percent(words['as_before'])} are split as before; unknown tokens: {percent(words['unknown']['before'])} "
+            f"before, {percent(words['unknown']['after'])} after."
+        )
     if record.get("latency_budget"):
         notes.append(_latency_budget(record["latency_budget"]))
     return list(map(note, notes))
