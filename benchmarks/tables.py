@@ -18,6 +18,7 @@ from typing import Any
 from pages import RESULTS, best_first, elsewhere, percent, points, record, spread, table, within
 from tables_allocation import ALLOCATION_TABLES
 from tables_decoders import DECODER_TABLES, decoder_row
+from tables_exports import EXPORT_TABLES
 from tables_recovery import RECOVERY_TABLES, recovery_curves, recovery_row, text_recovery_row
 from tables_sparse import SPARSE_TABLES, sparse_row
 from tables_text import TEXT_TABLES, paper_curves, paper_row
@@ -418,6 +419,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "speed-setting": speed_setting,
     **TEXT_TABLES,
     **ALLOCATION_TABLES,
+    **EXPORT_TABLES,
     **DECODER_TABLES,
     **RECOVERY_TABLES,
     **SPARSE_TABLES,
