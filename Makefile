@@ -26,7 +26,7 @@ PIP := $(BIN)/python $(INSTALL)
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo notebooks test test-slow test-reference test-oldest test-faults lint bench bench-reference clean
+.PHONY: help demo notebooks test test-slow test-reference test-runtimes test-oldest test-faults lint bench bench-reference clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -43,6 +43,9 @@ test-slow: .venv/.stamp-test  ## the others: killed and resumed runs, memory, bu
 
 test-reference: .venv/.stamp-reference  ## compare with PyTorch, captum and scikit-learn
 	$(BIN)/python -m pytest -m reference $(PARALLEL)
+
+test-runtimes: .venv/.stamp-runtimes  ## have llama.cpp load what is exported (builds it first: minutes)
+	$(BIN)/python -m pytest tests/test_runtimes.py
 
 test-oldest: .venv-oldest/.stamp  ## the laws with the oldest supported jax and flax, in .venv-oldest
 	$(call quickly,.venv-oldest/bin/python) -m pytest -m "not slow and not reference and not faults" $(PARALLEL) $(LAWS)
@@ -96,4 +99,8 @@ $(BIN)/python:
 	$(PIP) "$(TORCH)"
 	$(PIP) --editable ".[test,reference]"
 	@$(BIN)/python -c "import captum, sklearn, torch"  # a missing one would skip its tests
+	@touch $@ .venv/.stamp-runtime .venv/.stamp-test
+
+.venv/.stamp-runtimes: pyproject.toml | $(BIN)/python
+	$(PIP) --editable ".[test,runtimes]"
 	@touch $@ .venv/.stamp-runtime .venv/.stamp-test

@@ -7,7 +7,7 @@ widths there: `jaxprune.checkpoints.uniform` fills them up. `stablehlo` is a pro
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,6 @@ def export(
     dtype: str | None = None,
     check: bool = True,
     overwrite: bool = False,
-    extra: Callable[[dict[str, Any]], Mapping[str, bytes]] | None = None,
 ) -> dict[str, Any]:
     """Writes a model for other programs, and compares what they will compute with what it computes.
 
@@ -69,7 +68,6 @@ def export(
             of an encoder without head the last hidden states, may differ by 1e-4 of the largest; in q8_0 it is weights
             that may differ, by 1/220 of a parameter's largest.
         overwrite: Whether a folder that this function wrote, or a file, may be replaced. No other folder ever is.
-        extra: Makes other files of the folder from the record, such as a model card.
 
     Returns:
         What was written, as `export.json` holds it.
@@ -107,8 +105,6 @@ def export(
             _write(folder / HEADS, {path_name(p): np.asarray(a) for p, a in flatten(made.heads).items()}, target)
         check_tokenizer(model, tokenizer, folder, path)
         record["check"] = _checked(model, as_loaded(model, params, dtype=target), made, folder) if check else None
-        for name, content in ({} if extra is None else extra(record)).items():
-            (folder / name).write_bytes(content)
         (folder / EXPORT).write_bytes(json_bytes(record))
     return record
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jaxprune as jp
 from jaxprune.cli import terminal
@@ -30,6 +30,7 @@ def export(
     """
     with terminal.working():
         from jaxprune.checkpoints.export import check_exportable
+        from jaxprune.checkpoints.files import write_atomic
         from jaxprune.checkpoints.folder import split_task
         from jaxprune.cli.render import cards, tables
         from jaxprune.models.cost import file_size
@@ -37,14 +38,11 @@ def export(
         check_exportable(output, overwrite, to)
         loaded, params = jp.load(model)
 
-        def card(made: dict[str, Any]) -> dict[str, bytes]:
-            on_hub = not Path(split_task(model)[0]).expanduser().exists()
-            return {cards.CARD: cards.export_card(made | {"source": model}, on_hub=on_hub).encode()}
-
-        made = jp.export(
-            output, loaded, params, to=to, head=head, dtype=dtype, check=check, overwrite=overwrite, extra=card
-        )
+        made = jp.export(output, loaded, params, to=to, head=head, dtype=dtype, check=check, overwrite=overwrite)
         record = {"command": "export", "source": model, "output": str(output), "to": to, **made}
         record["file_bytes"] = file_size(output)
+        if to == "hf":
+            on_hub = not Path(split_task(model)[0]).expanduser().exists()
+            write_atomic(output / cards.CARD, cards.export_card(record, on_hub=on_hub).encode())
     shown = [tables.export_table(record)] if record["units"] else []
     terminal.show(record, *shown, *tables.export_notes(record), as_json=as_json)
