@@ -219,7 +219,7 @@ def test_options_of_selection_arrive(place, scored, tmp_path):
     found = {name: value for name, value in record["selection"].items() if value is not None and name != "length"}
     assert found == {
         "units": 0.8, "allocation": "global", "multiple_of": {"neurons": 8}, "floor": {"heads": 2},
-        "protect": [0, "1.attention.heads"], "normalise": "per_layer_l2",
+        "protect": [0, "1.attention.heads"], "uniform": False, "normalise": "per_layer_l2",
     }  # fmt: skip
 
 
@@ -711,7 +711,7 @@ def test_every_name_stands_for_something():
     for option, known in options.FUNCTIONS.items():
         found = [options.find(option, name) for name in known]
         real = [id(thing) for thing in found if thing is not None]  # others are read as they are
-        assert len(set(real)) == len(real) and (real or option in ("calibration", "allocation"))
+        assert len(set(real)) == len(real) and (real or option in ("calibration", "allocation", "to", "dtype"))
 
 
 def test_every_criterion_and_every_setting_has_a_name():

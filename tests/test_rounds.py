@@ -524,10 +524,8 @@ def test_settings_that_contradict_each_other_are_refused(settings, message):
 def test_what_rounds_cannot_do_is_refused_before_anything_is_scored(place):
     model, params = load(place.model)
     mood, topic = (load_task(name, data=place.data) for name in ("mood", "topic"))
-    rounds, scores = (
-        Pruning(rounds=2),
-        Scores(random_scores(model, params, 0), {"task": "mood", "criterion": {"name": "Random"}}),
-    )  # pyright: ignore
+    values: Any = random_scores(model, params, 0)
+    rounds, scores = Pruning(rounds=2), Scores(values, {"task": "mood", "criterion": {"name": "Random"}})
     cases: list[tuple[Any, Budget, dict[str, Any], str]] = [
         ([mood, topic], Units(0.5), {}, "need one task to score in each.*2 tasks are pruned for in one"),
         (mood, Units(0.5), {"scores": scores}, "and no scores: scores are of the dense model alone"),

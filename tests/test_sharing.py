@@ -104,7 +104,7 @@ def test_every_task_is_selected_by_itself_within_the_budget(place, scored, tmp_p
     assert record["gates_file_bytes"] == (out / GATES).stat().st_size
     assert record["model"] == model_digest(model, params) and not record["added"]
     own = load_gates(out)["mood"].record
-    assert own["settings"] == {"units": 0.6, "allocation": "global", "length": 9.5, **settings}
+    assert own["settings"] == {"units": 0.6, "allocation": "global", "length": 9.5, "uniform": False, **settings}
     assert own["scores"]["criterion"] == {"name": "Random"} and len(own["digests"]["scores"]) == 64
 
 
