@@ -36,7 +36,7 @@ def scored(place: Place) -> Path:
 @pytest.fixture(scope="module")
 def pruned(place: Place, scored: Path) -> tuple[Path, dict[str, Any]]:
     out = place.folder / "small"
-    rows = ("--task", "mood", "--data", place.data)
+    rows = ("--task", "mood", "--data", place.data, "--allocation", "per-layer")
     return out, record_of("prune", place.model, "--scores", scored, *rows, *QUICK, "--loss-report", "-o", out)
 
 

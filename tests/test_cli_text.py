@@ -91,7 +91,7 @@ def test_a_student_learns_by_the_prompt_and_says_so(place: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_channels_are_pruned(place: Path, tmp_path: Path):
-    kinds = ("--kinds", "channels,query_channels,neurons", "--criterion", "magnitude")
+    kinds = ("--kinds", "channels,query_channels,neurons", "--criterion", "magnitude", "--allocation", "per-layer")
     record = record_of(
         "prune",
         place / "model",

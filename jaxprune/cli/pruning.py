@@ -440,6 +440,7 @@ def plan(
             "source": model,
             "scores": str(scores),
             "selection": pruning["settings"],
+            "measures": rules.allocation == "auto" and scored.properties["by_layer"],  # what `prune` would do here
             "kinds": kinds_of(gates),
             **compared(**both_costs((shapes, params), (shapes, small), pruning)),
             "widths": {name: [site["had"], site["kept"]] for name, site in pruning["sites"].items()},

@@ -202,7 +202,8 @@ def _use(tasks: Sequence[Record]) -> list[str]:
             f"Labels{of}, in the order of the logits: {', '.join(map(_code, task['labels']))}."
             for task, of in zip(tasks, owners, strict=True)
         ),
-        f"```bash\njaxprune inspect FOLDER\njaxprune evaluate FOLDER{''.join(options)}\njaxprune export FOLDER -o PLAIN\n```",
+        f"```bash\njaxprune inspect FOLDER\njaxprune evaluate FOLDER{''.join(options)}\n"
+        "jaxprune export FOLDER -o PLAIN\n```",
         "FOLDER is the folder of this file; PLAIN will be one that transformers loads by itself.",
     ]
 

@@ -497,6 +497,10 @@ def plan_notes(record: Record) -> list[str]:
         "x/y: x of the y units would stay. Score kept: of the sum of all scores above zero.",
         prediction_note(record),
     ]
+    if record.get("measures"):
+        notes.append(
+            "All layers keep about the same share here; prune --task measures how wide each should be, at equal cost."
+        )
     if record["latency"] is None:
         notes.append("There is no latency table of this model, batch and length yet: --latency measures one.")
     else:
