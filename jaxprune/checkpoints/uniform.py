@@ -153,7 +153,7 @@ def _count(params: Params) -> int:
 
 
 def described(model: Model, params: Params, made: Uniform | None, head: str | None = None) -> dict[str, Any]:
-    """What a record says of every export; one at the model's own widths has nothing filled up, and one head."""
+    """The facts in the record of every export; one at the model's own widths has nothing filled up, and one head."""
     units = {} if made is None else made.units
     written = _count(params) if made is None else _count(made.params) + _count(made.heads)
     return {
@@ -200,7 +200,7 @@ def compared(
 
 
 def runner(model: Model, params: Params, head: str | None, hidden: bool = False) -> Callable[[Mapping[str, Any]], Any]:
-    """What a model gives for a batch: the logits of a head, or the last hidden states."""
+    """Makes a function from a batch to the logits of a head, or to the last hidden states."""
 
     def run(batch: Mapping[str, Any]) -> Any:
         if not hidden:

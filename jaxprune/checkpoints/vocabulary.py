@@ -120,7 +120,7 @@ def _always(model: Model, content: dict[str, Any], words: Sequence[str]) -> set[
 
 
 def _needs(content: dict[str, Any], words: Sequence[str]) -> Callable[[int], set[int]]:
-    """What a token needs: itself, and of byte pairs all tokens that it is put together from."""
+    """Makes a function from a token to all that it needs: itself, and of byte pairs its parts."""
     if content["model"]["type"] != "BPE":
         return lambda token: {token}
     index, ranks = {word: i for i, word in enumerate(words)}, _ranks(content)
@@ -164,7 +164,7 @@ def _cut(content: dict[str, Any], words: Sequence[str], order: np.ndarray) -> di
 
 
 def _processor(steps: Any, number: dict[int, int]) -> Any:
-    """What stands around a text, by the new indices."""
+    """The steps that put tokens around a text, with the new indices."""
     if isinstance(steps, list):
         return [_processor(step, number) for step in steps]
     if not isinstance(steps, dict):

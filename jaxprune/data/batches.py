@@ -757,7 +757,7 @@ def training_batches(
 
 
 def tokens_needed(model: Any, tasks: Sequence[Task], rows: Rows) -> np.ndarray:
-    """How often each token stands in the rows of some tasks, those of test aside, and in their answers: `[vocab]`."""
+    """Counts each token in the rows of some tasks, those of test aside, and in their answers: `[vocab]`."""
     counts = np.zeros(model.config.vocab, np.int64)
     for task in tasks:
         for split in ("train", "calibration", "dev"):
@@ -772,7 +772,7 @@ def tokens_needed(model: Any, tasks: Sequence[Task], rows: Rows) -> np.ndarray:
 
 
 def tokens_changed(model: Any, small: Any, kept: np.ndarray, tasks: Sequence[Task], rows: Rows) -> dict[str, Any]:
-    """What a cut vocabulary does to rows for testing: how many are split as before, and the share of unknown tokens.
+    """Compares rows for testing under two vocabularies: how many are split as before, and the share of unknown tokens.
 
     Args:
         model: The model with all tokens.
