@@ -143,6 +143,15 @@ def test_it_is_saved_and_loaded_and_ids_are_renamed(tmp_path: Path):
     )
 
 
+def test_a_padding_token_at_the_end_keeps_no_others(tmp_path: Path):
+    model, params = model_of("Unigram", tmp_path, "llama")
+    last = model.config.vocab - 4
+    raw = json.loads(model.config.raw) | {"pad_token_id": last}
+    model = replace(model, config=family("llama").parse_config(raw, ()))
+    cut = cut_vocabulary(model, params, np.zeros(0, int))
+    assert len(cut.kept) < model.config.vocab / 2 and cut.kept[cut.model.config.pad_id] == last
+
+
 def test_other_kinds_of_tokenizers_are_refused(tmp_path: Path):
     model, params = model_of("BPE", tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())

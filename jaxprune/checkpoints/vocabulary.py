@@ -104,7 +104,9 @@ def _words(content: dict[str, Any]) -> list[str]:
 def _always(model: Model, content: dict[str, Any], words: Sequence[str]) -> set[int]:
     """The tokens that stay in any case."""
     raw, kind, index = json.loads(model.config.raw), content["model"], {word: i for i, word in enumerate(words)}
-    kept = {token["id"] for token in content["added_tokens"]} | set(range(model.config.pad_id + 1))  # RoBERTa counts it
+    pad = model.config.pad_id
+    kept = {token["id"] for token in content["added_tokens"]} | {pad}
+    kept |= set() if model.answers_in_text else set(range(pad))  # RoBERTa counts positions from the padding's index
     for name, value in raw.items():
         if name.endswith("_token_id"):
             kept |= {i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
