@@ -12,6 +12,7 @@ from .checkpoints.shared import load_gates as load_gates
 from .checkpoints.shared import save_shared as save_shared
 from .checkpoints.weights import densify as densify
 from .compaction import compact as compact
+from .compaction import verify as verify
 from .data import prompts as prompts
 from .data.batches import windows as windows
 from .data.tasks import Rows as Rows
@@ -21,6 +22,7 @@ from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.evaluate import find_answers as find_answers
 from .evaluation.evaluate import predict as predict
 from .evaluation.text import generate as generate
+from .models import own as own
 from .models.cost import flops as flops
 from .models.cost import parameters as parameters
 from .pruning import budgets as budgets
@@ -40,6 +42,7 @@ from .pruning.selection import pruning_record as pruning_record
 from .pruning.selection import select as select
 from .scoring import criteria as criteria
 from .scoring import objectives as objectives
+from .scoring.attribution import attributions as attributions
 from .scoring.attribution import integrate as integrate
 from .scoring.run import Scoring as Scoring
 from .scoring.run import score as score

@@ -8,18 +8,20 @@ behind it. One axis table says which array has units along which axis.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.models import Model
 from jaxprune.units import (
     KINDS,
+    UNITS,
     UNREAD,
+    AnyModel,
     AxisTable,
+    Gates,
     Params,
     Path,
     Site,
@@ -39,12 +41,15 @@ from jaxprune.units import (
     takes_gate,
     unflatten,
     unit_axes,
+    widths,
 )
 
 SHAPES = 8  # widths of a kind of module, at most, see `fewer_shapes`
 
 
-def compact(model: Model, params: Params, gates: Mapping[str, Any], means: Mapping[str, Any] | None = None) -> Params:
+def compact(
+    model: AnyModel, params: Params, gates: Mapping[str, Any], means: Mapping[str, Any] | None = None
+) -> Params:
     """Removes the units whose gate is 0. Runs on the host, in NumPy.
 
     It keeps the function: for the same `model`, `apply(params, x, gates, means=means)` equals
@@ -87,7 +92,64 @@ def compact(model: Model, params: Params, gates: Mapping[str, Any], means: Mappi
     return unflatten(small)
 
 
-def compacted_shapes(model: Model, params: Params, gates: Mapping[str, Any]) -> Params:
+def verify(
+    model: AnyModel,
+    params: Params,
+    run: Callable[[Params, Gates | None], Any],
+    *,
+    kinds: tuple[str, ...] = UNITS,
+    tolerance: float = 1e-4,
+) -> float:
+    """Tries whether a model of your own obeys its gates: units that are removed are missed as closed ones are.
+
+    Args:
+        model: Its axes.
+        params: Its parameters.
+        run: A function of parameters and gates, None if all are open, that returns an array, such as the logits of a
+            few examples. It must be deterministic.
+        kinds: The kinds of units that it has gates for.
+        tolerance: By how much the outputs may differ, as a fraction of the largest.
+
+    Returns:
+        How much they differ.
+
+    Raises:
+        ValueError: Naming the sites whose gates do something else than `compact`, and what that may be.
+    """
+    random, width = np.random.default_rng(0), widths(model.axes, params, kinds)
+    tried = {name: random.choice([0.0, 0.5, 1.0, 1.5], units).astype(np.float32) for name, units in width.items()}
+
+    def differs(gates: Mapping[str, Any], power: int = 1) -> float:
+        folded = {name: gate**power for name, gate in gates.items()}
+        expected = np.asarray(run(params, jax.device_put(dict(gates))), np.float64)
+        try:
+            found = np.asarray(run(compact(model, params, folded), None), np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the model does not run without some units of {', '.join(gates)}: it must read widths from the shapes "
+                f"of its arrays. It says: {error}"
+            ) from error
+        return float(np.abs(found - expected).max(initial=0.0) / (np.abs(expected).max(initial=0.0) or 1.0))
+
+    if (error := differs(tried)) <= tolerance:
+        return error
+    problems = []
+    for name, gate in tried.items():
+        if differs({name: gate}) <= tolerance:
+            continue
+        if np.array_equal(run(params, None), run(params, {name: jnp.zeros(width[name])})):
+            problems.append(f"the gate of {name} multiplies nothing")
+        elif differs({name: gate}, 2) <= tolerance:
+            problems.append(f"the gate of {name} multiplies twice")
+        else:
+            problems.append(
+                f"the gate of {name} is not where the kernel with {name.rpartition('.')[2]} as first axis reads them, "
+                "or an axis is named wrongly"
+            )
+    raise ValueError(f"removing units and closing them differ by {error:.1e}: {'; '.join(problems) or 'together'}.")
+
+
+def compacted_shapes(model: AnyModel, params: Params, gates: Mapping[str, Any]) -> Params:
     """The shapes and types (`jax.ShapeDtypeStruct`) of what `compact` gives. Of the parameters only theirs are read.
 
     Args:
@@ -112,7 +174,7 @@ def compacted_shapes(model: Model, params: Params, gates: Mapping[str, Any]) -> 
     return unflatten({path: jax.ShapeDtypeStruct(tuple(small[path]), leaf.dtype) for path, leaf in flat.items()})
 
 
-def fewer_shapes(model: Model, params: Params, small: Params) -> Params:
+def fewer_shapes(model: AnyModel, params: Params, small: Params) -> Params:
     """A compacted model with units of zero, so that its modules have one of a few widths, and computes the same.
 
     Layers of equal shape share compiled programs, and so do several selections from the same model: what runs once or
@@ -132,7 +194,7 @@ def fewer_shapes(model: Model, params: Params, small: Params) -> Params:
     return unflatten(jax.device_put(flatten(resize(model.axes, small, widths))))
 
 
-def check_biases(model: Model, params: Params, names: Collection[str]) -> None:
+def check_biases(model: AnyModel, params: Params, names: Collection[str]) -> None:
     """Refuses means at sites with no bias for them to go into. Of the parameters only the paths are read.
 
     Raises:
@@ -166,13 +228,13 @@ def compact_site(
             continue
         array = np.asarray(leaf)
         remaining = _open_units(gate, [array.shape[i] for i in unit_axes(axes, site.kind)])
-        if mean is not None and reads(axes, path):
+        if mean is not None and reads(axes):
             bias = (*local[:-1], "bias")
             if bias not in arrays:
                 _refuse([_homeless(site.name, path)])
             kernel, _ = merge_units(array, axes, site.kind)
             changed[(*site.module, *bias)] = _shift(kernel, gate, mean, np.asarray(arrays[bias]), site.name)
-        if takes_gate(axes, path, site.kind):
+        if takes_gate(axes, site.kind):
             changed[path] = take_units(array, axes, site.kind, remaining, gate[remaining])
         elif remaining.size < gate.size:
             changed[path] = take_units(array, axes, site.kind, remaining)

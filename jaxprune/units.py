@@ -22,14 +22,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-if TYPE_CHECKING:
-    from jaxprune.models import Model
 
 # Kind of unit -> the axes its units stand along, in every parameter that has all of them. Along all but the last, as
 # many units stay in every entry: channels in every head.
@@ -49,6 +46,29 @@ Params: TypeAlias = dict[Any, Any]  # nested dict of arrays; layers have int key
 Path: TypeAlias = tuple[str | int, ...]
 Gates: TypeAlias = dict[str, jax.Array]  # site name -> [units] (or [batch, units]) float32; a missing site is open
 AxisTable: TypeAlias = Mapping[str, tuple[str, ...]]  # "layers.*.ffn.up.kernel" -> ("embed", "neurons")
+
+
+class AnyModel(Protocol):
+    """What units, selection, compaction and costs ask of a model: `jaxprune.models.Model`, or one of your own."""
+
+    @property
+    def axes(self) -> AxisTable:
+        """The names of every parameter's axes."""
+        ...
+
+    @property
+    def stacks(self) -> Sequence[Any]:
+        """The stacks of layers, each with its own number of tokens."""
+        ...
+
+    @property
+    def causal(self) -> bool:
+        """Whether keys and values of earlier tokens are kept while a text is written."""
+        ...
+
+    def products(self, path: Path, lengths: tuple[float, ...]) -> tuple[float, float, float]:
+        """The number of products of a layer's kernel; see `jaxprune.models.Model.products`."""
+        ...
 
 
 class TakesGate(tuple[str, ...]):
@@ -132,11 +152,12 @@ def axes_of(table: AxisTable, path: Path) -> tuple[str, ...]:
     Raises:
         ValueError: If no pattern of the table matches.
     """
-    return table[_pattern_of(tuple(table), path)]
+    return table[pattern_of(tuple(table), path)]
 
 
 @lru_cache(maxsize=4096)
-def _pattern_of(patterns: tuple[str, ...], path: Path) -> str:
+def pattern_of(patterns: tuple[str, ...], path: Path) -> str:
+    """The first of the patterns that a path matches; see `axes_of`."""
     for pattern in patterns:
         steps = pattern.split(".")
         if len(steps) == len(path) and _matches(steps, path):
@@ -153,9 +174,14 @@ def has_units(axes: tuple[str, ...], kind: str) -> bool:
     return set(KINDS[kind]) <= set(axes)
 
 
-def reads(axes: tuple[str, ...], path: Path) -> bool:
+def is_kernel(axes: tuple[str, ...]) -> bool:
+    """True if a parameter with units is multiplied by what it reads: it has them and the embedding's axis."""
+    return "embed" in axes
+
+
+def reads(axes: tuple[str, ...]) -> bool:
     """True if a parameter contracts gated values: a kernel whose first axis is a unit axis."""
-    return path[-1] == "kernel" and any(axes[0] in names for names in KINDS.values())
+    return is_kernel(axes) and axes[0] in UNIT_AXES
 
 
 def input_axes(axes: tuple[str, ...]) -> int:
@@ -163,9 +189,9 @@ def input_axes(axes: tuple[str, ...]) -> int:
     return (axes.index("embed") if "embed" in axes else 0) or 1
 
 
-def takes_gate(axes: tuple[str, ...], path: Path, kind: str) -> bool:
+def takes_gate(axes: tuple[str, ...], kind: str) -> bool:
     """True if gates are folded into this parameter: the kernel that reads the units, else what the table marks."""
-    return isinstance(axes, TakesGate) if kind in UNREAD else reads(axes, path)
+    return isinstance(axes, TakesGate) if kind in UNREAD else reads(axes)
 
 
 def unit_axes(axes: tuple[str, ...], kind: str) -> tuple[int, ...]:
@@ -282,8 +308,8 @@ def _find_places(table: tuple[tuple[str, tuple[str, ...]], ...], paths: tuple[Pa
                 members.setdefault(_site(kind, path[:-2]), {})[path] = names
     places = []
     for site, arrays in members.items():
-        first = min(arrays, key=lambda path: list(axes).index(_pattern_of(tuple(axes), path)))
-        reader = next((path for path, names in arrays.items() if reads(names, path)), None)
+        first = min(arrays, key=lambda path: list(axes).index(pattern_of(tuple(axes), path)))
+        reader = next((path for path, names in arrays.items() if reads(names)), None)
         places.append(_Place(site, first, unit_axes(arrays[first], site.kind), reader, tuple(arrays)))
     return tuple(sorted(places, key=lambda place: _order(axes, place.site) or ()))
 
@@ -299,10 +325,13 @@ def _order(table: AxisTable, site: Site) -> tuple[int, int, int] | None:
 
 def _site(kind: str, module: Path) -> Site:
     """The site of the units of one kind in `module`, the path without the affine map's name and the leaf's."""
-    layer = next((step for step in module if isinstance(step, int)), None)
-    if layer is None:
-        raise ValueError(f"{path_name(module)!r} has {kind} and is in no layer: layers have integer keys.")
-    stack = "" if module[0] == "layers" else str(module[0])
+    layer, before = 0, []  # of a module that is in no layer
+    for i, step in enumerate(module):
+        name, _, number = str(step).rpartition("_")
+        if number.isdecimal():
+            layer, before = int(number), [*module[:i], name]
+            break
+    stack = path_name(tuple(step for step in before if step not in ("layers", "")))
     return Site(path_name((*(step for step in module if step != "layers"), kind)), kind, module, layer, stack)
 
 
@@ -386,7 +415,7 @@ def fill(array: Any, shape: Sequence[int]) -> np.ndarray:
     return filled
 
 
-def open_gates(model: Model, params: Params, kinds: tuple[str, ...] = UNITS) -> Gates:
+def open_gates(model: AnyModel, params: Params, kinds: tuple[str, ...] = UNITS) -> Gates:
     """Gates of ones for every site with units of these kinds: nothing is removed.
 
     Args:
@@ -404,7 +433,7 @@ def open_gates(model: Model, params: Params, kinds: tuple[str, ...] = UNITS) -> 
     return {name: jnp.ones(units, jnp.float32) for name, units in widths(model.axes, params, kinds).items()}
 
 
-def check_gates(model: Model, params: Params, gates: Mapping[str, Any], *, rows: int | None = None) -> None:
+def check_gates(model: AnyModel, params: Params, gates: Mapping[str, Any], *, rows: int | None = None) -> None:
     """Refuses gates `[units]` or `[rows, units]` that do not belong to these parameters.
 
     Raises:
@@ -441,7 +470,7 @@ def mean_shapes(table: AxisTable, params: Params) -> dict[str, tuple[int, ...]]:
     }
 
 
-def check_means(model: Model, params: Params, means: Mapping[str, Any]) -> None:
+def check_means(model: AnyModel, params: Params, means: Mapping[str, Any]) -> None:
     """Refuses values for closed units, `[units]` or for heads `[heads, channels]`, that do not fit these parameters.
 
     Raises:

@@ -273,7 +273,7 @@ def test_the_axis_table_names_every_axis(model_type: str):
     for path, array in flatten(params).items():
         axes = axes_of(model.axes, path)
         assert len(axes) == array.ndim, path_name(path)
-        readers.update([axes[0]] if reads(axes, path) else [])
+        readers.update([axes[0]] if reads(axes) else [])
         for axis, size in zip(axes, array.shape, strict=True):
             sizes.setdefault(axis, set()).add(size)
     assert {axis for axis, found in sizes.items() if len(found) > 1} == set()  # one name, one size
@@ -282,11 +282,18 @@ def test_the_axis_table_names_every_axis(model_type: str):
 
 
 def test_what_has_no_named_axes_is_refused():
-    model, params = tiny_model()
+    model, _ = tiny_model()
     with pytest.raises(ValueError, match=r"no axis names for parameter 'layers\.0\.ffn\.gate\.kernel'"):
         axes_of(model.axes, ("layers", 0, "ffn", "gate", "kernel"))
-    with pytest.raises(ValueError, match="layers have integer keys"):
-        sites(model.axes, params | {"layers": {str(i): layer for i, layer in params["layers"].items()}})
+
+
+@pytest.mark.parametrize("name", ["{}", "layers_{}"])
+def test_layers_are_numbers_or_names_that_end_in_one(name: str):
+    model, params = tiny_model()
+    named = params | {"layers": {name.format(i): params["layers"][0] for i in (10, 2)}}
+    found = sites(model.axes, named)
+    assert [(site.layer, site.stack) for site in found] == [(2, ""), (2, ""), (10, ""), (10, "")]
+    assert found[0].name == f"{name.format(2)}.attention.heads"
 
 
 # Nested dicts

@@ -89,7 +89,7 @@ def test_what_a_budget_of_cache_cannot_have_is_refused():
     with pytest.raises(ValueError, match=r"cache cannot be reduced: .* of query_heads and neurons, which cost none"):
         check_selection(model, params, Cache(0.5), Rules(), queries)
     encoder = tiny_model()
-    with pytest.raises(ValueError, match="a bert model writes no text, so it keeps no cache: give a budget of flops"):
+    with pytest.raises(ValueError, match="the model writes no text, so it keeps no cache: give a budget of flops"):
         check_selection(*encoder, Cache(0.5), Rules(), widths(encoder[0].axes, encoder[1]))
     assert cache(*encoder) == 0
     assert read_budget({"cache": 0.5}) == jp.budgets.Cache(0.5)

@@ -1,5 +1,6 @@
 """Transformer models as pure functions of `(params, batch, gates)`; one file per family, found by its `MODEL_TYPES`."""
 
+from jaxprune.models import own
 from jaxprune.models.layers import ENDS, LANGUAGE, NOWHERE, WORDS, TaskHead
 from jaxprune.models.model import Model, Output, families, family, order_sites
 from jaxprune.models.running import (
@@ -70,6 +71,7 @@ __all__ = [
     "model_inputs",
     "model_layers",
     "order_sites",
+    "own",
     "part",
     "prompt_inputs",
     "readout_compiled",

@@ -14,7 +14,19 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from jaxprune.models import Model
-from jaxprune.units import UNITS, Params, axes_of, flatten, has_units, sites, subtree, unit_axes, widths
+from jaxprune.units import (
+    UNITS,
+    AnyModel,
+    Params,
+    axes_of,
+    flatten,
+    has_units,
+    is_kernel,
+    sites,
+    subtree,
+    unit_axes,
+    widths,
+)
 from jaxprune.units import Path as ParameterPath
 
 
@@ -46,12 +58,12 @@ def memory(params: Params) -> int:
     return sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in flatten(params).values())
 
 
-def prunable_parameters(model: Model, params: Params) -> int:
+def prunable_parameters(model: AnyModel, params: Params) -> int:
     """The number of weights and biases with a unit axis: those removed if every unit is."""
     return round(_total(model, params, elements))
 
 
-def cache(model: Model, params: Params) -> int:
+def cache(model: AnyModel, params: Params) -> int:
     """The bytes of keys and values that stay in memory for one token while a text is written; 0 where none is.
 
     A decoder keeps them of all tokens, its prompt's included. A text-to-text model keeps those of a token that it has
@@ -61,7 +73,7 @@ def cache(model: Model, params: Params) -> int:
     return round(_total(model, params, cache_bytes(model, params)))
 
 
-def flops(model: Model, params: Params, length: Length) -> float:
+def flops(model: AnyModel, params: Params, length: Length) -> float:
     """FLOPs of one example: the layers' matrix products, 2 per multiply-add.
 
     Embeddings, norms, biases, activations, softmax, pooler and task heads are not counted.
@@ -87,7 +99,7 @@ def usual_length(model: Model) -> Length:
     return [read, 4] if len(model.stacks) > 1 else read
 
 
-def checked_length(model: Model, length: Length) -> Length:
+def checked_length(model: AnyModel, length: Length) -> Length:
     """The length as it was given.
 
     Raises:
@@ -100,7 +112,7 @@ def checked_length(model: Model, length: Length) -> Length:
     return length
 
 
-def unit_costs(model: Model, params: Params, measure: Measure, kinds: Collection[str] = UNITS) -> dict[str, float]:
+def unit_costs(model: AnyModel, params: Params, measure: Measure, kinds: Collection[str] = UNITS) -> dict[str, float]:
     """The cost of one unit at every site.
 
     Args:
@@ -129,20 +141,20 @@ def weight_bytes(params: Params) -> Measure:
     return lambda part: part.size * np.dtype(subtree(params, part.path).dtype).itemsize
 
 
-def cache_bytes(model: Model, params: Params) -> Measure:
+def cache_bytes(model: AnyModel, params: Params) -> Measure:
     """Measures bytes of the cache per token, see `cache`: one element for every output of a key or value kernel."""
     stack = model.stacks[-1]
 
     def measure(part: Slice) -> float:
         cached = stack.causal and part.path[: len(stack.path)] == stack.path
-        if not cached or part.path[-1] != "kernel" or part.path[-2] not in ("key", "value"):
+        if not cached or not is_kernel(part.axes) or part.path[-2] not in ("key", "value"):
             return 0.0
         return part.size // part.shape[part.axes.index("embed")] * np.dtype(subtree(params, part.path).dtype).itemsize
 
     return measure
 
 
-def matmul_flops(model: Model, length: Length) -> Measure:
+def matmul_flops(model: AnyModel, length: Length) -> Measure:
     """Measures FLOPs per example at this many tokens.
 
     A kernel costs `2 * tokens` per element. Attention multiplies queries with keys and probabilities with values, each
@@ -157,7 +169,7 @@ def matmul_flops(model: Model, length: Length) -> Measure:
         raise ValueError(f"length must be a positive number of tokens, got {length}.")
 
     def measure(part: Slice) -> float:
-        if part.path[-1] != "kernel":
+        if not is_kernel(part.axes):
             return 0.0
         tokens, queries, keys = model.products(part.path, lengths)
         channels = part.size // part.shape[part.axes.index("embed")]  # 1, or a head's
@@ -179,7 +191,7 @@ def file_size(path: str | Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def costs(model: Model, params: Params, length: Length) -> dict[str, Any]:
+def costs(model: AnyModel, params: Params, length: Length) -> dict[str, Any]:
     """The costs of a model by count, for examples of so many tokens."""
     return {
         "units": sum(widths(model.axes, params).values()),
@@ -205,7 +217,7 @@ def compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, A
     return {"before": before, "after": after, "kept": ratios(before, after), "speedup": speedup}
 
 
-def _slices(model: Model, params: Params, kinds: Collection[str]) -> Iterator[tuple[str, Slice]]:
+def _slices(model: AnyModel, params: Params, kinds: Collection[str]) -> Iterator[tuple[str, Slice]]:
     """Site name and slice, for every parameter that carries a unit axis."""
     for site in sites(model.axes, params, kinds):
         for local, array in flatten(subtree(params, site.module)).items():
@@ -217,6 +229,6 @@ def _slices(model: Model, params: Params, kinds: Collection[str]) -> Iterator[tu
                 yield site.name, Slice(path, tuple(axes[i] for i in rest), tuple(array.shape[i] for i in rest))
 
 
-def _total(model: Model, params: Params, measure: Measure) -> float:
+def _total(model: AnyModel, params: Params, measure: Measure) -> float:
     costs = unit_costs(model, params, measure)
     return math.fsum(units * costs[name] for name, units in widths(model.axes, params).items())

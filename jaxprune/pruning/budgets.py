@@ -15,7 +15,7 @@ import numpy as np
 from jaxprune.models import Model
 from jaxprune.models.cost import Length, cache_bytes, elements, matmul_flops, unit_costs, weight_bytes
 from jaxprune.pruning.latency import LatencyTable, check_table, kept_table, measure_latency_table, whole_tokens
-from jaxprune.units import KINDS, Params, widths
+from jaxprune.units import KINDS, AnyModel, Params, widths
 
 SLACK = 1e-9  # of the total cost: 0.29 * 100 is 28.999999999999996 in binary and means 29
 
@@ -75,7 +75,7 @@ class Budget(ABC):
         return (self.amount * total if self.is_fraction else self.amount) + SLACK * total
 
     @abstractmethod
-    def unit_costs(self, model: Model, params: Params) -> dict[str, float]:
+    def unit_costs(self, model: AnyModel, params: Params) -> dict[str, float]:
         """The cost of one unit at every site, of all kinds."""
 
     def settings(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Units(Budget):
 
     counted = "units"
 
-    def unit_costs(self, model: Model, params: Params) -> dict[str, float]:
+    def unit_costs(self, model: AnyModel, params: Params) -> dict[str, float]:
         """One."""
         return dict.fromkeys(widths(model.axes, params, KINDS), 1.0)
 
@@ -100,7 +100,7 @@ class Parameters(Budget):
 
     counted = "parameters"
 
-    def unit_costs(self, model: Model, params: Params) -> dict[str, float]:
+    def unit_costs(self, model: AnyModel, params: Params) -> dict[str, float]:
         """Weights and biases."""
         return unit_costs(model, params, elements, KINDS)
 
@@ -111,7 +111,7 @@ class Flops(Budget):
 
     counted = "flops"
 
-    def unit_costs(self, model: Model, params: Params) -> dict[str, float]:
+    def unit_costs(self, model: AnyModel, params: Params) -> dict[str, float]:
         """FLOPs per example."""
         if self.length is None:
             raise ValueError(
@@ -129,7 +129,7 @@ class Memory(Budget):
     counted = "memory"
     unit = "bytes"
 
-    def unit_costs(self, model: Model, params: Params) -> dict[str, float]:
+    def unit_costs(self, model: AnyModel, params: Params) -> dict[str, float]:
         """Bytes."""
         return unit_costs(model, params, weight_bytes(params), KINDS)
 
@@ -143,12 +143,12 @@ class Cache(Budget):
 
     counted = "cache"
 
-    def unit_costs(self, model: Model, params: Params) -> dict[str, float]:
+    def unit_costs(self, model: AnyModel, params: Params) -> dict[str, float]:
         """Bytes per token."""
         if not model.causal:
             raise ValueError(
-                f"a {model.config.model_type} model writes no text, so it keeps no cache: give a budget of flops, "
-                "parameters, units, memory or latency."
+                "the model writes no text, so it keeps no cache: give a budget of flops, parameters, units, memory or "
+                "latency."
             )
         return unit_costs(model, params, cache_bytes(model, params), KINDS)
 
@@ -174,7 +174,7 @@ class Latency(Budget):
         """The same budget for examples of this mean length, unless it or its table names one."""
         return super().with_length(self.table.conditions.length if self.table is not None else length)
 
-    def unit_costs(self, model: Model, params: Params) -> dict[str, float]:
+    def unit_costs(self, model: AnyModel, params: Params) -> dict[str, float]:
         """Refused: time is no sum over units."""
         raise ValueError("units have no threshold by latency: give a budget of units, parameters, flops or memory.")
 

@@ -28,7 +28,7 @@ from jaxprune.models.cost import usual_length
 from jaxprune.pruning.budgets import NAMES, SLACK, Budget, Latency, Memory, Rules, Units
 from jaxprune.pruning.latency import LatencyTable, check_table
 from jaxprune.scoring.scores import Scores, fitting_values
-from jaxprune.units import KINDS, UNITS, Gates, Params, Site, check_sharing, sites, widths
+from jaxprune.units import KINDS, UNITS, AnyModel, Gates, Params, Site, check_sharing, sites, widths
 
 CELLS = 1 << 15  # into which `knapsack` divides what there is to spend
 
@@ -104,7 +104,7 @@ class Ladders(NamedTuple):
         return _gates(some, [int(self.steps[index].widths[place])] * len(some.sites))
 
 
-def ladders(model: Model, params: Params, scores: Scores | Values, budget: Budget, rules: Rules) -> Ladders:
+def ladders(model: AnyModel, params: Params, scores: Scores | Values, budget: Budget, rules: Rules) -> Ladders:
     """All widths that the sites of a model may have under some rules.
 
     Raises:
@@ -370,7 +370,9 @@ class _Plan(NamedTuple):
         return self.fixed + float(np.cumsum(self.blocks.cost)[-1] if len(self.blocks.cost) else 0.0)
 
 
-def select(model: Model, params: Params, scores: Scores | Values, budget: Budget, *, rules: Rules = Rules()) -> Gates:
+def select(
+    model: AnyModel, params: Params, scores: Scores | Values, budget: Budget, *, rules: Rules = Rules()
+) -> Gates:
     """Keeps the units with the highest scores that fit a budget. Runs on the host.
 
     What stays costs at most the budget, to 1e-9 of the whole; of latency that is what the table predicts. Fractions of
@@ -456,7 +458,7 @@ def select_units(scores: Values, fraction: float) -> Gates:
 
 
 def thresholds(
-    model: Model, params: Params, scores: Scores | Values, budget: Budget, *, rules: Rules = Rules()
+    model: AnyModel, params: Params, scores: Scores | Values, budget: Budget, *, rules: Rules = Rules()
 ) -> dict[str, np.ndarray]:
     """The budget from which on each unit stays: `select(..., Flops(b))` keeps those whose threshold is at most `b`.
 
@@ -490,7 +492,7 @@ def per_layer_l2(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: value / (float(np.linalg.norm(value)) or 1.0) for name, value in scores.items()}
 
 
-def _plan(budget: Budget, model: Model, params: Params, scores: Scores | Values, rules: Rules) -> _Plan:
+def _plan(budget: Budget, model: AnyModel, params: Params, scores: Scores | Values, rules: Rules) -> _Plan:
     """Puts the blocks of all sites in order; see `select`."""
     costs = budget.with_length(parts_of(scores)[1].get("mean_length")).unit_costs(model, params)
     candidates = _candidates(model, params, scores, rules)
@@ -504,7 +506,7 @@ def _plan(budget: Budget, model: Model, params: Params, scores: Scores | Values,
     return _Plan(candidates, blocks, fixed)
 
 
-def _candidates(model: Model, params: Params, scores: Scores | Values, rules: Rules) -> Candidates:
+def _candidates(model: AnyModel, params: Params, scores: Scores | Values, rules: Rules) -> Candidates:
     """Refuses what does not fit; see `select`."""
     values = parts_of(scores)[0]
     places = _competing(model, params, values)
@@ -553,7 +555,7 @@ def per_cost(scores: Scores | Values) -> bool:
     return (parts_of(scores)[1].get("properties") or {}).get("per_cost", True)
 
 
-def _competing(model: Model, params: Params, scored: Collection[str]) -> tuple[Site, ...]:
+def _competing(model: AnyModel, params: Params, scored: Collection[str]) -> tuple[Site, ...]:
     """The sites that together make up the model, each parameter once: heads, or channels where those are scored.
 
     Raises:
@@ -601,7 +603,7 @@ def _gates_of_plan(budget: Budget, plan: _Plan) -> Gates:
     )
 
 
-def _select_by_table(budget: Latency, model: Model, params: Params, scores: Scores | Values, rules: Rules) -> Gates:
+def _select_by_table(budget: Latency, model: AnyModel, params: Params, scores: Scores | Values, rules: Rules) -> Gates:
     """The widths of the table that a budget of latency pays for; see `select`."""
     candidates, choices, limit = _by_table(budget, model, params, scores, rules)
     how = decided(rules, scores).allocation
@@ -614,10 +616,12 @@ def _select_by_table(budget: Latency, model: Model, params: Params, scores: Scor
 
 
 def _by_table(
-    budget: Latency, model: Model, params: Params, scores: Scores | Values, rules: Rules
+    budget: Latency, model: AnyModel, params: Params, scores: Scores | Values, rules: Rules
 ) -> tuple[Candidates, list[Choices], float]:
     """The widths of the table, and the seconds that they may take together."""
     table = budget.table
+    if not isinstance(model, Model):
+        raise ValueError("only models of a family have latency tables: give a budget of units, parameters or flops.")
     if table is None:
         raise ValueError("a latency budget needs table=, which measure_latency_table makes for this model and device.")
     check_table(table, model, params)
@@ -631,7 +635,7 @@ def _by_table(
 
 
 def least_latency(
-    model: Model, params: Params, scores: Scores | Values, table: LatencyTable, *, rules: Rules = Rules()
+    model: AnyModel, params: Params, scores: Scores | Values, table: LatencyTable, *, rules: Rules = Rules()
 ) -> float:
     """The seconds of the narrowest widths that `select` may choose by a table."""
     candidates = _candidates(model, params, scores, rules)

@@ -161,6 +161,53 @@ def integrate(
     return attributions, Completeness(objective(end) - objective(at(jnp.float32(start))), total)
 
 
+def attributions(
+    objective: Callable[[Any, Gates, Any], Float[Array, ""]],
+    params: Any,
+    gates: Gates,
+    examples: Any,
+    *,
+    nodes: int | None = 8,
+    chunk: int = 1,
+) -> tuple[Gates, Completeness | None]:
+    """Attributes the objective of every example to gates, for any function of parameters, gates and one example.
+
+    One program for examples of the same shape, and for the same `objective`: define it once, outside of loops.
+
+    Args:
+        objective: The quantity to keep, as a function of parameters, gates and one example.
+        params: Any pytree.
+        gates: End of the path, normally all ones.
+        examples: A pytree of arrays whose first axis is the examples'.
+        nodes: Quadrature nodes of integrated gradients; None for gradient x activation, the gradient at the end of the
+            path times the gates.
+        chunk: Nodes evaluated together. Sets the memory, not the result.
+
+    Returns:
+        Signed attributions in the structure of `gates`, `[examples, units]` each, and the completeness `[examples]` of
+        integrated gradients. The usual score is the mean of their absolute values over the examples.
+
+    Raises:
+        ValueError: As `integrate`.
+    """
+    return _each(objective, params, gates, examples, nodes, chunk)
+
+
+@partial(jax.jit, static_argnums=(0, 4, 5))
+def _each(
+    objective: Callable[..., Any], params: Any, gates: Gates, examples: Any, nodes: int | None, chunk: int
+) -> tuple[Gates, Completeness | None]:
+    def one(example: Any) -> tuple[Gates, Completeness | None]:
+        def of(opened: Gates) -> Array:
+            return objective(params, opened, example)
+
+        if nodes is None:
+            return jax.tree.map(jnp.multiply, gates, jax.grad(of)(gates)), None
+        return integrate(of, gates, nodes=nodes, chunk=chunk)
+
+    return jax.vmap(one)(examples)
+
+
 Path: TypeAlias = Callable[[Sequence[Site]], tuple[tuple[Site, ...], ...]]  # sites that are scaled together, each once
 
 

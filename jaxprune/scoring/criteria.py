@@ -239,7 +239,7 @@ class Magnitude(_OfKinds):
                     merged, axis = merge_units(array, axes, site.kind)
                     square = jnp.square(merged.astype(jnp.float32))
                     others = tuple(i for i in range(square.ndim) if i != axis)
-                    squares[takes_gate(axes, path, site.kind)] += square.sum(others)
+                    squares[takes_gate(axes, site.kind)] += square.sum(others)
             scores[site.name] = jnp.sqrt(squares[False] * squares[True])[None]
         return Measured(scores, {})
 
@@ -333,7 +333,7 @@ class Wanda(_OfKinds):
             site.name: merge_units(array, axes, site.kind)[0]
             for site in sites(model.axes, params, self.kinds)
             for axes, path, array in _arrays_of(model, params, site.name)
-            if reads(axes, path)
+            if reads(axes)
         }
         return Measured(_times_reader(moments, readers, context.means or {}), {})
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxprune.units import KINDS, Path, axes_of, has_units, input_axes, path_name
+from jaxprune.units import KINDS, Path, axes_of, has_units, input_axes, is_kernel, path_name
 
 if TYPE_CHECKING:
     from jaxprune.models import Model
@@ -65,7 +65,7 @@ def linear_maps(model: Model) -> Callable[[Path, Any], int]:
         if path[0] == PROJECTION:
             return 0
         axes = axes_of(model.axes, path)
-        prunable = path[-1] == "kernel" and "embed" in axes and any(has_units(axes, kind) for kind in KINDS)
+        prunable = is_kernel(axes) and any(has_units(axes, kind) for kind in KINDS)
         return input_axes(axes) if prunable else 0
 
     return inputs
