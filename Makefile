@@ -44,8 +44,8 @@ test-slow: .venv/.stamp-test  ## the others: killed and resumed runs, memory, bu
 test-reference: .venv/.stamp-reference  ## compare with PyTorch, captum and scikit-learn
 	$(BIN)/python -m pytest -m reference $(PARALLEL)
 
-test-runtimes: .venv/.stamp-runtimes  ## have llama.cpp load what is exported (builds it first: minutes)
-	$(BIN)/python -m pytest tests/test_runtimes.py
+test-runtimes: .venv/.stamp-runtimes  ## have llama.cpp and onnxruntime load what is exported (builds the first: minutes)
+	$(BIN)/python -m pytest tests/test_runtimes.py tests/test_export_onnx.py
 
 test-oldest: .venv-oldest/.stamp  ## the laws with the oldest supported jax and flax, in .venv-oldest
 	$(call quickly,.venv-oldest/bin/python) -m pytest -m "not slow and not reference and not faults" $(PARALLEL) $(LAWS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -269,7 +270,7 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "a scale": (lambda: usual("gemma3_text", query_pre_attn_scalar=9), {}, "scales attention by the size of a head"),
     "a type": (lambda: usual("llama"), {"dtype": "q4_0"}, "must be one of float32, float16, bfloat16, q8_0"),
     "a head": (lambda: usual("llama"), {"head": "mood"}, "decoders have no task heads"),
-    "a format": (lambda: usual("llama"), {"to": "pickle"}, "exported to one of hf, gguf, stablehlo"),
+    "a format": (lambda: usual("llama"), {"to": "pickle"}, "exported to one of hf, gguf, onnx, stablehlo"),
     "a type of others": (lambda: usual("llama"), {"to": "hf", "dtype": "q8_0"}, "q8_0 is a type of GGUF files alone"),
 }
 
@@ -313,6 +314,20 @@ def test_a_program_is_for_one_head(tmp_path: Path):
     assert record["heads"]["inside"] == "span" and record["dtype"] == "bfloat16"
 
 
+# ONNX: what needs neither of its packages
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
+def test_packages_that_are_missing_are_named(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, params = tiny_model("bert")
+    monkeypatch.setitem(sys.modules, "onnx", None if missing == "onnx" else json)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    also = r"" if missing == "onnx" else r", or leave the check out \(check=False, --no-check\)"
+    with pytest.raises(ValueError, match=rf"another package: pip install 'jaxprune\[onnx\]'{also}\."):
+        jp.export(tmp_path / "out", model, params, to="onnx")
+    assert not [*tmp_path.iterdir()]
+
+
 # The command
 
 
@@ -333,7 +348,7 @@ def test_the_command(tmp_path: Path):
     assert shown.exit_code == 0 and "Not checked" in shown.stdout
     for arguments, message in (
         ((), "exists already"),
-        (("--to", "pickle"), "none of hf, gguf, stablehlo"),
+        (("--to", "pickle"), "none of hf, gguf, onnx, stablehlo"),
         (("--to", "gguf"), "is a folder: name a file"),
         (("--dtype", "int4", "--overwrite"), "none of float32"),
     ):

@@ -1,7 +1,8 @@
 """Writes models for other programs, and reads them back before they take their place.
 
 `hf` is a folder that transformers loads without code of ours; `gguf` a file for llama.cpp. All layers have the same
-widths there: `jaxprune.checkpoints.uniform` fills them up. `stablehlo` is a program at the widths that the layers have.
+widths there: `jaxprune.checkpoints.uniform` fills them up. `onnx` and `stablehlo` are programs at the widths that the
+layers have.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxprune.checkpoints.export_gguf import ROUNDED, export_gguf
+from jaxprune.checkpoints.export_onnx import export_onnx
 from jaxprune.checkpoints.export_stablehlo import export_stablehlo
 from jaxprune.checkpoints.files import check_file, check_writable, folder_for
 from jaxprune.checkpoints.folder import (
@@ -34,7 +36,7 @@ from jaxprune.units import Params, flatten, path_name
 
 EXPORT = "export.json"  # in a folder: how it was made
 HEADS = "heads.safetensors"  # task heads of a form that no class of transformers has
-FORMATS = ("hf", "gguf", "stablehlo")
+FORMATS = ("hf", "gguf", "onnx", "stablehlo")
 
 
 def export(
@@ -53,17 +55,18 @@ def export(
     `hf` is a folder that transformers loads without code of ours. Llama and Qwen2 with other heads than their width
     says are written as Mistral or Seed-OSS, which have the same blocks. Of task heads those of a form that transformers
     has are inside; others stand beside an encoder without head, in `heads.safetensors`, under the names that they have
-    in `params`. `export.json` says what was done. `gguf` is a file that llama.cpp loads. `stablehlo` is a program for
-    one head, or for the next tokens, which jax alone runs: see `jaxprune.checkpoints.export_stablehlo`.
+    in `params`. `export.json` says what was done. `gguf` is a file that llama.cpp loads. `onnx` is a program for one
+    head, or for the next tokens, which onnxruntime runs: see `jaxprune.checkpoints.export_onnx`. `stablehlo` is one
+    that jax alone runs: see `jaxprune.checkpoints.export_stablehlo`.
 
     Args:
         path: The folder, or the file.
         model: The model; the tokenizer is that of where it was loaded from.
         params: Its parameters, of any widths.
-        to: "hf", "gguf" or "stablehlo".
+        to: "hf", "gguf", "onnx" or "stablehlo".
         head: The task head to keep; None keeps all, or the only one in a program.
         dtype: Type of the weights: float32, bfloat16, float16, or "q8_0" in GGUF files; None is that of the file the
-            model came from, and float32 in a program, which computes in it.
+            model came from, and float32 in a program. StableHLO computes in it, ONNX in float32.
         check: Whether the export is read back, as what others wrote would be, and compared on random tokens: logits, or
             of an encoder without head the last hidden states, may differ by 1e-4 of the largest; in q8_0 it is weights
             that may differ, by 1/220 of a parameter's largest.
@@ -80,6 +83,8 @@ def export(
     check_format(to, head, dtype)
     if to == "gguf":
         return export_gguf(path, model, params, dtype=dtype, check=check, overwrite=overwrite)
+    if to == "onnx":
+        return export_onnx(path, model, params, head=head, dtype=dtype, check=check, overwrite=overwrite)
     if to == "stablehlo":
         return export_stablehlo(path, model, params, head=head, dtype=dtype, check=check, overwrite=overwrite)
     path, target = Path(path), checked_type(stored_type(model) if dtype is None else dtype)

@@ -61,7 +61,7 @@ def export_stablehlo(
     def logits(batch: Mapping[str, Any]) -> Any:
         return model.apply(params, batch, head=chosen.name).logits
 
-    shapes = _shapes(model)
+    shapes = input_shapes(model)
     try:
         content = jax.export.export(jax.jit(logits), platforms=PLATFORMS)(shapes).serialize()
     except ImportError as error:
@@ -85,11 +85,12 @@ def export_stablehlo(
     return record
 
 
-def _shapes(model: Model) -> dict[str, Any]:
-    """The inputs of a program: int32 of any number of rows and tokens, as many as the model has positions for."""
+def input_shapes(model: Model) -> dict[str, Any]:
+    """The inputs of a program: int32 `(batch, length)`, both of any size up to the number of the model's positions."""
     several = len(model.stacks) > 1
-    most = [f"t <= {model.max_length}", *[f"u <= {model.max_length}"] * several]
-    sizes = jax.export.symbolic_shape("b, t, u" if several else "b, t", constraints=most)
+    lengths = ("length", "decoder_length")[: len(model.stacks)]
+    most = [f"{length} <= {model.max_length}" for length in lengths]
+    sizes = jax.export.symbolic_shape(", ".join(("batch", *lengths)), constraints=most)
     names = {name: sizes[1] for name in ("input_ids", "attention_mask")}
     names |= {"token_type_ids": sizes[1]} if model.config.segments > 1 else {}
     names |= {f"decoder_{name}": sizes[2] for name in ("input_ids", "attention_mask")} if several else {}

@@ -26,6 +26,7 @@ def export(
 
     Examples: [cyan]jaxprune export small -o plain[/cyan] is a folder that transformers loads.
     [cyan]jaxprune export small --to gguf --dtype q8_0 -o small.gguf[/cyan] is a decoder for llama.cpp.
+    [cyan]jaxprune export small --to onnx --head sst2 -o small.onnx[/cyan] is a file for onnxruntime.
     [cyan]jaxprune export small --to stablehlo --head sst2 -o small.hlo[/cyan] is a program that jax alone runs.
     """
     with terminal.working():

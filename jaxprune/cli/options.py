@@ -90,7 +90,7 @@ FUNCTIONS: Mapping[str, Mapping[str, str]] = {
     },
     "normalise": {"l2": "pruning.selection:per_layer_l2"},
     "allocation": dict.fromkeys(("auto", "measured", "per-layer", "per-kind", "global"), ""),
-    "to": {"hf": "", "gguf": "", "stablehlo": ""},
+    "to": {"hf": "", "gguf": "", "onnx": "", "stablehlo": ""},
     "dtype": dict.fromkeys(("float32", "bfloat16", "float16", "q8_0"), ""),
     "layers": {
         "one-to-one": "training.joint_loss:one_to_one",

@@ -687,6 +687,11 @@ def export_notes(record: Record) -> list[str]:
             for names in [record.get("platforms")]
             if names
         ),
+        *(
+            note(f"ONNX with operators of version {opset}; weights in {record['dtype']}.")
+            for opset in [record.get("opset")]
+            if opset
+        ),
         note(
             f"{written:,} parameters, {record['file_bytes'] / 1e6:,.2f} MB; the model has {model:,}.",
             "All layers are filled up with zeros to the widest." * (written > model),
