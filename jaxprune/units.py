@@ -392,19 +392,24 @@ def resize(table: AxisTable, params: Params, widths: Mapping[Site, int]) -> Para
     Returns:
         NumPy arrays where something was changed, else the same objects as in `params`.
     """
+    shapes, flat = shapes_at(table, params, widths), flatten(params)
+    return unflatten(
+        {path: leaf if leaf.shape == shapes[path] else fill(leaf, shapes[path]) for path, leaf in flat.items()}
+    )
 
-    def resized(path: Path, leaf: Any) -> Any:
+
+def shapes_at(table: AxisTable, params: Params, widths: Mapping[Site, int]) -> dict[Path, tuple[int, ...]]:
+    """The shape of every parameter at other widths; see `resize`. Of the parameters only the shapes are read."""
+    shapes = {}
+    for path, leaf in flatten(params).items():
         axes = axes_of(table, path)
         wanted = {
             KINDS[site.kind][-1]: count
             for site, count in widths.items()
             if path[: len(site.module)] == site.module and has_units(axes, site.kind)
         }
-        sizes: Sequence[int] = leaf.shape
-        shape = tuple(wanted.get(name, size) for name, size in zip(axes, sizes, strict=True))
-        return leaf if shape == leaf.shape else fill(leaf, shape)
-
-    return unflatten({path: resized(path, leaf) for path, leaf in flatten(params).items()})
+        shapes[path] = tuple(wanted.get(name, size) for name, size in zip(axes, leaf.shape, strict=True))
+    return shapes
 
 
 def fill(array: Any, shape: Sequence[int]) -> np.ndarray:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import make_place, record_of, run
@@ -23,7 +24,7 @@ from jaxprune.checkpoints.tensors import TensorFile
 from jaxprune.compaction import compact
 from jaxprune.models import Model, family
 from jaxprune.models.layers import TaskHead
-from jaxprune.units import Params, flatten, open_gates, widths
+from jaxprune.units import Params, flatten, lengths, open_gates, widths
 
 ENCODERS = ("bert", "roberta", "distilbert", "ernie")
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "seed_oss", "gemma3_text")
@@ -96,7 +97,7 @@ def test_gemma_has_heads_that_divide_its_width(tmp_path: Path):
     model, params = tiny_model("gemma3_text", attention_heads=8, heads=())
     gates = open_gates(model, params, ("groups",))
     record = jp.export(tmp_path / "out", model, compact(model, params, {n: g.at[0].set(0.0) for n, g in gates.items()}))
-    assert record["units"]["groups"] == {"fewest": 3, "most": 3, "written": 4}  # 6 heads do not divide 16
+    assert record["units"]["groups"] == {"fewest": 3, "most": 3, "written": 4, "filled": 2}  # 6 heads do not divide 16
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "t5", "bert"])
@@ -215,17 +216,87 @@ def test_what_texts_are_written_by_travels_along(tmp_path: Path):
 # GGUF
 
 
-@pytest.mark.parametrize("kinds", [("groups", "neurons"), ("neurons",)])
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "seed_oss", "gemma3_text"])
-def test_a_gguf_file_computes_the_same(model_type: str, kinds: tuple[str, ...], tmp_path: Path):
+GGUF = {  # model type to the architecture where all layers are alike
+    "llama": "llama",
+    "qwen2": "seed_oss",
+    "qwen3": "qwen3",
+    "seed_oss": "seed_oss",
+    "gemma3_text": "gemma3",
+}
+
+
+@pytest.mark.parametrize("model_type", GGUF)
+def test_a_gguf_file_computes_the_same(model_type: str, tmp_path: Path):
     pytest.importorskip("gguf")
     model, params = usual(model_type)
-    small = pruned(model, params, 2, kinds=kinds)
+    small = alike(model, params)
     record = jp.export(tmp_path / "out.gguf", model, small, to="gguf")
-    architecture = {"gemma3_text": "gemma3", "qwen2": "seed_oss"}
-    assert record["class"] == architecture.get(model_type, model_type) and record["check"]["error"] < 1e-5
+    assert record["class"] == GGUF[model_type] and record["check"]["error"] < 1e-5
     read, arrays = jp.load(tmp_path / "out.gguf")
     assert_same(logits(read, arrays, tiny_batch(model)), logits(model, small, tiny_batch(model)))
+
+
+def alike(model: Model, params: Params) -> Params:
+    """The parameters without a quarter of the groups and neurons of every layer."""
+    gates = open_gates(model, params, ("groups", "neurons"))
+    return compact(model, params, {name: gate.at[: len(gate) // 4].set(0.0) for name, gate in gates.items()})
+
+
+UNEVEN: dict[str, tuple[str, str, dict[str, Any]]] = {  # architecture, model type and what differs
+    "llama": ("deci", "llama", {}),
+    "llama with biases": ("deci", "llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama without an output layer": ("deci", "llama", {"tie_word_embeddings": True}),
+    "mistral": ("deci", "mistral", {"sliding_window": None}),
+    "qwen2": ("deci", "qwen2", {}),
+    "seed_oss": ("deci", "seed_oss", {"attention_out_bias": True}),
+    "qwen3": ("openelm", "qwen3", {"tie_word_embeddings": True}),
+    "qwen3 with an output layer": ("qwen3", "qwen3", {}),
+    "gemma3_text": ("gemma3", "gemma3_text", {}),
+}
+
+
+def uneven(case: str, width: int = 16) -> tuple[Model, Params]:
+    """A model of six layers, and what is left of it: no layer is as another, and some have lost modules."""
+    _, model_type, changed = UNEVEN[case]
+    sizes = {"num_hidden_layers": 6, "hidden_size": width, "intermediate_size": 96, "head_dim": 6}
+    model, params = usual(model_type, num_key_value_heads=4, rope_theta=100.0, **sizes, **changed)
+    left = {0: (0, 50), 1: (3, 0), 2: (0, 0), 3: (2, 96), 4: (0, 7), 5: (4, 33)}  # groups and neurons
+    gates = open_gates(model, params, ("groups", "neurons"))
+    for layer, counts in left.items():
+        for name, count in zip((f"{layer}.attention.groups", f"{layer}.ffn.neurons"), counts, strict=True):
+            gates[name] = gates[name].at[: len(gates[name]) - count].set(0.0)
+    small = compact(model, params, gates)
+    queries = {"3.attention.query_heads": jnp.array([1.0, 0.0, 0.0, 1.0])}  # one of each group: layer 5 keeps two
+    return model, compact(model, small, queries)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "q8_0"])
+@pytest.mark.parametrize("case", UNEVEN)
+def test_layers_keep_their_widths_in_a_gguf_file(case: str, dtype: str, tmp_path: Path):
+    pytest.importorskip("gguf")
+    model, small = uneven(case, width=32 if dtype == "q8_0" else 16)
+    record = jp.export(tmp_path / "out.gguf", model, small, to="gguf", dtype=dtype)
+    assert record["class"] == UNEVEN[case][0]
+    outer, ffn = model.config.biases[1:]
+    assert record["left_out"] == ([] if outer or ffn else ["layers.2"])
+    read, arrays = jp.load(tmp_path / "out.gguf")
+    if dtype == "float32":
+        assert_same(logits(read, arrays, tiny_batch(model)), logits(model, small, tiny_batch(model)))
+    counts = lengths(read.axes, arrays).items()
+    found = {kind: [count for site, count in counts if site.kind == kind] for kind in ("groups", "neurons")}
+    layers = [i for i in range(6) if f"layers.{i}" not in record["left_out"]]
+    if record["class"] in ("deci", "openelm"):
+        headless = 0 if record["class"] == "deci" and not outer else 1
+        expected = {"groups": [1, 3, headless, 2, headless, 4], "neurons": [50, 1, 1, 96, 7, 33]}
+        if dtype == "q8_0":
+            expected["neurons"] = [64, 32, 32, 96, 32, 64]
+        assert found == {kind: [numbers[i] for i in layers] for kind, numbers in expected.items()}
+        facts = record["units"]["groups"]
+        assert (facts["fewest"], facts["most"], facts["written"]) == (0, 4, None)
+        assert facts["filled"] == 1 + headless * (len(layers) - 4)
+    else:
+        assert all(len({*numbers}) == 1 for numbers in found.values())
+        assert record["units"]["neurons"]["filled"] == len(layers) - 1
 
 
 def usual(model_type: str, **changed: Any) -> tuple[Model, Params]:
@@ -253,9 +324,8 @@ def test_rounded_weights_are_near(tmp_path: Path):
     model = Model(family("llama").parse_config(json.loads(model.config.raw) | {"hidden_act": "silu"}, ()))
     sizes = {}
     for dtype in ("float32", "bfloat16", "float16", "q8_0"):
-        record = jp.export(tmp_path / dtype, model, pruned(model, params), to="gguf", dtype=dtype)
+        jp.export(tmp_path / dtype, model, pruned(model, params), to="gguf", dtype=dtype)
         sizes[dtype] = (tmp_path / dtype).stat().st_size
-        assert record["units"]["neurons"]["written"] % (32 if dtype == "q8_0" else 1) == 0
     assert sizes["q8_0"] < sizes["float16"] == sizes["bfloat16"] < sizes["float32"]
 
 
@@ -283,6 +353,13 @@ def test_what_has_no_such_form_is_refused(case: str, tmp_path: Path):
     with pytest.raises(ValueError, match=message):
         jp.export(tmp_path / "out", model, params, **({"to": "gguf"} | settings))
     assert not [*tmp_path.iterdir()]
+
+
+def test_the_command_says_that_layers_differ(tmp_path: Path):
+    pytest.importorskip("gguf")
+    jp.save(tmp_path / "small", *uneven("llama"))
+    shown = run("export", tmp_path / "small", "--to", "gguf", "-o", tmp_path / "out.gguf").stdout
+    assert "deci, float32" in shown and shown.count("each its own") == 3
 
 
 # StableHLO

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,20 @@ def test_rows_are_turned_back_across_slices(tmp_path: Path, monkeypatch: pytest.
     assert_same(jp.load(tmp_path / "tiny.gguf"), jp.load(write_checkpoint(tmp_path / "folder", config, held)))
 
 
+def test_queries_keys_and_values_in_one_tensor(tmp_path: Path):
+    config, path = config_of("qwen3"), tmp_path / "tiny.gguf"
+    tensors = tensors_of(config)
+    parts = [tensors[f"model.layers.1.self_attn.{part}_proj.weight"] for part in "qkv"]
+    separate = tuple(f"blk.1.attn_{part}.weight" for part in "qkv")
+    write_gguf(path, config, tensors, more={"blk.1.attn_qkv.weight": np.concatenate(parts)}, without=separate)
+    assert_same(jp.load(path), jp.load(write_checkpoint(tmp_path / "folder", config, tensors)))
+    for name, message in (("blk.1", "its attn_qkv of layer 1 has the shape (32, 32), expected 64 rows"),
+                          ("blk.2", "it has tensors that a qwen3 has not: blk.2.attn_qkv.weight")):  # fmt: skip
+        write_gguf(path, config, tensors, more={f"{name}.attn_qkv.weight": parts[0]}, without=separate)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            jp.load(path)
+
+
 SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -106,7 +121,14 @@ REFUSED = [
     ({"llama.block_count": None}, "its block_count is missing, expected a count, the same for all layers"),
     ({"llama.attention.layer_norm_rms_epsilon": None}, "its attention.layer_norm_rms_epsilon is missing"),
     ({"llama.embedding_length": 64}, "wrong shape: model.embed_tokens.weight is [40, 32], expected [40, 64]"),
-    ({"llama.attention.head_count": [4, 2]}, "its attention.head_count is array([4, 2], dtype=int32), expected"),
+    ({"llama.attention.head_count": [4, 2]}, "self_attn.q_proj.weight is [32, 32], expected [16, 32]"),
+    ({"llama.attention.head_count": [4]}, "its attention.head_count is array([4], dtype=int32), expected one"),
+    ({"llama.attention.head_count_kv": [2, 0]}, "its layer 1 has 4 heads for 0 key-value heads, expected a multiple"),
+    ({"llama.attention.head_count_kv": [3, 2]}, "its layer 0 has 4 heads for 3 key-value heads, expected a multiple"),
+    ({"llama.attention.head_count": [4, 0], "llama.attention.head_count_kv": [2, 0]},
+     "it has tensors that a llama has not: blk.1."),
+    ({"llama.attention.head_count": 0, "llama.attention.head_count_kv": 0}, "tensors that a llama has not: blk.0."),
+    ({"llama.feed_forward_length": [64, 0]}, "its feed_forward_length is array([64, 0], dtype=int32), expected one of"),
     ({"llama.attention.key_length": 0}, "its attention.key_length is 0, expected a count"),
     ({"llama.rope.dimension_count": 4}, "its rope.dimension_count is 4, supported: 8"),
     ({"llama.rope.scaling.type": "yarn"}, "positions of full_attention are 'yarn', supported: default, linear"),

@@ -1,8 +1,9 @@
 """Writes models for other programs, and reads them back before they take their place.
 
-`hf` is a folder that transformers loads without code of ours; `gguf` a file for llama.cpp. All layers have the same
-widths there: `jaxprune.checkpoints.uniform` fills them up. `onnx` and `stablehlo` are programs at the widths that the
-layers have.
+`hf` is a folder that transformers loads without code of ours; all layers have the same widths there:
+`jaxprune.checkpoints.uniform` fills them up. `gguf` is a file for llama.cpp, at the widths that the layers have if it
+has an architecture for that. `onnx` and `stablehlo` are programs
+at these widths.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from jaxprune.checkpoints.folder import (
     tokenizer_of,
 )
 from jaxprune.checkpoints.tensors import write_tensors
-from jaxprune.checkpoints.uniform import Uniform, compared, described, runner, tensors_of, uniform
+from jaxprune.checkpoints.uniform import Filled, compared, described, runner, tensors_of, uniform
 from jaxprune.checkpoints.weights import CONFIG, WEIGHTS, stored_type
 from jaxprune.models import Model
 from jaxprune.units import Params, flatten, path_name
@@ -114,7 +115,7 @@ def export(
     return record
 
 
-def _checked(model: Model, params: Params, made: Uniform, folder: Path) -> dict[str, Any]:
+def _checked(model: Model, params: Params, made: Filled, folder: Path) -> dict[str, Any]:
     """The difference between the model and the folder."""
     read, arrays = load(folder)
     hidden = not (read.answers_in_text or read.heads)

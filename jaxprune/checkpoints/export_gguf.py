@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,21 @@ import numpy as np
 
 from jaxprune.checkpoints.files import check_file, write_atomic
 from jaxprune.checkpoints.folder import load
-from jaxprune.checkpoints.gguf import INNER, INNER_OF, OUTER, SPLITS
+from jaxprune.checkpoints.gguf import FUSED, INNER, INNER_OF, OUTER, PARTS, SPLITS, TURNED
 from jaxprune.checkpoints.tensors import FLOATS
-from jaxprune.checkpoints.uniform import Uniform, compared, described, runner, tensors_of, uniform
+from jaxprune.checkpoints.uniform import Filled, compared, described, runner, tensors_of, uniform
 from jaxprune.checkpoints.weights import stored_type
 from jaxprune.models import Model
 from jaxprune.models.decoder import SLIDING, Rotary
-from jaxprune.units import Params, flatten, path_name, unflatten
+from jaxprune.units import Params, flatten, lengths, path_name, resize, unflatten
 
-ARCHITECTURES = {  # model type to the name of llama.cpp
-    **{name: name for name in ("llama", "qwen2", "qwen3", "seed_oss")},
-    **{"mistral": "llama", "gemma3_text": "gemma3"},
+ARCHITECTURES = {  # model type to the names of llama.cpp: where all layers are alike, and where they differ
+    "llama": ("llama", "deci"),
+    "mistral": ("llama", "deci"),
+    "qwen2": ("qwen2", "deci"),
+    "seed_oss": ("seed_oss", "deci"),
+    "qwen3": ("qwen3", "openelm"),
+    "gemma3_text": ("gemma3", None),
 }
 ROUNDED = "q8_0"
 ROUNDING = 220  # by this part of its largest a weight may differ: half of 1/127, and what float16 rounds off the scale
@@ -47,6 +52,10 @@ def export_gguf(
     """Writes a GGUF file, which llama.cpp and the programs built on it load, tokenizer included.
 
     Its matrices have the type that is asked for; vectors are float32. The file is read back, and compared.
+
+    Layers of different widths keep them in the architectures `deci`, which llama, mistral, qwen2 and seed_oss become,
+    and `openelm`, which a qwen3 becomes that has neither biases nor an output layer of its own. Those of all others are
+    filled up with zeros to the widest.
 
     Args:
         path: The file.
@@ -74,16 +83,16 @@ def export_gguf(
         import gguf
     except ImportError as error:
         raise ValueError("GGUF files need another package: pip install 'jaxprune[gguf]'.") from error
-    made = uniform(model, params, multiple_of=32 if dtype == ROUNDED else 1)  # rounded blocks have 32 weights
+    made, architecture = _fitted(model, params, 32 if dtype == ROUNDED else 1)  # rounded blocks have 32 weights
     settings, tensors, kind = _settings(made), tensors_of(made.model, made.params), _KINDS[dtype]
     words = _tokenizer(model)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.gguf"
-        writer = gguf.GGUFWriter(file, ARCHITECTURES[made.model.config.model_type])
+        writer = gguf.GGUFWriter(file, architecture)
         writer.add_key_value("general.file_type", _FILE_TYPES[kind], gguf.GGUFValueType.UINT32)
         for name, value in {**settings, **words}.items():
             _add(writer, name, value)
-        for name, array in _named(made, tensors):
+        for name, array in _named(made, architecture, tensors):
             whole = array.ndim == 1 or (kind == "Q8_0" and array.shape[1] % 32)
             own = "F32" if array.ndim == 1 else "F16" if whole else kind
             given = gguf.quants.quantize(np.asarray(array, np.float32), gguf.GGMLQuantizationType[own])
@@ -92,11 +101,43 @@ def export_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        record = {"format": "gguf", "class": writer.arch, **described(model, params, made), "dtype": dtype}
+        record = {"format": "gguf", "class": architecture, **described(model, params, made), "dtype": dtype}
         record["check"] = _checked(model, params, made, file, dtype, words != _NO_WORDS) if check else None
         with open(file, "rb") as content:
             write_atomic(path, lambda out: shutil.copyfileobj(content, out))
     return record
+
+
+def _fitted(model: Model, params: Params, multiple_of: int) -> tuple[Filled, str]:
+    """The model with layers as llama.cpp can have them, and the architecture: one for different layers if they are."""
+    made = uniform(model, params, multiple_of=multiple_of)
+    config = made.model.config
+    alike, other = ARCHITECTURES[config.model_type]
+    if other is None or (other == "openelm" and (any(config.biases) or not config.tied)):
+        return made, alike
+    narrow = _narrowed(made, multiple_of, empty=other == "deci")
+    return (made, alike) if all(each.written is not None for each in narrow.units.values()) else (narrow, other)
+
+
+def _narrowed(made: Filled, multiple_of: int, *, empty: bool) -> Filled:
+    """The model with as few units in every layer as llama.cpp computes correctly.
+
+    It leaves out the whole layer where there are no neurons. An attention without heads may be `empty`, but not in the
+    first layer, whose heads it takes the size of all from, and not with a bias of its output, which it would leave out.
+    """
+    config, before, widths = made.model.config, made.before, {}
+    places = {(site.layer, site.kind): site for site in before}
+    flat = flatten(made.params)
+    for layer in range(config.layers):
+        sites = [places[layer, kind] for kind in ("groups", "query_heads", "neurons")]
+        groups, queries, neurons = (before[site] for site in sites)
+        if not groups * queries:
+            groups, queries = int(not empty or layer == 0 or config.biases[1]), 1
+        if not groups:  # neither is its norm written, nor read
+            flat["layers", layer, "attention", "norm", "scale"] = np.ones(config.embed, np.float32)
+        neurons = -(-max(1, neurons) // multiple_of) * multiple_of
+        widths |= zip(sites, (groups, queries, neurons), strict=True)
+    return replace(made, params=resize(made.model.axes, unflatten(flat), widths))
 
 
 def _add(writer: Any, name: str, value: Any) -> None:
@@ -113,8 +154,16 @@ def _add(writer: Any, name: str, value: Any) -> None:
         writer.add_key_value(name, value, kinds[type(value)])
 
 
-def _settings(made: Uniform) -> dict[str, Any]:
-    """The settings of the architecture."""
+def _settings(made: Filled) -> dict[str, Any]:
+    """The settings of the architecture; those of units are lists where layers differ."""
+
+    def by_layer(counts: list[int]) -> int | list[int]:
+        return counts if len({*counts}) > 1 else counts[0]
+
+    units: dict[str, list[int]] = {}
+    for site, count in lengths(made.model.axes, made.params).items():
+        units.setdefault(site.kind, []).append(count)
+    groups, queries, neurons = (units[kind] for kind in ("groups", "query_heads", "neurons"))
     config, raw = made.model.config, json.loads(made.model.config.raw)
     gemma, kinds = config.type.gemma, dict(config.rotary)
     usual = "gelu_pytorch_tanh" if gemma else "silu"
@@ -130,9 +179,9 @@ def _settings(made: Uniform) -> dict[str, Any]:
         "block_count": config.layers,
         "context_length": config.positions,
         "embedding_length": config.embed,
-        "feed_forward_length": config.neurons,
-        "attention.head_count": config.attention_heads,
-        "attention.head_count_kv": config.groups,
+        "feed_forward_length": by_layer(neurons),
+        "attention.head_count": by_layer([one * other for one, other in zip(groups, queries, strict=True)]),
+        "attention.head_count_kv": by_layer(groups),
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": config.eps,
@@ -158,10 +207,10 @@ def _settings(made: Uniform) -> dict[str, Any]:
     return found
 
 
-def _named(made: Uniform, tensors: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors by the names of llama.cpp, in its layout."""
-    config, kind = made.model.config, ARCHITECTURES[made.model.config.model_type]
-    inner = {theirs: name for name, theirs in INNER_OF.get(kind, INNER).items()}
+def _named(made: Filled, architecture: str, tensors: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors by the names of llama.cpp, in its layout; those of an attention without heads are left out."""
+    config = made.model.config
+    inner = {theirs: name for name, theirs in INNER_OF.get(architecture, INNER).items()}
     outer = {theirs: name for name, theirs in OUTER.items()}
     rotary = config.rotary[0][1]
     if rotary.kind == "llama3":
@@ -177,16 +226,20 @@ def _named(made: Uniform, tensors: Mapping[str, np.ndarray]) -> Iterator[tuple[s
             name.removeprefix("model.layers.").partition(".")[0],
             *name.split(".", 3)[3].rsplit(".", 1),
         )
-        if kind == "llama" and module in (
-            "self_attn.q_proj",
-            "self_attn.k_proj",
-        ):  # channels i and i + half side by side
+        if inner[module].startswith("attn") and not tensors[f"model.layers.{layer}.{PARTS[0]}.weight"].size:
+            continue
+        if architecture == "openelm" and module in PARTS:
+            if module != PARTS[0]:
+                continue
+            array = np.concatenate([tensors[name.replace(module, part)] for part in PARTS])
+            module = FUSED
+        if architecture in TURNED and module in PARTS[:2]:  # channels i and i + half side by side
             pairs = array.reshape(-1, 2, config.head_dim // 2, *array.shape[1:])
             array = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
         yield f"blk.{layer}.{inner[module]}.{leaf}", array
 
 
-def _checked(model: Model, params: Params, made: Uniform, file: Path, dtype: str, words: bool) -> dict[str, Any]:
+def _checked(model: Model, params: Params, made: Filled, file: Path, dtype: str, words: bool) -> dict[str, Any]:
     """The difference of the logits; the tokens are the same, and rounded weights are near what they were."""
     read, arrays = load(file)
     if dtype == ROUNDED:

@@ -4,6 +4,9 @@ A GGUF file is one header (settings, the tokenizer, name, type and place of ever
 most of them rounded in blocks. `unpacked` writes what the header says into a temporary folder, as `config.json` and
 `tokenizer.json` beside a link to the file; `GGUFFile` makes the tensors when they are read, some rows at a time.
 
+A file may give every layer its own number of heads and neurons, as `deci` and `openelm` do. An attention without heads
+has no tensors then.
+
 The header is not trusted: what it counts must lie within the file, and no two tensors share bytes. Settings of the
 architecture and tensors that are not known are refused, as they may change what the model computes.
 """
@@ -38,20 +41,25 @@ _FLOAT32, _TEXT, _ARRAY = 6, 8, 9  # kinds of values
 _NORMAL, _CONTROL, _ADDED = 1, 3, 4  # kinds of tokens
 _ROUNDED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 _GEMMA = "gemma3"
-_CLASSES = {  # architecture to `...ForCausalLM`
-    **{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "seed_oss": "SeedOss"},
-    _GEMMA: "Gemma3",
+TURNED = ("llama", "deci")  # architectures in which channels i and i + half of a head are neighbours
+_TYPES = {  # architecture to the model type and `...ForCausalLM`; a deci with biases is as a seed_oss
+    "llama": ("llama", "Llama"),
+    "qwen2": ("qwen2", "Qwen2"),
+    "qwen3": ("qwen3", "Qwen3"),
+    "seed_oss": ("seed_oss", "SeedOss"),
+    _GEMMA: ("gemma3_text", "Gemma3"),
+    "deci": ("llama", "Llama"),
+    "openelm": ("qwen3", "Qwen3"),
 }
 _SIZES = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
 }
+_UNITS = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")  # by layer, or one for all
 _NUMBER, _COUNTS = (int, float), (int, np.ndarray)
 _SETTINGS = {  # those of an architecture that are read, with their types
-    **dict.fromkeys((*_SIZES, "attention.head_count_kv", "attention.key_length"), _COUNTS),
+    **dict.fromkeys((*_SIZES, *_UNITS, "attention.key_length"), _COUNTS),
     **dict.fromkeys(("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.factor"), _NUMBER),
     "rope.scaling.type": str,
 }
@@ -85,6 +93,7 @@ INNER = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
@@ -103,6 +112,7 @@ INNER_OF = {  # where an architecture has other names
     "seed_oss": {name: theirs for name, theirs in INNER.items() if name != "ffn_norm"}
     | {"post_attention_norm": "post_attention_layernorm"},
 }
+FUSED, PARTS = "self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 class _Tensor(NamedTuple):
@@ -123,8 +133,28 @@ class _Header(NamedTuple):
 
     @property
     def head_dim(self) -> int:
-        whole, heads = self.count("embedding_length"), self.count("attention.head_count")
-        return self.count("attention.key_length") if "attention.key_length" in self.settings else whole // heads
+        if "attention.key_length" in self.settings:
+            return self.count("attention.key_length")
+        return self.count("embedding_length") // max(1, self.counts("attention.head_count", 0)[0])
+
+    @property
+    def layers(self) -> int:
+        layers = self.count("block_count")
+        if layers > len(self.tensors):
+            raise ValueError(f"it has {layers:,} layers, but {len(self.tensors):,} tensors")
+        return layers
+
+    @property
+    def units(self) -> dict[str, list[int]]:
+        """The units of every layer by kind; `query_heads` are those of one group."""
+        heads, shared = self.counts("attention.head_count", 0), "attention.head_count_kv"
+        groups = self.counts(shared, 0) if shared in self.settings else heads
+        queries = [count // max(1, few) for count, few in zip(heads, groups, strict=True)]
+        for layer, (count, few, each) in enumerate(zip(heads, groups, queries, strict=True)):
+            if count != few * each or (few and not each):
+                raise ValueError(f"its layer {layer} has {count} heads for {few} key-value heads, expected a multiple")
+        queries = [max(1, each) for each in queries]
+        return {"groups": groups, "query_heads": queries, "neurons": self.counts("feed_forward_length")}
 
     def count(self, name: str) -> int:
         """The count of something, which is the same in all layers."""
@@ -134,6 +164,14 @@ class _Header(NamedTuple):
         if type(value) is not int or not 0 < value < 2**31:
             raise ValueError(f"its {name} is {_shown(value)}, expected a count, the same for all layers")
         return value
+
+    def counts(self, name: str, least: int = 1) -> list[int]:
+        """The count of something in every layer."""
+        value, layers = self.settings.get(name), self.layers
+        values: list[Any] = value.tolist() if isinstance(value, np.ndarray) else [value] * layers
+        if len(values) != layers or any(type(each) is not int or not least <= each < 2**31 for each in values):
+            raise ValueError(f"its {name} is {_shown(value)}, expected one of at least {least}, or {layers} such")
+        return values
 
     def token(self, name: str) -> int | None:
         """The index of a special token."""
@@ -214,8 +252,8 @@ def _read_header(file: BinaryIO) -> _Header:
 def _checked(settings: dict[str, Any], places: list[tuple[Any, ...]], end: int, size: int) -> _Header:
     """The header, if its settings have the right types and its tensors their own bytes of the file."""
     architecture = settings.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in _CLASSES:
-        raise ValueError(f"its general.architecture is {_shown(architecture)}, supported: {', '.join(_CLASSES)}")
+    if not isinstance(architecture, str) or architecture not in _TYPES:
+        raise ValueError(f"its general.architecture is {_shown(architecture)}, supported: {', '.join(_TYPES)}")
     prefix, known = f"{architecture}.", {*_SETTINGS, *_FIXED, *_UNUSED, *(_OF_GEMMA if architecture == _GEMMA else ())}
     own = {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
     if unknown := [name for name in own if name not in known]:
@@ -254,7 +292,8 @@ class GGUFFile(TensorFile):
         self._stream, self.metadata = None, {}
         try:
             self.header = _read_header(self._file)
-            self._half = self.header.head_dim // 2 if self.header.kind == "llama" else 0
+            self._half = self.header.head_dim // 2 if self.header.kind in TURNED else 0
+            self.units = self.header.units
             self._tensors = self._named()
         except (ValueError, ImportError) as error:
             self._file.close()
@@ -269,25 +308,61 @@ class GGUFFile(TensorFile):
 
     def _named(self) -> dict[str, _Tensor]:
         modules, tensors, unknown = INNER_OF.get(self.header.kind, INNER), {}, []
+        groups = self.units["groups"]
+
+        def is_known(layer: int, module: str) -> bool:
+            return module in modules and layer < len(groups) and (groups[layer] > 0 or not module.startswith("attn"))
+
         for name, tensor in self.header.tensors.items():
             inner = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-            if inner and inner[2] in modules:
+            if inner and is_known(int(inner[1]), inner[2]):
                 tensors[f"model.layers.{inner[1]}.{modules[inner[2]]}.{inner[3]}"] = tensor
             elif name in OUTER:
                 tensors[OUTER[name]] = tensor
-            elif name != _FREQUENCIES or self.header.kind != "llama":
+            elif name != _FREQUENCIES or self.header.kind not in TURNED:
                 unknown.append(name)
         if unknown:
             raise ValueError(f"it has tensors that a {self.header.kind} has not: {', '.join(unknown[:8])}")
-        return tensors
+        for name in [name for name in tensors if name.endswith(f"{FUSED}.weight")]:
+            tensors |= self._split(name, tensors.pop(name))
+        return tensors | self._empty(tensors)
+
+    def _split(self, name: str, whole: _Tensor) -> dict[str, _Tensor]:
+        """Queries, keys and values, which are one after the other in one tensor."""
+        layer = name.split(".")[2]
+        groups, queries = (self.units[kind][int(layer)] for kind in ("groups", "query_heads"))
+        rows = [count * self.header.head_dim for count in (groups * queries, groups, groups)]
+        if len(whole.shape) != 2 or sum(rows) != whole.shape[0]:
+            raise ValueError(f"its attn_qkv of layer {layer} has the shape {whole.shape}, expected {sum(rows)} rows")
+        size, parts, start = (whole.stop - whole.start) // whole.shape[0], {}, whole.start
+        for part, count in zip(PARTS, rows, strict=True):
+            stop = start + count * size
+            parts[name.replace(FUSED, part)] = _Tensor(whole.kind, (count, whole.shape[1]), start, stop)
+            start = stop
+        return parts
+
+    def _empty(self, tensors: Mapping[str, _Tensor]) -> dict[str, _Tensor]:
+        """What attentions without heads have, by the names of all others."""
+        width, names = self.header.count("embedding_length"), {name.split(".", 3)[-1] for name in tensors}
+        shapes = {"input_layernorm.weight": (width,), "self_attn.o_proj.weight": (width, 0)}
+        shapes |= {f"{part}.weight": (0, width) for part in PARTS} | {f"{part}.bias": (0,) for part in PARTS}
+        return {
+            f"model.layers.{layer}.{name}": _Tensor("F32", shape, 0, 0)
+            for layer, groups in enumerate(self.units["groups"])
+            for name, shape in shapes.items()
+            if not groups and name in names
+        }
 
     def _is_shifted(self, name: str) -> bool:
         """True for a norm that is stored with 1 added."""
         return self.header.gemma and name.endswith("norm.weight")
 
     def slices(self, name: str) -> Iterator[tuple[slice, np.ndarray]]:
-        """The blocks of rows, as those of `TensorFile`; a vector is one."""
+        """The blocks of rows, as those of `TensorFile`; a vector is one. The norm before no heads is all ones."""
         kind, shape, start, stop = self._tensors[name]
+        if start == stop:
+            yield slice(0, shape[0]), np.ones(shape, np.float32)
+            return
         rows, step = (shape[0], max(1, _SLICE // shape[1])) if len(shape) > 1 else (1, 1)
         turned = self._half and re.search(r"\.[qk]_proj\.", name)  # channels i and i + half of a head are neighbours
         step += -step % (2 * self._half) if turned else 0
@@ -349,32 +424,36 @@ def _unpacked(path: Path, stamp: tuple[int, ...]) -> Path:
 def _config(file: GGUFFile) -> dict[str, Any]:
     """The `config.json` of a model."""
     header, names = file.header, file.entries
-    own, head_dim, layers = header.settings, header.head_dim, header.count("block_count")
+    own, head_dim, layers = header.settings, header.head_dim, header.layers
     for name, only in {**_FIXED, "general.type": "model", "split.count": 1}.items():
         only = head_dim if only is None else only
         if own.get(name, only) != only:
             raise ValueError(f"its {name} is {_shown(own[name])}, supported: {only}")
     if (eps := own.get("attention.layer_norm_rms_epsilon")) is None:
         raise ValueError("its attention.layer_norm_rms_epsilon is missing")
-    if layers > len(names):
-        raise ValueError(f"it has {layers:,} layers, but {len(names):,} tensors")
     if "model.embed_tokens.weight" not in names:
         raise ValueError("it has no tensor 'token_embd.weight'")
+    biases = {
+        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
+        "attention_out_bias": "model.layers.0.self_attn.o_proj.bias" in names,
+        "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in names,
+    }
+    model_type, name = _TYPES["seed_oss" if header.kind == "deci" and any(biases.values()) else header.kind]
+    groups, queries, neurons = (max(counts) for counts in file.units.values())
     config: dict[str, Any] = {
-        "model_type": "gemma3_text" if header.gemma else header.kind,
-        "architectures": [f"{_CLASSES[header.kind]}ForCausalLM"],
+        "model_type": model_type,
+        "architectures": [f"{name}ForCausalLM"],
         "vocab_size": names["model.embed_tokens.weight"].shape[0],
         "head_dim": head_dim,
         "rms_norm_eps": eps,
         "tie_word_embeddings": "lm_head.weight" not in names,
-        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
-        "attention_out_bias": "model.layers.0.self_attn.o_proj.bias" in names,
-        "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in names,
         "rope_parameters": _rotary(file),
+        "num_attention_heads": groups * queries,
+        "num_key_value_heads": groups,
+        "intermediate_size": neurons,
+        **biases,
         **{theirs: header.count(name) for name, theirs in _SIZES.items()},
     }
-    groups = "attention.head_count_kv" if "attention.head_count_kv" in own else "attention.head_count"
-    config["num_key_value_heads"] = header.count(groups)
     if header.gemma:
         pattern = own.get("attention.sliding_window_pattern", 6)
         if isinstance(pattern, int):

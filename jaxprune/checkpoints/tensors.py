@@ -16,7 +16,7 @@ import math
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,8 @@ class TensorFile:
 
     One whose name ends in `.zst` is expanded on the way, or into a temporary file if it is not read from front to back.
     """
+
+    units: Mapping[str, Sequence[int]] = {}  # kind of units to their number in every layer, if the file says so
 
     def __init__(self, path: str | Path):
         """Opens a file and checks its header.

@@ -1,4 +1,4 @@
-"""Models whose layers all have the same widths, as other programs need them, in the words of Hugging Face.
+"""Models whose layers all have the same widths, as most other programs need them, in the words of Hugging Face.
 
 Every module is filled up with units whose weights are zero, as many as the widest has, which changes nothing that is
 computed. The families say which configuration that is (`uniform` in `jaxprune.models`).
@@ -21,6 +21,7 @@ from jaxprune.models import Model, Stack, family
 from jaxprune.units import (
     Params,
     Path,
+    Site,
     axes_of,
     fill,
     flatten,
@@ -43,22 +44,35 @@ class Written(NamedTuple):
 
     fewest: int
     most: int
-    written: int  # in every layer
+    written: int | None  # in every layer; None: each has its own number
+    filled: int  # modules that have more than in the model
 
 
 @dataclass(frozen=True)
-class Uniform:
-    """A model in which all layers have the same widths, and which computes the same."""
+class Filled:
+    """A model whose layers were filled up to widths that another program can have, and which computes the same."""
 
     model: Model
     params: Params
-    units: Mapping[str, Written]
+    before: Mapping[Site, int]  # units at every site that stays, along the last of their axes
     left_out: tuple[str, ...]  # layers without units
     heads: Params  # task heads that stand beside the model, as they are
     head: str | None  # the name of the head inside
 
+    @property
+    def units(self) -> dict[str, Written]:
+        """The kinds of units whose numbers a configuration holds, as they were and as they are written."""
+        after, found = lengths(self.model.axes, self.params), {}
+        for kind in WIDTHS:
+            pairs = [(count, after[site]) for site, count in self.before.items() if site.kind == kind]
+            if pairs:
+                before, written = zip(*pairs, strict=True)
+                same, filled = len({*written}) == 1, sum(old < new for old, new in pairs)
+                found[kind] = Written(min(before), max(before), written[0] if same else None, filled)
+        return found
 
-def uniform(model: Model, params: Params, head: str | None = None, multiple_of: int = 1) -> Uniform:
+
+def uniform(model: Model, params: Params, head: str | None = None, multiple_of: int = 1) -> Filled:
     """Makes all layers as wide as the widest, in the words of Hugging Face.
 
     Units are added whose weights are zero. Layers without units are left out if they return what they are given.
@@ -81,21 +95,19 @@ def uniform(model: Model, params: Params, head: str | None = None, multiple_of: 
     module = family(model.config.model_type)
     layers = {stack.name: _needed_layers(model, params, stack, module.IDLE) for stack in model.stacks}
     flat = _renumbered(model, module.aligned(model.config, params), layers)
-    found: dict[str, list[int]] = {}
-    for site, count in lengths(model.axes, unflatten(flat)).items():
-        found.setdefault(site.kind, []).append(count)
-    needed = {kind: max(counts) for kind, counts in found.items()}
+    before, needed = lengths(model.axes, unflatten(flat)), {}
+    for site, count in before.items():
+        needed[site.kind] = max(count, needed.get(site.kind, 0))
     needed["neurons"] += -needed["neurons"] % multiple_of
     raw = module.uniform(model.config, needed, layers)
     written = Model(family(raw["model_type"]).parse_config(raw), model.source)
     shapes = flatten(jax.eval_shape(written.initialise, jax.random.key(0)))
     places = {("heads", *written.heads, *path[2:]) if path[0] == "heads" else path: path for path in flat}
     filled = unflatten({place: fill(flat[places[place]], shape.shape) for place, shape in shapes.items()})
-    after = {site.kind: count for site, count in lengths(written.axes, filled).items()}
-    return Uniform(
+    return Filled(
         written,
         filled,
-        {kind: Written(min(found[kind]), max(found[kind]), after[kind]) for kind in WIDTHS if kind in found},
+        before,
         tuple(
             path_name((*stack.path, i))
             for stack in model.stacks
@@ -152,7 +164,7 @@ def _count(params: Params) -> int:
     return sum(int(array.size) for array in flatten(params).values())
 
 
-def described(model: Model, params: Params, made: Uniform | None, head: str | None = None) -> dict[str, Any]:
+def described(model: Model, params: Params, made: Filled | None, head: str | None = None) -> dict[str, Any]:
     """The facts in the record of every export; one at the model's own widths has nothing filled up, and one head."""
     units = {} if made is None else made.units
     written = _count(params) if made is None else _count(made.params) + _count(made.heads)

@@ -38,7 +38,9 @@ from jaxprune.units import (
     axes_of,
     flatten,
     input_axes,
+    lengths,
     path_name,
+    shapes_at,
     sites,
     unflatten,
 )
@@ -430,7 +432,7 @@ def fit_hugging_face(model: Model, tensors: Mapping[str, Source], folder: Path) 
         ValueError: Listing every tensor that is unknown, missing, there twice, or of a wrong shape or type.
     """
     module, config = family(model.config.model_type), model.config
-    names, dense, ignored = module.checkpoint_names(config), _dense(model), module.ignored_names(config)
+    names, dense, ignored = module.checkpoint_names(config), _as_stored(model, tensors), module.ignored_names(config)
     stored: dict[str, str] = {}  # the name without prefix, in today's spelling -> the name in the file
     twice = []
     for name in tensors:
@@ -536,6 +538,16 @@ def misfits(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, li
 @lru_cache(maxsize=8)
 def _dense(model: Model) -> Mapping[ParamPath, jax.ShapeDtypeStruct]:
     return flatten(jax.eval_shape(model.initialise, jax.random.key(0)))
+
+
+def _as_stored(model: Model, tensors: Mapping[str, Source]) -> Mapping[ParamPath, jax.ShapeDtypeStruct]:
+    """The dense parameters, but each layer with as many units as its file says, if it does."""
+    dense, units = unflatten(_dense(model)), {}
+    for source in tensors.values():
+        units |= source.file.units
+    widths = {site: units[site.kind][site.layer] for site in lengths(model.axes, dense) if site.kind in units}
+    shapes = shapes_at(model.axes, dense, widths)
+    return {path: jax.ShapeDtypeStruct(shapes[path], array.dtype) for path, array in _dense(model).items()}
 
 
 def _wrong_types(entries: Mapping[str, Entry]) -> list[str]:

@@ -22,7 +22,8 @@ def export(
 ) -> None:
     """Writes a model for programs that do not know jaxprune, and checks that it computes the same.
 
-    Modules are filled up with zeros to the widest layer, which costs room but changes nothing.
+    Modules are filled up with zeros to the widest layer, which costs room but changes nothing; a GGUF file of a Llama,
+    Mistral, Qwen2 or tied Qwen3 needs hardly any.
 
     Examples: [cyan]jaxprune export small -o plain[/cyan] is a folder that transformers loads.
     [cyan]jaxprune export small --to gguf --dtype q8_0 -o small.gguf[/cyan] is a decoder for llama.cpp.

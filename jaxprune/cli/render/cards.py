@@ -150,7 +150,7 @@ def export_card(record: Record, *, on_hub: bool = False) -> str:
     """The README of an export for transformers, in Markdown with the front matter of the Hugging Face hub."""
     source, name, beside = _source(record, on_hub), record["class"], record["heads"]["beside"]
     check, counts = record["check"], record["parameters"]
-    rows = [[EXPORTED[kind], *(f"{each[part]:,}" for part in each)] for kind, each in record["units"].items()]
+    rows = [[EXPORTED[kind], *(f"{number:,}" for number in each.values())] for kind, each in record["units"].items()]
     loading = EXPORT_LOADING.format(name=name)
     if beside:
         loading += EXPORT_HEADS.format(head=ascii(beside[0])[1:-1])
@@ -168,7 +168,7 @@ def export_card(record: Record, *, on_hub: bool = False) -> str:
         "FOLDER is the folder of this file."
         + f" Heads: {', '.join(map(_code, beside))}, as `NAME.out.kernel` and `NAME.out.bias`." * bool(beside),
         "## Units of a layer",
-        _markdown(["", "fewest", "most", "written"], rows),
+        _markdown(["", "fewest", "most", "written", "filled up"], rows),
         f"{counts['model']:,} parameters, {counts['written']:,} as written: all layers have the same widths here, so "
         "narrower ones were filled up with zeros, which changes nothing that is computed. `export.json` has the rest.",
     )

@@ -16,7 +16,7 @@ from jaxprune.evaluation import scale_of, shown
 Record = Mapping[str, Any]
 
 BEFORE_AFTER = ("before", "after", "kept", "speed-up")
-EXPORTED = {  # kinds of units whose numbers are the same in all layers of an export
+EXPORTED = {  # kinds of units whose numbers a configuration of other programs holds
     "heads": "attention heads",
     "groups": "key-value heads",
     "query_heads": "query heads of each",
@@ -669,12 +669,12 @@ def storage_note(record: Record) -> str:
 
 def export_table(record: Record) -> Table:
     """The units of every layer before and after it was filled up."""
-    rows = [
-        (EXPORTED[kind], f"{each['fewest']:,}", f"{each['most']:,}", f"{each['written']:,}")
-        for kind, each in record["units"].items()
-    ]
+    rows = []
+    for kind, each in record["units"].items():
+        written = "each its own" if each["written"] is None else f"{each['written']:,}"
+        rows.append((EXPORTED[kind], f"{each['fewest']:,}", f"{each['most']:,}", written, f"{each['filled']:,}"))
     title = f"{record['source']}: {record['class']}, {record['dtype']}"
-    return make_table(title, ("in a layer", "fewest", "most", "written"), rows)
+    return make_table(title, ("in a layer", "fewest", "most", "written", "filled up"), rows)
 
 
 def export_notes(record: Record) -> list[str]:
@@ -694,7 +694,7 @@ def export_notes(record: Record) -> list[str]:
         ),
         note(
             f"{written:,} parameters, {record['file_bytes'] / 1e6:,.2f} MB; the model has {model:,}.",
-            "All layers are filled up with zeros to the widest." * (written > model),
+            "The rest are zeros: other programs need them." * (written > model),
             f"Left out, as they do nothing: {', '.join(record['left_out'])}." * bool(record["left_out"]),
         ),
         *(note(f"Its task head is {name}.") for name in [inside] if name),
