@@ -140,7 +140,10 @@ def test_every_import_is_a_declared_dependency():
     extras = project["optional-dependencies"]
     declared = {
         re.split(r"[^A-Za-z0-9_-]", requirement, maxsplit=1)[0]
-        for requirement in (*project["dependencies"], *(each for extra in ("gguf", "onnx") for each in extras[extra]))
+        for requirement in (
+            *project["dependencies"],
+            *(each for extra in ("gguf", "onnx", "harness") for each in extras[extra]),
+        )
     }
     used = {name.split(".")[0] for file in FILES for name in imports(file)} - set(sys.stdlib_module_names)
     used = {{"yaml": "pyyaml"}.get(name, name) for name in used}  # the one that is imported by another name

@@ -320,7 +320,7 @@ def test_gate_gradients_are_activation_times_gradient(model_type: str):
         expected = np.zeros(gates[site.name].shape)
         for path, array in flatten(subtree(params, site.module)).items():
             axes = axes_of(model.axes, (*site.module, *path))
-            if site.kind in axes and takes_gate(axes, path, site.kind):
+            if site.kind in axes and takes_gate(axes, site.kind):
                 product = np.asarray(array, np.float64) * np.asarray(flat[*site.module, *path])
                 own = unit_axes(axes, site.kind)
                 expected += product.sum(tuple(axis for axis in range(product.ndim) if axis not in own)).reshape(-1)

@@ -2,8 +2,7 @@
 
 `hf` is a folder that transformers loads without code of ours; all layers have the same widths there:
 `jaxprune.checkpoints.uniform` fills them up. `gguf` is a file for llama.cpp, at the widths that the layers have if it
-has an architecture for that. `onnx` and `stablehlo` are programs
-at these widths.
+has an architecture for that. `onnx` and `stablehlo` are programs at these widths.
 """
 
 from __future__ import annotations

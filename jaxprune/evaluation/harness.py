@@ -16,7 +16,8 @@ import numpy as np
 from lm_eval import utils  # pyright: ignore[reportMissingImports]
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import Progress
 
 from jaxprune.checkpoints.folder import load
 from jaxprune.data.batches import IGNORED
@@ -188,21 +189,22 @@ class HarnessModel(TemplateLM):
         """What a function returns for all items, called with the longest ones first and always as many."""
         order = sorted(range(len(items)), key=lambda i: size(items[i]), reverse=True)
         results: list[Any] = [None] * len(items)
-        with tqdm(total=len(items), disable=quiet) as bar:
+        with Progress(*Progress.get_default_columns(), console=Console(stderr=True), disable=quiet) as bar:
+            line = bar.add_task("asking", total=len(items))
             while order:
                 most = min(self.batch_size, max(1, rows(items[order[0]])))
                 now, order = order[:most], order[most:]
                 full = [items[i] for i in now] + [items[now[-1]]] * (most - len(now))
                 for i, result in zip(now, run(full), strict=False):
                     results[i] = result
-                bar.update(len(now))
+                bar.advance(line, len(now))
         return results
 
 
 def _last(context: list[int], answer: list[int], most: int) -> tuple[list[int], list[int]]:
     """The last tokens of a context and its continuation; the model reads all but the very last."""
-    answer = answer[-most:]
-    return context[-(most + 1 - len(answer)) :], answer
+    tokens, count = [*context, *answer][-most - 1 :], min(len(answer), most)
+    return tokens[:-count], tokens[-count:]
 
 
 def _padded(rows: Sequence[list[int]], step: int, value: int, most: int) -> np.ndarray:
