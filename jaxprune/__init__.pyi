@@ -7,6 +7,7 @@ from .bundled import bundled_text_model as bundled_text_model
 from .checkpoints.export import export as export
 from .checkpoints.folder import load as load
 from .checkpoints.folder import save as save
+from .checkpoints.hub import push_to_hub as push_to_hub
 from .checkpoints.shared import add_gates as add_gates
 from .checkpoints.shared import load_gates as load_gates
 from .checkpoints.shared import save_shared as save_shared

@@ -109,7 +109,7 @@ for command in (
     *(measuring.score, pruning.prune, pruning.share, pruning.plan),
     *(measuring.sweep, measuring.inspect, measuring.compare, measuring.check, measuring.evaluate, measuring.generate),
     *(training.finetune, training.sparsify, training.distill, training.augment),
-    *(pruning.pack, exporting.export, demo.demo),
+    *(pruning.pack, exporting.export, exporting.push, demo.demo),
 ):
     app.command()(command)
 

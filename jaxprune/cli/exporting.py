@@ -1,9 +1,11 @@
-"""The command that writes models for other programs."""
+"""The commands that hand models on: written for other programs, and put on the hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
+
+import typer
 
 import jaxprune as jp
 from jaxprune.cli import terminal
@@ -48,3 +50,21 @@ def export(
             write_atomic(output / cards.CARD, cards.export_card(record, on_hub=on_hub).encode())
     shown = [tables.export_table(record)] if record["units"] else []
     terminal.show(record, *shown, *tables.export_notes(record), as_json=as_json)
+
+
+def push(
+    path: Annotated[Path, typer.Argument(help="A model folder, or an exported file.", metavar="PATH")],
+    name: Annotated[str, typer.Argument(help="The repository on the hub: USER/NAME.", metavar="NAME")],
+    private: Annotated[bool, option("Make it private, if it is not there yet.", "--private", panel="Hub")] = False,
+    revision: Annotated[str | None, option("A branch that is there.", "--revision", panel="Hub")] = None,
+    as_json: Json = False,
+) -> None:
+    """Puts a model folder or an export on the Hugging Face hub, in one commit.
+
+    It needs a token that may write: [cyan]hf auth login[/cyan].
+
+    Example: [cyan]jaxprune push small you/sst2-small --private[/cyan]
+    """
+    with terminal.working():
+        address = jp.push_to_hub(path, name, private=private, revision=revision)
+    terminal.show({"command": "push", "path": str(path), "name": name, "url": address}, address, as_json=as_json)
