@@ -3,12 +3,14 @@
     python benchmarks/exports.py --model NAME=PATH --model NAME=PATH --data DATA -o benchmarks/results/exports.json
 
 Every model is pruned for one task, with uniform widths, exported in all forms that it has, and loaded by the programs
-these are for: transformers (with PyTorch), llama.cpp (the package llama-cpp-python) and jax without jaxprune. Logits of
-random tokens are compared in float32, and the answers to test rows. A program that is not installed is left out, and
-said to be.
+these are for: transformers (with PyTorch), llama.cpp (the package llama-cpp-python), onnxruntime and jax without
+jaxprune. The logits of test rows are compared in float32, and the answers. A program that is not installed is left out,
+and said to be.
 
 Parts, for `--only`:
     formats     exports, their sizes, errors and answers
+    uneven      the same with widths that differ from layer to layer, where a format has them, beside what is filled up
+    latency     one forward pass of each program, in turns
     vocabulary  the tokens that one task needs, kept alone; and the most needed ones
 """
 
@@ -16,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ import jax
 import jax.export
 import numpy as np
 from parts import asked, each, keep
+from timing import in_turns, spread
 
 import jaxprune as jp
 from jaxprune.checkpoints.tensors import TensorFile
@@ -36,15 +41,17 @@ from jaxprune.models import Model
 from jaxprune.units import Params
 
 TASK, BUDGET, ROWS, EXAMPLES = "sst2", 0.7, 100, 64
+UNIFORM = jp.Rules(uniform=True)
+BATCH, TOKENS, REPEATS = 8, 128, 15  # of what is timed; a decoder reads one prompt
 VOCABULARIES = (None, 20_000, 4_000)  # all that the task needs; the most needed
 Read = Callable[[Mapping[str, np.ndarray]], Any]  # a batch -> logits, or the last hidden states
 
 
-def pruned(model: Model, params: Params, task: jp.Task) -> Params:
-    """The model at 0.7 of the FLOPs, all layers alike."""
+def pruned(model: Model, params: Params, task: jp.Task, rules: jp.Rules = UNIFORM) -> Params:
+    """The model at 0.7 of the FLOPs, by default with all layers alike."""
     criterion = jp.criteria.GradientActivation()
     scores = jp.score(model, params, task, jp.Scoring(criterion=criterion, rows=jp.Rows(examples=EXAMPLES)))
-    gates = jp.select(model, params, scores, jp.budgets.Flops(BUDGET), rules=jp.Rules(uniform=True))
+    gates = jp.select(model, params, scores, jp.budgets.Flops(BUDGET), rules=rules)
     return jp.compact(model, params, gates)
 
 
@@ -96,9 +103,26 @@ def by_jax(file: Path) -> Read:
     return read
 
 
+def by_onnxruntime(file: Path) -> Read:
+    """An ONNX file."""
+    import onnxruntime  # pyright: ignore[reportMissingImports]
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = os.cpu_count()
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+
+    def read(batch: Mapping[str, np.ndarray]) -> Any:
+        blank = np.zeros_like(batch["input_ids"])
+        return session.run(None, {name: np.asarray(batch.get(name, blank), np.int64) for name in names})[0]
+
+    return read
+
+
 PROGRAMS: dict[str, tuple[str, str, Callable[[Path], Read]]] = {  # what is written, what is needed to read it
     "transformers": ("hf", "torch", by_transformers),
     "llama.cpp": ("gguf", "llama_cpp", by_llama_cpp),
+    "onnxruntime": ("onnx", "onnxruntime", by_onnxruntime),
     "jax": ("stablehlo", "flatbuffers", by_jax),
 }
 
@@ -136,12 +160,12 @@ def with_head(read: Read, folder: Path, task: str) -> Read:
     return logits
 
 
-def formats(models: Mapping[str, str], task: jp.Task) -> dict[str, Any]:
+def formats(models: Mapping[str, str], task: jp.Task, rules: jp.Rules = UNIFORM) -> dict[str, Any]:
     """Every model in every form that it has."""
     rows: dict[str, Any] = {}
     for name, path in models.items():
         model, params = jp.load(path)
-        small, head = pruned(model, params, task), TASK if model.heads else None
+        small, head = pruned(model, params, task, rules), TASK if model.heads else None
         own: Read = lambda batch: model.apply(small, batch, head=head).logits  # noqa: B023, E731
         asked_rows = batches(model, task)
         expected = np.stack([at_the_end(row, own(row)) for row in asked_rows])
@@ -155,7 +179,7 @@ def formats(models: Mapping[str, str], task: jp.Task) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as folder:
                 where = Path(folder) / "export"
                 made = jp.export(
-                    where, model, small, to=form, dtype="float32", head=head if form == "stablehlo" else None
+                    where, model, small, to=form, dtype="float32", head=head if form in ("onnx", "stablehlo") else None
                 )
                 size = sum(file.stat().st_size for file in ([where] if where.is_file() else where.iterdir()))
                 read = open_export(where)
@@ -170,6 +194,48 @@ def formats(models: Mapping[str, str], task: jp.Task) -> dict[str, Any]:
                     "rows": len(expected),
                 }
     return {"rows": rows}
+
+
+def uneven(models: Mapping[str, str], task: jp.Task) -> dict[str, Any]:
+    """Every model with layers of different widths; units compete with their own kind in all of the model."""
+    return formats(models, task, jp.Rules(allocation="per_kind"))
+
+
+def latency(models: Mapping[str, str], task: jp.Task) -> dict[str, Any]:
+    """Seconds of a forward pass of the dense and the pruned model: of a batch, or of a decoder's prompt."""
+    rows: dict[str, Any] = {}
+    for name, path in models.items():
+        model, params = jp.load(path)
+        head, count = (TASK, BATCH) if model.heads else (None, 1)
+        ids = np.random.default_rng(0).integers(5, model.config.vocab, (count, TOKENS)).astype(np.int32)
+        batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        if len(model.stacks) > 1:
+            start = np.full((count, 1), model.config.start_id, np.int32)
+            batch |= {"decoder_input_ids": start, "decoder_attention_mask": np.ones_like(start)}
+        runs: dict[str, Callable[[], Any]] = {}
+        compiled = jax.jit(lambda params, batch, run=model.apply, head=head: run(params, batch, head=head).logits)
+        with tempfile.TemporaryDirectory() as folder:
+            for state, own in (("dense", params), ("pruned", pruned(model, params, task))):
+                runs[f"jaxprune, {state}"] = partial(
+                    lambda *given: given[0](*given[1:]).block_until_ready(), compiled, own, batch
+                )
+                for program in ("onnxruntime", "llama.cpp", "transformers"):
+                    form, package, open_export = PROGRAMS[program]
+                    if find_spec(package) is None or (form == "gguf" and not model.continues):
+                        continue
+                    where = Path(folder) / f"{program}-{state}"
+                    jp.export(
+                        where, model, own, to=form, dtype="float32", head=head if form == "onnx" else None, check=False
+                    )
+                    runs[f"{program}, {state}"] = partial(open_export(where), batch)
+            seconds = {run: spread(each) for run, each in in_turns(runs, REPEATS).items()}
+        rows[name] = {"rows": count, "tokens": TOKENS, "seconds": seconds}
+    return {"rows": rows, "threads": os.cpu_count()}
+
+
+def finished(run: Callable[..., Any], *given: Any) -> Any:
+    """What a compiled function returns, once it is there."""
+    return run(*given).block_until_ready()
 
 
 def vocabulary(models: Mapping[str, str], task: jp.Task) -> dict[str, Any]:
@@ -202,7 +268,7 @@ def facts(model: Model, params: Params, task: jp.Task, rows: jp.Rows) -> dict[st
 
 def main() -> None:
     """Runs what is asked for."""
-    parts = {"formats": formats, "vocabulary": vocabulary}
+    parts = {"formats": formats, "uneven": uneven, "latency": latency, "vocabulary": vocabulary}
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", action="append", required=True, help="NAME=PATH, several times")
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")

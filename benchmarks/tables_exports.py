@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from pages import percent, record, table
 
 
 def setting() -> str:
     """The setting of the figures."""
     found = record("exports")
-    commits = dict.fromkeys(found[part]["commit"][:10] for part in ("formats", "vocabulary"))
+    commits = dict.fromkeys(found[part]["commit"][:10] for part in ("formats", "uneven", "latency", "vocabulary"))
     return (
         f"{found['task']}, {found['examples']} calibration rows, {percent(found['budget'])} % of the FLOPs; "
         f"{found['device']}, jax {found['versions']['jax']}; commit {', '.join(commits)}.\n"
     )
 
 
-def formats() -> str:
+def formats(part: str = "formats") -> str:
     """Every model in every form that it has."""
     rows = []
-    for name, own in record("exports")["formats"]["rows"].items():
+    for name, own in record("exports")[part]["rows"].items():
         for program, made in own.items():
             if isinstance(made, dict):
                 size = f"{made['bytes'] / 1e6:.1f}"
@@ -38,6 +40,18 @@ def formats() -> str:
     return table(heading, rows)
 
 
+def latency() -> str:
+    """One forward pass of each program, dense and pruned."""
+    rows = []
+    for name, own in record("exports")["latency"]["rows"].items():
+        taken = {run: each["median"] for run, each in own["seconds"].items()}
+        for program in dict.fromkeys(run.partition(",")[0] for run in taken):
+            dense, pruned = (taken[f"{program}, {state}"] for state in ("dense", "pruned"))
+            times = [f"{1e3 * dense:.0f}", f"{1e3 * pruned:.0f}", f"{dense / pruned:.2f}"]
+            rows.append([f"{name}, {own['rows']} x {own['tokens']} tokens", program, *times])
+    return table(["model", "program", "dense, ms", "pruned, ms", "times as fast"], rows)
+
+
 def vocabulary() -> str:
     """The tokens that a task needs."""
     rows = []
@@ -52,3 +66,4 @@ def vocabulary() -> str:
 
 
 EXPORT_TABLES = {"exports-setting": setting, "exports-formats": formats, "exports-vocabulary": vocabulary}
+EXPORT_TABLES |= {"exports-uneven": partial(formats, "uneven"), "exports-latency": latency}
