@@ -221,7 +221,7 @@ def without(*patterns: str) -> Any:
         (None, VISION_AXES | {"out.bias": ("embed", "labels")}, VISION_SIZES, r"out.bias \(5,\) has not the axes"),
         (None, VISION_AXES, {}, r"does not say the size of heads, head_dim: see sizes="),
         (None, VISION_AXES, {"head_dim": 5}, r"query.kernel \(16, 32\) has not the axes .* of sizes \(16, 6, 5\)"),
-        (changed("mlp.neurons", None), VISION_AXES, VISION_SIZES, r"blocks.1.mlp.neurons has no gate: give blocks"),
+        (changed("mlp.neurons", None), VISION_AXES, VISION_SIZES, r"blocks.1.mlp.neurons has no gate of its own: give blocks"),
         (
             changed("mlp.heads", jp.own.Gate(jnp.ones(3))),
             VISION_AXES,
@@ -251,6 +251,13 @@ def without(*patterns: str) -> Any:
 def test_a_module_that_cannot_be_taken_apart(module, axes, sizes, says):
     with pytest.raises(ValueError, match=f"^the module cannot be taken apart: .*{says}"):
         jp.own.from_nnx(module or VisionTransformer(nnx.Rngs(0)), axes, sizes=sizes)
+
+
+def test_a_gate_that_two_modules_share_is_refused():
+    module = VisionTransformer(nnx.Rngs(0))
+    module.blocks[1].mlp.neurons = module.blocks[0].mlp.neurons
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.neurons has no gate of its own"):
+        jp.own.from_nnx(module, VISION_AXES, sizes=VISION_SIZES)
 
 
 def test_parameters_and_gates_of_another_module():

@@ -28,7 +28,7 @@ def tokenizer_of(kind: str) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     more: dict[str, Any] = {
-        "vocab_size": 700 if kind == "BPE" else 400,
+        "vocab_size": 700 if "BPE" in kind else 400,
         "special_tokens": SPECIAL,
         "show_progress": False,
     }
@@ -40,6 +40,12 @@ def tokenizer_of(kind: str) -> Any:
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
         trainer = trainers.UnigramTrainer(**more, unk_token="<unk>")
+    elif kind == "BPE of pieces":  # as of Llama 2 and Gemma: what is not in it is spelt in bytes
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        more["special_tokens"] = SPECIAL + [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(**more, initial_alphabet=[chr(0x4E00 + i) for i in range(60)])
     else:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -73,7 +79,7 @@ def counts_of(model: Model, texts: list[str]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "llama", "t5"])
-@pytest.mark.parametrize("kind", ["WordPiece", "Unigram", "BPE"])
+@pytest.mark.parametrize("kind", ["WordPiece", "Unigram", "BPE", "BPE of pieces"])
 def test_texts_of_kept_tokens_are_split_and_computed_as_before(kind: str, model_type: str, tmp_path: Path):
     model, params = model_of(kind, tmp_path, model_type)
     cut = cut_vocabulary(model, params, counts_of(model, KEPT))
@@ -101,7 +107,7 @@ def batch_of(model: Model, ids: np.ndarray) -> dict[str, np.ndarray]:
     return batch | ({"decoder_input_ids": ids[:, :3]} if len(model.stacks) > 1 else {})
 
 
-@pytest.mark.parametrize("kind", ["WordPiece", "Unigram", "BPE"])
+@pytest.mark.parametrize("kind", ["WordPiece", "Unigram", "BPE", "BPE of pieces"])
 def test_what_is_special_stays_and_other_texts_can_be_spelt(kind: str, tmp_path: Path):
     model, params = model_of(kind, tmp_path)
     cut = cut_vocabulary(model, params, np.zeros(0, int))
@@ -111,7 +117,9 @@ def test_what_is_special_stays_and_other_texts_can_be_spelt(kind: str, tmp_path:
     assert cut.model.tokenizer.unk_token_id not in words and len(words) > len(
         model.tokenizer("many films")["input_ids"]
     )
-    assert len(cut.kept) < model.config.vocab / (1 if kind == "BPE" else 2)
+    assert len(cut.kept) < model.config.vocab / (1 if kind.startswith("BPE") else 2)
+    letters = [chr(0x4E00 + i) for i in range(60)]
+    assert not {*letters} & cut.model.tokenizer.get_vocab().keys()
 
 
 def test_the_most_needed_tokens_stay(tmp_path: Path):

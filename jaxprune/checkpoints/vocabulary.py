@@ -113,9 +113,10 @@ def _always(model: Model, content: dict[str, Any], words: Sequence[str]) -> set[
     kept |= {index[kind["unk_token"]]} if kind.get("unk_token") in index else set()
     kept |= {kind["unk_id"]} if kind.get("unk_id") is not None else set()
     prefix = kind.get("continuing_subword_prefix") or ""
+    letters = kind["type"] == "BPE" and not kind.get("byte_fallback")  # what stands for bytes, and for nothing else
     for i, word in enumerate(words):
         plain = word.removeprefix(prefix).removeprefix("▁") or word
-        spelling = len(plain) == 1 and (plain.isascii() or plain == "▁" or kind["type"] == "BPE")
+        spelling = len(plain) == 1 and (plain.isascii() or plain == "▁" or letters)
         if spelling or _BYTE.fullmatch(word):
             kept.add(i)
     return kept

@@ -164,7 +164,7 @@ def _sites(table: AxisTable, params: Params, variables: Mapping[Path, Any]) -> d
     there = ", ".join(widths(table, params))
     _refuse(f"{name} is a gate of no site; there are {there}" for name in found if name not in width)
     _refuse(
-        f"{site.name} has no gate: give {path_name(site.module)} {site.kind} = Gate(jnp.ones({width[site.name]}))"
+        f"{site.name} has no gate of its own: give {path_name(site.module)} {site.kind} = Gate(jnp.ones({width[site.name]}))"
         for site in sites(table, params, UNITS)
         if site.module not in gated
     )
