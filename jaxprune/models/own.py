@@ -69,7 +69,7 @@ class Architecture:
     causal = False  # no cache is counted
 
     def products(self, path: Path, lengths: tuple[float, ...]) -> tuple[float, float, float]:
-        """The number of products of a kernel, see `jaxprune.Model.products`; attention is that over all tokens."""
+        """The number of products of a kernel, see `jaxprune.models.Model.products`; attention is that over all tokens."""
         (tokens,) = lengths
         axes = axes_of(self.axes, path)
         return tokens, tokens, tokens if "heads" in axes else 2.0 * tokens if "queries" in axes else 0.0
