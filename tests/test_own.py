@@ -221,7 +221,7 @@ def without(*patterns: str) -> Any:
         (None, VISION_AXES | {"out.bias": ("embed", "labels")}, VISION_SIZES, r"out.bias \(5,\) has not the axes"),
         (None, VISION_AXES, {}, r"does not say the size of heads, head_dim: see sizes="),
         (None, VISION_AXES, {"head_dim": 5}, r"query.kernel \(16, 32\) has not the axes .* of sizes \(16, 6, 5\)"),
-        (changed("mlp.neurons", None), VISION_AXES, VISION_SIZES, r"blocks.1.mlp.neurons has no gate of its own: give blocks"),
+        (changed("mlp.neurons", None), VISION_AXES, VISION_SIZES, r"blocks.1.mlp.neurons has no gate of its own"),
         (
             changed("mlp.heads", jp.own.Gate(jnp.ones(3))),
             VISION_AXES,

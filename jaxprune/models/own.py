@@ -69,7 +69,7 @@ class Architecture:
     causal = False  # no cache is counted
 
     def products(self, path: Path, lengths: tuple[float, ...]) -> tuple[float, float, float]:
-        """The number of products of a kernel, see `jaxprune.models.Model.products`; attention is that over all tokens."""
+        """The number of products of a kernel, see `jaxprune.models.Model.products`; all tokens attend to all."""
         (tokens,) = lengths
         axes = axes_of(self.axes, path)
         return tokens, tokens, tokens if "heads" in axes else 2.0 * tokens if "queries" in axes else 0.0
@@ -164,7 +164,7 @@ def _sites(table: AxisTable, params: Params, variables: Mapping[Path, Any]) -> d
     there = ", ".join(widths(table, params))
     _refuse(f"{name} is a gate of no site; there are {there}" for name in found if name not in width)
     _refuse(
-        f"{site.name} has no gate of its own: give {path_name(site.module)} {site.kind} = Gate(jnp.ones({width[site.name]}))"
+        f"{site.name} has no gate of its own: {path_name(site.module)} needs {site.kind} = Gate(ones({width[site.name]}))"
         for site in sites(table, params, UNITS)
         if site.module not in gated
     )
