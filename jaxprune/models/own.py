@@ -164,7 +164,7 @@ def _sites(table: AxisTable, params: Params, variables: Mapping[Path, Any]) -> d
     there = ", ".join(widths(table, params))
     _refuse(f"{name} is a gate of no site; there are {there}" for name in found if name not in width)
     _refuse(
-        f"{site.name} has no gate of its own: {path_name(site.module)} needs {site.kind} = Gate(ones({width[site.name]}))"
+        f"{site.name} has no gate of its own: {path_name(site.module)} needs a Gate {site.kind} of {width[site.name]}"
         for site in sites(table, params, UNITS)
         if site.module not in gated
     )
