@@ -342,7 +342,7 @@ class GGUFFile(TensorFile):
         return parts
 
     def _empty(self, tensors: Mapping[str, _Tensor]) -> dict[str, _Tensor]:
-        """What attentions without heads have, by the names of all others."""
+        """The tensors of attentions without heads, by the names of all others."""
         width, names = self.header.count("embedding_length"), {name.split(".", 3)[-1] for name in tensors}
         shapes = {"input_layernorm.weight": (width,), "self_attn.o_proj.weight": (width, 0)}
         shapes |= {f"{part}.weight": (0, width) for part in PARTS} | {f"{part}.bias": (0,) for part in PARTS}

@@ -172,7 +172,7 @@ def _convert(graph: _Graph, program: ClosedJaxpr | Jaxpr, arguments: Sequence[_V
 
 
 def _call(graph: _Graph, equation: JaxprEqn, inputs: Sequence[_Value]) -> list[_Value]:
-    """What a function inside the program returns; a few are one operator."""
+    """The results of a function inside the program; a few functions are one operator."""
     inner = next(value for value in equation.params.values() if isinstance(value, ClosedJaxpr | Jaxpr))
     jaxpr = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
     if equation.primitive.name == "custom_jvp_call" and (rule := _FUNCTIONS.get(jaxpr.debug_info.func_name)):
@@ -181,7 +181,7 @@ def _call(graph: _Graph, equation: JaxprEqn, inputs: Sequence[_Value]) -> list[_
 
 
 def _result(graph: _Graph, equation: JaxprEqn, operator: str, *inputs: Any, **attributes: Any) -> list[_Value]:
-    """What an operator returns; its inputs are values, or names of constants that only ONNX has."""
+    """The results of an operator, whose inputs are values, or names of constants that only ONNX has."""
     given = [each.name if isinstance(each, _Value) else each for each in inputs]
     names = graph.add(operator, given, len(equation.outvars), **attributes)
     outlines = map(_outline, equation.outvars)
@@ -277,7 +277,7 @@ def _product(graph: _Graph, equation: JaxprEqn, x: _Value, y: _Value) -> list[_V
 
 
 def _gather(graph: _Graph, equation: JaxprEqn, table: _Value, index: _Value) -> list[_Value]:
-    """What stands at places along one axis: the same in all rows, or in each its own. Places outside are an error."""
+    """The entries at places along one axis, the same in all rows or in each its own. Places outside are an error."""
     how, rank = equation.params["dimension_numbers"], len(_outline(equation.outvars[0]).shape)
     rows, (axis, *others) = len(how.operand_batching_dims), how.start_index_map
     whole = [size for i, size in enumerate(table.shape) if i != axis]

@@ -70,7 +70,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness keeps cached requests under."""
+        """The name that the harness keeps cached requests under."""
         return str(self.model.source).replace("/", "__")
 
     @property
@@ -80,7 +80,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context."""
+        """The token before a text without context."""
         first = self.tokenizer.bos_token_id
         return self.eot_token_id if first is None else first
 
@@ -142,7 +142,7 @@ class HarnessModel(TemplateLM):
         return [sum(value for value, _ in itertools.islice(found, len(own))) for own in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes behind every context, up to one of the strings that end it."""
+        """The texts that the model writes behind contexts, up to one of the strings that end them."""
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(i)
@@ -186,7 +186,7 @@ class HarnessModel(TemplateLM):
         rows: Callable[[Item], int],
         quiet: bool,
     ) -> list[Any]:
-        """What a function returns for all items, called with the longest ones first and always as many."""
+        """The results of a function for all items; it is called with the longest ones first and always as many."""
         order = sorted(range(len(items)), key=lambda i: size(items[i]), reverse=True)
         results: list[Any] = [None] * len(items)
         with Progress(*Progress.get_default_columns(), console=Console(stderr=True), disable=quiet) as bar:
